@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clustering ops and estimators for PyTorch; `torch.ops.clam.*` after import."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from . import ops as ops
+from ._core.backend import backend as backend
+from ._core.registry import all_ops as all_ops
+from ._core.registry import explain as explain
+from .ops.am import am_assign as am_assign
+from .ops.am import am_energy as am_energy
+from .ops.am import am_recursion as am_recursion
+from .ops.am import am_step as am_step
+
+if TYPE_CHECKING:
+    from .estimators import ClAM as ClAM
+
+__version__ = "0.1.0"
+__all__ = [
+    "ClAM",
+    "all_ops",
+    "am_assign",
+    "am_energy",
+    "am_recursion",
+    "am_step",
+    "backend",
+    "explain",
+    "list_estimators",
+    "list_ops",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+_ESTIMATORS = ("ClAM",)
+_LAZY = dict.fromkeys(_ESTIMATORS, ".estimators")
+
+
+def list_ops() -> list[str]:
+    """Names of the ops under `torch.ops.clam`."""
+    return [spec.name for spec in all_ops()]
+
+
+def list_estimators() -> list[str]:
+    """Names of the estimators."""
+    return list(_ESTIMATORS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name], __name__), name)

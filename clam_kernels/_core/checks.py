@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wording of every argument error, and the checks that families share.
+
+`<arg>: expected <what> [to match <other> <its value>], got <value>`. All go through torch's own
+check functions, so that they say the same under eager, fake, dynamic and unbacked shapes. Nothing
+here reads a tensor's values but `values`, which is for CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEVICES = ("cpu", "cuda", "meta")
+Sizes = Sequence[Any]
+
+
+def wording(name: str, expected: str, got: object, match: str = "") -> str:
+    """The text of an argument error."""
+    return f"{name}: expected {expected}{f' to match {match}' if match else ''}, got {got}"
+
+
+def spell(*sizes: object) -> str:
+    """A shape as text: symbolic dims bare, sizes as ints."""
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def type_error(ok: bool, text: Callable[[], str]) -> None:
+    """TypeError with `text()` unless ok."""
+    torch._check_type(ok, text)
+
+
+def value_error(ok: bool, text: Callable[[], str]) -> None:
+    """ValueError with `text()` unless ok; ok may be symbolic."""
+    torch._check_value(ok, text)
+
+
+def tensor(name: str, value: object, optional: bool = False) -> None:
+    """The argument is a Tensor (or None)."""
+    what = "a Tensor or None" if optional else "a Tensor"
+    ok = isinstance(value, Tensor) or (optional and value is None)
+    type_error(ok, lambda: wording(name, what, type(value).__name__))
+
+
+def floating(name: str, value: Tensor) -> None:
+    """The argument has one of the four float dtypes."""
+    text = "dtype float16, bfloat16, float32 or float64"
+    type_error(value.dtype in FLOATS, lambda: wording(name, text, _dtype(value.dtype)))
+
+
+def same_dtype(name: str, value: Tensor, other: str, reference: Tensor) -> None:
+    """The argument has the dtype of another."""
+    type_error(
+        value.dtype == reference.dtype,
+        lambda: wording(name, f"dtype {_dtype(reference.dtype)}", _dtype(value.dtype), other),
+    )
+
+
+def device(name: str, value: Tensor) -> None:
+    """The argument lies on a device that has kernels or the reference."""
+    value_error(
+        value.device.type in DEVICES, lambda: wording(name, "device cpu or cuda", value.device)
+    )
+
+
+def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None:
+    """The argument lies on the device of another."""
+    value_error(
+        value.device == reference.device,
+        lambda: wording(name, f"device {reference.device}", value.device, other),
+    )
+
+
+def shape(name: str, value: Tensor, pattern: str, ok: bool, match: str = "") -> None:
+    """The shape fits `pattern`, as `ok` says."""
+    value_error(ok, lambda: wording(name, f"shape {pattern}", spell(*value.shape), match))
+
+
+def non_empty(name: str, value: Tensor, dim: int, letter: str) -> None:
+    """The argument has at least one entry along a dim."""
+    value_error(value.shape[dim] != 0, lambda: wording(name, f"{letter} >= 1", spell(*value.shape)))
+
+
+def fits(sizes: Sizes, target: Sizes) -> bool:
+    """Whether `sizes` broadcast to `target` without changing it."""
+    missing = len(target) - len(sizes)
+    pairs = zip(sizes, target[missing:], strict=False)
+    return missing >= 0 and all(a == b or a == 1 for a, b in pairs)
+
+
+def core_fits(name: str, value: Tensor, core: Sizes, letters: str, match: str) -> None:
+    """The last dims broadcast to `core`; fewer dims are the usual broadcasting."""
+    ok = fits(value.shape[-len(core) :], core)
+    spelled = ", ".join(str(size) for size in core)
+    text = f"shape broadcastable to [..., {spelled}] ({letters})"
+    value_error(ok, lambda: wording(name, text, spell(*value.shape), match))
+
+
+def broadcast(operands: Sequence[tuple[str, Tensor, int]]) -> list[Any]:
+    """Broadcast of the leading dims of `(name, tensor, core dims)`, first come first."""
+    batch: list[Any] = []
+    first, shape_of_first = operands[0][0], operands[0][1].shape
+    for name, value, core in operands:
+        lead = list(value.shape[: max(value.ndim - core, 0)])
+        wide = [1] * (len(lead) - len(batch)) + batch
+        merged = list(wide)
+        for i in range(1, len(lead) + 1):
+            a, b = lead[-i], wide[-i]
+            if a == b or a == 1:
+                continue
+            value_error(
+                b == 1,
+                lambda name=name, value=value: wording(  # type: ignore[misc]
+                    name,
+                    "leading dims that broadcast",
+                    spell(*value.shape),
+                    f"{first} {spell(*shape_of_first)}",
+                ),
+            )
+            merged[-i] = a
+        batch = merged
+    return batch
+
+
+def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = False) -> None:
+    """A Python number >= low (> low if strict), finite or not; NaN never."""
+    bound = f"a {'finite ' if finite else ''}number {'>' if strict else '>='} {low:g}"
+    if isinstance(value, torch.SymFloat | torch.SymInt):
+        value_error(value > low if strict else value >= low, lambda: wording(name, bound, value))
+        return
+    ok = (value > low if strict else value >= low) and not (finite and math.isinf(value))
+    value_error(ok, lambda: wording(name, bound, value))
+
+
+def at_least(name: str, value: Any, low: int) -> None:
+    """An int >= low."""
+    value_error(value >= low, lambda: wording(name, f"an int >= {low}", value))
+
+
+def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
+    """Every entry of a CPU tensor >= low (> low if strict); other devices are not read."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    good = value > low if strict else value >= low
+    if finite:
+        good &= value.isfinite()
+    if not bool(good.all()):
+        worst = value.detach().reshape(-1)[int((~good).reshape(-1).int().argmax())].item()
+        bound = f"{'finite ' if finite else ''}values {'>' if strict else '>='} {low:g}"
+        raise ValueError(wording(name, bound, worst))
+
+
+def one_of(name: str, value: str | None, allowed: Sequence[str]) -> None:
+    """A string out of a list, or None."""
+    listed = ", ".join(f"'{word}'" for word in allowed)
+    value_error(
+        value is None or value in allowed,
+        lambda: wording(name, f"{listed} or None", repr(value)),
+    )

@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Associative memory: am_step, am_recursion, am_energy, am_assign. Equations: docs/ops/am.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import python_fallback
+
+from .._core import checks
+from .._core.backend import PRECISIONS
+from .._core.registry import Gradient, op
+
+_BETA = {"beta_tensor": {"beta": "Tensor beta"}, "": {"beta": "float beta"}}
+_CORE = {"v": 2, "rho": 2, "beta": 1, "update_mask": 2, "log_weights": 1}
+
+
+# ---- checks and fakes: argument for argument those of the schemas ----------------------------------
+
+
+def _check_pair(v: Tensor, rho: Tensor) -> None:
+    """V [..., N, D] and rho [..., K, D] belong together; K and D are not 0."""
+    for name, x in (("v", v), ("rho", rho)):
+        checks.floating(name, x)
+        checks.device(name, x)
+    checks.same_dtype("rho", rho, "v", v)
+    checks.same_device("rho", rho, "v", v)
+    checks.shape("v", v, "[..., N, D]", v.ndim >= 2)
+    checks.shape("rho", rho, "[..., K, D]", rho.ndim >= 2)
+    checks.non_empty("v", v, -1, "D")
+    pattern, size = f"[..., K, {v.shape[-1]}]", v.shape[-1]
+    checks.shape("rho", rho, pattern, rho.shape[-1] == size, f"v {checks.spell(*v.shape)}")
+    checks.non_empty("rho", rho, -2, "K")
+
+
+def _check_memory_side(
+    name: str, x: Tensor, v: Tensor, rho: Tensor, size: Any, letter: str
+) -> None:
+    checks.floating(name, x)
+    checks.same_device(name, x, "v", v)
+    checks.core_fits(name, x, [size], letter, f"rho {checks.spell(*rho.shape)}")
+
+
+def _batch(
+    v: Tensor, rho: Tensor, beta: Any, update_mask: Tensor | None, log_weights: Tensor | None
+) -> list[Any]:
+    operands = [("v", v, 2), ("rho", rho, 2)]
+    operands += [("beta", beta, 1)] if isinstance(beta, Tensor) else []
+    operands += [("update_mask", update_mask, 2)] if update_mask is not None else []
+    operands += [("log_weights", log_weights, 1)] if log_weights is not None else []
+    return checks.broadcast(operands)
+
+
+def _check_recursion(
+    v: Tensor,
+    rho: Tensor,
+    beta: Any,
+    steps: Any,
+    step: Any,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str | None,
+) -> None:
+    _check_pair(v, rho)
+    if isinstance(beta, Tensor):
+        _check_memory_side("beta", beta, v, rho, rho.shape[-2], "K")
+    else:
+        checks.number("beta", beta, 0.0, finite=False)
+    checks.at_least("steps", steps, 0)
+    checks.number("step", step, 0.0, finite=True)
+    if update_mask is not None:
+        if update_mask.dtype != torch.bool:
+            checks.floating("update_mask", update_mask)
+        checks.same_device("update_mask", update_mask, "v", v)
+        match = f"v {checks.spell(*v.shape)}"
+        checks.core_fits("update_mask", update_mask, v.shape[-2:], "N, D", match)
+    if log_weights is not None:
+        _check_memory_side("log_weights", log_weights, v, rho, rho.shape[-2], "K")
+    _batch(v, rho, beta, update_mask, log_weights)
+    checks.one_of("precision", precision, PRECISIONS)
+
+
+def _check_step(v: Tensor, rho: Tensor, beta: Any, step: Any, *rest: Any) -> None:
+    _check_recursion(v, rho, beta, 1, step, *rest)
+
+
+def _check_energy(
+    v: Tensor, rho: Tensor, beta: Any, log_weights: Tensor | None, precision: str | None
+) -> None:
+    if not isinstance(beta, Tensor):
+        checks.number("beta", beta, 0.0, finite=True, strict=True)
+    _check_recursion(v, rho, beta, 0, 1.0, None, log_weights, precision)
+    if isinstance(beta, Tensor):
+        checks.shape(
+            "beta", beta, "[] or [..., 1] (one for all memories)", checks.fits(beta.shape[-1:], [1])
+        )
+
+
+def _check_assign(
+    v: Tensor, rho: Tensor, log_weights: Tensor | None, precision: str | None
+) -> None:
+    _check_recursion(v, rho, 1.0, 0, 1.0, None, log_weights, precision)
+
+
+def _check_beta_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
+    if isinstance(beta, Tensor):
+        checks.values("beta", beta, 0.0, finite=False)
+
+
+def _check_energy_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
+    if isinstance(beta, Tensor):
+        checks.values("beta", beta, 0.0, finite=True, strict=True)
+
+
+def _wide(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def _fake_recursion(
+    v: Tensor,
+    rho: Tensor,
+    beta: Any,
+    steps: Any,
+    step: Any,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str | None,
+) -> Tensor:
+    return v.new_empty([*_batch(v, rho, beta, update_mask, log_weights), *v.shape[-2:]])
+
+
+def _fake_step(v: Tensor, rho: Tensor, beta: Any, step: Any, *rest: Any) -> Tensor:
+    return _fake_recursion(v, rho, beta, 1, step, *rest)
+
+
+def _fake_step_saved(v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = _fake_step(v, *rest)
+    return out, out.new_empty(out.shape[:-1], dtype=_wide(v))
+
+
+def _fake_energy(
+    v: Tensor, rho: Tensor, beta: Any, log_weights: Tensor | None, precision: str | None
+) -> Tensor:
+    return v.new_empty([*_batch(v, rho, beta, None, log_weights), v.shape[-2]], dtype=_wide(v))
+
+
+def _fake_assign(
+    v: Tensor, rho: Tensor, log_weights: Tensor | None, precision: str | None
+) -> tuple[Tensor, Tensor]:
+    sqdist = _fake_energy(v, rho, 1.0, log_weights, precision)
+    return torch.empty_like(sqdist, dtype=torch.int64), sqdist
+
+
+# ---- the documented functions ------------------------------------------------------------------------
+
+
+def _tensors(
+    v: object, rho: object, beta: object, update_mask: object, log_weights: object
+) -> None:
+    """The types the dispatcher would refuse in words of its own."""
+    checks.tensor("v", v)
+    checks.tensor("rho", rho)
+    number = isinstance(beta, int | float | torch.SymFloat) and not isinstance(beta, bool)
+    checks.type_error(
+        number or isinstance(beta, Tensor),
+        lambda: checks.wording("beta", "a number or a Tensor", type(beta).__name__),
+    )
+    checks.tensor("update_mask", update_mask, optional=True)
+    checks.tensor("log_weights", log_weights, optional=True)
+
+
+def am_step(
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    *,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """One step of the associative-memory recursion: distance, softmax, update.
+
+        p_nk = softmax_k(log_weights_k - beta_k |v_n - rho_k|^2)
+        v'   = v + step * update_mask * (p @ rho - v)              (eqs. 1-3 of docs/ops/am.md)
+
+    Parameters
+    ----------
+    v : Tensor [..., N, D], float16, bfloat16, float32 or float64
+        States. Leading dims of all arguments broadcast.
+    rho : Tensor [..., K, D], dtype and device of v
+        Memories.
+    beta : float or Tensor broadcastable to [..., K], >= 0, unit 1/|v|^2
+        Inverse temperature as the ClAM paper has it: weights exp(-beta d^2). A last dim of K is one
+        beta a memory, a last dim of 1 one for all. 0 weighs by log_weights alone; inf as a Python
+        number assigns to the nearest memory (in a tensor it gives NaN). A tensor receives a
+        gradient; inside torch.compile pass a beta that changes as a tensor, a number recompiles.
+    step : float, finite, >= 0
+        dt/tau. The energy never rises for 0 <= step <= 2.
+    update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
+        1 (True): the entry evolves, 0: it is held, bit for bit.
+    log_weights : Tensor broadcastable to [..., K], optional
+        Logarithm of each memory's weight; -inf takes a memory out.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products; None follows torch.get_float32_matmul_precision(). On a CPU all
+        modes multiply in float32 (float64 for float64).
+
+    Returns
+    -------
+    Tensor [..., N, D], dtype of v, contiguous
+
+    Raises
+    ------
+    TypeError
+        A dtype or type other than stated.
+    ValueError
+        A shape, device or value that does not fit; values are checked on numbers and CPU tensors.
+
+    Notes
+    -----
+    Memory O(N D + K D), never N x K. Backward is written by hand for v, rho, beta, update_mask and
+    log_weights. Double backward raises NotImplementedError; torch.func transforms and forward-mode
+    AD run `python_fallback.am.am_step`, which holds an N x K array. A row of v with NaN or inf
+    becomes NaN and touches no other.
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> rho = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    >>> clam_kernels.am_step(torch.tensor([[0.25, 0.0]]), rho, 4.0, step=0.5)
+    tensor([[0.1846, 0.0000]])
+    """
+    _tensors(v, rho, beta, update_mask, log_weights)
+    out: Tensor = torch.ops.clam.am_step(v, rho, beta, step, update_mask, log_weights, precision)
+    return out
+
+
+def am_recursion(
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    steps: int,
+    *,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """`steps` steps of `am_step` with the same memories, in one pass over the rows.
+
+        v_{t+1} = v_t + step * update_mask * (softmax_k(log_weights_k - beta_k |v_t - rho_k|^2) @ rho - v_t)
+                                                                          (eq. 4 of docs/ops/am.md)
+
+    Parameters
+    ----------
+    v : Tensor [..., N, D], float16, bfloat16, float32 or float64
+        States before the first step. Leading dims of all arguments broadcast.
+    rho : Tensor [..., K, D], dtype and device of v
+        Memories.
+    beta : float or Tensor broadcastable to [..., K], >= 0, unit 1/|v|^2
+        Inverse temperature, weights exp(-beta d^2); see `am_step`. Inside torch.compile pass a beta
+        that changes as a tensor, a number recompiles.
+    steps : int, >= 0
+        Number of steps; 0 returns a copy of v.
+    step : float, finite, >= 0
+        dt/tau.
+    update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
+        1 (True): the entry evolves, 0: it is held, bit for bit.
+    log_weights : Tensor broadcastable to [..., K], optional
+        Logarithm of each memory's weight; -inf takes a memory out.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products; see `am_step`.
+
+    Returns
+    -------
+    Tensor [..., N, D], dtype of v, contiguous
+        The state stays in float32 (float64) between the steps.
+
+    Raises
+    ------
+    TypeError
+        A dtype or type other than stated.
+    ValueError
+        A shape, device or value that does not fit; values are checked on numbers and CPU tensors.
+
+    Notes
+    -----
+    Memory O(N D + K D) forward. Backward saves the arguments alone and recomputes the states of a
+    chunk of rows in a bounded scratch. Double backward raises; see `am_step`.
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> patterns = torch.eye(3)
+    >>> hidden = torch.tensor([[1.0, 0.0, 0.4]])
+    >>> evolves = torch.tensor([[False, True, True]])
+    >>> clam_kernels.am_recursion(hidden, patterns, 8.0, 5, update_mask=evolves).round(decimals=3)
+    tensor([[1., 0., 0.]])
+    """
+    _tensors(v, rho, beta, update_mask, log_weights)
+    whole = isinstance(steps, int | torch.SymInt) and not isinstance(steps, bool)
+    checks.type_error(whole, lambda: checks.wording("steps", "an int >= 0", repr(steps)))
+    out: Tensor = torch.ops.clam.am_recursion(
+        v, rho, beta, steps, step, update_mask, log_weights, precision
+    )
+    return out
+
+
+def am_energy(
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    *,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """Energy of each state, which no step with 0 <= step <= 2 raises.
+
+        E(v_n) = -(1/beta) logsumexp_k(log_weights_k - beta |v_n - rho_k|^2)   (eq. 5 of docs/ops/am.md)
+
+    Parameters
+    ----------
+    v : Tensor [..., N, D], float16, bfloat16, float32 or float64
+        States. Leading dims of all arguments broadcast.
+    rho : Tensor [..., K, D], dtype and device of v
+        Memories.
+    beta : float or Tensor [] or [..., 1], finite, > 0, unit 1/|v|^2
+        One inverse temperature for all memories, weights exp(-beta d^2).
+    log_weights : Tensor broadcastable to [..., K], optional
+        Logarithm of each memory's weight; -inf takes a memory out.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products; see `am_step`.
+
+    Returns
+    -------
+    Tensor [..., N], float32 (float64 for float64), unit |v|^2
+        +inf where no memory takes part.
+
+    Raises
+    ------
+    TypeError
+        A dtype or type other than stated.
+    ValueError
+        A shape, device or value that does not fit; a beta for each memory is refused.
+
+    Notes
+    -----
+    Differentiable by hand-written formulas with respect to v, rho, beta and log_weights.
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> rho = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    >>> clam_kernels.am_energy(torch.tensor([[0.25, 0.0]]), rho, 4.0)
+    tensor([0.0308])
+    """
+    _tensors(v, rho, beta, None, log_weights)
+    out: Tensor = torch.ops.clam.am_energy(v, rho, beta, log_weights, precision)
+    return out
+
+
+def am_assign(
+    v: Tensor, rho: Tensor, *, log_weights: Tensor | None = None, precision: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Nearest memory of each state, lowest index on ties, and its squared distance.
+
+        label_n = argmin_k |v_n - rho_k|^2 over the memories with log_weights_k > -inf
+                                                                          (eq. 6 of docs/ops/am.md)
+
+    Parameters
+    ----------
+    v : Tensor [..., N, D], float16, bfloat16, float32 or float64
+        States. Leading dims of all arguments broadcast.
+    rho : Tensor [..., K, D], dtype and device of v
+        Memories.
+    log_weights : Tensor broadcastable to [..., K], optional
+        Only whether an entry is -inf counts: such a memory is not chosen.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products; see `am_step`.
+
+    Returns
+    -------
+    labels : Tensor [..., N], int64
+        -1 where v has NaN or inf, and where no memory takes part.
+    sqdist : Tensor [..., N], float32 (float64 for float64), unit |v|^2
+        Computed directly from the pair; +inf where no memory takes part. No gradient.
+
+    Raises
+    ------
+    TypeError
+        A dtype or type other than stated.
+    ValueError
+        A shape or device that does not fit.
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> clam_kernels.am_assign(torch.tensor([[0.9, 0.0], [0.1, 0.0]]), torch.eye(2))
+    (tensor([0, 0]), tensor([0.0100, 0.8100]))
+    """
+    _tensors(v, rho, 1.0, None, log_weights)
+    labels, sqdist = torch.ops.clam.am_assign(v, rho, log_weights, precision)
+    return labels, sqdist
+
+
+# ---- the declarations ----------------------------------------------------------------------------------
+
+_REST = "float step=1.0, Tensor? update_mask=None, Tensor? log_weights=None, str? precision=None"
+_truth = python_fallback.am
+
+AM_STEP = op(
+    name="am_step",
+    arguments=f"Tensor v, Tensor rho, {{beta}}, {_REST}",
+    returns="Tensor",
+    overloads=_BETA,
+    check=_check_step,
+    check_values=_check_beta_values,
+    fake=_fake_step,
+    truth=_truth.am_step,
+    reference=_truth.am_step_forward,
+    function=am_step,
+    gradient=Gradient(
+        reference=_truth.am_step_backward, saved=(_truth.am_step_saved, _fake_step_saved)
+    ),
+    same_dtype=("v", "rho"),
+    core=_CORE,
+)
+
+AM_RECURSION = op(
+    name="am_recursion",
+    arguments=f"Tensor v, Tensor rho, {{beta}}, SymInt steps, {_REST}",
+    returns="Tensor",
+    overloads=_BETA,
+    check=_check_recursion,
+    check_values=_check_beta_values,
+    fake=_fake_recursion,
+    truth=_truth.am_recursion,
+    reference=_truth.am_recursion_forward,
+    function=am_recursion,
+    gradient=Gradient(reference=_truth.am_recursion_backward),
+    same_dtype=("v", "rho"),
+    core=_CORE,
+)
+
+AM_ENERGY = op(
+    name="am_energy",
+    arguments="Tensor v, Tensor rho, {beta}, Tensor? log_weights=None, str? precision=None",
+    returns="Tensor",
+    overloads=_BETA,
+    check=_check_energy,
+    check_values=_check_energy_values,
+    fake=_fake_energy,
+    truth=_truth.am_energy,
+    reference=_truth.am_energy_forward,
+    function=am_energy,
+    gradient=Gradient(reference=_truth.am_energy_backward, saved="output"),
+    same_dtype=("v", "rho"),
+    core=_CORE,
+)
+
+AM_ASSIGN = op(
+    name="am_assign",
+    arguments="Tensor v, Tensor rho, Tensor? log_weights=None, str? precision=None",
+    returns="(Tensor, Tensor)",
+    check=_check_assign,
+    fake=_fake_assign,
+    truth=_truth.am_assign,
+    reference=_truth.am_assign_forward,
+    function=am_assign,
+    same_dtype=("v", "rho"),
+    core=_CORE,
+)

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunked machinery of a softmax over memories: the centred memories of a cell, the problem with its
+batch dims spelled out, one chunk's trajectory and the sums that the gradients need.
+
+Everything works in place on 3-D tiles [problems, rows, .] of `_chunk`; nothing is N x K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._chunk import KEPT_ENTRIES, Cell, GradientSum, cells, chunk_rows, lift, take
+from ._score import alive_memories, centred, compute_dtype, softmax_, softmax_backward_
+
+Beta = float | Tensor
+
+
+def result_shape(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+) -> tuple[int, ...]:
+    """[*batch, N, D] with batch the broadcast of all leading dims."""
+    batch = [v.shape[:-2], rho.shape[:-2]]
+    batch += [b.shape[:-1] for b in (beta, log_weights) if isinstance(b, Tensor)]
+    batch += [update_mask.shape[:-2]] if update_mask is not None else []
+    return (*torch.broadcast_shapes(*batch), *v.shape[-2:])
+
+
+class Side(NamedTuple):
+    """The memories of one cell, centred: logits are `bias + x @ keys`, less beta |x|^2 if per memory."""
+
+    centre: Tensor  # [b, 1, D]
+    rho: Tensor  # [b, K, D]; memories that take no part are 0
+    norms: Tensor  # [b, 1, K]
+    beta: Tensor | None  # [b, 1, K or 1]; None: hard assignment
+    bias: Tensor  # [b, 1, K]
+    keys: Tensor  # [b, D, K]
+    shift: Tensor | None  # [b, 1, K], the log-weights
+    alive: Tensor | None  # [b, 1, 1], 0 where no memory takes part
+
+    @property
+    def per_memory(self) -> bool:
+        return self.beta is not None and self.beta.shape[-1] > 1
+
+    def logits(self, x: Tensor, out: Tensor) -> Tensor:
+        torch.baddbmm(self.bias, x, self.keys.expand(len(x), -1, -1), out=out)
+        if self.per_memory:
+            out.addcmul_(x.square().sum(-1, keepdim=True), self.beta, value=-1)  # type: ignore[arg-type]
+        return out
+
+    def weights(self, x: Tensor, out: Tensor) -> Tensor:
+        """Softmax over the memories of x, one-hot if hard."""
+        self.logits(x, out)
+        if self.beta is not None:
+            return softmax_(out)
+        top = out.max(-1, keepdim=True)
+        return out.zero_().scatter_(-1, top.indices, top.values * 0 + 1)
+
+
+class Problem:
+    """One call: operands with all batch dims spelled out, never expanded."""
+
+    def __init__(
+        self,
+        v: Tensor,
+        rho: Tensor,
+        beta: Beta,
+        mask: Tensor | None = None,
+        log_weights: Tensor | None = None,
+    ) -> None:
+        self.dtype = compute_dtype(v)
+        self.shape = result_shape(v, rho, beta, mask, log_weights)
+        self.batch, self.rows, self.size = self.shape[:-2], v.shape[-2], rho.shape[-2]
+        dims = len(self.batch)
+        self.operands = (v, rho, beta, mask, log_weights)
+        self.v, self.rho = lift(v, dims, 2), lift(rho, dims, 2)
+        self.beta = lift(beta, dims, 1) if isinstance(beta, Tensor) else float(beta)
+        self.mask = None if mask is None else lift(mask, dims, 2)
+        self.log_weights = None if log_weights is None else lift(log_weights, dims, 1)
+
+    def parts(self, kept: int = 0) -> Iterator[tuple[Cell, Side, int]]:
+        """Cells with their memories and the rows of a chunk, when `kept` entries a row are held."""
+        limit = chunk_rows(self.size, kept)
+        core = self.size * self.rho.shape[-1]
+        for cell in cells(self.batch, self.rows, limit, core):
+            yield cell, self._side(cell), min(limit, self.rows)
+
+    def _side(self, cell: Cell) -> Side:
+        weights = None if self.log_weights is None else take(self.log_weights, cell).to(self.dtype)
+        alive = alive_memories(weights)
+        rho, c = centred(take(self.rho, cell).to(self.dtype), alive)
+        norms = rho.square().sum(-1)[:, None, :]
+        beta: Tensor | None = None
+        if isinstance(self.beta, Tensor):
+            beta = take(self.beta, cell).to(self.dtype)[:, None, :]
+        elif not math.isinf(self.beta):
+            beta = rho.new_full((1, 1, 1), self.beta)
+        scale = 1.0 if beta is None else beta
+        bias, shift, some = norms * -scale, None, None
+        if weights is not None and alive is not None:
+            some = alive.any(-1)[:, None, None]
+            shift = (weights if beta is not None else torch.where(alive, 0.0, -torch.inf))[
+                :, None, :
+            ]
+            bias, some = torch.where(some, bias + shift, 0.0), some.to(self.dtype)
+        return Side(c, rho, norms, beta, bias, rho.mT * (2 * scale), shift, some)
+
+    def tile(self, cell: Cell, rows: int, width: int) -> Tensor:
+        """Scratch [problems of the cell, rows padded to 16, width], not initialised."""
+        return self.rho.new_empty((cell.size, padded(rows), width), dtype=self.dtype)
+
+    def load(self, cell: Cell, rows: slice, side: Side, x: Tensor) -> Tensor:
+        """Fill x with the centred states and zero padding; returns the block of v as it is."""
+        block = take(self.v, cell, rows)
+        n = block.shape[1]
+        x[:, :n].copy_(block).sub_(side.centre)
+        x[:, n:].zero_()
+        return block
+
+    def gain(self, cell: Cell, rows: slice, side: Side, step: float) -> Tensor | None:
+        """Step * update_mask, 0 where no memory takes part; None stands for the number `step`."""
+        gain = None if self.mask is None else take(self.mask, cell, rows).to(self.dtype) * step
+        if side.alive is None:
+            return gain
+        return side.alive * (step if gain is None else gain)
+
+
+def padded(rows: int) -> int:
+    """Rows rounded up to 16: a row of a product then has the same bits wherever it stands, so that a
+    single row agrees with a batch.
+    """
+    return -(-rows // 16) * 16
+
+
+def advance(
+    x: Tensor,
+    into: Tensor,
+    n: int,
+    side: Side,
+    weights: Tensor,
+    step: float,
+    gain: Tensor | None,
+    xb: Tensor,
+) -> None:
+    """Into = x + gain * (weights @ rho - x); into may be x, its rows past n are padding, xb is scratch."""
+    rho = side.rho.expand(len(x), -1, -1)
+    if gain is None:
+        torch.mul(x, 1 - step, out=into).baddbmm_(weights, rho, alpha=step)
+        return
+    torch.bmm(weights, rho, out=xb).sub_(x)
+    torch.addcmul(x[:, :n], xb[:, :n], gain, out=into[:, :n])
+
+
+class Sums:
+    """What the gradients of the memories' side sum over rows: within a chunk, then in float64."""
+
+    def __init__(self, p: Problem, cell: Cell) -> None:
+        # h^T w, x^T gz, 1^T gz, (|x|^2)^T gz, each [b, ., K]: products run faster this way round
+        heights = (p.shape[-1], p.shape[-1], 1, 1)
+        self.chunk = [
+            p.rho.new_zeros((cell.size, height, p.size), dtype=p.dtype) for height in heights
+        ]
+        self.total = [torch.zeros_like(part, dtype=torch.float64) for part in self.chunk]
+
+    def fold(self) -> None:
+        for part, total in zip(self.chunk, self.total, strict=True):
+            total += part
+            part.zero_()
+
+    def gradients(self, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+        """(rho [b, K, D], beta [b, K], log_weights [b, K])."""
+        pull, cross, mass, spread = self.total
+        if side.beta is None:
+            return pull.mT, mass[:, 0], mass[:, 0]
+        rho, norms = side.rho.double().mT, side.norms.double()
+        beta = 2 * (rho * cross).sum(1, keepdim=True) - norms * mass
+        beta = beta - spread if side.per_memory else beta
+        lean = 2 * side.beta.double() * (cross - mass * rho)
+        return (pull + lean).mT, beta[:, 0], mass[:, 0]
+
+
+class Trajectory:
+    """One chunk's states and weights, rebuilt from v and then walked back."""
+
+    def __init__(
+        self, p: Problem, cell: Cell, side: Side, limit: int, steps: int, step: float
+    ) -> None:
+        self.p, self.cell, self.side, self.steps, self.step = p, cell, side, steps, step
+        self.sums = Sums(p, cell)
+        self.keep = keeps_weights(p, steps)
+        held = max(steps if self.keep else 1, 1)
+        self.narrow = [p.tile(cell, limit, p.shape[-1]) for _ in range(3 + max(steps, 1))]
+        self.wide = [p.tile(cell, limit, p.size) for _ in range(1 + held)]
+
+    def run(self, rows: slice) -> None:
+        """Forward over one chunk."""
+        self.rows, self.n = rows, rows.stop - rows.start
+        height = padded(self.n)
+        self.g, self.h, self.xb, *self.states = (tile[:, :height] for tile in self.narrow)
+        self.scores, *self.kept = (tile[:, :height] for tile in self.wide)
+        self.p.load(self.cell, rows, self.side, self.states[0])
+        self.gain = self.p.gain(self.cell, rows, self.side, self.step)
+        for t in range(self.steps):
+            weights = self.side.weights(self.states[t], self.kept[t if self.keep else 0])
+            if t + 1 < self.steps:
+                now, following = self.states[t : t + 2]
+                following[:, self.n :].zero_()
+                advance(now, following, self.n, self.side, weights, self.step, self.gain, self.xb)
+
+    def back(self, grad: Tensor, mask_total: GradientSum | None) -> Tensor:
+        """Gradient of the chunk's rows of v; the sums and the mask's gradient grow."""
+        g, h, n = self.g, self.h, self.n
+        g[:, :n].copy_(take(grad, self.cell, self.rows))
+        g[:, n:].zero_()
+        for t in reversed(range(self.steps)):
+            x, weights = self.states[t], self.kept[t if self.keep else 0]
+            if not self.keep:
+                self.side.weights(x, weights)
+            if mask_total is not None:
+                torch.bmm(weights, self.side.rho.expand(len(g), -1, -1), out=self.xb).sub_(x).mul_(
+                    g
+                )
+                live = self.step if self.side.alive is None else self.step * self.side.alive
+                mask_total.add(self.cell, self.xb[:, :n] * live, self.rows)
+            if self.gain is None:
+                torch.mul(g, self.step, out=h)
+            else:
+                h.copy_(g)[:, :n].mul_(self.gain)
+            self._step_back(x, weights)
+        self.sums.fold()
+        return g[:, :n]
+
+    def _step_back(self, x: Tensor, weights: Tensor) -> None:
+        """G and the sums through one step whose input is x; h = gain * g."""
+        g, h, side, scores = self.g, self.h, self.side, self.scores
+        pull, cross, mass, spread = self.sums.chunk
+        pull.baddbmm_(h.mT, weights)
+        g.sub_(h)
+        if side.beta is None:
+            return
+        torch.bmm(h, side.rho.mT.expand(len(h), -1, -1), out=scores)
+        softmax_backward_(scores, weights)
+        cross.baddbmm_(x.mT, scores)
+        mass.add_(scores.sum(1, keepdim=True))
+        g.baddbmm_(scores, side.keys.mT.expand(len(g), -1, -1))
+        if side.per_memory:
+            spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
+            g.addcmul_(scores @ side.beta.mT, x, value=-2)
+
+
+def keeps_weights(p: Problem, steps: int) -> bool:
+    """Whether the weights of all steps are kept for a chunk, rather than computed again."""
+    return steps * p.size * 16 <= KEPT_ENTRIES
+
+
+def totals_of(p: Problem, needs: Sequence[bool]) -> list[GradientSum | None]:
+    """One sum for each of v, rho, beta, update_mask, log_weights that needs a gradient."""
+    lifted = (p.v, p.rho, p.beta, p.mask, p.log_weights)
+    widths = (p.dtype, torch.float64, torch.float64, p.dtype, torch.float64)
+    return [
+        GradientSum(t, like, width)
+        if need and isinstance(t, Tensor) and isinstance(like, Tensor)
+        else None
+        for t, like, width, need in zip(p.operands, lifted, widths, needs, strict=True)
+    ]
+
+
+def results(p: Problem, totals: Sequence[GradientSum | None]) -> tuple[Tensor, ...]:
+    return tuple(p.v.new_empty(0) if total is None else total.result() for total in totals)
+
+
+def spread(
+    totals: Sequence[GradientSum | None], cell: Cell, gradients: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    for total, value in zip((totals[1], totals[2], totals[4]), gradients, strict=True):
+        if total is not None:
+            total.add(cell, value)
+
+
+def extended(rows: Tensor, problems: int, height: int, value: float) -> Tensor:
+    """[b, n, 1] as [problems, height, 1], filled up with `value`."""
+    full = rows.new_full((problems, height, 1), value)
+    full[:, : rows.shape[1]] = rows
+    return full

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Associative memory: the recursion, its energy, the nearest memory; docs/ops/am.md has the equations.
+
+First the truth (any device, twice differentiable, N x K memory), then the chunked CPU backend, whose
+gradients are written by hand. Shapes: v [..., N, D], rho [..., K, D], beta and log_weights
+broadcastable to [..., K], update_mask to [..., N, D]; leading dims broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._chunk import Cell, lift, row_chunks, take
+from ._recall import (
+    Beta,
+    Problem,
+    Side,
+    Sums,
+    Trajectory,
+    advance,
+    extended,
+    keeps_weights,
+    padded,
+    result_shape,
+    results,
+    spread,
+    totals_of,
+)
+from ._score import alive_memories, centred, compute_dtype, sqdist
+
+# ---- the truth -----------------------------------------------------------------------------------
+
+
+def _logits(x: Tensor, memories: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
+    """`log w_k - beta_k |x_n - rho_k|^2`; the distance itself, negated, at beta = inf."""
+    z = sqdist(x, memories) * -(
+        beta[..., None, :] if isinstance(beta, Tensor) and beta.ndim else beta
+    )
+    if log_weights is None:
+        return z
+    some = alive_memories(log_weights).any(-1, keepdim=True)[..., None]  # type: ignore[union-attr]
+    return torch.where(some, z + log_weights[..., None, :], 0.0)
+
+
+def _posterior(x: Tensor, memories: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
+    """`softmax_k(log w_k - beta_k |x - rho_k|^2)`; one-hot at the nearest memory for beta = inf."""
+    if not (isinstance(beta, float) and math.isinf(beta)):
+        return torch.softmax(_logits(x, memories, beta, log_weights), -1)
+    only = None if log_weights is None else torch.where(log_weights == -torch.inf, -torch.inf, 0.0)
+    top = _logits(x.detach(), memories.detach(), 1.0, only).max(-1, keepdim=True)
+    hits = torch.arange(memories.shape[-2], device=x.device) == top.indices
+    return hits.to(x.dtype) + 0.0 * top.values  # a row that is not finite stays visible
+
+
+def am_recursion(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    steps: int,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """`steps` times `v + step * update_mask * (softmax_k(log w_k - beta_k |v - rho_k|^2) @ rho - v)`."""
+    dtype = compute_dtype(v)
+    beta = beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
+    log_weights = None if log_weights is None else log_weights.to(dtype)
+    alive = alive_memories(log_weights)
+    memories, c = centred(rho.to(dtype), alive)
+    gain = step if update_mask is None else step * update_mask.to(dtype)
+    if alive is not None:
+        gain = gain * alive.any(-1, keepdim=True)[..., None].to(dtype)
+    x = v.to(dtype).expand(result_shape(v, rho, beta, update_mask, log_weights)).clone()
+    for _ in range(steps):
+        xb = _posterior(x - c, memories, beta, log_weights) @ memories
+        x = x + gain * (xb - (x - c))
+    return x.to(v.dtype)
+
+
+def am_step(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """One step of `am_recursion`."""
+    return am_recursion(v, rho, beta, 1, step, update_mask, log_weights, precision)
+
+
+def am_energy(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """`-(1/beta) logsumexp_k(log w_k - beta |v - rho_k|^2)`, [..., N]; +inf where no memory takes part."""
+    dtype = compute_dtype(v)
+    beta = beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
+    log_weights = None if log_weights is None else log_weights.to(dtype)
+    alive = alive_memories(log_weights)
+    memories, c = centred(rho.to(dtype), alive)
+    energy = -torch.logsumexp(_logits(v.to(dtype) - c, memories, beta, log_weights), -1) / beta
+    return energy if alive is None else torch.where(alive.any(-1, keepdim=True), energy, torch.inf)
+
+
+def am_assign(
+    v: Tensor, rho: Tensor, log_weights: Tensor | None = None, precision: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Nearest memory with log_weight > -inf, lowest index on ties, and its squared distance; -1 for none."""
+    v, rho = v.detach(), rho.detach()
+    dtype = compute_dtype(v)
+    alive = alive_memories(log_weights)
+    memories, c = centred(rho.to(dtype), alive)
+    z = -sqdist(v.to(dtype) - c, memories)
+    top = (z if alive is None else z.masked_fill(~alive[..., None, :], -torch.inf)).max(-1)
+    wide = memories.expand(*top.indices.shape[:-1], *memories.shape[-2:])
+    nearest = torch.take_along_dim(wide, top.indices[..., None], -2)
+    found = (
+        ~top.values.isnan() if alive is None else ~top.values.isnan() & alive.any(-1, keepdim=True)
+    )
+    pair = (v.to(dtype) - c - nearest).square().sum(-1)
+    if alive is not None:
+        pair = torch.where(alive.any(-1, keepdim=True), pair, torch.inf)
+    return torch.where(found, top.indices, -1), pair
+
+
+# ---- the CPU backend: row chunks, in place ---------------------------------------------------------
+
+
+def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> Tensor:
+    out = p.v.new_empty(p.shape)
+    if steps == 0 or step == 0:
+        return out.copy_(p.v.reshape(p.v.shape[-len(p.shape) :]))
+    lifted, d = lift(out, len(p.batch), 2), p.shape[-1]
+    for cell, side, limit in p.parts():
+        tiles = [p.tile(cell, limit, width) for width in (d, d, p.size)]
+        for rows in row_chunks(p.rows, limit):
+            n = rows.stop - rows.start
+            x, xb, weights = (tile[:, : padded(n)] for tile in tiles)
+            block = p.load(cell, rows, side, x)
+            gain = p.gain(cell, rows, side, step)
+            if lse is not None and side.beta is not None:
+                z = side.logits(x, weights)[:, :n]
+                take(lse, cell, rows).copy_(torch.logsumexp(z, -1, keepdim=True))
+            for _ in range(steps):
+                advance(x, x, n, side, side.weights(x, weights), step, gain, xb)
+            result = x[:, :n] + side.centre
+            if gain is not None:  # what is held keeps its bits
+                result = torch.where(gain == 0, block.to(p.dtype), result)
+            take(lifted, cell, rows).copy_(result)
+    return out
+
+
+def am_recursion_forward(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    steps: int,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """`am_recursion` in row chunks, all steps of a chunk before the next chunk."""
+    return _forward(Problem(v, rho, beta, update_mask, log_weights), steps, step)
+
+
+def am_step_forward(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """`am_step` in row chunks."""
+    return _forward(Problem(v, rho, beta, update_mask, log_weights), 1, step)
+
+
+def am_step_saved(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`am_step`, and the [..., N] logsumexp of its centred logits (less |x|^2 where beta is shared)."""
+    p = Problem(v, rho, beta, update_mask, log_weights)
+    lse = p.v.new_zeros((*p.shape[:-1], 1), dtype=p.dtype)
+    return _forward(p, 1, step, lift(lse, len(p.batch), 2)), lse[..., 0]
+
+
+def _backward(
+    grad: Tensor, p: Problem, steps: int, step: float, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients of (v, rho, beta, update_mask, log_weights); empty where not needed."""
+    totals, grad = totals_of(p, needs), lift(grad, len(p.batch), 2)
+    for cell, side, limit in p.parts(
+        steps * (p.shape[-1] + (p.size if keeps_weights(p, steps) else 0))
+    ):
+        path = Trajectory(p, cell, side, limit, steps, step)
+        for rows in row_chunks(p.rows, limit):
+            path.run(rows)
+            g = path.back(grad, totals[3])
+            if totals[0] is not None:
+                totals[0].add(cell, g, rows)
+        spread(totals, cell, path.sums.gradients(side))
+    return results(p, totals)
+
+
+def am_recursion_backward(
+    grad: Tensor,
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    steps: int,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of (v, rho, beta, update_mask, log_weights); the trajectory is recomputed by chunks."""
+    return _backward(grad, Problem(v, rho, beta, update_mask, log_weights), steps, step, needs)
+
+
+def am_step_backward(
+    grad: Tensor,
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    lse: Tensor,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of (v, rho, beta, update_mask, log_weights) of one step.
+
+    The saved lse is for GPU kernels: on a CPU exp(z - lse) is slower than the softmax it would spare.
+    """
+    return _backward(grad, Problem(v, rho, beta, update_mask, log_weights), 1, step, needs)
+
+
+class _EnergyChunk:
+    """Logits with |x|^2, never above log w: the distance is not below 0."""
+
+    def __init__(self, p: Problem, cell: Cell, side: Side, limit: int) -> None:
+        self.p, self.cell, self.side = p, cell, side
+        self.tiles = p.tile(cell, limit, p.shape[-1]), p.tile(cell, limit, p.size)
+        beta = side.beta
+        assert beta is not None, "the check of am_energy refuses an infinite beta"
+        self.beta = beta
+
+    def load(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(x, z) of one chunk, rows padded."""
+        height = padded(rows.stop - rows.start)
+        x, z = (tile[:, :height] for tile in self.tiles)
+        self.p.load(self.cell, rows, self.side, x)
+        self.side.logits(x, z).addcmul_(x.square().sum(-1, keepdim=True), self.beta, value=-1)
+        top = self.side.shift
+        return x, z.clamp_(max=0.0) if top is None else torch.minimum(z, top, out=z)
+
+
+def am_energy_forward(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    log_weights: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """`am_energy` in row chunks."""
+    p = Problem(v, rho, beta, log_weights=log_weights)
+    out = p.v.new_empty((*p.shape[:-1], 1), dtype=p.dtype)
+    lifted = lift(out, len(p.batch), 2)
+    for cell, side, limit in p.parts():
+        chunk = _EnergyChunk(p, cell, side, limit)
+        for rows in row_chunks(p.rows, limit):
+            z = chunk.load(rows)[1][:, : rows.stop - rows.start]
+            energy = torch.logsumexp(z, -1, keepdim=True) / -chunk.beta
+            if side.alive is not None:
+                energy = torch.where(side.alive > 0, energy, torch.inf)
+            take(lifted, cell, rows).copy_(energy)
+    return out[..., 0]
+
+
+def am_energy_backward(
+    grad: Tensor,
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    log_weights: Tensor | None,
+    energy: Tensor,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of (v, rho, beta, log_weights), from the saved energy."""
+    p = Problem(v, rho, beta, log_weights=log_weights)
+    dims, (need_v, need_rho, need_beta, need_weights) = len(p.batch), needs
+    totals = totals_of(p, (need_v, need_rho, need_beta, False, need_weights))
+    grad, energy = lift(grad[..., None], dims, 2), lift(energy[..., None], dims, 2)
+    for cell, side, limit in p.parts():
+        chunk, sums = _EnergyChunk(p, cell, side, limit), Sums(p, cell)
+        _, cross, mass, heat = sums.chunk
+        for rows in row_chunks(p.rows, limit):
+            x, z = chunk.load(rows)
+            g = extended(take(grad, cell, rows).to(p.dtype), cell.size, x.shape[1], 0.0)
+            lse = take(energy, cell, rows) * -chunk.beta
+            if side.alive is not None:
+                g, lse = g * side.alive, torch.where(side.alive > 0, lse, torch.inf)
+            q = z.sub_(extended(lse, cell.size, x.shape[1], torch.inf)).exp_()
+            if totals[2] is not None:
+                surprise = torch.special.entr(q)
+                if side.shift is not None:
+                    surprise.addcmul_(q, side.shift.clamp(min=torch.finfo(p.dtype).min))
+                heat.baddbmm_(g.mT, surprise)
+            q.mul_(g)
+            cross.baddbmm_(x.mT, q)
+            mass.add_(q.sum(1, keepdim=True))
+            if totals[0] is not None:
+                gx = (g * x).baddbmm_(q, side.rho.expand(len(q), -1, -1), alpha=-1).mul_(2)
+                totals[0].add(cell, gx[:, : rows.stop - rows.start], rows)
+            sums.fold()
+        _, cross, mass, heat = sums.total
+        scale = chunk.beta.double()
+        pulled = 2 * (mass * side.rho.mT - cross).mT
+        spread(totals, cell, (pulled, (heat / scale.square())[:, 0], (mass / -scale)[:, 0]))
+    return tuple(t for i, t in enumerate(results(p, totals)) if i != 3)
+
+
+def am_assign_forward(
+    v: Tensor, rho: Tensor, log_weights: Tensor | None = None, precision: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`am_assign` in row chunks."""
+    p = Problem(v, rho, math.inf, log_weights=log_weights)
+    labels = p.v.new_empty((*p.shape[:-1], 1), dtype=torch.int64)
+    sqdist = p.v.new_empty((*p.shape[:-1], 1), dtype=p.dtype)
+    outs = [lift(out, len(p.batch), 2) for out in (labels, sqdist)]
+    for cell, side, limit in p.parts():
+        tiles = p.tile(cell, limit, p.shape[-1]), p.tile(cell, limit, p.size)
+        for rows in row_chunks(p.rows, limit):
+            x, scores = (tile[:, : padded(rows.stop - rows.start)] for tile in tiles)
+            p.load(cell, rows, side, x)
+            top = side.logits(x, scores).max(-1, keepdim=True)
+            nearest = side.rho.expand(len(x), -1, -1).gather(
+                1, top.indices.expand(-1, -1, x.shape[-1])
+            )
+            found, pair = ~top.values.isnan(), (x - nearest).square_().sum(-1, keepdim=True)
+            if side.alive is not None:
+                found, pair = found & (side.alive > 0), torch.where(side.alive > 0, pair, torch.inf)
+            for out, value in zip(outs, (torch.where(found, top.indices, -1), pair), strict=True):
+                take(out, cell, rows).copy_(value[:, : rows.stop - rows.start])
+    return labels[..., 0], sqdist[..., 0]
