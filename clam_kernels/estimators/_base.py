@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the estimators share: data in, results out in the same container, devices, seeds, state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from sklearn.utils.validation import validate_data
+from torch import Tensor
+
+from ..exceptions import BackendUnavailableError
+
+_NARROW = ("bool", "int8", "uint8", "int16", "uint16", "float16")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data matrix as a tensor [N, D], float32 or float64, and the container it came in."""
+
+    values: Tensor
+    is_tensor: bool
+    origin: torch.device
+
+    def give(self, result: Tensor) -> Any:
+        """A result in the container of the input: numpy for arrays, else a tensor on its device."""
+        return result.to(self.origin) if self.is_tensor else result.cpu().numpy()
+
+    def give_labels(self, labels: Tensor) -> Any:
+        """Labels: int32 numpy as scikit-learn has them, int64 for tensors."""
+        return self.give(labels if self.is_tensor else labels.int())
+
+
+def read(estimator: Any, x: Any, *, reset: bool, allow_nan: bool = False) -> Data:
+    """Validate a data matrix by scikit-learn's rules and put it on the estimator's device.
+
+    float32 and float64 stay, 16-bit and narrower types become float32, everything else float64. The
+    input is never modified.
+    """
+    is_tensor = isinstance(x, Tensor)
+    values = _read_tensor(estimator, x, reset) if is_tensor else _read_array(estimator, x, reset)
+    _check_finite(estimator, values, allow_nan)
+    device = choose_device(estimator.device, x.device if is_tensor else None)
+    return Data(values.to(device), is_tensor, x.device if is_tensor else torch.device("cpu"))
+
+
+def _read_array(estimator: Any, x: Any, reset: bool) -> Tensor:
+    if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
+        raise ValueError("X: expected an array without masked entries, got a masked array")
+    narrow = str(getattr(x, "dtype", "")) in _NARROW
+    dtype = np.float32 if narrow else [np.float64, np.float32]
+    array = validate_data(estimator, x, reset=reset, dtype=dtype, ensure_all_finite=False)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
+    name = type(estimator).__name__
+    if x.is_complex():
+        raise ValueError("Complex data not supported")
+    if x.ndim != 2:
+        raise ValueError(f"Expected 2D tensor, got {x.ndim}D tensor instead: reshape to [N, D].")
+    for count, word, kind in ((x.shape[0], "sample", "shape"), (x.shape[1], "feature", "shape")):
+        if count == 0:
+            raise ValueError(
+                f"Found tensor with 0 {word}(s) ({kind}={tuple(x.shape)}) while a minimum of 1 is"
+                f" required by {name}."
+            )
+    if reset:
+        estimator.n_features_in_ = x.shape[1]
+        estimator.__dict__.pop("feature_names_in_", None)
+    elif x.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {x.shape[1]} features, but {name} is expecting"
+            f" {estimator.n_features_in_} features as input."
+        )
+    narrow = str(x.dtype).removeprefix("torch.") in (*_NARROW, "bfloat16", "float32")
+    return x.detach().to(torch.float32 if narrow else torch.float64)
+
+
+def _check_finite(estimator: Any, values: Tensor, allow_nan: bool) -> None:
+    """ValueError that names the first bad entry; a finite sum settles the common case in one pass."""
+    if bool(values.sum().isfinite()):
+        return
+    bad = values.isinf() if allow_nan else ~values.isfinite()
+    count = int(bad.sum())
+    if count == 0:
+        return
+    row, column = (int(i) for i in bad.nonzero()[0])
+    what = "NaN" if bool(values[row, column].isnan()) else "infinity"
+    hint = "impute them first" if not allow_nan else "only NaN stands for a missing value"
+    raise ValueError(
+        f"Input X contains {what}: {count} bad entr{'y' if count == 1 else 'ies'}, the first at row"
+        f" {row}, column {column}. {type(estimator).__name__} takes finite values; {hint}."
+    )
+
+
+def choose_device(wanted: str, origin: torch.device | None) -> torch.device:
+    """Where to compute: "auto" is the tensor's device, for arrays a GPU if there is one."""
+    if wanted == "auto":
+        return origin or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"device: expected one of this machine, got {wanted} without CUDA"
+        )
+    return device
+
+
+def keeps_state_on_failure(fit: F) -> F:
+    """Whatever ends a fit early, Ctrl-C too, leaves the estimator as it was before."""
+
+    @functools.wraps(fit)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = dict(self.__dict__)
+        try:
+            return fit(self, *args, **kwargs)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    return wrapped  # type: ignore[return-value]

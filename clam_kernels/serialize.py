@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model files: one safetensors file, no code in it, checked before anything is allocated.
+
+The header's metadata holds the format version, the class, its parameters and learned numbers as
+JSON. Writing is atomic: a temporary file in the same directory, fsync, rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .exceptions import ModelFileError
+
+FORMAT = 1
+CLASSES = ("ClAM",)
+MAX_HEADER_BYTES = 1 << 20
+_KEYS = {"format", "class", "package", "parameters", "learned"}
+
+
+def _plain(value: Any) -> Any:
+    """A parameter as JSON; arrays keep their dtype, numpy numbers become Python's."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        return {"array": value.tolist(), "dtype": str(value.dtype)}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be written to a model file")
+
+
+def _revive(value: Any) -> Any:
+    if isinstance(value, dict):
+        return np.array(value["array"], dtype=np.dtype(value["dtype"]))
+    return value
+
+
+def save(
+    path: str | PathLike[str],
+    kind: str,
+    parameters: Mapping[str, Any],
+    learned: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write a model. Parameters that are no data (callables, RandomState) raise TypeError."""
+    from safetensors.torch import save as to_bytes
+
+    from . import __version__
+
+    plain = {}
+    for name, value in parameters.items():
+        try:
+            plain[name] = _plain(value)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}; set it to a value before saving") from None
+    metadata = {
+        "format": str(FORMAT),
+        "class": kind,
+        "package": __version__,
+        "parameters": json.dumps(plain),
+        "learned": json.dumps({name: _plain(value) for name, value in learned.items()}),
+    }
+    payload = to_bytes({k: v.detach().contiguous().clone() for k, v in tensors.items()}, metadata)
+    write_atomically(Path(path), payload)
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Replace a file by new content or leave it as it was."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def reading(path: str | PathLike[str]) -> Iterator[None]:
+    """Whatever a damaged file makes the code below stumble over becomes a ModelFileError."""
+    try:
+        yield
+    except ModelFileError as error:
+        text = str(error)
+        raise ModelFileError(text if str(path) in text else f"{path}: {text}") from None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise ModelFileError(f"{path}: not a valid model file ({error})") from error
+
+
+def expect(ok: bool, text: str) -> None:
+    """ModelFileError unless ok."""
+    if not ok:
+        raise ModelFileError(text)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The JSON header, read with bounds."""
+    expect(path.is_file(), "not a regular file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        expect(len(start) == 8, f"truncated: {size} bytes")
+        length = struct.unpack("<Q", start)[0]
+        expect(length <= min(MAX_HEADER_BYTES, size - 8), "its header is longer than it may be")
+        header = json.loads(file.read(length).decode("utf-8"))
+    expect(isinstance(header, dict) and isinstance(header.get("__metadata__"), dict), "no metadata")
+    return dict(header["__metadata__"])
+
+
+def load(
+    path: str | PathLike[str], kind: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """(parameters, learned numbers, tensors) of a model of class `kind`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from . import __version__
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    with reading(path):
+        metadata = _header(path)
+        expect(set(metadata) == _KEYS, f"unknown metadata {sorted(set(metadata) ^ _KEYS)}")
+        newer = int(metadata["format"]) > FORMAT
+        expect(not newer, f"written by clam_kernels {metadata['package']}, this is {__version__}")
+        found = metadata["class"]
+        expect(found in CLASSES and found == kind, f"holds a {found}, not a {kind}")
+        parameters = json.loads(metadata["parameters"])
+        learned = json.loads(metadata["learned"])
+        expect(isinstance(parameters, dict) and isinstance(learned, dict), "damaged metadata")
+        try:
+            tensors: dict[str, Tensor] = load_file(path)
+        except SafetensorError as error:
+            raise ModelFileError(f"{path}: {error}") from error
+        expect(all(torch.is_tensor(t) for t in tensors.values()), "damaged tensors")
+        return {k: _revive(v) for k, v in parameters.items()}, learned, tensors
