@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of clusters, memories and completions. Each function returns what it drew on and never
-shows a window; matplotlib is imported at the first call."""
+shows a window; matplotlib is imported at the first call.
+"""
 
 from __future__ import annotations
 

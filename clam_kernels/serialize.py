@@ -44,6 +44,14 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be written to a model file")
 
 
+def _parameter(name: str, value: Any) -> Any:
+    """A parameter as JSON, or an error that names it."""
+    try:
+        return _plain(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}; set it to a value before saving") from None
+
+
 def _revive(value: Any) -> Any:
     if isinstance(value, dict):
         return np.array(value["array"], dtype=np.dtype(value["dtype"]))
@@ -62,12 +70,7 @@ def save(
 
     from . import __version__
 
-    plain = {}
-    for name, value in parameters.items():
-        try:
-            plain[name] = _plain(value)
-        except TypeError as error:
-            raise TypeError(f"{name}: {error}; set it to a value before saving") from None
+    plain = {name: _parameter(name, value) for name, value in parameters.items()}
     metadata = {
         "format": str(FORMAT),
         "class": kind,

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from clam_kernels import ClAM, __version__, plots
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+
+from clam_kernels import ClAM, __version__, plots
 
 SHAPE = (8, 8)
 

@@ -34,13 +34,16 @@ class Cell(NamedTuple):
 
 
 def chunk_rows(width: int, kept: int = 0) -> int:
-    """Rows of one chunk whose tiles are `width` wide, with `kept` entries a row held beside them."""
+    """Rows of one chunk whose tiles are `width` wide, with `kept` entries a row held beside
+    them.
+    """
     rows = max(MIN_ROWS, min(MAX_ROWS, TILE_ENTRIES // max(width, 1)))
     return max(16, min(rows, KEPT_ENTRIES // max(kept, 1)))
 
 
 def cells(batch: Sequence[int], rows: int, limit: int, core: int) -> Iterator[Cell]:
-    """Cells that cover `batch`; several problems share one where `rows` is far below `limit` and the
+    """Cells that cover `batch`; several problems share one where `rows` is far below `limit` and
+    the
     `core` entries a problem sums over its rows stay within the budget.
     """
     *lead, last = batch or (1,)

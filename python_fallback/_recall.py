@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunked machinery of a softmax over memories: the centred memories of a cell, the problem with its
+"""Chunked machinery of a softmax over memories: the centred memories of a cell, the problem with
+its
 batch dims spelled out, one chunk's trajectory and the sums that the gradients need.
 
 Everything works in place on 3-D tiles [problems, rows, .] of `_chunk`; nothing is N x K.
@@ -35,7 +36,9 @@ def result_shape(
 
 
 class Side(NamedTuple):
-    """The memories of one cell, centred: logits are `bias + x @ keys`, less beta |x|^2 if per memory."""
+    """The memories of one cell, centred: logits are `bias + x @ keys`, less beta |x|^2 if per
+    memory.
+    """
 
     centre: Tensor  # [b, 1, D]
     rho: Tensor  # [b, K, D]; memories that take no part are 0
@@ -91,7 +94,7 @@ class Problem:
         limit = chunk_rows(self.size, kept)
         core = self.size * self.rho.shape[-1]
         for cell in cells(self.batch, self.rows, limit, core):
-            yield cell, self._side(cell), min(limit, self.rows)
+            yield cell, self._side(cell), max(1, min(limit, self.rows))
 
     def _side(self, cell: Cell) -> Side:
         weights = None if self.log_weights is None else take(self.log_weights, cell).to(self.dtype)
@@ -134,7 +137,8 @@ class Problem:
 
 
 def padded(rows: int) -> int:
-    """Rows rounded up to 16: a row of a product then has the same bits wherever it stands, so that a
+    """Rows rounded up to 16: a row of a product then has the same bits wherever it stands, so that
+    a
     single row agrees with a batch.
     """
     return -(-rows // 16) * 16
@@ -150,7 +154,9 @@ def advance(
     gain: Tensor | None,
     xb: Tensor,
 ) -> None:
-    """Into = x + gain * (weights @ rho - x); into may be x, its rows past n are padding, xb is scratch."""
+    """Into = x + gain * (weights @ rho - x); into may be x, its rows past n are padding, xb is
+    scratch.
+    """
     rho = side.rho.expand(len(x), -1, -1)
     if gain is None:
         torch.mul(x, 1 - step, out=into).baddbmm_(weights, rho, alpha=step)

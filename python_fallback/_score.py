@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores shared by the families, each with one numeric recipe, and the dtype everything is computed in."""
+"""Scores shared by the families, each with one numeric recipe, and the dtype everything is
+computed in.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,22 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def alive_memories(log_weights: Tensor | None) -> Tensor | None:
     """Which memories take part ([..., K], bool): those with log_weight > -inf; None means all."""
-    return None if log_weights is None else log_weights != -torch.inf
+    return None if log_weights is None else torch.atleast_1d(log_weights) != -torch.inf
 
 
 def centred(rho: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`(rho - c, c)` with c `[..., 1, D]` the mean of the memories that take part, the others set to 0.
+    """`(rho - c, c)` with c `[..., 1, D]` the mean of the memories that take part, the others set
+    to 0.
 
-    Distances, the step and all gradients do not change under a shift, so c carries no gradient; it is
+    Distances, the step and all gradients do not change under a shift, so c carries no gradient; it
+    is
     what keeps the expanded distance exact for data far from the origin.
     """
     fixed = rho.detach()
     if alive is None:
         c = fixed.mean(-2, keepdim=True)
         return rho - c, c
-    keep = alive[..., None]
+    keep = alive.expand(*alive.shape[:-1], rho.shape[-2])[..., None]
     c = torch.where(keep, fixed, 0.0).sum(-2, keepdim=True) / keep.sum(-2, keepdim=True).clamp(
         min=1
     )
@@ -40,7 +44,8 @@ def sqdist(x: Tensor, y: Tensor) -> Tensor:
     return x.square().sum(-1, keepdim=True) + norms
 
 
-# Below one vector's width torch's softmax over the last dim runs scalar, 4 to 8 times slower than the
+# Below one vector's width torch's softmax over the last dim runs scalar, 4 to 8 times slower than
+# the
 # same in elementwise passes.
 _NARROW = 16
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Associative memory: the recursion, its energy, the nearest memory; docs/ops/am.md has the equations.
+"""Associative memory: the recursion, its energy, the nearest memory; docs/ops/am.md has the
+equations.
 
-First the truth (any device, twice differentiable, N x K memory), then the chunked CPU backend, whose
+First the truth (any device, twice differentiable, N x K memory), then the chunked CPU backend,
+whose
 gradients are written by hand. Shapes: v [..., N, D], rho [..., K, D], beta and log_weights
 broadcastable to [..., K], update_mask to [..., N, D]; leading dims broadcast.
 """
@@ -14,11 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._chunk import Cell, lift, row_chunks, take
+from ._chunk import lift, row_chunks, take
 from ._recall import (
     Beta,
     Problem,
-    Side,
     Sums,
     Trajectory,
     advance,
@@ -30,7 +31,7 @@ from ._recall import (
     spread,
     totals_of,
 )
-from ._score import alive_memories, centred, compute_dtype, sqdist
+from ._score import alive_memories, centred, compute_dtype, softmax_, sqdist
 
 # ---- the truth -----------------------------------------------------------------------------------
 
@@ -43,7 +44,7 @@ def _logits(x: Tensor, memories: Tensor, beta: Beta, log_weights: Tensor | None)
     if log_weights is None:
         return z
     some = alive_memories(log_weights).any(-1, keepdim=True)[..., None]  # type: ignore[union-attr]
-    return torch.where(some, z + log_weights[..., None, :], 0.0)
+    return torch.where(some, z + torch.atleast_1d(log_weights)[..., None, :], 0.0)
 
 
 def _posterior(x: Tensor, memories: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
@@ -66,7 +67,9 @@ def am_recursion(
     log_weights: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """`steps` times `v + step * update_mask * (softmax_k(log w_k - beta_k |v - rho_k|^2) @ rho - v)`."""
+    """`steps` times `v + step * update_mask * (softmax_k(log w_k - beta_k |v - rho_k|^2) @ rho -
+    v)`.
+    """
     dtype = compute_dtype(v)
     beta = beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
     log_weights = None if log_weights is None else log_weights.to(dtype)
@@ -102,7 +105,9 @@ def am_energy(
     log_weights: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """`-(1/beta) logsumexp_k(log w_k - beta |v - rho_k|^2)`, [..., N]; +inf where no memory takes part."""
+    """`-(1/beta) logsumexp_k(log w_k - beta |v - rho_k|^2)`, [..., N]; +inf where no memory takes
+    part.
+    """
     dtype = compute_dtype(v)
     beta = beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
     log_weights = None if log_weights is None else log_weights.to(dtype)
@@ -115,7 +120,9 @@ def am_energy(
 def am_assign(
     v: Tensor, rho: Tensor, log_weights: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Nearest memory with log_weight > -inf, lowest index on ties, and its squared distance; -1 for none."""
+    """Nearest memory with log_weight > -inf, lowest index on ties, and its squared distance; -1
+    for none.
+    """
     v, rho = v.detach(), rho.detach()
     dtype = compute_dtype(v)
     alive = alive_memories(log_weights)
@@ -133,7 +140,7 @@ def am_assign(
     return torch.where(found, top.indices, -1), pair
 
 
-# ---- the CPU backend: row chunks, in place ---------------------------------------------------------
+# ---- the CPU backend: row chunks, in place -----------------------------------------------------
 
 
 def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> Tensor:
@@ -196,7 +203,9 @@ def am_step_saved(
     log_weights: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`am_step`, and the [..., N] logsumexp of its centred logits (less |x|^2 where beta is shared)."""
+    """`am_step`, and the [..., N] logsumexp of its centred logits (less |x|^2 where beta is
+    shared).
+    """
     p = Problem(v, rho, beta, update_mask, log_weights)
     lse = p.v.new_zeros((*p.shape[:-1], 1), dtype=p.dtype)
     return _forward(p, 1, step, lift(lse, len(p.batch), 2)), lse[..., 0]
@@ -232,7 +241,9 @@ def am_recursion_backward(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (v, rho, beta, update_mask, log_weights); the trajectory is recomputed by chunks."""
+    """Gradients of (v, rho, beta, update_mask, log_weights); the trajectory is recomputed by
+    chunks.
+    """
     return _backward(grad, Problem(v, rho, beta, update_mask, log_weights), steps, step, needs)
 
 
@@ -250,29 +261,10 @@ def am_step_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of (v, rho, beta, update_mask, log_weights) of one step.
 
-    The saved lse is for GPU kernels: on a CPU exp(z - lse) is slower than the softmax it would spare.
+    The saved lse is for GPU kernels: on a CPU exp(z - lse) is slower than the softmax it would
+    spare.
     """
     return _backward(grad, Problem(v, rho, beta, update_mask, log_weights), 1, step, needs)
-
-
-class _EnergyChunk:
-    """Logits with |x|^2, never above log w: the distance is not below 0."""
-
-    def __init__(self, p: Problem, cell: Cell, side: Side, limit: int) -> None:
-        self.p, self.cell, self.side = p, cell, side
-        self.tiles = p.tile(cell, limit, p.shape[-1]), p.tile(cell, limit, p.size)
-        beta = side.beta
-        assert beta is not None, "the check of am_energy refuses an infinite beta"
-        self.beta = beta
-
-    def load(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """(x, z) of one chunk, rows padded."""
-        height = padded(rows.stop - rows.start)
-        x, z = (tile[:, :height] for tile in self.tiles)
-        self.p.load(self.cell, rows, self.side, x)
-        self.side.logits(x, z).addcmul_(x.square().sum(-1, keepdim=True), self.beta, value=-1)
-        top = self.side.shift
-        return x, z.clamp_(max=0.0) if top is None else torch.minimum(z, top, out=z)
 
 
 def am_energy_forward(
@@ -282,18 +274,26 @@ def am_energy_forward(
     log_weights: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """`am_energy` in row chunks."""
+    """`am_energy` in row chunks: |x|^2 comes after the sum, and bounds it since no distance is <
+    0.
+    """
     p = Problem(v, rho, beta, log_weights=log_weights)
     out = p.v.new_empty((*p.shape[:-1], 1), dtype=p.dtype)
     lifted = lift(out, len(p.batch), 2)
     for cell, side, limit in p.parts():
-        chunk = _EnergyChunk(p, cell, side, limit)
+        assert side.beta is not None, "the check of am_energy refuses an infinite beta"
+        shift = torch.zeros_like(side.norms)  # [b, 1, K], however log_weights broadcast
+        shift = shift if side.shift is None else shift + side.shift
+        lowest = torch.logsumexp(shift, -1, keepdim=True) / -side.beta
+        tiles = p.tile(cell, limit, p.shape[-1]), p.tile(cell, limit, p.size)
         for rows in row_chunks(p.rows, limit):
-            z = chunk.load(rows)[1][:, : rows.stop - rows.start]
-            energy = torch.logsumexp(z, -1, keepdim=True) / -chunk.beta
-            if side.alive is not None:
-                energy = torch.where(side.alive > 0, energy, torch.inf)
-            take(lifted, cell, rows).copy_(energy)
+            n = rows.stop - rows.start
+            x, z = (tile[:, : padded(n)] for tile in tiles)
+            p.load(cell, rows, side, x)
+            top = side.logits(x, z).amax(-1, keepdim=True)
+            lse = top - softmax_(z).amax(-1, keepdim=True).log_()
+            energy = x.square().sum(-1, keepdim=True) - lse / side.beta
+            take(lifted, cell, rows).copy_(torch.maximum(energy, lowest)[:, :n])
     return out[..., 0]
 
 
@@ -303,25 +303,27 @@ def am_energy_backward(
     rho: Tensor,
     beta: Beta,
     log_weights: Tensor | None,
-    energy: Tensor,
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (v, rho, beta, log_weights), from the saved energy."""
+    """Gradients of (v, rho, beta, log_weights); the weights are computed again, since exp(z + beta
+    E)
+    of a saved energy lacks the digits that beta E has before the point.
+    """
     p = Problem(v, rho, beta, log_weights=log_weights)
     dims, (need_v, need_rho, need_beta, need_weights) = len(p.batch), needs
     totals = totals_of(p, (need_v, need_rho, need_beta, False, need_weights))
-    grad, energy = lift(grad[..., None], dims, 2), lift(energy[..., None], dims, 2)
+    grad = lift(grad[..., None], dims, 2)
     for cell, side, limit in p.parts():
-        chunk, sums = _EnergyChunk(p, cell, side, limit), Sums(p, cell)
+        assert side.beta is not None, "the check of am_energy refuses an infinite beta"
+        sums, tiles = Sums(p, cell), (p.tile(cell, limit, p.shape[-1]), p.tile(cell, limit, p.size))
         _, cross, mass, heat = sums.chunk
         for rows in row_chunks(p.rows, limit):
-            x, z = chunk.load(rows)
+            x, q = (tile[:, : padded(rows.stop - rows.start)] for tile in tiles)
+            p.load(cell, rows, side, x)
+            side.weights(x, q)
             g = extended(take(grad, cell, rows).to(p.dtype), cell.size, x.shape[1], 0.0)
-            lse = take(energy, cell, rows) * -chunk.beta
-            if side.alive is not None:
-                g, lse = g * side.alive, torch.where(side.alive > 0, lse, torch.inf)
-            q = z.sub_(extended(lse, cell.size, x.shape[1], torch.inf)).exp_()
+            g = g if side.alive is None else g * side.alive
             if totals[2] is not None:
                 surprise = torch.special.entr(q)
                 if side.shift is not None:
@@ -335,7 +337,7 @@ def am_energy_backward(
                 totals[0].add(cell, gx[:, : rows.stop - rows.start], rows)
             sums.fold()
         _, cross, mass, heat = sums.total
-        scale = chunk.beta.double()
+        scale = side.beta.double()
         pulled = 2 * (mass * side.rho.mT - cross).mT
         spread(totals, cell, (pulled, (heat / scale.square())[:, 0], (mass / -scale)[:, 0]))
     return tuple(t for i, t in enumerate(results(p, totals)) if i != 3)

@@ -53,7 +53,8 @@ def backend(name: str | None) -> Iterator[None]:
     Raises
     ------
     ValueError
-        The name is none of these. An op that the backend cannot run raises RuntimeError when called.
+        The name is none of these. An op that the backend cannot run raises RuntimeError when
+        called.
 
     Examples
     --------
@@ -118,7 +119,7 @@ def choose(spec: Runnable, device: str) -> tuple[str, str]:
         return name, "forced"
     if device != "cuda":
         return "reference", f"the tensors are on {device}"
-    refusals = []
+    refusals: list[str] = []
     for candidate in ("cuda", "triton"):
         reason = why_not(spec, candidate, device)
         if reason is None:
@@ -140,11 +141,14 @@ def _tell_fallback(spec: Runnable, reason: str) -> None:
 
 @contextlib.contextmanager
 def _float32_products(precision: str) -> Iterator[None]:
-    """Hold torch's own matrix products at float32 where "highest" is asked and its mode is lower."""
+    """Hold torch's own matrix products at float32 where "highest" is asked and its mode is
+    lower.
+    """
     if precision != "highest" or default_precision() == "highest":
         yield
         return
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn: Any = torch.backends.mkldnn
+    switches = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CUDA library: found beside the package, loaded once, at first use, never at import."""
+"""The compiled CUDA library: found beside the package, loaded once, at first use, never at
+import.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ BUILD_FILE = _PACKAGE / "_build.json"
 
 
 def build_record() -> dict[str, Any]:
-    """What the installer wrote: {cuda, archs, reason, torch, nvcc}; a reason if it wrote nothing."""
+    """What the installer wrote: {cuda, archs, reason, torch, nvcc}; a reason if it wrote
+    nothing.
+    """
     try:
         record: dict[str, Any] = json.loads(BUILD_FILE.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry: an op is declared once, as an `OpSpec`, and installed here under every dispatch key.
+"""The registry: an op is declared once, as an `OpSpec`, and installed here under every dispatch
+key.
 
-For each op: a kernel for CPU and CUDA (checks, then the chosen backend), a fake, an Autograd kernel,
+For each op: a kernel for CPU and CUDA (checks, then the chosen backend), a fake, an Autograd
+kernel,
 autocast, a vmap rule; and, where it has a `Gradient`, the ops `_<name>_forward` (if something
 beside inputs and output is saved) and `<name>_backward`. This is the only file that uses torch's
 private dispatch functions.
@@ -303,7 +305,9 @@ class _Installation:
     # ---- autocast and vmap -----------------------------------------------------------------------
 
     def _autocast(self) -> None:
-        """Promote what must share a dtype to the widest; a half autocast dtype asks for "medium"."""
+        """Promote what must share a dtype to the widest; a half autocast dtype asks for
+        "medium".
+        """
         promoted = [self.names.index(n) for n in self.spec.same_dtype]
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -421,7 +425,7 @@ def _refuse_gradient(op: Any, why: str) -> None:
         def backward(ctx: Any, *_: Any) -> NoReturn:
             raise NotImplementedError(f"{name}: {why}")
 
-    apply = cast(Callable[..., Any], Refuse.apply)
+    apply: Callable[..., Any] = Refuse.apply
 
     def kernel(*a: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in a):
@@ -478,5 +482,5 @@ def _function(
                 result[i] = value if need else None
             return tuple(result)
 
-    apply = cast(Callable[..., Any], Fn.apply)
+    apply: Callable[..., Any] = Fn.apply
     return (lambda *a: apply(*a)[0]) if has_forward else apply

@@ -83,7 +83,9 @@ def _read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
 
 
 def _check_finite(estimator: Any, values: Tensor, allow_nan: bool) -> None:
-    """ValueError that names the first bad entry; a finite sum settles the common case in one pass."""
+    """ValueError that names the first bad entry; a finite sum settles the common case in one
+    pass.
+    """
     if bool(values.sum().isfinite()):
         return
     bad = values.isinf() if allow_nan else ~values.isfinite()

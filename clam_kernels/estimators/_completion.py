@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..ops.am import am_recursion
 
-# The authors' schedule: the learning rate falls by SHRINK when the mean loss of WINDOW epochs gained
+# The authors' schedule: the learning rate falls by SHRINK when the mean loss of WINDOW epochs
+# gained
 # less than GAIN for PATIENCE epochs in a row; training ends below LOWEST_RATE.
 WINDOW, GAIN, PATIENCE, SHRINK, LOWEST_RATE = 10, 1e-3, 5, 0.8, 1e-6
 
@@ -46,7 +47,8 @@ class Trained:
 
 
 def draw_masks(rows: int, features: int, ratio: float, generator: torch.Generator) -> Tensor:
-    """Masked entries [rows, features], Bernoulli(ratio): at least one in a row, never all of several.
+    """Masked entries [rows, features], Bernoulli(ratio): at least one in a row, never all of
+    several.
 
     A single feature is not masked at all: nothing would be left to complete it from.
     """
@@ -157,7 +159,7 @@ def _epoch(
         x = z[index.to(z.device)]
         loss = _loss(x, masks.expand(len(index), -1).to(z.device), optimiser.memories(), plan)
         optimiser.adam.zero_grad()
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+        loss.sum().backward()
         optimiser.adam.step()
         total += loss.detach().double() * (len(index) / len(z))
     return total.cpu()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The affine frame every fit runs in: features centred on their means, scaled by a power of two.
 
-Centring keeps float32 distances exact far from the origin; the power of two keeps squares finite for
+Centring keeps float32 distances exact far from the origin; the power of two keeps squares finite
+for
 data near the ends of the float range and changes no digit.
 """
 
@@ -24,8 +25,18 @@ def chunks(x: Tensor) -> Iterator[Tensor]:
 
 def scaled(x: Tensor, exponent: int) -> Tensor:
     """`x * 2**exponent` without an overflow on the way."""
-    half = exponent // 2
-    return x * 2.0**half * 2.0 ** (exponent - half)
+    while exponent:
+        part = max(-1000, min(1000, exponent))
+        x, exponent = x * 2.0**part, exponent - part
+    return x
+
+
+def rescaled(value: float, exponent: int) -> float:
+    """`value * 2**exponent`, 0 or inf where that is past the ends of the floats."""
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def _exponent(top: Tensor) -> int:

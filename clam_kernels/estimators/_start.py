@@ -56,8 +56,8 @@ def _given(init: Any, frame: Frame, data: Data, shape: tuple[int, int]) -> Tenso
     x = torch.as_tensor(np.array(init)) if not isinstance(init, Tensor) else init
     if tuple(x.shape) != shape:
         raise ValueError(
-            f"The shape of the initial centers {tuple(x.shape)} does not match the number of clusters"
-            f" {shape[0]} and the number of features of the data {shape[1]}."
+            f"The shape of the initial centers {tuple(x.shape)} does not match the number of"
+            f" clusters {shape[0]} and the number of features of the data {shape[1]}."
         )
     x = x.detach().to(data.values.device, torch.float64)
     if not bool(x.isfinite().all()):
@@ -66,7 +66,8 @@ def _given(init: Any, frame: Frame, data: Data, shape: tuple[int, int]) -> Tenso
 
 
 def gap_of(z: Tensor, memories: Tensor, seed: int) -> float:
-    """Median over rows of second-nearest minus nearest squared distance, for the best of the replicas.
+    """Median over rows of second-nearest minus nearest squared distance, for the best of the
+    replicas.
 
     Where that is 0 or there is one memory: the mean nearest distance; where that is 0 too: 1.
     """

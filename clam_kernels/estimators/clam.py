@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from numbers import Integral, Real
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -29,40 +27,22 @@ from .._core.backend import PRECISIONS
 from .._core.registry import explain
 from ..ops.am import am_energy, am_recursion
 from ._base import Data, keeps_state_on_failure, read
-from ._completion import Plan, train
-from ._frame import Frame, chunks
-from ._selection import Candidate, Fitted, assigned, choose, measure
-from ._start import gap_of, starts
+from ._files import ModelFile
+from ._frame import Frame, chunks, rescaled, scaled
+from ._search import RECIPES, resolved, search
+from ._selection import Candidate, assigned
+from ._start import gap_of
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers behind a recipe; arguments given to the estimator come before them."""
-
-    init: str
-    n_init: int
-    max_iter: int
-    batch_size: int
-    betas: tuple[float, ...]  # in units of 1/gap, for the authors' recipe of 1/|x|^2
-    steps: int
-    step: float
-    mask_ratio: float
-    learning_rate: float  # in units of the data's root mean square, for the authors' of |x|
-    authors: bool
-
-
-RECIPES = {
-    "default": Recipe("k-means++", 8, 60, 512, (1.0, 3.0, 10.0), 1, 1.0, 0.2, 0.05, False),
-    # beta: half of the example grid of the authors' code, whose weights are exp(-beta d^2 / 2)
-    "paper": Recipe("normal", 4, 200, 8, (0.55, 0.75, 0.95, 1.2), 10, 0.1, 0.2, 0.01, True),
-}
 RECALL_STEPS = 10
 
 
-class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
+class ClAM(
+    ModelFile, ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator
+):
     """Clustering with associative memories.
 
-    The memories rho_k are trained so that the recursion v <- v + step (softmax_k(-beta |v - rho_k|^2)
+    The memories rho_k are trained so that the recursion v <- v + step (softmax_k(-beta |v -
+    rho_k|^2)
     @ rho - v), started from rows with hidden entries, restores those entries (Saha, Krotov, Zaki,
     Ram 2023, arXiv 2306.03209). Scale the features first; fit only centres them.
 
@@ -72,7 +52,8 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         Number of memories K.
     recipe : "default" or "paper", default "default"
         What the arguments below that are None stand for. "paper" is the published procedure
-        (normal random start, 10 steps of .1, batches of 8, its learning-rate schedule, labels by the
+        (normal random start, 10 steps of .1, batches of 8, its learning-rate schedule, labels by
+        the
         recursion), with its numbers in absolute units: standardise the features.
     init : "k-means++", "random", "normal", array [K, D] or callable, default by recipe
         Start: k-means++ seeding, random rows, the paper's normal(.1, .1) around the mean, given
@@ -84,7 +65,8 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
     batch_size : int, default by recipe (512; paper 8)
         Rows of a training batch.
     beta : float > 0, unit 1/|x|^2, default by recipe
-        Inverse temperature of training and of `beta_`. Default: 1, 3 and 10 over the gap of the data
+        Inverse temperature of training and of `beta_`. Default: 1, 3 and 10 over the gap of the
+        data
         in turn (paper: .55, .75, .95, 1.2).
     steps, step : int >= 1 and float in (0, 2], default by recipe (1 and 1.0; paper 10 and .1)
         The recursion in training, and in the labels of the paper's recipe.
@@ -118,7 +100,8 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
     inertia_ : float
         Sum of squared distances of the rows to the memory of their label.
     beta_ : float
-        Inverse temperature of `predict_proba` and `energy`: 3 / gap_ unless given (paper: that of the
+        Inverse temperature of `predict_proba` and `energy`: 3 / gap_ unless given (paper: that of
+        the
         restart kept).
     gap_ : float
         Median over rows of second-nearest minus nearest squared distance.
@@ -167,6 +150,19 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         "verbose": ["verbose"],
     }
 
+    _arrays = ("cluster_centers_", "labels_", "loss_curve_")
+    _learned = (
+        "n_features_in_",
+        "inertia_",
+        "beta_",
+        "gap_",
+        "n_clusters_used_",
+        "n_iter_",
+        "device_",
+        "backend_",
+        "_sharpness",
+    )
+
     def __init__(
         self,
         n_clusters: int = 8,
@@ -208,7 +204,7 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         self.random_state = random_state
         self.verbose = verbose
 
-    # ---- fitting -----------------------------------------------------------------------------------
+    # ---- fitting -------------------------------------------------------------------------------
 
     @keeps_state_on_failure
     def fit(self, X: Any, y: Any = None) -> ClAM:
@@ -240,75 +236,37 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         frame = Frame.of(x)
         z = frame.states(x, x.dtype)
-        chosen, epochs = self._search(z, frame, data, seed)
+        chosen, epochs = search(self, z, frame, data, seed, self._progress())
         self._store(data, frame, chosen, epochs)
         return self
 
-    def _search(self, z: Tensor, frame: Frame, data: Data, seed: int) -> tuple[Candidate, int]:
-        """Start, train and choose, in the frame."""
-        recipe, unit = RECIPES[self.recipe], 2.0**frame.unit
-        n_init = self._or("n_init")
-        memories = starts(self, recipe, z, frame, data, seed, n_init)
-        gap = gap_of(z, memories, seed)
-        scale = 1.0 if recipe.authors else 1.0 / gap
-        betas = [b * scale for b in recipe.betas]
-        if self.beta is not None or recipe.authors:
-            given = recipe.betas if self.beta is None else (self.beta,)
-            betas = [b * unit * unit for b in given]
-        length = 1.0 / unit if recipe.authors else float(z.double().square().mean().sqrt())
-        cycle = [betas[r % len(betas)] for r in range(len(memories))]
-        plan = Plan(
-            beta=torch.tensor(cycle, dtype=z.dtype, device=z.device)[:, None],
-            steps=self._or("steps"),
-            step=float(self._or("step")),
-            mask_ratio=self._or("mask_ratio"),
-            clamp=self.clamp,
-            learning_rate=self._or("learning_rate") * (length or 1.0),
-            batch_size=self._or("batch_size"),
-            epochs=self._or("max_iter"),
-            authors=recipe.authors,
-            precision=self.precision,
-            seed=seed,
-        )
-        trained = train(z, memories, plan, self._progress())
-        fitted = Fitted(z, trained, plan, cycle, recipe.authors)
-        candidates = measure(fitted, self.select, seed)
-        guard = None if recipe.authors else self.inertia_guard
-        best = choose(candidates, self.select, guard, self.n_clusters if not recipe.authors else 1)
-        return best, len(trained.losses)
-
     def _store(self, data: Data, frame: Frame, chosen: Candidate, epochs: int) -> None:
         """Learned state from the candidate kept; labels are those that predict gives."""
-        squared = 4.0**frame.unit
+        squared = 2 * frame.unit  # exponent of a squared length
         centers = frame.data(chosen.memories).to(data.values.dtype)
         self.cluster_centers_ = data.give(centers)
         self._frame = frame
-        self.gap_ = (
-            gap_of(frame.states(data.values, data.values.dtype), chosen.memories[None], 0) * squared
-        )
-        own = chosen.beta / squared if self.recipe == "paper" else 3.0 / self.gap_
-        self.beta_ = float(own if self.beta is None else self.beta)
-        self.loss_curve_ = np.asarray(chosen.losses) * squared
+        gap = gap_of(frame.states(data.values, data.values.dtype), chosen.memories[None], 0)
+        beta = chosen.beta if self.recipe == "paper" or self.beta is not None else 3.0 / gap
+        # beta and 1/gap in the frame: in units of the data they may be past the ends of the floats
+        self._sharpness = [beta, 1.0 / gap]
+        self.gap_, self.beta_ = rescaled(gap, squared), rescaled(beta, -squared)
+        self.loss_curve_ = np.array([rescaled(loss, squared) for loss in chosen.losses])
         self.n_iter_ = epochs
         self.device_ = str(data.values.device)
         self.backend_ = explain("am_recursion", data.values).split(": ")[1].split(" at ")[0]
         self._n_features_out = self.n_clusters
         labels, sqdist = self._nearest(data)
         self.labels_ = data.give_labels(labels)
-        self.inertia_ = float(sqdist.double().sum()) * squared
+        self.inertia_ = rescaled(float(sqdist.double().sum()), squared)
         self.n_clusters_used_ = len(labels.unique())
         if self.n_clusters_used_ < self.n_clusters:
             warnings.warn(
-                f"{self.n_clusters_used_} of n_clusters={self.n_clusters} clusters are used: X has too"
-                " few distinct rows, or n_clusters is too large for it.",
+                f"{self.n_clusters_used_} of n_clusters={self.n_clusters} clusters are used:"
+                " X has too few distinct rows, or n_clusters is too large for it.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
-
-    def _or(self, name: str) -> Any:
-        """An argument, or what the recipe has for it."""
-        value = getattr(self, name)
-        return getattr(RECIPES[self.recipe], name) if value is None else value
 
     def _progress(self) -> Callable[[Iterable[int]], Iterable[int]]:
         if not self.verbose:
@@ -317,7 +275,7 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
 
         return lambda epochs: tqdm(epochs, desc="ClAM", unit="epoch", leave=False)
 
-    # ---- using ---------------------------------------------------------------------------------------
+    # ---- using ---------------------------------------------------------------------------------
 
     def _centers(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The memories in the frame."""
@@ -337,10 +295,12 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         return results
 
     def _recalled(self, z: Tensor, centers: Tensor) -> Tensor:
-        """States whose nearest memory gives the label: the paper's are those after the recursion."""
+        """States whose nearest memory gives the label: the paper's are those after the
+        recursion.
+        """
         if self.recipe != "paper":
             return z
-        steps, step = self._or("steps"), float(self._or("step"))
+        steps, step = resolved(self, "steps"), float(resolved(self, "step"))
         return am_recursion(z, centers, self._beta(), steps, step=step, precision=self.precision)
 
     def _dtype(self) -> torch.dtype:
@@ -349,7 +309,7 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
 
     def _beta(self) -> float:
         """beta_ in the frame."""
-        return float(self.beta_ * 4.0**self._frame.unit)
+        return self._sharpness[0]
 
     def _nearest(self, data: Data) -> tuple[Tensor, Tensor]:
         """(labels, squared distances in the frame from the rows to the memory of their label)."""
@@ -401,7 +361,8 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         data = read(self, X, reset=False)
         labels = self._nearest(data)[0][:, None]
         p = torch.softmax(self._distances(data).square_().mul_(-self._beta()), -1)
-        # two memories so close that their weights round to the same number: the label's is the larger
+        # two memories so close that their weights round to the same number: the label's is the
+        # larger
         top = p.amax(-1, keepdim=True)
         tied = p.argmax(-1, keepdim=True) != labels
         raised = torch.nextafter(top, torch.full_like(top, 2.0))
@@ -420,7 +381,7 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         """
         check_is_fitted(self)
         data = read(self, X, reset=False)
-        return data.give(self._distances(data) * 2.0**self._frame.unit)
+        return data.give(scaled(self._distances(data), self._frame.unit))
 
     def score(self, X: Any, y: Any = None) -> float:
         """Minus the sum of squared distances of the rows to the memory of their label.
@@ -436,7 +397,8 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         """
         check_is_fitted(self)
         data = read(self, X, reset=False)
-        return -float(self._nearest(data)[1].double().sum()) * 4.0**self._frame.unit
+        inertia = float(self._nearest(data)[1].double().sum())
+        return -rescaled(inertia, 2 * self._frame.unit)
 
     def energy(self, X: Any) -> Any:
         """Energy of each row at beta_: -(1/beta_) logsumexp_k(-beta_ |x - rho_k|^2).
@@ -454,7 +416,7 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         data = read(self, X, reset=False)
         beta = self._beta()
         parts = self._by_chunks(data, lambda z, c: am_energy(z, c, beta, precision=self.precision))
-        return data.give(torch.cat(parts) * 4.0**self._frame.unit)
+        return data.give(scaled(torch.cat(parts), 2 * self._frame.unit))
 
     def complete(
         self, X: Any, *, beta: float | None = None, steps: int = RECALL_STEPS, step: float = 1.0
@@ -476,7 +438,8 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         """
         check_is_fitted(self)
         data = read(self, X, reset=False, allow_nan=True)
-        sharp = (1.0 / self.gap_ if beta is None else beta) * 4.0**self._frame.unit
+        squared = 2 * self._frame.unit
+        sharp = self._sharpness[1] if beta is None else rescaled(beta, squared)
         rows = []
         with torch.inference_mode():
             for part in chunks(data.values):
@@ -494,85 +457,12 @@ class ClAM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
                 rows.append(torch.where(hidden, self._frame.data(out).to(part.dtype), part))
         return data.give(torch.cat(rows))
 
-    # ---- files ---------------------------------------------------------------------------------------
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the fitted model as one safetensors file, atomically.
-
-        Parameters
-        ----------
-        path : path of the file
-        """
-        check_is_fitted(self)
-        tensors = {
-            "cluster_centers": self._host(self.cluster_centers_),
-            "mean": self._frame.mean.cpu(),
-        }
-        tensors["labels"] = self._host(self.labels_)
-        tensors["loss_curve"] = torch.from_numpy(self.loss_curve_)
-        learned = {name: getattr(self, name) for name in _LEARNED if hasattr(self, name)}
-        learned["frame"] = [self._frame.range, self._frame.spread]
-        names = getattr(self, "feature_names_in_", None)
-        if names is not None:
-            learned["feature_names_in_"] = list(names)
-        serialize.save(path, type(self).__name__, self.get_params(deep=False), learned, tensors)
-
-    @staticmethod
-    def _host(x: Any) -> Tensor:
-        return x.cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> ClAM:
-        """Read a model that `save` wrote.
-
-        Parameters
-        ----------
-        path : path of the file
-
-        Returns
-        -------
-        ClAM
-
-        Raises
-        ------
-        ModelFileError
-            The file is truncated, damaged, of another class, or of a newer version.
-        """
-        parameters, learned, tensors = serialize.load(path, cls.__name__)
-        with serialize.reading(path):
-            model = cls(**parameters)
-            model._validate_params()
-            model._restore(learned, tensors)
-        return model
-
-    def _restore(self, learned: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        centers, mean = tensors["cluster_centers"], tensors["mean"]
-        k, d = self.n_clusters, learned["n_features_in_"]
+    def _restored(self) -> None:
+        k, d = self.n_clusters, self.n_features_in_
+        centers, mean = self.cluster_centers_, self._frame.mean
         serialize.expect(
             centers.shape == (k, d) and mean.shape == (d,), "shapes do not fit the header"
         )
-        serialize.expect(
-            bool(centers.isfinite().all() and mean.isfinite().all()), "values are not finite"
-        )
-        span, spread = (int(e) for e in learned.pop("frame"))
-        self._frame = Frame(mean.double(), span, spread)
-        self.cluster_centers_ = centers.numpy()
-        self.labels_, self.loss_curve_ = tensors["labels"].numpy(), tensors["loss_curve"].numpy()
-        names = learned.pop("feature_names_in_", None)
-        if names is not None:
-            self.feature_names_in_ = np.asarray(names, dtype=object)
-        for name in _LEARNED:
-            setattr(self, name, learned[name])
+        finite = bool(np.isfinite(centers).all() and mean.isfinite().all())
+        serialize.expect(finite, "values are not finite")
         self._n_features_out = k
-
-
-_LEARNED = (
-    "n_features_in_",
-    "inertia_",
-    "beta_",
-    "gap_",
-    "n_clusters_used_",
-    "n_iter_",
-    "device_",
-    "backend_",
-)

@@ -18,7 +18,7 @@ _BETA = {"beta_tensor": {"beta": "Tensor beta"}, "": {"beta": "float beta"}}
 _CORE = {"v": 2, "rho": 2, "beta": 1, "update_mask": 2, "log_weights": 1}
 
 
-# ---- checks and fakes: argument for argument those of the schemas ----------------------------------
+# ---- checks and fakes: argument for argument those of the schemas ------------------------------
 
 
 def _check_pair(v: Tensor, rho: Tensor) -> None:
@@ -154,7 +154,7 @@ def _fake_assign(
     return torch.empty_like(sqdist, dtype=torch.int64), sqdist
 
 
-# ---- the documented functions ------------------------------------------------------------------------
+# ---- the documented functions ------------------------------------------------------------------
 
 
 def _tensors(
@@ -251,7 +251,8 @@ def am_recursion(
 ) -> Tensor:
     """`steps` steps of `am_step` with the same memories, in one pass over the rows.
 
-        v_{t+1} = v_t + step * update_mask * (softmax_k(log_weights_k - beta_k |v_t - rho_k|^2) @ rho - v_t)
+        v_{t+1} = v_t + step * update_mask * (softmax_k(log_weights_k - beta_k |v_t - rho_k|^2) @
+        rho - v_t)
                                                                           (eq. 4 of docs/ops/am.md)
 
     Parameters
@@ -319,7 +320,8 @@ def am_energy(
 ) -> Tensor:
     """Energy of each state, which no step with 0 <= step <= 2 raises.
 
-        E(v_n) = -(1/beta) logsumexp_k(log_weights_k - beta |v_n - rho_k|^2)   (eq. 5 of docs/ops/am.md)
+        E(v_n) = -(1/beta) logsumexp_k(log_weights_k - beta |v_n - rho_k|^2)   (eq. 5 of
+        docs/ops/am.md)
 
     Parameters
     ----------
@@ -406,7 +408,7 @@ def am_assign(
     return labels, sqdist
 
 
-# ---- the declarations ----------------------------------------------------------------------------------
+# ---- the declarations --------------------------------------------------------------------------
 
 _REST = "float step=1.0, Tensor? update_mask=None, Tensor? log_weights=None, str? precision=None"
 _truth = python_fallback.am
@@ -456,7 +458,7 @@ AM_ENERGY = op(
     truth=_truth.am_energy,
     reference=_truth.am_energy_forward,
     function=am_energy,
-    gradient=Gradient(reference=_truth.am_energy_backward, saved="output"),
+    gradient=Gradient(reference=_truth.am_energy_backward),
     same_dtype=("v", "rho"),
     core=_CORE,
 )

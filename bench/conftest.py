@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a row is measured: ours and its rivals in alternation in one process, CPU seconds of one
+thread (wall seconds on a GPU), and the error of each against float64 beside its time."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clam_kernels import __version__
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ROUNDS = 7
+
+
+def machine() -> str:
+    """A folder name for this machine: its processor and the threads used."""
+    model = "cpu"
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    capability = torch.backends.cpu.get_cpu_capability()
+    return re.sub(r"[^a-z0-9]+", "-", f"{model} {capability} 1 thread".lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "clam_kernels": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "git": head.stdout.strip() or "unknown",
+    }
+
+
+@dataclass
+class Race:
+    """One row: our call and its rivals on the same data."""
+
+    benchmark: Any
+    name: str
+    mode: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, ours: Callable[[], object], rivals: dict[str, Callable[[], object]]) -> None:
+        """Time all in alternation; a rival's round is the setup of our round."""
+        times: dict[str, list[float]] = {rival: [] for rival in rivals}
+
+        def setup() -> None:
+            for rival, call in rivals.items():
+                start = time.process_time()
+                call()
+                times[rival].append(time.process_time() - start)
+
+        self.benchmark.pedantic(ours, setup=setup, rounds=ROUNDS, warmup_rounds=1)
+        data = self.benchmark.stats.stats.data
+        times = {rival: found[-len(data) :] for rival, found in times.items()}
+        self.facts["ms"] = _summary(data)
+        self.facts["rivals"] = {
+            rival: {
+                **_summary(found),
+                "ratio": statistics.median(b / a for a, b in zip(data, found, strict=True)),
+            }
+            for rival, found in times.items()
+        }
+        self.write()
+
+    def write(self) -> None:
+        """Commit the row to its file, and to pytest-benchmark's own record."""
+        record = {
+            "name": self.name,
+            "mode": self.mode,
+            **self.facts,
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        self.benchmark.extra_info.update(record)
+        folder = RESULTS / machine()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{self.name.replace('/', '.')}.{self.mode}.json"
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _summary(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(1e3 * s for s in seconds)
+    return {"median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1]}
+
+
+@pytest.fixture
+def race(benchmark: Any) -> Callable[..., Race]:
+    return lambda name, mode, **facts: Race(benchmark, name, mode, facts)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """One thread: what a chunked form gains must not come from more cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

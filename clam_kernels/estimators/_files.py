@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`save` and `load` of every estimator: parameters, learned numbers and arrays in one file."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from .. import serialize
+from ._frame import Frame
+
+E = TypeVar("E", bound="ModelFile")
+
+
+class ModelFile:
+    """Mixin; a class lists its learned arrays and numbers, and checks what it was given back."""
+
+    _arrays: tuple[str, ...]
+    _learned: tuple[str, ...]
+    _frame: Frame
+
+    def _restored(self) -> None:
+        """Check the restored state (`serialize.expect`) and finish it."""
+        raise NotImplementedError
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the fitted model as one safetensors file, atomically.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            The file; its folder must exist.
+
+        Raises
+        ------
+        TypeError
+            A parameter is no data (a callable, a RandomState).
+        OSError
+            The file cannot be written; what was there before is unharmed.
+        """
+        check_is_fitted(self)
+        tensors = {name: _host(getattr(self, name)) for name in self._arrays}
+        tensors["mean"] = self._frame.mean.cpu()
+        learned = {name: getattr(self, name) for name in self._learned}
+        learned["frame"] = [self._frame.range, self._frame.spread]
+        names = getattr(self, "feature_names_in_", None)
+        if names is not None:
+            learned["feature_names_in_"] = list(names)
+        parameters = self.get_params(deep=False)  # type: ignore[attr-defined]
+        serialize.save(path, type(self).__name__, parameters, learned, tensors)
+
+    @classmethod
+    def load(cls: type[E], path: str | PathLike[str]) -> E:
+        """Read a model that `save` wrote; arrays come back as numpy arrays.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            The file.
+
+        Returns
+        -------
+        estimator
+            Fitted, with the parameters it was fitted with.
+
+        Raises
+        ------
+        ModelFileError
+            The file is truncated, damaged, of another class, or of a newer version.
+        FileNotFoundError
+            There is no such file.
+        """
+        parameters, learned, tensors = serialize.load(path, cls.__name__)
+        with serialize.reading(path):
+            model = cls(**parameters)
+            model._validate_params()  # type: ignore[attr-defined]
+            model._restore(learned, tensors)
+            model._restored()
+        return model
+
+    def _restore(self, learned: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        names = learned.pop("feature_names_in_", None)
+        span, spread = (int(e) for e in learned.pop("frame"))
+        known = set(learned) == set(self._learned) and set(tensors) == {*self._arrays, "mean"}
+        serialize.expect(known, "its contents are not those of this class")
+        self._frame = Frame(tensors["mean"].double(), span, spread)
+        for name in self._arrays:
+            setattr(self, name, tensors[name].numpy())
+        for name in self._learned:
+            setattr(self, name, learned[name])
+        if names is not None:
+            self.feature_names_in_ = np.asarray(names, dtype=object)
+
+
+def _host(x: Any) -> Tensor:
+    return x.cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
