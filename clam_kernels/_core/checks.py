@@ -35,8 +35,9 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def type_error(ok: bool, text: Callable[[], str]) -> None:
-    """TypeError with `text()` unless ok."""
-    torch._check_type(ok, text)
+    """TypeError with `text()` unless ok, which is never symbolic; dynamo traces this."""
+    if not ok:
+        raise TypeError(text())
 
 
 def value_error(ok: bool, text: Callable[[], str]) -> None:

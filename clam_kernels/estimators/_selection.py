@@ -32,15 +32,14 @@ class Fitted:
     betas: Sequence[float]
     recalls: bool  # labels by the recursion
 
-    def labels(self, z: Tensor, replica: int) -> tuple[Tensor, float]:
-        """Labels of states by one replica, and the inertia."""
-        memories, plan = self.trained.memories[replica], self.plan
+    def labels(self, z: Tensor, memories: Tensor, beta: float) -> tuple[Tensor, float]:
+        """Labels of states by some memories, and the inertia."""
+        plan = self.plan
         labels, inertia = [], 0.0
         for part in chunks(z):
             recalled = part
             if self.recalls:
-                beta, step = self.betas[replica], plan.step
-                recalled = am_recursion(part, memories, beta, plan.steps, step=step)
+                recalled = am_recursion(part, memories, beta, plan.steps, step=plan.step)
             found, sqdist = assigned(part, recalled, memories, plan.precision)
             labels.append(found)
             inertia += float(sqdist.double().sum())
@@ -67,19 +66,46 @@ class Candidate:
     silhouette: float
 
 
+def means(z: Tensor, labels: Tensor, memories: Tensor) -> Tensor:
+    """Mean of the rows of each label; a memory without rows keeps its place. Sums in fixed
+    order.
+    """
+    k = len(memories)
+    sums = torch.zeros(memories.shape, dtype=torch.float64, device=z.device)
+    counts = torch.zeros(k, 1, dtype=torch.float64, device=z.device)
+    rows = max(1, (1 << 22) // k)
+    for part, own in zip(z.split(rows), labels.split(rows), strict=True):
+        member = torch.nn.functional.one_hot(own, k).double()
+        sums += member.T @ part.double()
+        counts += member.sum(0)[:, None]
+    return torch.where(counts > 0, sums / counts.clamp(min=1), memories.double()).to(memories.dtype)
+
+
 def measure(fitted: Fitted, select: str, seed: int) -> list[Candidate]:
-    """Every replica with its figures; the silhouette only if it decides."""
+    """Every finite replica with its figures; the silhouette only if it decides.
+
+    Beside the trained memories stand the means of their rows: where few features leave a hidden
+    entry
+    ambiguous, the memories that complete best lie beyond the rows they stand for.
+    """
     rows = sample(fitted.z, SILHOUETTE_ROWS, seed)
     distances = pairwise_distances(rows.double().cpu().numpy()) if select == "silhouette" else None
     found = []
     with torch.inference_mode():
-        for r, memories in enumerate(fitted.trained.memories):
-            labels, inertia = fitted.labels(fitted.z, r)
-            on_sample = labels if rows is fitted.z else fitted.labels(rows, r)[0]
-            losses = fitted.trained.losses[:, r].tolist()
-            quality = _silhouette(distances, on_sample.cpu().numpy())
-            used = len(labels.unique())
-            found.append(Candidate(memories, fitted.betas[r], losses, used, inertia, quality))
+        for memories, beta, losses in zip(
+            fitted.trained.memories, fitted.betas, fitted.trained.losses.T.tolist(), strict=True
+        ):
+            if not bool(memories.isfinite().all()):
+                continue
+            stands = [memories]
+            for _ in range(1 if fitted.recalls else 2):
+                now = stands[-1]
+                labels, inertia = fitted.labels(fitted.z, now, beta)
+                stands.append(means(fitted.z, labels, now))
+                on_sample = labels if rows is fitted.z else fitted.labels(rows, now, beta)[0]
+                quality = _silhouette(distances, on_sample.cpu().numpy())
+                used = len(labels.unique())
+                found.append(Candidate(now, beta, losses, used, inertia, quality))
     return found
 
 
@@ -95,21 +121,21 @@ def choose(
 ) -> Candidate:
     """The best candidate among those that use `required` clusters, else among those that use most.
 
-    Only finite memories count. `guard` bounds the inertia of a choice by silhouette.
+    `guard` bounds the inertia of a choice by silhouette. Among equals the
+    lowest inertia wins: soft replicas find the same labels with memories that overshoot.
     """
-    finite = [c for c in candidates if bool(c.memories.isfinite().all())]
-    if not finite:
+    if not candidates:
         raise FloatingPointError(
             "the memories of every restart became NaN or infinite: lower learning_rate or beta"
         )
-    most = min(required, max(c.used for c in finite))
-    counting = [c for c in finite if c.used >= most]
+    most = min(required, max(c.used for c in candidates))
+    counting = [c for c in candidates if c.used >= most]
     if select == "silhouette" and guard is not None:
         bound = guard * min(c.inertia for c in counting)
         counting = [c for c in counting if c.inertia <= bound]
     keys: dict[str, Callable[[Candidate], float]] = {
         "silhouette": lambda c: -c.silhouette,
-        "inertia": lambda c: c.inertia,
+        "inertia": lambda c: 0.0,
         "loss": lambda c: min(c.losses, default=math.inf),
     }
-    return min(counting, key=keys[select])
+    return min(counting, key=lambda c: (keys[select](c), c.inertia))
