@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunked machinery of a softmax over memories: the centred memories of a cell, the problem with
-its
-batch dims spelled out, one chunk's trajectory and the sums that the gradients need.
+its batch dims spelled out, one chunk's trajectory and the sums that the gradients need.
 
-Everything works in place on 3-D tiles [problems, rows, .] of `_chunk`; nothing is N x K.
+Everything works in place on 3-D tiles [problems, rows, .] of `_chunk`; nothing is N x K. Tiles are
+padded (rows to 16, D and K to 4) and a product's second factor is contiguous: CPU libraries take
+other kernels at ragged edges, and only so has a row the same bits wherever it stands, alone or in a
+batch. Padding rows and features are 0, padding memories have logits of -inf.
 """
 
 from __future__ import annotations
@@ -14,9 +16,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ._chunk import KEPT_ENTRIES, Cell, GradientSum, cells, chunk_rows, lift, take
-from ._score import alive_memories, centred, compute_dtype, softmax_, softmax_backward_
+from ._score import (
+    alive_memories,
+    centred,
+    compute_dtype,
+    first_max_,
+    softmax_,
+    softmax_backward_,
+)
 
 Beta = float | Tensor
 
@@ -36,12 +46,14 @@ def result_shape(
 
 
 class Side(NamedTuple):
-    """The memories of one cell, centred: logits are `bias + x @ keys`, less beta |x|^2 if per
-    memory.
+    """The memories of one cell, centred: logits are `bias + x @ keys`, less beta |x|^2 per memory.
+
+    Shapes are padded but for that of `centre`.
     """
 
     centre: Tensor  # [b, 1, D]
     rho: Tensor  # [b, K, D]; memories that take no part are 0
+    flipped: Tensor  # [b, D, K], rho transposed
     norms: Tensor  # [b, 1, K]
     beta: Tensor | None  # [b, 1, K or 1]; None: hard assignment
     bias: Tensor  # [b, 1, K]
@@ -64,8 +76,9 @@ class Side(NamedTuple):
         self.logits(x, out)
         if self.beta is not None:
             return softmax_(out)
-        top = out.max(-1, keepdim=True)
-        return out.zero_().scatter_(-1, top.indices, top.values * 0 + 1)
+        top, index = first_max_(out)
+        # a row that is not finite stays visible
+        return out.zero_().scatter_(-1, index.clamp(max=out.shape[-1] - 1), top * 0 + 1)
 
 
 class Problem:
@@ -81,7 +94,9 @@ class Problem:
     ) -> None:
         self.dtype = compute_dtype(v)
         self.shape = result_shape(v, rho, beta, mask, log_weights)
-        self.batch, self.rows, self.size = self.shape[:-2], v.shape[-2], rho.shape[-2]
+        self.batch, self.rows, self.features = self.shape[:-2], v.shape[-2], v.shape[-1]
+        self.size = rho.shape[-2]
+        self.wide, self.narrow = padded(self.size, 4), padded(self.features, 4)
         dims = len(self.batch)
         self.operands = (v, rho, beta, mask, log_weights)
         self.v, self.rho = lift(v, dims, 2), lift(rho, dims, 2)
@@ -91,8 +106,8 @@ class Problem:
 
     def parts(self, kept: int = 0) -> Iterator[tuple[Cell, Side, int]]:
         """Cells with their memories and the rows of a chunk, when `kept` entries a row are held."""
-        limit = chunk_rows(self.size, kept)
-        core = self.size * self.rho.shape[-1]
+        limit = chunk_rows(self.wide, kept)
+        core = self.wide * self.narrow
         for cell in cells(self.batch, self.rows, limit, core):
             yield cell, self._side(cell), max(1, min(limit, self.rows))
 
@@ -100,48 +115,59 @@ class Problem:
         weights = None if self.log_weights is None else take(self.log_weights, cell).to(self.dtype)
         alive = alive_memories(weights)
         rho, c = centred(take(self.rho, cell).to(self.dtype), alive)
-        norms = rho.square().sum(-1)[:, None, :]
+        more_features, more = self.narrow - self.features, self.wide - self.size
+        rho = pad(rho, (0, more_features, 0, more))
+        norms, flipped = rho.square().sum(-1)[:, None, :], rho.mT.contiguous()
         beta: Tensor | None = None
         if isinstance(self.beta, Tensor):
             beta = take(self.beta, cell).to(self.dtype)[:, None, :]
+            beta = pad(beta, (0, more)) if beta.shape[-1] > 1 else beta
         elif not math.isinf(self.beta):
             beta = rho.new_full((1, 1, 1), self.beta)
         scale = 1.0 if beta is None else beta
         bias, shift, some = norms * -scale, None, None
         if weights is not None and alive is not None:
             some = alive.any(-1)[:, None, None]
-            shift = (weights if beta is not None else torch.where(alive, 0.0, -torch.inf))[
-                :, None, :
-            ]
+            given = weights if beta is not None else torch.where(alive, 0.0, -torch.inf)
+            shift = given.expand(-1, self.size)[:, None, :]
+            shift = pad(shift, (0, more), value=-torch.inf)
             bias, some = torch.where(some, bias + shift, 0.0), some.to(self.dtype)
-        return Side(c, rho, norms, beta, bias, rho.mT * (2 * scale), shift, some)
+        if more:
+            bias = bias.index_fill(
+                -1, torch.arange(self.size, self.wide, device=rho.device), -torch.inf
+            )
+        return Side(c, rho, flipped, norms, beta, bias, flipped * (2 * scale), shift, some)
 
     def tile(self, cell: Cell, rows: int, width: int) -> Tensor:
-        """Scratch [problems of the cell, rows padded to 16, width], not initialised."""
-        return self.rho.new_empty((cell.size, padded(rows), width), dtype=self.dtype)
+        """Scratch [problems of the cell, padded rows, width], not initialised."""
+        return self.rho.new_empty((cell.size, padded(rows, 16), width), dtype=self.dtype)
 
     def load(self, cell: Cell, rows: slice, side: Side, x: Tensor) -> Tensor:
-        """Fill x with the centred states and zero padding; returns the block of v as it is."""
+        """Fill x with the centred states and padding; returns the block of v as it is."""
         block = take(self.v, cell, rows)
-        n = block.shape[1]
-        x[:, :n].copy_(block).sub_(side.centre)
-        x[:, n:].zero_()
+        self.fill(x, block).sub_(side.centre)
         return block
 
+    def fill(self, x: Tensor, block: Tensor) -> Tensor:
+        """Fill x with a block and padding; returns the part of x that holds the block."""
+        n, d = block.shape[1], self.features
+        x[:, n:].zero_()
+        x[:, :, d:].zero_()
+        return x[:, :n, :d].copy_(block)
+
     def gain(self, cell: Cell, rows: slice, side: Side, step: float) -> Tensor | None:
-        """Step * update_mask, 0 where no memory takes part; None stands for the number `step`."""
+        """`step * update_mask`, 0 where no memory takes part; None stands for the number `step`."""
         gain = None if self.mask is None else take(self.mask, cell, rows).to(self.dtype) * step
+        if gain is not None and gain.shape[-1] > 1:
+            gain = pad(gain, (0, self.narrow - self.features))
         if side.alive is None:
             return gain
         return side.alive * (step if gain is None else gain)
 
 
-def padded(rows: int) -> int:
-    """Rows rounded up to 16: a row of a product then has the same bits wherever it stands, so that
-    a
-    single row agrees with a batch.
-    """
-    return -(-rows // 16) * 16
+def padded(size: int, to: int) -> int:
+    """`size` rounded up to a multiple."""
+    return -(-size // to) * to
 
 
 def advance(
@@ -154,7 +180,7 @@ def advance(
     gain: Tensor | None,
     xb: Tensor,
 ) -> None:
-    """Into = x + gain * (weights @ rho - x); into may be x, its rows past n are padding, xb is
+    """`into = x + gain * (weights @ rho - x)`; into may be x, its rows past n are padding and xb is
     scratch.
     """
     rho = side.rho.expand(len(x), -1, -1)
@@ -170,9 +196,9 @@ class Sums:
 
     def __init__(self, p: Problem, cell: Cell) -> None:
         # h^T w, x^T gz, 1^T gz, (|x|^2)^T gz, each [b, ., K]: products run faster this way round
-        heights = (p.shape[-1], p.shape[-1], 1, 1)
+        heights = (p.narrow, p.narrow, 1, 1)
         self.chunk = [
-            p.rho.new_zeros((cell.size, height, p.size), dtype=p.dtype) for height in heights
+            p.rho.new_zeros((cell.size, height, p.wide), dtype=p.dtype) for height in heights
         ]
         self.total = [torch.zeros_like(part, dtype=torch.float64) for part in self.chunk]
 
@@ -186,7 +212,7 @@ class Sums:
         pull, cross, mass, spread = self.total
         if side.beta is None:
             return pull.mT, mass[:, 0], mass[:, 0]
-        rho, norms = side.rho.double().mT, side.norms.double()
+        rho, norms = side.flipped.double(), side.norms.double()
         beta = 2 * (rho * cross).sum(1, keepdim=True) - norms * mass
         beta = beta - spread if side.per_memory else beta
         lean = 2 * side.beta.double() * (cross - mass * rho)
@@ -203,13 +229,14 @@ class Trajectory:
         self.sums = Sums(p, cell)
         self.keep = keeps_weights(p, steps)
         held = max(steps if self.keep else 1, 1)
-        self.narrow = [p.tile(cell, limit, p.shape[-1]) for _ in range(3 + max(steps, 1))]
-        self.wide = [p.tile(cell, limit, p.size) for _ in range(1 + held)]
+        self.narrow = [p.tile(cell, limit, p.narrow) for _ in range(3 + max(steps, 1))]
+        self.wide = [p.tile(cell, limit, p.wide) for _ in range(1 + held)]
+        self.returns = side.keys.mT.contiguous()
 
     def run(self, rows: slice) -> None:
         """Forward over one chunk."""
         self.rows, self.n = rows, rows.stop - rows.start
-        height = padded(self.n)
+        height = padded(self.n, 16)
         self.g, self.h, self.xb, *self.states = (tile[:, :height] for tile in self.narrow)
         self.scores, *self.kept = (tile[:, :height] for tile in self.wide)
         self.p.load(self.cell, rows, self.side, self.states[0])
@@ -218,45 +245,43 @@ class Trajectory:
             weights = self.side.weights(self.states[t], self.kept[t if self.keep else 0])
             if t + 1 < self.steps:
                 now, following = self.states[t : t + 2]
-                following[:, self.n :].zero_()
+                following[:, self.n :].zero_()  # a gain leaves them as they were
                 advance(now, following, self.n, self.side, weights, self.step, self.gain, self.xb)
 
     def back(self, grad: Tensor, mask_total: GradientSum | None) -> Tensor:
         """Gradient of the chunk's rows of v; the sums and the mask's gradient grow."""
         g, h, n = self.g, self.h, self.n
-        g[:, :n].copy_(take(grad, self.cell, self.rows))
-        g[:, n:].zero_()
+        self.p.fill(g, take(grad, self.cell, self.rows))
         for t in reversed(range(self.steps)):
             x, weights = self.states[t], self.kept[t if self.keep else 0]
             if not self.keep:
                 self.side.weights(x, weights)
             if mask_total is not None:
-                torch.bmm(weights, self.side.rho.expand(len(g), -1, -1), out=self.xb).sub_(x).mul_(
-                    g
-                )
+                torch.bmm(weights, self.side.rho.expand(len(g), -1, -1), out=self.xb)
+                pull = self.xb.sub_(x).mul_(g)[:, :n, : self.p.features]
                 live = self.step if self.side.alive is None else self.step * self.side.alive
-                mask_total.add(self.cell, self.xb[:, :n] * live, self.rows)
+                mask_total.add(self.cell, pull * live, self.rows)
             if self.gain is None:
                 torch.mul(g, self.step, out=h)
             else:
                 h.copy_(g)[:, :n].mul_(self.gain)
             self._step_back(x, weights)
         self.sums.fold()
-        return g[:, :n]
+        return g[:, :n, : self.p.features]
 
     def _step_back(self, x: Tensor, weights: Tensor) -> None:
-        """G and the sums through one step whose input is x; h = gain * g."""
+        """Take g and the sums through one step whose input is x; h = gain * g."""
         g, h, side, scores = self.g, self.h, self.side, self.scores
         pull, cross, mass, spread = self.sums.chunk
         pull.baddbmm_(h.mT, weights)
         g.sub_(h)
         if side.beta is None:
             return
-        torch.bmm(h, side.rho.mT.expand(len(h), -1, -1), out=scores)
+        torch.bmm(h, side.flipped.expand(len(h), -1, -1), out=scores)
         softmax_backward_(scores, weights)
         cross.baddbmm_(x.mT, scores)
         mass.add_(scores.sum(1, keepdim=True))
-        g.baddbmm_(scores, side.keys.mT.expand(len(g), -1, -1))
+        g.baddbmm_(scores, self.returns.expand(len(g), -1, -1))
         if side.per_memory:
             spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
             g.addcmul_(scores @ side.beta.mT, x, value=-2)
@@ -264,7 +289,7 @@ class Trajectory:
 
 def keeps_weights(p: Problem, steps: int) -> bool:
     """Whether the weights of all steps are kept for a chunk, rather than computed again."""
-    return steps * p.size * 16 <= KEPT_ENTRIES
+    return steps * p.wide * 16 <= KEPT_ENTRIES
 
 
 def totals_of(p: Problem, needs: Sequence[bool]) -> list[GradientSum | None]:
@@ -284,9 +309,15 @@ def results(p: Problem, totals: Sequence[GradientSum | None]) -> tuple[Tensor, .
 
 
 def spread(
-    totals: Sequence[GradientSum | None], cell: Cell, gradients: tuple[Tensor, Tensor, Tensor]
+    p: Problem,
+    totals: Sequence[GradientSum | None],
+    cell: Cell,
+    gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    for total, value in zip((totals[1], totals[2], totals[4]), gradients, strict=True):
+    """Add a cell's gradients of (rho, beta, log_weights), less their padding, to the totals."""
+    rho, beta, weights = gradients
+    trimmed = (rho[:, : p.size, : p.features], beta[:, : p.size], weights[:, : p.size])
+    for total, value in zip((totals[1], totals[2], totals[4]), trimmed, strict=True):
         if total is not None:
             total.add(cell, value)
 

@@ -31,7 +31,7 @@ from ._recall import (
     spread,
     totals_of,
 )
-from ._score import alive_memories, centred, compute_dtype, softmax_, sqdist
+from ._score import alive_memories, centred, compute_dtype, first_max_, softmax_, sqdist
 
 # ---- the truth -----------------------------------------------------------------------------------
 
@@ -131,12 +131,12 @@ def am_assign(
     top = (z if alive is None else z.masked_fill(~alive[..., None, :], -torch.inf)).max(-1)
     wide = memories.expand(*top.indices.shape[:-1], *memories.shape[-2:])
     nearest = torch.take_along_dim(wide, top.indices[..., None], -2)
-    found = (
-        ~top.values.isnan() if alive is None else ~top.values.isnan() & alive.any(-1, keepdim=True)
-    )
-    pair = (v.to(dtype) - c - nearest).square().sum(-1)
+    regular = v.isfinite().all(-1)
+    found = regular & ~top.values.isnan()
+    pair = torch.where(regular, (v.to(dtype) - c - nearest).square().sum(-1), torch.nan)
     if alive is not None:
-        pair = torch.where(alive.any(-1, keepdim=True), pair, torch.inf)
+        some = alive.any(-1, keepdim=True)
+        found, pair = found & some, torch.where(some, pair, torch.inf)
     return torch.where(found, top.indices, -1), pair
 
 
@@ -147,12 +147,12 @@ def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> 
     out = p.v.new_empty(p.shape)
     if steps == 0 or step == 0:
         return out.copy_(p.v.reshape(p.v.shape[-len(p.shape) :]))
-    lifted, d = lift(out, len(p.batch), 2), p.shape[-1]
+    lifted, d = lift(out, len(p.batch), 2), p.features
     for cell, side, limit in p.parts():
-        tiles = [p.tile(cell, limit, width) for width in (d, d, p.size)]
+        tiles = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
-            x, xb, weights = (tile[:, : padded(n)] for tile in tiles)
+            x, xb, weights = (tile[:, : padded(n, 16)] for tile in tiles)
             block = p.load(cell, rows, side, x)
             gain = p.gain(cell, rows, side, step)
             if lse is not None and side.beta is not None:
@@ -160,9 +160,9 @@ def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> 
                 take(lse, cell, rows).copy_(torch.logsumexp(z, -1, keepdim=True))
             for _ in range(steps):
                 advance(x, x, n, side, side.weights(x, weights), step, gain, xb)
-            result = x[:, :n] + side.centre
+            result = x[:, :n, :d] + side.centre
             if gain is not None:  # what is held keeps its bits
-                result = torch.where(gain == 0, block.to(p.dtype), result)
+                result = torch.where(gain[..., :d] == 0, block.to(p.dtype), result)
             take(lifted, cell, rows).copy_(result)
     return out
 
@@ -216,16 +216,15 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of (v, rho, beta, update_mask, log_weights); empty where not needed."""
     totals, grad = totals_of(p, needs), lift(grad, len(p.batch), 2)
-    for cell, side, limit in p.parts(
-        steps * (p.shape[-1] + (p.size if keeps_weights(p, steps) else 0))
-    ):
+    kept = p.narrow + (p.wide if keeps_weights(p, steps) else 0)
+    for cell, side, limit in p.parts(steps * kept):
         path = Trajectory(p, cell, side, limit, steps, step)
         for rows in row_chunks(p.rows, limit):
             path.run(rows)
             g = path.back(grad, totals[3])
             if totals[0] is not None:
                 totals[0].add(cell, g, rows)
-        spread(totals, cell, path.sums.gradients(side))
+        spread(p, totals, cell, path.sums.gradients(side))
     return results(p, totals)
 
 
@@ -241,9 +240,7 @@ def am_recursion_backward(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (v, rho, beta, update_mask, log_weights); the trajectory is recomputed by
-    chunks.
-    """
+    """Gradients of (v, rho, beta, update_mask, log_weights), each chunk's states computed again."""
     return _backward(grad, Problem(v, rho, beta, update_mask, log_weights), steps, step, needs)
 
 
@@ -274,21 +271,18 @@ def am_energy_forward(
     log_weights: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """`am_energy` in row chunks: |x|^2 comes after the sum, and bounds it since no distance is <
-    0.
-    """
+    """`am_energy` in row chunks; |x|^2 is added last, and no distance is below 0."""
     p = Problem(v, rho, beta, log_weights=log_weights)
     out = p.v.new_empty((*p.shape[:-1], 1), dtype=p.dtype)
     lifted = lift(out, len(p.batch), 2)
     for cell, side, limit in p.parts():
         assert side.beta is not None, "the check of am_energy refuses an infinite beta"
-        shift = torch.zeros_like(side.norms)  # [b, 1, K], however log_weights broadcast
-        shift = shift if side.shift is None else shift + side.shift
+        shift = side.norms.new_zeros((1, 1, p.size)) if side.shift is None else side.shift
         lowest = torch.logsumexp(shift, -1, keepdim=True) / -side.beta
-        tiles = p.tile(cell, limit, p.shape[-1]), p.tile(cell, limit, p.size)
+        tiles = p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide)
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
-            x, z = (tile[:, : padded(n)] for tile in tiles)
+            x, z = (tile[:, : padded(n, 16)] for tile in tiles)
             p.load(cell, rows, side, x)
             top = side.logits(x, z).amax(-1, keepdim=True)
             lse = top - softmax_(z).amax(-1, keepdim=True).log_()
@@ -306,9 +300,10 @@ def am_energy_backward(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (v, rho, beta, log_weights); the weights are computed again, since exp(z + beta
-    E)
-    of a saved energy lacks the digits that beta E has before the point.
+    """Gradients of (v, rho, beta, log_weights).
+
+    The weights are computed again: exp(z + beta E) of a saved energy lacks the digits that beta E
+    has before the point.
     """
     p = Problem(v, rho, beta, log_weights=log_weights)
     dims, (need_v, need_rho, need_beta, need_weights) = len(p.batch), needs
@@ -316,10 +311,10 @@ def am_energy_backward(
     grad = lift(grad[..., None], dims, 2)
     for cell, side, limit in p.parts():
         assert side.beta is not None, "the check of am_energy refuses an infinite beta"
-        sums, tiles = Sums(p, cell), (p.tile(cell, limit, p.shape[-1]), p.tile(cell, limit, p.size))
+        sums, tiles = Sums(p, cell), (p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide))
         _, cross, mass, heat = sums.chunk
         for rows in row_chunks(p.rows, limit):
-            x, q = (tile[:, : padded(rows.stop - rows.start)] for tile in tiles)
+            x, q = (tile[:, : padded(rows.stop - rows.start, 16)] for tile in tiles)
             p.load(cell, rows, side, x)
             side.weights(x, q)
             g = extended(take(grad, cell, rows).to(p.dtype), cell.size, x.shape[1], 0.0)
@@ -334,12 +329,12 @@ def am_energy_backward(
             mass.add_(q.sum(1, keepdim=True))
             if totals[0] is not None:
                 gx = (g * x).baddbmm_(q, side.rho.expand(len(q), -1, -1), alpha=-1).mul_(2)
-                totals[0].add(cell, gx[:, : rows.stop - rows.start], rows)
+                totals[0].add(cell, gx[:, : rows.stop - rows.start, : p.features], rows)
             sums.fold()
         _, cross, mass, heat = sums.total
         scale = side.beta.double()
-        pulled = 2 * (mass * side.rho.mT - cross).mT
-        spread(totals, cell, (pulled, (heat / scale.square())[:, 0], (mass / -scale)[:, 0]))
+        pulled = 2 * (mass * side.flipped - cross).mT
+        spread(p, totals, cell, (pulled, (heat / scale.square())[:, 0], (mass / -scale)[:, 0]))
     return tuple(t for i, t in enumerate(results(p, totals)) if i != 3)
 
 
@@ -352,17 +347,19 @@ def am_assign_forward(
     sqdist = p.v.new_empty((*p.shape[:-1], 1), dtype=p.dtype)
     outs = [lift(out, len(p.batch), 2) for out in (labels, sqdist)]
     for cell, side, limit in p.parts():
-        tiles = p.tile(cell, limit, p.shape[-1]), p.tile(cell, limit, p.size)
+        tiles = p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide)
         for rows in row_chunks(p.rows, limit):
-            x, scores = (tile[:, : padded(rows.stop - rows.start)] for tile in tiles)
+            x, scores = (tile[:, : padded(rows.stop - rows.start, 16)] for tile in tiles)
             p.load(cell, rows, side, x)
-            top = side.logits(x, scores).max(-1, keepdim=True)
+            top, index = first_max_(side.logits(x, scores))
+            found = x.isfinite().all(-1, keepdim=True) & ~top.isnan()
             nearest = side.rho.expand(len(x), -1, -1).gather(
-                1, top.indices.expand(-1, -1, x.shape[-1])
+                1, torch.where(found, index, 0).expand(-1, -1, x.shape[-1])
             )
-            found, pair = ~top.values.isnan(), (x - nearest).square_().sum(-1, keepdim=True)
+            pair = (x - nearest).square_().sum(-1, keepdim=True).masked_fill_(~found, torch.nan)
             if side.alive is not None:
-                found, pair = found & (side.alive > 0), torch.where(side.alive > 0, pair, torch.inf)
-            for out, value in zip(outs, (torch.where(found, top.indices, -1), pair), strict=True):
+                found = found & (side.alive > 0)
+                pair = torch.where(side.alive > 0, pair, torch.inf)
+            for out, value in zip(outs, (torch.where(found, index, -1), pair), strict=True):
                 take(out, cell, rows).copy_(value[:, : rows.stop - rows.start])
     return labels[..., 0], sqdist[..., 0]

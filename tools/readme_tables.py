@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the README's tables from the registry and from bench/results; `--check` only compares."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import clam_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+
+def results() -> list[dict[str, Any]]:
+    """Every committed row, by machine and name."""
+    files = sorted(RESULTS.glob("*/*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def ops_table() -> str:
+    """op x backend x what it was proven on."""
+    proven = {row["name"].partition("/")[0] for row in results() if row.get("backend") == "cuda"}
+    lines = [
+        "| op | gradients | reference | Triton | CUDA C++ |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for spec in clam_kernels.all_ops():
+        cells = []
+        for backend in ("triton", "cuda"):
+            if backend not in spec.kernels:
+                cells.append("not yet")
+            else:
+                cells.append("GPU" if spec.name in proven else "unproven on a GPU")
+        gradients = "by hand" if spec.gradient else "none"
+        row = [f"`{spec.name}`", gradients, "CPU, tested", *cells]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _error(row: dict[str, Any]) -> str:
+    errors = row.get("error_vs_float64")
+    return f"{errors['ours']:.0e} / {errors['eager']:.0e}" if errors else ""
+
+
+def bench_table() -> str:
+    """One table a machine: ratios of medians of alternating rounds."""
+    rows = results()
+    blocks = []
+    for machine in sorted({row["machine"] for row in rows}):
+        head = [
+            "workload",
+            "pass",
+            "x eager",
+            "x compile",
+            "memory: ours / eager",
+            "error: ours / eager",
+        ]
+        lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+        for row in (r for r in rows if r["machine"] == machine):
+            rivals = row.get("rivals", {})
+            ratios = [
+                f"{rivals[name]['ratio']:.2f}" if name in rivals else ""
+                for name in ("eager", "compile")
+            ]
+            peak = row["peak_extra_bytes"]
+            memory = f"{_bytes(peak['ours'])} / {_bytes(peak['eager'])}"
+            cells = [f"`{row['name']}`", row["mode"], *ratios, memory, _error(row)]
+            lines.append(f"| {' | '.join(cells)} |")
+        versions = next(r["versions"] for r in rows if r["machine"] == machine)
+        note = f"Machine: {machine}; torch {versions['torch']}, Python {versions['python']}."
+        blocks.append("\n".join([note, "", *lines]))
+    return "\n\n".join(blocks)
+
+
+TABLES = {"ops": ops_table, "bench": bench_table}
+
+
+def rendered(text: str) -> str:
+    """The README with its marked blocks made anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end -->)"
+        text, count = re.subn(
+            pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise SystemExit(f"README.md: expected one block '{name}', got {count}")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare only; 1 if they differ")
+    check = parser.parse_args().check
+    text = README.read_text(encoding="utf-8")
+    fresh = rendered(text)
+    if not check:
+        README.write_text(fresh, encoding="utf-8")
+    elif fresh != text:
+        print(
+            "README.md: its tables differ from the registry or bench/results; run make readme-bench"
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
