@@ -10,3 +10,7 @@ class BackendUnavailableError(RuntimeError):
 
 class ModelFileError(ValueError):
     """A model file that is truncated, damaged, foreign, or written by a newer version."""
+
+
+class DataFileError(ValueError):
+    """A data file that is damaged, of a kind not read here, or holds text where numbers belong."""

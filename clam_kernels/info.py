@@ -76,7 +76,7 @@ def collect() -> dict[str, Any]:
     return {
         "clam_kernels": __version__,
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {' '.join(platform.libc_ver())}".strip(),
+        "system": " ".join((platform.system(), platform.release(), *platform.libc_ver())).strip(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `clam`: fit, predict, transform, complete, score, plot, info.
+
+Results go to a file or stdout, messages to stderr. Exit codes: 0 done, 1 bad input or failed run,
+2 wrong arguments (an output that exists, without --force, too), 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .estimators import ClAM
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clam", description="Clustering with associative memories."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(
+        name: str, text: str, *, model: bool = True, output: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        if model:
+            sub.add_argument("model", type=Path, help="model file that `clam fit` wrote")
+        sub.add_argument("data", type=Path, help=".npy, .npz, CSV, TSV or Parquet")
+        sub.add_argument("--key", help="array of an .npz that holds several")
+        sub.add_argument("--json", action="store_true", help="print one JSON object about the run")
+        if output:
+            sub.add_argument(
+                "-o", "--output", type=Path, required=name in ("fit", "plot"), help=output
+            )
+            sub.add_argument("--force", action="store_true", help="overwrite the output")
+        return sub
+
+    fit = verb("fit", "cluster a table and write the model", model=False, output="model file")
+    fit.add_argument("-k", "--clusters", type=int, required=True, help="number of clusters")
+    fit.add_argument("--recipe", choices=("default", "paper"), default="default")
+    fit.add_argument("--restarts", type=int, help="n_init")
+    fit.add_argument("--epochs", type=int, help="max_iter")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--device", default="auto")
+    fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")
+    table = ".csv, .tsv, .npy or .parquet; CSV on stdout without it"
+    verb("predict", "label of each row", output=table)
+    verb("transform", "distance of each row to each memory", output=table)
+    verb("complete", "fill the missing entries (NaN, empty)", output=table)
+    verb("score", "minus the inertia of a table, and its mean energy")
+    verb("plot", "picture of the clusters", output="image file; the suffix decides the format")
+    verbs.add_parser("info", help="what is installed and what each op can run on")
+    return parser
+
+
+class _Refused(Exception):
+    """Arguments that do not go together: exit code 2."""
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    output = getattr(options, "output", None)
+    if output is None:
+        return
+    for source in (options.data, getattr(options, "model", None)):
+        if source is not None and output.exists() and source.exists() and output.samefile(source):
+            raise _Refused(f"{output} is an input of this command")
+    if output.exists() and not options.force:
+        raise _Refused(f"{output} exists; --force overwrites it")
+
+
+def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
+    """A result to its file, or to stdout as CSV."""
+    from . import tables
+
+    if options.output is not None:
+        tables.write(options.output, array, names)
+    elif not options.json:
+        sys.stdout.buffer.write(tables.encode(array, "", names))
+
+
+def _fit(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[str, Any]:
+    from .estimators import ClAM
+
+    model = ClAM(
+        options.clusters,
+        recipe=options.recipe,
+        n_init=options.restarts,
+        max_iter=options.epochs,
+        device=options.device,
+        random_state=options.seed,
+        verbose=int(options.verbose),
+    )
+    start = time.perf_counter()
+    model.fit(x)
+    seconds = time.perf_counter() - start
+    model.save(options.output)
+    return {"seconds": seconds, "seed": options.seed, **_facts(model)}
+
+
+def _facts(model: ClAM) -> dict[str, Any]:
+    return {
+        "k": model.n_clusters,
+        "clusters_used": model.n_clusters_used_,
+        "inertia": model.inertia_,
+        "device": model.device_,
+        "backend": model.backend_,
+    }
+
+
+def _use(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[str, Any]:
+    """A verb that reads a model."""
+    from .estimators import ClAM
+
+    model = ClAM.load(options.model)
+    facts = _facts(model)
+    if options.verb == "predict":
+        _put(options, model.predict(x), ["label"])
+    elif options.verb == "transform":
+        _put(options, model.transform(x), list(model.get_feature_names_out()))
+    elif options.verb == "complete":
+        columns = names or [f"column{i}" for i in range(x.shape[1])]
+        _put(options, model.complete(x), columns)
+    elif options.verb == "score":
+        facts |= {"score": model.score(x), "mean_energy": float(model.energy(x).mean())}
+        if not options.json:
+            print(f"score {facts['score']:.6g}, mean energy {facts['mean_energy']:.6g}")
+    else:
+        from . import plots
+
+        drawn = plots.plot_clusters(x, model.predict(x), model.cluster_centers_)
+        plots.save(drawn, options.output)
+    return facts
+
+
+def _run(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from . import __version__, tables
+
+    _check_output(options)
+    x, names = tables.read(options.data, options.key)
+    if np.asarray(x).dtype.kind == "f" and options.verb != "complete" and not len(x):
+        raise ValueError(f"{options.data}: no rows")
+    facts = (_fit if options.verb == "fit" else _use)(options, x, names)
+    if options.json:
+        shape = {"rows": int(x.shape[0]), "features": int(x.shape[1])}
+        print(json.dumps({"verb": options.verb, **shape, **facts, "version": __version__}))
+    elif options.verb == "fit":
+        used, k = facts["clusters_used"], facts["k"]
+        print(f"{used} of {k} clusters used, inertia {facts['inertia']:.6g}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["info"]:
+        from . import info
+
+        return info.main(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+        sys.stdout.flush()
+    except _Refused as error:
+        print(f"clam: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
+        if options.debug:
+            raise
+        print(f"clam: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `clam`: exit codes, files, messages, the same labels as Python."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_iris
+
+from clam_kernels import ClAM, tables
+from clam_kernels.cli import main
+from clam_kernels.exceptions import DataFileError
+
+X = load_iris().data
+QUICK = ["--restarts", "2", "--epochs", "3"]
+
+
+def clam(*arguments: object) -> SimpleNamespace:
+    """The command in this process: exit code and what it wrote."""
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(list(map(str, arguments)))
+        except SystemExit as stop:
+            code = stop.code
+        out.flush()
+    stdout = out.buffer.getvalue().decode()
+    return SimpleNamespace(returncode=code, stdout=stdout, stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table in every format, and a model."""
+    root = tmp_path_factory.mktemp("données 🐚")
+    np.save(root / "x.npy", X)
+    np.savez(root / "x.npz", X=X, y=load_iris().target)
+    np.savetxt(root / "plain.csv", X, delimiter=",", fmt="%.17g")
+    np.savetxt(root / "named.tsv", X, delimiter="\t", fmt="%.17g", header="a\tb\tc\td", comments="")
+    tables.write(root / "x.parquet", X, list("abcd"))
+    made = clam("fit", root / "x.npy", "-k", 3, "-o", root / "m.safetensors", *QUICK)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == ""
+    assert made.stderr.startswith("3 of 3 clusters used")
+    return root
+
+
+def test_labels_equal_python_in_every_format(folder: Path) -> None:
+    expected = ClAM(3, n_init=2, max_iter=3, random_state=0).fit(X).labels_
+    for name in ("x.npy", "plain.csv", "named.tsv", "x.parquet"):
+        run = clam("predict", folder / "m.safetensors", folder / name)
+        assert run.returncode == 0, run.stderr
+        head, *labels = run.stdout.split()
+        assert head == "label"
+        np.testing.assert_array_equal(np.array(labels, int), expected)
+    run = clam("predict", folder / "m.safetensors", folder / "x.npz")
+    assert (run.returncode, "holds X, y" in run.stderr) == (1, True)
+    run = clam("predict", folder / "m.safetensors", folder / "x.npz", "--key", "X", "--json")
+    assert json.loads(run.stdout)["rows"] == 150
+
+
+def test_outputs(folder: Path, tmp_path: Path) -> None:
+    model = folder / "m.safetensors"
+    for suffix in (".csv", ".npy", ".parquet"):
+        out = tmp_path / f"labels{suffix}"
+        assert clam("predict", model, folder / "x.npy", "-o", out).returncode == 0
+        assert out.stat().st_size > 100
+    again = clam("predict", model, folder / "x.npy", "-o", tmp_path / "labels.csv")
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    forced = clam("predict", model, folder / "x.npy", "-o", tmp_path / "labels.csv", "--force")
+    assert forced.returncode == 0
+    same = clam("complete", model, folder / "plain.csv", "-o", folder / "plain.csv", "--force")
+    assert same.returncode == 2
+    assert "is an input" in same.stderr
+    assert clam("transform", model, folder / "x.npy").stdout.startswith("clam0,clam1,clam2\n")
+    assert clam("score", model, folder / "x.npy").stdout.startswith("score -")
+    picture = clam("plot", model, folder / "x.npy", "-o", tmp_path / "p.png")
+    assert picture.returncode == 0, picture.stderr
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_complete_fills_empty_cells(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "gaps.csv").write_text("a,b,c,d\n5.1,,1.4,0.2\n6.0,2.9,nan,1.5\n")
+    run = clam("complete", folder / "m.safetensors", tmp_path / "gaps.csv")
+    assert run.returncode == 0, run.stderr
+    rows = [list(map(float, line.split(","))) for line in run.stdout.split()[1:]]
+    assert np.isfinite(rows).all()
+    assert rows[0][0] == 5.1
+    assert rows[1][3] == 1.5
+
+
+def test_bad_input_is_one_line_and_exit_1(folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "nan.npy", np.full((5, 2), np.nan))
+    (tmp_path / "text.csv").write_text("a,b\n1,x\n2,y\n")
+    (tmp_path / "ragged.csv").write_text("1,2\n3\n")
+    (tmp_path / "evil.npy").write_bytes(pickle.dumps({"a": 1}))
+    np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
+    cases = {
+        "nan.npy": "NaN",
+        "text.csv": "column 'b': expected numbers",
+        "ragged.csv": "ragged.csv",
+        "evil.npy": "evil.npy",
+        "object.npy": "pickle|object",
+        "missing.npy": "no such file",
+    }
+    for name, text in cases.items():
+        run = clam("fit", tmp_path / name, "-k", 2, "-o", tmp_path / "m")
+        assert run.returncode == 1, name
+        assert run.stderr.startswith("clam: error: "), run.stderr
+        assert any(part in run.stderr for part in text.split("|")), run.stderr
+        assert len(run.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "m").exists()
+    assert clam("predict", folder / "x.npy", folder / "x.npy").returncode == 1
+    assert clam("fit", folder / "x.npy").returncode == 2
+    assert clam("nonsense").returncode == 2
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((4000, 1000)))
+    with pytest.raises(DataFileError, match="unpacks to more"):
+        tables.read(tmp_path / "bomb.npz")
+
+
+def test_help_imports_neither_scikit_learn_nor_triton() -> None:
+    code = (
+        "import sys\nfrom clam_kernels.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'sklearn', 'triton'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "fit" in run.stdout
+
+
+def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20000, 8)))
+    arguments = [
+        "fit",
+        str(tmp_path / "x.npy"),
+        "-k",
+        "8",
+        "-o",
+        str(tmp_path / "m"),
+        "--epochs",
+        "5000",
+    ]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "clam_kernels.cli", *arguments, "-v"],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert run.stderr is not None
+    seen = b""
+    while b"epoch" not in seen:  # training has begun
+        seen += os.read(run.stderr.fileno(), 4096)
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    rest = run.communicate(timeout=60)[1]
+    assert run.returncode == 130
+    assert b"Traceback" not in rest
+    assert not (tmp_path / "m").exists()
+
+
+def test_info(tmp_path: Path) -> None:
+    run = clam("info", "--json")
+    facts = json.loads(run.stdout)
+    assert run.returncode == 0
+    assert facts["ops"]["am_step"]["reference"] == "available"
+    assert str(Path.home()) not in run.stdout
+    assert "selftest_error" in clam("info", "--selftest").stdout
+
+
+def test_the_installed_command(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "clam_kernels.cli"]
+    run = subprocess.run(
+        [*command, "predict", folder / "m.safetensors", folder / "x.npy", "-o", tmp_path / "l.npy"],
+        capture_output=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
+    assert np.load(tmp_path / "l.npy").shape == (150,)
