@@ -183,12 +183,12 @@ def advance(
     """`into = x + gain * (weights @ rho - x)`; into may be x, its rows past n are padding and xb is
     scratch.
     """
-    rho = side.rho.expand(len(x), -1, -1)
+    # the increment alone goes through the product: summed onto x there, it would lose digits
+    torch.bmm(weights, side.rho.expand(len(x), -1, -1), out=xb)
     if gain is None:
-        torch.mul(x, 1 - step, out=into).baddbmm_(weights, rho, alpha=step)
+        torch.lerp(x, xb, step, out=into)
         return
-    torch.bmm(weights, rho, out=xb).sub_(x)
-    torch.addcmul(x[:, :n], xb[:, :n], gain, out=into[:, :n])
+    torch.addcmul(x[:, :n], xb.sub_(x)[:, :n], gain, out=into[:, :n])
 
 
 class Sums:
@@ -201,6 +201,7 @@ class Sums:
             p.rho.new_zeros((cell.size, height, p.wide), dtype=p.dtype) for height in heights
         ]
         self.total = [torch.zeros_like(part, dtype=torch.float64) for part in self.chunk]
+        self.warmth = p.rho.new_zeros((cell.size, 1), dtype=torch.float64)  # of a shared beta
 
     def fold(self) -> None:
         for part, total in zip(self.chunk, self.total, strict=True):
@@ -213,25 +214,29 @@ class Sums:
         if side.beta is None:
             return pull.mT, mass[:, 0], mass[:, 0]
         rho, norms = side.flipped.double(), side.norms.double()
-        beta = 2 * (rho * cross).sum(1, keepdim=True) - norms * mass
-        beta = beta - spread if side.per_memory else beta
         lean = 2 * side.beta.double() * (cross - mass * rho)
-        return (pull + lean).mT, beta[:, 0], mass[:, 0]
+        beta = self.warmth
+        if side.per_memory:
+            beta = (2 * (rho * cross).sum(1, keepdim=True) - norms * mass - spread)[:, 0]
+        return (pull + lean).mT, beta, mass[:, 0]
 
 
 class Trajectory:
     """One chunk's states and weights, rebuilt from v and then walked back."""
 
     def __init__(
-        self, p: Problem, cell: Cell, side: Side, limit: int, steps: int, step: float
+        self, p: Problem, cell: Cell, side: Side, limit: int, steps: int, step: float, warms: bool
     ) -> None:
         self.p, self.cell, self.side, self.steps, self.step = p, cell, side, steps, step
+        self.warms = warms  # whether beta needs its gradient
         self.sums = Sums(p, cell)
         self.keep = keeps_weights(p, steps)
         held = max(steps if self.keep else 1, 1)
         self.narrow = [p.tile(cell, limit, p.narrow) for _ in range(3 + max(steps, 1))]
         self.wide = [p.tile(cell, limit, p.wide) for _ in range(1 + held)]
-        self.returns = side.keys.mT.contiguous()
+        self.returns = side.keys.mT.contiguous() if side.per_memory else 2 * side.rho
+        ones = torch.ones_like(side.norms)
+        self.sides = torch.cat([side.norms, ones], 1).mT.contiguous()  # [b, K, 2]
 
     def run(self, rows: slice) -> None:
         """Forward over one chunk."""
@@ -281,10 +286,24 @@ class Trajectory:
         softmax_backward_(scores, weights)
         cross.baddbmm_(x.mT, scores)
         mass.add_(scores.sum(1, keepdim=True))
-        g.baddbmm_(scores, self.returns.expand(len(g), -1, -1))
-        if side.per_memory:
-            spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
-            g.addcmul_(scores @ side.beta.mT, x, value=-2)
+        torch.bmm(scores, self.returns.expand(len(g), -1, -1), out=self.xb)
+        if not side.per_memory:
+            g.addcmul_(self.xb, side.beta)
+            if self.warms:
+                self._warm(x, scores)
+            return
+        g.add_(self.xb).addcmul_(scores @ side.beta.mT, x, value=-2)
+        spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
+
+    def _warm(self, x: Tensor, gz: Tensor) -> None:
+        """Gradient of a shared beta, -sum gz |x - rho|^2.
+
+        Row by row: a row of gz sums to 0, so what its distances share must go before rows are added.
+        """
+        norm_and_sum = gz @ self.sides
+        rows = (x * self.xb).sum(-1) - norm_and_sum[..., 0]
+        rows -= x.square().sum(-1) * norm_and_sum[..., 1]
+        self.sums.warmth += rows.sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def keeps_weights(p: Problem, steps: int) -> bool:

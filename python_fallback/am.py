@@ -218,7 +218,7 @@ def _backward(
     totals, grad = totals_of(p, needs), lift(grad, len(p.batch), 2)
     kept = p.narrow + (p.wide if keeps_weights(p, steps) else 0)
     for cell, side, limit in p.parts(steps * kept):
-        path = Trajectory(p, cell, side, limit, steps, step)
+        path = Trajectory(p, cell, side, limit, steps, step, needs[2])
         for rows in row_chunks(p.rows, limit):
             path.run(rows)
             g = path.back(grad, totals[3])

@@ -34,13 +34,16 @@ class Gradient:
     """How an op is differentiated.
 
     `reference(grad, *arguments without precision, [saved], needs, precision)` returns one gradient
-    for each tensor argument, empty where `needs` says no. `saved` is None (the inputs suffice),
-    "output", or the `(reference, fake)` of `_<name>_forward`, which returns `(output, saved)`.
+    for each tensor argument, empty where `needs` says no. `saved` is None where the arguments
+    suffice, else the `(reference, fake)` of `_<name>_forward`, which returns `(output, saved)`.
+    `output_dims` and `saved_dims` count the dims of the two below their batch dims.
     """
 
     reference: Callable[..., tuple[Tensor, ...]]
     kernels: Mapping[str, str] = field(default_factory=dict)
-    saved: str | tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    saved: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    output_dims: int = 2
+    saved_dims: int = 1
     saved_kernels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -238,7 +241,7 @@ class _Installation:
         gradient = self.spec.gradient
         assert gradient is not None
         forward = self.op
-        if isinstance(gradient.saved, tuple):
+        if gradient.saved is not None:
             reference, fake = gradient.saved
             name = f"_{self.spec.name}_forward"
             forward = _define(name, self.overload, f"({self.arguments}) -> (Tensor, Tensor)")
@@ -280,8 +283,8 @@ class _Installation:
         )
         if self.spec.core is not None:
             core = [self.spec.core.get(n, 0) for n in self.names[:-1]]
-            outer = [self.spec.core[self.names[0]], *core]
-            self._vmap_backward(op, [*outer, *([outer[0] - 1] if saved else []), 0, 0, 0])
+            extra = [gradient.saved_dims] if saved else []
+            self._vmap_backward(op, [gradient.output_dims, *core, *extra, 0, 0, 0])
         return op
 
     def _autograd(self, differentiate: Callable[..., Any] | None) -> None:
@@ -305,9 +308,7 @@ class _Installation:
     # ---- autocast and vmap -----------------------------------------------------------------------
 
     def _autocast(self) -> None:
-        """Promote what must share a dtype to the widest; a half autocast dtype asks for
-        "medium".
-        """
+        """Promote what must share a dtype to the widest; a half autocast dtype means "medium"."""
         promoted = [self.names.index(n) for n in self.spec.same_dtype]
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -316,14 +317,9 @@ class _Installation:
                 *a: Any, device: str = device, excluded: torch._C.DispatchKeySet = excluded
             ) -> Any:
                 values = list(self._filled(a))
-                wide = (
-                    functools.reduce(
-                        torch.promote_types, (values[i].dtype for i in promoted), torch.float16
-                    )
-                    if any(values[i].dtype != values[promoted[0]].dtype for i in promoted)
-                    else None
-                )
-                for i in promoted if wide is not None else []:
+                dtypes = [values[i].dtype for i in promoted]
+                wide = functools.reduce(torch.promote_types, dtypes)
+                for i in promoted:
                     values[i] = values[i].to(wide)
                 if values[-1] is None and torch.get_autocast_dtype(device) != torch.float32:
                     values[-1] = "medium"
@@ -443,7 +439,7 @@ def _function(
     """The autograd function of one overload: what is saved and resolved here, backward uses."""
     spec, names, slots = installed.spec, installed.names, installed.slots
     positions = [names.index(slot) for slot in slots]
-    has_forward = isinstance(gradient.saved, tuple)
+    has_forward = gradient.saved is not None
 
     class Fn(torch.autograd.Function):
         @staticmethod
@@ -454,8 +450,8 @@ def _function(
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             saved = [x if isinstance(x, Tensor) else None for x in inputs]
-            if gradient.saved is not None:
-                saved.append(output[1] if has_forward else output)
+            if has_forward:
+                saved.append(output[1])
             ctx.save_for_backward(*saved)
             ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
             device = inputs[installed.tensors[0]].device.type

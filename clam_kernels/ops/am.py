@@ -458,7 +458,7 @@ AM_ENERGY = op(
     truth=_truth.am_energy,
     reference=_truth.am_energy_forward,
     function=am_energy,
-    gradient=Gradient(reference=_truth.am_energy_backward),
+    gradient=Gradient(reference=_truth.am_energy_backward, output_dims=1),
     same_dtype=("v", "rho"),
     core=_CORE,
 )

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests and benches need of every op: samples, workloads, the accuracy rule, peak memory."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core.registry import OpSpec, all_ops
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call, in schema order; trailing defaults, precision among them, may lack.
+
+    `differentiable` names the tensors whose gradient the truth has and finite differences confirm;
+    `kinks` those whose gradient exists at the border of the domain only (beta = 0, E = +inf).
+    `dtypes` are the dtypes that hold the floating tensors.
+    """
+
+    op: str
+    name: str
+    args: tuple[Any, ...]
+    differentiable: tuple[str, ...] = ()
+    kinks: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    def cast(self, dtype: torch.dtype, device: str = "cpu") -> Sample:
+        """The same call with every floating tensor in a dtype, on a device."""
+        return replace(self, args=tuple(_cast(a, dtype, device) for a in self.args))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call of a size that is worth timing; `bytes` and `flops` are the least it can do."""
+
+    name: str
+    op: str
+    make: Callable[[int], tuple[Any, ...]]
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a call returned, and the gradients for one fixed upstream gradient."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+
+
+def _cast(value: Any, dtype: torch.dtype, device: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+
+def spec_of(op: str) -> OpSpec:
+    """The declaration of an op by name."""
+    return next(spec for spec in all_ops() if spec.name == op)
+
+
+def argument_names(op: str) -> tuple[str, ...]:
+    """Names of an op's arguments in schema order."""
+    spec = spec_of(op)
+    overload = next(iter(spec.overloads)) or "default"
+    return tuple(a.name for a in getattr(spec.packet, overload)._schema.arguments)
+
+
+def _family(op: str) -> Any:
+    return importlib.import_module(f"{__name__}.{spec_of(op).family}")
+
+
+def samples(op: str, seed: int = 0) -> list[Sample]:
+    """Calls of an op that between them reach every branch; float64, on the CPU, new at every call.
+
+    Another seed draws other numbers for the same calls.
+    """
+    found: list[Sample] = _family(op).samples(op, seed)
+    return found
+
+
+def workloads(op: str | None = None) -> list[Workload]:
+    """Calls worth timing, of one op or of all."""
+    families = {spec.family: _family(spec.name) for spec in all_ops()}
+    found: list[Workload] = [w for family in families.values() for w in family.workloads()]
+    return [w for w in found if op in (None, w.op)]
+
+
+def schemas() -> str:
+    """The schemas of all public ops, one a line: the text of docs/schemas.txt."""
+    lines = [
+        str(getattr(spec.packet, overload or "default")._schema)
+        for spec in all_ops()
+        for overload in spec.overloads
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def upstream(outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+    """A gradient for each output, the same for equal shapes, dtypes and seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        for o in outputs
+    ]
+
+
+def evaluate(
+    function: Callable[..., Any],
+    sample: Sample,
+    wanted: Sequence[str] = (),
+    grads: Sequence[Tensor] | None = None,
+) -> Values:
+    """Call a function on a sample, and differentiate it by the arguments named."""
+    names = argument_names(sample.op)
+    args = [
+        a.detach().clone().requires_grad_() if name in wanted else a
+        for name, a in zip(names, sample.args, strict=False)
+    ]
+    out = function(*args)
+    outputs: tuple[Tensor, ...] = out if isinstance(out, tuple) else (out,)
+    if not wanted:
+        return Values(outputs, {})
+    leaves = [args[names.index(name)] for name in wanted]
+    grads = upstream(outputs) if grads is None else grads
+    found = torch.autograd.grad(
+        outputs, leaves, [g.to(o) for g, o in zip(grads, outputs, strict=True)], allow_unused=True
+    )
+    # the truth may not depend on an argument at all (beta where T = 0): its gradient is 0
+    filled = [
+        torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)
+    ]
+    return Values(tuple(o.detach() for o in outputs), dict(zip(wanted, filled, strict=True)))
+
+
+def _compare(actual: Tensor, truth64: Tensor, eager: Tensor) -> tuple[float, float, float]:
+    """(error, eager's error, scale), each a maximum; AssertionError for what no tolerance
+    covers.
+    """
+    if actual.shape != truth64.shape:
+        raise AssertionError(f"shape {list(actual.shape)}, truth {list(truth64.shape)}")
+    if actual.dtype != eager.dtype:
+        raise AssertionError(f"dtype {actual.dtype}, eager {eager.dtype}")
+    if not actual.is_floating_point():
+        if not torch.equal(actual, truth64):
+            raise AssertionError(f"{int((actual != truth64).sum())} entries differ")
+        return 0.0, 0.0, 0.0
+    exact, found, plain = truth64.double(), actual.double(), eager.double()
+    regular = exact.isfinite()
+    for kind, here, there in (
+        ("NaN", found.isnan(), exact.isnan()),
+        ("+inf", found == torch.inf, exact == torch.inf),
+        ("-inf", found == -torch.inf, exact == -torch.inf),
+    ):
+        if not torch.equal(here, there):
+            raise AssertionError(f"{kind} at {int(here.sum())} entries, not {int(there.sum())}")
+    if not bool(regular.any()):
+        return 0.0, 0.0, 0.0
+    exact, found, plain = exact[regular], found[regular], plain[regular]
+    error, eager_error = (float((x - exact).abs().max()) for x in (found, plain))
+    return error, eager_error, float(exact.abs().max())
+
+
+def assert_close(
+    actual: Tensor, truth64: Tensor, eager: Tensor, *, what: str = "", scale: float = 0.0
+) -> None:
+    """Hold a result to the accuracy of plain torch in the same dtype.
+
+    The largest error against `truth64`, the float64 result of the same inputs, may be twice that of
+    `eager`, the centred truth run in the dtype of `actual`, plus 4 eps of the scale: the largest
+    entry of the truth, or `scale` where that is more (a sum whose terms cancel). float64 itself is
+    held to 1e-12 of the scale. NaN and inf must stand where the truth's do; integers must be equal.
+    """
+    assert_close_on_average([(actual, truth64, eager)], what=what, scale=scale)
+
+
+def assert_close_on_average(
+    triples: Sequence[tuple[Tensor, Tensor, Tensor]], *, what: str = "", scale: float = 0.0
+) -> None:
+    """`assert_close` of several draws of one call: the geometric mean of error / allowed is <= 1.
+
+    One rounding error is luck, in plain torch too: between two orders of summation the largest of
+    a few errors differ by factors of 0.3 to 3. No draw may exceed what is allowed eight times.
+    """
+    prefix = f"{what}: " if what else ""
+    shares, said = [], ""
+    for triple in triples:
+        try:
+            error, eager, size = _compare(*triple)
+        except AssertionError as failed:
+            raise AssertionError(f"{prefix}{failed}") from None
+        size = max(scale, size)
+        double = triple[0].dtype in (torch.float64, torch.int64)
+        eps = 0.0 if double else torch.finfo(triple[0].dtype).eps
+        allowed = 1e-12 * size if double else 2 * eager + 4 * eps * size
+        shares.append(max(error, 1e-3 * allowed) / allowed if error > 0 else 1e-3)
+        if shares[-1] == max(shares):
+            said = f"error {error:.3g} > {allowed:.3g} (eager {eager:.3g}, scale {size:.3g})"
+    mean = math.exp(sum(map(math.log, shares)) / len(shares))
+    if not (mean <= 1 and max(shares) <= 8):
+        raise AssertionError(f"{prefix}{said}, {len(shares)} draws: mean {mean:.3g} of the allowed")
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes that a call holds at once beside what lay there before it, on the CPU.
+
+    Read from the allocator through torch.profiler: a dispatch mode and tracemalloc see nothing of
+    what an op allocates inside.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    del result
+    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = [e for e in results.events() if re.fullmatch(r"\[memory\]", e.name())]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples and workloads of the associative-memory family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Sample, Workload
+
+B, N, K, D = 2, 5, 4, 3
+
+
+class _Draw:
+    """Tensors from one stream, so that every call of `samples` gives the same ones."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, *shape: int, low: float = 0.2, high: float = 1.5) -> Tensor:
+        share = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return low + (high - low) * share
+
+    def bits(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator) < 0.5
+
+
+class _Call:
+    """One call before it is spelled out for an op."""
+
+    def __init__(
+        self,
+        name: str,
+        v: Tensor,
+        rho: Tensor,
+        beta: float | Tensor = 0.7,
+        *,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        step: float = 0.8,
+        steps: int = 3,
+        kinks: tuple[str, ...] = (),
+        dtypes: tuple[torch.dtype, ...] | None = None,
+    ) -> None:
+        self.name, self.v, self.rho, self.beta = name, v, rho, beta
+        self.mask, self.weights, self.step, self.steps = mask, weights, step, steps
+        self.kinks, self.dtypes = kinks, dtypes
+
+    def sample(self, op: str, args: tuple[Any, ...], names: tuple[str, ...]) -> Sample:
+        tensors = [
+            name
+            for name, a in zip(names, args, strict=True)
+            if isinstance(a, Tensor) and a.is_floating_point()
+        ]
+        smooth = tuple(name for name in tensors if name not in self.kinks)
+        kinks = tuple(name for name in tensors if name in self.kinks)
+        given = {} if self.dtypes is None else {"dtypes": self.dtypes}
+        return Sample(op, self.name, args, smooth, kinks, **given)
+
+
+def _shared(draw: _Draw) -> list[_Call]:
+    """Calls that all four ops take: shapes, batches and log-weights."""
+    inf = math.inf
+    some_dead = draw.normal(K)
+    some_dead[1] = -inf
+    one_all_dead = draw.normal(B, K)
+    one_all_dead[0] = -inf
+    one_all_dead[1, 2] = -inf
+    wide = (torch.float64, torch.float32, torch.bfloat16)
+    return [
+        _Call("plain", draw.normal(N, D), draw.normal(K, D)),
+        _Call("one-memory", draw.normal(N, D), draw.normal(1, D)),
+        _Call("no-rows", draw.normal(0, D), draw.normal(K, D)),
+        _Call("one-row", draw.normal(1, D), draw.normal(K, D)),
+        _Call("one-dim", draw.normal(N, 1), draw.normal(K, 1)),
+        _Call("wide", draw.normal(67, 17), draw.normal(33, 17), 0.1),
+        _Call("on-a-memory", torch.eye(K, D).double(), torch.eye(K, D).double()),
+        _Call("offset", 1000 + draw.normal(N, D), 1000 + draw.normal(K, D), dtypes=wide),
+        _Call("batch", draw.normal(B, N, D), draw.normal(B, K, D)),
+        _Call("batch-of-states", draw.normal(B, N, D), draw.normal(K, D)),
+        _Call("batch-of-memories", draw.normal(N, D), draw.normal(B, K, D)),
+        _Call("batch-crossed", draw.normal(B, 1, N, D), draw.normal(3, K, D)),
+        _Call("no-batch", draw.normal(0, N, D), draw.normal(K, D)),
+        _Call("log-weights", draw.normal(N, D), draw.normal(K, D), weights=draw.normal(K)),
+        _Call("log-weights-one", draw.normal(N, D), draw.normal(K, D), weights=draw.normal(1)),
+        _Call("log-weights-0d", draw.normal(N, D), draw.normal(K, D), weights=draw.normal()),
+        _Call(
+            "log-weights-one-offset",
+            1000 + draw.normal(N, D),
+            1000 + draw.normal(33, D),
+            weights=draw.normal(1),
+            dtypes=wide,
+        ),
+        _Call("one-dead", draw.normal(N, D), draw.normal(K, D), weights=some_dead),
+        _Call(
+            "all-dead",
+            draw.normal(N, D),
+            draw.normal(K, D),
+            weights=torch.full((K,), -inf).double(),
+        ),
+        _Call(
+            "all-dead-in-one-problem", draw.normal(N, D), draw.normal(K, D), weights=one_all_dead
+        ),
+    ]
+
+
+def _shared_beta(draw: _Draw) -> list[_Call]:
+    """One beta for all memories as a tensor: the three differentiable ops."""
+    v, rho = draw.normal(N, D), draw.normal(K, D)
+    dead = torch.tensor([[0.0, -math.inf, 0.3, -0.2]], dtype=torch.float64)
+    return [
+        _Call("beta-0d", v, rho, draw.uniform()),
+        _Call("beta-1", v, rho, draw.uniform(1)),
+        _Call("beta-batch", v, rho, draw.uniform(B, 1)),
+        _Call("beta-batch-crossed", draw.normal(B, 1, N, D), rho, draw.uniform(3, 1)),
+        _Call("beta-batch-weights", draw.normal(3, 1, N, D), rho, draw.uniform(B, 1), weights=dead),
+        _Call("beta-one-memory", v, draw.normal(1, D), draw.uniform(1)),
+        _Call("beta-huge", v, rho, 1e6),
+        _Call("beta-huge-tensor", v, rho, torch.tensor(3e4, dtype=torch.float64)),
+    ]
+
+
+def _moving(draw: _Draw) -> list[_Call]:
+    """What only the step and the recursion take: per-memory and limiting betas, masks, steps."""
+    v, rho, inf = draw.normal(N, D), draw.normal(K, D), math.inf
+    weights = draw.normal(K)
+    weights[3] = -inf
+    everything = _Call(
+        "everything",
+        draw.normal(B, 1, N, D),
+        draw.normal(3, K, D),
+        draw.uniform(B, 1, K),
+        mask=draw.uniform(3, N, D, low=0.0, high=1.0),
+        weights=draw.normal(3, K),
+    )
+    beta_zero = _Call("beta-0-tensor", v, rho, torch.zeros(K, dtype=torch.float64), kinks=("beta",))
+    masks = {
+        "mask-bool": draw.bits(N, D),
+        "mask-0-1": draw.bits(N, D).double(),
+        "mask-fractional": draw.uniform(N, D, low=0.0, high=1.0),
+        "mask-dim": draw.uniform(D, low=0.0, high=1.0),
+        "mask-row": draw.bits(N, 1),
+        "mask-one": draw.uniform(1, 1, low=0.0, high=1.0),
+        "mask-0d": draw.uniform(low=0.0, high=1.0),
+        "mask-batch": draw.uniform(B, N, D, low=0.0, high=1.0),
+        "mask-closed": torch.zeros(N, D, dtype=torch.float64),
+    }
+    return [
+        _Call("beta-0", v, rho, 0.0),
+        beta_zero,
+        _Call("beta-k", v, rho, draw.uniform(K)),
+        _Call("beta-batch-k", v, rho, draw.uniform(B, K)),
+        _Call("beta-k-weights", draw.normal(B, N, D), rho, draw.uniform(K), weights=weights),
+        _Call("beta-inf", v, rho, inf),
+        _Call("beta-inf-weights", v, rho, inf, weights=weights),
+        _Call("beta-inf-mask", v, rho, inf, mask=draw.bits(N, D)),
+        *(_Call(name, v, rho, draw.uniform(K), mask=mask) for name, mask in masks.items()),
+        _Call("mask-bool-weights", v, rho, mask=draw.bits(B, N, D), weights=weights),
+        _Call("step-0", v, rho, draw.uniform(), step=0.0),
+        _Call("step-1", v, rho, draw.uniform(), step=1.0),
+        _Call("step-2", v, rho, draw.uniform(), step=2.0),
+        everything,
+    ]
+
+
+def samples(op: str, seed: int = 0) -> list[Sample]:
+    """Calls of an op of this family."""
+    draw = _Draw(seed)
+    calls = _shared(draw)
+    if op == "am_assign":
+        names = ("v", "rho", "log_weights")
+        rows = [c.sample(op, (c.v, c.rho, c.weights), names) for c in calls]
+        # whether a memory takes part is all that counts, and there is no gradient
+        return [Sample(op, r.name, r.args, dtypes=r.dtypes) for r in rows]
+    calls += _shared_beta(draw)
+    if op == "am_energy":
+        names = ("v", "rho", "beta", "log_weights")
+        for call in calls:
+            if call.name.startswith("all-dead"):  # E = +inf has no finite differences
+                call.kinks = names
+        return [c.sample(op, (c.v, c.rho, c.beta, c.weights), names) for c in calls]
+    calls += _moving(draw)
+    names = ("v", "rho", "beta", "step", "update_mask", "log_weights")
+    if op == "am_step":
+        return [c.sample(op, (c.v, c.rho, c.beta, c.step, c.mask, c.weights), names) for c in calls]
+    plain = draw.normal(N, D), draw.normal(K, D), draw.uniform(K)
+    mask = draw.uniform(N, D, low=0.0, high=1.0)
+    for steps in (0, 1, 9):
+        calls.append(_Call(f"T-{steps}", *plain, steps=steps, step=0.5))
+        calls.append(_Call(f"T-{steps}-mask", *plain, steps=steps, mask=mask))
+    names = (*names[:3], "steps", *names[3:])
+    return [
+        c.sample(op, (c.v, c.rho, c.beta, c.steps, c.step, c.mask, c.weights), names) for c in calls
+    ]
+
+
+# ---- workloads -----------------------------------------------------------------------------------
+
+
+def _points(n: int, d: int, k: int) -> Callable[[int], tuple[Tensor, Tensor, float]]:
+    """Points around k Gaussian memories, and a beta of about 3 / (gap between the two nearest)."""
+
+    def make(seed: int) -> tuple[Tensor, Tensor, float]:
+        generator = torch.Generator().manual_seed(seed)
+        rho = torch.randn(k, d, generator=generator)
+        near = torch.randint(k, (n,), generator=generator)
+        return rho[near] + 0.5 * torch.randn(n, d, generator=generator), rho, 3.0 / d
+
+    return make
+
+
+def _workload(op: str, size: str, n: int, d: int, k: int, steps: int | None = None) -> Workload:
+    """`flops`: 2 for each multiply-add of the matrix products; `bytes`: inputs and outputs once."""
+    points = _points(n, d, k)
+    products, out = {"am_energy": (1, n), "am_assign": (1, 3 * n)}.get(op, (2, n * d))
+    tail = () if steps is None else (steps,)
+
+    def make(seed: int) -> tuple[Any, ...]:
+        v, rho, beta = points(seed)
+        return (v, rho) if op == "am_assign" else (v, rho, beta, *tail)
+
+    name = f"{op}/{size}-{d}-{k}{'' if steps is None else f'-T{steps}'}-fp32"
+    return Workload(
+        name, op, make, 4 * (n * d + k * d + out), 2 * products * n * k * d * (steps or 1)
+    )
+
+
+def workloads() -> list[Workload]:
+    """Named `op/rows-D-K-[T-]dtype`; fixed calls, whose figures may be compared between
+    versions.
+    """
+    return [
+        _workload("am_recursion", "100k", 100_000, 16, 64, 10),
+        _workload("am_recursion", "50k", 50_000, 16, 1000, 3),
+        _workload("am_recursion", "200k", 200_000, 2, 8, 10),
+        _workload("am_step", "1m", 1_000_000, 16, 1000),
+        _workload("am_step", "100k", 100_000, 16, 64),
+        _workload("am_energy", "100k", 100_000, 16, 64),
+        _workload("am_assign", "100k", 100_000, 16, 64),
+    ]
