@@ -183,8 +183,12 @@ def advance(
     """`into = x + gain * (weights @ rho - x)`; into may be x, its rows past n are padding and xb is
     scratch.
     """
-    # the increment alone goes through the product: summed onto x there, it would lose digits
-    torch.bmm(weights, side.rho.expand(len(x), -1, -1), out=xb)
+    rho = side.rho.expand(len(x), -1, -1)
+    if gain is None and step == 1:
+        torch.bmm(weights, rho, out=into)
+        return
+    # x stays out of the product: summed onto it there, the increment would lose digits
+    torch.bmm(weights, rho, out=xb)
     if gain is None:
         torch.lerp(x, xb, step, out=into)
         return
@@ -298,7 +302,7 @@ class Trajectory:
     def _warm(self, x: Tensor, gz: Tensor) -> None:
         """Gradient of a shared beta, -sum gz |x - rho|^2.
 
-        Row by row: a row of gz sums to 0, so what its distances share must go before rows are added.
+        Row by row: as a row of gz sums to 0, what its distances share must go before rows add up.
         """
         norm_and_sum = gz @ self.sides
         rows = (x * self.xb).sum(-1) - norm_and_sum[..., 0]
