@@ -109,13 +109,18 @@ def why_not(spec: Runnable, name: str, device: str) -> str | None:
     return None if device == "cuda" or interpreted else f"the tensors are on {device}"
 
 
+def _public(name: str) -> str:
+    """The op that a user called where its saving forward runs."""
+    return name.removeprefix("_").removesuffix("_forward")
+
+
 def choose(spec: Runnable, device: str) -> tuple[str, str]:
     """(backend, reason) for tensors on a device type."""
     name = requested()
     if name != "auto":
         reason = why_not(spec, name, device)
         if reason is not None:
-            raise RuntimeError(f"backend '{name}' cannot run clam::{spec.name}: {reason}")
+            raise RuntimeError(f"backend '{name}' cannot run clam::{_public(spec.name)}: {reason}")
         return name, "forced"
     if device != "cuda":
         return "reference", f"the tensors are on {device}"
@@ -165,7 +170,7 @@ def run(
     """Call an implementation: the chosen one, or the one named (a backward follows its forward)."""
     reason = None if name is None else why_not(spec, name, device)
     if reason is not None:
-        raise RuntimeError(f"backend '{name}' cannot run clam::{spec.name}: {reason}")
+        raise RuntimeError(f"backend '{name}' cannot run clam::{_public(spec.name)}: {reason}")
     if name is None:
         name, reason = choose(spec, device)
     for observer in observers:

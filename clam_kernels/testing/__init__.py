@@ -221,7 +221,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
     del result
-    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profile.profiler.kineto_results
     events = [e for e in results.events() if re.fullmatch(r"\[memory\]", e.name())]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

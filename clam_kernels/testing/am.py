@@ -175,13 +175,12 @@ def samples(op: str, seed: int = 0) -> list[Sample]:
     draw = _Draw(seed)
     calls = _shared(draw)
     if op == "am_assign":
-        names = ("v", "rho", "log_weights")
-        rows = [c.sample(op, (c.v, c.rho, c.weights), names) for c in calls]
+        rows = [c.sample(op, (c.v, c.rho, c.weights), ("v", "rho", "log_weights")) for c in calls]
         # whether a memory takes part is all that counts, and there is no gradient
         return [Sample(op, r.name, r.args, dtypes=r.dtypes) for r in rows]
     calls += _shared_beta(draw)
+    names: tuple[str, ...] = ("v", "rho", "beta", "log_weights")
     if op == "am_energy":
-        names = ("v", "rho", "beta", "log_weights")
         for call in calls:
             if call.name.startswith("all-dead"):  # E = +inf has no finite differences
                 call.kinks = names
@@ -201,7 +200,7 @@ def samples(op: str, seed: int = 0) -> list[Sample]:
     ]
 
 
-# ---- workloads -----------------------------------------------------------------------------------
+# ---- workloads ----------------------------------------------------------------------------------
 
 
 def _points(n: int, d: int, k: int) -> Callable[[int], tuple[Tensor, Tensor, float]]:

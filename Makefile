@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets .venv up first; that takes no time when nothing changed. To choose Python or
+# torch anew, remove .venv. tools/bootstrap.py says how torch is chosen.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+# Tools that a --system-site-packages environment has from the base interpreter are on PATH alone.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test test-all demo bench readme-bench docs clean
+
+help:
+	@echo "make setup | check | test | test-all | demo | bench | readme-bench | docs | clean"
+
+setup:
+	@$(PYTHON) tools/bootstrap.py
+
+check: setup
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	clang-format --dry-run -Werror csrc/*.h csrc/*.cu csrc/*.cpp
+
+# With the tests that build wheels: they need under a minute, most of it one run of nvcc where there
+# is one, and a broken build is what users meet first.
+test: setup
+	$(RUN) -m pytest -q -m "not slow"
+
+test-all: setup
+	$(RUN) -m pytest -q
+
+demo: setup
+	$(RUN) examples/digits.py --out runs/demo --seed 0 --json runs/demo/report.json
+
+bench: setup
+	$(RUN) -m pytest bench -q
+
+readme-bench: setup
+	$(RUN) tools/readme_tables.py
+
+# The documentation is plain Markdown; this runs its examples and compares its tables and schemas.
+docs: setup
+	$(RUN) tools/readme_tables.py --check
+	$(RUN) -m pytest -q tests/contract/test_docs.py tests/test_readme.py
+
+# .venv stays, making it is the dear part; without its stamp the next setup builds the library anew.
+clean:
+	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f clam_kernels/_C.so clam_kernels/_build.json .venv/clam-setup
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,178 @@
+"""Backends, the contract cases of every op, and the count of those that really ran."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # read when @triton.jit runs: before any import of triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import clam_kernels
+from clam_kernels import testing
+from clam_kernels._core import backend as choice
+
+CONTRACT = Path(__file__).parent / "contract"
+# Fewest contract cases of one op that a whole run must execute; a skip does not count.
+MINIMUM = 100
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op: what `clam_kernels.backend` calls it, and where its tensors lie."""
+
+    id: str
+    name: str
+    device: str
+    interpreted: bool = False
+
+    def why_not(self, spec: Any) -> str | None:
+        """None if this process can run the op so, else the reason."""
+        interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+        if self.name == "triton" and "triton" in spec.kernels and self.interpreted != interpreting:
+            return "TRITON_INTERPRET is " + ("1" if interpreting else "not 1") + " in this process"
+        reason = choice.why_not(spec, self.name, self.device)
+        if reason is None and self.device == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
+        return reason
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What its kernels take: float64 belongs to the reference."""
+        return testing.DTYPES if self.name == "reference" else testing.DTYPES[1:]
+
+
+BACKENDS = (
+    Backend("reference", "reference", "cpu"),
+    Backend("triton-interpreted", "triton", "cpu", interpreted=True),
+    Backend("triton", "triton", "cuda"),
+    Backend("cuda", "cuda", "cuda"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # a second thread spins on a shared machine and gains nothing here
+    for line in (
+        "contract(gradient, samples, ops): those with a gradient, these samples, these ops only",
+    ):
+        config.addinivalue_line("markers", line)
+    for line in (
+        # triton's interpreter computes padding lanes and rows of NaN with numpy
+        "ignore:.*encountered in.*:RuntimeWarning:triton.runtime.interpreter",
+        "ignore:.*enable_fp_fusion.*:UserWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+# ---- contract cases: `spec`, `sample`, `backend`, `dtype` are parameters wherever a test asks ------
+
+PARAMETERS = ("spec", "backend", "sample", "dtype")
+
+
+def _cases(names: list[str], only: dict[str, Any]) -> Iterator[Any]:
+    """One param for each combination that exists; an op that a backend lacks is one skipped param."""
+    chosen, ops = only.get("samples"), only.get("ops")
+    for spec in clam_kernels.all_ops():
+        if (only.get("gradient") and spec.gradient is None) or (ops and spec.name not in ops):
+            continue
+        rows = [s for s in testing.samples(spec.name) if not chosen or s.name in chosen]
+        for one in BACKENDS if "backend" in names else BACKENDS[:1]:
+            why = one.why_not(spec)
+            labels = [spec.name, *([one.id] if "backend" in names else [])]
+            if why is not None:
+                skip = pytest.mark.skip(reason=f"{spec.name} on {one.id}: {why}")
+                values = [{"spec": spec, "backend": one}.get(n) for n in names]
+                yield pytest.param(*values, id="-".join(labels), marks=skip)
+                continue
+            for row in rows if "sample" in names else [None]:
+                dtypes = [t for t in one.dtypes if row is None or t in row.dtypes]
+                for dtype in dtypes if "dtype" in names else [None]:
+                    given = {"spec": spec, "backend": one, "sample": row, "dtype": dtype}
+                    words = [row.name] if row is not None else []
+                    words += [str(dtype).removeprefix("torch.")] if dtype is not None else []
+                    yield pytest.param(*(given[n] for n in names), id="-".join([*labels, *words]))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = [n for n in PARAMETERS if n in metafunc.fixturenames]
+    if "spec" not in names:
+        return
+    mark = metafunc.definition.get_closest_marker("contract")
+    cases = list(_cases(names, mark.kwargs if mark else {}))
+    metafunc.parametrize(names, cases, indirect=["backend"] if "backend" in names else False)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The backend under test, forced for every op that the test calls."""
+    with clam_kernels.backend(request.param.name):
+        yield request.param
+
+
+@pytest.fixture
+def ran() -> Iterator[list[tuple[str, str]]]:
+    """(op, backend) of everything that ran since the test began."""
+    seen: list[tuple[str, str]] = []
+
+    def observe(op: str, name: str) -> None:
+        seen.append((op, name))
+
+    choice.observers.append(observe)
+    yield seen
+    choice.observers.remove(observe)
+
+
+# ---- a suite that skips everything must not look green
+# -----------------------------------------------
+
+_executed: Counter[str] = Counter()
+
+
+def shortfall(executed: Counter[str], minimum: int = MINIMUM) -> list[str]:
+    """One line for each op with fewer executed contract cases than `minimum`."""
+    return [
+        f"{spec.name}: {executed[spec.name]} contract cases ran, expected at least {minimum}"
+        for spec in clam_kernels.all_ops()
+        if executed[spec.name] < minimum
+    ]
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether this run was meant to cover all of tests/contract."""
+    narrowed = config.option.keyword or config.option.deselect or config.option.collectonly
+    marks = re.split(r"\s+and\s+", config.option.markexpr) if config.option.markexpr else []
+    roots = [Path(str(a).partition("::")[0]).resolve() for a in config.args if "::" not in str(a)]
+    covered = any(CONTRACT.is_relative_to(root) for root in roots)
+    return bool(not narrowed and covered and all(mark.startswith("not ") for mark in marks))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    spec = getattr(item, "callspec", None) and item.callspec.params.get("spec")
+    if spec and CONTRACT in item.path.parents and report.when == "call" and not report.skipped:
+        _executed[spec.name] += 1
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if is_whole(session.config) and exitstatus == 0 and shortfall(_executed):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if _executed:
+        ran_cases = ", ".join(f"{op} {count}" for op, count in sorted(_executed.items()))
+        terminalreporter.write_line(f"contract cases executed: {ran_cases}")
+    if is_whole(config):
+        for line in shortfall(_executed):
+            terminalreporter.write_line(f"ERROR: {line}", red=True)

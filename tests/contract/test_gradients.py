@@ -1,0 +1,245 @@
+"""Gradients: finite differences, the truth's autograd, frozen inputs, and who runs backward."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clam_kernels
+from clam_kernels import testing
+from clam_kernels._core import backend as choice
+
+pytestmark = pytest.mark.contract(gradient=True)
+
+
+def _call(spec: Any, sample: Any, wanted: tuple[str, ...]) -> tuple[Any, list[Tensor]]:
+    """The op as a function of the tensors named, and those tensors."""
+    names = testing.argument_names(spec.name)
+    places = [names.index(n) for n in wanted]
+
+    def call(*leaves: Tensor) -> Tensor:
+        args = list(sample.args)
+        for place, leaf in zip(places, leaves, strict=True):
+            args[place] = leaf
+        return spec.packet(*args)
+
+    return call, [sample.args[p].clone().requires_grad_() for p in places]
+
+
+def test_gradcheck(spec, sample):
+    call, leaves = _call(spec, sample, sample.differentiable)
+    if not leaves:  # all that is differentiable here is a border: the next test has it
+        assert sample.kinks
+        return
+    fast = sum(leaf.numel() for leaf in leaves) > 40  # one random direction, not all
+    assert torch.autograd.gradcheck(
+        call, leaves, eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=fast, check_batched_grad=False
+    )
+
+
+def test_equals_the_truths_autograd(spec, sample):
+    wanted = sample.differentiable + sample.kinks
+    got = testing.evaluate(spec.packet, sample, wanted)
+    want = testing.evaluate(spec.truth, sample, wanted)
+    for name in wanted:
+        g, t = got.gradients[name], want.gradients[name]
+        testing.assert_close(g, t, t, what=name, scale=1.0)
+
+
+@pytest.mark.contract(gradient=True, samples=("everything", "beta-batch-weights", "one-dead"))
+def test_frozen_inputs(spec, sample):
+    """Each subset of leaves: the same gradients, bit for bit, and none for what is frozen."""
+    names = sample.differentiable
+    full = testing.evaluate(spec.packet, sample, names).gradients
+    for count in range(1, len(names)):
+        for subset in itertools.combinations(names, count):
+            some = testing.evaluate(spec.packet, sample, subset).gradients
+            for name in subset:
+                assert torch.equal(some[name], full[name]), (subset, name)
+    call, leaves = _call(spec, sample, names)
+    for leaf in leaves[1:]:
+        leaf.requires_grad_(False)
+    call(*leaves).sum().backward()
+    assert leaves[0].grad is not None
+    assert all(leaf.grad is None for leaf in leaves[1:])
+
+
+@pytest.mark.contract(gradient=True, samples=("plain",))
+def test_no_grad_fn_without_leaves(spec, sample):
+    args = tuple(a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in sample.args)
+    assert spec.packet(*args).requires_grad
+    assert not spec.packet(*sample.args).requires_grad
+    with torch.no_grad():
+        assert not spec.packet(*args).requires_grad
+    with torch.inference_mode():
+        assert spec.packet(*args).is_inference()
+
+
+class _Drop(torch.autograd.Function):
+    """Hands its input on and an undefined gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.contract(gradient=True, samples=("plain",))
+def test_undefined_upstream(spec, sample, ran):
+    call, leaves = _call(spec, sample, sample.differentiable)
+    _Drop.apply(call(*leaves)).sum().backward()
+    assert all(leaf.grad is None for leaf in leaves)
+    assert f"{spec.name}_backward" not in [op for op, _ in ran]
+
+
+@pytest.mark.contract(gradient=True, samples=("beta-0d", "beta-1", "beta-batch", "beta-k"))
+def test_beta_alone_has_a_gradient(spec, sample, recwarn):
+    call, (beta,) = _call(spec, sample, ("beta",))
+    out = call(beta)
+    assert out.grad_fn is not None
+    out.square().sum().backward()
+    assert beta.grad is not None
+    assert beta.grad.shape == beta.shape
+    assert bool(beta.grad.abs().min() > 0)
+    assert not recwarn.list
+
+
+@pytest.mark.contract(gradient=True, samples=("everything", "beta-batch"))
+def test_gradient_flows_through_views_and_twice(spec, sample):
+    """An output used twice adds up; a leaf given as a view gets its gradient."""
+    call, leaves = _call(spec, sample, sample.differentiable)
+    out = call(*(leaf.clone() for leaf in leaves))
+    once = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    both = torch.autograd.grad((out + 2 * out).sum(), leaves)
+    for a, b in zip(once, both, strict=True):
+        torch.testing.assert_close(3 * a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_repeats_bit_for_bit(spec, sample, backend):
+    call = sample.cast(torch.float32, backend.device)
+    wanted = sample.differentiable + sample.kinks
+    first = testing.evaluate(spec.packet, call, wanted)
+    second = testing.evaluate(spec.packet, call, wanted)
+    for a, b in zip(first.outputs, second.outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    for name in wanted:
+        a, b = first.gradients[name], second.gradients[name]
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- which backend runs backward
+# ----------------------------------------------------------------------
+
+
+@pytest.mark.contract(gradient=True, samples=("plain", "everything"))
+def test_backward_runs_where_forward_ran(spec, sample, backend, ran):
+    call, leaves = _call(spec, sample.cast(backend.dtypes[0], backend.device), ("v",))
+    call(*leaves).sum().backward()
+    assert (f"{spec.name}_backward", backend.name) in ran
+    assert {name for _, name in ran} == {backend.name}
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """A "triton" for every op that counts its calls and computes what the reference does."""
+    calls: list[str] = []
+
+    def implementation(where: str) -> Any:
+        name, reference = where.partition(":")[2], references[where]
+
+        def run(*args: Any) -> Any:
+            calls.append(name)
+            return reference(*args)
+
+        return run
+
+    references: dict[str, Any] = {}
+    for spec in clam_kernels.all_ops():
+        if spec.gradient is None:
+            continue
+        saved = spec.gradient.saved if isinstance(spec.gradient.saved, tuple) else (None,)
+        for table, name, reference in (
+            (spec.kernels, spec.name, spec.reference),
+            (spec.gradient.kernels, f"{spec.name}_backward", spec.gradient.reference),
+            (spec.gradient.saved_kernels, f"_{spec.name}_forward", saved[0]),
+        ):
+            monkeypatch.setitem(table, "triton", f"planted:{name}")
+            references[f"planted:{name}"] = reference
+    monkeypatch.setattr(choice, "implementation", implementation)
+    monkeypatch.setattr(choice, "why_not", lambda spec, name, device: None)
+    return calls
+
+
+@pytest.mark.contract(gradient=True, samples=("plain",))
+def test_backward_follows_its_forward_out_of_the_block(spec, sample, planted):
+    """The choice is stored by forward, so that leaving the block or another thread changes
+    nothing.
+    """
+    call, leaves = _call(spec, sample, ("v",))
+    with clam_kernels.backend("triton"):
+        out = call(*leaves)
+    assert len(planted) == 1
+    with clam_kernels.backend("reference"):
+        out.sum().backward()
+    assert planted[1:] == [f"{spec.name}_backward"]
+    with clam_kernels.backend("reference"):
+        out = call(*leaves)
+    with clam_kernels.backend("triton"):
+        out.sum().backward()
+    assert len(planted) == 2
+
+
+@pytest.mark.contract(gradient=True, samples=("plain",))
+def test_backward_keeps_its_forwards_precision(spec, sample, monkeypatch):
+    seen: list[str] = []
+    kept = choice.run
+
+    def run(spec: Any, device: str, precision: str, *rest: Any) -> Any:
+        seen.append(precision)
+        return kept(spec, device, precision, *rest)
+
+    monkeypatch.setattr(choice, "run", run)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        call, leaves = _call(spec, sample, ("v",))
+        out = call(*leaves)
+        torch.set_float32_matmul_precision("highest")
+        out.sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["high", "high"]
+
+
+# ---- exact zeros
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.contract(gradient=True, samples=("one-dead", "beta-k-weights"))
+def test_memory_taken_out_gets_no_gradient(spec, sample):
+    got = testing.evaluate(spec.packet, sample, sample.differentiable)
+    weights = sample.args[testing.argument_names(spec.name).index("log_weights")]
+    dead = weights == -math.inf
+    assert bool((got.gradients["rho"][..., dead, :] == 0).all())
+    assert bool((got.gradients["log_weights"][..., dead] == 0).all())
+    if got.gradients.get("beta") is not None and got.gradients["beta"].shape == weights.shape:
+        assert bool((got.gradients["beta"][dead] == 0).all())
+
+
+@pytest.mark.contract(gradient=True, samples=("all-dead",))
+def test_no_memory_at_all_gives_zero_gradients(spec, sample):
+    wanted = sample.differentiable + sample.kinks
+    got = testing.evaluate(spec.packet, sample, wanted)
+    upstream = testing.upstream(got.outputs)[0]
+    for name in wanted:
+        moved = name == "v" and got.outputs[0].shape == upstream.shape and spec.name != "am_energy"
+        expected = upstream if moved else torch.zeros_like(got.gradients[name])
+        assert torch.equal(got.gradients[name], expected), name

@@ -1,0 +1,141 @@
+"""Registration: torch's own checks on every overload, the ops behind it, overload choice, no
+aliases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import clam_kernels
+from clam_kernels import testing
+
+CHEAP = ("test_schema", "test_faketensor", "test_autograd_registration")
+ALL = (*CHEAP, "test_aot_dispatch_dynamic")
+# the tracing check costs ten times the others: one sample of each kind
+TRACED = (
+    "plain", "no-rows", "batch-crossed", "one-dead", "beta-batch", "beta-inf", "mask-bool",
+    "everything", "T-0",
+)  # fmt: skip
+
+
+def overload_of(packet: Any, args: tuple[Any, ...]) -> Any:
+    """The overload whose Tensor arguments are Tensors here."""
+
+    def fits(op: Any) -> bool:
+        pairs = zip(op._schema.arguments, args, strict=False)
+        return all(
+            isinstance(a, Tensor) == (str(s.type) == "Tensor")
+            for s, a in pairs
+            if str(s.type) in ("Tensor", "float")
+        )
+
+    return next(op for op in (getattr(packet, o) for o in packet.overloads()) if fits(op))
+
+
+def filled(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args + tuple(a.default_value for a in op._schema.arguments[len(args) :])
+
+
+def internal_calls(spec: Any, args: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The ops behind a differentiable op, with arguments that belong to this call."""
+    full = filled(overload_of(spec.packet, args), args)
+    calls, saved = [], ()
+    if spec.gradient.saved == "output":
+        saved = (spec.packet(*full),)
+    elif spec.gradient.saved is not None:
+        packet = getattr(torch.ops.clam, f"_{spec.name}_forward")
+        calls.append((overload_of(packet, full), full))
+        saved = (packet(*full)[1],)
+    grad = testing.upstream([spec.packet(*full)])[0]
+    tensors = {name for words in spec.overloads.values() for name in _tensors(spec, words)}
+    names = testing.argument_names(spec.name)
+    needs = [isinstance(a, Tensor) for n, a in zip(names, full, strict=True) if n in tensors]
+    packet = getattr(torch.ops.clam, f"{spec.name}_backward")
+    call = (grad, *full[:-1], *saved, needs, "highest", "reference")
+    return [*calls, (overload_of(packet, call), call)]
+
+
+def _tensors(spec: Any, words: dict[str, str]) -> list[str]:
+    parts = spec.arguments.format(**words).split(", ")
+    return [p.split()[1].partition("=")[0] for p in parts if p.startswith("Tensor")]
+
+
+def test_op(spec, sample, backend):
+    args = sample.cast(backend.dtypes[0], backend.device).args
+    leaves = tuple(
+        a.clone().requires_grad_() if n in sample.differentiable else a
+        for n, a in zip(testing.argument_names(spec.name), args, strict=False)
+    )
+    op = overload_of(spec.packet, args)
+    torch.library.opcheck(op, leaves, test_utils=ALL if sample.name in TRACED else CHEAP)
+
+
+@pytest.mark.contract(gradient=True)
+def test_ops_behind_it(spec, sample):
+    for op, args in internal_calls(spec, sample.args):
+        torch.library.opcheck(op, args, test_utils=ALL if sample.name in TRACED else CHEAP)
+
+
+def test_every_registered_op_is_known():
+    found = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("clam::")}
+    known = set()
+    for spec in clam_kernels.all_ops():
+        names = [spec.name]
+        if spec.gradient is not None:
+            names += [f"{spec.name}_backward"]
+            names += [f"_{spec.name}_forward"] if isinstance(spec.gradient.saved, tuple) else []
+        for overload in spec.overloads:
+            known |= {f"clam::{n}.{overload}" if overload else f"clam::{n}" for n in names}
+    assert found == known
+
+
+def test_tags(spec):
+    for overload in spec.overloads:
+        op = getattr(spec.packet, overload or "default")
+        assert torch.Tag.pt2_compliant_tag in op.tags
+
+
+class _Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", ["am_step", "am_recursion", "am_energy"])
+@pytest.mark.parametrize(
+    ("beta", "overload"),
+    [
+        (1.5, "default"),
+        (2, "default"),
+        (torch.tensor(1.5), "beta_tensor"),
+        (torch.tensor([1.5]), "beta_tensor"),
+        (torch.tensor(1.5, requires_grad=True), "beta_tensor"),
+    ],
+    ids=["float", "int", "0-d", "1-d", "0-d leaf"],
+)
+def test_overload_choice(op, beta, overload):
+    """A tensor never becomes a number on its way: its gradient would be lost without a word."""
+    tail = (2,) if op == "am_recursion" else ()
+    with _Log() as log:
+        getattr(torch.ops.clam, op)(torch.zeros(2, 2), torch.eye(2), beta, *tail)
+    assert next(s for s in log.seen if s.startswith("clam.")).endswith(f".{overload}")
+
+
+def test_outputs_are_new_and_contiguous(spec, sample, backend):
+    args = sample.cast(torch.float32, backend.device).args
+    storages = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor) and a.numel()}
+    out = spec.packet(*args)
+    for one in out if isinstance(out, tuple) else (out,):
+        assert one.is_contiguous()
+        assert one.numel() == 0 or one.untyped_storage().data_ptr() not in storages
+        # no more memory than the shape needs: not a view of a larger scratch
+        assert one.untyped_storage().nbytes() == one.numel() * one.element_size()

@@ -1,0 +1,313 @@
+"""vmap, torch.func, forward AD, batched gradients, double backward, autocast: same as the
+truth's.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clam_kernels import testing
+
+M = 3  # examples of a mapped argument
+
+
+def _same(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def _tensor_places(sample: Any) -> list[int]:
+    return [i for i, a in enumerate(sample.args) if isinstance(a, Tensor)]
+
+
+# ---- vmap
+# ------------------------------------------------------------------------------------------
+
+MAPPED = (
+    "plain", "batch-crossed", "one-dead", "beta-0d", "beta-1", "beta-batch", "beta-batch-k",
+    "mask-bool", "mask-dim", "mask-0d", "log-weights-0d", "everything", "beta-inf-mask",
+    "all-dead-in-one-problem", "no-rows", "T-0-mask",
+)  # fmt: skip
+
+
+@pytest.mark.contract(samples=MAPPED)
+def test_vmap_over_every_combination_of_arguments(spec, sample, ran):
+    """Each non-empty subset of the tensors mapped, over the first or the last dim, against a
+    loop.
+    """
+    examples = [_named(spec.name, sample.name, seed) for seed in range(M)]
+    places = _tensor_places(sample)
+    for count in range(1, len(places) + 1):
+        for turn, subset in enumerate(itertools.combinations(places, count)):
+            dim = -1 if turn % 2 else 0
+            args, in_dims = list(sample.args), [None] * len(sample.args)
+            for i in subset:
+                args[i] = torch.stack([e.args[i] for e in examples], dim)
+                in_dims[i] = args[i].ndim - 1 if dim else 0
+            got = torch.vmap(spec.packet, in_dims=tuple(in_dims))(*args)
+            loop = [
+                spec.packet(*(e.args[i] if i in subset else a for i, a in enumerate(sample.args)))
+                for e in examples
+            ]
+            pairs = zip(got, zip(*loop, strict=True), strict=True) if isinstance(got, tuple) else [
+                (got, loop)
+            ]  # fmt: skip
+            for one, many in pairs:
+                _same(one, torch.stack(list(many)))
+    assert {(spec.name, "reference")} == set(ran)  # the op itself, not the truth, which is N x K
+
+
+def _named(op: str, name: str, seed: int) -> Any:
+    return next(s for s in testing.samples(op, seed) if s.name == name)
+
+
+@pytest.mark.contract(samples=("plain", "beta-batch"))
+def test_nested_vmap(spec, sample):
+    v, *rest = sample.args
+    many = torch.stack([torch.stack([v + i + 2 * j for i in range(2)]) for j in range(3)])
+    got = torch.vmap(torch.vmap(lambda x: spec.packet(x, *rest)))(many)
+    want = [[spec.packet(x, *rest) for x in row] for row in many]
+    if isinstance(got, tuple):
+        got, want = got[1], [[w[1] for w in row] for row in want]
+    _same(got, torch.stack([torch.stack(row) for row in want]))
+
+
+def test_vmap_refuses_an_op_without_a_rule(monkeypatch):
+    """`core` None says that not all tensors take leading dims: a clear refusal, no slow loop."""
+    from clam_kernels._core import registry
+
+    kept = dict(registry._SPECS)
+    spec = testing.spec_of("am_assign")
+    fields = {f: getattr(spec, f) for f in ("arguments", "returns", "check", "fake", "truth")}
+    try:
+        registry.op(
+            **fields, name="planted_assign", reference=spec.reference, function=spec.function
+        )
+        with pytest.raises(
+            NotImplementedError, match="clam::planted_assign: vmap is not supported"
+        ):
+            torch.vmap(torch.ops.clam.planted_assign)(torch.zeros(2, 3, 2), torch.zeros(2, 4, 2))
+    finally:
+        registry._SPECS.clear()
+        registry._SPECS.update(kept)
+
+
+# ---- torch.func, forward AD
+# ------------------------------------------------------------------------
+
+DIFFERENTIATED = ("plain", "beta-batch-weights", "everything", "one-dead", "beta-inf-mask")
+
+
+def _each_argument(spec: Any, sample: Any, function: Any) -> list[tuple[str, Any, Tensor]]:
+    names = testing.argument_names(spec.name)
+
+    def call(place: int, x: Tensor) -> Tensor:
+        args = list(sample.args)
+        args[place] = x
+        return function(*args)
+
+    return [
+        (n, functools.partial(call, names.index(n)), sample.args[names.index(n)])
+        for n in sample.differentiable
+    ]
+
+
+def _pairs(spec: Any, sample: Any) -> Any:
+    ours = _each_argument(spec, sample, spec.packet)
+    return zip(ours, _each_argument(spec, sample, spec.truth), strict=True)
+
+
+@pytest.mark.contract(gradient=True, samples=DIFFERENTIATED)
+def test_func_grad_and_jacrev(spec, sample):
+    for (_, ours, x), (_, truth, _) in _pairs(spec, sample):
+        _same(
+            torch.func.grad(lambda t, f=ours: f(t).sin().sum())(x),
+            torch.func.grad(lambda t, f=truth: f(t).sin().sum())(x),
+        )
+        _same(torch.func.jacrev(ours)(x), torch.func.jacrev(truth)(x))
+
+
+@pytest.mark.contract(gradient=True, samples=DIFFERENTIATED)
+def test_func_jvp_and_forward_ad(spec, sample):
+    for (_, ours, x), (_, truth, _) in _pairs(spec, sample):
+        tangent = testing.upstream([x], seed=3)[0]
+        got, want = (torch.func.jvp(f, (x,), (tangent,)) for f in (ours, truth))
+        _same(got, want)
+        assert bool((want[1] != 0).any())
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, tangent)))
+        _same(dual.tangent, want[1])
+
+
+@pytest.mark.contract(gradient=True, samples=("plain", "one-dead", "beta-0d"))
+def test_func_hessian(spec, sample):
+    for (_, ours, x), (_, truth, _) in _pairs(spec, sample):
+        got = torch.func.hessian(lambda t, f=ours: f(t).square().sum())(x)
+        want = torch.func.hessian(lambda t, f=truth: f(t).square().sum())(x)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.contract(gradient=True, samples=("plain", "everything"))
+def test_vmap_of_grad_and_grad_of_vmap(spec, sample):
+    names = testing.argument_names(spec.name)
+    place = names.index("v")
+
+    def loss(x: Tensor) -> Tensor:
+        args = list(sample.args)
+        args[place] = x
+        return spec.packet(*args).square().sum()
+
+    many = torch.stack([_named(spec.name, sample.name, s).args[place] for s in range(M)])
+    want = torch.stack([torch.func.grad(loss)(x) for x in many])
+    _same(torch.vmap(torch.func.grad(loss))(many), want)
+    _same(torch.func.grad(lambda m: torch.vmap(loss)(m).sum())(many), want)
+    leaf = many.clone().requires_grad_()
+    torch.vmap(loss)(leaf).sum().backward()
+    _same(leaf.grad, want)
+
+
+# ---- batched gradients, double backward
+# ----------------------------------------------------------------
+
+
+@pytest.mark.contract(gradient=True, samples=(*DIFFERENTIATED, "batch-crossed", "beta-0d", "T-0"))
+def test_batched_grads(spec, sample):
+    """A whole jacobian in one backward, through the vmap rule of the backward op."""
+    names = testing.argument_names(spec.name)
+    leaves = {
+        n: sample.args[names.index(n)].clone().requires_grad_() for n in sample.differentiable
+    }
+    args = [leaves.get(n, a) for n, a in zip(names, sample.args, strict=False)]
+    out = spec.packet(*args)
+    basis = torch.eye(out.numel(), dtype=out.dtype).reshape(-1, *out.shape)[::2]
+    got = torch.autograd.grad(
+        out, list(leaves.values()), basis, is_grads_batched=True, retain_graph=True
+    )
+    for i, row in enumerate(basis):
+        one = torch.autograd.grad(out, list(leaves.values()), row, retain_graph=True)
+        for name, a, b in zip(leaves, got, one, strict=True):
+            assert a.shape[1:] == leaves[name].shape, name
+            _same(a[i], b)
+
+
+@pytest.mark.contract(gradient=True, samples=("plain", "everything", "beta-0d"))
+def test_double_backward_raises(spec, sample):
+    names = testing.argument_names(spec.name)
+    text = (
+        f"clam::{spec.name}_backward: double backward is not implemented; call "
+        f"python_fallback.{spec.family}.{spec.name}, which is twice differentiable"
+    )
+    for name in sample.differentiable:
+        leaf = sample.args[names.index(name)].clone().requires_grad_()
+        args = [leaf if n == name else a for n, a in zip(names, sample.args, strict=False)]
+        out = spec.packet(*args)
+        (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        with pytest.raises(NotImplementedError) as caught:
+            torch.autograd.grad(first.sum(), leaf)
+        assert str(caught.value) == text
+
+
+def test_double_backward_of_the_truth_works(spec):
+    """What the refusal points to does what it says."""
+    if spec.gradient is None:
+        assert not torch.is_tensor(spec.truth(*testing.samples(spec.name)[0].args))
+        return
+    sample = _named(spec.name, "plain", 0)
+    v = sample.args[0].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: spec.truth(x, *sample.args[1:]), (v,))
+
+
+@pytest.mark.contract(gradient=True, samples=("plain",))
+def test_saving_forward_is_internal(spec, sample):
+    if not isinstance(spec.gradient.saved, tuple):
+        assert not hasattr(torch.ops.clam, f"_{spec.name}_forward")
+        return
+    op = getattr(torch.ops.clam, f"_{spec.name}_forward")
+    v, *rest = sample.args
+    out, _ = op(v.clone().requires_grad_(), *rest)
+    with pytest.raises(NotImplementedError) as caught:
+        out.sum().backward()
+    name = f"clam::_{spec.name}_forward"
+    assert str(caught.value) == f"{name}: _{spec.name}_forward is internal; call {spec.name}"
+
+
+# ---- autocast
+# --------------------------------------------------------------------------------------
+
+
+class _Arguments(TorchDispatchMode):
+    """The arguments of every clam op below autograd and autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "clam":
+            schema = func._schema.arguments
+            self.seen.append(args + tuple(a.default_value for a in schema[len(args) :]))
+        return func(*args, **(kwargs or {}))
+
+
+def _autocast_call(sample: Any, v: torch.dtype, rho: torch.dtype) -> tuple[Any, ...]:
+    args = list(sample.cast(torch.float32).args)
+    args[0], args[1] = args[0].to(v), args[1].to(rho)
+    return tuple(args)
+
+
+AUTOCAST = ("plain", "beta-0d", "log-weights")
+
+
+@pytest.mark.contract(samples=AUTOCAST)
+@pytest.mark.parametrize("v", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rho", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_autocast_promotes_and_lowers_the_precision_only(spec, sample, v, rho):
+    args = _autocast_call(sample, v, rho)
+    wide = torch.promote_types(v, rho)
+    with torch.autocast("cpu", torch.bfloat16), _Arguments() as log:
+        got = spec.packet(*args)
+    (seen,) = log.seen
+    assert seen[0].dtype == seen[1].dtype == wide
+    assert seen[-1] == "medium"
+    for before, after in zip(args[2:], seen[2:], strict=False):  # beta and the rest stay as given
+        assert before is after or before == after or torch.equal(before, after)
+    want = spec.packet(args[0].to(wide), args[1].to(wide), *args[2:])
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.contract(samples=("plain",))
+def test_autocast_leaves_an_explicit_precision(spec, sample):
+    args = _autocast_call(sample, torch.bfloat16, torch.float32)
+    args = args + (None,) * (len(testing.argument_names(spec.name)) - 1 - len(args)) + ("highest",)
+    with torch.autocast("cpu", torch.bfloat16), _Arguments() as log:
+        spec.packet(*args)
+    assert log.seen[0][-1] == "highest"
+    with pytest.raises(TypeError, match="rho: expected dtype bfloat16 to match v, got float32"):
+        spec.packet(*args)  # outside autocast nothing is promoted
+
+
+@pytest.mark.contract(gradient=True, samples=AUTOCAST)
+def test_autocast_gradients_come_back_in_the_dtype_of_each_leaf(spec, sample):
+    args = _autocast_call(sample, torch.bfloat16, torch.float32)
+    leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = spec.packet(*leaves)
+    out.sum().backward()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            assert leaf.grad is not None
+            assert leaf.grad.dtype == leaf.dtype
+
+
+@pytest.mark.contract(samples=("plain",))
+def test_no_autocast_means_torchs_precision(spec, sample):
+    with _Arguments() as log:
+        spec.packet(*sample.cast(torch.float32).args)
+    assert log.seen[0][-1] is None
