@@ -72,13 +72,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
-# ---- contract cases: `spec`, `sample`, `backend`, `dtype` are parameters wherever a test asks ------
+# ---- contract cases: `spec`, `sample`, `backend`, `dtype` are parameters of the tests that ask ---
 
 PARAMETERS = ("spec", "backend", "sample", "dtype")
 
 
 def _cases(names: list[str], only: dict[str, Any]) -> Iterator[Any]:
-    """One param for each combination that exists; an op that a backend lacks is one skipped param."""
+    """One param for each combination that exists; an op that a backend lacks is skipped once."""
     chosen, ops = only.get("samples"), only.get("ops")
     for spec in clam_kernels.all_ops():
         if (only.get("gradient") and spec.gradient is None) or (ops and spec.name not in ops):

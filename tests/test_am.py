@@ -430,8 +430,8 @@ def test_no_memory_in_play(am):
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
 def test_recall_of_hidden_entries(am, beta):
-    """Five patterns in R^64, half of the entries hidden: returned, but for the share that the softmax
-    leaves to the others, K exp(-beta d^2): at beta .3 it is 7e-11 here, below 1e-14 at 1 and 3.
+    """Five patterns in R^64, half of the entries hidden: returned, but for what softmax leaves to
+    the others, K exp(-beta d^2): at beta .3 it is 7e-11 here, below 1e-14 at 1 and 3.
     """
     generator = torch.Generator().manual_seed(3)
     patterns = torch.randn(5, 64, generator=generator, dtype=F64)

@@ -24,6 +24,8 @@ PLATFORM = sysconfig.get_platform().replace("-", "_").replace(".", "_")
 # One target: the tests are of the build, and a target more costs as much as all of them.
 ARCH = "90a"
 PIP = [sys.executable, "-m", "pip"]
+# nvcc reads these itself: a kernel that spills registers does not compile here.
+NO_SPILLS = {"NVCC_APPEND_FLAGS": "-Xptxas=--warn-on-spills,--warning-as-error"}
 
 pytestmark = [
     pytest.mark.build,
@@ -277,7 +279,7 @@ def cuda_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda")
     tree = copy_of_the_tree(folder)
     command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
-    run(command, tree, CLAM_CUDA="1", CLAM_CUDA_ARCHS=ARCH)
+    run(command, tree, CLAM_CUDA="1", CLAM_CUDA_ARCHS=ARCH, **NO_SPILLS)
     return wheel_in(folder)
 
 
@@ -294,6 +296,20 @@ def test_cuda_wheel(cuda_wheel: Path) -> None:
     assert record["cuda"] is True
     assert record["archs"] == [ARCH]
     assert record["reason"] is None
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_no_kernel_spills_on_the_other_targets(tree: Path) -> None:
+    """What the fixture holds for its own target; then that it would have told."""
+    wish = {"CLAM_CUDA": "1", "CLAM_CUDA_ARCHS": "80;100", **NO_SPILLS}
+    bdist(tree, **wish)
+    assert record_of(wheel_in(tree / "dist"))["archs"] == ["80", "100"]
+    kernel = tree / "csrc" / "am.cu"
+    text = kernel.read_text(encoding="utf-8")
+    assert "min_blocks(D, R)" in text
+    kernel.write_text(text.replace("min_blocks(D, R)", "12"), encoding="utf-8")
+    assert "spill" in bdist(tree, fails=True, **wish)
 
 
 @needs_nvcc
