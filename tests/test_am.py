@@ -236,7 +236,7 @@ def test_a_step_beyond_two_may_raise_the_energy(am):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_held_entries_keep_their_bits(am, dtype):
     v, rho = _draw(10, (70, 5), (6, 5), dtype=dtype)
-    v = v + 1000
+    rho = rho + 1000  # v - c + c is not v here
     nothing = torch.zeros(70, 5, dtype=torch.bool)
     half = torch.arange(350).reshape(70, 5) % 2 == 0
     for steps in (1, 4):
