@@ -15,6 +15,7 @@ from ._completion import Plan, train
 from ._frame import Frame, rescaled
 from ._selection import Candidate, Fitted, choose, measure
 from ._start import gap_of, starts
+from ._threads import threads_for
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def search(
     memories = starts(estimator, recipe, z, frame, data, seed, resolved(estimator, "n_init"))
     betas = _betas(estimator, recipe, frame, z, memories, seed)
     plan = _plan(estimator, recipe, frame, z, betas, seed)
-    trained = train(z, memories, plan, progress)
+    product = memories.numel() * min(plan.batch_size, len(z))
+    with threads_for(product):
+        trained = train(z, memories, plan, progress)
     fitted = Fitted(z, trained, plan, betas, recipe.authors)
     candidates = measure(fitted, estimator.select, seed)
     guard = None if recipe.authors else estimator.inertia_guard

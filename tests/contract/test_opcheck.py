@@ -75,6 +75,19 @@ def test_op(spec, sample, backend):
     torch.library.opcheck(op, leaves, test_utils=ALL if sample.name in TRACED else CHEAP)
 
 
+@pytest.mark.contract(samples=TRACED)
+def test_op_in_half(spec, sample, backend):
+    """The fake knows which results are wider than the inputs."""
+    args = sample.cast(torch.bfloat16, backend.device).args
+    torch.library.opcheck(overload_of(spec.packet, args), args, test_utils=CHEAP)
+
+
+@pytest.mark.contract(gradient=True, samples=TRACED)
+def test_ops_behind_it_in_half(spec, sample):
+    for op, args in internal_calls(spec, sample.cast(torch.bfloat16).args):
+        torch.library.opcheck(op, args, test_utils=CHEAP)
+
+
 @pytest.mark.contract(gradient=True)
 def test_ops_behind_it(spec, sample):
     for op, args in internal_calls(spec, sample.args):

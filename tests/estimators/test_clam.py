@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -170,6 +171,21 @@ def test_threads_do_not_change_labels(iris: np.ndarray) -> None:
     finally:
         torch.set_num_threads(threads)
     np.testing.assert_array_equal(*found)
+
+
+def test_the_number_of_threads_is_restored(iris: np.ndarray) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with ThreadPoolExecutor(4) as pool:
+            fits = list(
+                pool.map(lambda seed: ClAM(3, n_init=2, random_state=0).fit(iris), range(4))
+            )
+        assert torch.get_num_threads() == 2
+        for fit in fits[1:]:
+            np.testing.assert_array_equal(fit.cluster_centers_, fits[0].cluster_centers_)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_replica_does_not_depend_on_how_many_there_are(iris: np.ndarray) -> None:

@@ -37,7 +37,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is missing")
 def run(command: list[str], folder: Path, fails: bool = False, **variables: str) -> str:
     """Output of a command that must succeed, or must fail; nothing of CLAM_* leaks in."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CLAM_") and k != "CUDA_HOME"}
-    # The tree under test is not to be found through the environment, and pip speaks as it does to a user.
+    # The tree under test is not to be found through the environment; pip speaks as to a user.
     for name in ("PYTHONPATH", "PIP_QUIET"):
         clean.pop(name, None)
     done = subprocess.run(
