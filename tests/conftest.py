@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backends, the contract cases of every op, and the count of those that really ran."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mathematics of associative memory: exact cases, numerical rules, properties.
 
 Each case runs through the op and through the truth; float64 and 1e-12 unless said.

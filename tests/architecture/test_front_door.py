@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`import clam_kernels` in a fresh interpreter: quiet, quick, and it brings in nothing heavy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may import whom, by reading the files; and one word for a family in every room."""
 
 from __future__ import annotations

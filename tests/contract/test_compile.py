@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile and export: one graph, no recompiling, symbolic and unbacked sizes."""
 
 from __future__ import annotations

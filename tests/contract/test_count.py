@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The suite's own guard: a run that skips its contract cases fails."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each op is declared, documented, sampled and timed; the schemas are the ones written down."""
 
 from __future__ import annotations

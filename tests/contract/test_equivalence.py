@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every backend against float64 of the same inputs: no worse than twice plain torch, bit for
 bit.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every message, verbatim: in eager, under FakeTensorMode and on meta; then what Python refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients: finite differences, the truth's autograd, frozen inputs, and who runs backward."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layouts, sizes and values at the edges: the answer is that of plain contiguous tensors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of the public ops does not grow with N x K."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registration: torch's own checks on every overload, the ops behind it, overload choice, no
 aliases.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vmap, torch.func, forward AD, batched gradients, double backward, autocast: same as the
 truth's.
 """
