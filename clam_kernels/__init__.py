@@ -49,6 +49,10 @@ def list_estimators() -> list[str]:
     return list(_ESTIMATORS)
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,11 +44,11 @@ def _parser() -> argparse.ArgumentParser:
 
     fit = verb("fit", "cluster a table and write the model", model=False, output="model file")
     fit.add_argument("-k", "--clusters", type=int, required=True, help="number of clusters")
-    fit.add_argument("--recipe", choices=("default", "paper"), default="default")
+    fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="see ClAM")
     fit.add_argument("--restarts", type=int, help="n_init")
     fit.add_argument("--epochs", type=int, help="max_iter")
-    fit.add_argument("--seed", type=int, default=0)
-    fit.add_argument("--device", default="auto")
+    fit.add_argument("--seed", type=int, default=0, help="default 0")
+    fit.add_argument("--device", default="auto", help="cpu, cuda or auto (a GPU if there is one)")
     fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")
     table = ".csv, .tsv, .npy or .parquet; CSV on stdout without it"
     verb("predict", "label of each row", output=table)
@@ -71,6 +71,8 @@ def _check_output(options: argparse.Namespace) -> None:
     for source in (options.data, getattr(options, "model", None)):
         if source is not None and output.exists() and source.exists() and output.samefile(source):
             raise _Refused(f"{output} is an input of this command")
+    if not output.parent.is_dir():
+        raise _Refused(f"{output.parent} is not a folder")
     if output.exists() and not options.force:
         raise _Refused(f"{output} exists; --force overwrites it")
 
@@ -86,6 +88,8 @@ def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
 
 
 def _fit(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[str, Any]:
+    import numpy as np
+
     from .estimators import ClAM
 
     model = ClAM(
@@ -100,6 +104,8 @@ def _fit(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[s
     start = time.perf_counter()
     model.fit(x)
     seconds = time.perf_counter() - start
+    if names is not None:
+        model.feature_names_in_ = np.asarray(names, dtype=object)
     model.save(options.output)
     return {"seconds": seconds, "seed": options.seed, **_facts(model)}
 
@@ -120,6 +126,12 @@ def _use(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[s
 
     model = ClAM.load(options.model)
     facts = _facts(model)
+    fitted_on = list(model.__dict__.pop("feature_names_in_", names or []))
+    if names is not None and names != fitted_on:
+        raise ValueError(
+            f"{options.data}: expected the columns {', '.join(fitted_on)} that the model was fitted"
+            f" on, got {', '.join(names)}"
+        )
     if options.verb == "predict":
         _put(options, model.predict(x), ["label"])
     elif options.verb == "transform":

@@ -84,7 +84,12 @@ def save(
 
 def write_atomically(path: Path, payload: bytes) -> None:
     """Replace a file by new content or leave it as it was."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        )
+    except OSError as error:
+        raise _about(error, path) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(payload)
@@ -97,9 +102,14 @@ def write_atomically(path: Path, payload: bytes) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+        if isinstance(error, OSError):
+            raise _about(error, path) from error
         raise
+
+
+def _about(error: OSError, path: Path) -> OSError:
+    """The same error about the file that was asked for, not the temporary one."""
+    return OSError(error.errno, os.strerror(error.errno or 0), str(path))
 
 
 @contextlib.contextmanager

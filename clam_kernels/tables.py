@@ -181,8 +181,8 @@ def encode(array: np.ndarray, suffix: str, names: list[str]) -> bytes:
         np.save(out, array)
     elif suffix in (".csv", ".tsv", ""):
         mark = "\t" if suffix == ".tsv" else ","
-        form = "%d" if array.dtype.kind in "iu" else "%.17g" if array.dtype.itemsize > 4 else "%.9g"
-        np.savetxt(out, array, fmt=form, delimiter=mark, header=mark.join(names), comments="")
+        # %s of a float is its shortest text that reads back as the same number
+        np.savetxt(out, array, fmt="%s", delimiter=mark, header=mark.join(names), comments="")
     elif suffix == ".parquet":
         try:
             import pyarrow as pa

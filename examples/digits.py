@@ -95,7 +95,7 @@ def main() -> None:
         f" (mean fill {figures['rmse_mean_fill']:.3f}), visible pixels unchanged:"
         f" {figures['visible_entries_unchanged']}"
     )
-    counts = [f"n={n}" for n in np.bincount(clam.labels_, minlength=10)]
+    counts = [f"{i}: {n}" for i, n in enumerate(np.bincount(clam.labels_, minlength=10))]
     plots.save(
         plots.plot_clusters(x, clam.labels_, clam.cluster_centers_, title="digits by ClAM"),
         options.out / "clusters.png",

@@ -127,6 +127,23 @@ def test_bad_input_is_one_line_and_exit_1(folder: Path, tmp_path: Path) -> None:
     assert clam("nonsense").returncode == 2
 
 
+def test_columns_in_another_order_are_refused(folder: Path, tmp_path: Path) -> None:
+    model, text = tmp_path / "m", (folder / "named.tsv").read_text()
+    assert clam("fit", folder / "named.tsv", "-k", 3, "-o", model, *QUICK).returncode == 0
+    assert clam("predict", model, folder / "named.tsv").returncode == 0
+    assert clam("predict", model, folder / "x.npy").stderr == ""
+    (tmp_path / "swapped.tsv").write_text(text.replace("a\tb", "b\ta", 1))
+    run = clam("predict", model, tmp_path / "swapped.tsv")
+    assert run.returncode == 1
+    assert "expected the columns a, b, c, d" in run.stderr
+
+
+def test_a_missing_folder_is_noticed_before_the_work(folder: Path, tmp_path: Path) -> None:
+    run = clam("fit", folder / "x.npy", "-k", 3, "-o", tmp_path / "none" / "m")
+    assert run.returncode == 2
+    assert "is not a folder" in run.stderr
+
+
 def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((4000, 1000)))
     with pytest.raises(DataFileError, match="unpacks to more"):

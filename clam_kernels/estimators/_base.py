@@ -94,7 +94,8 @@ def _check_finite(estimator: Any, values: Tensor, allow_nan: bool) -> None:
         return
     row, column = (int(i) for i in bad.nonzero()[0])
     what = "NaN" if bool(values[row, column].isnan()) else "infinity"
-    hint = "impute them first" if not allow_nan else "only NaN stands for a missing value"
+    hint = "impute them first, or fill them with `complete` of a fitted ClAM"
+    hint = "only NaN stands for a missing value" if allow_nan else hint
     raise ValueError(
         f"Input X contains {what}: {count} bad entr{'y' if count == 1 else 'ies'}, the first at row"
         f" {row}, column {column}. {type(estimator).__name__} takes finite values; {hint}."
@@ -105,10 +106,15 @@ def choose_device(wanted: str, origin: torch.device | None) -> torch.device:
     """Where to compute: "auto" is the tensor's device, for arrays a GPU if there is one."""
     if wanted == "auto":
         return origin or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {wanted!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BackendUnavailableError(f"device: expected 'auto', 'cpu' or 'cuda', got {wanted!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
-            f"device: expected one of this machine, got {wanted} without CUDA"
+            f"device: got {wanted!r}, but this machine has no CUDA device"
         )
     return device
 

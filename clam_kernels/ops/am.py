@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -105,9 +106,13 @@ def _check_assign(
     _check_recursion(v, rho, 1.0, 0, 1.0, None, log_weights, precision)
 
 
-def _check_beta_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
+def _check_values(v: Tensor, rho: Tensor, beta: Any, *rest: Any) -> None:
+    """Of beta and of a fractional mask; `rest` ends in update_mask, log_weights, precision."""
     if isinstance(beta, Tensor):
         checks.values("beta", beta, 0.0, finite=False)
+    mask = rest[-3]
+    if mask is not None and mask.dtype != torch.bool:
+        checks.values("update_mask", mask, 0.0, finite=True, high=1.0)
 
 
 def _check_energy_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
@@ -163,13 +168,18 @@ def _tensors(
     """The types the dispatcher would refuse in words of its own."""
     checks.tensor("v", v)
     checks.tensor("rho", rho)
-    number = isinstance(beta, int | float | torch.SymFloat) and not isinstance(beta, bool)
+    number = isinstance(beta, int | float | torch.SymFloat | Real) and not isinstance(beta, bool)
     checks.type_error(
         number or isinstance(beta, Tensor),
         lambda: checks.wording("beta", "a number or a Tensor", type(beta).__name__),
     )
     checks.tensor("update_mask", update_mask, optional=True)
     checks.tensor("log_weights", log_weights, optional=True)
+
+
+def _plain(beta: Any) -> Any:
+    """A number of another library (numpy's) as Python's, for the dispatcher."""
+    return beta if isinstance(beta, Tensor | int | float | torch.SymFloat) else float(beta)
 
 
 def am_step(
@@ -234,6 +244,7 @@ def am_step(
     tensor([[0.1846, 0.0000]])
     """
     _tensors(v, rho, beta, update_mask, log_weights)
+    beta = _plain(beta)
     out: Tensor = torch.ops.clam.am_step(v, rho, beta, step, update_mask, log_weights, precision)
     return out
 
@@ -304,6 +315,7 @@ def am_recursion(
     _tensors(v, rho, beta, update_mask, log_weights)
     whole = isinstance(steps, int | torch.SymInt) and not isinstance(steps, bool)
     checks.type_error(whole, lambda: checks.wording("steps", "an int >= 0", repr(steps)))
+    beta = _plain(beta)
     out: Tensor = torch.ops.clam.am_recursion(
         v, rho, beta, steps, step, update_mask, log_weights, precision
     )
@@ -360,6 +372,7 @@ def am_energy(
     tensor([0.0308])
     """
     _tensors(v, rho, beta, None, log_weights)
+    beta = _plain(beta)
     out: Tensor = torch.ops.clam.am_energy(v, rho, beta, log_weights, precision)
     return out
 
@@ -419,7 +432,7 @@ AM_STEP = op(
     returns="Tensor",
     overloads=_BETA,
     check=_check_step,
-    check_values=_check_beta_values,
+    check_values=_check_values,
     fake=_fake_step,
     truth=_truth.am_step,
     reference=_truth.am_step_forward,
@@ -437,7 +450,7 @@ AM_RECURSION = op(
     returns="Tensor",
     overloads=_BETA,
     check=_check_recursion,
-    check_values=_check_beta_values,
+    check_values=_check_values,
     fake=_fake_recursion,
     truth=_truth.am_recursion,
     reference=_truth.am_recursion_forward,

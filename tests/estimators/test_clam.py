@@ -407,8 +407,12 @@ def test_bad_parameters_are_refused(iris: np.ndarray, wrong: dict) -> None:
 def test_a_device_that_is_not_there_raises(iris: np.ndarray) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(BackendUnavailableError, match="cuda"):
+    with pytest.raises(BackendUnavailableError, match="no CUDA device"):
         ClAM(3, device="cuda", **QUICK).fit(iris)
+    with pytest.raises(BackendUnavailableError, match="got 'mps'"):
+        ClAM(3, device="mps", **QUICK).fit(iris)
+    with pytest.raises(ValueError, match="got 'gpu0'"):
+        ClAM(3, device="gpu0", **QUICK).fit(iris)
 
 
 def test_unfitted(iris: np.ndarray) -> None:
