@@ -3,7 +3,7 @@
 its batch dims spelled out, one chunk's trajectory and the sums that the gradients need.
 
 Everything works in place on 3-D tiles [problems, rows, .] of `_chunk`; nothing is N x K. Tiles are
-padded (rows to 16, D and K to 4) and a product's second factor is contiguous: CPU libraries take
+padded (rows to ROWS, D and K to 4) and a product's second factor is contiguous: CPU libraries take
 other kernels at ragged edges, and only so has a row the same bits wherever it stands, alone or in a
 batch. Padding rows and features are 0, padding memories have logits of -inf.
 """
@@ -29,6 +29,9 @@ from ._score import (
 )
 
 Beta = float | Tensor
+# Rows of a tile are a multiple of this: of 16 for the library's kernels, of 32 so that no product
+# falls below the 400 multiply-adds under which torch runs a loop of its own.
+ROWS = 32
 
 
 def result_shape(
@@ -140,7 +143,7 @@ class Problem:
 
     def tile(self, cell: Cell, rows: int, width: int) -> Tensor:
         """Scratch [problems of the cell, padded rows, width], not initialised."""
-        return self.rho.new_empty((cell.size, padded(rows, 16), width), dtype=self.dtype)
+        return self.rho.new_empty((cell.size, padded(rows, ROWS), width), dtype=self.dtype)
 
     def load(self, cell: Cell, rows: slice, side: Side, x: Tensor) -> Tensor:
         """Fill x with the centred states and padding; returns the block of v as it is."""
@@ -245,7 +248,7 @@ class Trajectory:
     def run(self, rows: slice) -> None:
         """Forward over one chunk."""
         self.rows, self.n = rows, rows.stop - rows.start
-        height = padded(self.n, 16)
+        height = padded(self.n, ROWS)
         self.g, self.h, self.xb, *self.states = (tile[:, :height] for tile in self.narrow)
         self.scores, *self.kept = (tile[:, :height] for tile in self.wide)
         self.p.load(self.cell, rows, self.side, self.states[0])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._chunk import lift, row_chunks, take
 from ._recall import (
+    ROWS,
     Beta,
     Problem,
     Sums,
@@ -152,7 +153,7 @@ def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> 
         tiles = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
-            x, xb, weights = (tile[:, : padded(n, 16)] for tile in tiles)
+            x, xb, weights = (tile[:, : padded(n, ROWS)] for tile in tiles)
             block = p.load(cell, rows, side, x)
             gain = p.gain(cell, rows, side, step)
             if lse is not None and side.beta is not None:
@@ -282,7 +283,7 @@ def am_energy_forward(
         tiles = p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide)
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
-            x, z = (tile[:, : padded(n, 16)] for tile in tiles)
+            x, z = (tile[:, : padded(n, ROWS)] for tile in tiles)
             p.load(cell, rows, side, x)
             top = side.logits(x, z).amax(-1, keepdim=True)
             lse = top - softmax_(z).amax(-1, keepdim=True).log_()
@@ -314,7 +315,7 @@ def am_energy_backward(
         sums, tiles = Sums(p, cell), (p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide))
         _, cross, mass, heat = sums.chunk
         for rows in row_chunks(p.rows, limit):
-            x, q = (tile[:, : padded(rows.stop - rows.start, 16)] for tile in tiles)
+            x, q = (tile[:, : padded(rows.stop - rows.start, ROWS)] for tile in tiles)
             p.load(cell, rows, side, x)
             side.weights(x, q)
             g = extended(take(grad, cell, rows).to(p.dtype), cell.size, x.shape[1], 0.0)
@@ -349,7 +350,7 @@ def am_assign_forward(
     for cell, side, limit in p.parts():
         tiles = p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide)
         for rows in row_chunks(p.rows, limit):
-            x, scores = (tile[:, : padded(rows.stop - rows.start, 16)] for tile in tiles)
+            x, scores = (tile[:, : padded(rows.stop - rows.start, ROWS)] for tile in tiles)
             p.load(cell, rows, side, x)
             top, index = first_max_(side.logits(x, scores))
             found = x.isfinite().all(-1, keepdim=True) & ~top.isnan()

@@ -319,7 +319,7 @@ class _Installation:
                 values = list(self._filled(a))
                 dtypes = [values[i].dtype for i in promoted]
                 wide = functools.reduce(torch.promote_types, dtypes)
-                for i in promoted:
+                for i in promoted if all(d.is_floating_point for d in dtypes) else ():
                     values[i] = values[i].to(wide)
                 if values[-1] is None and torch.get_autocast_dtype(device) != torch.float32:
                     values[-1] = "medium"

@@ -120,13 +120,17 @@ def choose_device(wanted: str, origin: torch.device | None) -> torch.device:
 
 
 def keeps_state_on_failure(fit: F) -> F:
-    """Whatever ends a fit early, Ctrl-C too, leaves the estimator as it was before."""
+    """Whatever ends a fit early, Ctrl-C too, leaves the estimator as it was before.
+
+    A fit inside `torch.no_grad()` or `inference_mode()` trains all the same.
+    """
 
     @functools.wraps(fit)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = dict(self.__dict__)
         try:
-            return fit(self, *args, **kwargs)
+            with torch.inference_mode(False), torch.enable_grad():
+                return fit(self, *args, **kwargs)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)

@@ -33,6 +33,7 @@ class Plan:
     learning_rate: float
     batch_size: int
     epochs: int
+    length: float  # what a length of 1 in the units of the thresholds below is here
     authors: bool  # their loss, schedule, shared masks and choice of the best epoch
     precision: str | None
     seed: int
@@ -80,8 +81,9 @@ def _loss(x: Tensor, masks: Tensor, memories: Tensor, plan: Plan) -> Tensor:
 class _Plateau:
     """The authors' learning-rate schedule of one replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, gain: float) -> None:
         self.losses: list[float] = []
+        self.gain = gain
         self.flat = 0
 
     def shrinks(self, loss: float) -> bool:
@@ -90,7 +92,7 @@ class _Plateau:
             return False
         now = sum(self.losses[-WINDOW:])
         before = sum(self.losses[-WINDOW - 1 : -1])
-        self.flat = self.flat + 1 if (before - now) / WINDOW < GAIN else 0
+        self.flat = self.flat + 1 if (before - now) / WINDOW < self.gain else 0
         if self.flat < PATIENCE:
             return False
         self.flat = 0
@@ -104,9 +106,12 @@ class _Optimiser:
         split = list(start) if plan.authors else [start]
         self.parts = [part.clone().requires_grad_() for part in split]
         groups = [{"params": [part]} for part in self.parts]
-        self.adam = torch.optim.Adam(groups, lr=plan.learning_rate, foreach=True)
+        self.adam = torch.optim.Adam(
+            groups, lr=plan.learning_rate, eps=1e-8 * plan.length, foreach=True
+        )
         self.plan = plan
-        self.plateaus = [_Plateau() for _ in self.parts]
+        gain = GAIN * plan.length**2
+        self.plateaus = [_Plateau(gain) for _ in self.parts]
 
     def memories(self) -> Tensor:
         return torch.stack(self.parts) if self.plan.authors else self.parts[0]
@@ -122,7 +127,8 @@ class _Optimiser:
         ):
             if plateau.shrinks(value):
                 group["lr"] *= SHRINK
-        return any(group["lr"] >= LOWEST_RATE for group in self.adam.param_groups)
+        lowest = LOWEST_RATE * self.plan.length
+        return any(group["lr"] >= lowest for group in self.adam.param_groups)
 
 
 def train(

@@ -24,6 +24,10 @@ class ModelFile:
     _learned: tuple[str, ...]
     _frame: Frame
 
+    def _check_savable(self) -> None:
+        """ValueError if parameters were changed since fit so that a load would refuse the file."""
+        raise NotImplementedError
+
     def _restored(self) -> None:
         """Check the restored state (`serialize.expect`) and finish it."""
         raise NotImplementedError
@@ -40,10 +44,13 @@ class ModelFile:
         ------
         TypeError
             A parameter is no data (a callable, a RandomState).
+        ValueError
+            n_clusters was changed since fit.
         OSError
             The file cannot be written; what was there before is unharmed.
         """
         check_is_fitted(self)
+        self._check_savable()
         tensors = {name: _host(getattr(self, name)) for name in self._arrays}
         tensors["mean"] = self._frame.mean.cpu()
         learned = {name: getattr(self, name) for name in self._learned}

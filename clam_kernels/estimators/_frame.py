@@ -69,7 +69,10 @@ class Frame:
         return self.range + self.spread
 
     def states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Data in the frame; in float64 if the dtype cannot hold it."""
+        """Data in the frame, chunk by chunk; in float64 if the dtype cannot hold it."""
+        return torch.cat([self._states(part, dtype) for part in chunks(x)])
+
+    def _states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         z = scaled(scaled(x.double(), -self.range) - self.mean.to(x.device), -self.spread)
         narrow = z.to(dtype)
         if dtype != torch.float64 and bool((narrow.isinf() & ~z.isinf()).any()):

@@ -97,6 +97,7 @@ def _plan(
         learning_rate=resolved(estimator, "learning_rate") * length,
         batch_size=resolved(estimator, "batch_size"),
         epochs=resolved(estimator, "max_iter"),
+        length=length,
         authors=recipe.authors,
         precision=estimator.precision,
         seed=seed,

@@ -237,16 +237,16 @@ class ClAM(
         frame = Frame.of(x)
         z = frame.states(x, x.dtype)
         chosen, epochs = search(self, z, frame, data, seed, self._progress())
-        self._store(data, frame, chosen, epochs)
+        self._store(data, frame, z, chosen, epochs)
         return self
 
-    def _store(self, data: Data, frame: Frame, chosen: Candidate, epochs: int) -> None:
+    def _store(self, data: Data, frame: Frame, z: Tensor, chosen: Candidate, epochs: int) -> None:
         """Learned state from the candidate kept; labels are those that predict gives."""
         squared = 2 * frame.unit  # exponent of a squared length
         centers = frame.data(chosen.memories).to(data.values.dtype)
         self.cluster_centers_ = data.give(centers)
         self._frame = frame
-        gap = gap_of(frame.states(data.values, data.values.dtype), chosen.memories[None], 0)
+        gap = gap_of(z, chosen.memories[None], 0)
         beta = chosen.beta if self.recipe == "paper" or self.beta is not None else 3.0 / gap
         # beta and 1/gap in the frame: in units of the data they may be past the ends of the floats
         self._sharpness = [beta, 1.0 / gap]
@@ -457,12 +457,22 @@ class ClAM(
                 rows.append(torch.where(hidden, self._frame.data(out).to(part.dtype), part))
         return data.give(torch.cat(rows))
 
+    def _check_savable(self) -> None:
+        if len(self.cluster_centers_) != self.n_clusters:
+            raise ValueError(
+                f"n_clusters: expected {len(self.cluster_centers_)}, as it was fitted, got"
+                f" {self.n_clusters}; fit again before saving"
+            )
+
     def _restored(self) -> None:
         k, d = self.n_clusters, self.n_features_in_
         centers, mean = self.cluster_centers_, self._frame.mean
         serialize.expect(
             centers.shape == (k, d) and mean.shape == (d,), "shapes do not fit the header"
         )
+        labels = self.labels_
+        known = labels.dtype in (np.int32, np.int64) and bool(((labels >= 0) & (labels < k)).all())
+        serialize.expect(known, "labels are not those of its clusters")
         finite = bool(np.isfinite(centers).all() and mean.isfinite().all())
         serialize.expect(finite, "values are not finite")
         self._n_features_out = k

@@ -177,6 +177,16 @@ def _tensors(
     checks.tensor("log_weights", log_weights, optional=True)
 
 
+def _settings(step: object, precision: object) -> None:
+    """Types of what is never a tensor."""
+    plain = isinstance(step, int | float | torch.SymFloat) and not isinstance(step, bool)
+    checks.type_error(plain, lambda: checks.wording("step", "a number", type(step).__name__))
+    text = precision is None or isinstance(precision, str)
+    checks.type_error(
+        text, lambda: checks.wording("precision", "a str or None", type(precision).__name__)
+    )
+
+
 def _plain(beta: Any) -> Any:
     """A number of another library (numpy's) as Python's, for the dispatcher."""
     return beta if isinstance(beta, Tensor | int | float | torch.SymFloat) else float(beta)
@@ -244,6 +254,7 @@ def am_step(
     tensor([[0.1846, 0.0000]])
     """
     _tensors(v, rho, beta, update_mask, log_weights)
+    _settings(step, precision)
     beta = _plain(beta)
     out: Tensor = torch.ops.clam.am_step(v, rho, beta, step, update_mask, log_weights, precision)
     return out
@@ -313,6 +324,7 @@ def am_recursion(
     tensor([[1., 0., 0.]])
     """
     _tensors(v, rho, beta, update_mask, log_weights)
+    _settings(step, precision)
     whole = isinstance(steps, int | torch.SymInt) and not isinstance(steps, bool)
     checks.type_error(whole, lambda: checks.wording("steps", "an int >= 0", repr(steps)))
     beta = _plain(beta)
@@ -372,6 +384,7 @@ def am_energy(
     tensor([0.0308])
     """
     _tensors(v, rho, beta, None, log_weights)
+    _settings(1.0, precision)
     beta = _plain(beta)
     out: Tensor = torch.ops.clam.am_energy(v, rho, beta, log_weights, precision)
     return out
@@ -417,6 +430,7 @@ def am_assign(
     (tensor([0, 0]), tensor([0.0100, 0.8100]))
     """
     _tensors(v, rho, 1.0, None, log_weights)
+    _settings(1.0, precision)
     labels, sqdist = torch.ops.clam.am_assign(v, rho, log_weights, precision)
     return labels, sqdist
 

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from clam_kernels import ClAM
-from clam_kernels.estimators import _completion
+from clam_kernels.estimators import _completion, clam
 from clam_kernels.exceptions import BackendUnavailableError
 
 QUICK = {"n_init": 2, "max_iter": 4, "random_state": 0}
@@ -82,6 +82,32 @@ def test_paper_labels_are_those_of_the_recursion(iris: np.ndarray) -> None:
         p = torch.softmax(-model.beta_ * torch.cdist(x, rho).square(), 1)
         x = x + 0.1 * (p @ rho - x)
     np.testing.assert_array_equal(torch.cdist(x, rho).argmin(1).numpy(), model.labels_)
+
+
+@pytest.mark.parametrize("exponent", [-8, 5])
+def test_paper_schedule_is_in_the_units_of_the_data(
+    iris: np.ndarray, monkeypatch: pytest.MonkeyPatch, exponent: int
+) -> None:
+    """The frame the fit runs in is an implementation matter: the result does not depend on it."""
+    settings = {"recipe": "paper", "n_init": 2, "max_iter": 40, "batch_size": 50, "random_state": 0}
+    plain = ClAM(3, **settings).fit(iris)
+    given = clam.Frame.of
+
+    def other(x: torch.Tensor) -> clam.Frame:
+        frame = given(x)
+        return clam.Frame(frame.mean, frame.range, frame.spread + exponent)
+
+    monkeypatch.setattr(clam.Frame, "of", other)
+    moved = ClAM(3, **settings).fit(iris)
+    np.testing.assert_allclose(moved.loss_curve_, plain.loss_curve_, rtol=1e-6)
+    np.testing.assert_allclose(moved.cluster_centers_, plain.cluster_centers_, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fit_inside_no_grad(iris: np.ndarray, fitted: ClAM, mode: type) -> None:
+    with mode():
+        model = ClAM(3, **QUICK).fit(torch.from_numpy(iris))
+    np.testing.assert_array_equal(model.labels_.numpy(), fitted.labels_)
 
 
 def test_loss_falls(iris: np.ndarray) -> None:
@@ -194,7 +220,7 @@ def test_a_replica_does_not_depend_on_how_many_there_are(iris: np.ndarray) -> No
 
     def train(replicas: int) -> _completion.Trained:
         beta = torch.full((replicas, 1), 0.5, dtype=torch.float64)
-        plan = _completion.Plan(beta, 1, 1.0, 0.2, True, 0.05, 32, 3, False, None, 0)
+        plan = _completion.Plan(beta, 1, 1.0, 0.2, True, 0.05, 32, 3, 1.0, False, None, 0)
         return _completion.train(z, start[:replicas], plan, lambda epochs: epochs)
 
     torch.testing.assert_close(train(6).memories[:2], train(2).memories, atol=1e-12, rtol=0)

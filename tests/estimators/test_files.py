@@ -58,6 +58,12 @@ def test_names_arrays_and_tensors_round_trip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ClAM.load(tmp_path / "t").predict(X), tensor.labels_.numpy())
 
 
+def test_parameters_changed_since_fit_are_not_saved(tmp_path: Path) -> None:
+    fitted = ClAM(3, n_init=1, max_iter=1, random_state=0).fit(X).set_params(n_clusters=7)
+    with pytest.raises(ValueError, match="n_clusters: expected 3"):
+        fitted.save(tmp_path / "m")
+
+
 def test_a_parameter_that_is_no_data_is_refused_by_name(tmp_path: Path) -> None:
     fitted = ClAM(3, init=lambda x, k, random_state: x[:k], n_init=1, max_iter=1).fit(X)
     with pytest.raises(TypeError, match="init: a function cannot be written"):
@@ -86,6 +92,7 @@ def test_single_bit_flips_give_an_error_or_a_finite_model(saved: Path) -> None:
             refused += 1
         else:
             assert np.isfinite(loaded.cluster_centers_).all()
+            assert set(loaded.labels_) <= {0, 1, 2}
     assert refused > 50
 
 
