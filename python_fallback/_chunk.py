@@ -43,8 +43,7 @@ def chunk_rows(width: int, kept: int = 0) -> int:
 
 def cells(batch: Sequence[int], rows: int, limit: int, core: int) -> Iterator[Cell]:
     """Cells that cover `batch`; several problems share one where `rows` is far below `limit` and
-    the
-    `core` entries a problem sums over its rows stay within the budget.
+    the `core` entries a problem sums over its rows stay within the budget.
     """
     *lead, last = batch or (1,)
     run = max(1, min(limit // max(rows, 1), KEPT_ENTRIES // max(core, 1)))

@@ -24,8 +24,7 @@ def centred(rho: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
     to 0.
 
     Distances, the step and all gradients do not change under a shift, so c carries no gradient; it
-    is
-    what keeps the expanded distance exact for data far from the origin.
+    is what keeps the expanded distance exact for data far from the origin.
     """
     fixed = rho.detach()
     if alive is None:
@@ -57,8 +56,7 @@ def first_max_(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Below one vector's width torch's softmax over the last dim runs scalar, 4 to 8 times slower than
-# the
-# same in elementwise passes.
+# the same in elementwise passes.
 _NARROW = 16
 
 

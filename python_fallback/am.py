@@ -3,8 +3,7 @@
 equations.
 
 First the truth (any device, twice differentiable, N x K memory), then the chunked CPU backend,
-whose
-gradients are written by hand. Shapes: v [..., N, D], rho [..., K, D], beta and log_weights
+whose gradients are written by hand. Shapes: v [..., N, D], rho [..., K, D], beta and log_weights
 broadcastable to [..., K], update_mask to [..., N, D]; leading dims broadcast.
 """
 

@@ -3,10 +3,9 @@
 key.
 
 For each op: a kernel for CPU and CUDA (checks, then the chosen backend), a fake, an Autograd
-kernel,
-autocast, a vmap rule; and, where it has a `Gradient`, the ops `_<name>_forward` (if something
-beside inputs and output is saved) and `<name>_backward`. This is the only file that uses torch's
-private dispatch functions.
+kernel, autocast, a vmap rule; and, where it has a `Gradient`, the ops `_<name>_forward` (if
+something beside inputs and output is saved) and `<name>_backward`. This is the only file that uses
+torch's private dispatch functions.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..ops.am import am_recursion
 
 # The authors' schedule: the learning rate falls by SHRINK when the mean loss of WINDOW epochs
-# gained
-# less than GAIN for PATIENCE epochs in a row; training ends below LOWEST_RATE.
+# gained less than GAIN for PATIENCE epochs in a row; training ends below LOWEST_RATE.
 WINDOW, GAIN, PATIENCE, SHRINK, LOWEST_RATE = 10, 1e-3, 5, 0.8, 1e-6
 
 

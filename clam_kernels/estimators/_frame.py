@@ -2,8 +2,7 @@
 """The affine frame every fit runs in: features centred on their means, scaled by a power of two.
 
 Centring keeps float32 distances exact far from the origin; the power of two keeps squares finite
-for
-data near the ends of the float range and changes no digit.
+for data near the ends of the float range and changes no digit.
 """
 
 from __future__ import annotations

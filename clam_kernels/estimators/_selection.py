@@ -85,8 +85,7 @@ def measure(fitted: Fitted, select: str, seed: int) -> list[Candidate]:
     """Every finite replica with its figures; the silhouette only if it decides.
 
     Beside the trained memories stand the means of their rows: where few features leave a hidden
-    entry
-    ambiguous, the memories that complete best lie beyond the rows they stand for.
+    entry ambiguous, the memories that complete best lie beyond the rows they stand for.
     """
     rows = sample(fitted.z, SILHOUETTE_ROWS, seed)
     distances = pairwise_distances(rows.double().cpu().numpy()) if select == "silhouette" else None

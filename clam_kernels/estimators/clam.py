@@ -42,9 +42,8 @@ class ClAM(
     """Clustering with associative memories.
 
     The memories rho_k are trained so that the recursion v <- v + step (softmax_k(-beta |v -
-    rho_k|^2)
-    @ rho - v), started from rows with hidden entries, restores those entries (Saha, Krotov, Zaki,
-    Ram 2023, arXiv 2306.03209). Scale the features first; fit only centres them.
+    rho_k|^2) @ rho - v), started from rows with hidden entries, restores those entries (Saha,
+    Krotov, Zaki, Ram 2023, arXiv 2306.03209). Scale the features first; fit only centres them.
 
     Parameters
     ----------
@@ -53,8 +52,7 @@ class ClAM(
     recipe : "default" or "paper", default "default"
         What the arguments below that are None stand for. "paper" is the published procedure
         (normal random start, 10 steps of .1, batches of 8, its learning-rate schedule, labels by
-        the
-        recursion), with its numbers in absolute units: standardise the features.
+        the recursion), with its numbers in absolute units: standardise the features.
     init : "k-means++", "random", "normal", array [K, D] or callable, default by recipe
         Start: k-means++ seeding, random rows, the paper's normal(.1, .1) around the mean, given
         memories, or `init(X, n_clusters, random_state)`.
@@ -66,8 +64,7 @@ class ClAM(
         Rows of a training batch.
     beta : float > 0, unit 1/|x|^2, default by recipe
         Inverse temperature of training and of `beta_`. Default: 1, 3 and 10 over the gap of the
-        data
-        in turn (paper: .55, .75, .95, 1.2).
+        data in turn (paper: .55, .75, .95, 1.2).
     steps, step : int >= 1 and float in (0, 2], default by recipe (1 and 1.0; paper 10 and .1)
         The recursion in training, and in the labels of the paper's recipe.
     mask_ratio : float in (0, 1), default by recipe (.2)
@@ -101,8 +98,7 @@ class ClAM(
         Sum of squared distances of the rows to the memory of their label.
     beta_ : float
         Inverse temperature of `predict_proba` and `energy`: 3 / gap_ unless given (paper: that of
-        the
-        restart kept).
+        the restart kept).
     gap_ : float
         Median over rows of second-nearest minus nearest squared distance.
     n_clusters_used_ : int
