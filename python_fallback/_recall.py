@@ -242,8 +242,10 @@ class Trajectory:
         self.narrow = [p.tile(cell, limit, p.narrow) for _ in range(3 + max(steps, 1))]
         self.wide = [p.tile(cell, limit, p.wide) for _ in range(1 + held)]
         self.returns = side.keys.mT.contiguous() if side.per_memory else 2 * side.rho
-        ones = torch.ones_like(side.norms)
-        self.sides = torch.cat([side.norms, ones], 1).mT.contiguous()  # [b, K, 2]
+        if warms and not side.per_memory:  # with |rho|^2 and 1 beside it, padded to 4
+            sides = torch.stack([side.norms[:, 0], torch.ones_like(side.norms[:, 0])], -1)
+            self.returns = torch.cat([self.returns, pad(sides, (0, 2))], -1)
+        self.pulled = p.tile(cell, limit, self.returns.shape[-1])
 
     def run(self, rows: slice) -> None:
         """Forward over one chunk."""
@@ -293,23 +295,24 @@ class Trajectory:
         softmax_backward_(scores, weights)
         cross.baddbmm_(x.mT, scores)
         mass.add_(scores.sum(1, keepdim=True))
-        torch.bmm(scores, self.returns.expand(len(g), -1, -1), out=self.xb)
+        pulled = self.pulled[:, : len(g[0])]
+        torch.bmm(scores, self.returns.expand(len(g), -1, -1), out=pulled)
         if not side.per_memory:
-            g.addcmul_(self.xb, side.beta)
+            g.addcmul_(pulled[..., : self.p.narrow], side.beta)
             if self.warms:
-                self._warm(x, scores)
+                self._warm(x, pulled)
             return
-        g.add_(self.xb).addcmul_(scores @ side.beta.mT, x, value=-2)
+        g.add_(pulled).addcmul_(scores @ side.beta.mT, x, value=-2)
         spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
 
-    def _warm(self, x: Tensor, gz: Tensor) -> None:
+    def _warm(self, x: Tensor, pulled: Tensor) -> None:
         """Gradient of a shared beta, -sum gz |x - rho|^2.
 
         Row by row: as a row of gz sums to 0, what its distances share must go before rows add up.
         """
-        norm_and_sum = gz @ self.sides
-        rows = (x * self.xb).sum(-1) - norm_and_sum[..., 0]
-        rows -= x.square().sum(-1) * norm_and_sum[..., 1]
+        d = self.p.narrow
+        rows = (x * pulled[..., :d]).sum(-1) - pulled[..., d]
+        rows -= x.square().sum(-1) * pulled[..., d + 1]
         self.sums.warmth += rows.sum(-1, keepdim=True, dtype=torch.float64)
 
 

@@ -147,27 +147,16 @@ def at_least(name: str, value: Any, low: int) -> None:
     value_error(value >= low, lambda: wording(name, f"an int >= {low}", value))
 
 
-def values(
-    name: str,
-    value: Tensor,
-    low: float,
-    *,
-    finite: bool,
-    strict: bool = False,
-    high: float | None = None,
-) -> None:
-    """Every entry of a CPU tensor >= low (> low if strict, <= high); other devices are not read."""
+def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
+    """Every entry of a CPU tensor >= low (> low if strict); other devices are not read."""
     if value.device.type != "cpu" or value.numel() == 0:
         return
     good = value > low if strict else value >= low
-    if high is not None:
-        good &= value <= high
-    elif finite:
+    if finite:
         good &= value.isfinite()
     if not bool(good.all()):
         worst = value.detach().reshape(-1)[int((~good).reshape(-1).int().argmax())].item()
         bound = f"{'finite ' if finite else ''}values {'>' if strict else '>='} {low:g}"
-        bound = bound if high is None else f"values from {low:g} to {high:g}"
         raise ValueError(wording(name, bound, worst))
 
 

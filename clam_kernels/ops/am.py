@@ -106,13 +106,9 @@ def _check_assign(
     _check_recursion(v, rho, 1.0, 0, 1.0, None, log_weights, precision)
 
 
-def _check_values(v: Tensor, rho: Tensor, beta: Any, *rest: Any) -> None:
-    """Of beta and of a fractional mask; `rest` ends in update_mask, log_weights, precision."""
+def _check_beta_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
     if isinstance(beta, Tensor):
         checks.values("beta", beta, 0.0, finite=False)
-    mask = rest[-3]
-    if mask is not None and mask.dtype != torch.bool:
-        checks.values("update_mask", mask, 0.0, finite=True, high=1.0)
 
 
 def _check_energy_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
@@ -221,7 +217,7 @@ def am_step(
     step : float, finite, >= 0
         dt/tau. The energy never rises for 0 <= step <= 2.
     update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
-        1 (True): the entry evolves, 0: it is held, bit for bit.
+        1 (True): the entry evolves, 0: it is held, bit for bit. Other values are not refused.
     log_weights : Tensor broadcastable to [..., K], optional
         Logarithm of each memory's weight; -inf takes a memory out.
     precision : "highest", "high" or "medium", optional
@@ -291,7 +287,7 @@ def am_recursion(
     step : float, finite, >= 0
         dt/tau.
     update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
-        1 (True): the entry evolves, 0: it is held, bit for bit.
+        1 (True): the entry evolves, 0: it is held, bit for bit. Other values are not refused.
     log_weights : Tensor broadcastable to [..., K], optional
         Logarithm of each memory's weight; -inf takes a memory out.
     precision : "highest", "high" or "medium", optional
@@ -446,7 +442,7 @@ AM_STEP = op(
     returns="Tensor",
     overloads=_BETA,
     check=_check_step,
-    check_values=_check_values,
+    check_values=_check_beta_values,
     fake=_fake_step,
     truth=_truth.am_step,
     reference=_truth.am_step_forward,
@@ -464,7 +460,7 @@ AM_RECURSION = op(
     returns="Tensor",
     overloads=_BETA,
     check=_check_recursion,
-    check_values=_check_values,
+    check_values=_check_beta_values,
     fake=_fake_recursion,
     truth=_truth.am_recursion,
     reference=_truth.am_recursion_forward,
