@@ -51,16 +51,16 @@ def result_shape(
 class Side(NamedTuple):
     """The memories of one cell, centred: logits are `bias + x @ keys`, less beta |x|^2 per memory.
 
-    Shapes are padded but for that of `centre`.
+    Shapes are padded but for that of `centre`; b is 1 or the problems of the cell, n the latter.
     """
 
     centre: Tensor  # [b, 1, D]
-    rho: Tensor  # [b, K, D]; memories that take no part are 0
-    flipped: Tensor  # [b, D, K], rho transposed
+    rho: Tensor  # [n, K, D]; memories that take no part are 0
+    flipped: Tensor  # [n, D, K], rho transposed
     norms: Tensor  # [b, 1, K]
     beta: Tensor | None  # [b, 1, K or 1]; None: hard assignment
     bias: Tensor  # [b, 1, K]
-    keys: Tensor  # [b, D, K]
+    keys: Tensor  # [n, D, K]
     shift: Tensor | None  # [b, 1, K], the log-weights
     alive: Tensor | None  # [b, 1, 1], 0 where no memory takes part
 
@@ -69,7 +69,7 @@ class Side(NamedTuple):
         return self.beta is not None and self.beta.shape[-1] > 1
 
     def logits(self, x: Tensor, out: Tensor) -> Tensor:
-        torch.baddbmm(self.bias, x, self.keys.expand(len(x), -1, -1), out=out)
+        torch.baddbmm(self.bias, x, self.keys, out=out)
         if self.per_memory:
             out.addcmul_(x.square().sum(-1, keepdim=True), self.beta, value=-1)  # type: ignore[arg-type]
         return out
@@ -139,7 +139,9 @@ class Problem:
             bias = bias.index_fill(
                 -1, torch.arange(self.size, self.wide, device=rho.device), -torch.inf
             )
-        return Side(c, rho, flipped, norms, beta, bias, flipped * (2 * scale), shift, some)
+        factors = (rho, flipped, flipped * (2 * scale))
+        rho, flipped, keys = (t.expand(cell.size, -1, -1) for t in factors)
+        return Side(c, rho, flipped, norms, beta, bias, keys, shift, some)
 
     def tile(self, cell: Cell, rows: int, width: int) -> Tensor:
         """Scratch [problems of the cell, padded rows, width], not initialised."""
@@ -186,12 +188,11 @@ def advance(
     """`into = x + gain * (weights @ rho - x)`; into may be x, its rows past n are padding and xb is
     scratch.
     """
-    rho = side.rho.expand(len(x), -1, -1)
     if gain is None and step == 1:
-        torch.bmm(weights, rho, out=into)
+        torch.bmm(weights, side.rho, out=into)
         return
     # x stays out of the product: summed onto it there, the increment would lose digits
-    torch.bmm(weights, rho, out=xb)
+    torch.bmm(weights, side.rho, out=xb)
     if gain is None:
         torch.lerp(x, xb, step, out=into)
         return
@@ -235,85 +236,98 @@ class Trajectory:
         self, p: Problem, cell: Cell, side: Side, limit: int, steps: int, step: float, warms: bool
     ) -> None:
         self.p, self.cell, self.side, self.steps, self.step = p, cell, side, steps, step
-        self.warms = warms  # whether beta needs its gradient
+        self.warms = warms and side.beta is not None and not side.per_memory
         self.sums = Sums(p, cell)
         self.keep = keeps_weights(p, steps)
         held = max(steps if self.keep else 1, 1)
-        self.narrow = [p.tile(cell, limit, p.narrow) for _ in range(3 + max(steps, 1))]
+        self.narrow = [p.tile(cell, limit, p.narrow) for _ in range(5 + max(steps, 1))]
         self.wide = [p.tile(cell, limit, p.wide) for _ in range(1 + held)]
+        self.thin = [p.tile(cell, limit, 1) for _ in range(2)]
+        self.norms = side.norms.mT.expand(cell.size, -1, -1)
+        self.ones = torch.ones_like(self.norms)
         self.returns = side.keys.mT.contiguous() if side.per_memory else 2 * side.rho
-        if warms and not side.per_memory:  # with |rho|^2 and 1 beside it, padded to 4
-            sides = torch.stack([side.norms[:, 0], torch.ones_like(side.norms[:, 0])], -1)
-            self.returns = torch.cat([self.returns, pad(sides, (0, 2))], -1)
-        self.pulled = p.tile(cell, limit, self.returns.shape[-1])
+        self.height = 0
 
     def run(self, rows: slice) -> None:
         """Forward over one chunk."""
         self.rows, self.n = rows, rows.stop - rows.start
-        height = padded(self.n, ROWS)
-        self.g, self.h, self.xb, *self.states = (tile[:, :height] for tile in self.narrow)
-        self.scores, *self.kept = (tile[:, :height] for tile in self.wide)
+        self._shape(padded(self.n, ROWS))
         self.p.load(self.cell, rows, self.side, self.states[0])
         self.gain = self.p.gain(self.cell, rows, self.side, self.step)
         for t in range(self.steps):
-            weights = self.side.weights(self.states[t], self.kept[t if self.keep else 0])
+            weights = self.side.weights(self.states[t], self.kept[t])
             if t + 1 < self.steps:
                 now, following = self.states[t : t + 2]
                 following[:, self.n :].zero_()  # a gain leaves them as they were
                 advance(now, following, self.n, self.side, weights, self.step, self.gain, self.xb)
 
+    def _shape(self, height: int) -> None:
+        """Views of the tiles for a chunk of this many rows; most chunks have the same."""
+        if height == self.height:
+            return
+        self.height = height
+        self.row, self.cold = (tile[:, :height] for tile in self.thin)
+        self.g, self.h, self.xb, self.pulled, self.heat, *self.states = (
+            tile[:, :height] for tile in self.narrow
+        )
+        self.scores, *self.kept = (tile[:, :height] for tile in self.wide)
+        if not self.keep:
+            self.kept = self.kept * self.steps
+
     def back(self, grad: Tensor, mask_total: GradientSum | None) -> Tensor:
         """Gradient of the chunk's rows of v; the sums and the mask's gradient grow."""
         g, h, n = self.g, self.h, self.n
         self.p.fill(g, take(grad, self.cell, self.rows))
+        if self.warms:
+            self.heat.zero_()
+            self.cold.zero_()
         for t in reversed(range(self.steps)):
-            x, weights = self.states[t], self.kept[t if self.keep else 0]
+            x, weights = self.states[t], self.kept[t]
             if not self.keep:
                 self.side.weights(x, weights)
             if mask_total is not None:
-                torch.bmm(weights, self.side.rho.expand(len(g), -1, -1), out=self.xb)
+                torch.bmm(weights, self.side.rho, out=self.xb)
                 pull = self.xb.sub_(x).mul_(g)[:, :n, : self.p.features]
                 live = self.step if self.side.alive is None else self.step * self.side.alive
                 mask_total.add(self.cell, pull * live, self.rows)
-            if self.gain is None:
-                torch.mul(g, self.step, out=h)
-            else:
+            if self.gain is not None:
                 h.copy_(g)[:, :n].mul_(self.gain)
-            self._step_back(x, weights)
+            elif self.step != 1:
+                torch.mul(g, self.step, out=h)
+            self._step_back(x, weights, g if self.gain is None and self.step == 1 else h)
         self.sums.fold()
+        if self.warms:
+            rows = self.heat.sum(-1, dtype=torch.float64) - self.cold[..., 0]
+            self.sums.warmth += rows.sum(-1, keepdim=True)
         return g[:, :n, : self.p.features]
 
-    def _step_back(self, x: Tensor, weights: Tensor) -> None:
-        """Take g and the sums through one step whose input is x; h = gain * g."""
-        g, h, side, scores = self.g, self.h, self.side, self.scores
+    def _step_back(self, x: Tensor, weights: Tensor, h: Tensor) -> None:
+        """Take g and the sums through one step whose input is x; h = gain * g, g itself if 1."""
+        g, side, scores, pulled = self.g, self.side, self.scores, self.pulled
         pull, cross, mass, spread = self.sums.chunk
         pull.baddbmm_(h.mT, weights)
-        g.sub_(h)
         if side.beta is None:
+            g.sub_(h)
             return
-        torch.bmm(h, side.flipped.expand(len(h), -1, -1), out=scores)
+        torch.bmm(h, side.flipped, out=scores)
         softmax_backward_(scores, weights)
         cross.baddbmm_(x.mT, scores)
         mass.add_(scores.sum(1, keepdim=True))
-        pulled = self.pulled[:, : len(g[0])]
-        torch.bmm(scores, self.returns.expand(len(g), -1, -1), out=pulled)
-        if not side.per_memory:
-            g.addcmul_(pulled[..., : self.p.narrow], side.beta)
-            if self.warms:
-                self._warm(x, pulled)
+        torch.bmm(scores, self.returns, out=pulled)
+        if side.per_memory:
+            g.sub_(h).add_(pulled).addcmul_(scores @ side.beta.mT, x, value=-2)
+            spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
             return
-        g.add_(pulled).addcmul_(scores @ side.beta.mT, x, value=-2)
-        spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
-
-    def _warm(self, x: Tensor, pulled: Tensor) -> None:
-        """Gradient of a shared beta, -sum gz |x - rho|^2.
-
-        Row by row: as a row of gz sums to 0, what its distances share must go before rows add up.
-        """
-        d = self.p.narrow
-        rows = (x * pulled[..., :d]).sum(-1) - pulled[..., d]
-        rows -= x.square().sum(-1) * pulled[..., d + 1]
-        self.sums.warmth += rows.sum(-1, keepdim=True, dtype=torch.float64)
+        if h is g:
+            torch.mul(pulled, side.beta, out=g)
+        else:
+            g.sub_(h).addcmul_(pulled, side.beta)
+        if self.warms:
+            # -gz |x - rho|^2 row by row: a row of gz sums to 0, and what its distances share
+            # must go before rows add up
+            torch.bmm(scores, self.ones, out=self.row)
+            self.heat.addcmul_(pulled.addcmul_(x, self.row, value=-1), x)
+            self.cold.baddbmm_(scores, self.norms)
 
 
 def keeps_weights(p: Problem, steps: int) -> bool:

@@ -328,7 +328,7 @@ def am_energy_backward(
             cross.baddbmm_(x.mT, q)
             mass.add_(q.sum(1, keepdim=True))
             if totals[0] is not None:
-                gx = (g * x).baddbmm_(q, side.rho.expand(len(q), -1, -1), alpha=-1).mul_(2)
+                gx = (g * x).baddbmm_(q, side.rho, alpha=-1).mul_(2)
                 totals[0].add(cell, gx[:, : rows.stop - rows.start, : p.features], rows)
             sums.fold()
         _, cross, mass, heat = sums.total
@@ -354,9 +354,7 @@ def am_assign_forward(
             top, index = first_max_(side.logits(x, scores))
             # 0 x is NaN for what is not finite; `all` over a short last dim is slower than the rest
             found = ((x * 0).sum(-1, keepdim=True) == 0) & ~top.isnan()
-            nearest = side.rho.expand(len(x), -1, -1).gather(
-                1, torch.where(found, index, 0).expand(-1, -1, x.shape[-1])
-            )
+            nearest = side.rho.gather(1, torch.where(found, index, 0).expand(-1, -1, x.shape[-1]))
             pair = (x - nearest).square_().sum(-1, keepdim=True).masked_fill_(~found, torch.nan)
             if side.alive is not None:
                 found = found & (side.alive > 0)
