@@ -39,6 +39,8 @@ class Runnable(Protocol):
     def reference(self) -> Callable[..., Any]: ...
     @property
     def kernels(self) -> Mapping[str, str]: ...
+    @property
+    def limits(self) -> Mapping[str, Callable[..., str | None]]: ...
 
 
 @contextlib.contextmanager
@@ -94,12 +96,21 @@ def resolve_precision(precision: str | None) -> str:
     return precision or default_precision()
 
 
-def why_not(spec: Runnable, name: str, device: str) -> str | None:
-    """None if a backend can run the op on a device, else the reason."""
+def why_not(
+    spec: Runnable, name: str, device: str, arguments: tuple[Any, ...] = ()
+) -> str | None:
+    """None if a backend can run the op on a device (on these arguments, if any), else the
+    reason.
+    """
     if name == "reference":
         return None
     if name not in spec.kernels:
         return f"the op has no {name} kernel"
+    limit = spec.limits.get(name)
+    if arguments and limit is not None:
+        reason = limit(*arguments)
+        if reason is not None:
+            return reason
     if name == "cuda":
         reason = library.why_unavailable()
         return reason if device == "cuda" or reason else f"the tensors are on {device}"
@@ -114,11 +125,11 @@ def _public(name: str) -> str:
     return name.removeprefix("_").removesuffix("_forward")
 
 
-def choose(spec: Runnable, device: str) -> tuple[str, str]:
+def choose(spec: Runnable, device: str, arguments: tuple[Any, ...] = ()) -> tuple[str, str]:
     """(backend, reason) for tensors on a device type."""
     name = requested()
     if name != "auto":
-        reason = why_not(spec, name, device)
+        reason = why_not(spec, name, device, arguments)
         if reason is not None:
             raise RuntimeError(f"backend '{name}' cannot run clam::{_public(spec.name)}: {reason}")
         return name, "forced"
@@ -126,7 +137,7 @@ def choose(spec: Runnable, device: str) -> tuple[str, str]:
         return "reference", f"the tensors are on {device}"
     refusals: list[str] = []
     for candidate in ("cuda", "triton"):
-        reason = why_not(spec, candidate, device)
+        reason = why_not(spec, candidate, device, arguments)
         if reason is None:
             return candidate, "; ".join(refusals) or "preferred on a GPU"
         refusals.append(f"{candidate}: {reason}")
@@ -172,7 +183,7 @@ def run(
     if reason is not None:
         raise RuntimeError(f"backend '{name}' cannot run clam::{_public(spec.name)}: {reason}")
     if name is None:
-        name, reason = choose(spec, device)
+        name, reason = choose(spec, device, arguments)
     for observer in observers:
         observer(spec.name, name)
     if name == "reference":

@@ -50,7 +50,8 @@ class Gradient:
 class OpSpec:
     """One op. `arguments` is the schema's list, ending in `str? precision=None`, where `{name}` is
     spelled by each entry of `overloads` in turn: those with Tensors first, or the dispatcher turns
-    a tensor into a number and drops its gradient.
+    a tensor into a number and drops its gradient. `limits` say of a backend why these arguments do
+    not fit its kernels, None if they do.
     """
 
     name: str
@@ -64,6 +65,7 @@ class OpSpec:
     overloads: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: {"": {}})
     check_values: Callable[..., None] | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
     gradient: Gradient | None = None
     same_dtype: tuple[str, ...] = ()
     core: Mapping[str, int] | None = None  # dims of each tensor argument below its batch dims
@@ -95,6 +97,7 @@ class _Part:
     name: str
     reference: Callable[..., Any]
     kernels: Mapping[str, str]
+    limits: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
 
 
 def all_ops() -> tuple[OpSpec, ...]:
@@ -135,7 +138,7 @@ def explain(op: object, *arguments: object) -> str:
     if spec is None:
         raise ValueError(f"op: expected one of {', '.join(_SPECS)}, got {name}")
     device = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
-    chosen, reason = backend.choose(spec, device)
+    chosen, reason = backend.choose(spec, device, arguments)
     precision = backend.default_precision()
     if isinstance(arguments[-1] if arguments else None, str):
         precision = backend.resolve_precision(cast(str, arguments[-1]))
@@ -186,7 +189,7 @@ class _Installation:
         # a gradient for every argument that is a tensor in some overload
         self.slots = _tensor_names(spec)
         self._kernels(
-            self.op, _Part(spec.name, spec.reference, spec.kernels), self._checked(spec.fake)
+            self.op, _Part(spec.name, spec.reference, spec.kernels, spec.limits), self._checked(spec.fake)
         )
         differentiate = self._differentiable() if spec.gradient else None
         self._autograd(differentiate)
@@ -245,7 +248,7 @@ class _Installation:
             name = f"_{self.spec.name}_forward"
             forward = _define(name, self.overload, f"({self.arguments}) -> (Tensor, Tensor)")
             self._kernels(
-                forward, _Part(name, reference, gradient.saved_kernels), self._checked(fake)
+                forward, _Part(name, reference, gradient.saved_kernels, self.spec.limits), self._checked(fake)
             )
             _refuse_gradient(forward, f"{name} is internal; call {self.spec.name}")
         return _function(self, gradient, forward, self._backward_op(gradient))
@@ -454,7 +457,7 @@ def _function(
             ctx.save_for_backward(*saved)
             ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
             device = inputs[installed.tensors[0]].device.type
-            ctx.backend = backend.choose(_Part(spec.name, spec.reference, spec.kernels), device)[0]
+            ctx.backend = backend.choose(spec, device, inputs)[0]
             ctx.precision = backend.resolve_precision(inputs[-1])
             ctx.set_materialize_grads(False)
             if has_forward:

@@ -435,6 +435,15 @@ def am_assign(
 
 _REST = "float step=1.0, Tensor? update_mask=None, Tensor? log_weights=None, str? precision=None"
 _truth = python_fallback.am
+_TRITON = "clam_kernels.kernels.am"
+_TRITON_BACKWARD = "clam_kernels.kernels.am_backward"
+
+
+def _fits_triton(v: Tensor, *_: Any) -> str | None:
+    return "float64 is computed by the reference" if v.dtype == torch.float64 else None
+
+
+_LIMITS = {"triton": _fits_triton}
 
 AM_STEP = op(
     name="am_step",
@@ -447,8 +456,13 @@ AM_STEP = op(
     truth=_truth.am_step,
     reference=_truth.am_step_forward,
     function=am_step,
+    kernels={"triton": f"{_TRITON}:am_step"},
+    limits=_LIMITS,
     gradient=Gradient(
-        reference=_truth.am_step_backward, saved=(_truth.am_step_saved, _fake_step_saved)
+        reference=_truth.am_step_backward,
+        kernels={"triton": f"{_TRITON_BACKWARD}:am_step_backward"},
+        saved=(_truth.am_step_saved, _fake_step_saved),
+        saved_kernels={"triton": f"{_TRITON}:am_step_saved"},
     ),
     same_dtype=("v", "rho"),
     core=_CORE,
@@ -465,7 +479,12 @@ AM_RECURSION = op(
     truth=_truth.am_recursion,
     reference=_truth.am_recursion_forward,
     function=am_recursion,
-    gradient=Gradient(reference=_truth.am_recursion_backward),
+    kernels={"triton": f"{_TRITON}:am_recursion"},
+    limits=_LIMITS,
+    gradient=Gradient(
+        reference=_truth.am_recursion_backward,
+        kernels={"triton": f"{_TRITON_BACKWARD}:am_recursion_backward"},
+    ),
     same_dtype=("v", "rho"),
     core=_CORE,
 )
@@ -481,7 +500,13 @@ AM_ENERGY = op(
     truth=_truth.am_energy,
     reference=_truth.am_energy_forward,
     function=am_energy,
-    gradient=Gradient(reference=_truth.am_energy_backward, output_dims=1),
+    kernels={"triton": f"{_TRITON}:am_energy"},
+    limits=_LIMITS,
+    gradient=Gradient(
+        reference=_truth.am_energy_backward,
+        kernels={"triton": f"{_TRITON_BACKWARD}:am_energy_backward"},
+        output_dims=1,
+    ),
     same_dtype=("v", "rho"),
     core=_CORE,
 )
@@ -495,6 +520,8 @@ AM_ASSIGN = op(
     truth=_truth.am_assign,
     reference=_truth.am_assign_forward,
     function=am_assign,
+    kernels={"triton": f"{_TRITON}:am_assign"},
+    limits=_LIMITS,
     same_dtype=("v", "rho"),
     core=_CORE,
 )

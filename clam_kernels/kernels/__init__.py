@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPU kernels: the only room that imports triton, itself imported at the first call on a GPU."""

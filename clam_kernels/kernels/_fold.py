@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folds: how a row takes in one tile of memories. A state is a tuple of registers, one entry or one
+row of features for each row.
+
+NaN: triton's max and maximum skip it, the sums keep it; -inf is never subtracted from -inf.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._score import dot
+
+
+@triton.jit
+def finite(m):
+    """A maximum that may be subtracted: 0 where no memory has taken part yet."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def lse_init(ROWS: tl.constexpr):
+    """(maximum, sum of weights relative to it) before the first tile."""
+    return tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+
+
+@triton.jit
+def lse_fold(state, s, tile, PREC: tl.constexpr):
+    """Logsumexp alone."""
+    m, total = state
+    top = tl.maximum(m, tl.max(s, 1))
+    safe = finite(top)
+    return top, total * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
+
+
+@triton.jit
+def softmax_init(ROWS: tl.constexpr, DIM: tl.constexpr):
+    """(maximum, sum of weights, weighted sum of memories) before the first tile."""
+    m, total = lse_init(ROWS)
+    return m, total, tl.zeros((ROWS, DIM), tl.float32)
+
+
+@triton.jit
+def softmax_fold(state, s, tile, PREC: tl.constexpr):
+    """The online softmax, and the memories it weighs."""
+    m, total, acc = state
+    top = tl.maximum(m, tl.max(s, 1))
+    safe = finite(top)
+    p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)
+    return top, total * shrink + tl.sum(p, 1), acc * shrink[:, None] + dot(p, tile[1], PREC)
+
+
+@triton.jit
+def argmax_init(ROWS: tl.constexpr):
+    """(best, its index) before the first tile; an index of -1: no memory takes part."""
+    return tl.full((ROWS,), float("-inf"), tl.float32), tl.full((ROWS,), -1, tl.int32)
+
+
+@triton.jit
+def argmax_fold(state, s, tile, PREC: tl.constexpr):
+    """The highest score, the lowest index on ties."""
+    best, index = state
+    top = tl.max(s, 1)
+    k = tl.where(s == top[:, None], tile[0][None, :], 2147483647)
+    better = top > best
+    return tl.where(better, top, best), tl.where(better, tl.min(k, 1), index)

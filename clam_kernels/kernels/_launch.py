@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a kernel is launched: its row of the table, what the interpreter needs, the device."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TABLE = Path(__file__).with_name("_configs.json")
+# Rows up to this many features are held in registers; wider ones are read in pieces.
+WIDEST = 128
+# What a backward, or a wide forward, may keep of the rows under way, in float32 numbers (256 MB).
+SCRATCH = 1 << 26
+
+
+def dim(d: int) -> int:
+    """Features of a tile: the next power of two that tl.dot takes."""
+    return max(16, triton.next_power_of_2(d))
+
+
+def rows(x: Tensor) -> Tensor:
+    """The last two dims dense, as the kernels read them; the interpreter has no bfloat16."""
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()
+    n, d = x.shape[-2:]
+    dense = (x.stride(-1) == 1 or d == 1) and (x.stride(-2) == d or n == 1)
+    return x if dense else x.contiguous()
+
+
+def plain(x: Tensor) -> Tensor:
+    """Any strides, but no bfloat16 under the interpreter."""
+    return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, Any]]]:
+    """kernel -> "arch/mode/DIM" -> options of the launch."""
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """The row of the table that serves a device: the H200's own, or a safe one."""
+    if device.type != "cuda":
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")
+
+
+@functools.cache
+def config(kernel: str, device: torch.device, mode: str, width: int) -> dict[str, Any]:
+    """Constants and options of a kernel for a mode and a number of features."""
+    return dict(table()[kernel][f"{arch_of(device)}/{mode}/{width}"])
+
+
+@functools.cache
+def settings(kernel: str, device: torch.device, mode: str, d: int) -> dict[str, Any]:
+    """Tile and options of a launch over rows of `d` features, PREC as this process can run it."""
+    wide = d > WIDEST
+    name = f"{kernel}_wide" if wide else kernel
+    found = config(name, device, mode, WIDEST if wide else dim(d))
+    if INTERPRETED:
+        found["PREC"] = "ieee"
+    return found
+
+
+def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **options: Any) -> None:
+    """One launch on the device's current stream; an empty grid is none."""
+    if 0 in grid:
+        return
+    if device.type != "cuda":
+        kernel[tuple(grid)](*args, enable_fp_fusion=True, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[tuple(grid)](*args, enable_fp_fusion=True, **options)

@@ -1,0 +1,611 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Associative memory on a GPU: the recursion with its T loop inside, the energy, the assignment.
+
+Equations: docs/ops/am.md. States stay in float32 registers from the first step to the last (rows of
+more than `WIDEST` features in two strips of scratch); backward is in `am_backward.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._fold import (
+    argmax_fold,
+    argmax_init,
+    finite,
+    lse_fold,
+    lse_init,
+    softmax_fold,
+    softmax_init,
+)
+from ._memories import Memories, memories
+from ._operands import arrange, batch_of
+from ._score import (
+    centred_rows,
+    dot,
+    given_inner,
+    held_inner,
+    load_memories,
+    load_rows,
+    load_sides,
+    logits,
+    wide_inner,
+)
+from ._sweep import offset, rows_of, sweep
+
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+# ---- the recursion -------------------------------------------------------------------------------
+
+
+@triton.jit
+def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
+    """step * update_mask of a tile; the number itself where there is no mask."""
+    if MASK:
+        at = row.to(tl.int64)[:, None] * u_row + d.to(tl.int64)[None, :] * u_feature
+        return step * tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
+    return step
+
+
+@triton.jit
+def moved(x, xb, gain):
+    """x + gain (xb - x), exactly xb at gain 1 and x at gain 0."""
+    return gain * xb + (x - gain * x)
+
+
+@triton.jit
+def recalled(
+    x, half, first_tile, table, count,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """(what the memories recall for x, base-2 logsumexp of the logits or the index of the nearest);
+    -inf and x itself where no memory takes part.
+    """
+    held = (x, half)
+    if HARD:
+        state = sweep(
+            argmax_init(ROWS), held, table, count, load_memories, held_inner, argmax_fold,
+            D, STRIDE, DIM, PROTOS, PREC, False,
+        )  # fmt: skip
+        index = state[1]
+        some = index >= 0
+        xb = load_rows(table[0], index.to(tl.int64), some, 0, D, STRIDE, DIM)
+        return tl.where(some[:, None], xb, x), tl.where(some, index.to(tl.float32), float("-inf"))
+    if RESIDENT:
+        inner = held_inner(held, first_tile, count, D, STRIDE, DIM, PREC)
+        s = logits(inner, half, first_tile[2], first_tile[3], PER_MEMORY)
+        state = softmax_fold(softmax_init(ROWS, DIM), s, first_tile, PREC)
+    else:
+        state = sweep(
+            softmax_init(ROWS, DIM), held, table, count, load_memories, held_inner, softmax_fold,
+            D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
+        )  # fmt: skip
+    none = state[1] == 0.0
+    xb = tl.where(none[:, None], x, state[2] / tl.where(none, 1.0, state[1])[:, None])
+    return xb, tl.where(none, float("-inf"), state[0] + tl.log2(state[1]))
+
+
+@triton.jit(
+    do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
+)
+def recursion_kernel(
+    V, RHO, SIDE, CENTRE, U, OUT, LSE, PATH, PULL,
+    rows, count, inner, steps, step, first, blocks, strip,
+    v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
+    RESIDENT: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """All steps of ROWS rows. KEEP 0: the result; 1: also lse (natural) of the last step's logits;
+    2: no result, but the states, what they recall and the base-2 lse (or index) of every step, in
+    strips of `strip` rows a step.
+    """
+    pid = tl.program_id(0)
+    problem, row = rows_of(pid, first, blocks, ROWS)
+    m = offset(problem, inner, m_o, m_i)
+    RHO += m * count * STRIDE
+    SIDE += m * 4 * count
+    CENTRE += m * STRIDE
+    V += offset(problem, inner, v_o, v_i)
+    U += offset(problem, inner, u_o, u_i)
+
+    d = tl.arange(0, DIM)
+    live, at = row < rows, row.to(tl.int64)
+    inside = live[:, None] & (d < D)[None, :]
+    x = centred_rows(V, CENTRE, at, live, 0, D, DIM)
+    poison = tl.sum(x * 0.0, 1)  # a row that is not finite stays visible, whatever it meets
+    table = (RHO, SIDE)
+    tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
+    lse = tl.full((ROWS,), float("-inf"), tl.float32)
+    local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    for t in range(0, steps):
+        half = 0.5 * tl.sum(x * x, 1)
+        xb, lse = recalled(
+            x, half, tile, table, count,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
+        )  # fmt: skip
+        if KEEP == 2:
+            here = tl.cast(t, tl.int64) * strip + local
+            keep = here[:, None] * STRIDE + d[None, :]
+            tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
+            tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
+            tl.store(LSE + here, lse + poison)
+        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
+
+    if KEEP < 2:
+        p = problem.to(tl.int64) * rows + at
+        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+        out = x + c[None, :] + poison[:, None]
+        if MASK:  # what is held keeps its bits
+            given = load_rows(V, at, live, 0, D, D, DIM)
+            gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
+            out = tl.where(gain == 0.0, given, out)
+        none = (lse == float("-inf")) & (poison == 0.0)
+        out = tl.where(none[:, None], load_rows(V, at, live, 0, D, D, DIM), out)
+        tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+        if KEEP == 1:
+            tl.store(LSE + p, lse * _LN2 + poison, mask=live)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
+)
+def recursion_wide_kernel(
+    V, RHO, SIDE, CENTRE, U, OUT, LSE, PATH, PULL,
+    rows, count, inner, steps, step, first, blocks, strip,
+    v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
+    RESIDENT: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """As `recursion_kernel` for rows that no register tile holds: the states of a program live in
+    PATH, in as many strips as are kept, else in two; each step sweeps once for the normaliser and
+    once for what the memories recall, DIM features at a time. Global memory is no exchange between
+    threads without a barrier.
+    """
+    pid = tl.program_id(0)
+    problem, row = rows_of(pid, first, blocks, ROWS)
+    m = offset(problem, inner, m_o, m_i)
+    RHO += m * count * STRIDE
+    SIDE += m * 4 * count
+    CENTRE += m * STRIDE
+    V += offset(problem, inner, v_o, v_i)
+    U += offset(problem, inner, u_o, u_i)
+
+    live, at = row < rows, row.to(tl.int64)
+    local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    all_rows = local >= 0
+    poison = tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
+        poison += tl.sum(x * 0.0, 1)
+        tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
+    tl.debug_barrier()
+
+    table = (RHO, SIDE)
+    lse = tl.full((ROWS,), float("-inf"), tl.float32)
+    for t in range(0, steps):
+        slot = tl.cast(t if KEEP == 2 else t % 2, tl.int64) * strip + local
+        following = tl.cast(t + 1 if KEEP == 2 else (t + 1) % 2, tl.int64) * strip + local
+        norm = tl.zeros((ROWS,), tl.float32)
+        for d0 in range(0, D, DIM):
+            x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
+            norm += tl.sum(x * x, 1)
+        held = ((PATH, slot, all_rows), 0.5 * norm)
+        index = tl.full((ROWS,), 0, tl.int32)
+        if HARD:
+            state = sweep(
+                argmax_init(ROWS), held, table, count, load_sides, wide_inner, argmax_fold,
+                D, STRIDE, DIM, PROTOS, PREC, False,
+            )  # fmt: skip
+            index = state[1]
+            lse = tl.where(index >= 0, index.to(tl.float32), float("-inf"))
+        else:
+            state = sweep(
+                lse_init(ROWS), held, table, count, load_sides, wide_inner, lse_fold,
+                D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
+            )  # fmt: skip
+            lse = tl.where(state[1] == 0.0, float("-inf"), state[0] + tl.log2(state[1]))
+        if KEEP == 2:
+            tl.store(LSE + slot, lse + poison)
+        none = lse == float("-inf")
+
+        for d0 in range(0, D, DIM):
+            d = d0 + tl.arange(0, DIM)
+            if HARD:
+                xb = load_rows(RHO, index.to(tl.int64), index >= 0, d0, D, STRIDE, DIM)
+            else:
+                xb = wide_recall(
+                    held, table, count, d0, finite(lse),
+                    D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
+                )  # fmt: skip
+            x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
+            xb = tl.where(none[:, None], x, xb)
+            if KEEP == 2:
+                keep = slot[:, None] * STRIDE + d[None, :]
+                tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
+            inside = live[:, None] & (d < D)[None, :]
+            x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
+            if KEEP < 2 or t + 1 < steps:
+                keep = following[:, None] * STRIDE + d[None, :]
+                tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
+        tl.debug_barrier()
+
+    if KEEP < 2:
+        p = problem.to(tl.int64) * rows + at
+        slot = tl.cast(steps % 2, tl.int64) * strip + local
+        none = (lse == float("-inf")) & (poison == 0.0)
+        for d0 in range(0, D, DIM):
+            d = d0 + tl.arange(0, DIM)
+            inside = live[:, None] & (d < D)[None, :]
+            c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+            out = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
+            out = out + c[None, :] + poison[:, None]
+            given = load_rows(V, at, live, d0, D, D, DIM)
+            if MASK:
+                gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
+                out = tl.where(gain == 0.0, given, out)
+            out = tl.where(none[:, None], given, out)
+            tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+        if KEEP == 1:
+            tl.store(LSE + p, lse * _LN2 + poison, mask=live)
+
+
+@triton.jit
+def wide_recall(
+    held, table, count, d0, lse,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr,
+):  # fmt: skip
+    """Features [d0, d0 + DIM) of what the memories recall, the normaliser known."""
+    acc = tl.zeros((ROWS, DIM), tl.float32)
+    for k0 in range(0, count, PROTOS):
+        tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
+        inner = wide_inner(held, tile, count, D, STRIDE, DIM, PREC)
+        s = logits(inner, held[1], tile[2], tile[3], PER_MEMORY)
+        k = tile[0]
+        rho = load_rows(table[0], k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
+        acc += dot(tl.exp2(s - lse[:, None]), rho, PREC)
+    return acc
+
+
+# ---- energy and assignment -----------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "count", "inner", "blocks"])
+def energy_kernel(
+    V, RHO, SIDE, CENTRE, OUT,
+    rows, count, inner, blocks, v_o, v_i, m_o, m_i,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Energy of ROWS rows. scale = 2 beta log2(e): the energy is -lse / (scale / 2) + |x|^2."""
+    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
+    m = offset(problem, inner, m_o, m_i)
+    RHO += m * count * STRIDE
+    SIDE += m * 4 * count
+    CENTRE += m * STRIDE
+    V += offset(problem, inner, v_o, v_i)
+    live, at = row < rows, row.to(tl.int64)
+    norm = tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
+        norm += tl.sum(x * x, 1)
+    table = (RHO, SIDE)
+    if WIDE:
+        held = ((V, CENTRE, at, live), norm)
+        state = sweep(
+            lse_init(ROWS), held, table, count, load_sides, given_inner, lse_fold,
+            D, STRIDE, DIM, PROTOS, PREC, False,
+        )  # fmt: skip
+    else:
+        held = (centred_rows(V, CENTRE, at, live, 0, D, DIM), norm)
+        state = sweep(
+            lse_init(ROWS), held, table, count, load_memories, held_inner, lse_fold,
+            D, STRIDE, DIM, PROTOS, PREC, False,
+        )  # fmt: skip
+    sharp = 0.5 * tl.load(SIDE)
+    energy = norm - (state[0] + tl.log2(state[1])) / sharp
+    # distances are not below 0, so neither is the energy below that of all of them at 0
+    m_low, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    for k0 in range(0, count, PROTOS):
+        k = k0 + tl.arange(0, PROTOS)
+        lift = tl.load(SIDE + 2 * count + k, mask=k < count, other=float("-inf"))[None, :]
+        m_low, total = lse_fold((m_low, total), lift, lift, PREC)
+    lowest = -(m_low + tl.log2(total)) / sharp
+    energy = tl.where(energy < lowest, lowest, energy)
+    energy = tl.where(state[1] == 0.0, float("inf"), energy)
+    p = problem.to(tl.int64) * rows + at
+    tl.store(OUT + p, energy + norm * 0.0, mask=live)
+
+
+@triton.jit(do_not_specialize=["rows", "count", "inner", "blocks"])
+def assign_kernel(
+    V, RHO, SIDE, CENTRE, LABEL, SQDIST,
+    rows, count, inner, blocks, v_o, v_i, m_o, m_i,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Nearest memory of ROWS rows; the distance is computed anew from the pair."""
+    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
+    m = offset(problem, inner, m_o, m_i)
+    RHO += m * count * STRIDE
+    SIDE += m * 4 * count
+    CENTRE += m * STRIDE
+    V += offset(problem, inner, v_o, v_i)
+    live, at = row < rows, row.to(tl.int64)
+    half = tl.zeros((ROWS,), tl.float32)
+    table = (RHO, SIDE)
+    if WIDE:
+        held = ((V, CENTRE, at, live), half)
+        state = sweep(
+            argmax_init(ROWS), held, table, count, load_sides, given_inner, argmax_fold,
+            D, STRIDE, DIM, PROTOS, PREC, False,
+        )  # fmt: skip
+    else:
+        held = (centred_rows(V, CENTRE, at, live, 0, D, DIM), half)
+        state = sweep(
+            argmax_init(ROWS), held, table, count, load_memories, held_inner, argmax_fold,
+            D, STRIDE, DIM, PROTOS, PREC, False,
+        )  # fmt: skip
+    index = state[1]
+    some = index >= 0
+    top = float("-inf")
+    for k0 in range(0, count, PROTOS):
+        k = k0 + tl.arange(0, PROTOS)
+        bias = tl.load(SIDE + count + k, mask=k < count, other=float("-inf"))
+        top = tl.maximum(top, tl.max(bias, 0))
+    sqdist, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
+        gap = x - load_rows(RHO, index.to(tl.int64), some, d0, D, STRIDE, DIM)
+        sqdist += tl.sum(gap * gap, 1)
+        poison += tl.sum(x * 0.0, 1)
+    regular = poison == 0.0
+    sqdist = tl.where(regular, sqdist, float("nan"))
+    sqdist = tl.where(top == float("-inf"), float("inf"), sqdist)
+    p = problem.to(tl.int64) * rows + at
+    tl.store(LABEL + p, tl.where(regular & some, index, -1).to(tl.int64), mask=live)
+    tl.store(SQDIST + p, sqdist, mask=live)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+class Call:
+    """Operands of one call as views [O, I, ...]; without a batch of memories all rows are one
+    problem.
+    """
+
+    def __init__(
+        self,
+        v: Tensor,
+        rho: Tensor,
+        beta: float | Tensor,
+        update_mask: Tensor | None,
+        log_weights: Tensor | None,
+        precision: str,
+    ) -> None:
+        operands = [(v, 2), (rho, 2)]
+        operands += [(x, 1) for x in (beta, log_weights) if isinstance(x, Tensor)]
+        if update_mask is not None:
+            update_mask = _full(update_mask, v)
+            operands.append((update_mask, 2))
+        self.batch = batch_of(operands)
+        self.shape = (*self.batch, *v.shape[-2:])
+        self.features, self.mode, self.device = v.shape[-1], precision, v.device
+        self.memories = memories(rho, beta, log_weights)
+        self.masked = update_mask is not None
+        self.v, self.u, *self.tables = self._views(_launch.rows(v), update_mask)
+        self.outer, self.inner, self.rows = self.v.shape[:3]
+
+    def _views(self, v: Tensor, mask: Tensor | None) -> list[Any]:
+        table, side, centre = self.memories[:3]
+        u = v if mask is None else mask
+        if table.shape[:-2].numel() == 1:
+            flat = arrange((*self.batch, v.shape[-2]), [(v, 1), (u, 1)])
+            if flat[0].shape[0] == 1 and flat[0].stride(1) == self.features:
+                shared = [x.reshape(1, 1, *x.shape[-n:]) for x, n in ((table, 2), (side, 2))]
+                return [x[None] for x in flat] + [*shared, centre.reshape(1, 1, -1)]
+        return arrange(self.batch, [(v, 2), (u, 2), (table, 2), (side, 2), (centre, 1)])
+
+    def settings(self, kernel: str) -> dict[str, Any]:
+        """Tile and options of a kernel for this call."""
+        return _launch.settings(kernel, self.device, self.mode, self.features)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def cells(self, blocks: int, limit: int) -> Any:
+        """`(o, run of i, first block, blocks)`: whole problems, or a part of one, `limit` blocks a
+        cell.
+        """
+        run = max(1, limit // max(blocks, 1))
+        for o in range(self.outer if blocks else 0):
+            for i in range(0, self.inner, run):
+                problems = slice(i, min(i + run, self.inner))
+                for first in range(0, blocks, limit):
+                    yield o, problems, first, min(limit, blocks - first)
+
+    def at(self, o: int | None = None, problems: slice | None = None) -> tuple[Any, ...]:
+        """(v, rho, side, centre, u), the batch strides of v and of the memories in problems, those
+        of u; of one cell or of all.
+        """
+        views = [self.v, self.u, *self.tables]
+        if o is not None and problems is not None:
+            views = [x[o : o + 1, problems] for x in views]
+        v, u, table, side, centre = views
+        m = [s // centre.shape[-1] for s in centre.stride()[:2]]
+        return (v, table, side, centre, u), (*v.stride()[:2], *m), u.stride()
+
+    @property
+    def tile(self) -> dict[str, Any]:
+        """Constants of every kernel over these operands."""
+        memories = self.memories
+        wide = self.features > _launch.WIDEST
+        width = _launch.dim(self.features)
+        return {"D": self.features, "STRIDE": memories.stride} | ({} if wide else {"DIM": width})
+
+
+def _full(mask: Tensor, v: Tensor) -> Tensor:
+    """A mask [..., N, D] by strides, in bytes if it is of bits."""
+    lead = mask.shape[:-2] if mask.ndim > 2 else ()
+    mask = mask.expand(*lead, *v.shape[-2:])
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else _launch.plain(mask)
+
+
+def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = None) -> None:
+    """Launch the recursion over all rows; those too wide for registers in cells of scratch."""
+    chosen = call.settings("am_recursion")
+    block, wide = chosen["ROWS"], call.features > _launch.WIDEST
+    blocks = triton.cdiv(call.rows, block)
+    out = out.view(call.outer, call.inner, call.rows, call.features)
+    flags = flags_of(call, chosen, keep=0 if lse is None else 1)
+    if not wide:
+        operands, strides, u = call.at()
+        grid = (call.outer * call.inner * blocks,)
+        _launch.launch(
+            recursion_kernel, grid, call.device, *operands, out, out if lse is None else lse,
+            out, out, call.rows, call.memories.count, call.inner, steps, step, 0, blocks, 0,
+            *strides, *u, **flags,
+        )  # fmt: skip
+        return
+    limit = max(1, _launch.SCRATCH // (2 * block * call.memories.stride))
+    rows = min(limit, call.outer * call.inner * blocks) * block
+    path = call.new(2, rows, call.memories.stride)
+    for o, problems, first, count in call.cells(blocks, limit):
+        operands, strides, u = call.at(o, problems)
+        cell = out[o, problems]
+        lse_cell = cell if lse is None else lse.view(*out.shape[:3])[o, problems]
+        _launch.launch(
+            recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, lse_cell,
+            path, path, call.rows, call.memories.count, len(cell), steps, step, first, count, rows,
+            *strides, *u, **flags,
+        )  # fmt: skip
+
+
+def flags_of(call: Call, chosen: dict[str, Any], keep: int) -> dict[str, Any]:
+    """Constants of a recursion kernel."""
+    memories = call.memories
+    resident = memories.count <= chosen["PROTOS"] and call.features <= _launch.WIDEST
+    return {
+        **call.tile,
+        **chosen,
+        "PER_MEMORY": memories.per_memory,
+        "HARD": memories.hard,
+        "RESIDENT": resident,
+        "MASK": call.masked,
+        "KEEP": keep,
+    }
+
+
+class Result(NamedTuple):
+    """What the saving forward returns."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def _recursion(
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    steps: int,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str,
+    saves: bool = False,
+) -> Result:
+    call = Call(v, rho, beta, update_mask, log_weights, precision)
+    out = torch.empty(call.shape, dtype=v.dtype, device=v.device)
+    if steps == 0 or (step == 0 and not saves):
+        return Result(out.copy_(v), out)
+    raw = out.float() if _launch.INTERPRETED and v.dtype == torch.bfloat16 else out
+    lse = call.new(*call.shape[:-1]) if saves else None
+    run(call, steps, step, raw, lse)
+    return Result(out.copy_(raw) if raw is not out else out, out if lse is None else lse)
+
+
+def am_recursion(
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    steps: int,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """All steps in one launch, after one for the memories."""
+    return _recursion(v, rho, beta, steps, step, update_mask, log_weights, precision).out
+
+
+def am_step(
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """`am_recursion` with one step."""
+    return _recursion(v, rho, beta, 1, step, update_mask, log_weights, precision).out
+
+
+def am_step_saved(
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str,
+) -> Result:
+    """`am_step`, and the [..., N] logsumexp of its centred logits (less |x|^2 where beta is
+    shared).
+    """
+    return _recursion(v, rho, beta, 1, step, update_mask, log_weights, precision, saves=True)
+
+
+def _score(call: Call, kernel: Any, name: str, outs: list[Tensor]) -> None:
+    chosen = call.settings(name)
+    blocks = triton.cdiv(call.rows, chosen["ROWS"])
+    (v, table, side, centre, _), strides, _ = call.at()
+    _launch.launch(
+        kernel, (call.outer * call.inner * blocks,), call.device, v, table, side, centre, *outs,
+        call.rows, call.memories.count, call.inner, blocks, *strides,
+        **{**call.tile, **chosen, "WIDE": call.features > _launch.WIDEST},
+    )  # fmt: skip
+
+
+def am_energy(
+    v: Tensor, rho: Tensor, beta: float | Tensor, log_weights: Tensor | None, precision: str
+) -> Tensor:
+    """Energy of every row."""
+    call = Call(v, rho, beta, None, log_weights, precision)
+    out = call.new(*call.shape[:-1])
+    _score(call, energy_kernel, "am_energy", [out])
+    return out
+
+
+def am_assign(
+    v: Tensor, rho: Tensor, log_weights: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Nearest memory of every row and its squared distance."""
+    call = Call(v, rho, float("inf"), None, log_weights, precision)
+    sqdist = call.new(*call.shape[:-1])
+    labels = call.new(*call.shape[:-1], dtype=torch.int64)
+    _score(call, assign_kernel, "am_assign", [labels, sqdist])
+    return labels, sqdist
