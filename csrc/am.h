@@ -14,6 +14,7 @@
 #pragma once
 
 #include "portable.h"
+#include "rows.h"
 
 namespace clam {
 namespace am {
@@ -25,6 +26,10 @@ constexpr int kGroupMax = 4;
 // from overflow, and rescaling them becomes a branch that is hardly ever taken.
 constexpr float kLag = 8.0f;
 
+// What a memory's slot of the table holds beside its features: its bias; with a beta per memory its
+// scale; for the backward, which serves both forms with one kernel, its scale and its norm.
+enum class Form { kShared, kPerMemory, kBackward };
+
 // Features are compiled exactly up to 8, then in two sizes; the rest of a row is padded with 0.
 CLAM_HD constexpr int padded_features(int d) { return d <= 8 ? d : d <= 12 ? 12 : 16; }
 
@@ -32,23 +37,55 @@ CLAM_HD constexpr int padded_features(int d) { return d <= 8 ? d : d <= 12 ? 12 
 CLAM_HD constexpr int rows_per_thread(int features) { return features <= 4 ? 4 : 2; }
 
 // Memories looked at before the maximum is compared: more hide latency, and cost registers.
-CLAM_HD constexpr int group_size(int features) { return features <= 4 ? 4 : features <= 8 ? 2 : 1; }
+CLAM_HD constexpr int group_size(int features, Form form) {
+  if (form == Form::kBackward) return features <= 8 ? 4 : 2;
+  return features <= 4 ? 4 : features <= 8 ? 2 : 1;
+}
 
-// One memory in the table: its features, its bias, with a beta per memory its scale.
-template <int D, bool kPerMemory>
+CLAM_HD constexpr int64_t table_size(int64_t memories) {
+  return (memories + kGroupMax - 1) / kGroupMax * kGroupMax;
+}
+
+// One memory in the table, as floats: features, bias, scale, norm.
+template <int D, Form F>
 struct Slot {
-  static constexpr int kQuads = (D + (kPerMemory ? 2 : 1) + 3) / 4;
+  static constexpr int kExtra = F == Form::kShared ? 1 : F == Form::kPerMemory ? 2 : 3;
+  static constexpr int kQuads = (D + kExtra + 3) / 4;
   static constexpr int kFloats = 4 * kQuads;
+  static constexpr bool kScaled = F != Form::kShared;
 };
 
-template <int D, bool kPerMemory>
-CLAM_HD void pack(const float* rho, int d, float scale, float bias, Quad* slot) {
-  using S = Slot<D, kPerMemory>;
+// One lane's share of a feature's sum over the memories that take part, and how many those are.
+// `weights`: a "row" per memory, of one feature.
+CLAM_HD void add_alive(const Rows& rho, int64_t rho_start, const Rows& weights,
+                       int64_t weights_start, int64_t memories, int feature, int lane, float& sum,
+                       int& alive) {
+  for (int64_t k = lane; k < memories; k += kWarp) {
+    if (weights.data != nullptr &&
+        element(weights, weights_start + k * weights.row) == -kInfinity) {
+      continue;  // what it holds may be NaN
+    }
+    sum += element(rho, rho_start + k * rho.row + feature * rho.feature);
+    ++alive;
+  }
+}
+
+// One memory as the caller has it, into the table. Of one that takes no part nothing is looked at.
+template <int D, Form F>
+CLAM_HD void pack(const float (&memory)[D], const float* centre, float beta, float log_weight,
+                  Quad* slot) {
+  using S = Slot<D, F>;
+  const bool alive = log_weight != -kInfinity;
   float f[S::kFloats];
+  float norm = 0.0f;
   CLAM_UNROLL
-  for (int i = 0; i < S::kFloats; ++i) f[i] = i < D && i < d ? rho[i] : 0.0f;
-  f[D] = bias * kLog2e;
-  if (kPerMemory) f[D + (kPerMemory ? 1 : 0)] = scale * kLog2e;
+  for (int i = 0; i < S::kFloats; ++i) {
+    f[i] = i < D && alive ? memory[i < D ? i : 0] - centre[i < D ? i : 0] : 0.0f;
+    norm = fused(f[i], f[i], norm);
+  }
+  f[D] = alive ? kLog2e * fused(-beta, norm, log_weight) : -kInfinity;
+  if (F != Form::kShared && alive) f[D + (S::kExtra > 1 ? 1 : 0)] = kLog2e * (2.0f * beta);
+  if (F == Form::kBackward) f[D + (S::kExtra > 2 ? 2 : 0)] = norm;
   CLAM_UNROLL
   for (int i = 0; i < S::kQuads; ++i) {
     slot[i] = Quad{f[4 * i], f[4 * i + 1], f[4 * i + 2], f[4 * i + 3]};
@@ -56,9 +93,22 @@ CLAM_HD void pack(const float* rho, int d, float scale, float bias, Quad* slot) 
 }
 
 // Fills up a table: weight 0 for every row. A row that is not finite turns to NaN all the same.
-template <int D, bool kPerMemory>
+template <int D, Form F>
 CLAM_HD void pack_padding(Quad* slot) {
-  pack<D, kPerMemory>(nullptr, 0, 0.0f, -kInfinity, slot);
+  const float nothing[D] = {};
+  pack<D, F>(nothing, nothing, 0.0f, -kInfinity, slot);
+}
+
+template <int D, Form F>
+CLAM_HD void unpack(const Quad* slot, float (&memory)[Slot<D, F>::kFloats]) {
+  CLAM_UNROLL
+  for (int i = 0; i < Slot<D, F>::kQuads; ++i) {
+    const Quad q = slot[i];
+    memory[4 * i] = q.x;
+    memory[4 * i + 1] = q.y;
+    memory[4 * i + 2] = q.z;
+    memory[4 * i + 3] = q.w;
+  }
 }
 
 // What a row has seen of the memories in this step: weights are relative to 2^top.
@@ -69,55 +119,49 @@ struct Recall {
   float sum[D];
 };
 
-// Before the first memory of a step. `lift` is what one beta per memory adds to each inner product.
-template <int D, bool kPerMemory>
-CLAM_HD float begin(const float (&x)[D], Recall<D>& recall) {
-  float norm = 0.0f;
+// Before the first memory of a step.
+template <int D>
+CLAM_HD void begin(Recall<D>& recall) {
   CLAM_UNROLL
-  for (int i = 0; i < D; ++i) {
-    if (kPerMemory) norm = fused(x[i], x[i], norm);
-    recall.sum[i] = 0.0f;
-  }
+  for (int i = 0; i < D; ++i) recall.sum[i] = 0.0f;
   recall.mass = 0.0f;
   // Not -inf: a memory of bias -inf that comes first must weigh 0 and not exp2(-inf + inf).
   recall.top = kLowest;
+}
+
+// What one beta per memory adds to each inner product.
+template <int D>
+CLAM_HD float lift_of(const float (&x)[D]) {
+  float norm = 0.0f;
+  CLAM_UNROLL
+  for (int i = 0; i < D; ++i) norm = fused(x[i], x[i], norm);
   return -0.5f * norm;
 }
 
 // The bias comes last: it is large where beta is, and a sum that started from it would round D
-// times at its size.
-template <int D, bool kPerMemory>
-CLAM_HD float logit(const float* memory, const float (&x)[D], float lift, float scale) {
-  float inner = memory[0] * x[0];
-  CLAM_UNROLL
-  for (int i = 1; i < D; ++i) inner = fused(memory[i], x[i], inner);
-  if (kPerMemory) return fused(memory[D + (kPerMemory ? 1 : 0)], inner + lift, memory[D]);
-  return fused(scale, inner, memory[D]);
+// times at its size. `inner` is <rho_k, x>.
+template <int D, Form F>
+CLAM_HD float logit(const float* memory, float inner, float lift, float scale) {
+  if (F == Form::kShared) return fused(scale, inner, memory[D]);
+  return fused(memory[D + (F == Form::kShared ? 0 : 1)], inner + lift, memory[D]);
 }
 
 // Folds a table of `count` memories (a multiple of kGroupMax) into what R rows have seen; `scale`
 // is in base 2, as the table is. NaN passes through: fmaxf drops it, the weight keeps it.
-template <int D, int R, bool kPerMemory>
+template <int D, int R, Form F>
 CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const float (&lift)[R],
                   float scale, Recall<D> (&recall)[R]) {
-  using S = Slot<D, kPerMemory>;
-  constexpr int G = group_size(D);
+  using S = Slot<D, F>;
+  constexpr int G = group_size(D, F);
   static_assert(kGroupMax % G == 0, "tables are filled up to kGroupMax");
+  // The backward wants the true maximum: only so is the weight of a row's only memory exactly 1.
+  constexpr float lag = F == Form::kBackward ? 0.0f : kLag;
   // A group is unrolled as far as registers allow; the compiler would go on and spill.
   CLAM_ROLLED
   for (int k = 0; k < count; k += G) {
     float memory[G][S::kFloats];
     CLAM_UNROLL
-    for (int j = 0; j < G; ++j) {
-      CLAM_UNROLL
-      for (int i = 0; i < S::kQuads; ++i) {
-        const Quad q = table[(k + j) * S::kQuads + i];
-        memory[j][4 * i] = q.x;
-        memory[j][4 * i + 1] = q.y;
-        memory[j][4 * i + 2] = q.z;
-        memory[j][4 * i + 3] = q.w;
-      }
-    }
+    for (int j = 0; j < G; ++j) unpack<D, F>(table + (k + j) * S::kQuads, memory[j]);
     CLAM_UNROLL
     for (int r = 0; r < R; ++r) {
       Recall<D>& seen = recall[r];
@@ -125,10 +169,10 @@ CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const fl
       float top = -kInfinity;
       CLAM_UNROLL
       for (int j = 0; j < G; ++j) {
-        z[j] = logit<D, kPerMemory>(memory[j], x[r], lift[r], scale);
+        z[j] = logit<D, F>(memory[j], inner_product<D>(memory[j], x[r]), lift[r], scale);
         top = fmaxf(top, z[j]);
       }
-      if (top > seen.top + kLag) {
+      if (top > seen.top + lag) {
         const float shrink = exp2_weight(seen.top - top);
         seen.top = top;
         seen.mass *= shrink;

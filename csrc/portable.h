@@ -23,8 +23,10 @@
 namespace clam {
 
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
+constexpr int kWarp = 32;
 
 // Sixteen aligned bytes: one 128-bit load, of shared memory a broadcast without bank conflicts.
 struct alignas(16) Quad {
@@ -45,5 +47,23 @@ CLAM_HD float exp2_weight(float x) {
 
 // a * b + c with one rounding on both sides: g++ without -mfma would otherwise round twice.
 CLAM_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
+
+// a * b rounded on its own: a compiler that fuses it with what follows gives one value two sets of
+// bits, and differences that must be exactly 0 are not.
+CLAM_HD float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+template <int D>
+CLAM_HD float inner_product(const float* a, const float (&b)[D]) {
+  float inner = product(a[0], b[0]);
+  CLAM_UNROLL
+  for (int i = 1; i < D; ++i) inner = fused(a[i], b[i], inner);
+  return inner;
+}
 
 }  // namespace clam

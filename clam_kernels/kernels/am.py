@@ -426,11 +426,11 @@ class Call:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def cells(self, blocks: int, limit: int) -> Any:
-        """`(o, run of i, first block, blocks)`: whole problems, or a part of one, `limit` blocks a
-        cell.
+    def cells(self, blocks: int, limit: int, most: int = 1 << 16) -> Any:
+        """`(o, run of i, first block, blocks)`: at most `most` whole problems, or a part of one,
+        `limit` blocks a cell.
         """
-        run = max(1, limit // max(blocks, 1))
+        run = max(1, min(most, limit // max(blocks, 1)))
         for o in range(self.outer if blocks else 0):
             for i in range(0, self.inner, run):
                 problems = slice(i, min(i + run, self.inner))

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The associative-memory rows ready to run: ours, the strongest plain forms, the error of each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clam_kernels  # noqa: F401  registers torch.ops.clam
+from python_fallback import am as truth
+
+from .cases import Bout, Row
+from .clock import Contestant, products, tf32
+from .setting import Setting
+
+SAMPLE_ROWS = 4096
+STAND_IN_ROWS = 300
+CHUNKS = (1 << 15, 1 << 18)
+BATCH = 1 << 18
+STEP, RATE, BATCHES = 0.5, 0.05, 4
+
+
+def points(
+    n: int, d: int, k: int, device: str, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Points around k Gaussian memories, and a beta of about 3 / (gap between the two nearest)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rho = torch.randn(k, d, generator=generator, device=device)
+    near = torch.randint(k, (n,), generator=generator, device=device)
+    v = torch.randn(n, d, generator=generator, device=device).mul_(0.5)
+    for rows, which in zip(v.split(1 << 22), near.split(1 << 22), strict=True):
+        rows += rho[which]
+    return v, rho, 3.0 / d
+
+
+def drawn(setting: Setting, row: Row) -> tuple[Tensor, Tensor, float, int]:
+    """(v, rho, beta, steps) of a row; few rows and memories in its stand-in."""
+    n, d, k, steps = (row.shape[name] for name in ("n", "d", "k", "steps"))
+    if setting.dry_run:
+        n, k, steps = STAND_IN_ROWS, min(k, 16), min(steps, 3)
+    return (*points(n, d, k, setting.device, setting.seed), steps)
+
+
+# ---- peers ----------------------------------------------------------------------------------
+
+
+def eager(
+    v: Tensor, rho: Tensor, beta: Any, steps: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Two products and a softmax, every N x K array whole; the products in a dtype."""
+    bias, keys, values = -beta * rho.square().sum(-1), (2 * beta * rho).T.to(dtype), rho.to(dtype)
+    for _ in range(steps):
+        if dtype == torch.float32:
+            v = torch.softmax(torch.addmm(bias, v, keys), -1) @ values
+        else:
+            v = (torch.softmax((v.to(dtype) @ keys).float() + bias, -1).to(dtype) @ values).float()
+    return v
+
+
+def chunked(rows: int, *args: Any, **more: Any) -> Tensor:
+    v, *rest = args
+    return torch.cat([eager(part, *rest, **more) for part in v.split(rows)])
+
+
+def attention(v: Tensor, rho: Tensor, beta: float, steps: int) -> Tensor:
+    """Attention in bfloat16 with the bias as a column of the keys; a column of ones in the values
+    makes each result the next query.
+    """
+    width = -(-(rho.shape[1] + 1) // 8) * 8
+    pad = (0, width - rho.shape[1] - 1)
+    bias = -beta * rho.square().sum(-1, keepdim=True)
+    ones = torch.ones_like
+    grow = torch.nn.functional.pad
+    q = grow(torch.cat([v, ones(v[:, :1])], 1), pad).bfloat16()[None, None]
+    keys = grow(torch.cat([2 * beta * rho, bias], 1), pad).bfloat16()[None, None]
+    values = grow(torch.cat([rho, ones(bias)], 1), pad).bfloat16()[None, None]
+    for _ in range(steps):
+        q = torch.nn.functional.scaled_dot_product_attention(q, keys, values, scale=1.0)
+    return q[0, 0, :, : rho.shape[1]].float()
+
+
+def compiled(setting: Setting, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled by torch's own compiler; traced alone where compiling would only take time."""
+    return torch.compile(
+        function, dynamic=False, backend="eager" if setting.dry_run else "inductor"
+    )
+
+
+def torch_mode(mode: str) -> Callable[[], Any]:
+    return functools.partial(products, "highest") if mode == "highest" else tf32
+
+
+# ---- errors ---------------------------------------------------------------------------------
+
+
+def sample_of(n: int, seed: int, device: str) -> Tensor:
+    """Both ends and rows between."""
+    generator = torch.Generator().manual_seed(seed)
+    between = torch.randint(n, (SAMPLE_ROWS,), generator=generator)
+    ends = torch.cat([torch.arange(min(n, 64)), torch.arange(max(n - 64, 0), n)])
+    return torch.cat([ends, between])[:SAMPLE_ROWS].to(device)
+
+
+def forward_errors(
+    v: Tensor, rho: Tensor, beta: float, steps: int, seed: int
+) -> Callable[[Tensor], dict[str, float]]:
+    """Largest error on a sample of rows over the spread of the output, against float64."""
+    at = sample_of(len(v), seed, str(v.device))
+    exact = truth.am_recursion(v[at].double(), rho.double(), beta, steps)
+    spread = float(exact.std())
+    return lambda out: {"out": float((out[at].double() - exact).abs().max()) / spread}
+
+
+def exact_gradients(
+    v: Tensor, rho: Tensor, beta: Tensor, steps: int, grad: Tensor, rows: int = 1 << 17
+) -> list[Tensor]:
+    """Gradients of v, rho and beta in float64, a chunk of rows at a time."""
+    found, sums = [], [torch.zeros_like(x, dtype=torch.float64) for x in (rho, beta)]
+    for part, up in zip(v.detach().split(rows), grad.split(rows), strict=True):
+        leaves = [x.detach().double().requires_grad_() for x in (part, rho, beta)]
+        out = truth.am_recursion(*leaves, steps)
+        first, *rest = torch.autograd.grad(out, leaves, up.double())
+        found.append(first)
+        for total, one in zip(sums, rest, strict=True):
+            total += one
+    return [torch.cat(found), *sums]
+
+
+def gradient_errors(got: tuple[Tensor, ...], exact: list[Tensor], at: Tensor) -> dict[str, float]:
+    """Row by row for v, since rows near a border between basins rule every norm; whole for the
+    rest.
+    """
+    per_row = (got[0][at].double() - exact[0][at]).norm(dim=1) / exact[0][at].norm(dim=1)
+    whole = [
+        float((g.double() - e).norm() / e.norm()) for g, e in zip(got[1:], exact[1:], strict=True)
+    ]
+    return {
+        "grad_median": float(per_row.median()),
+        "grad_p99": float(per_row.quantile(0.99)),
+        "rho": whole[0],
+        "beta": whole[1],
+    }
+
+
+# ---- rows -----------------------------------------------------------------------------------
+
+
+def recall(setting: Setting, row: Row) -> Bout:
+    """Rows 1, 2, 3, 16, 17: forward."""
+    v, rho, beta, steps = drawn(setting, row)
+    args = (v, rho, beta) if row.op == "am_step" else (v, rho, beta, steps)
+    op, mode = getattr(torch.ops.clam, row.op), torch_mode(row.mode)
+    peers = {"eager": Contestant(lambda: eager(v, rho, beta, steps), mode)}
+    if "compile" in row.target.ratios or row.id == "16":
+        fast = compiled(setting, eager)
+        peers["compile"] = Contestant(lambda: fast(v, rho, beta, steps), mode)
+    if "sdpa" in row.target.ratios:
+        peers["sdpa"] = Contestant(lambda: attention(v, rho, beta, steps))
+    return Bout(
+        ours=lambda: op(*args, precision=row.mode),
+        peers=peers,
+        errors=forward_errors(v, rho, beta, steps, setting.seed),
+        plain=Contestant(lambda: eager(v, rho, beta, steps)),
+    )
+
+
+def recall_trained(setting: Setting, row: Row) -> Bout:
+    """Row 4: forward and backward."""
+    v, rho, number, steps = drawn(setting, row)
+    leaves = [x.requires_grad_() for x in (v, rho, torch.tensor(number, device=v.device))]
+    generator = torch.Generator(v.device).manual_seed(setting.seed + 1)
+    grad = torch.randn(v.shape, generator=generator, device=v.device)
+    mode = torch_mode(row.mode)
+
+    def trained(function: Callable[..., Tensor], **more: Any) -> tuple[Tensor, ...]:
+        out = function(*leaves, steps, **more)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+    peers = {"eager": Contestant(lambda: trained(eager), mode)}
+    if "compile" in row.target.ratios:
+        fast = compiled(setting, eager)
+        peers["compile"] = Contestant(lambda: trained(fast), mode)
+    exact = exact_gradients(v, rho, leaves[2], steps, grad)
+    forward = forward_errors(v.detach(), rho.detach(), number, steps, setting.seed)
+    at = sample_of(len(v), setting.seed, str(v.device))
+    return Bout(
+        ours=lambda: trained(torch.ops.clam.am_recursion, precision=row.mode),
+        peers=peers,
+        errors=lambda got: {**forward(got[0]), **gradient_errors(got[1:], exact, at)},
+        plain=Contestant(lambda: trained(eager)),
+    )
+
+
+def inference(setting: Setting, row: Row) -> Bout:
+    """Row 5: what does not fit in eager at once, against eager in chunks of rows."""
+    v, rho, beta, steps = drawn(setting, row)
+    half = {"dtype": torch.bfloat16} if row.mode == "medium" else {}
+    peers = {
+        f"eager_chunks_{size >> 10}k": Contestant(
+            functools.partial(chunked, size, v, rho, beta, steps, **half), torch_mode(row.mode)
+        )
+        for size in CHUNKS
+    }
+    peers["sdpa"] = Contestant(lambda: attention(v, rho, beta, steps))
+    return Bout(
+        ours=lambda: torch.ops.clam.am_recursion(v, rho, beta, steps, precision=row.mode),
+        peers=peers,
+        errors=forward_errors(v, rho, beta, steps, setting.seed),
+        plain=Contestant(functools.partial(chunked, CHUNKS[0], v, rho, beta, steps, **half)),
+    )
+
+
+class Trainer:
+    """Memories under SGD on the completion of rows half of whose entries are hidden."""
+
+    def __init__(self, setting: Setting, row: Row, function: Callable[..., Tensor]) -> None:
+        n, d, k = (row.shape[name] for name in ("batch", "d", "k"))
+        self.steps = row.shape["steps"]
+        if setting.dry_run:
+            n, k, self.steps = STAND_IN_ROWS, 16, 3
+        self.function = function
+        self.seed, device = setting.seed, setting.device
+        self.x = points(n, d, k, device, setting.seed)[0]
+        self.beta, self.first = 3.0 / d, 0.5 * self.x[:k].clone()
+        self.restart()
+
+    def restart(self) -> None:
+        self.rho = self.first.clone().requires_grad_()
+        self.generator = torch.Generator(self.rho.device).manual_seed(self.seed)
+
+    def step(self) -> Tensor:
+        """One batch: masks, forward, backward, update; returns the loss."""
+        x = self.x
+        hidden = torch.rand(x.shape, generator=self.generator, device=x.device) < 0.5
+        seen = x.masked_fill(hidden, 0.0)
+        out = self.function(seen, self.rho, self.beta, self.steps, STEP, hidden)
+        loss = ((out - x).square() * hidden).sum() / hidden.sum()
+        (grad,) = torch.autograd.grad(loss, [self.rho])
+        with torch.no_grad():
+            self.rho -= RATE * len(self.rho) * grad
+        return loss.detach()
+
+    def curve(self) -> Tensor:
+        self.restart()
+        return torch.stack([self.step() for _ in range(BATCHES)]).double().cpu()
+
+
+def eager_masked(
+    v: Tensor, rho: Tensor, beta: float, steps: int, step: float, mask: Tensor
+) -> Tensor:
+    bias, keys = -beta * rho.square().sum(-1), (2 * beta * rho).T
+    for _ in range(steps):
+        v = v + step * mask * (torch.softmax(torch.addmm(bias, v, keys), -1) @ rho - v)
+    return v
+
+
+def eager_masked_chunks(v: Tensor, *rest: Any) -> Tensor:
+    *between, mask = rest
+    pairs = zip(v.split(CHUNKS[0]), mask.split(CHUNKS[0]), strict=True)
+    return torch.cat([eager_masked(x, *between, u) for x, u in pairs])
+
+
+def training(setting: Setting, row: Row) -> Bout:
+    """Row 6: one batch of the epoch, and the loss of a few beside that of eager float32."""
+    ours = Trainer(
+        setting, row,
+        lambda v, rho, beta, steps, step, mask: torch.ops.clam.am_recursion(
+            v, rho, beta, steps, step, mask, precision=row.mode
+        ),
+    )  # fmt: skip
+    plain = Trainer(setting, row, eager_masked_chunks)
+    exact = plain.curve()
+    with tf32():
+        rival = plain.curve()
+    noise = float((rival - exact).abs().max())
+
+    def facts() -> dict[str, Any]:
+        found = ours.curve()
+        off = float((found - exact).abs().max())
+        return {
+            "losses": found.tolist(),
+            "losses_eager": exact.tolist(),
+            "losses_eager_tf32": rival.tolist(),
+            "curve_ok": off <= max(2 * noise, 1e-3 * float(exact.abs().max())),
+        }
+
+    return Bout(
+        ours=ours.step,
+        peers={"eager_chunks_32k": Contestant(plain.step, tf32)},
+        errors=lambda loss: {},
+        plain=Contestant(plain.step),
+        scale=row.shape["n"] / row.shape["batch"],
+        facts=facts,
+    )

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every stage is told, and how it hands its figures back while it still runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT, RUNNING = "report.json", "running.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage and the seconds it gets of a whole budget; a gate decides the exit code."""
+
+    name: str
+    cap: float
+    gate: bool = False
+
+
+STAGES = (
+    Stage("env", 5),
+    Stage("build", 90),
+    Stage("ceilings", 15),
+    Stage("tests", 150, gate=True),
+    Stage("sanitizer", 60, gate=True),
+    Stage("determinism", 20, gate=True),
+    Stage("targets", 150),
+    Stage("memory", 15),
+    Stage("graphs", 10),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a stage writes, on what it runs, and how long it may take."""
+
+    out: Path
+    seed: int
+    seconds: float
+    dry_run: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry_run else "cuda"
+
+    def left(self) -> float:
+        """Seconds until the stage is killed."""
+        return self.seconds - (time.monotonic() - self.started)
+
+    def save(self, partial: dict[str, Any]) -> None:
+        """Keep what is known so far: a stage that is killed later has not worked for nothing."""
+        write_json(self.out / RUNNING, partial)
+
+    def earlier(self, stage: str) -> dict[str, Any]:
+        """What an earlier stage of this run reported, {} if it did not run."""
+        try:
+            report = json.loads((self.out / REPORT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        found: dict[str, Any] = report["stages"].get(stage, {})
+        return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all; NaN and inf become text, which every reader takes."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(_plain(value), indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
