@@ -16,6 +16,7 @@ arguments, 3 without a GPU. A missed speed target is reported, and fatal with --
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -79,19 +80,18 @@ def command(stage: Stage, given: argparse.Namespace, seconds: float) -> list[str
     return [*words, *(["--dry-run"] if given.dry_run else [])]
 
 
-def environment() -> dict[str, str]:
+def environment(dry_run: bool) -> dict[str, str]:
     """That of a stage: this checkout first, no backend forced, kernels compiled."""
     kept = {k: v for k, v in os.environ.items() if k not in ("CLAM_BACKEND", "TRITON_INTERPRET")}
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    calm = {"OMP_NUM_THREADS": "1"} if dry_run else {}  # threads only wait on a shared machine
+    return {**kept, **calm, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a stage with everything it started: its session is its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -102,7 +102,7 @@ def run(stage: Stage, given: argparse.Namespace, seconds: float) -> dict[str, An
     started, timed_out = time.monotonic(), False
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            command(stage, given, seconds), cwd=ROOT, env=environment(),
+            command(stage, given, seconds), cwd=ROOT, env=environment(given.dry_run),
             stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip

@@ -37,10 +37,7 @@ CLAM_HD constexpr int padded_features(int d) { return d <= 8 ? d : d <= 12 ? 12 
 CLAM_HD constexpr int rows_per_thread(int features) { return features <= 4 ? 4 : 2; }
 
 // Memories looked at before the maximum is compared: more hide latency, and cost registers.
-CLAM_HD constexpr int group_size(int features, Form form) {
-  if (form == Form::kBackward) return features <= 8 ? 4 : 2;
-  return features <= 4 ? 4 : features <= 8 ? 2 : 1;
-}
+CLAM_HD constexpr int group_size(int features) { return features <= 4 ? 4 : features <= 8 ? 2 : 1; }
 
 CLAM_HD constexpr int64_t table_size(int64_t memories) {
   return (memories + kGroupMax - 1) / kGroupMax * kGroupMax;
@@ -56,17 +53,28 @@ struct Slot {
 };
 
 // One lane's share of a feature's sum over the memories that take part, and how many those are.
-// `weights`: a "row" per memory, of one feature.
+template <class T>
+CLAM_HD void add_alive(const T* rho, const Rows& rows, const float* weights, int64_t weights_row,
+                       int64_t memories, int lane, float& sum, int& alive) {
+  for (int64_t k = lane; k < memories; k += kWarp) {
+    if (weights != nullptr && weights[k * weights_row] == -kInfinity) continue;  // may hold NaN
+    sum += widen(rho[k * rows.row], rows.type);
+    ++alive;
+  }
+}
+
 CLAM_HD void add_alive(const Rows& rho, int64_t rho_start, const Rows& weights,
                        int64_t weights_start, int64_t memories, int feature, int lane, float& sum,
                        int& alive) {
-  for (int64_t k = lane; k < memories; k += kWarp) {
-    if (weights.data != nullptr &&
-        element(weights, weights_start + k * weights.row) == -kInfinity) {
-      continue;  // what it holds may be NaN
-    }
-    sum += element(rho, rho_start + k * rho.row + feature * rho.feature);
-    ++alive;
+  const auto* numbers = static_cast<const float*>(weights.data);
+  if (numbers != nullptr) numbers += weights_start;
+  const int64_t at = rho_start + feature * rho.feature;
+  if (rho.type == Type::kFloat) {
+    add_alive(static_cast<const float*>(rho.data) + at, rho, numbers, weights.row, memories, lane,
+              sum, alive);
+  } else {
+    add_alive(static_cast<const Short*>(rho.data) + at, rho, numbers, weights.row, memories, lane,
+              sum, alive);
   }
 }
 
@@ -152,7 +160,7 @@ template <int D, int R, Form F>
 CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const float (&lift)[R],
                   float scale, Recall<D> (&recall)[R]) {
   using S = Slot<D, F>;
-  constexpr int G = group_size(D, F);
+  constexpr int G = group_size(D);
   static_assert(kGroupMax % G == 0, "tables are filled up to kGroupMax");
   // The backward wants the true maximum: only so is the weight of a row's only memory exactly 1.
   constexpr float lag = F == Form::kBackward ? 0.0f : kLag;

@@ -65,7 +65,9 @@ struct Walk {
   float g[D];     // gradient of the step's result, then what of it passes by the recall
   float pull[D];  // sum_k gz_k scale_k rho_k
   float drift;    // sum_k gz_k scale_k
-  float heat;     // sum_k gz_k (|rho_k|^2 - 2 <rho_k, x>): all but what the row's distances share
+  float heat;     // sum_k gz_k e_k, e_k = |rho_k|^2 - 2 <rho_k, x>: what distances do not share
+  float excess;   // sum_k gz_k: 0 but for the rounding of `level`
+  float warmth;   // sum_k p_k e_k
   float top, inverse, lift, level;
 };
 
@@ -81,6 +83,8 @@ CLAM_HD void begin_back(Walk<D>& w, const float (&recalled)[D], const float (&ga
   }
   w.drift = 0.0f;
   w.heat = 0.0f;
+  w.excess = 0.0f;
+  w.warmth = 0.0f;
   w.level = inner_product<D>(recalled, w.h);
 }
 
@@ -114,26 +118,33 @@ CLAM_HD void visit(Walk<D>& w, const Quad* slot, float& p, float& gz) {
   w.drift += weight;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) w.pull[i] = fused(weight, memory[i], w.pull[i]);
-  w.heat = fused(gz, fused(-2.0f, inner, memory[D + 2]), w.heat);
+  const float distance = fused(-2.0f, inner, memory[D + 2]);
+  w.heat = fused(gz, distance, w.heat);
+  w.excess += gz;
+  w.warmth = fused(p, distance, w.warmth);
 }
 
-// The gradient of the state that the step started from, in w.g.
+// The gradient of the state that the step started from, in w.g. An error of `level` is one of all
+// gz of the row together, in proportion to p: with one beta for all, what it did is taken back. It
+// would be the largest error where p is nearly one-hot.
 template <int D>
-CLAM_HD void end_back(Walk<D>& w, bool per_memory) {
-  // With one beta for all the drift is 0 but for rounding.
-  const float drift = per_memory ? w.drift : 0.0f;
+CLAM_HD void end_back(Walk<D>& w, const float (&recalled)[D], bool per_memory) {
   CLAM_UNROLL
-  for (int i = 0; i < D; ++i) w.g[i] = fused(kLn2, fused(-drift, w.x[i], w.pull[i]), w.g[i]);
+  for (int i = 0; i < D; ++i) {
+    const float shared = per_memory ? w.x[i] : recalled[i];
+    w.g[i] = fused(kLn2, fused(-w.drift, shared, w.pull[i]), w.g[i]);
+  }
+  w.heat = fused(-w.excess, w.warmth, w.heat);
 }
 
 // Sums over the rows of a warp what lane `lane` answers for: memory first + lane % kChunk, kind
 // lane / kChunk. `sums` are the warp's.
 template <int D>
-CLAM_HD void collect(const float* rows, const float* weights, int lane, int64_t first,
-                     int64_t memories, float* sums) {
+CLAM_HD void collect(const float* rows, const float* weights, int lane, int first, int memories,
+                     float* sums) {
   using T = RowTile<D>;
   const int kind = lane / kChunk;
-  const int64_t k = first + lane % kChunk;
+  const int k = first + lane % kChunk;
   if (k >= memories) return;
   float sum[D + 2] = {};
   const float* weight = weights + lane * kWeightStride;
@@ -171,24 +182,22 @@ template <int D>
 CLAM_HD void combine(const float* sums, int64_t stride, int warps, int64_t k, int64_t memories,
                      const Quad* slot, float beta, bool per_memory, double heat, int d,
                      float* out) {
-  float memory[Slot<D, Form::kBackward>::kFloats];
-  unpack<D, Form::kBackward>(slot, memory);
+  const auto* memory = reinterpret_cast<const float*>(slot);
   const bool dead = memory[D] == -kInfinity;
   const auto total = [=](int value, int kind) {
     double sum = 0.0;
+    CLAM_ROLLED
     for (int w = 0; w < warps; ++w) sum += sums[w * stride + 2 * (value * memories + k) + kind];
     return sum;
   };
   const double mass = total(D, 1);
   double warmth = total(D + 1, 1) + mass * memory[D + 2];
-  CLAM_UNROLL
-  for (int i = 0; i < D; ++i) {
-    if (i < d) {
-      const double cross = total(i, 1);
-      const double lean = 2.0 * beta * (cross - mass * memory[i]);
-      out[i] = dead ? 0.0f : static_cast<float>(total(i, 0) + lean);
-      warmth -= 2.0 * memory[i] * cross;
-    }
+  CLAM_ROLLED
+  for (int i = 0; i < d; ++i) {
+    const double cross = total(i, 1);
+    const double lean = 2.0 * beta * (cross - mass * memory[i]);
+    out[i] = dead ? 0.0f : static_cast<float>(total(i, 0) + lean);
+    warmth -= 2.0 * memory[i] * cross;
   }
   if (!per_memory) warmth = k == 0 ? heat : 0.0;
   out[d] = dead ? 0.0f : static_cast<float>(mass);

@@ -35,13 +35,17 @@ struct Side {
 
 __device__ __forceinline__ Cell cell_of(const Problem& p, int64_t problem) {
   const int64_t o = problem / p.inner, i = problem - o * p.inner;
-  return {p.v.start(o, i),    p.rho.start(o, i),     p.mask.start(o, i),
-          p.beta.start(o, i), p.weights.start(o, i), o,
+  return {p.v.start(o, i),
+          p.rho.start(o, i),
+          p.mask.start(o, i),
+          p.beta.start(o, i),
+          p.weights.start(o, i),
+          o,
           i};
 }
 
 __device__ __forceinline__ float beta_of(const Problem& p, const Cell& cell, int64_t k) {
-  return p.beta.data == nullptr ? p.beta_value : element(p.beta, cell.beta + k * p.beta.row);
+  return p.beta.data == nullptr ? p.beta_value : number(p.beta, cell.beta + k * p.beta.row);
 }
 
 // The mean of the memories that take part: a warp a feature, in an order that depends on K alone.
@@ -78,16 +82,11 @@ __device__ __forceinline__ int stage(const Problem& p, const Cell& cell, const S
       continue;
     }
     float memory[D];
-#pragma unroll
-    for (int i = 0; i < D; ++i) {
-      const int64_t at = cell.rho + (first + k) * p.rho.row + i * p.rho.feature;
-      memory[i] = i < p.features ? element(p.rho, at) : 0.0f;
-    }
+    load_row<D>(p.rho, cell.rho + (first + k) * p.rho.row, false, p.features, memory);
     const float weight = p.weights.data == nullptr
                              ? 0.0f
-                             : element(p.weights, cell.weights + (first + k) * p.weights.row);
-    am::pack<D, F>(memory, side.centre, beta_of(p, cell, first + k), weight,
-                   table + k * S::kQuads);
+                             : number(p.weights, cell.weights + (first + k) * p.weights.row);
+    am::pack<D, F>(memory, side.centre, beta_of(p, cell, first + k), weight, table + k * S::kQuads);
   }
   return count;
 }
@@ -104,12 +103,23 @@ __device__ __forceinline__ unsigned mask_bits(const Problem& p, int64_t start, i
   return bits;
 }
 
-// step * update_mask of one entry. A float mask is read again in every step: registers are scarcer
-// than cache hits.
-__device__ __forceinline__ float gain_of(const Problem& p, unsigned bits, int i, int64_t start,
-                                         bool real) {
-  if (p.mask.data == nullptr || p.mask.type != Type::kFloat) return bits >> i & 1u ? p.step : 0.0f;
-  return real ? p.step * static_cast<const float*>(p.mask.data)[start + i * p.mask.feature] : 0.0f;
+// step * update_mask of one row. A float mask is read again in every step: registers are scarcer
+// than cache hits. For the same reason the compiler is kept from holding D addresses all the time.
+template <int D>
+__device__ __forceinline__ void load_gain(const Problem& p, unsigned bits, int64_t start, bool real,
+                                          int d, float (&gain)[D]) {
+  if (p.mask.data == nullptr || p.mask.type != Type::kFloat) {
+#pragma unroll
+    for (int i = 0; i < D; ++i) gain[i] = bits >> i & 1u ? p.step : 0.0f;
+    return;
+  }
+  int64_t feature = p.mask.feature;
+  asm volatile("" : "+l"(feature), "+l"(start));
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    const bool given = real && i < d;
+    gain[i] = given ? p.step * number(p.mask, start + i * feature) : 0.0f;
+  }
 }
 
 // ---- the host's side ----------------------------------------------------------------------------
@@ -171,8 +181,9 @@ struct Checked {
   }
 };
 
-inline Problem problem_of(const Checked& check, const Tensor& rho, const std::optional<Tensor>& beta,
-                          double beta_value, const std::optional<Tensor>& log_weights,
+inline Problem problem_of(const Checked& check, const Tensor& rho,
+                          const std::optional<Tensor>& beta, double beta_value,
+                          const std::optional<Tensor>& log_weights,
                           const std::optional<Tensor>& update_mask, int64_t steps, double step) {
   const Tensor& v = check.v;
   const char* op = check.op;

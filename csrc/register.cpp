@@ -8,41 +8,64 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace clam {
 
 using torch::stable::Tensor;
 
-Tensor recursion_small(const Tensor& v, const Tensor& rho, const Tensor& scale, const Tensor& bias,
-                       int64_t steps, double step, std::optional<Tensor> gain,
-                       std::optional<Tensor> centre);
+Tensor recursion_small(const Tensor& v, const Tensor& rho, std::optional<Tensor> beta,
+                       double beta_value, std::optional<Tensor> log_weights,
+                       std::optional<Tensor> update_mask, int64_t steps, double step);
+
+std::tuple<Tensor, Tensor, Tensor> recursion_small_backward(
+    const Tensor& grad, const Tensor& v, const Tensor& rho, std::optional<Tensor> beta,
+    double beta_value, std::optional<Tensor> log_weights, std::optional<Tensor> update_mask,
+    int64_t steps, double step, bool wide, bool memory_side, bool mask_side);
 
 }  // namespace clam
 
 STABLE_TORCH_LIBRARY(clam_cuda, m) {
   // `steps` times
   //
-  //   x <- x + step * gain * (softmax_k(bias_k + scale_k * (<rho_k, x> - |x|^2 / 2)) @ rho - x)
+  //   v <- v + step * update_mask * (softmax_k(log w_k - beta_k |v - rho_k|^2) @ rho - v)
   //
-  // from x = v - centre, and x + centre of the last; all steps in one launch, any K, D <= 16.
+  // in one launch, computed in float32; any K, D <= 16.
   //
-  //   v       [B, N, D]       float32
-  //   rho     [B, K, D]       the memories less the centre; 0 where the bias is -inf
-  //   scale   [B, 1 or K]     2 beta, finite and >= 0
-  //   bias    [B, K]          log w_k - beta_k |rho_k|^2; -inf: the memory takes no part. A problem
-  //   in
-  //                           which none does returns its v
-  //   gain    [B, N, D]       update_mask: float32, or uint8 and bool as 0 / not 0; any strides
-  //   centre  [B, D]          the mean of the memories; None: v and rho are centred already
+  //   v            [O, I, N, D]       float32, bfloat16 or float16
+  //   rho          [O, I, K, D]       the dtype of v
+  //   beta         [O, I, 1 or K]     float32, finite and >= 0; None: `beta_value`
+  //   log_weights  [O, I, 1 or K]     float32; -inf: the memory takes no part and may hold
+  //                                   anything. A problem in which none does returns its v
+  //   update_mask  [O, I, N, D]       float32, or uint8 and bool as 0 / not 0
   //
-  // B of each operand is 1 or the B of the result. All but gain are contiguous. An entry that does
-  // not move is returned bit for bit. A row that is not finite turns to NaN and touches no other.
-  // No atomics, no synchronisation: the result repeats bit for bit, and the call can be captured.
+  // All have the same O and I and any strides, 0 where an operand is shared. The result [O, I, N,
+  // D] is contiguous and of v's dtype. An entry that does not move is returned bit for bit. A row
+  // that is not finite turns to NaN and touches no other; NaN in a memory that takes part reaches
+  // every row. No atomics, no synchronisation: the result repeats bit for bit, and the call can be
+  // captured.
   m.def(
-      "recursion_small(Tensor v, Tensor rho, Tensor scale, Tensor bias, int steps, float step, "
-      "Tensor? gain=None, Tensor? centre=None) -> Tensor");
+      "recursion_small(Tensor v, Tensor rho, Tensor? beta, float beta_value, Tensor? log_weights, "
+      "Tensor? update_mask, int steps, float step) -> Tensor");
+  // Its gradients, for steps >= 1 and no more memories than am::backward_warps has shared memory
+  // for: (grad_v, partials, grad_mask).
+  //
+  //   grad       [O, I, N, D]                 the dtype of v, any strides
+  //   grad_v     [O, I, N, D]                 the dtype of v, float32 if `wide`
+  //   partials   [O, I, slices, K, D + 2]     float32, to be summed over slices: the gradients of
+  //                                           rho (D), log w and beta (the last; of one beta for
+  //                                           all the sum over K). Empty unless `memory_side`
+  //   grad_mask  [O, I, N, D]                 float32. Empty unless `mask_side`
+  //
+  // Scratch: 2^26 floats, or those of 64 blocks where they need more: 128 (steps - 1) (2 D + 2)
+  // each. The number of slices and the order of every sum depend on the shapes alone.
+  m.def(
+      "recursion_small_backward(Tensor grad, Tensor v, Tensor rho, Tensor? beta, float beta_value, "
+      "Tensor? log_weights, Tensor? update_mask, int steps, float step, bool wide, "
+      "bool memory_side, bool mask_side) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clam_cuda, CUDA, m) {
   m.impl("recursion_small", TORCH_BOX(&clam::recursion_small));
+  m.impl("recursion_small_backward", TORCH_BOX(&clam::recursion_small_backward));
 }

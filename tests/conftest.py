@@ -68,6 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         # triton's interpreter computes padding lanes and rows of NaN with numpy
         "ignore:.*encountered in.*:RuntimeWarning:triton.runtime.interpreter",
+        "ignore:All-NaN slice encountered:RuntimeWarning",
         "ignore:.*enable_fp_fusion.*:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)

@@ -80,6 +80,7 @@ class Target:
     ms: float
     ratios: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: float | None = None
+    launches: int | None = None
     # "exact" and "accurate" are measured by eager float32, "like" by eager of the same mode
     error: str = "accurate"
 
@@ -87,12 +88,13 @@ class Target:
 @dataclass
 class Bout:
     """A row, ready to run. `plain` is the eager call by whose error ours is judged; `scale` is the
-    whole workload over what one call does; `facts` are measured once for each backend.
+    whole workload over what one call does; `errors` maps a result to figures, and may give several
+    draws of a figure as `<name>_draws`; `facts` are measured once for each backend.
     """
 
     ours: Callable[[], Any]
     peers: dict[str, Contestant]
-    errors: Callable[[Any], dict[str, float]]
+    errors: Callable[[Any], dict[str, Any]]
     plain: Contestant
     scale: float = 1.0
     facts: Callable[[], dict[str, Any]] | None = None
@@ -139,7 +141,9 @@ class Family:
 def families() -> tuple[Family, ...]:
     """Of every rows_<family>.py beside this file."""
     names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    modules = [importlib.import_module(f".{n}", __package__) for n in names if n.startswith("rows_")]
+    modules = [
+        importlib.import_module(f".{n}", __package__) for n in names if n.startswith("rows_")
+    ]
     return tuple(module.FAMILY for module in modules)
 
 
@@ -154,16 +158,19 @@ def family_of(op: str) -> Family:
 
 def backends(op: str, device: str) -> tuple[list[str], dict[str, str]]:
     """(those to check, reasons of the others); the reference where no GPU backend can run."""
-    able, refusals = [], {}
-    for name in GPU_BACKENDS if device == "cuda" else ():
-        try:
-            with clam_kernels.backend(name):
-                clam_kernels.explain(op, torch.empty(1, device=device))
-        except RuntimeError as error:
-            refusals[name] = str(error)
-        else:
-            able.append(name)
-    return able or ["reference"], refusals
+    refusals = {name: refusal(name, op, device) for name in GPU_BACKENDS if device == "cuda"}
+    able = [name for name, reason in refusals.items() if reason is None]
+    return able or ["reference"], {n: reason for n, reason in refusals.items() if reason}
+
+
+def refusal(name: str, op: str, device: str) -> str | None:
+    """Why a backend cannot run an op on a device, None if it can."""
+    try:
+        with clam_kernels.backend(name):
+            clam_kernels.explain(op, torch.empty(1, device=device))
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def forced(name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -147,7 +147,7 @@ def race(
             calls[name] = _warm(clock, one, kind)
         except Exception as error:  # whatever a rival dies of is a fact of the table
             found[name].reason = f"{type(error).__name__}: {error}"[:300]
-        _tidy(clock)
+        tidy(clock)
     names = list(calls)
     for turn in range(rounds):
         if turn >= 5 and time.monotonic() > ends:
@@ -175,12 +175,25 @@ def _once(clock: Clock, call: Call, lead: int, kind: str) -> float:
     return clock.device(call, lead, REPLAYS if kind == "graph" else 1)
 
 
-def _tidy(clock: Clock) -> None:
+def tidy(clock: Clock) -> None:
     """Give memory that a dead contestant held to the next."""
-    gc.collect()
     if clock.cuda:
+        gc.collect()
         clock.wait()
         torch.cuda.empty_cache()
+
+
+def launches(call: Call) -> int | None:
+    """How many kernels and copies a call starts; None where the profiler cannot tell."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    try:
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+    except (AssertionError, RuntimeError):
+        return None
+    found = [str(event.device_type).rpartition(".")[2] for event in profile.events()]
+    return found.count("CUDA") or None
 
 
 def peak_bytes(clock: Clock, one: Contestant) -> int | None:
@@ -190,7 +203,7 @@ def peak_bytes(clock: Clock, one: Contestant) -> int | None:
 
         with one.around():
             return testing.peak_bytes(one.call)
-    _tidy(clock)
+    tidy(clock)
     with one.around():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

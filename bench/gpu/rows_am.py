@@ -79,7 +79,9 @@ def _inference(mode: str, unit: str, ms: float, error: str) -> Row:
     shape = {"n": n, "d": d, "k": k, "steps": steps}
     target = Target(ms, {"eager": 4.0}, error=error)
     work = _recall(n, d, k, steps, unit)
-    return Row("5", "ClAM inference 10M x64 K256 T10", "am_recursion", mode, shape, work, target, inference)
+    return Row(
+        "5", "ClAM inference 10M x64 K256 T10", "am_recursion", mode, shape, work, target, inference
+    )
 
 
 def _training() -> Row:
@@ -98,29 +100,36 @@ def _narrow() -> Row:
     shape = {"n": n, "d": d, "k": k, "steps": steps}
     target = Target(0.06, {"eager": 15.0}, error="exact")
     work = _recall(n, d, k, steps, "fp32")
-    return Row("16", "am_recursion fwd 1M x2 K8 T10", "am_recursion", "highest", shape, work, target, recall)
+    return Row(
+        "16",
+        "am_recursion fwd 1M x2 K8 T10",
+        "am_recursion",
+        "highest",
+        shape,
+        work,
+        target,
+        recall,
+    )
 
 
 def _latency(id: str, kind: str, ms: float) -> Row:
     n, d, k, steps = 1000, 16, 64, 10
     shape = {"n": n, "d": d, "k": k, "steps": steps}
     work = _recall(n, d, k, steps, "bf16x6")
+    target = Target(ms, error="exact", launches=1)
     name = f"latency N1000 x16 K64 T10, {'replay' if kind == 'graph' else 'call'}"
-    return Row(id, name, "am_recursion", "highest", shape, work, Target(ms, error="exact"), recall, kind)
+    return Row(id, name, "am_recursion", "highest", shape, work, target, recall, kind)
 
 
+TRAINED: dict[str, Any] = {"backward": True, "peak_bytes": GIB / 2}
 ROWS = (
     _small("1", "high", 1, 0.075, ratios={"eager": 5.0, "compile": 1.0, "sdpa": 1.0}),
     _small("1", "highest", 1, 0.15, ratios={"eager": 3.0}, error="exact"),
     _small("2", "high", 10, 0.45, ratios={"eager": 6.0, "compile": 5.0, "sdpa": 1.0}),
     _small("2", "highest", 10, 0.9, ratios={"eager": 3.0}, error="exact"),
     _small("3", "highest", 10, 1.4, ratios={"eager": 2.0}, error="exact", unit="fp32", lanes=True),
-    _small(
-        "4", "high", 10, 2.3, ratios={"eager": 5.0, "compile": 1.0}, peak_bytes=GIB / 2, backward=True
-    ),
-    _small(
-        "4", "highest", 10, 4.6, ratios={"eager": 3.0}, peak_bytes=GIB / 2, error="exact", backward=True
-    ),
+    _small("4", "high", 10, 2.3, ratios={"eager": 5.0, "compile": 1.0}, **TRAINED),
+    _small("4", "highest", 10, 4.6, ratios={"eager": 3.0}, error="exact", **TRAINED),
     _inference("high", "bf16x3", 83.0, "accurate"),
     _inference("medium", "bf16", 28.0, "like"),
     _training(),

@@ -67,8 +67,8 @@ def recalled(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """(what the memories recall for x, base-2 logsumexp of the logits or the index of the nearest);
-    -inf and x itself where no memory takes part.
+    """(what the memories recall for x, the largest base-2 logit or the index of the nearest, the
+    sum of weights relative to it); x itself, -inf and 0 where no memory takes part.
     """
     held = (x, half)
     if HARD:
@@ -79,7 +79,8 @@ def recalled(
         index = state[1]
         some = index >= 0
         xb = load_rows(table[0], index.to(tl.int64), some, 0, D, STRIDE, DIM)
-        return tl.where(some[:, None], xb, x), tl.where(some, index.to(tl.float32), float("-inf"))
+        top = tl.where(some, index.to(tl.float32), float("-inf"))
+        return tl.where(some[:, None], xb, x), top, tl.where(some, 1.0, 0.0)
     if RESIDENT:
         inner = held_inner(held, first_tile, count, D, STRIDE, DIM, PREC)
         s = logits(inner, half, first_tile[2], first_tile[3], PER_MEMORY)
@@ -89,25 +90,26 @@ def recalled(
             softmax_init(ROWS, DIM), held, table, count, load_memories, held_inner, softmax_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
-    none = state[1] == 0.0
-    xb = tl.where(none[:, None], x, state[2] / tl.where(none, 1.0, state[1])[:, None])
-    return xb, tl.where(none, float("-inf"), state[0] + tl.log2(state[1]))
+    top, total, acc = state
+    none = total == 0.0
+    xb = tl.where(none[:, None], x, acc / tl.where(none, 1.0, total)[:, None])
+    return xb, tl.where(none, float("-inf"), top + total * 0.0), total
 
 
 @triton.jit(
     do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
 )
 def recursion_kernel(
-    V, RHO, SIDE, CENTRE, U, OUT, LSE, PATH, PULL,
+    V, RHO, SIDE, CENTRE, U, OUT, TOP, TOTAL, PATH, PULL,
     rows, count, inner, steps, step, first, blocks, strip,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """All steps of ROWS rows. KEEP 0: the result; 1: also lse (natural) of the last step's logits;
-    2: no result, but the states, what they recall and the base-2 lse (or index) of every step, in
-    strips of `strip` rows a step.
+    """All steps of ROWS rows. KEEP 0: the result; 1: also, in TOP, the natural logsumexp of the
+    last step's logits; 2: no result, but of every step the state, what it recalls, the largest
+    base-2 logit (or the index) and the sum relative to it, in strips of `strip` rows a step.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
@@ -125,11 +127,11 @@ def recursion_kernel(
     poison = tl.sum(x * 0.0, 1)  # a row that is not finite stays visible, whatever it meets
     table = (RHO, SIDE)
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
-    lse = tl.full((ROWS,), float("-inf"), tl.float32)
+    top, total = lse_init(ROWS)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
         half = 0.5 * tl.sum(x * x, 1)
-        xb, lse = recalled(
+        xb, top, total = recalled(
             x, half, tile, table, count,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
         )  # fmt: skip
@@ -138,7 +140,8 @@ def recursion_kernel(
             keep = here[:, None] * STRIDE + d[None, :]
             tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
             tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
-            tl.store(LSE + here, lse + poison)
+            tl.store(TOP + here, top + poison)
+            tl.store(TOTAL + here, total)
         x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
 
     if KEEP < 2:
@@ -149,18 +152,18 @@ def recursion_kernel(
             given = load_rows(V, at, live, 0, D, D, DIM)
             gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
             out = tl.where(gain == 0.0, given, out)
-        none = (lse == float("-inf")) & (poison == 0.0)
+        none = (top == float("-inf")) & (poison == 0.0)
         out = tl.where(none[:, None], load_rows(V, at, live, 0, D, D, DIM), out)
         tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
         if KEEP == 1:
-            tl.store(LSE + p, lse * _LN2 + poison, mask=live)
+            tl.store(TOP + p, (top + tl.log2(total)) * _LN2 + poison, mask=live)
 
 
 @triton.jit(
     do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
 )
 def recursion_wide_kernel(
-    V, RHO, SIDE, CENTRE, U, OUT, LSE, PATH, PULL,
+    V, RHO, SIDE, CENTRE, U, OUT, TOP, TOTAL, PATH, PULL,
     rows, count, inner, steps, step, first, blocks, strip,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -193,7 +196,7 @@ def recursion_wide_kernel(
     tl.debug_barrier()
 
     table = (RHO, SIDE)
-    lse = tl.full((ROWS,), float("-inf"), tl.float32)
+    top, total = lse_init(ROWS)
     for t in range(0, steps):
         slot = tl.cast(t if KEEP == 2 else t % 2, tl.int64) * strip + local
         following = tl.cast(t + 1 if KEEP == 2 else (t + 1) % 2, tl.int64) * strip + local
@@ -209,16 +212,19 @@ def recursion_wide_kernel(
                 D, STRIDE, DIM, PROTOS, PREC, False,
             )  # fmt: skip
             index = state[1]
-            lse = tl.where(index >= 0, index.to(tl.float32), float("-inf"))
+            top = tl.where(index >= 0, index.to(tl.float32), float("-inf"))
+            total = tl.where(index >= 0, 1.0, 0.0)
         else:
             state = sweep(
                 lse_init(ROWS), held, table, count, load_sides, wide_inner, lse_fold,
                 D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
             )  # fmt: skip
-            lse = tl.where(state[1] == 0.0, float("-inf"), state[0] + tl.log2(state[1]))
+            total = state[1]
+            top = tl.where(total == 0.0, float("-inf"), state[0] + total * 0.0)
         if KEEP == 2:
-            tl.store(LSE + slot, lse + poison)
-        none = lse == float("-inf")
+            tl.store(TOP + slot, top + poison)
+            tl.store(TOTAL + slot, total)
+        none = top == float("-inf")
 
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
@@ -226,9 +232,10 @@ def recursion_wide_kernel(
                 xb = load_rows(RHO, index.to(tl.int64), index >= 0, d0, D, STRIDE, DIM)
             else:
                 xb = wide_recall(
-                    held, table, count, d0, finite(lse),
+                    held, table, count, d0, finite(top),
                     D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
                 )  # fmt: skip
+                xb = xb / tl.where(none, 1.0, total)[:, None]
             x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
             xb = tl.where(none[:, None], x, xb)
             if KEEP == 2:
@@ -244,7 +251,7 @@ def recursion_wide_kernel(
     if KEEP < 2:
         p = problem.to(tl.int64) * rows + at
         slot = tl.cast(steps % 2, tl.int64) * strip + local
-        none = (lse == float("-inf")) & (poison == 0.0)
+        none = (top == float("-inf")) & (poison == 0.0)
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             inside = live[:, None] & (d < D)[None, :]
@@ -258,16 +265,16 @@ def recursion_wide_kernel(
             out = tl.where(none[:, None], given, out)
             tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
         if KEEP == 1:
-            tl.store(LSE + p, lse * _LN2 + poison, mask=live)
+            tl.store(TOP + p, (top + tl.log2(total)) * _LN2 + poison, mask=live)
 
 
 @triton.jit
 def wide_recall(
-    held, table, count, d0, lse,
+    held, table, count, d0, top,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """Features [d0, d0 + DIM) of what the memories recall, the normaliser known."""
+    """Features [d0, d0 + DIM) of what the memories recall, relative to the largest logit."""
     acc = tl.zeros((ROWS, DIM), tl.float32)
     for k0 in range(0, count, PROTOS):
         tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
@@ -275,7 +282,7 @@ def wide_recall(
         s = logits(inner, held[1], tile[2], tile[3], PER_MEMORY)
         k = tile[0]
         rho = load_rows(table[0], k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
-        acc += dot(tl.exp2(s - lse[:, None]), rho, PREC)
+        acc += dot(tl.exp2(s - top[:, None]), rho, PREC)
     return acc
 
 
@@ -476,7 +483,7 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
         grid = (call.outer * call.inner * blocks,)
         _launch.launch(
             recursion_kernel, grid, call.device, *operands, out, out if lse is None else lse,
-            out, out, call.rows, call.memories.count, call.inner, steps, step, 0, blocks, 0,
+            out, out, out, call.rows, call.memories.count, call.inner, steps, step, 0, blocks, 0,
             *strides, *u, **flags,
         )  # fmt: skip
         return
@@ -489,7 +496,7 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
         lse_cell = cell if lse is None else lse.view(*out.shape[:3])[o, problems]
         _launch.launch(
             recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, lse_cell,
-            path, path, call.rows, call.memories.count, len(cell), steps, step, first, count, rows,
+            path, path, path, call.rows, call.memories.count, len(cell), steps, step, first, count, rows,
             *strides, *u, **flags,
         )  # fmt: skip
 

@@ -34,26 +34,34 @@ _LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
+def inverse_of(TOTAL, at, live):
+    """1 / the sum of a row's weights; 0 where no memory takes part."""
+    total = tl.load(TOTAL + at, mask=live, other=0.0)
+    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+
+
+@triton.jit
 def delta_fold(state, s, tile, PREC: tl.constexpr):
     """delta = sum_k p_k (h rho_k), of the very products that it is taken from: where one memory has
     all the weight their difference is 0, and a large beta has nothing to blow up.
     """
-    delta, h, lse = state
-    return delta + tl.sum(tl.exp2(s - lse[:, None]) * dot(h, tl.trans(tile[1]), PREC), 1), h, lse
+    delta, h, top, inverse = state
+    w = tl.exp2(s - top[:, None]) * inverse[:, None]
+    return delta + tl.sum(w * dot(h, tl.trans(tile[1]), PREC), 1), h, top, inverse
 
 
 @triton.jit
 def slopes_fold(state, s, tile, PREC: tl.constexpr):
     """Sums over memories of gz rho and of gz, with gz = 2 beta log2(e) p (h rho - delta)."""
-    acc, lean, h, delta, lse = state
-    slope = dot(h, tl.trans(tile[1]), PREC) - delta[:, None]
-    gz = tl.exp2(s - lse[:, None]) * slope * tile[2][None, :]
-    return acc + dot(gz, tile[1], PREC), lean + tl.sum(gz, 1), h, delta, lse
+    acc, lean, h, delta, top, inverse = state
+    w = tl.exp2(s - top[:, None]) * inverse[:, None]
+    gz = w * (dot(h, tl.trans(tile[1]), PREC) - delta[:, None]) * tile[2][None, :]
+    return acc + dot(gz, tile[1], PREC), lean + tl.sum(gz, 1), h, delta, top, inverse
 
 
 @triton.jit
 def pulled(
-    x, h, lse, table, count,
+    x, h, top, inverse, table, count,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
@@ -64,19 +72,21 @@ def pulled(
     if RESIDENT:
         tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
         inner = held_inner(held, tile, count, D, STRIDE, DIM, PREC)
-        w = tl.exp2(logits(inner, held[1], tile[2], tile[3], PER_MEMORY) - lse[:, None])
+        s = logits(inner, held[1], tile[2], tile[3], PER_MEMORY)
+        w = tl.exp2(s - top[:, None]) * inverse[:, None]
         slope = dot(h, tl.trans(tile[1]), PREC)
         delta = tl.sum(w * slope, 1)
         gz = w * (slope - delta[:, None]) * tile[2][None, :]
         acc, lean = dot(gz, tile[1], PREC), tl.sum(gz, 1)
     else:
         seen = sweep(
-            (delta, h, lse), held, table, count, load_memories, held_inner, delta_fold,
+            (delta, h, top, inverse), held, table, count, load_memories, held_inner, delta_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
         delta = seen[0]
         state = sweep(
-            (acc, lean, h, delta, lse), held, table, count, load_memories, held_inner, slopes_fold,
+            (acc, lean, h, delta, top, inverse), held, table, count, load_memories, held_inner,
+            slopes_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
         acc, lean = state[0], state[1]
@@ -89,7 +99,7 @@ def pulled(
     do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
 )
 def rows_backward_kernel(
-    GRAD, RHO, SIDE, U, OUT, MASKED, LSE, DELTA, PATH, PULL,
+    GRAD, RHO, SIDE, U, OUT, MASKED, TOP, TOTAL, DELTA, PATH, PULL,
     rows, count, inner, steps, step, first, blocks, strip,
     m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -115,8 +125,8 @@ def rows_backward_kernel(
     for back in range(0, steps):
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
         x = load_rows(PATH, here, every, 0, D, STRIDE, DIM)
-        lse = tl.load(LSE + here)
-        moves = tl.where(lse == float("-inf"), 0.0, 1.0)[:, None]
+        top = tl.load(TOP + here)
+        moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
         if MASK_GRAD:
             xb = load_rows(PULL, here, every, 0, D, STRIDE, DIM)
             seen = tl.load(MASKED + whole, mask=inside, other=0.0)
@@ -126,7 +136,7 @@ def rows_backward_kernel(
         g -= h
         if not HARD:
             more, delta = pulled(
-                x, h, finite(lse), (RHO, SIDE), count,
+                x, h, finite(top), inverse_of(TOTAL, here, every), (RHO, SIDE), count,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, RESIDENT,
             )  # fmt: skip
             tl.store(DELTA + here, delta)
@@ -136,14 +146,15 @@ def rows_backward_kernel(
 
 @triton.jit
 def wide_slopes(
-    held, hs, table, k0, count, lse,
+    held, hs, table, k0, count, top, inverse,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
     PREC: tl.constexpr, PER_MEMORY: tl.constexpr,
 ):  # fmt: skip
     """(weights, h rho, scale) of one tile of memories, for rows that no register tile holds."""
     tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
     inner = wide_inner(held, tile, count, D, STRIDE, DIM, PREC)
-    w = tl.exp2(logits(inner, held[1], tile[2], tile[3], PER_MEMORY) - lse[:, None])
+    s = logits(inner, held[1], tile[2], tile[3], PER_MEMORY)
+    w = tl.exp2(s - top[:, None]) * inverse[:, None]
     return w, wide_inner(hs, tile, count, D, STRIDE, DIM, PREC), tile[2]
 
 
@@ -151,7 +162,7 @@ def wide_slopes(
     do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
 )
 def rows_backward_wide_kernel(
-    GRAD, RHO, SIDE, U, OUT, MASKED, LSE, DELTA, PATH, PULL,
+    GRAD, RHO, SIDE, U, OUT, MASKED, TOP, TOTAL, DELTA, PATH, PULL,
     rows, count, inner, steps, step, first, blocks, strip,
     m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -178,8 +189,8 @@ def rows_backward_wide_kernel(
     tl.debug_barrier()
     for back in range(0, steps):
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
-        lse = tl.load(LSE + here)
-        moves = tl.where(lse == float("-inf"), 0.0, 1.0)[:, None]
+        top = tl.load(TOP + here)
+        moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
         norm = tl.zeros((ROWS,), tl.float32)
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
@@ -198,12 +209,13 @@ def rows_backward_wide_kernel(
         tl.debug_barrier()
         if not HARD:
             held, hs = ((PATH, here, every), 0.5 * norm), ((PULL, here, every), norm)
-            safe = finite(lse)
+            safe, inverse = finite(top), inverse_of(TOTAL, here, every)
             delta = tl.zeros((ROWS,), tl.float32)
             for k0 in range(0, count, PROTOS):
                 w, slope, scale = wide_slopes(
-                    held, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
-                )
+                    held, hs, table, k0, count, safe, inverse,
+                    D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
+                )  # fmt: skip
                 delta += tl.sum(w * slope, 1)
             tl.store(DELTA + here, delta)
             for d0 in range(0, D, DIM):
@@ -211,8 +223,9 @@ def rows_backward_wide_kernel(
                 acc, lean = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
                 for k0 in range(0, count, PROTOS):
                     w, slope, scale = wide_slopes(
-                        held, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
-                    )
+                        held, hs, table, k0, count, safe, inverse,
+                        D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
+                    )  # fmt: skip
                     gz = w * (slope - delta[:, None]) * scale[None, :]
                     k = k0 + tl.arange(0, PROTOS)
                     rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
@@ -232,7 +245,7 @@ def rows_backward_wide_kernel(
 
 @triton.jit(do_not_specialize=["count", "inner", "steps", "strip", "rows", "share"])
 def memories_backward_kernel(
-    RHO, SIDE, LSE, DELTA, PATH, PULL, PART, SUMS,
+    RHO, SIDE, TOP, TOTAL, DELTA, PATH, PULL, PART, SUMS,
     count, inner, steps, strip, rows, share,
     m_o, m_i,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -268,7 +281,8 @@ def memories_backward_kernel(
             n = n0 + tl.arange(0, ROWS)
             live = n < end
             at = first + n
-            lse = tl.load(LSE + at, mask=live, other=0.0)
+            top = tl.load(TOP + at, mask=live, other=0.0)
+            inverse = inverse_of(TOTAL, at, live)
             delta = tl.load(DELTA + at, mask=live, other=0.0)
             x = load_rows(PATH, at, live, d0, D, STRIDE, DIM)
             norm = tl.sum(x * x, 1)
@@ -281,17 +295,17 @@ def memories_backward_kernel(
             else:
                 inside = held_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
             s = logits(inside, 0.5 * norm, tile[2], tile[3], PER_MEMORY)
-            w = tl.exp2(s - finite(lse)[:, None])
+            w = tl.exp2(s - finite(top)[:, None]) * inverse[:, None]
             if ENERGY:
                 q = w * delta[:, None]
                 acc += dot(tl.trans(q), x, PREC)
                 mass += tl.sum(q, 0)
-                surprise = lift[None, :] - s + lse[:, None]
+                surprise = lift[None, :] - (s - top[:, None]) - tl.log2(inverse)[:, None]
                 heat += tl.sum(tl.where(w == 0.0, 0.0, q * surprise), 0)
             else:
                 h = load_rows(PULL, at, live, d0, D, STRIDE, DIM)
                 if HARD:
-                    w = tl.where(k.to(tl.float32)[None, :] == lse[:, None], 1.0, 0.0)
+                    w = tl.where(k.to(tl.float32)[None, :] == top[:, None], 1.0, 0.0)
                     acc += dot(tl.trans(w), h, PREC)
                 else:
                     if WIDE:
@@ -366,7 +380,8 @@ class Cell(NamedTuple):
     block: int  # rows of a block
     path: Tensor  # [T, size * rows, stride], as pull
     pull: Tensor
-    lse: Tensor  # [T, size * rows], as delta
+    top: Tensor  # [T, size * rows], as total and delta
+    total: Tensor
     delta: Tensor
 
 
@@ -375,22 +390,22 @@ def _cells(call: Call, steps: int, step: float) -> Any:
     chosen = call.settings("am_recursion")
     block, stride = chosen["ROWS"], call.memories.stride
     blocks = triton.cdiv(call.rows, block)
-    limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 2) * block))
+    limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 3) * block))
     most = max(1, _launch.SCRATCH // (call.memories.count * stride))
     kernel = recursion_wide_kernel if call.features > _launch.WIDEST else recursion_kernel
     for o, problems, first, count in call.cells(blocks, limit, most):
         size = problems.stop - problems.start
         strip = size * count * block
         path, pull = (call.new(steps, strip, stride) for _ in range(2))
-        lse, delta = (call.new(steps, strip) for _ in range(2))
+        top, total, delta = (call.new(steps, strip) for _ in range(3))
         operands, strides, u = call.at(o, problems)
         _launch.launch(
-            kernel, (size * count,), call.device, *operands, path, lse, path, pull,
+            kernel, (size * count,), call.device, *operands, path, top, total, path, pull,
             call.rows, call.memories.count, size, steps, step, first, count, strip,
             *strides, *u, **flags_of(call, chosen, keep=2),
         )  # fmt: skip
         yield Cell(
-            o, problems, first, count, size, count * block, block, path, pull, lse, delta
+            o, problems, first, count, size, count * block, block, path, pull, top, total, delta
         )
 
 
@@ -407,7 +422,7 @@ def _sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: 
     (_, table, side, _, _), strides, _ = call.at(cell.o, cell.problems)
     _launch.launch(
         memories_backward_kernel, (tiles * pieces, splits, cell.size), call.device,
-        table, side, cell.lse, cell.delta, cell.path, cell.pull, part, sums,
+        table, side, cell.top, cell.total, cell.delta, cell.path, cell.pull, part, sums,
         memories.count, cell.size, steps, cell.size * cell.rows, cell.rows, share, *strides[2:],
         **{**call.tile, **chosen}, PER_MEMORY=memories.per_memory, HARD=memories.hard,
         ENERGY=energy, WIDE=wide,
@@ -427,8 +442,8 @@ def _walk_back(
     grads, outs, masks = (x[cell.o, cell.problems] for x in views)
     _launch.launch(
         rows_backward_wide_kernel if wide else rows_backward_kernel, (cell.size * cell.count,),
-        call.device, grads, table, side, mask, outs, masks, cell.lse, cell.delta, cell.path,
-        cell.pull, call.rows, call.memories.count, cell.size, len(cell.path), step, cell.first,
+        call.device, grads, table, side, mask, outs, masks, cell.top, cell.total, cell.delta,
+        cell.path, cell.pull, call.rows, call.memories.count, cell.size, len(cell.path), step, cell.first,
         cell.count, cell.size * cell.rows, *strides[2:], *u, **{**call.tile, **chosen},
         PER_MEMORY=call.memories.per_memory, HARD=call.memories.hard, MASK=call.masked,
         MASK_GRAD=wants, RESIDENT=call.memories.count <= chosen["PROTOS"],

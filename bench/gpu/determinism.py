@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage determinism: the same bits from run to run, beside other work, on another stream, and for
+rows however they are batched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clam_kernels
+from clam_kernels import testing
+
+from .cases import Invocation, backends, differentiable, family_of, forced, poison, same_bits
+from .setting import Setting
+
+RUNS = 5
+Way = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def beside_other_work() -> Iterator[None]:
+    """A second stream is busy with products while the block runs."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        a = torch.randn(2048, 2048, device="cuda")
+        for _ in range(40):
+            a = torch.mm(a, a).clamp_(-1, 1)
+    yield
+    side.synchronize()
+
+
+@contextlib.contextmanager
+def on_another_stream() -> Iterator[None]:
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        yield
+    torch.cuda.current_stream().wait_stream(other)
+    other.synchronize()
+
+
+def ways(device: str) -> list[tuple[str, Way]]:
+    plain: list[tuple[str, Way]] = [
+        (f"run {i + 1}", contextlib.nullcontext) for i in range(1, RUNS)
+    ]
+    if device != "cuda":
+        return plain[:1]
+    return [*plain, ("busy stream", beside_other_work), ("other stream", on_another_stream)]
+
+
+def outcome(call: Invocation) -> tuple[Tensor, ...]:
+    """Everything that a call yields, from memory that held NaN."""
+    device = call.args[0].device.type
+    poison(4 * call.args[0].numel(), device)
+    found = call.backward() if call.wanted else call.forward()
+    return found
+
+
+def unequal(call: Invocation, device: str) -> list[str]:
+    """Where a call does not repeat."""
+    first = outcome(call)
+    bad = []
+    for name, way in ways(device):
+        with way():
+            again = outcome(call)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        bad += [
+            f"{name}, result {i}"
+            for i, (a, b) in enumerate(zip(first, again, strict=True))
+            if not same_bits(a, b)
+        ]
+    return bad
+
+
+def unequal_parts(call: Invocation) -> list[str]:
+    """Where rows in two batches differ from the same rows in one."""
+    whole = call.forward()
+    bad = []
+    for cut in (1, call.n // 3 + 1):
+        parts = [call.part(slice(None, cut)).forward(), call.part(slice(cut, None)).forward()]
+        for i, out in enumerate(whole):
+            dim = list(out.shape).index(call.n)
+            if not same_bits(out, torch.cat([p[i] for p in parts], dim)):
+                bad.append(f"cut at {cut}, result {i}")
+    return bad
+
+
+def sampled(op: str, device: str, seed: int) -> Iterator[tuple[str, Invocation]]:
+    """The samples of an op in float32."""
+    names = testing.argument_names(op)
+    for sample in testing.samples(op, seed):
+        if torch.float32 in sample.dtypes:
+            args = sample.cast(torch.float32, device).args
+            wanted = (*sample.differentiable, *sample.kinks) if differentiable(op) else ()
+            where = tuple(names.index(name) for name in wanted)
+            yield sample.name, Invocation(op, args, (0,), where)
+
+
+def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """The large calls of all ops first: they are where an order of summation may vary."""
+    device = setting.device
+    chosen = {s.name: backends(s.name, device)[0] for s in clam_kernels.all_ops()}
+    for op, names in chosen.items():
+        family = family_of(op)
+        shape = family.small if setting.dry_run else family.large
+        call = family.make(op, shape, device, setting.seed)
+        for backend in names:
+            yield f"{op} {backend} large", lambda c=call, b=backend: under(b, unequal, c, device)
+            yield f"{op} {backend} split", lambda c=call, b=backend: under(b, unequal_parts, c)
+    for op, names in chosen.items():
+        for backend in names:
+            for name, call in sampled(op, device, setting.seed):
+                label = f"{op} {backend} {name}"
+                yield label, lambda c=call, b=backend: under(b, unequal, c, device)
+
+
+def under(backend: str, check: Callable[..., list[str]], *args: Any) -> list[str]:
+    with forced(backend)():
+        return check(*args)
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    done, bad, complete = 0, [], True
+    for label, check in cases(setting):
+        if setting.left() < 2:
+            complete = False
+            break
+        try:
+            bad += [f"{label}: {where}" for where in check()]
+        except Exception as error:  # a call that dies has not repeated
+            bad.append(f"{label}: {type(error).__name__}: {error}"[:300])
+        done += 1
+        if done % 20 == 0:
+            setting.save({"status": "timeout", "cases": done, "bad": bad})
+    result = {"cases": done, "bad": bad[:100], "complete": complete}
+    if bad:
+        return {**result, "status": "fail", "reason": "; ".join(bad)[:1000]}
+    if not complete:
+        return {**result, "status": "fail", "reason": f"time ran out after {done} cases"}
+    return {**result, "status": "pass", "reason": f"{done} cases repeat bit for bit"}

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage env: the machine, the versions, which backends are chosen; refuses a GPU in use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+import clam_kernels
+
+from .setting import ROOT, Setting
+
+QUERY = "name,driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,mig.mode.current"
+PEERS = ("flash-kmeans", "cut-cross-entropy", "POT", "geomloss", "faiss", "cuml")
+
+
+def said_by(*command: str) -> str | None:
+    """What a tool prints, None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=20, check=False, cwd=ROOT
+    )
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def others() -> list[str]:
+    """Processes that use the GPU beside this one; none are seen where nvidia-smi cannot say."""
+    found = said_by("nvidia-smi", "--query-compute-apps=pid,name", "--format=csv,noheader") or ""
+    mine = (str(os.getpid()), str(os.getppid()))
+    return [line for line in found.splitlines() if line.strip() and line.split(",")[0] not in mine]
+
+
+def device_facts() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "gpu": properties.name,
+        "sm_count": properties.multi_processor_count,
+        "capability": list(torch.cuda.get_device_capability()),
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "bytes_free": free,
+        "bytes_total": total,
+        "nvidia_smi": said_by("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"),
+    }
+
+
+def choices(device: str) -> dict[str, str]:
+    """What `explain` says of every op on this device."""
+    probe = torch.empty(1, device=device)
+    return {spec.name: clam_kernels.explain(spec.name, probe) for spec in clam_kernels.all_ops()}
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    busy = [] if setting.dry_run else others()
+    nvcc = said_by("nvcc", "--version") or said_by("/usr/local/cuda/bin/nvcc", "--version")
+    found: dict[str, Any] = {
+        "status": "pass",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "clam_kernels": clam_kernels.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {n: version(n) for n in ("triton", "numpy", "pytest", "setuptools", *PEERS)},
+        "nvcc": nvcc.splitlines()[-1] if nvcc else None,
+        "git": said_by("git", "rev-parse", "--short", "HEAD"),
+        "backends": choices(setting.device),
+    }
+    if busy:
+        reason = f"the GPU is used by others: {'; '.join(busy)}"
+        return {**found, "status": "fail", "refused": True, "reason": reason}
+    return {**found, **({} if setting.dry_run else device_facts())}

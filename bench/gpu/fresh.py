@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every sample of every op, on every backend of the device, with numbers of a seed that no run had
+before: `python3 -m bench.gpu.fresh --seed N [--device cuda]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import clam_kernels
+from clam_kernels import testing
+
+from .cases import backends, forced
+
+DRAWS = 6
+
+
+def drawn(op: str, name: str, dtype: torch.dtype, device: str, seed: int) -> testing.Sample:
+    found = next(s for s in testing.samples(op, seed) if s.name == name)
+    return found.cast(dtype, device)
+
+
+def judge(spec: Any, samples: list[testing.Sample], wanted: tuple[str, ...]) -> None:
+    """AssertionError where a result is worse than twice plain torch, on the average of draws."""
+    values = []
+    for sample in samples:
+        exact = sample.cast(torch.float64, sample.args[0].device.type)
+        ours = testing.evaluate(spec.packet, sample)
+        grads = testing.upstream(ours.outputs)
+        ways = ((spec.packet, sample), (spec.truth, exact), (spec.truth, sample))
+        values.append([testing.evaluate(f, s, wanted, grads) for f, s in ways])
+    for i in range(len(values[0][0].outputs)):
+        triples = [tuple(one.outputs[i] for one in row) for row in values]
+        testing.assert_close_on_average(triples, what=f"output {i}")
+    for name in wanted:
+        triples = [tuple(one.gradients[name] for one in row) for row in values]
+        testing.assert_close_on_average(triples, what=f"gradient of {name}", scale=1.0)
+
+
+def cases(device: str, seed: int) -> Iterator[tuple[str, Any]]:
+    """(label, what to do), each under its forced backend."""
+    for spec in clam_kernels.all_ops():
+        for backend in backends(spec.name, device)[0]:
+            for sample in testing.samples(spec.name, seed):
+                if torch.float32 not in sample.dtypes:
+                    continue
+                draws = [
+                    drawn(spec.name, sample.name, torch.float32, device, seed + i)
+                    for i in range(DRAWS)
+                ]
+                wanted = (*sample.differentiable, *sample.kinks) if spec.gradient else ()
+
+                def call(
+                    spec: Any = spec,
+                    backend: str = backend,
+                    draws: Any = draws,
+                    wanted: Any = wanted,
+                ) -> None:
+                    with forced(backend)():
+                        judge(spec, draws, wanted)
+
+                yield f"{spec.name} {backend} {sample.name}", call
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--most", type=int, default=sys.maxsize, help="stop after so many")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore", RuntimeWarning)
+    print(f"fresh seed {given.seed}", flush=True)
+    failed = done = 0
+    for label, call in cases(given.device, given.seed):
+        if done >= given.most:
+            break
+        try:
+            call()
+        except Exception as error:  # every case is judged, whatever another died of
+            failed += 1
+            print(f"FAILED {label}: {type(error).__name__}: {error}"[:400], flush=True)
+        done += 1
+    print(f"{done} cases, {failed} failed")
+    return 1 if failed or not done else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

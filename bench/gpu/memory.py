@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage memory: what a call holds beside its arguments, and rows beyond entry 2^31."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clam_kernels
+
+from .cases import Family, Invocation, backends, differentiable, family_of, forced, same_bits
+from .clock import Clock, Contestant, peak_bytes
+from .setting import Setting
+
+SPOT = 256
+CLOSE = 1e-4
+
+
+def held(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
+    """Peak bytes of an op at a size where rows x prototypes would show."""
+    family = family_of(op)
+    shape = family.small if setting.dry_run else family.large
+    call = family.make(op, shape, setting.device, setting.seed)
+    for backend in backends(op, setting.device)[0]:
+        for backward in (False, True) if differentiable(op) else (False,):
+            method = call.backward if backward else call.forward
+            with forced(backend)():
+                method()
+            peak = peak_bytes(clock, Contestant(method, forced(backend)))
+            allowed = family.allowance(call, backward)
+            label = f"{op} {backend} {'backward' if backward else 'forward'}"
+            yield {
+                "what": label, "shape": shape, "peak_bytes": peak, "allowed_bytes": allowed,
+                "ok": peak is not None and peak <= allowed,
+            }  # fmt: skip
+
+
+def spots(n: int, d: int) -> Tensor:
+    """Rows at both ends and on both sides of entry 2^31, where 32-bit offsets turn over."""
+    turn = min(max((1 << 31) // d, SPOT), n - SPOT)
+    pieces = [(0, SPOT), (turn - SPOT, turn + SPOT), (n - SPOT, n)]
+    return torch.cat([torch.arange(a, b) for a, b in pieces])
+
+
+def compare(call: Invocation, at: Tensor) -> tuple[bool, bool]:
+    """(close, bit for bit) of a call's rows and the same rows alone, forward and the gradients
+    that have rows.
+    """
+    close = exact = True
+    small = call.part(at)
+    pairs = list(zip(call.forward(), small.forward(), strict=True))
+    if call.wanted:
+        count = len(pairs)
+        whole, alone = call.backward()[count:], small.backward()[count:]
+        pairs += [
+            (a, b) for i, a, b in zip(call.wanted, whole, alone, strict=True) if i in call.rows
+        ]
+        del whole
+    for large, few in pairs:
+        rows = large.index_select(list(large.shape).index(call.n), at)
+        exact &= same_bits(rows, few)
+        scale = max(float(few.double().abs().max()), 1.0)
+        close &= float((rows.double() - few.double()).abs().max()) <= CLOSE * scale
+    return close, exact
+
+
+def wide(setting: Setting, family: Family, op: str) -> Iterator[dict[str, Any]]:
+    """Over 2^31 entries."""
+    shape = family.small if setting.dry_run else family.wide
+    call = family.make(op, shape, setting.device, setting.seed)
+    at = spots(call.n, call.args[0].shape[-1]).to(setting.device)
+    for backend in backends(op, setting.device)[0]:
+        with forced(backend)():
+            close, exact = compare(call, at)
+        yield {"what": f"{op} {backend} wide", "shape": shape, "ok": close, "bitwise": exact}
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    clock = Clock(setting.device)
+    found: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    plan = [(part, s.name) for part in ("held", "wide") for s in clam_kernels.all_ops()]
+    for part, op in plan:
+        if setting.left() < 3:
+            left_out.append(f"{op} {part}")
+            continue
+        family = family_of(op)
+        try:
+            for entry in held(setting, clock, op) if part == "held" else wide(setting, family, op):
+                found.append(entry)
+                setting.save({"status": "timeout", "cases": found})
+        except Exception as error:  # out of memory is this stage's very subject
+            reason = f"{type(error).__name__}: {error}"[:300]
+            found.append({"what": f"{op} {part}", "ok": False, "reason": reason})
+    bad = [entry["what"] for entry in found if not entry["ok"]]
+    result = {"cases": found, "left_out": left_out, "stand_in": setting.dry_run}
+    if bad or left_out:
+        said = [f"over or wrong: {', '.join(bad)}"] if bad else []
+        said += [f"no time for {', '.join(left_out)}"] if left_out else []
+        return {**result, "status": "fail", "reason": "; ".join(said)[:1000]}
+    return {**result, "status": "pass", "reason": f"{len(found)} cases"}

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recursion over few features (D <= 16) in the compiled CUDA library: one launch an op call.
+
+The library takes operands as views [O, I, *core] of any strides, float32 on the memories' side;
+csrc/register.cpp has the contract. `_core.library` must have loaded it before the first call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._operands import arrange, batch_of
+
+Beta = float | Tensor
+MAX_FEATURES = 16
+# Shared memory of a block in the backward, and what a warp of it has beside its sums: as in
+# csrc/am_backward.h, against which a test holds `backward_memories`.
+_SHARED_BYTES = 96 * 1024
+_WARPS = 2
+_BACKWARD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def backward_memories(features: int) -> int:
+    """The most memories that the backward has shared memory for."""
+    d = next(size for size in _BACKWARD_SIZES if size >= features)
+    slot, row = (d + 6) // 4 * 4, 2 * (-(-d // 4) * 4) + 4
+    tiles = _WARPS * (32 * row + 32 * 33)
+    k = (_SHARED_BYTES // 4 - tiles) // (slot + _WARPS * 2 * (d + 2)) + 4
+    while 4 * (-(-k // 4) * 4 * slot + tiles + _WARPS * (-(-(d + 2) * k // 2) * 4)) > _SHARED_BYTES:
+        k -= 1
+    return k
+
+
+def why_not(v: Tensor, rho: Tensor, beta: Beta, *_: Any) -> str | None:
+    """Why these arguments are not for this path, or None."""
+    features, memories = v.shape[-1], rho.shape[-2]
+    if features > MAX_FEATURES:
+        return f"D = {features} > {MAX_FEATURES}"
+    if v.dtype == torch.float64:
+        return "float64"
+    if not isinstance(beta, Tensor) and math.isinf(beta):
+        return "beta = inf"
+    if memories > backward_memories(features):
+        return f"K = {memories} > {backward_memories(features)} for D = {features}"
+    return None
+
+
+class _Operands(NamedTuple):
+    """The arguments as the library takes them."""
+
+    batch: tuple[int, ...]
+    v: Tensor
+    rho: Tensor
+    beta: Tensor | None
+    beta_value: float
+    log_weights: Tensor | None
+    update_mask: Tensor | None
+    grad: Tensor | None
+
+    @property
+    def shared(self) -> tuple[Any, ...]:
+        """What forward and backward are both called with."""
+        return (
+            self.v,
+            self.rho,
+            self.beta,
+            self.beta_value,
+            self.log_weights,
+            self.update_mask,
+        )
+
+
+def _operands(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    grad: Tensor | None = None,
+) -> _Operands:
+    cores: dict[str, tuple[Tensor, int]] = {"v": (v, 2), "rho": (rho, 2)}
+    if isinstance(beta, Tensor):
+        cores["beta"] = (torch.atleast_1d(beta).float(), 1)
+    if log_weights is not None:
+        cores["log_weights"] = (torch.atleast_1d(log_weights).float(), 1)
+    if update_mask is not None:
+        mask = update_mask if update_mask.dtype == torch.bool else update_mask.float()
+        lead = mask.shape[: max(mask.ndim - 2, 0)]
+        cores["update_mask"] = (mask.expand(*lead, *v.shape[-2:]), 2)
+    batch = batch_of(list(cores.values()))
+    if grad is not None:
+        cores["grad"] = (grad, 2)
+    views = dict(zip(cores, arrange(batch, list(cores.values())), strict=True))
+    return _Operands(
+        batch,
+        views["v"],
+        views["rho"],
+        views.get("beta"),
+        0.0 if isinstance(beta, Tensor) else float(beta),
+        views.get("log_weights"),
+        views.get("update_mask"),
+        views.get("grad"),
+    )
+
+
+def am_recursion(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    steps: int,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """All steps in one launch, in float32 whatever the precision."""
+    a = _operands(v, rho, beta, update_mask, log_weights)
+    shape = (*a.batch, *v.shape[-2:])
+    if steps == 0 or step == 0 or 0 in shape:
+        return v.new_empty(shape).copy_(v)
+    out: Tensor = torch.ops.clam_cuda.recursion_small(*a.shared, steps, step)
+    return out.view(shape)
+
+
+def am_step(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """One step of `am_recursion`."""
+    return am_recursion(v, rho, beta, 1, step, update_mask, log_weights, precision)
+
+
+def am_step_saved(
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """`am_step`, and zeros [..., N]: the backward computes the log-normalisers again, which is
+    cheaper here than reading them.
+    """
+    out = am_step(v, rho, beta, step, update_mask, log_weights, precision)
+    return out, out.new_zeros(out.shape[:-1], dtype=torch.float32)
+
+
+def am_recursion_backward(
+    grad: Tensor,
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    steps: int,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of (v, rho, beta, update_mask, log_weights), empty where not needed; K is at most
+    `backward_memories(D)`.
+    """
+    arguments = (v, rho, beta, update_mask, log_weights)
+    wanted = [
+        x if need and isinstance(x, Tensor) else None
+        for x, need in zip(arguments, needs, strict=True)
+    ]
+    if steps == 0 or step == 0 or grad.numel() == 0:
+        found: list[Tensor | None] = [grad, None, None, None, None]
+    else:
+        found = _gradients(grad, arguments, steps, step, wanted)
+    return tuple(
+        v.new_empty(0) if like is None else _like(value, like)
+        for value, like in zip(found, wanted, strict=True)
+    )
+
+
+def am_step_backward(
+    grad: Tensor,
+    v: Tensor,
+    rho: Tensor,
+    beta: Beta,
+    step: float,
+    update_mask: Tensor | None,
+    log_weights: Tensor | None,
+    saved: Tensor,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of one step; `saved` is not looked at."""
+    return am_recursion_backward(
+        grad, v, rho, beta, 1, step, update_mask, log_weights, needs, precision
+    )
+
+
+def _gradients(
+    grad: Tensor,
+    arguments: tuple[Tensor, Tensor, Beta, Tensor | None, Tensor | None],
+    steps: int,
+    step: float,
+    wanted: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients in the order of `arguments`, with the whole batch, not yet summed over it."""
+    v, rho, beta, update_mask, log_weights = arguments
+    a = _operands(v, rho, beta, update_mask, log_weights, grad)
+    memory_side = any(wanted[i] is not None for i in (1, 2, 4))
+    grad_v, partials, grad_mask = torch.ops.clam_cuda.recursion_small_backward(
+        a.grad,
+        *a.shared,
+        steps,
+        step,
+        v.shape != grad.shape,  # what is summed over the batch is not rounded before
+        memory_side,
+        wanted[3] is not None,
+    )
+    found: list[Tensor | None] = [grad_v.view(grad.shape), None, None, None, None]
+    if memory_side:
+        sums = partials.sum(2, dtype=torch.float64).view(*a.batch, *rho.shape[-2:-1], -1)
+        d = v.shape[-1]
+        found[1], found[4], found[2] = sums[..., :d], sums[..., d], sums[..., d + 1]
+    if wanted[3] is not None:
+        found[3] = grad_mask.view(grad.shape)
+    return found
+
+
+def _like(value: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient summed to the shape of what it is of; None is 0 everywhere."""
+    if value is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    lead = value.ndim - like.ndim
+    dims = [
+        i for i, size in enumerate(value.shape) if i < lead or size != like.shape[i - lead] == 1
+    ]
+    if dims:
+        value = value.sum(dims, dtype=torch.float64)
+    result = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return result.copy_(value.reshape(like.shape)) if value.dtype != like.dtype or not (
+        value.is_contiguous()
+    ) else value.reshape(like.shape)

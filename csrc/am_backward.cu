@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// clam_cuda::recursion_small_backward: the gradients of the recursion over few features. A warp
+// owns 32 rows at a time: it runs them forward, keeps the way in a strip of global memory that only
+// this block writes, and walks back; am_backward.h has the arithmetic. Between the barriers around
+// a block's share of a problem its warps never wait for each other.
+
+#include <tuple>
+
+#include "am_backward.h"
+#include "am_problem.h"
+
+namespace clam {
+namespace {
+
+// Blocks that share the rows, and floats of all strips together: functions of the shapes alone, as
+// the order of every sum is, so that results repeat on another GPU. 64 blocks run however long the
+// way is.
+constexpr int64_t kBlocks = 1056;
+constexpr int64_t kLeastBlocks = 64;
+constexpr int64_t kStripFloats = int64_t{1} << 26;
+
+struct Backward : Problem {
+  Rows grad;
+  void* grad_v;
+  Type grad_type;
+  float* grad_mask;  // null: not wanted
+  float* partials;   // [problems, slices, K, D + 2]; null: not wanted
+  float* strips;     // [warps of all blocks, steps - 1, 2 D + 2, kWarp]
+  int64_t slices, groups;
+};
+
+// Blocks a multiprocessor is promised: no more than shared memory lets in anyway.
+constexpr int min_blocks(int features) { return features <= 4 ? 4 : features <= 12 ? 3 : 2; }
+
+// A warp's part of shared memory.
+struct Tiles {
+  float *rows, *weights, *sums;
+};
+
+// One row's way forward: the states and what the memories gave, entry by entry so that a warp's
+// accesses are of neighbours. Written and read by the same lane.
+template <int D>
+__device__ __forceinline__ void keep(float* strip, const float (&x)[D], const float (&recalled)[D],
+                                     float top, float inverse) {
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    strip[i * kWarp] = x[i];
+    strip[(D + i) * kWarp] = recalled[i];
+  }
+  strip[2 * D * kWarp] = top;
+  strip[(2 * D + 1) * kWarp] = inverse;
+}
+
+template <int D>
+__device__ __forceinline__ void fetch(const float* strip, am::Walk<D>& w, float (&recalled)[D]) {
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    w.x[i] = strip[i * kWarp];
+    recalled[i] = strip[(D + i) * kWarp];
+  }
+  w.top = strip[2 * D * kWarp];
+  w.inverse = strip[(2 * D + 1) * kWarp];
+}
+
+// Adds a step to the mask's gradient of one row. A few entries at a time: more in flight spill.
+template <int D>
+__device__ __forceinline__ void mask_back(float* row, bool first, float step, int d,
+                                          const am::Walk<D>& w, const float (&recalled)[D]) {
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    if (i % 4 == 0) asm volatile("" ::: "memory");
+    if (i >= d) continue;
+    const float more = step * w.g[i] * (recalled[i] - w.x[i]);
+    row[i] = first ? more : row[i] + more;
+  }
+}
+
+// All memories for the rows of a warp in one step back. The barriers: tiles are read by other lanes
+// than wrote them, and written again for the next chunk.
+template <int D>
+__device__ __forceinline__ void memories_back(const Backward& p, const Quad* table,
+                                              const Tiles& tiles, am::Walk<D>& w) {
+  constexpr int kQuads = am::Slot<D, am::Form::kBackward>::kQuads;
+  const int lane = threadIdx.x % kWarp;
+  const bool sums = p.partials != nullptr;
+  if (sums) am::write_row<D>(w, tiles.rows, lane);
+  const int memories = static_cast<int>(p.memories);
+  CLAM_ROLLED
+  for (int first = 0; first < memories; first += am::kChunk) {
+    const int count = min(memories - first, am::kChunk);
+    CLAM_ROLLED
+    for (int j = 0; j < count; ++j) {
+      float weight, gz;
+      am::visit<D>(w, table + (first + j) * kQuads, weight, gz);
+      if (sums) {
+        tiles.weights[am::weight_at(j, 0, lane)] = weight;
+        tiles.weights[am::weight_at(j, 1, lane)] = gz;
+      }
+    }
+    if (sums) {
+      __syncwarp();
+      am::collect<D>(tiles.rows, tiles.weights, lane, first, memories, tiles.sums);
+      __syncwarp();
+    }
+  }
+}
+
+// The rows of one warp forward and back; returns what they add to the gradient of one beta for all,
+// negated. A lane past the last row computes on zeros, whose gradients are zeros.
+template <int D>
+__device__ __forceinline__ double walk(const Backward& p, const Cell& cell, const Side& side,
+                                       const Quad* table, const Tiles& tiles, int64_t problem,
+                                       int64_t row, int d, float* strip) {
+  const bool real = row < p.rows;
+  const int64_t mask = cell.mask + row * p.mask.row;
+  constexpr int kStepFloats = (2 * D + 2) * kWarp;
+  const int count = static_cast<int>(am::table_size(p.memories));
+  unsigned bits = ~0u;
+  am::Walk<D> w;
+  float recalled[D], gain[D];
+  float x[1][D] = {};
+  if (real) {
+    load_row<D>(p.v, cell.v + row * p.v.row, p.v.packed, d, x[0]);
+#pragma unroll
+    for (int i = 0; i < D; ++i) x[0][i] -= side.centre[i];
+    if (p.mask.data != nullptr && p.mask.type == Type::kByte) bits = mask_bits<D>(p, mask, d);
+  }
+  for (int64_t t = 0;; ++t) {
+    const float lift[1] = {p.per_memory ? am::lift_of<D>(x[0]) : 0.0f};
+    am::Recall<D> recall[1];
+    am::begin<D>(recall[0]);
+    am::fold<D, 1, am::Form::kBackward>(table, count, x, lift, 0.0f, recall);
+    w.top = recall[0].top;
+    w.inverse = 1.0f / recall[0].mass;
+#pragma unroll
+    for (int i = 0; i < D; ++i) {
+      w.x[i] = x[0][i];
+      recalled[i] = recall[0].sum[i] * w.inverse;
+    }
+    if (t + 1 == p.steps) break;
+    keep<D>(strip + t * kStepFloats, x[0], recalled, w.top, w.inverse);
+    load_gain<D>(p, bits, mask, real, d, gain);
+#pragma unroll
+    for (int i = 0; i < D; ++i) x[0][i] = am::advance(x[0][i], recalled[i], gain[i]);
+  }
+
+#pragma unroll
+  for (int i = 0; i < D; ++i) w.g[i] = 0.0f;
+  if (real)
+    load_row<D>(p.grad, p.grad.start(cell.outer, cell.inner) + row * p.grad.row, p.grad.packed, d,
+                w.g);
+  const int64_t out = (problem * p.rows + row) * d;
+  double heat = 0.0;
+  for (int64_t t = p.steps - 1; t >= 0; --t) {
+    if (t + 1 < p.steps) fetch<D>(strip + t * kStepFloats, w, recalled);
+    if (p.grad_mask != nullptr && real) {
+      mask_back<D>(p.grad_mask + out, t + 1 == p.steps, p.step, d, w, recalled);
+    }
+    load_gain<D>(p, bits, mask, real, d, gain);
+    am::begin_back<D>(w, recalled, gain);
+    w.lift = p.per_memory ? am::lift_of<D>(w.x) : 0.0f;
+    memories_back<D>(p, table, tiles, w);
+    am::end_back<D>(w, recalled, p.per_memory);
+    heat += w.heat;
+  }
+  if (real) store_row<D>(p.grad_v, p.grad_type, out, d, w.g);
+  return heat;
+}
+
+// Where no memory takes part a step changes nothing: the gradient passes through.
+template <int D>
+__device__ __forceinline__ void pass(const Backward& p, const Cell& cell, int64_t problem,
+                                     int64_t row, int d) {
+  if (row >= p.rows) return;
+  float g[D];
+  load_row<D>(p.grad, p.grad.start(cell.outer, cell.inner) + row * p.grad.row, p.grad.packed, d, g);
+  const int64_t out = (problem * p.rows + row) * d;
+  store_row<D>(p.grad_v, p.grad_type, out, d, g);
+  for (int i = 0; p.grad_mask != nullptr && i < d; ++i) p.grad_mask[out + i] = 0.0f;
+}
+
+template <int D>
+__global__ void __launch_bounds__(am::kWarpsMax* kWarp, min_blocks(D))
+    recursion_small_backward_kernel(const Backward p) {
+  extern __shared__ Quad table[];
+  __shared__ Side side;
+  __shared__ double heats[am::kWarpsMax];
+  constexpr int kQuads = am::Slot<D, am::Form::kBackward>::kQuads;
+  const int d = D <= 4 ? D : p.features;  // a constant where the compiled size is exact
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int64_t stride = am::sum_floats(D, p.memories);
+  float* const tiles = reinterpret_cast<float*>(table + am::table_size(p.memories) * kQuads);
+  float* const sums = tiles + warps * (am::RowTile<D>::kFloats + am::kWeightFloats);
+  const Tiles mine{tiles + warp * am::RowTile<D>::kFloats,
+                   tiles + warps * am::RowTile<D>::kFloats + warp * am::kWeightFloats,
+                   sums + warp * stride};
+  float* strip =
+      p.strips + lane + (int64_t{blockIdx.x} * warps + warp) * (p.steps - 1) * (2 * D + 2) * kWarp;
+
+  for (int64_t item = blockIdx.x; item < p.problems * p.slices; item += gridDim.x) {
+    const int64_t problem = item / p.slices, slice = item - problem * p.slices;
+    const Cell cell = cell_of(p, problem);
+    __syncthreads();  // the item before may still be read
+    find_centre(p, cell, side);
+    stage<D, am::Form::kBackward>(p, cell, side, 0, static_cast<int>(p.memories), table);
+    for (int64_t i = threadIdx.x; p.partials != nullptr && i < warps * stride; i += blockDim.x) {
+      sums[i] = 0.0f;
+    }
+    __syncthreads();
+
+    double heat = 0.0;
+    const int64_t last = (slice + 1) * p.groups / p.slices;
+    for (int64_t group = slice * p.groups / p.slices + warp; group < last; group += warps) {
+      const int64_t row = group * kWarp + lane;
+      if (side.alive > 0) {
+        heat += walk<D>(p, cell, side, table, mine, problem, row, d, strip);
+      } else {
+        pass<D>(p, cell, problem, row, d);
+      }
+    }
+    if (p.partials == nullptr) continue;
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      heat += __shfl_xor_sync(~0u, heat, offset);
+    }
+    if (lane == 0) heats[warp] = heat;
+    __syncthreads();
+    heat = 0.0;
+    for (int i = 0; i < warps; ++i) heat += heats[i];
+    for (int64_t k = threadIdx.x; k < p.memories; k += blockDim.x) {
+      am::combine<D>(sums, stride, warps, k, p.memories, table + k * kQuads, beta_of(p, cell, k),
+                     p.per_memory, heat, d, p.partials + (item * p.memories + k) * (d + 2));
+    }
+  }
+}
+
+// Items that share the rows of a problem.
+int64_t slices_of(const Problem& p, int64_t groups) {
+  const int64_t most = (groups + am::kWarpsMax - 1) / am::kWarpsMax;
+  return std::max<int64_t>(1, std::min(most, (kBlocks + p.problems - 1) / p.problems));
+}
+
+template <int D>
+void launch(Backward& p, const Tensor& v, cudaStream_t stream) {
+  const int threads = kWarp * am::backward_warps(D, p.memories);
+  const int64_t floats = (p.steps - 1) * (2 * D + 2) * threads;
+  const int64_t fit = kStripFloats / std::max<int64_t>(1, floats);
+  const int64_t blocks =
+      std::min(p.problems * p.slices, std::min(kBlocks, std::max(kLeastBlocks, fit)));
+  const int64_t strips[] = {blocks * floats};
+  Tensor scratch = torch::stable::new_empty(v, {strips, 1}, ScalarType::Float);
+  p.strips = scratch.mutable_data_ptr<float>();
+  p.v.packed = Checked::packed(p.v, p.features, D);
+  p.grad.packed = Checked::packed(p.grad, p.features, D);
+  const int64_t bytes = am::backward_bytes(D, p.memories, threads / kWarp);
+  auto* kernel = recursion_small_backward_kernel<D>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(am::kBackwardBytes)));
+  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(bytes), stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor floats(const Tensor& v, bool wanted, int64_t a, int64_t b, int64_t c, int64_t d, int64_t e) {
+  const int64_t sizes[] = {a, b, c, d, e}, nothing[] = {0};
+  return wanted ? torch::stable::new_empty(v, {sizes, e == 0 ? 4u : 5u}, ScalarType::Float)
+                : torch::stable::new_empty(v, {nothing, 1}, ScalarType::Float);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> recursion_small_backward(
+    const Tensor& grad, const Tensor& v, const Tensor& rho, std::optional<Tensor> beta,
+    double beta_value, std::optional<Tensor> log_weights, std::optional<Tensor> update_mask,
+    int64_t steps, double step, bool wide, bool memory_side, bool mask_side) {
+  const Checked check{"recursion_small_backward", v};
+  Backward p{};
+  static_cast<Problem&>(p) =
+      problem_of(check, rho, beta, beta_value, log_weights, update_mask, steps, step);
+  CLAM_CHECK(steps >= 1, check.op, ": steps: expected at least 1, got ", steps);
+  const int size = am::padded_backward(p.features);
+  CLAM_CHECK(am::backward_warps(size, p.memories) > 0, check.op,
+             ": rho: too many memories for shared memory: ", p.memories);
+  p.grad = check.states("grad", grad, p.rows, p.features);
+  torch::stable::accelerator::DeviceGuard guard(v.get_device_index());
+
+  p.groups = (p.rows + kWarp - 1) / kWarp;
+  p.slices = p.problems > 0 ? slices_of(p, p.groups) : 1;
+  const int64_t o = v.size(0), i = v.size(1), n = p.rows, d = p.features;
+  const int64_t sizes[] = {o, i, n, d};
+  Tensor grad_v =
+      torch::stable::new_empty(v, {sizes, 4}, wide ? ScalarType::Float : v.scalar_type());
+  Tensor grad_mask = floats(v, mask_side, o, i, n, d, 0);
+  Tensor partials = floats(v, memory_side, o, i, p.slices, p.memories, d + 2);
+  // Without rows the one slice of a problem still writes its zeros.
+  if (p.problems == 0 || (n == 0 && !memory_side)) return {grad_v, partials, grad_mask};
+  p.grad_v = grad_v.mutable_data_ptr();
+  p.grad_type = wide ? Type::kFloat : p.v.type;
+  if (mask_side) p.grad_mask = grad_mask.mutable_data_ptr<float>();
+  if (memory_side) p.partials = partials.mutable_data_ptr<float>();
+  const cudaStream_t stream = current_stream(v);
+  switch (size) {
+    case 1: launch<1>(p, v, stream); break;
+    case 2: launch<2>(p, v, stream); break;
+    case 3: launch<3>(p, v, stream); break;
+    case 4: launch<4>(p, v, stream); break;
+    case 6: launch<6>(p, v, stream); break;
+    case 8: launch<8>(p, v, stream); break;
+    case 12: launch<12>(p, v, stream); break;
+    default: launch<16>(p, v, stream); break;
+  }
+  return {grad_v, partials, grad_mask};
+}
+
+}  // namespace clam
