@@ -82,14 +82,19 @@ template <int D>
 __device__ __forceinline__ void memories_back(const Backward& p, const Quad* table,
                                               const Tiles& tiles, am::Walk<D>& w) {
   constexpr int kQuads = am::Slot<D, am::Form::kBackward>::kQuads;
+  // Memories in flight at a time, as far as registers allow.
+  constexpr int kUnroll = D <= 4 ? 4 : D <= 8 ? 2 : 1;
   const int lane = threadIdx.x % kWarp;
   const bool sums = p.partials != nullptr;
   if (sums) am::write_row<D>(w, tiles.rows, lane);
   const int memories = static_cast<int>(p.memories);
+#pragma unroll(kUnroll)
+  for (int k = 0; k < memories; ++k) am::survey<D>(w, table + k * kQuads);
+  w.level += w.excess;
   CLAM_ROLLED
   for (int first = 0; first < memories; first += am::kChunk) {
     const int count = min(memories - first, am::kChunk);
-    CLAM_ROLLED
+#pragma unroll(kUnroll)
     for (int j = 0; j < count; ++j) {
       float weight, gz;
       am::visit<D>(w, table + (first + j) * kQuads, weight, gz);
@@ -158,10 +163,9 @@ __device__ __forceinline__ double walk(const Backward& p, const Cell& cell, cons
       mask_back<D>(p.grad_mask + out, t + 1 == p.steps, p.step, d, w, recalled);
     }
     load_gain<D>(p, bits, mask, real, d, gain);
-    am::begin_back<D>(w, recalled, gain);
-    w.lift = p.per_memory ? am::lift_of<D>(w.x) : 0.0f;
+    am::begin_back<D>(w, recalled, gain, p.per_memory);
     memories_back<D>(p, table, tiles, w);
-    am::end_back<D>(w, recalled, p.per_memory);
+    am::end_back<D>(w);
     heat += w.heat;
   }
   if (real) store_row<D>(p.grad_v, p.grad_type, out, d, w.g);

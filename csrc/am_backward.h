@@ -65,16 +65,21 @@ struct Walk {
   float g[D];     // gradient of the step's result, then what of it passes by the recall
   float pull[D];  // sum_k gz_k scale_k rho_k
   float drift;    // sum_k gz_k scale_k
-  float heat;     // sum_k gz_k e_k, e_k = |rho_k|^2 - 2 <rho_k, x>: what distances do not share
-  float excess;   // sum_k gz_k: 0 but for the rounding of `level`
-  float warmth;   // sum_k p_k e_k
-  float top, inverse, lift, level;
+  float heat;     // sum_k gz_k |rho_k - x|^2
+  float excess;   // sum_k p_k (<H, rho_k> - level)
+  float level;    // sum_k p_k <H, rho_k>
+  float norm;     // |x|^2
+  float top, inverse, lift;
 };
 
-// From the step's result to H; `recalled` is what the memories gave. A row's only memory has
-// <H, rho> = level to the last bit, and so a gz of exactly 0.
+// From the step's result to H; w.x, w.top and w.inverse are set, `recalled` is what the memories
+// gave.
 template <int D>
-CLAM_HD void begin_back(Walk<D>& w, const float (&recalled)[D], const float (&gain)[D]) {
+CLAM_HD void begin_back(Walk<D>& w, const float (&recalled)[D], const float (&gain)[D],
+                        bool per_memory) {
+  const float lift = lift_of<D>(w.x);
+  w.lift = per_memory ? lift : 0.0f;
+  w.norm = -2.0f * lift;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) {
     w.h[i] = gain[i] * w.g[i];
@@ -84,7 +89,6 @@ CLAM_HD void begin_back(Walk<D>& w, const float (&recalled)[D], const float (&ga
   w.drift = 0.0f;
   w.heat = 0.0f;
   w.excess = 0.0f;
-  w.warmth = 0.0f;
   w.level = inner_product<D>(recalled, w.h);
 }
 
@@ -97,7 +101,7 @@ CLAM_HD void write_row(const Walk<D>& w, float* tile, int lane) {
     f[i] = w.h[i];
     f[T::kWide + i] = w.x[i];
   }
-  f[2 * T::kWide] = -2.0f * lift_of<D>(w.x);
+  f[2 * T::kWide] = w.norm;
   Quad* row = reinterpret_cast<Quad*>(tile + lane * T::kStride);
   CLAM_UNROLL
   for (int i = 0; i < T::kStride / 4; ++i) {
@@ -105,36 +109,45 @@ CLAM_HD void write_row(const Walk<D>& w, float* tile, int lane) {
   }
 }
 
-// One memory: p and gz, and what they do to this row.
+// The weight of one memory, in bits that are the same wherever it is computed.
+template <int D>
+CLAM_HD float weight_of(const Walk<D>& w, const float* memory, float inner) {
+  const float z = logit<D, Form::kBackward>(memory, inner, w.lift, 0.0f);
+  return exp2_weight(z - w.top) * w.inverse;
+}
+
+// What the first look at a memory is for: <H, recalled> is the level but for rounding, which is an
+// error of all gz of the row together and, where p is nearly one-hot, the largest one.
+template <int D>
+CLAM_HD void survey(Walk<D>& w, const Quad* slot) {
+  float memory[Slot<D, Form::kBackward>::kFloats];
+  unpack<D, Form::kBackward>(slot, memory);
+  const float p = weight_of<D>(w, memory, inner_product<D>(memory, w.x));
+  w.excess = fused(p, inner_product<D>(memory, w.h) - w.level, w.excess);
+}
+
+// The second look: p and gz, and what they do to this row. A row's only memory has <H, rho> = level
+// to the last bit, and so a gz of exactly 0.
 template <int D>
 CLAM_HD void visit(Walk<D>& w, const Quad* slot, float& p, float& gz) {
   float memory[Slot<D, Form::kBackward>::kFloats];
   unpack<D, Form::kBackward>(slot, memory);
   const float inner = inner_product<D>(memory, w.x);
-  const float z = logit<D, Form::kBackward>(memory, inner, w.lift, 0.0f);
-  p = exp2_weight(z - w.top) * w.inverse;
+  p = weight_of<D>(w, memory, inner);
   gz = p * (inner_product<D>(memory, w.h) - w.level);
   const float weight = gz * memory[D + 1];
   w.drift += weight;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) w.pull[i] = fused(weight, memory[i], w.pull[i]);
-  const float distance = fused(-2.0f, inner, memory[D + 2]);
-  w.heat = fused(gz, distance, w.heat);
-  w.excess += gz;
-  w.warmth = fused(p, distance, w.warmth);
+  w.heat = fused(gz, fused(-2.0f, inner, memory[D + 2] + w.norm), w.heat);
 }
 
-// The gradient of the state that the step started from, in w.g. An error of `level` is one of all
-// gz of the row together, in proportion to p: with one beta for all, what it did is taken back. It
-// would be the largest error where p is nearly one-hot.
+// The gradient of the state that the step started from, in w.g. With one beta for all the drift is
+// 0 but for rounding: taken along, it leaves of that what is in proportion to x - recalled.
 template <int D>
-CLAM_HD void end_back(Walk<D>& w, const float (&recalled)[D], bool per_memory) {
+CLAM_HD void end_back(Walk<D>& w) {
   CLAM_UNROLL
-  for (int i = 0; i < D; ++i) {
-    const float shared = per_memory ? w.x[i] : recalled[i];
-    w.g[i] = fused(kLn2, fused(-w.drift, shared, w.pull[i]), w.g[i]);
-  }
-  w.heat = fused(-w.excess, w.warmth, w.heat);
+  for (int i = 0; i < D; ++i) w.g[i] = fused(kLn2, fused(-w.drift, w.x[i], w.pull[i]), w.g[i]);
 }
 
 // Sums over the rows of a warp what lane `lane` answers for: memory first + lane % kChunk, kind

@@ -93,7 +93,7 @@ class Clock:
             call()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / repeats
+        return float(first.elapsed_time(last)) / repeats
 
 
 def tf32() -> contextlib.AbstractContextManager[None]:

@@ -40,7 +40,7 @@ def allowance(call: Invocation, backward: bool) -> int:
     """Result and gradients, once more each for what is between, and a scratch that does not grow
     with N.
     """
-    results = 4 * call.args[0].numel()
+    results = 4 * int(call.args[0].numel())
     return (4 * results + 2 * GIB) if backward else (2 * results + GIB // 4)
 
 

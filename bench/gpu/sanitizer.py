@@ -5,14 +5,16 @@ not let them run makes the stage "unavailable", which is not a pass.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from typing import Any
+from typing import IO, Any
 
 from .setting import ROOT, Setting
 
@@ -63,25 +65,28 @@ def judged(text: str, code: int | None) -> dict[str, Any]:
 
 def watch(binary: str, setting: Setting) -> dict[str, tuple[str, int | None]]:
     """(text, exit code) of each tool; all four at once, they wait on the host more than not."""
-    running = {
-        tool: subprocess.Popen(
-            command(binary, tool, setting), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL,
-            stdout=(setting.out / f"{tool}.part").open("wb"), stderr=subprocess.STDOUT,
-        )
-        for tool in TOOLS
-    }  # fmt: skip
-    while setting.left() > 4 and any(p.poll() is None for p in running.values()):
-        time.sleep(0.1)
-    found = {}
-    for tool, process in running.items():
-        code = process.poll()
-        if code is None:
-            process.kill()
-            process.wait()
-        part = setting.out / f"{tool}.part"
-        found[tool] = (part.read_text(encoding="utf-8", errors="replace"), code)
-        part.unlink()
-    return found
+    with contextlib.ExitStack() as files:
+        said = {tool: files.enter_context(tempfile.TemporaryFile()) for tool in TOOLS}
+        running = {
+            tool: subprocess.Popen(
+                command(binary, tool, setting), cwd=ROOT, env=environment(),
+                stdin=subprocess.DEVNULL, stdout=said[tool], stderr=subprocess.STDOUT,
+            )
+            for tool in TOOLS
+        }  # fmt: skip
+        while setting.left() > 4 and any(p.poll() is None for p in running.values()):
+            time.sleep(0.1)
+        return {tool: ended(process, said[tool]) for tool, process in running.items()}
+
+
+def ended(process: subprocess.Popen[bytes], said: IO[bytes]) -> tuple[str, int | None]:
+    """Text and exit code of a tool, None for one that had to be stopped."""
+    code = process.poll()
+    if code is None:
+        process.kill()
+        process.wait()
+    said.seek(0)
+    return said.read().decode(errors="replace"), code
 
 
 def plain_run(setting: Setting) -> tuple[str | None, str]:

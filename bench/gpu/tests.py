@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected)")
 # of pytest: nothing was collected, which a selection may come to
 EMPTY = 5
 UNFINISHED = ("not started", "stopped at the time limit")
+# of each process, in characters
+LOGGED = 300_000
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider"]
 
 
@@ -134,7 +137,9 @@ def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
     found = []
     for shard in plan:
         text = shard.close()
-        log.write(f"==== {shard.name}: {shard.outcome}\n$ {' '.join(shard.command)}\n{text}\n")
+        log.write(
+            f"==== {shard.name}: {shard.outcome}\n$ {' '.join(shard.command)}\n{text[-LOGGED:]}\n"
+        )
         entry = {"name": shard.name, "outcome": shard.outcome, **shard.counts}
         if shard.outcome.startswith("exit"):
             entry["tail"] = text[-2500:]
@@ -143,18 +148,14 @@ def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    folder = setting.out / ".tests"
-    folder.mkdir(exist_ok=True)
-    plan = (stand_ins if setting.dry_run else shards)(setting, folder)
     most = 1 if setting.dry_run else min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-    try:
-        work_off(setting, list(plan), most)
-    finally:
-        with (setting.out / "tests.log").open("w", encoding="utf-8") as log:
-            found = collect(plan, log)
-        for shard in plan:
-            shard.log.unlink(missing_ok=True)
-        folder.rmdir()
+    with tempfile.TemporaryDirectory() as folder:  # few files come back from the output folder
+        plan = (stand_ins if setting.dry_run else shards)(setting, Path(folder))
+        try:
+            work_off(setting, list(plan), most)
+        finally:
+            with (setting.out / "tests.log").open("w", encoding="utf-8") as log:
+                found = collect(plan, log)
     result = {"seed": setting.seed, "shards": found, "stand_in": setting.dry_run}
     ran = sum(s.counts.get("passed", 0) for s in plan if s.device)
     failed = [s for s in plan if s.outcome.startswith("exit code")]

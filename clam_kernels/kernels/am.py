@@ -50,8 +50,10 @@ def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
     """step * update_mask of a tile; the number itself where there is no mask."""
     if MASK:
         at = row.to(tl.int64)[:, None] * u_row + d.to(tl.int64)[None, :] * u_feature
-        return step * tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
-    return step
+        gain = step * tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        gain = step
+    return gain
 
 
 @triton.jit

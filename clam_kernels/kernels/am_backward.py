@@ -9,7 +9,7 @@ in a fixed order, added in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -375,38 +375,50 @@ class Cell(NamedTuple):
     problems: slice
     first: int
     count: int
-    size: int  # problems
-    rows: int  # of scratch, for each problem
-    block: int  # rows of a block
+    block: int  # rows of a block, a multiple of what either kernel of the rows takes
     path: Tensor  # [T, size * rows, stride], as pull
     pull: Tensor
     top: Tensor  # [T, size * rows], as total and delta
     total: Tensor
     delta: Tensor
 
+    @property
+    def size(self) -> int:
+        """Problems."""
+        return int(self.problems.stop - self.problems.start)
 
-def _cells(call: Call, steps: int, step: float) -> Any:
+    @property
+    def rows(self) -> int:
+        """Rows of scratch for each problem."""
+        return self.count * self.block
+
+    def grid(self, tile: int) -> tuple[tuple[int], int, int]:
+        """(grid, first block, blocks a problem) of a kernel that takes `tile` rows."""
+        share = self.block // tile
+        return (self.size * self.count * share,), self.first * share, self.count * share
+
+
+def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
     """Run the recursion cell by cell, everything kept; yields the cells."""
-    chosen = call.settings("am_recursion")
-    block, stride = chosen["ROWS"], call.memories.stride
+    chosen, stride = call.settings("am_recursion"), call.memories.stride
+    block = max(chosen["ROWS"], call.settings("am_rows_backward")["ROWS"])
     blocks = triton.cdiv(call.rows, block)
     limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 3) * block))
     most = max(1, _launch.SCRATCH // (call.memories.count * stride))
     kernel = recursion_wide_kernel if call.features > _launch.WIDEST else recursion_kernel
     for o, problems, first, count in call.cells(blocks, limit, most):
-        size = problems.stop - problems.start
-        strip = size * count * block
+        strip = (problems.stop - problems.start) * count * block
         path, pull = (call.new(steps, strip, stride) for _ in range(2))
         top, total, delta = (call.new(steps, strip) for _ in range(3))
+        cell = Cell(o, problems, first, count, block, path, pull, top, total, delta)
+        grid, at, share = cell.grid(chosen["ROWS"])
         operands, strides, u = call.at(o, problems)
         _launch.launch(
-            kernel, (size * count,), call.device, *operands, path, top, total, path, pull,
-            call.rows, call.memories.count, size, steps, step, first, count, strip,
+            kernel, grid, call.device, *operands, path, top, total, path, pull,
+            call.rows, call.memories.count, cell.size, steps, step, at, share, strip,
             *strides, *u, **flags_of(call, chosen, keep=2),
         )  # fmt: skip
-        yield Cell(
-            o, problems, first, count, size, count * block, block, path, pull, top, total, delta
-        )
+        yield cell
 
 
 def _sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: bool) -> None:
@@ -434,17 +446,18 @@ def _walk_back(
     call: Call, cell: Cell, grad: Tensor, out: Tensor, masked: Tensor, step: float, wants: bool
 ) -> None:
     """The rows' side of one cell; `masked` takes the gradient of the mask if `wants`."""
-    chosen = {**call.settings("am_rows_backward"), "ROWS": cell.block}
+    chosen = call.settings("am_rows_backward")
+    grid, first, share = cell.grid(chosen["ROWS"])
     operands, strides, u = call.at(cell.o, cell.problems)
     _, table, side, _, mask = operands
-    wide = call.features > _launch.WIDEST
     views = (x.view(call.outer, call.inner, call.rows, -1) for x in (grad, out, masked))
     grads, outs, masks = (x[cell.o, cell.problems] for x in views)
     _launch.launch(
-        rows_backward_wide_kernel if wide else rows_backward_kernel, (cell.size * cell.count,),
-        call.device, grads, table, side, mask, outs, masks, cell.top, cell.total, cell.delta,
-        cell.path, cell.pull, call.rows, call.memories.count, cell.size, len(cell.path), step, cell.first,
-        cell.count, cell.size * cell.rows, *strides[2:], *u, **{**call.tile, **chosen},
+        rows_backward_wide_kernel if call.features > _launch.WIDEST else rows_backward_kernel,
+        grid, call.device, grads, table, side, mask, outs, masks,
+        cell.top, cell.total, cell.delta, cell.path, cell.pull,
+        call.rows, call.memories.count, cell.size, len(cell.path), step, first, share,
+        cell.size * cell.rows, *strides[2:], *u, **call.tile, **chosen,
         PER_MEMORY=call.memories.per_memory, HARD=call.memories.hard, MASK=call.masked,
         MASK_GRAD=wants, RESIDENT=call.memories.count <= chosen["PROTOS"],
     )  # fmt: skip

@@ -177,7 +177,9 @@ def am_recursion_backward(
         for x, need in zip(arguments, needs, strict=True)
     ]
     if steps == 0 or step == 0 or grad.numel() == 0:
-        found: list[Tensor | None] = [grad, None, None, None, None]
+        # a copy: what an op returns must not be what it was given
+        given = grad.clone(memory_format=torch.contiguous_format)
+        found: list[Tensor | None] = [given, None, None, None, None]
     else:
         found = _gradients(grad, arguments, steps, step, wanted)
     return tuple(
@@ -244,7 +246,4 @@ def _like(value: Tensor | None, like: Tensor) -> Tensor:
     ]
     if dims:
         value = value.sum(dims, dtype=torch.float64)
-    result = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    return result.copy_(value.reshape(like.shape)) if value.dtype != like.dtype or not (
-        value.is_contiguous()
-    ) else value.reshape(like.shape)
+    return value.to(like.dtype).reshape(like.shape).contiguous()

@@ -9,6 +9,7 @@ import ctypes
 import itertools
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,12 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
         w.inverse = way.inverse;
         for (int i = 0; i < c.d && row < c.rows; ++i)
           grad_mask[row * c.d + i] += w.g[i] * (way.recalled[i] - way.x[i]);
-        am::begin_back<D>(w, way.recalled, gain);
-        w.lift = c.per_memory ? am::lift_of<D>(w.x) : 0.0f;
+        am::begin_back<D>(w, way.recalled, gain, c.per_memory);
         am::write_row<D>(w, tile, lane);
+      }
+      for (auto& w : walks) {
+        for (int k = 0; k < c.memories; ++k) am::survey<D>(w, &table[k * kQuads]);
+        w.level += w.excess;
       }
       for (int first = 0; first < c.memories; first += am::kChunk) {
         std::fill(weights.begin(), weights.end(), NAN);  // of memories that are not there
@@ -202,9 +206,9 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
           am::collect<D>(tile, weights.data(), lane, first, c.memories,
                          sums.data() + group % kWarps * stride);
       }
-      for (int lane = 0; lane < kWarp; ++lane) {
-        am::end_back<D>(walks[lane], ways[lane][t].recalled, c.per_memory);
-        heat += walks[lane].heat;
+      for (auto& w : walks) {
+        am::end_back<D>(w);
+        heat += w.heat;
       }
     }
     for (int lane = 0; lane < kWarp && group * kWarp + lane < c.rows; ++lane)
@@ -398,10 +402,12 @@ def gradients_agree(library: Any, grad: Tensor, args: tuple[Any, ...]) -> None:
             found = found.double().sum().reshape(1)
         assert found.isfinite().all(), name
         errors = [(x - exact).abs().reshape(len(exact), -1).amax(-1) for x in (found, plain)]
-        rounding = 16 * torch.finfo(torch.float32).eps * exact.abs().max().clamp(min=1.0)
-        quantile = 0.9 if name in ("v", "update_mask") else 1.0
-        error, allowed = (e.quantile(quantile) for e in errors)
-        assert error <= 2 * allowed + rounding, (name, error, allowed)
+        of_rows = name in ("v", "update_mask")
+        error, allowed = (e.quantile(0.9 if of_rows else 1.0) for e in errors)
+        # eager's error of a single number may be next to nothing by luck
+        rounding = (8 if of_rows else 32) * torch.finfo(torch.float32).eps
+        size = exact.abs().max().clamp(min=1.0)
+        assert error <= 2 * allowed + rounding * size, (name, error, allowed)
 
 
 MASKS = (None, "bool", "float")
@@ -627,3 +633,151 @@ def test_a_bad_row_reaches_no_other_gradient(library: Any) -> None:
 def test_python_knows_the_limit_of_the_backward(library: Any) -> None:
     for d in range(1, 17):
         assert am_small.backward_memories(d) == library.backward_memories(d)
+
+
+# ---- the Python side, with the bodies above in place of the compiled library ---------------------
+
+
+class HostOps:
+    """`torch.ops.clam_cuda` as csrc/register.cpp describes it, of float32 bodies."""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+        self.calls: list[tuple[Any, ...]] = []
+
+    def problem(self, cell: tuple[int, int], operands: Sequence[Tensor | None]) -> list[Any]:
+        return [None if x is None else x[cell].float().contiguous() for x in operands]
+
+    def recursion_small(self, *a: Any) -> Tensor:
+        self.calls.append(a)
+        v, rho, beta, number, weights, mask, steps, step = a
+        out = v.new_empty(v.shape)
+        for cell in itertools.product(*map(range, v.shape[:2])):
+            x, y, b, w, u = self.problem(cell, (v, rho, beta, weights, mask))
+            w = None if w is None else w.expand(len(y)).contiguous()
+            b = number if b is None else b
+            out[cell] = recursion(self.library, x, y, b, steps, step, u, w)
+        return out
+
+    def recursion_small_backward(self, *a: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls.append(a)
+        grad, v, rho, beta, number, weights, mask, steps, step, wide, memory, of_mask = a
+        grad_v = torch.empty(v.shape, dtype=torch.float32 if wide else v.dtype)
+        grad_mask = torch.empty(v.shape)
+        partials = torch.zeros(*v.shape[:2], 2, rho.shape[2], rho.shape[3] + 2)
+        for cell in itertools.product(*map(range, v.shape[:2])):
+            g, x, y, b, w, u = self.problem(cell, (grad, v, rho, beta, weights, mask))
+            w = None if w is None else w.expand(len(y)).contiguous()
+            b = number if b is None else b
+            for i in range(2):  # two slices of rows
+                part = slice(i, None, 2)
+                found = recursion_backward(
+                    self.library, g[part].contiguous(), x[part].contiguous(), y, b, steps, step,
+                    None if u is None else u[part], w,
+                )  # fmt: skip
+                grad_v[cell][part], grad_mask[cell][part] = found[0], found[3]
+                partials[cell][i] = torch.cat([found[1], found[4][:, None], found[2][:, None]], -1)
+        empty = torch.empty(0)
+        return grad_v, partials if memory else empty, grad_mask if of_mask else empty
+
+
+@pytest.fixture
+def host_ops(library: Any, monkeypatch: pytest.MonkeyPatch) -> HostOps:
+    ops = HostOps(library)
+    monkeypatch.setattr(torch.ops, "clam_cuda", ops, raising=False)
+    return ops
+
+
+# v, rho, beta, update_mask, log_weights
+SHAPES: list[tuple[Any, ...]] = [
+    ((7, 3), (5, 3), (), None, None),
+    ((7, 3), (5, 3), (5,), (7, 3), (5,)),
+    ((7, 1), (1, 1), (1,), (1, 1), (1,)),
+    ((7, 3), (4, 5, 3), (4, 1), (7, 1), None),
+    ((4, 7, 3), (5, 3), (5,), (3,), (4, 1)),
+    ((2, 1, 7, 3), (4, 5, 3), (2, 1, 5), (4, 1, 3), (4, 5)),
+    ((3, 1, 2, 7, 3), (4, 1, 5, 3), (1,), None, (2, 5)),
+    ((7, 3), (5, 3), None, (7, 3), (4, 5)),
+    ((0, 3), (5, 3), (5,), None, None),
+    ((0, 7, 3), (5, 3), (5,), (7, 3), None),
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("steps", "step"), [(2, 0.7), (1, 1.0), (0, 1.0), (2, 0.0)])
+def test_the_python_side(
+    host_ops: HostOps, shapes: tuple[Any, ...], dtype: torch.dtype, steps: int, step: float
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, rho, beta, mask, weights = (
+        None if shape is None else torch.rand(shape, generator=g).to(dtype).requires_grad_()
+        for shape in shapes
+    )
+    assert v is not None
+    assert rho is not None
+    beta = 2.0 if beta is None else beta
+    args = (v, rho, beta, steps, step, mask, weights)
+    wide = [x.detach().double() if isinstance(x, Tensor) else x for x in args]
+    leaves = [x.requires_grad_() if isinstance(x, Tensor) else x for x in wide]
+    truth = am.am_recursion(*leaves)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    out = am_small.am_recursion(*[x.detach() if isinstance(x, Tensor) else x for x in args], "high")
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, truth.to(dtype), **close)
+
+    grad = torch.rand(1, generator=g).to(dtype).expand(out.shape)  # strides of 0
+    places = (0, 1, 2, 5, 6)
+    needs = [isinstance(args[i], Tensor) for i in places]
+    tracked = [leaves[i] for i, need in zip(places, needs, strict=True) if need]
+    exact = iter(torch.autograd.grad(truth, tracked, grad.double(), materialize_grads=True))
+    found = am_small.am_recursion_backward(grad, *[
+        x.detach() if isinstance(x, Tensor) else x for x in args
+    ], needs, "high")  # fmt: skip
+    for i, need, value in zip(places, needs, found, strict=True):
+        if not need:
+            assert value.shape == (0,)
+            continue
+        like = args[i]
+        assert (value.shape, value.dtype) == (like.shape, like.dtype)
+        assert value.is_contiguous()
+        torch.testing.assert_close(value, next(exact).to(dtype), **close)
+    none = am_small.am_recursion_backward(
+        grad, *[x.detach() if isinstance(x, Tensor) else x for x in args], [False] * 5, "high"
+    )
+    assert all(x.shape == (0,) for x in none)
+
+
+def test_one_step_and_its_gradient(host_ops: HostOps) -> None:
+    v, rho, grad = torch.randn(6, 2), torch.randn(3, 2), torch.randn(6, 2)
+    out, lse = am_small.am_step_saved(v, rho, 2.0, 0.5, None, None, "highest")
+    assert torch.equal(out, am_small.am_recursion(v, rho, 2.0, 1, 0.5, None, None, "highest"))
+    assert (lse.shape, lse.dtype) == ((6,), torch.float32)
+    needs = [True, True, False, False, False]
+    a = am_small.am_step_backward(grad, v, rho, 2.0, 0.5, None, None, lse, needs, "highest")
+    b = am_small.am_recursion_backward(grad, v, rho, 2.0, 1, 0.5, None, None, needs, "highest")
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_shared_operand_is_not_copied(host_ops: HostOps) -> None:
+    v, rho = torch.randn(7, 3), torch.randn(4, 5, 3)
+    am_small.am_recursion(v, rho, 2.0, 1, 1.0, torch.ones(7, 1) > 0, None, "highest")
+    given = host_ops.calls[-1]
+    assert given[0].data_ptr() == v.data_ptr()
+    assert given[0].stride()[:2] == (0, 0)
+    assert given[1].data_ptr() == rho.data_ptr()
+    assert given[5].stride() == (0, 0, 1, 0)
+
+
+def test_why_not() -> None:
+    v, rho = torch.randn(7, 16), torch.randn(5, 16)
+    assert am_small.why_not(v, rho, 1.0, 3, 1.0, None, None, "high") is None
+    assert am_small.why_not(v, rho, torch.tensor(torch.inf)) is None
+    assert am_small.why_not(v, rho, torch.inf) == "beta = inf"
+    assert am_small.why_not(v.double(), rho.double(), 1.0) == "float64"
+    assert am_small.why_not(torch.randn(7, 17), torch.randn(5, 17), 1.0) == "D = 17 > 16"
+    most = am_small.backward_memories(16)
+    assert am_small.why_not(v, torch.randn(most, 16), 1.0) is None
+    reason = f"K = {most + 1} > {most} for D = 16"
+    assert am_small.why_not(v, torch.randn(most + 1, 16), 1.0) == reason

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what they need.
+
+    tools/resources.py [--arch 80,90] [--mode highest] [--dim 64] [--kernel recursion] [--full]
+                       [--out FILE]
+
+What is compiled is what the launchers launch: their calls are recorded, arguments and options
+alike, with the table's row for each GPU. Nothing runs, and no driver is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from clam_kernels.kernels import _launch, am, am_backward
+
+# Compute capability to compile for -> row of the table that serves it.
+ARCHS = {80: "sm_80", 86: "sm_86", 90: "sm_90", 100: "sm_100"}
+MODES = ("highest", "high", "medium")
+DIMS = (16, 32, 64, 128, 200)
+OPTIONS = ("num_warps", "num_stages")
+POINTERS = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch."""
+
+    name: str
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def record(arch: str, call: Callable[[], object]) -> list[Launch]:
+    """The launches of a call, as a GPU of `arch` would get them."""
+    found: list[Launch] = []
+
+    def note(kernel: Any, grid: Any, device: Any, *args: Any, **options: Any) -> None:
+        found.append(Launch(kernel.fn.__name__, kernel, args, options))
+
+    before = _launch.launch, _launch.arch_of
+    _launch.launch, _launch.arch_of = note, lambda device: arch  # type: ignore[assignment]
+    for cached in (_launch.config, _launch.settings):
+        cached.cache_clear()
+    try:
+        call()
+    finally:
+        _launch.launch, _launch.arch_of = before
+        for cached in (_launch.config, _launch.settings):
+            cached.cache_clear()
+    return found
+
+
+def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What ships for a mode and a width: plain and with every option, K in one tile and in many."""
+    for label, k in (("resident", 16), ("streamed", 1000)):
+        v, rho, grad = torch.zeros(4096, d), torch.zeros(k, d), torch.zeros(4096, d)
+        beta, weights, mask = torch.ones(k), torch.zeros(k), torch.ones(4096, d)
+        needs = [True] * 5
+        yield f"{label}", lambda: am.am_recursion(v, rho, 1.0, 10, 1.0, None, None, mode)
+        yield f"{label}", lambda: am_backward.am_recursion_backward(
+            grad, v, rho, 1.0, 10, 1.0, None, None, [True, True, False, False, False], mode
+        )
+        yield f"{label}-full", lambda: am.am_step_saved(v, rho, beta, 0.5, mask, weights, mode)
+        yield f"{label}-full", lambda: am_backward.am_recursion_backward(
+            grad, v, rho, beta, 10, 0.5, mask, weights, needs, mode
+        )
+    yield "streamed", lambda: am.am_energy(v, rho, 1.0, None, mode)
+    yield "streamed", lambda: am.am_assign(v, rho, None, mode)
+    yield "energy", lambda: am_backward.am_energy_backward(
+        grad[:, 0], v, rho, 1.0, None, [True] * 4, mode
+    )
+    yield "hard", lambda: am.am_recursion(v, rho, math.inf, 10, 1.0, None, None, mode)
+
+
+def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """(types, constants, attributes) of a launch as triton's own launcher would specialise it."""
+    names = one.kernel.arg_names
+    free = {names[i] if isinstance(i, int) else i for i in one.kernel.do_not_specialize or ()}
+    types = dict.fromkeys(names, "constexpr")
+    constants = {(names.index(n),): v for n, v in one.options.items() if n in names}
+    attributes = {}
+    for i, (name, value) in enumerate(zip(names, one.args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            types[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        elif value == 1 and name not in free:
+            constants[(i,)] = 1
+        else:
+            types[name] = "i32"
+            if value % 16 == 0 and name not in free:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compiled(one: Launch, arch: int) -> Any:
+    types, constants, attributes = signature(one)
+    source = ASTSource(fn=one.kernel, signature=types, constexprs=constants, attrs=attributes)
+    options = {n: one.options[n] for n in OPTIONS} | {"enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(built: Any) -> dict[str, Any]:
+    """Registers, spills, shared memory, matrix instruction, and what must not be there."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [str(TOOLS / "cuobjdump"), flag, file.name],
+                capture_output=True, text=True, check=True,
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )  # fmt: skip
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert numbers is not None, usage
+    registers, stack, local = map(int, numbers.groups())
+    ptx = built.asm["ptx"]
+    return {
+        "registers": registers,
+        "spills": max(stack, local, len(re.findall(r"\b(?:LDL|STL)\b", sass))),
+        "shared": built.metadata.shared,
+        "product": next((m for m in ("tcgen05", "wgmma", "mma.sync") if m in ptx), "fma"),
+        "atomics": len(re.findall(r"\b(?:ATOMG?|RED)\.", sass)),
+    }
+
+
+def cases(
+    archs: list[int], modes: list[str], dims: list[int], kernel: str = "", full: bool = True
+) -> Iterator[tuple[str, int, Launch]]:
+    """(name, arch, launch), each different one once."""
+    for arch in archs:
+        seen: set[str] = set()
+        for mode in modes:
+            for d in dims:
+                for label, call in calls(mode, d):
+                    for one in record(ARCHS[arch], call):
+                        key = repr((one.name, signature(one), one.options))
+                        if key in seen or kernel not in one.name or not (full or "-" not in label):
+                            continue
+                        seen.add(key)
+                        shared = one.name == "memories_kernel"
+                        words = [one.name.removesuffix("_kernel"), "any" if shared else mode]
+                        if one.options.get("KEEP") == 2:
+                            words[0] += "-kept"
+                        yield "/".join([f"sm_{arch}", *words, str(d), label]), arch, one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default="80,86,90,100")
+    parser.add_argument("--mode", default=",".join(MODES))
+    parser.add_argument("--dim", default=",".join(map(str, DIMS)))
+    parser.add_argument("--kernel", default="")
+    parser.add_argument("--base", action="store_true", help="without the variants of all options")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    numbers = [[int(x) for x in text.split(",")] for text in (given.arch, given.dim)]
+    table: dict[str, Any] = {}
+    for name, arch, one in cases(
+        numbers[0], given.mode.split(","), numbers[1], given.kernel, not given.base
+    ):
+        start = time.monotonic()
+        try:
+            table[name] = resources(compiled(one, arch))
+        except Exception as error:
+            table[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}"}
+        tile = {n: one.options[n] for n in ("ROWS", "PROTOS", "PREC", *OPTIONS) if n in one.options}
+        print(f"{name:60s} {table[name]} {tile} {time.monotonic() - start:.1f}s", flush=True)
+        if given.out:
+            given.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
