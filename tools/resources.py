@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +79,27 @@ def record(arch: str, call: Callable[[], object]) -> list[Launch]:
 
 def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """What ships for a mode and a width: plain and with every option, K in one tile and in many."""
-    for label, k in (("resident", 16), ("streamed", 1000)):
-        v, rho, grad = torch.zeros(4096, d), torch.zeros(k, d), torch.zeros(4096, d)
-        beta, weights, mask = torch.ones(k), torch.zeros(k), torch.ones(4096, d)
-        needs = [True] * 5
-        yield f"{label}", lambda: am.am_recursion(v, rho, 1.0, 10, 1.0, None, None, mode)
-        yield f"{label}", lambda: am_backward.am_recursion_backward(
-            grad, v, rho, 1.0, 10, 1.0, None, None, [True, True, False, False, False], mode
-        )
-        yield f"{label}-full", lambda: am.am_step_saved(v, rho, beta, 0.5, mask, weights, mode)
-        yield f"{label}-full", lambda: am_backward.am_recursion_backward(
-            grad, v, rho, beta, 10, 0.5, mask, weights, needs, mode
-        )
-    yield "streamed", lambda: am.am_energy(v, rho, 1.0, None, mode)
-    yield "streamed", lambda: am.am_assign(v, rho, None, mode)
-    yield "energy", lambda: am_backward.am_energy_backward(
-        grad[:, 0], v, rho, 1.0, None, [True] * 4, mode
-    )
-    yield "hard", lambda: am.am_recursion(v, rho, math.inf, 10, 1.0, None, None, mode)
+    yield from of_recursion("resident", 16, mode, d)
+    yield from of_recursion("streamed", 1000, mode, d)
+    v, rho = torch.zeros(4096, d), torch.zeros(1000, d)
+    energy = (v[:, 0], v, rho, 1.0, None, [True] * 4, mode)
+    yield "streamed", partial(am.am_energy, v, rho, 1.0, None, mode)
+    yield "streamed", partial(am.am_assign, v, rho, None, mode)
+    yield "energy", partial(am_backward.am_energy_backward, *energy)
+    yield "hard", partial(am.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
+
+
+def of_recursion(
+    label: str, k: int, mode: str, d: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    v, rho, needs = torch.zeros(4096, d), torch.zeros(k, d), [True] * 5
+    plain = (1.0, 10, 1.0, None, None)
+    full = (torch.ones(k), 10, 0.5, torch.ones(4096, d), torch.zeros(k))
+    backward = am_backward.am_recursion_backward
+    yield label, partial(am.am_recursion, v, rho, *plain, mode)
+    yield label, partial(backward, v, v, rho, *plain, [True, True, False, False, False], mode)
+    yield f"{label}-full", partial(am.am_step_saved, v, rho, full[0], *full[2:], mode)
+    yield f"{label}-full", partial(backward, v, v, rho, *full, needs, mode)
 
 
 def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

@@ -96,9 +96,7 @@ def resolve_precision(precision: str | None) -> str:
     return precision or default_precision()
 
 
-def why_not(
-    spec: Runnable, name: str, device: str, arguments: tuple[Any, ...] = ()
-) -> str | None:
+def why_not(spec: Runnable, name: str, device: str, arguments: tuple[Any, ...] = ()) -> str | None:
     """None if a backend can run the op on a device (on these arguments, if any), else the
     reason.
     """

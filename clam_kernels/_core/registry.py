@@ -188,9 +188,8 @@ class _Installation:
         self.tensors = [i for i, a in enumerate(schema) if "Tensor" in str(a.type)]
         # a gradient for every argument that is a tensor in some overload
         self.slots = _tensor_names(spec)
-        self._kernels(
-            self.op, _Part(spec.name, spec.reference, spec.kernels, spec.limits), self._checked(spec.fake)
-        )
+        part = _Part(spec.name, spec.reference, spec.kernels, spec.limits)
+        self._kernels(self.op, part, self._checked(spec.fake))
         differentiate = self._differentiable() if spec.gradient else None
         self._autograd(differentiate)
         self._autocast()
@@ -247,9 +246,8 @@ class _Installation:
             reference, fake = gradient.saved
             name = f"_{self.spec.name}_forward"
             forward = _define(name, self.overload, f"({self.arguments}) -> (Tensor, Tensor)")
-            self._kernels(
-                forward, _Part(name, reference, gradient.saved_kernels, self.spec.limits), self._checked(fake)
-            )
+            part = _Part(name, reference, gradient.saved_kernels, self.spec.limits)
+            self._kernels(forward, part, self._checked(fake))
             _refuse_gradient(forward, f"{name} is internal; call {self.spec.name}")
         return _function(self, gradient, forward, self._backward_op(gradient))
 

@@ -41,9 +41,14 @@ def plain(x: Tensor) -> Tensor:
     return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a kernel writes to: every output and all scratch comes from here."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, Any]]]:
-    """kernel -> "arch/mode/DIM" -> options of the launch."""
+    """Table: kernel -> "arch/mode/DIM" -> options of the launch."""
     found: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text(encoding="utf-8"))
     return found
 
@@ -76,7 +81,9 @@ def settings(kernel: str, device: torch.device, mode: str, d: int) -> dict[str, 
     return found
 
 
-def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **options: Any) -> None:
+def launch(
+    kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **options: Any
+) -> None:
     """One launch on the device's current stream; an empty grid is none."""
     if 0 in grid:
         return

@@ -33,7 +33,7 @@ class Memories(NamedTuple):
         return self.table.shape[-1]
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.table.shape[-2]
 
     @property
@@ -136,14 +136,9 @@ def memories(rho: Tensor, beta: float | Tensor, log_weights: Tensor | None) -> M
     betas = next(given) if isinstance(beta, Tensor) else first
     weights = next(given) if log_weights is not None else first
     stride = -(-d // 4) * 4
-    make = dict(dtype=torch.float32, device=rho.device)
-    found = Memories(
-        torch.empty((*batch, count, stride), **make),
-        torch.empty((*batch, 4, count), **make),
-        torch.empty((*batch, stride), **make),
-        beta,
-        log_weights,
-    )
+    shapes = ((*batch, count, stride), (*batch, 4, count), (*batch, stride))
+    table, side, centre = (_launch.empty(s, torch.float32, rho.device) for s in shapes)
+    found = Memories(table, side, centre, beta, log_weights)
     problems = first.shape[0] * first.shape[1]
     _launch.launch(
         memories_kernel, (problems,), rho.device,

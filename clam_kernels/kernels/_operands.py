@@ -13,13 +13,13 @@ from torch import Tensor
 
 def batch_of(operands: Sequence[tuple[Tensor, int]]) -> tuple[int, ...]:
     """Broadcast of the leading dims of `(tensor, core dims)`."""
-    return tuple(torch.broadcast_shapes(*(x.shape[: max(x.ndim - core, 0)] for x, core in operands)))
+    return tuple(
+        torch.broadcast_shapes(*(x.shape[: max(x.ndim - core, 0)] for x, core in operands))
+    )
 
 
-def arrange(
-    batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]
-) -> list[Tensor]:
-    """Views [O, I, *core] of `(tensor [*any, *core], core dims)`, where O x I is the whole batch.
+def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """Views [O, I, *core] of `(tensor [*any, *core], core dims)`; O x I is the whole batch.
 
     Stride 0 stands where an operand is shared. Neighbouring batch dims are merged where the strides
     of all operands allow it; only if more than two remain are the operands that need it copied.
@@ -31,26 +31,19 @@ def arrange(
         views.append(x.expand(*batch, *x.shape[x.ndim - core :]))
     groups = _merged(batch, [v.stride()[: len(batch)] for v in views])
     if len(groups) > 2:
-        return [
-            v.reshape(1, -1, *v.shape[len(batch) :])
-            for v in views
-        ]
+        return [v.reshape(1, -1, *v.shape[len(batch) :]) for v in views]
     sizes = [1] * (2 - len(groups)) + [size for size, _ in groups]
     found = []
     for i, (view, (_, core)) in enumerate(zip(views, operands, strict=True)):
         strides = [0] * (2 - len(groups)) + [stride[i] for _, stride in groups]
         tail = view.ndim - core
         found.append(
-            view.as_strided(
-                (*sizes, *view.shape[tail:]), (*strides, *view.stride()[tail:])
-            )
+            view.as_strided((*sizes, *view.shape[tail:]), (*strides, *view.stride()[tail:]))
         )
     return found
 
 
-def _merged(
-    sizes: Sequence[int], strides: Sequence[Sequence[int]]
-) -> list[tuple[int, list[int]]]:
+def _merged(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
     """Batch dims as few `(size, strides of the operands)` as possible, outermost first."""
     groups: list[tuple[int, list[int]]] = []
     for at in reversed(range(len(sizes))):

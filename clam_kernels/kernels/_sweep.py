@@ -41,6 +41,6 @@ def rows_of(pid, first, blocks, ROWS: tl.constexpr):
 
 @triton.jit
 def offset(problem, inner, outer_stride, inner_stride):
-    """Where a problem of the batch [O, inner] begins in an operand with two batch strides, int64."""
+    """Where a problem of the batch [O, inner] begins in an operand of two batch strides, int64."""
     o, i = problem // inner, problem % inner
     return o.to(tl.int64) * outer_stride + i.to(tl.int64) * inner_stride

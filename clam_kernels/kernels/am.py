@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._call import Call
 from ._fold import (
     argmax_fold,
     argmax_init,
@@ -24,8 +25,6 @@ from ._fold import (
     softmax_fold,
     softmax_init,
 )
-from ._memories import Memories, memories
-from ._operands import arrange, batch_of
 from ._score import (
     centred_rows,
     dot,
@@ -47,7 +46,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
-    """step * update_mask of a tile; the number itself where there is no mask."""
+    """The product step * update_mask of a tile; the number itself where there is no mask."""
     if MASK:
         at = row.to(tl.int64)[:, None] * u_row + d.to(tl.int64)[None, :] * u_feature
         gain = step * tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
@@ -58,7 +57,7 @@ def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
 
 @triton.jit
 def moved(x, xb, gain):
-    """x + gain (xb - x), exactly xb at gain 1 and x at gain 0."""
+    """The state x + gain (xb - x), exactly xb at gain 1 and x at gain 0."""
     return gain * xb + (x - gain * x)
 
 
@@ -391,101 +390,20 @@ def assign_kernel(
 # ---- launches ------------------------------------------------------------------------------------
 
 
-class Call:
-    """Operands of one call as views [O, I, ...]; without a batch of memories all rows are one
-    problem.
-    """
-
-    def __init__(
-        self,
-        v: Tensor,
-        rho: Tensor,
-        beta: float | Tensor,
-        update_mask: Tensor | None,
-        log_weights: Tensor | None,
-        precision: str,
-    ) -> None:
-        operands = [(v, 2), (rho, 2)]
-        operands += [(x, 1) for x in (beta, log_weights) if isinstance(x, Tensor)]
-        if update_mask is not None:
-            update_mask = _full(update_mask, v)
-            operands.append((update_mask, 2))
-        self.batch = batch_of(operands)
-        self.shape = (*self.batch, *v.shape[-2:])
-        self.features, self.mode, self.device = v.shape[-1], precision, v.device
-        self.memories = memories(rho, beta, log_weights)
-        self.masked = update_mask is not None
-        self.v, self.u, *self.tables = self._views(_launch.rows(v), update_mask)
-        self.outer, self.inner, self.rows = self.v.shape[:3]
-
-    def _views(self, v: Tensor, mask: Tensor | None) -> list[Any]:
-        table, side, centre = self.memories[:3]
-        u = v if mask is None else mask
-        if table.shape[:-2].numel() == 1:
-            flat = arrange((*self.batch, v.shape[-2]), [(v, 1), (u, 1)])
-            if flat[0].shape[0] == 1 and flat[0].stride(1) == self.features:
-                shared = [x.reshape(1, 1, *x.shape[-n:]) for x, n in ((table, 2), (side, 2))]
-                return [x[None] for x in flat] + [*shared, centre.reshape(1, 1, -1)]
-        return arrange(self.batch, [(v, 2), (u, 2), (table, 2), (side, 2), (centre, 1)])
-
-    def settings(self, kernel: str) -> dict[str, Any]:
-        """Tile and options of a kernel for this call."""
-        return _launch.settings(kernel, self.device, self.mode, self.features)
-
-    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def cells(self, blocks: int, limit: int, most: int = 1 << 16) -> Any:
-        """`(o, run of i, first block, blocks)`: at most `most` whole problems, or a part of one,
-        `limit` blocks a cell.
-        """
-        run = max(1, min(most, limit // max(blocks, 1)))
-        for o in range(self.outer if blocks else 0):
-            for i in range(0, self.inner, run):
-                problems = slice(i, min(i + run, self.inner))
-                for first in range(0, blocks, limit):
-                    yield o, problems, first, min(limit, blocks - first)
-
-    def at(self, o: int | None = None, problems: slice | None = None) -> tuple[Any, ...]:
-        """(v, rho, side, centre, u), the batch strides of v and of the memories in problems, those
-        of u; of one cell or of all.
-        """
-        views = [self.v, self.u, *self.tables]
-        if o is not None and problems is not None:
-            views = [x[o : o + 1, problems] for x in views]
-        v, u, table, side, centre = views
-        m = [s // centre.shape[-1] for s in centre.stride()[:2]]
-        return (v, table, side, centre, u), (*v.stride()[:2], *m), u.stride()
-
-    @property
-    def tile(self) -> dict[str, Any]:
-        """Constants of every kernel over these operands."""
-        memories = self.memories
-        wide = self.features > _launch.WIDEST
-        width = _launch.dim(self.features)
-        return {"D": self.features, "STRIDE": memories.stride} | ({} if wide else {"DIM": width})
-
-
-def _full(mask: Tensor, v: Tensor) -> Tensor:
-    """A mask [..., N, D] by strides, in bytes if it is of bits."""
-    lead = mask.shape[:-2] if mask.ndim > 2 else ()
-    mask = mask.expand(*lead, *v.shape[-2:])
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else _launch.plain(mask)
-
-
 def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = None) -> None:
     """Launch the recursion over all rows; those too wide for registers in cells of scratch."""
-    chosen = call.settings("am_recursion")
+    keep = 0 if lse is None else 1
+    chosen = call.recursion(keep)
     block, wide = chosen["ROWS"], call.features > _launch.WIDEST
     blocks = triton.cdiv(call.rows, block)
     out = out.view(call.outer, call.inner, call.rows, call.features)
-    flags = flags_of(call, chosen, keep=0 if lse is None else 1)
+    flags = flags_of(call, chosen, keep)
     if not wide:
         operands, strides, u = call.at()
         grid = (call.outer * call.inner * blocks,)
         _launch.launch(
             recursion_kernel, grid, call.device, *operands, out, out if lse is None else lse,
-            out, out, out, call.rows, call.memories.count, call.inner, steps, step, 0, blocks, 0,
+            out, out, out, call.rows, call.memories.size, call.inner, steps, step, 0, blocks, 0,
             *strides, *u, **flags,
         )  # fmt: skip
         return
@@ -498,7 +416,7 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
         lse_cell = cell if lse is None else lse.view(*out.shape[:3])[o, problems]
         _launch.launch(
             recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, lse_cell,
-            path, path, path, call.rows, call.memories.count, len(cell), steps, step, first, count, rows,
+            path, path, path, call.rows, call.memories.size, len(cell), steps, step, first, count, rows,
             *strides, *u, **flags,
         )  # fmt: skip
 
@@ -506,7 +424,7 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
 def flags_of(call: Call, chosen: dict[str, Any], keep: int) -> dict[str, Any]:
     """Constants of a recursion kernel."""
     memories = call.memories
-    resident = memories.count <= chosen["PROTOS"] and call.features <= _launch.WIDEST
+    resident = memories.size <= chosen["PROTOS"] and call.features <= _launch.WIDEST
     return {
         **call.tile,
         **chosen,
@@ -537,7 +455,7 @@ def _recursion(
     saves: bool = False,
 ) -> Result:
     call = Call(v, rho, beta, update_mask, log_weights, precision)
-    out = torch.empty(call.shape, dtype=v.dtype, device=v.device)
+    out = _launch.empty(call.shape, v.dtype, v.device)
     if steps == 0 or (step == 0 and not saves):
         return Result(out.copy_(v), out)
     raw = out.float() if _launch.INTERPRETED and v.dtype == torch.bfloat16 else out
@@ -594,7 +512,7 @@ def _score(call: Call, kernel: Any, name: str, outs: list[Tensor]) -> None:
     (v, table, side, centre, _), strides, _ = call.at()
     _launch.launch(
         kernel, (call.outer * call.inner * blocks,), call.device, v, table, side, centre, *outs,
-        call.rows, call.memories.count, call.inner, blocks, *strides,
+        call.rows, call.memories.size, call.inner, blocks, *strides,
         **{**call.tile, **chosen, "WIDE": call.features > _launch.WIDEST},
     )  # fmt: skip
 

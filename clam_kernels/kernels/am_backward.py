@@ -10,7 +10,7 @@ in a fixed order, added in float64.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._call import Call, Cell, Totals
 from ._fold import finite
 from ._memories import LOG2E
 from ._score import dot, held_inner, load_memories, load_rows, load_sides, logits, wide_inner
 from ._sweep import offset, rows_of, sweep
-from .am import Call, flags_of, gain_of, recursion_kernel, recursion_wide_kernel
+from .am import flags_of, gain_of, recursion_kernel, recursion_wide_kernel
 
 # Programs that share the rows of one tile of memories: enough for any GPU, and a function of the
 # shape alone, so that sums have the same order on all.
@@ -42,7 +43,7 @@ def inverse_of(TOTAL, at, live):
 
 @triton.jit
 def delta_fold(state, s, tile, PREC: tl.constexpr):
-    """delta = sum_k p_k (h rho_k), of the very products that it is taken from: where one memory has
+    """The mean delta = sum_k p_k (h rho_k), of the very products that it is taken from: where one memory has
     all the weight their difference is 0, and a large beta has nothing to blow up.
     """
     delta, h, top, inverse = state
@@ -106,7 +107,7 @@ def rows_backward_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr, MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """g of ROWS rows from the last step to the first; h takes the place of what was recalled."""
+    """Gradient g of ROWS rows from the last step to the first; h takes the place of what was recalled."""
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
     m = offset(problem, inner, m_o, m_i)
@@ -185,7 +186,8 @@ def rows_backward_wide_kernel(
         d = d0 + tl.arange(0, DIM)
         inside = live[:, None] & (d < D)[None, :]
         whole = p[:, None] * D + d[None, :]
-        tl.store(OUT + whole, tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)
+        tl.store(OUT + whole, g, mask=inside)
     tl.debug_barrier()
     for back in range(0, steps):
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
@@ -331,80 +333,13 @@ def memories_backward_kernel(
 # ---- launches ------------------------------------------------------------------------------------
 
 
-class Totals:
-    """Sums of the memories' side, [O, I, K, .] float64, 1 where all problems share the memories."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        table = call.tables[0]
-        lead = [n if table.stride(i) else 1 for i, n in enumerate(table.shape[:2])]
-        count, stride = table.shape[2:]
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": call.device}
-        self.acc = torch.zeros((*lead, count, stride), **wide)
-        self.sums = torch.zeros((*lead, count, 2), **wide)
-
-    def add(self, o: int, problems: slice, part: Tensor, sums: Tensor) -> None:
-        """Partials [problems, splits, K, .] of one cell."""
-        for total, found in ((self.acc, part), (self.sums, sums)):
-            row = total[o if total.shape[0] > 1 else 0]
-            found = found.sum(1, dtype=torch.float64)
-            if row.shape[0] > 1:
-                row[problems] += found
-            else:
-                row[0] += found.sum(0)
-
-    def of_batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(acc [..., K, D], mass [..., K], heat [..., K]) over the memories' own batch."""
-        batch, whole = self.call.memories.table.shape[:-2], self.call.batch
-        found = []
-        for total in (self.acc[..., : self.call.features], self.sums):
-            core = total.shape[2:]
-            if total.shape[:2].numel() == batch.numel():
-                found.append(total.reshape(*batch, *core))
-            else:
-                found.append(total.reshape(*whole, *core).sum_to_size(*batch, *core))
-        return found[0], *found[1].unbind(-1)
-
-
-class Cell(NamedTuple):
-    """A run of problems of one outer index, `count` blocks of each from block `first`, and its
-    scratch.
-    """
-
-    o: int
-    problems: slice
-    first: int
-    count: int
-    block: int  # rows of a block, a multiple of what either kernel of the rows takes
-    path: Tensor  # [T, size * rows, stride], as pull
-    pull: Tensor
-    top: Tensor  # [T, size * rows], as total and delta
-    total: Tensor
-    delta: Tensor
-
-    @property
-    def size(self) -> int:
-        """Problems."""
-        return int(self.problems.stop - self.problems.start)
-
-    @property
-    def rows(self) -> int:
-        """Rows of scratch for each problem."""
-        return self.count * self.block
-
-    def grid(self, tile: int) -> tuple[tuple[int], int, int]:
-        """(grid, first block, blocks a problem) of a kernel that takes `tile` rows."""
-        share = self.block // tile
-        return (self.size * self.count * share,), self.first * share, self.count * share
-
-
 def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
     """Run the recursion cell by cell, everything kept; yields the cells."""
-    chosen, stride = call.settings("am_recursion"), call.memories.stride
+    chosen, stride = call.recursion(keep=2), call.memories.stride
     block = max(chosen["ROWS"], call.settings("am_rows_backward")["ROWS"])
     blocks = triton.cdiv(call.rows, block)
     limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 3) * block))
-    most = max(1, _launch.SCRATCH // (call.memories.count * stride))
+    most = max(1, _launch.SCRATCH // (call.memories.size * stride))
     kernel = recursion_wide_kernel if call.features > _launch.WIDEST else recursion_kernel
     for o, problems, first, count in call.cells(blocks, limit, most):
         strip = (problems.stop - problems.start) * count * block
@@ -415,7 +350,7 @@ def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
         operands, strides, u = call.at(o, problems)
         _launch.launch(
             kernel, grid, call.device, *operands, path, top, total, path, pull,
-            call.rows, call.memories.count, cell.size, steps, step, at, share, strip,
+            call.rows, call.memories.size, cell.size, steps, step, at, share, strip,
             *strides, *u, **flags_of(call, chosen, keep=2),
         )  # fmt: skip
         yield cell
@@ -425,17 +360,17 @@ def _sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: 
     """The memories' side of one cell."""
     chosen = call.settings("am_memories_backward")
     memories, wide = call.memories, call.features > _launch.WIDEST
-    tiles = triton.cdiv(memories.count, chosen["PROTOS"])
+    tiles = triton.cdiv(memories.size, chosen["PROTOS"])
     pieces = triton.cdiv(memories.stride, chosen["DIM"]) if wide else 1
-    splits = max(1, min(cell.count, PROGRAMS // (tiles * pieces * cell.size)))
-    share = triton.cdiv(cell.count, splits) * cell.block
-    part = call.new(cell.size, splits, memories.count, memories.stride)
-    sums = call.new(cell.size, splits, memories.count, 2)
+    splits = max(1, min(cell.blocks, PROGRAMS // (tiles * pieces * cell.size)))
+    share = triton.cdiv(cell.blocks, splits) * cell.block
+    part = call.new(cell.size, splits, memories.size, memories.stride)
+    sums = call.new(cell.size, splits, memories.size, 2)
     (_, table, side, _, _), strides, _ = call.at(cell.o, cell.problems)
     _launch.launch(
         memories_backward_kernel, (tiles * pieces, splits, cell.size), call.device,
         table, side, cell.top, cell.total, cell.delta, cell.path, cell.pull, part, sums,
-        memories.count, cell.size, steps, cell.size * cell.rows, cell.rows, share, *strides[2:],
+        memories.size, cell.size, steps, cell.size * cell.rows, cell.rows, share, *strides[2:],
         **{**call.tile, **chosen}, PER_MEMORY=memories.per_memory, HARD=memories.hard,
         ENERGY=energy, WIDE=wide,
     )  # fmt: skip
@@ -456,10 +391,10 @@ def _walk_back(
         rows_backward_wide_kernel if call.features > _launch.WIDEST else rows_backward_kernel,
         grid, call.device, grads, table, side, mask, outs, masks,
         cell.top, cell.total, cell.delta, cell.path, cell.pull,
-        call.rows, call.memories.count, cell.size, len(cell.path), step, first, share,
+        call.rows, call.memories.size, cell.size, len(cell.path), step, first, share,
         cell.size * cell.rows, *strides[2:], *u, **call.tile, **chosen,
         PER_MEMORY=call.memories.per_memory, HARD=call.memories.hard, MASK=call.masked,
-        MASK_GRAD=wants, RESIDENT=call.memories.count <= chosen["PROTOS"],
+        MASK_GRAD=wants, RESIDENT=call.memories.size <= chosen["PROTOS"],
     )  # fmt: skip
 
 
@@ -543,7 +478,7 @@ def am_energy_backward(
     grad = _whole(grad, call.shape[:-1]).float().view(call.outer, call.inner, call.rows)
     outs = out.view(call.outer, call.inner, call.rows, call.features)
     for cell in _cells(call, 1, 1.0):
-        rows = slice(cell.first * cell.block, (cell.first + cell.count) * cell.block)
+        rows = slice(cell.first * cell.block, (cell.first + cell.blocks) * cell.block)
         g = grad[cell.o, cell.problems, rows]
         n = g.shape[1]
         cell.delta.zero_().view(cell.size, cell.rows)[:, :n] = g

@@ -347,15 +347,23 @@ def test_library_loads_beside_this_torch(library: Path) -> None:
     code = (
         "import torch, sys\n"
         "torch.ops.load_library(sys.argv[1])\n"
-        "op = 'clam_cuda::recursion_small'\n"
-        "print(torch.ops.clam_cuda.recursion_small.default._schema)\n"
-        "print(torch._C._dispatch_has_kernel_for_dispatch_key(op, 'CUDA'))\n"
-        "print(torch._C._dispatch_has_kernel_for_dispatch_key(op, 'CPU'))\n"
+        "for name in ('recursion_small', 'recursion_small_backward'):\n"
+        "    print(getattr(torch.ops.clam_cuda, name).default._schema)\n"
+        "    for key in ('CUDA', 'CPU'):\n"
+        "        op = 'clam_cuda::' + name\n"
+        "        print(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))\n"
     )
     output = run([sys.executable, "-c", code, str(library)], library.parent).splitlines()
+    operands = (
+        "Tensor v, Tensor rho, Tensor? beta, float beta_value, Tensor? log_weights, "
+        "Tensor? update_mask, int steps, float step"
+    )
     assert output == [
-        "clam_cuda::recursion_small(Tensor v, Tensor rho, Tensor scale, Tensor bias, int steps, "
-        "float step, Tensor? gain=None, Tensor? centre=None) -> Tensor",
+        f"clam_cuda::recursion_small({operands}) -> Tensor",
+        "True",
+        "False",
+        f"clam_cuda::recursion_small_backward(Tensor grad, {operands}, bool wide, "
+        "bool memory_side, bool mask_side) -> (Tensor, Tensor, Tensor)",
         "True",
         "False",
     ]

@@ -488,6 +488,18 @@ def test_no_memory_alive_moves_nothing(library: Any) -> None:
     assert torch.equal(recursion(library, v, rho, 1.0, 3, log_weights=dead), v)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_memory_turns_every_row_to_nan(library: Any, bad: float) -> None:
+    v, rho = torch.randn(9, 3), torch.randn(4, 3)
+    rho[2, 1] = bad
+    mask = torch.rand(9, 3) > 0.5
+    for beta in (0.7, torch.rand(4)):
+        out = recursion(library, v, rho, beta, 2, update_mask=mask)
+        assert out.isnan().all()
+        weights = torch.tensor([0.0, 0.0, -torch.inf, 0.0])
+        assert recursion(library, v, rho, beta, 2, log_weights=weights).isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("beta", [0.7, "per memory"])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -721,7 +733,9 @@ def test_the_python_side(
     wide = [x.detach().double() if isinstance(x, Tensor) else x for x in args]
     leaves = [x.requires_grad_() if isinstance(x, Tensor) else x for x in wide]
     truth = am.am_recursion(*leaves)
-    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    close = (
+        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    )
     out = am_small.am_recursion(*[x.detach() if isinstance(x, Tensor) else x for x in args], "high")
     assert out.is_contiguous()
     torch.testing.assert_close(out, truth.to(dtype), **close)

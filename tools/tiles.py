@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the tile of every kernel, GPU, mode and width by compiling: the first of a list, best
+first, that needs no spill in any variant under every triton asked so far. Writes
+clam_kernels/kernels/_configs.json.
+
+    tools/tiles.py --arch 90 [--kernel am_recursion] [--cache FILE]
+
+Each triton is a run of its own (PYTHONPATH decides which); runs share the cache of verdicts and are
+repeated until the table no longer changes. On a GPU `bench/gpu_check.py` measures what was chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import resources
+import triton
+
+from clam_kernels.kernels import _launch
+
+KERNELS = {
+    "am_recursion": ("recursion_kernel", "recursion_wide_kernel"),
+    "am_recursion_full": ("recursion_kernel", "recursion_wide_kernel"),
+    "am_rows_backward": ("rows_backward_kernel", "rows_backward_wide_kernel"),
+    "am_memories_backward": ("memories_backward_kernel", "memories_backward_kernel"),
+    "am_energy": ("energy_kernel", "energy_kernel"),
+    "am_assign": ("assign_kernel", "assign_kernel"),
+}
+# What a block may have of shared memory, less what a driver keeps.
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Tiles (ROWS, PROTOS, num_warps), best first, by mode and width.
+PLAIN = ["ieee"]
+TILES: dict[str, list[tuple[int, int, int]]] = {
+    "large": [(128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4), (64, 32, 8)],
+    "small": [(64, 32, 8), (32, 32, 4), (32, 32, 8), (32, 16, 4), (16, 16, 4), (16, 16, 8)],
+}
+
+
+def precisions(mode: str, width: int, arch: int) -> list[str]:
+    """Kinds of product that a mode may use, best first."""
+    if mode == "medium":
+        return ["bf16"]
+    if mode == "high":
+        return ["bf16x3", "tf32"]
+    return ["ieee"] if width <= 16 or arch < 90 else ["bf16x6", "ieee"]
+
+
+def candidates(mode: str, width: int, arch: int, wide: bool) -> Iterator[dict[str, Any]]:
+    """Launch options, best first."""
+    for precision in precisions(mode, width, arch):
+        for rows, protos, warps in TILES["large"] + TILES["small"]:
+            if precision == "ieee" and rows * max(protos, min(width, 64)) > 4096 * 2:
+                continue
+            for piece in (64, 32) if wide else (0,):
+                tile: dict[str, Any] = {"ROWS": rows, "PROTOS": protos, "PREC": precision}
+                tile |= {"DIM": piece} if wide else {}
+                yield tile | {"num_warps": warps, "num_stages": 1}
+
+
+def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> Iterator[Any]:
+    """The variants of a kernel that need most, with a tile in place of the table's."""
+    names, found = KERNELS[kernel], {}
+    real = _launch.settings
+    _launch.settings = lambda name, device, wanted, width: (  # type: ignore[assignment]
+        {**tile, "chosen": True} if name == kernel else real(name, device, wanted, width)
+    )
+    _launch.settings.cache_clear = real.cache_clear  # type: ignore[attr-defined]
+    try:
+        for label, call in resources.calls(mode, d):
+            for one in resources.record(resources.ARCHS[arch], call):
+                if one.name in names and "chosen" in one.options:
+                    found[repr((resources.signature(one), one.options))] = (label, one)
+    finally:
+        _launch.settings = real
+    yield from (one for label, one in found.values() if "full" in label or label == "energy")
+    yield from (one for label, one in found.values() if "full" not in label and label != "energy")
+
+
+def verdict(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> str:
+    """ "" if every variant fits, else what does not."""
+    for one in launches(kernel, mode, d, arch, tile):
+        try:
+            found = resources.resources(resources.compiled(one, arch))
+        except Exception as error:
+            return f"{type(error).__name__}"
+        if found["spills"] or found["atomics"]:
+            return f"{found['spills']} bytes of spill"
+        if found["shared"] > SHARED[arch]:
+            return f"{found['shared']} bytes of shared memory"
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default="80,90,100")
+    parser.add_argument("--mode", default=",".join(resources.MODES))
+    parser.add_argument("--kernel", default=",".join(KERNELS))
+    parser.add_argument("--dim", default=",".join(map(str, resources.DIMS)))
+    parser.add_argument("--cache", type=Path, default=Path("build/tiles.json"))
+    given = parser.parse_args()
+    version = triton.__version__
+    for arch in map(int, given.arch.split(",")):
+        for mode in given.mode.split(","):
+            for kernel in given.kernel.split(","):
+                for d in map(int, given.dim.split(",")):
+                    choose(kernel, mode, d, arch, version, given.cache)
+
+
+def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path) -> None:
+    """Find one row and write it down."""
+    wide = d > _launch.WIDEST
+    name = f"{kernel}_wide" if wide else kernel
+    width = _launch.WIDEST if wide else _launch.dim(d)
+    known: dict[str, dict[str, str]] = json.loads(cache.read_text()) if cache.exists() else {}
+    for tile in candidates(mode, width, arch, wide):
+        key = f"{kernel}/{arch}/{mode}/{d}/{json.dumps(tile)}"
+        seen = known.setdefault(key, {})
+        if any(seen.values()):
+            continue
+        if version not in seen:
+            seen[version] = verdict(kernel, mode, d, arch, tile)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            fresh = json.loads(cache.read_text()) if cache.exists() else {}
+            fresh.setdefault(key, {})[version] = seen[version]
+            cache.write_text(json.dumps(fresh, indent=0))
+            told = seen[version] or "chosen"
+            print(f"sm_{arch} {name} {mode} {width} {tile}: {told}", flush=True)
+        if not seen[version]:
+            table = json.loads(_launch.TABLE.read_text(encoding="utf-8"))
+            rows = ["sm_80", "sm_86"] if arch == 80 else [resources.ARCHS[arch]]
+            for row in rows:
+                table[name][f"{row}/{mode}/{width}"] = tile
+            write(table)
+            return
+    print(f"sm_{arch} {name} {mode} {width}: NO TILE FITS", flush=True)
+
+
+def write(table: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """One line a row, sorted."""
+    blocks = []
+    for name in sorted(table):
+        rows = table[name]
+        lines = [f"  {json.dumps(row)}: {json.dumps(rows[row])}" for row in sorted(rows)]
+        blocks.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    _launch.TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
