@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, PREC: tl.constexpr):
-    """Product a @ b summed in float32; "bf16" rounds the factors, the other modes are triton's own."""
+    """Product a @ b summed in float32; "bf16" rounds the factors, other modes are triton's own."""
     if PREC == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     return tl.dot(a, b, input_precision=PREC)
@@ -65,7 +65,9 @@ def held_inner(
 def wide_inner(
     held, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
-    """Products x @ rho^T of centred rows in memory, DIM features at a time; held = ((X, at, live), ...)."""
+    """Products x @ rho^T of centred rows in memory, DIM features at a time; held = ((X, at, live),
+    ...).
+    """
     X, at, live = held[0]
     k, RHO = tile[0], tile[1]
     s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)

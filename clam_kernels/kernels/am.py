@@ -416,8 +416,8 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
         lse_cell = cell if lse is None else lse.view(*out.shape[:3])[o, problems]
         _launch.launch(
             recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, lse_cell,
-            path, path, path, call.rows, call.memories.size, len(cell), steps, step, first, count, rows,
-            *strides, *u, **flags,
+            path, path, path, call.rows, call.memories.size, len(cell), steps, step, first, count,
+            rows, *strides, *u, **flags,
         )  # fmt: skip
 
 

@@ -43,8 +43,8 @@ def inverse_of(TOTAL, at, live):
 
 @triton.jit
 def delta_fold(state, s, tile, PREC: tl.constexpr):
-    """The mean delta = sum_k p_k (h rho_k), of the very products that it is taken from: where one memory has
-    all the weight their difference is 0, and a large beta has nothing to blow up.
+    """The mean delta = sum_k p_k (h rho_k), of the very products that it is taken from: where one
+    memory has all the weight their difference is 0, and a large beta has nothing to blow up.
     """
     delta, h, top, inverse = state
     w = tl.exp2(s - top[:, None]) * inverse[:, None]
@@ -107,7 +107,9 @@ def rows_backward_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr, MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient g of ROWS rows from the last step to the first; h takes the place of what was recalled."""
+    """Gradient g of ROWS rows from the last step to the first; h = gain g takes the place of what
+    was recalled.
+    """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
     m = offset(problem, inner, m_o, m_i)
