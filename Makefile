@@ -8,10 +8,10 @@ RUN := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all demo bench readme-bench docs clean
+.PHONY: help setup check test test-all test-interpreted resources demo bench readme-bench docs clean
 
 help:
-	@echo "make setup | check | test | test-all | demo | bench | readme-bench | docs | clean"
+	@echo "make setup | check | test | test-all | test-interpreted | resources | demo | bench | readme-bench | docs | clean"
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -29,6 +29,10 @@ test: setup
 
 test-all: setup
 	$(RUN) -m pytest -q
+
+# The whole contract suite through Triton's interpreter; also on a machine with a GPU.
+test-interpreted: setup
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/contract -k triton-interpreted
 
 demo: setup
 	$(RUN) examples/digits.py --out runs/demo --seed 0 --json runs/demo/report.json

@@ -16,8 +16,10 @@ import triton.language as tl
 def dot(a, b, PREC: tl.constexpr):
     """Product a @ b summed in float32; "bf16" rounds the factors, other modes are triton's own."""
     if PREC == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    return tl.dot(a, b, input_precision=PREC)
+        c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        c = tl.dot(a, b, input_precision=PREC)
+    return c
 
 
 @triton.jit
