@@ -40,7 +40,7 @@ class Runnable(Protocol):
     @property
     def kernels(self) -> Mapping[str, str]: ...
     @property
-    def limits(self) -> Mapping[str, Callable[..., str | None]]: ...
+    def limits(self) -> Mapping[str, str]: ...
 
 
 @contextlib.contextmanager
@@ -104,11 +104,14 @@ def why_not(spec: Runnable, name: str, device: str, arguments: tuple[Any, ...] =
         return None
     if name not in spec.kernels:
         return f"the op has no {name} kernel"
-    limit = spec.limits.get(name)
-    if arguments and limit is not None:
-        reason = limit(*arguments)
-        if reason is not None:
-            return reason
+    reason = _unavailable(name, device)
+    if reason is None and arguments and name in spec.limits:
+        reason = implementation(spec.limits[name])(*arguments)
+    return reason
+
+
+def _unavailable(name: str, device: str) -> str | None:
+    """Why a GPU backend cannot run in this process, on this device."""
     if name == "cuda":
         reason = library.why_unavailable()
         return reason if device == "cuda" or reason else f"the tensors are on {device}"
@@ -116,6 +119,13 @@ def why_not(spec: Runnable, name: str, device: str, arguments: tuple[Any, ...] =
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return None if device == "cuda" or interpreted else f"the tensors are on {device}"
+
+
+def _slower(spec: Runnable, name: str, arguments: tuple[Any, ...]) -> str | None:
+    """Why the automatic choice passes over a backend that could run the op."""
+    where = spec.limits.get(f"auto-{name}")
+    reason: str | None = implementation(where)(*arguments) if where and arguments else None
+    return reason
 
 
 def _public(name: str) -> str:
@@ -136,6 +146,7 @@ def choose(spec: Runnable, device: str, arguments: tuple[Any, ...] = ()) -> tupl
     refusals: list[str] = []
     for candidate in ("cuda", "triton"):
         reason = why_not(spec, candidate, device, arguments)
+        reason = reason or _slower(spec, candidate, arguments)
         if reason is None:
             return candidate, "; ".join(refusals) or "preferred on a GPU"
         refusals.append(f"{candidate}: {reason}")

@@ -50,8 +50,9 @@ class Gradient:
 class OpSpec:
     """One op. `arguments` is the schema's list, ending in `str? precision=None`, where `{name}` is
     spelled by each entry of `overloads` in turn: those with Tensors first, or the dispatcher turns
-    a tensor into a number and drops its gradient. `limits` say of a backend why these arguments do
-    not fit its kernels, None if they do.
+    a tensor into a number and drops its gradient. `limits` name, by backend, a function
+    that says why these arguments do not fit its kernels (None if they do), and by "auto-<backend>"
+    one that says why the automatic choice takes another.
     """
 
     name: str
@@ -65,7 +66,7 @@ class OpSpec:
     overloads: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: {"": {}})
     check_values: Callable[..., None] | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)
-    limits: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
     gradient: Gradient | None = None
     same_dtype: tuple[str, ...] = ()
     core: Mapping[str, int] | None = None  # dims of each tensor argument below its batch dims
@@ -97,7 +98,7 @@ class _Part:
     name: str
     reference: Callable[..., Any]
     kernels: Mapping[str, str]
-    limits: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
 
 
 def all_ops() -> tuple[OpSpec, ...]:
@@ -455,8 +456,8 @@ def _function(
             ctx.save_for_backward(*saved)
             ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
             device = inputs[installed.tensors[0]].device.type
-            ctx.backend = backend.choose(spec, device, inputs)[0]
             ctx.precision = backend.resolve_precision(inputs[-1])
+            ctx.backend = backend.choose(spec, device, (*inputs[:-1], ctx.precision))[0]
             ctx.set_materialize_grads(False)
             if has_forward:
                 ctx.mark_non_differentiable(output[1])

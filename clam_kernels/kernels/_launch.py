@@ -22,6 +22,11 @@ WIDEST = 128
 SCRATCH = 1 << 26
 
 
+def why_not(v: Tensor, *_: Any) -> str | None:
+    """Why these arguments are not for Triton, or None."""
+    return "float64 is computed by the reference" if v.dtype == torch.float64 else None
+
+
 def dim(d: int) -> int:
     """Features of a tile: the next power of two that tl.dot takes."""
     return max(16, triton.next_power_of_2(d))

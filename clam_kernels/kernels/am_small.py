@@ -50,6 +50,16 @@ def why_not(v: Tensor, rho: Tensor, beta: Beta, *_: Any) -> str | None:
     return None
 
 
+def why_slower(v: Tensor, rho: Tensor, *rest: Any) -> str | None:
+    """Why Triton is taken although this path could: it has no matrix units, whose lower modes win
+    where products and not exponentials are the cost.
+    """
+    precision = rest[-1] if rest and isinstance(rest[-1], str) else "highest"
+    if precision == "highest" or v.shape[-1] <= 8:
+        return None
+    return f"{precision} precision at D = {v.shape[-1]} is for matrix units"
+
+
 class _Operands(NamedTuple):
     """The arguments as the library takes them."""
 

@@ -435,15 +435,20 @@ def am_assign(
 
 _REST = "float step=1.0, Tensor? update_mask=None, Tensor? log_weights=None, str? precision=None"
 _truth = python_fallback.am
-_TRITON = "clam_kernels.kernels.am"
-_TRITON_BACKWARD = "clam_kernels.kernels.am_backward"
+_ROOM = "clam_kernels.kernels"
+_LIMITS = {"triton": f"{_ROOM}._launch:why_not"}
+_SMALL_LIMITS = {
+    **_LIMITS,
+    "cuda": f"{_ROOM}.am_small:why_not",
+    "auto-cuda": f"{_ROOM}.am_small:why_slower",
+}
 
 
-def _fits_triton(v: Tensor, *_: Any) -> str | None:
-    return "float64 is computed by the reference" if v.dtype == torch.float64 else None
+def _kernels(function: str, backward: bool = False, small: bool = False) -> dict[str, str]:
+    """Where a function's Triton kernel is and, if `small`, the CUDA one for few features."""
+    found = {"triton": f"{_ROOM}.am{'_backward' if backward else ''}:{function}"}
+    return {**found, "cuda": f"{_ROOM}.am_small:{function}"} if small else found
 
-
-_LIMITS = {"triton": _fits_triton}
 
 AM_STEP = op(
     name="am_step",
@@ -456,13 +461,13 @@ AM_STEP = op(
     truth=_truth.am_step,
     reference=_truth.am_step_forward,
     function=am_step,
-    kernels={"triton": f"{_TRITON}:am_step"},
-    limits=_LIMITS,
+    kernels=_kernels("am_step", small=True),
+    limits=_SMALL_LIMITS,
     gradient=Gradient(
         reference=_truth.am_step_backward,
-        kernels={"triton": f"{_TRITON_BACKWARD}:am_step_backward"},
+        kernels=_kernels("am_step_backward", backward=True, small=True),
         saved=(_truth.am_step_saved, _fake_step_saved),
-        saved_kernels={"triton": f"{_TRITON}:am_step_saved"},
+        saved_kernels=_kernels("am_step_saved", small=True),
     ),
     same_dtype=("v", "rho"),
     core=_CORE,
@@ -479,11 +484,11 @@ AM_RECURSION = op(
     truth=_truth.am_recursion,
     reference=_truth.am_recursion_forward,
     function=am_recursion,
-    kernels={"triton": f"{_TRITON}:am_recursion"},
-    limits=_LIMITS,
+    kernels=_kernels("am_recursion", small=True),
+    limits=_SMALL_LIMITS,
     gradient=Gradient(
         reference=_truth.am_recursion_backward,
-        kernels={"triton": f"{_TRITON_BACKWARD}:am_recursion_backward"},
+        kernels=_kernels("am_recursion_backward", backward=True, small=True),
     ),
     same_dtype=("v", "rho"),
     core=_CORE,
@@ -500,11 +505,11 @@ AM_ENERGY = op(
     truth=_truth.am_energy,
     reference=_truth.am_energy_forward,
     function=am_energy,
-    kernels={"triton": f"{_TRITON}:am_energy"},
+    kernels=_kernels("am_energy"),
     limits=_LIMITS,
     gradient=Gradient(
         reference=_truth.am_energy_backward,
-        kernels={"triton": f"{_TRITON_BACKWARD}:am_energy_backward"},
+        kernels=_kernels("am_energy_backward", backward=True),
         output_dims=1,
     ),
     same_dtype=("v", "rho"),
@@ -520,7 +525,7 @@ AM_ASSIGN = op(
     truth=_truth.am_assign,
     reference=_truth.am_assign_forward,
     function=am_assign,
-    kernels={"triton": f"{_TRITON}:am_assign"},
+    kernels=_kernels("am_assign"),
     limits=_LIMITS,
     same_dtype=("v", "rho"),
     core=_CORE,
