@@ -39,7 +39,7 @@ from clam_kernels.kernels import _launch, am, am_backward
 ARCHS = {80: "sm_80", 86: "sm_86", 90: "sm_90", 100: "sm_100"}
 MODES = ("highest", "high", "medium")
 DIMS = (16, 32, 64, 128, 200)
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.uint8: "*u8",
@@ -66,14 +66,12 @@ def record(arch: str, call: Callable[[], object]) -> list[Launch]:
 
     before = _launch.launch, _launch.arch_of
     _launch.launch, _launch.arch_of = note, lambda device: arch  # type: ignore[assignment]
-    for cached in (_launch.config, _launch.settings):
-        cached.cache_clear()
+    _launch.settings.cache_clear()
     try:
         call()
     finally:
         _launch.launch, _launch.arch_of = before
-        for cached in (_launch.config, _launch.settings):
-            cached.cache_clear()
+        _launch.settings.cache_clear()
     return found
 
 
@@ -127,7 +125,7 @@ def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, An
 def compiled(one: Launch, arch: int) -> Any:
     types, constants, attributes = signature(one)
     source = ASTSource(fn=one.kernel, signature=types, constexprs=constants, attrs=attributes)
-    options = {n: one.options[n] for n in OPTIONS} | {"enable_fp_fusion": True}
+    options = {n: one.options[n] for n in OPTIONS if n in one.options} | {"enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

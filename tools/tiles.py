@@ -32,12 +32,26 @@ KERNELS = {
 }
 # What a block may have of shared memory, less what a driver keeps.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Tiles (ROWS, PROTOS, num_warps), best first, by mode and width.
-PLAIN = ["ieee"]
-TILES: dict[str, list[tuple[int, int, int]]] = {
-    "large": [(128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4), (64, 32, 8)],
-    "small": [(64, 32, 8), (32, 32, 4), (32, 32, 8), (32, 16, 4), (16, 16, 4), (16, 16, 8)],
-}
+# Tiles (ROWS, PROTOS, num_warps), best first: where timings count, and elsewhere.
+TILES = [
+    (128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4), (64, 32, 8),
+    (32, 32, 4), (32, 32, 8), (32, 16, 4), (16, 16, 4),
+]  # fmt: skip
+SAFE = {80: [(64, 32, 4), *TILES[4:]], 100: [(128, 64, 8), *TILES[3:]]}
+# A spill of a few registers may be ptxas's wish for occupancy, which a limit of its own overrules.
+SMALL, MOST = 16, 255
+# Float32 values a thread would hold at least; beyond these no tile tried was without spills.
+HELD = {"bf16": 100}
+HELD_SPLIT = 82
+
+
+def held(kernel: str, rows: int, protos: int, width: int) -> int:
+    """Values of the tiles that live through a sweep."""
+    if kernel == "am_memories_backward":
+        return rows * (2 * width + 2 * protos) + 2 * protos * width
+    if kernel == "am_rows_backward":
+        return rows * (3 * width + 2 * protos)
+    return rows * (2 * width + protos) if kernel.startswith("am_recursion") else 0
 
 
 def precisions(mode: str, width: int, arch: int) -> list[str]:
@@ -49,16 +63,23 @@ def precisions(mode: str, width: int, arch: int) -> list[str]:
     return ["ieee"] if width <= 16 or arch < 90 else ["bf16x6", "ieee"]
 
 
-def candidates(mode: str, width: int, arch: int, wide: bool) -> Iterator[dict[str, Any]]:
+def candidates(
+    kernel: str, mode: str, width: int, arch: int, wide: bool
+) -> Iterator[dict[str, Any]]:
     """Launch options, best first."""
     for precision in precisions(mode, width, arch):
-        for rows, protos, warps in TILES["large"] + TILES["small"]:
+        for rows, protos, warps in SAFE.get(arch, TILES):
             if precision == "ieee" and rows * max(protos, min(width, 64)) > 4096 * 2:
                 continue
             for piece in (64, 32) if wide else (0,):
+                need = held(kernel, rows, protos, piece or width) / (32 * warps)
+                if need > HELD.get(precision, HELD_SPLIT):
+                    continue
                 tile: dict[str, Any] = {"ROWS": rows, "PROTOS": protos, "PREC": precision}
                 tile |= {"DIM": piece} if wide else {}
-                yield tile | {"num_warps": warps, "num_stages": 1}
+                tile |= {"num_warps": warps, "num_stages": 1}
+                yield tile
+                yield tile | {"maxnreg": MOST}
 
 
 def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> Iterator[Any]:
@@ -116,9 +137,15 @@ def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path)
     name = f"{kernel}_wide" if wide else kernel
     width = _launch.WIDEST if wide else _launch.dim(d)
     known: dict[str, dict[str, str]] = json.loads(cache.read_text()) if cache.exists() else {}
-    for tile in candidates(mode, width, arch, wide):
+    last = ""
+    for tile in candidates(kernel, mode, width, arch, wide):
+        if "maxnreg" in tile and not last.endswith("spill"):
+            continue
+        if "maxnreg" in tile and int(last.split()[0]) > SMALL:
+            continue
         key = f"{kernel}/{arch}/{mode}/{d}/{json.dumps(tile)}"
         seen = known.setdefault(key, {})
+        last = seen.get(version, "")
         if any(seen.values()):
             continue
         if version not in seen:
@@ -129,14 +156,22 @@ def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path)
             cache.write_text(json.dumps(fresh, indent=0))
             told = seen[version] or "chosen"
             print(f"sm_{arch} {name} {mode} {width} {tile}: {told}", flush=True)
-        if not seen[version]:
-            table = json.loads(_launch.TABLE.read_text(encoding="utf-8"))
-            rows = ["sm_80", "sm_86"] if arch == 80 else [resources.ARCHS[arch]]
-            for row in rows:
-                table[name][f"{row}/{mode}/{width}"] = tile
-            write(table)
+        last = seen[version]
+        if not last:
+            put(name, arch, f"{mode}/{width}", tile)
             return
-    print(f"sm_{arch} {name} {mode} {width}: NO TILE FITS", flush=True)
+    put(name, arch, f"{mode}/{width}", None)
+    print(f"sm_{arch} {name} {mode} {width}: none, the wide form serves", flush=True)
+
+
+def put(name: str, arch: int, row: str, tile: dict[str, Any] | None) -> None:
+    """Set or remove a row; one compile stands for both GPUs of capability 8."""
+    table = json.loads(_launch.TABLE.read_text(encoding="utf-8"))
+    for gpu in ["sm_80", "sm_86"] if arch == 80 else [resources.ARCHS[arch]]:
+        table[name].pop(f"{gpu}/{row}", None)
+        if tile is not None:
+            table[name][f"{gpu}/{row}"] = tile
+    write(table)
 
 
 def write(table: dict[str, dict[str, dict[str, Any]]]) -> None:

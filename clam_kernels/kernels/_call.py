@@ -89,13 +89,10 @@ class Call:
         plain = keep == 0 and not self.masked and not self.memories.per_memory
         return self.settings("am_recursion" if plain else "am_recursion_full")
 
-    @property
-    def tile(self) -> dict[str, Any]:
-        """Constants of every kernel over these operands."""
-        memories = self.memories
-        wide = self.features > _launch.WIDEST
-        width = _launch.dim(self.features)
-        return {"D": self.features, "STRIDE": memories.stride} | ({} if wide else {"DIM": width})
+    def tile(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """Constants of a kernel over these operands; DIM holds a whole row unless it is chosen."""
+        width = {"DIM": _launch.dim(self.features)}
+        return {"D": self.features, "STRIDE": self.memories.stride, **width, **chosen}
 
 
 def _full(mask: Tensor, v: Tensor) -> Tensor:

@@ -70,17 +70,15 @@ def arch_of(device: torch.device) -> str:
 
 
 @functools.cache
-def config(kernel: str, device: torch.device, mode: str, width: int) -> dict[str, Any]:
-    """Constants and options of a kernel for a mode and a number of features."""
-    return dict(table()[kernel][f"{arch_of(device)}/{mode}/{width}"])
-
-
-@functools.cache
 def settings(kernel: str, device: torch.device, mode: str, d: int) -> dict[str, Any]:
-    """Tile and options of a launch over rows of `d` features, PREC as this process can run it."""
-    wide = d > WIDEST
-    name = f"{kernel}_wide" if wide else kernel
-    found = config(name, device, mode, WIDEST if wide else dim(d))
+    """Constants and options of a launch over rows of `d` features.
+
+    With DIM where rows are too wide for registers and are read DIM features at a time: beyond
+    `WIDEST`, or where no tile of that width fits.
+    """
+    here = f"{arch_of(device)}/{mode}"
+    narrow = table()[kernel].get(f"{here}/{dim(d)}") if d <= WIDEST else None
+    found = dict(narrow or table()[f"{kernel}_wide"][f"{here}/{WIDEST}"])
     if INTERPRETED:  # its cost is by the operation, not by the entry, and it has no bfloat16
         found.update(PREC="ieee", ROWS=256)
     return found

@@ -368,11 +368,11 @@ def assign_kernel(
         )  # fmt: skip
     index = state[1]
     some = index >= 0
-    top = float("-inf")
+    alive = 0
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
         bias = tl.load(SIDE + count + k, mask=k < count, other=float("-inf"))
-        top = tl.maximum(top, tl.max(bias, 0))
+        alive = tl.maximum(alive, tl.max(tl.where(bias == float("-inf"), 0, 1), 0))
     sqdist, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
@@ -381,7 +381,7 @@ def assign_kernel(
         poison += tl.sum(x * 0.0, 1)
     regular = poison == 0.0
     sqdist = tl.where(regular, sqdist, float("nan"))
-    sqdist = tl.where(top == float("-inf"), float("inf"), sqdist)
+    sqdist = tl.where(alive == 0, float("inf"), sqdist)
     p = problem.to(tl.int64) * rows + at
     tl.store(LABEL + p, tl.where(regular & some, index, -1).to(tl.int64), mask=live)
     tl.store(SQDIST + p, sqdist, mask=live)
@@ -394,7 +394,7 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
     """Launch the recursion over all rows; those too wide for registers in cells of scratch."""
     keep = 0 if lse is None else 1
     chosen = call.recursion(keep)
-    block, wide = chosen["ROWS"], call.features > _launch.WIDEST
+    block, wide = chosen["ROWS"], "DIM" in chosen
     blocks = triton.cdiv(call.rows, block)
     out = out.view(call.outer, call.inner, call.rows, call.features)
     flags = flags_of(call, chosen, keep)
@@ -424,13 +424,11 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
 def flags_of(call: Call, chosen: dict[str, Any], keep: int) -> dict[str, Any]:
     """Constants of a recursion kernel."""
     memories = call.memories
-    resident = memories.size <= chosen["PROTOS"] and call.features <= _launch.WIDEST
     return {
-        **call.tile,
-        **chosen,
+        **call.tile(chosen),
         "PER_MEMORY": memories.per_memory,
         "HARD": memories.hard,
-        "RESIDENT": resident,
+        "RESIDENT": memories.size <= chosen["PROTOS"] and "DIM" not in chosen,
         "MASK": call.masked,
         "KEEP": keep,
     }
@@ -513,7 +511,7 @@ def _score(call: Call, kernel: Any, name: str, outs: list[Tensor]) -> None:
     _launch.launch(
         kernel, (call.outer * call.inner * blocks,), call.device, v, table, side, centre, *outs,
         call.rows, call.memories.size, call.inner, blocks, *strides,
-        **{**call.tile, **chosen, "WIDE": call.features > _launch.WIDEST},
+        **call.tile(chosen), WIDE="DIM" in chosen,
     )  # fmt: skip
 
 

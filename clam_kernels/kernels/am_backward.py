@@ -28,6 +28,8 @@ from .am import flags_of, gain_of, recursion_kernel, recursion_wide_kernel
 # Programs that share the rows of one tile of memories: enough for any GPU, and a function of the
 # shape alone, so that sums have the same order on all.
 PROGRAMS = 512
+# Wider rows leave no registers for a whole tile's weights and slopes at once.
+RESIDENT_FEATURES = 32
 _LOG2E = tl.constexpr(LOG2E)
 
 
@@ -342,7 +344,7 @@ def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
     blocks = triton.cdiv(call.rows, block)
     limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 3) * block))
     most = max(1, _launch.SCRATCH // (call.memories.size * stride))
-    kernel = recursion_wide_kernel if call.features > _launch.WIDEST else recursion_kernel
+    kernel = recursion_wide_kernel if "DIM" in chosen else recursion_kernel
     for o, problems, first, count in call.cells(blocks, limit, most):
         strip = (problems.stop - problems.start) * count * block
         path, pull = (call.new(steps, strip, stride) for _ in range(2))
@@ -361,7 +363,7 @@ def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
 def _sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: bool) -> None:
     """The memories' side of one cell."""
     chosen = call.settings("am_memories_backward")
-    memories, wide = call.memories, call.features > _launch.WIDEST
+    memories, wide = call.memories, "DIM" in chosen
     tiles = triton.cdiv(memories.size, chosen["PROTOS"])
     pieces = triton.cdiv(memories.stride, chosen["DIM"]) if wide else 1
     splits = max(1, min(cell.blocks, PROGRAMS // (tiles * pieces * cell.size)))
@@ -373,7 +375,7 @@ def _sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: 
         memories_backward_kernel, (tiles * pieces, splits, cell.size), call.device,
         table, side, cell.top, cell.total, cell.delta, cell.path, cell.pull, part, sums,
         memories.size, cell.size, steps, cell.size * cell.rows, cell.rows, share, *strides[2:],
-        **{**call.tile, **chosen}, PER_MEMORY=memories.per_memory, HARD=memories.hard,
+        **call.tile(chosen), PER_MEMORY=memories.per_memory, HARD=memories.hard,
         ENERGY=energy, WIDE=wide,
     )  # fmt: skip
     totals.add(cell.o, cell.problems, part, sums)
@@ -390,13 +392,14 @@ def _walk_back(
     views = (x.view(call.outer, call.inner, call.rows, -1) for x in (grad, out, masked))
     grads, outs, masks = (x[cell.o, cell.problems] for x in views)
     _launch.launch(
-        rows_backward_wide_kernel if call.features > _launch.WIDEST else rows_backward_kernel,
+        rows_backward_wide_kernel if "DIM" in chosen else rows_backward_kernel,
         grid, call.device, grads, table, side, mask, outs, masks,
         cell.top, cell.total, cell.delta, cell.path, cell.pull,
         call.rows, call.memories.size, cell.size, len(cell.path), step, first, share,
-        cell.size * cell.rows, *strides[2:], *u, **call.tile, **chosen,
+        cell.size * cell.rows, *strides[2:], *u, **call.tile(chosen),
         PER_MEMORY=call.memories.per_memory, HARD=call.memories.hard, MASK=call.masked,
-        MASK_GRAD=wants, RESIDENT=call.memories.size <= chosen["PROTOS"],
+        MASK_GRAD=wants,
+        RESIDENT=call.memories.size <= chosen["PROTOS"] and call.features <= RESIDENT_FEATURES,
     )  # fmt: skip
 
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel as it ships, compiled for GPUs that are not here: no spills, no atomics, the matrix
+instruction that was meant, and the registers and shared memory of the committed table.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TABLE = Path(__file__).with_name("resources.json")
+# What a block may ask for, in bytes; sm_86 stands for consumer Ampere and Ada.
+SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+PRODUCTS = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+SECOND = ROOT / ".venv/triton36"
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing"),
+]
+
+
+def compiles(tmp_path: Path, *arguments: str, path: Path | None = None) -> dict[str, Any]:
+    """What tools/resources.py finds, in a process of its own: the interpreter must be off."""
+    out = tmp_path / "found.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, str(ROOT / "tools/resources.py"), *arguments, "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    assert found, "nothing was compiled"
+    return found
+
+
+@functools.cache
+def committed(triton: str) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))[triton]
+    return table
+
+
+def judge(name: str, found: dict[str, Any]) -> None:
+    assert "error" not in found, f"{name}: {found['error']}"
+    arch = name.partition("/")[0]
+    assert found["spills"] == 0, name
+    assert found["atomics"] == 0, name
+    assert found["shared"] <= SHARED[arch], name
+
+
+@pytest.mark.parametrize("triton", ["3.9.0", "3.6.0"])
+def test_the_committed_table_is_clean(triton):
+    """Every GPU, every mode, every width, without a spill or an atomic."""
+    table = committed(triton)
+    for name, found in table.items():
+        judge(name, found)
+    archs = {name.partition("/")[0] for name in table}
+    assert archs == set(SHARED)
+    for arch in archs:
+        for mode in ("highest", "high", "medium"):
+            for width in ("16", "32", "64", "128", "200"):
+                some = [
+                    n
+                    for n in table
+                    if n.startswith(f"{arch}/recursion") and f"/{mode}/{width}/" in n
+                ]
+                assert some, (arch, mode, width)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_lower_modes_multiply_on_matrix_units(arch):
+    """wgmma and its like need 64 rows a warpgroup; below them the older instruction serves."""
+    table = committed("3.9.0")
+    mine = {n: f for n, f in table.items() if n.startswith(f"{arch}/") and "/any/" not in n}
+    for name, found in mine.items():
+        if "/medium/" in name or "/high/" in name:
+            assert found["product"] != "fma" or "hard" in name, name
+    wide = [f["product"] for n, f in mine.items() if n.startswith(f"{arch}/recursion/medium/16")]
+    assert PRODUCTS[arch] in wide
+
+
+SAMPLE = ("--arch", "90", "--mode", "highest", "--dim", "16", "--base")
+
+
+def test_a_sample_compiles_to_the_table(tmp_path):
+    import triton
+
+    if triton.__version__ not in json.loads(TABLE.read_text(encoding="utf-8")):
+        pytest.skip(f"the table has no triton {triton.__version__}")
+    table = committed(triton.__version__)
+    for name, found in compiles(tmp_path, *SAMPLE).items():
+        judge(name, found)
+        assert found == table[name], name
+
+
+@pytest.mark.skipif(not SECOND.is_dir(), reason=".venv/triton36 is missing: make setup")
+def test_a_sample_compiles_with_the_gpu_machines_triton(tmp_path):
+    table = committed("3.6.0")
+    for name, found in compiles(tmp_path, *SAMPLE, "--kernel", "recursion", path=SECOND).items():
+        judge(name, found)
+        assert found == table[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("second", [False, True], ids=["3.9.0", "3.6.0"])
+def test_everything_compiles_to_the_table(tmp_path, second):
+    table = committed("3.6.0" if second else "3.9.0")
+    found = compiles(tmp_path, path=SECOND if second else None)
+    assert found.keys() == table.keys()
+    changed = {name: (table[name], found[name]) for name in table if found[name] != table[name]}
+    assert not changed

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the Triton kernels: views of batches, cells of scratch, rows too wide for
+registers, how often a GPU would compile. All through the interpreter, on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import clam_kernels
+from clam_kernels import testing
+from python_fallback import am as truth
+
+pytest.importorskip("triton", reason="triton is missing")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1 in this process"
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def operands():
+    return importlib.import_module("clam_kernels.kernels._operands")
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_batch_is_two_dims_of_strides(operands, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    full = [pick(3) + 1 for _ in range(pick(5))]
+    given = []
+    for core in (2, 2, 1, 1):
+        kept = pick(len(full) + 1)
+        lead = [n if pick(3) else 1 for n in full[len(full) - kept :]]
+        x = torch.randn(*lead, *[4 + pick(2) for _ in range(core)], generator=generator)
+        if pick(3) == 0 and x.ndim > 1:
+            x = x.transpose(0, -1).contiguous().transpose(0, -1)
+        given.append((x, core))
+    batch = operands.batch_of(given)
+    for (x, core), view in zip(given, operands.arrange(batch, given), strict=True):
+        tail = x.shape[x.ndim - core :]
+        want = x.expand(*batch, *tail).reshape(-1, *tail)
+        assert torch.equal(view.reshape(-1, *tail), want)
+
+
+def test_a_shared_operand_is_not_copied(operands):
+    """Batches that cross are two strides, 0 where an operand is shared."""
+    v, rho = torch.randn(2, 1, 5, 3), torch.randn(3, 4, 3)
+    views = operands.arrange((2, 3), [(v, 2), (rho, 2)])
+    assert [x.data_ptr() for x in views] == [v.data_ptr(), rho.data_ptr()]
+    assert [x.stride()[:2] for x in views] == [(15, 0), (0, 12)]
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _wide_calls(d: int) -> list[tuple[str, tuple[object, ...]]]:
+    v, rho, mask = _random(40, d), _random(33, d, seed=1), torch.rand(40, d).double()
+    weights = _random(33, seed=2)
+    weights[1] = -math.inf
+    sharp = torch.tensor(2.0 / d, dtype=torch.float64)
+    each = 2.0 / d * torch.rand(33, dtype=torch.float64)
+    dead = torch.full((33,), -math.inf, dtype=torch.float64)
+    return [
+        ("am_step", (v, rho, sharp, 0.7, None, None)),
+        ("am_recursion", (v, rho, each, 3, 0.6, mask, weights)),
+        ("am_recursion", (v, rho, math.inf, 2, 0.6, mask, weights)),
+        ("am_recursion", (_random(2, 40, d), rho, sharp, 2, 1.0, None, dead)),
+        ("am_energy", (v, rho, sharp, weights)),
+        ("am_assign", (v, rho, weights)),
+    ]
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_rows_too_wide_for_registers(case):
+    """D 150 takes the wide forms: outputs and gradients against float64."""
+    op, args = _wide_calls(150)[case]
+    _agrees(op, args)
+
+
+def _agrees(op: str, args: tuple[object, ...]) -> None:
+    spec, names = testing.spec_of(op), testing.argument_names(op)
+    wanted = tuple(
+        n for n, a in zip(names, args, strict=False) if isinstance(a, Tensor) and spec.gradient
+    )
+    call = testing.Sample(op, "wide", args, wanted).cast(torch.float32)
+    with clam_kernels.backend("triton"):
+        found = testing.evaluate(spec.packet, call, wanted)
+    grads = testing.upstream(found.outputs)
+    exact = testing.evaluate(spec.truth, call.cast(torch.float64), wanted, grads)
+    eager = testing.evaluate(spec.truth, call, wanted, grads)
+    for rows in zip(found.outputs, exact.outputs, eager.outputs, strict=True):
+        testing.assert_close(*rows)
+    for name in wanted:
+        triple = (values.gradients[name] for values in (found, exact, eager))
+        testing.assert_close(*triple, what=name, scale=4.0)
+
+
+@pytest.mark.parametrize(("d", "budget"), [(5, 1), (5, 3000), (5, 40_000), (150, 20_000)])
+def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d):
+    """A cell is a part of a problem, one problem or several; batches of either side."""
+    launch = importlib.import_module("clam_kernels.kernels._launch")
+    monkeypatch.setattr(launch, "SCRATCH", budget)
+    call = importlib.import_module("clam_kernels.kernels._call")
+    monkeypatch.setattr(
+        call.Call, "settings", lambda self, name: {**SETTINGS(self, name), "ROWS": 16}
+    )
+    n = 37 if d == 5 else 18
+    v, rho = _random(3, 2, n, d), _random(7, d, seed=1)
+    beta = torch.rand(3, 1, 7, dtype=torch.float64) / d
+    _agrees("am_recursion", (v, rho, beta, 2, 0.7, None, None))
+    if d == 5:
+        _agrees("am_recursion", (v, rho, beta.new_tensor(1.0 / d), 2, 0.7, None, None))
+
+
+SETTINGS = importlib.import_module("clam_kernels.kernels._call").Call.settings
+
+
+def test_few_shapes_are_compiled_anew():
+    """Fifty row and memory counts, step counts and batches are a handful of specialisations."""
+    code = (
+        "import sys; sys.path.insert(0, 'tools')\n"
+        "import torch, resources\n"
+        "from clam_kernels.kernels import am\n"
+        "keys = set()\n"
+        "for i in range(50):\n"
+        "    v = torch.zeros(*([3] if i % 5 == 0 else []), 1000 + 37 * i, 16)\n"
+        "    rho = torch.zeros(70 + 13 * i, 16)\n"
+        "    call = lambda: am.am_recursion(v, rho, 1.0, 1 + i, 1.0, None, None, 'highest')\n"
+        "    for one in resources.record('sm_90', call):\n"
+        "        keys.add(repr((one.name, resources.signature(one))))\n"
+        "print(len(keys))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert int(done.stdout) <= 4
+
+
+def test_offsets_are_64_bits_wide():
+    """A batch stride past 2^31 reaches the right rows: views into one large, untouched buffer."""
+    rows, d = 3, 4
+    far = (1 << 31) + 64
+    try:
+        buffer = torch.empty(far + rows * d)
+    except RuntimeError:
+        pytest.skip("no 8 GB of address space here")
+    v = buffer.as_strided((2, rows, d), (far, d, 1))
+    small = torch.randn(2, rows, d, generator=torch.Generator().manual_seed(0))
+    v.copy_(small)
+    rho = torch.randn(2, 5, d, generator=torch.Generator().manual_seed(1))
+    with clam_kernels.backend("triton"):
+        found = torch.ops.clam.am_step(v, rho, 1.0)
+    torch.testing.assert_close(found, truth.am_step(small, rho, 1.0), rtol=1e-5, atol=1e-5)
