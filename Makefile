@@ -8,10 +8,10 @@ RUN := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all test-interpreted resources demo bench readme-bench docs clean
+.PHONY: help setup check test test-all test-interpreted tiles resources demo bench readme-bench docs clean
 
 help:
-	@echo "make setup | check | test | test-all | test-interpreted | resources | demo | bench | readme-bench | docs | clean"
+	@echo "make setup | check | test | test-all | test-interpreted | tiles | resources | demo | bench | readme-bench | docs | clean"
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -33,6 +33,18 @@ test-all: setup
 # The whole contract suite through Triton's interpreter; also on a machine with a GPU.
 test-interpreted: setup
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/contract -k triton-interpreted
+
+# Tiles of the kernels for each GPU, and what the kernels need with them: compiled with both tritons,
+# an hour or more. TRITON36 is where setup puts the second.
+TRITON36 := PYTHONPATH=$(CURDIR)/.venv/triton36
+tiles: setup
+	$(RUN) tools/tiles.py
+	$(TRITON36) $(RUN) tools/tiles.py
+	$(RUN) tools/tiles.py
+
+resources: setup
+	$(RUN) tools/resources.py --table tests/aot/resources.json
+	$(TRITON36) $(RUN) tools/resources.py --table tests/aot/resources.json
 
 demo: setup
 	$(RUN) examples/digits.py --out runs/demo --seed 0 --json runs/demo/report.json

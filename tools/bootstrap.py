@@ -26,6 +26,7 @@ PYTHON_FLOOR = (3, 10)
 TORCH_FLOOR = (2, 10)
 TORCH = "torch>=" + ".".join(map(str, TORCH_FLOOR))
 CONSTRAINTS = "constraints-cpu.txt"
+SECOND_TRITON = "3.6.0"
 WATCHED = ("pyproject.toml", "setup.py", CONSTRAINTS, "tools/bootstrap.py")
 # What setup.py reads: another wish is another build.
 WISHES = ("CLAM_CUDA", "CLAM_CUDA_ARCHS", "CUDA_HOME")
@@ -208,6 +209,20 @@ def cpu_constrained() -> bool:
     return wanted is not None and torch_of(venv_python()) == wanted.group(1)
 
 
+def second_triton() -> None:
+    """The triton that GPU machines run, beside the newer one that interprets: kernels are compiled
+    ahead of time with both. Only tests want it, so its absence is a line and no failure.
+    """
+    target = VENV / "triton36"
+    if (target / "triton").is_dir():
+        return
+    say(f"triton {SECOND_TRITON}, to compile for GPUs")
+    wanted = f"triton=={SECOND_TRITON}"
+    failure = pip("install", "-q", "--no-deps", "--target", str(target), wanted)
+    if failure is not None:
+        say(f"triton {SECOND_TRITON} is not to be had: its tests will be skipped")
+
+
 def cuda_line() -> str:
     """What the build did about the CUDA library."""
     try:
@@ -244,6 +259,8 @@ def setup() -> None:
     failure = pip("install", "-q", *extra, "--no-build-isolation", "-e", ".[dev]")
     if failure is not None:
         raise SetupError(f"clam_kernels could not be installed:\n{failure}")
+    if constrained:
+        second_triton()
     say(cuda_line())
     STAMP.write_text(stamp(), encoding="utf-8")
 

@@ -2,7 +2,7 @@
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what they need.
 
     tools/resources.py [--arch 80,90] [--mode highest] [--dim 64] [--kernel recursion] [--full]
-                       [--out FILE]
+                       [--base] [--out FILE] [--table FILE]
 
 What is compiled is what the launchers launch: their calls are recorded, arguments and options
 alike, with the table's row for each GPU. Nothing runs, and no driver is needed.
@@ -35,8 +35,8 @@ from triton.compiler import ASTSource
 
 from clam_kernels.kernels import _launch, am, am_backward
 
-# Compute capability to compile for -> row of the table that serves it.
-ARCHS = {80: "sm_80", 86: "sm_86", 90: "sm_90", 100: "sm_100"}
+# Compute capability to compile for -> row of the table that serves it; sm_86's rows are sm_80's.
+ARCHS = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
 MODES = ("highest", "high", "medium")
 DIMS = (16, 32, 64, 128, 200)
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -177,12 +177,13 @@ def cases(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", default="80,86,90,100")
+    parser.add_argument("--arch", default="80,90,100")
     parser.add_argument("--mode", default=",".join(MODES))
     parser.add_argument("--dim", default=",".join(map(str, DIMS)))
     parser.add_argument("--kernel", default="")
     parser.add_argument("--base", action="store_true", help="without the variants of all options")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="write what was found here")
+    parser.add_argument("--table", type=Path, help="put all of it under this triton's version here")
     given = parser.parse_args()
     numbers = [[int(x) for x in text.split(",")] for text in (given.arch, given.dim)]
     table: dict[str, Any] = {}
@@ -198,6 +199,21 @@ def main() -> None:
         print(f"{name:60s} {table[name]} {tile} {time.monotonic() - start:.1f}s", flush=True)
         if given.out:
             given.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if given.table:
+        whole = json.loads(given.table.read_text("utf-8")) if given.table.exists() else {}
+        whole[triton.__version__] = dict(sorted(table.items()))
+        given.table.write_text(spelled(whole), encoding="utf-8")
+
+
+def spelled(table: dict[str, dict[str, Any]]) -> str:
+    """A table of tables as JSON, one line a row."""
+    blocks = []
+    for name in sorted(table):
+        rows = (
+            f"  {json.dumps(row)}: {json.dumps(table[name][row])}" for row in sorted(table[name])
+        )
+        blocks.append(f" {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n }")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
 if __name__ == "__main__":

@@ -171,17 +171,9 @@ def put(name: str, arch: int, row: str, tile: dict[str, Any] | None) -> None:
         table[name].pop(f"{gpu}/{row}", None)
         if tile is not None:
             table[name][f"{gpu}/{row}"] = tile
-    write(table)
-
-
-def write(table: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """One line a row, sorted."""
-    blocks = []
-    for name in sorted(table):
-        rows = table[name]
-        lines = [f"  {json.dumps(row)}: {json.dumps(rows[row])}" for row in sorted(rows)]
-        blocks.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
-    _launch.TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+    draft = _launch.TABLE.with_suffix(".draft")
+    draft.write_text(resources.spelled(table), encoding="utf-8")
+    draft.replace(_launch.TABLE)
 
 
 if __name__ == "__main__":

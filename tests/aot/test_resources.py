@@ -18,9 +18,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("resources.json")
-# What a block may ask for, in bytes; sm_86 stands for consumer Ampere and Ada.
-SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-PRODUCTS = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+# What a block may ask for, in bytes. The rows of sm_80 serve consumer Ampere and Ada too.
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+CONFIGS = ROOT / "clam_kernels/kernels/_configs.json"
 SECOND = ROOT / ".venv/triton36"
 pytestmark = [
     pytest.mark.aot,
@@ -73,6 +74,13 @@ def test_the_committed_table_is_clean(triton):
                     if n.startswith(f"{arch}/recursion") and f"/{mode}/{width}/" in n
                 ]
                 assert some, (arch, mode, width)
+
+
+def test_consumer_gpus_take_the_rows_of_sm_80():
+    for rows in json.loads(CONFIGS.read_text(encoding="utf-8")).values():
+        mine = {n.partition("/")[2]: r for n, r in rows.items() if n.startswith("sm_86/")}
+        assert mine == {n.partition("/")[2]: r for n, r in rows.items() if n.startswith("sm_80/")}
+        assert mine
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])

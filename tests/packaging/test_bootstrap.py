@@ -205,6 +205,11 @@ PROJECT = "install -q --no-build-isolation -e .[dev]"
 CONSTRAINED = "install -q -c constraints-cpu.txt --no-build-isolation -e .[dev]"
 
 
+def second_triton(machine: Machine) -> str:
+    target = machine.bootstrap.VENV / "triton36"
+    return f"install -q --no-deps --target {target} triton==3.6.0"
+
+
 def test_base_torch_is_left_alone(machine: Machine) -> None:
     machine.base_torch, machine.driver = "2.11.0+cu130", True
     assert machine.bootstrap.main() == 0
@@ -220,7 +225,15 @@ def test_driver_takes_the_plain_build(machine: Machine) -> None:
 def test_no_driver_takes_the_cpu_build(machine: Machine) -> None:
     assert machine.bootstrap.main() == 0
     torch = "install -q -c constraints-cpu.txt torch"
-    assert machine.calls == ["venv", torch, SETUPTOOLS, CONSTRAINED]
+    assert machine.calls == ["venv", torch, SETUPTOOLS, CONSTRAINED, second_triton(machine)]
+
+
+def test_without_the_second_triton_setup_succeeds(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.offers = lambda arguments: "triton==3.6.0" not in arguments
+    assert machine.bootstrap.main() == 0
+    assert "triton 3.6.0 is not to be had" in capsys.readouterr().out
 
 
 def test_named_index_where_no_cpu_build_is_offered(
@@ -250,7 +263,7 @@ def test_driver_without_a_plain_build_tries_on(machine: Machine) -> None:
     machine.offers = lambda arguments: "torch>=2.10" not in arguments
     assert machine.bootstrap.main() == 0
     assert machine.calls[2:] == [
-        "install -q -c constraints-cpu.txt torch", SETUPTOOLS, CONSTRAINED
+        "install -q -c constraints-cpu.txt torch", SETUPTOOLS, CONSTRAINED, second_triton(machine)
     ]  # fmt: skip
 
 
@@ -265,7 +278,7 @@ def test_cpu_build_in_the_environment_keeps_its_constraints(machine: Machine) ->
     machine.make_venv()
     machine.venv_torch = "2.13.0+cpu"
     assert machine.bootstrap.main() == 0
-    assert machine.calls == [SETUPTOOLS, CONSTRAINED]
+    assert machine.calls == [SETUPTOOLS, CONSTRAINED, second_triton(machine)]
 
 
 @pytest.mark.parametrize("version", [None, "2.9.1"])
