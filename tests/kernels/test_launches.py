@@ -168,3 +168,30 @@ def test_offsets_are_64_bits_wide():
     with clam_kernels.backend("triton"):
         found = torch.ops.clam.am_step(v, rho, 1.0)
     torch.testing.assert_close(found, truth.am_step(small, rho, 1.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype", "precision", "name", "says"),
+    [
+        (8, torch.float32, "medium", "cuda", "preferred"),
+        (16, torch.float32, "highest", "cuda", "preferred"),
+        (16, torch.float32, "high", "triton", "matrix units"),
+        (17, torch.float16, "highest", "triton", "D = 17"),
+        (16, torch.float64, "highest", "reference", "float64"),
+    ],
+)
+def test_the_automatic_choice_on_a_gpu(monkeypatch, d, dtype, precision, name, says):
+    """By the arguments alone, and with the reason of whatever was passed over."""
+    backend = importlib.import_module("clam_kernels._core.backend")
+    monkeypatch.setattr(backend.library, "why_unavailable", lambda: None)
+    spec = testing.spec_of("am_recursion")
+    v, rho = torch.zeros(5, d, dtype=dtype), torch.zeros(4, d, dtype=dtype)
+    chosen, reason = backend.choose(spec, "cuda", (v, rho, 1.0, 3, 1.0, None, None, precision))
+    assert chosen == name
+    assert says in reason
+
+
+def test_a_forced_backend_says_why_it_cannot(monkeypatch):
+    v = torch.zeros(5, 3, dtype=torch.float64)
+    with clam_kernels.backend("triton"), pytest.raises(RuntimeError, match="by the reference"):
+        torch.ops.clam.am_step(v, v, 1.0)
