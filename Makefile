@@ -8,10 +8,10 @@ RUN := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all test-interpreted tiles resources demo bench readme-bench docs clean
+.PHONY: help setup check test test-all test-interpreted tiles tune resources demo bench readme-bench docs clean
 
 help:
-	@echo "make setup | check | test | test-all | test-interpreted | tiles | resources | demo | bench | readme-bench | docs | clean"
+	@echo "make setup | check | test | test-all | test-interpreted | tiles | tune | resources | demo | bench | readme-bench | docs | clean"
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -41,6 +41,10 @@ tiles: setup
 	$(RUN) tools/tiles.py
 	$(TRITON36) $(RUN) tools/tiles.py
 	$(RUN) tools/tiles.py
+
+# Times the tiles on the GPU at hand and keeps the fastest.
+tune: setup
+	$(RUN) tools/tune.py
 
 resources: setup
 	$(RUN) tools/resources.py --table tests/aot/resources.json

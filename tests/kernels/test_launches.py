@@ -195,3 +195,21 @@ def test_a_forced_backend_says_why_it_cannot(monkeypatch):
     v = torch.zeros(5, 3, dtype=torch.float64)
     with clam_kernels.backend("triton"), pytest.raises(RuntimeError, match="by the reference"):
         torch.ops.clam.am_step(v, v, 1.0)
+
+
+def test_tuning_needs_a_gpu_and_can_be_rehearsed():
+    def tune(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", "tools/tune.py", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+
+    table = ROOT / "clam_kernels/kernels/_configs.json"
+    before = table.read_bytes()
+    if not torch.cuda.is_available():
+        assert tune().returncode == 3
+    done = tune("--dry-run", "--mode", "high", "--dim", "16", "--kernel", "am_recursion")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("am_recursion high 16: ")
+    assert table.read_bytes() == before

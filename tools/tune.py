@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the tiles of tools/tiles.py on the GPU at hand and writes the fastest into the table.
+
+    tools/tune.py [--mode high] [--dim 16,64] [--kernel am_recursion] [--rows 262144] [--dry-run]
+
+Only tiles without spills are timed, on random data, in rounds that alternate between them; a row is
+replaced where another is faster by more than 3 %. Without a GPU: one line, exit code 3. A dry run
+walks the same way on the CPU through Triton's interpreter, on few rows, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DRY = "--dry-run" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clam_kernels.kernels import _launch, am, am_backward  # noqa: E402
+
+# tools/resources.py switches the interpreter off for what it compiles
+tiles = importlib.import_module("tiles")
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"
+ROUNDS, GAIN = 15, 0.97
+
+
+def calls(kernel: str, mode: str, d: int, rows: int, device: str) -> Callable[[], object]:
+    """The call whose time a kernel's tile decides."""
+
+    k = {16: 64, 32: 256}.get(d, 256)
+    make = torch.Generator().manual_seed(0)
+    v, rho = (torch.randn(n, d, generator=make).to(device) for n in (rows, k))
+    if kernel == "am_energy":
+        return partial(am.am_energy, v, rho, 1.0 / d, None, mode)
+    if kernel == "am_assign":
+        return partial(am.am_assign, v, rho, None, mode)
+    if kernel == "am_recursion":
+        return partial(am.am_recursion, v, rho, 1.0 / d, 10, 1.0, None, None, mode)
+    needs = [True, True, False, False, False]
+    rest = (1.0 / d, 10, 1.0, None, None, needs, mode)
+    return partial(am_backward.am_recursion_backward, v, v, rho, *rest)
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """One run, the queue empty before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device: str) -> bool:
+    """Whether what this call launches spills, as the driver says; also compiles it."""
+
+    found: list[Any] = []
+    real = _launch.launch
+
+    def note(one: Any, grid: Any, where: Any, *args: Any, **options: Any) -> None:
+        if device == "cuda" and 0 not in grid:
+            with torch.cuda.device(where):
+                found.append(one[tuple(grid)](*args, enable_fp_fusion=True, **options))
+        else:
+            real(one, grid, where, *args, **options)
+
+    _launch.launch = note
+    try:
+        with_tile(kernel, tile, call)()
+    finally:
+        _launch.launch = real
+    return any(getattr(one, "n_spills", 0) for one in found)
+
+
+def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], object]) -> Callable[[], None]:
+    """The call with a tile in place of the table's."""
+
+    def run() -> None:
+        real = _launch.settings
+        _launch.settings = lambda name, *rest: (  # type: ignore[assignment]
+            {**real(name, *rest), **tile} if name == kernel else real(name, *rest)
+        )
+        try:
+            call()
+        finally:
+            _launch.settings = real
+
+    return run
+
+
+def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[tuple[Any, float]]:
+    """(tile, median seconds) of every tile without spills, the table's own first."""
+    call = calls(kernel, mode, d, rows, device)
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    arch = int(_launch.arch_of(where).removeprefix("sm_"))
+    own = _launch.settings(kernel, where, mode, d)
+    others = tiles.candidates(kernel, mode, _launch.dim(d), max(arch, 80), wide=False)
+    rivals = [own, *(t for t in others if t != own)][: 3 if DRY else None]
+    if DRY:
+        rivals = [{**tile, "PREC": "ieee", "ROWS": 32} for tile in rivals]
+    clean = [tile for tile in rivals if not spills(kernel, tile, call, device)]
+    times: list[list[float]] = [[] for _ in clean]
+    for _ in range(2 if DRY else ROUNDS):
+        for tile, taken in zip(clean, times, strict=True):
+            taken.append(seconds(with_tile(kernel, tile, call), device))
+    yield from zip(clean, map(statistics.median, times), strict=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", default="highest,high,medium")
+    parser.add_argument("--dim", default="16,32,64,128")
+    parser.add_argument("--kernel", default="am_recursion,am_rows_backward,am_memories_backward")
+    parser.add_argument("--rows", type=int, default=262_144)
+    parser.add_argument("--dry-run", action="store_true")
+    given = parser.parse_args()
+    if not DRY and not torch.cuda.is_available():
+        print("no CUDA device: tiles are timed on a GPU (tools/tiles.py chooses by compiling)")
+        return 3
+    device, rows = ("cpu", 64) if DRY else ("cuda", given.rows)
+    for kernel in given.kernel.split(","):
+        for mode in given.mode.split(","):
+            for d in map(int, given.dim.split(",")):
+                found = list(race(kernel, mode, d, rows, device))
+                (own, before), (best, after) = found[0], min(found, key=lambda pair: pair[1])
+                print(
+                    f"{kernel} {mode} {d}: {1e3 * before:.3f} ms, best {1e3 * after:.3f} ms {best}"
+                )
+                if not DRY and best != own and after < GAIN * before:
+                    arch = int(_launch.arch_of(torch.device("cuda", 0)).removeprefix("sm_"))
+                    tiles.put(kernel, arch, f"{mode}/{_launch.dim(d)}", best)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
