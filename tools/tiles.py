@@ -54,10 +54,18 @@ def held(kernel: str, rows: int, protos: int, width: int) -> int:
     return rows * (2 * width + protos) if kernel.startswith("am_recursion") else 0
 
 
-def precisions(mode: str, width: int, arch: int) -> list[str]:
-    """Kinds of product that a mode may use, best first."""
+# Kernels whose logits and slopes must agree bit for bit: a difference of two of them is 0 where one
+# memory has all the weight, and 2 beta multiplies whatever rounding is left of it.
+ALIKE = ("am_recursion_full", "am_rows_backward", "am_memories_backward")
+
+
+def precisions(kernel: str, mode: str, width: int, arch: int) -> list[str]:
+    """Kinds of product that a mode may use, best first; one alone for kernels that must agree."""
     if mode == "medium":
         return ["bf16"]
+    if kernel in ALIKE:
+        lower = "bf16x3" if arch >= 90 else "tf32"
+        return ["ieee" if mode == "highest" else lower]
     if mode == "high":
         return ["bf16x3", "tf32"]
     return ["ieee"] if width <= 16 or arch < 90 else ["bf16x6", "ieee"]
@@ -67,7 +75,7 @@ def candidates(
     kernel: str, mode: str, width: int, arch: int, wide: bool
 ) -> Iterator[dict[str, Any]]:
     """Launch options, best first."""
-    for precision in precisions(mode, width, arch):
+    for precision in precisions(kernel, mode, width, arch):
         for rows, protos, warps in SAFE.get(arch, TILES):
             if precision == "ieee" and rows * max(protos, min(width, 64)) > 4096 * 2:
                 continue

@@ -24,7 +24,11 @@ SCRATCH = 1 << 26
 
 def why_not(v: Tensor, *_: Any) -> str | None:
     """Why these arguments are not for Triton, or None."""
-    return "float64 is computed by the reference" if v.dtype == torch.float64 else None
+    if v.dtype == torch.float64:
+        return "float64 is computed by the reference"
+    if v.is_cuda and torch.cuda.get_device_capability(v.device) < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 or more"
+    return None
 
 
 def dim(d: int) -> int:

@@ -71,12 +71,16 @@ def memories_kernel(
         k = k0 + tl.arange(0, PROTOS)
         lift = tl.zeros((PROTOS,), tl.float32)
         if HAS_WEIGHTS:
-            lift = tl.load(WEIGHTS + k * weights_k, mask=k < count, other=0.0).to(tl.float32)
+            lift = tl.load(WEIGHTS + k.to(tl.int64) * weights_k, mask=k < count, other=0.0).to(
+                tl.float32
+            )
         alive = (k < count) & (lift != float("-inf"))
         alive_count += tl.sum(alive.to(tl.float32), 0)
         here = tl.where(alive, lift * 0.0, 0.0)
         if HAS_BETA:
-            scale = tl.load(BETA + k * beta_k, mask=k < count, other=0.0).to(tl.float32)
+            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0).to(
+                tl.float32
+            )
             here += tl.where(alive, scale * 0.0, 0.0)
         poison += tl.sum(here, 0)
 
@@ -87,7 +91,9 @@ def memories_kernel(
             k = k0 + tl.arange(0, PROTOS)
             alive = k < count
             if HAS_WEIGHTS:
-                lift = tl.load(WEIGHTS + k * weights_k, mask=alive, other=float("-inf"))
+                lift = tl.load(
+                    WEIGHTS + k.to(tl.int64) * weights_k, mask=alive, other=float("-inf")
+                )
                 alive = alive & (lift.to(tl.float32) != float("-inf"))
             total += tl.sum(load_rows(RHO, k.to(tl.int64), alive, d0, D, D, DIM), 0)
         c = total / tl.maximum(alive_count, 1.0) + poison
@@ -98,7 +104,9 @@ def memories_kernel(
         k = k0 + tl.arange(0, PROTOS)
         lift = tl.zeros((PROTOS,), tl.float32)
         if HAS_WEIGHTS:
-            lift = tl.load(WEIGHTS + k * weights_k, mask=k < count, other=0.0).to(tl.float32)
+            lift = tl.load(WEIGHTS + k.to(tl.int64) * weights_k, mask=k < count, other=0.0).to(
+                tl.float32
+            )
         alive = (k < count) & (lift != float("-inf"))
         norm = tl.zeros((PROTOS,), tl.float32)
         for d0 in range(0, D, DIM):
@@ -115,7 +123,9 @@ def memories_kernel(
         else:
             scale = tl.zeros((PROTOS,), tl.float32) + beta
             if HAS_BETA:
-                scale = tl.load(BETA + k * beta_k, mask=k < count, other=0.0).to(tl.float32)
+                scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0).to(
+                    tl.float32
+                )
             bias = (lift - scale * norm) * _LOG2E
             scale = 2.0 * scale * _LOG2E
         live = k < count

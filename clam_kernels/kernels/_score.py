@@ -15,10 +15,16 @@ import triton.language as tl
 @triton.jit
 def dot(a, b, PREC: tl.constexpr):
     """Product a @ b summed in float32; "bf16" rounds the factors, other modes are triton's own."""
+    return dot_onto(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32), PREC)
+
+
+@triton.jit
+def dot_onto(a, b, c, PREC: tl.constexpr):
+    """Product a @ b summed onto c: with "ieee" a product in pieces has the bits of the whole."""
     if PREC == "bf16":
-        c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+        c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), c)
     else:
-        c = tl.dot(a, b, input_precision=PREC)
+        c = tl.dot(a, b, c, input_precision=PREC)
     return c
 
 
@@ -76,7 +82,7 @@ def wide_inner(
     for d0 in range(0, D, DIM):
         x = load_rows(X, at, live, d0, D, STRIDE, DIM)
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
-        s += dot(x, tl.trans(rho), PREC)
+        s = dot_onto(x, tl.trans(rho), s, PREC)
     return s
 
 
@@ -91,7 +97,7 @@ def given_inner(
     for d0 in range(0, D, DIM):
         x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
-        s += dot(x, tl.trans(rho), PREC)
+        s = dot_onto(x, tl.trans(rho), s, PREC)
     return s
 
 

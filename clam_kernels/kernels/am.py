@@ -79,7 +79,8 @@ def recalled(
         )  # fmt: skip
         index = state[1]
         some = index >= 0
-        xb = load_rows(table[0], index.to(tl.int64), some, 0, D, STRIDE, DIM)
+        nearest = tl.minimum(index, count - 1).to(tl.int64)
+        xb = load_rows(table[0], nearest, some, 0, D, STRIDE, DIM)
         top = tl.where(some, index.to(tl.float32), float("-inf"))
         return tl.where(some[:, None], xb, x), top, tl.where(some, 1.0, 0.0)
     if RESIDENT:
@@ -230,7 +231,8 @@ def recursion_wide_kernel(
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             if HARD:
-                xb = load_rows(RHO, index.to(tl.int64), index >= 0, d0, D, STRIDE, DIM)
+                nearest = tl.minimum(index, count - 1).to(tl.int64)
+                xb = load_rows(RHO, nearest, index >= 0, d0, D, STRIDE, DIM)
             else:
                 xb = wide_recall(
                     held, table, count, d0, finite(top),
@@ -376,7 +378,8 @@ def assign_kernel(
     sqdist, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
-        gap = x - load_rows(RHO, index.to(tl.int64), some, d0, D, STRIDE, DIM)
+        nearest = tl.minimum(index, count - 1).to(tl.int64)
+        gap = x - load_rows(RHO, nearest, some, d0, D, STRIDE, DIM)
         sqdist += tl.sum(gap * gap, 1)
         poison += tl.sum(x * 0.0, 1)
     regular = poison == 0.0
@@ -454,8 +457,8 @@ def _recursion(
 ) -> Result:
     call = Call(v, rho, beta, update_mask, log_weights, precision)
     out = _launch.empty(call.shape, v.dtype, v.device)
-    if steps == 0 or (step == 0 and not saves):
-        return Result(out.copy_(v), out)
+    if steps == 0 or step == 0:  # no lse is read where nothing moves
+        return Result(out.copy_(v), call.new(*call.shape[:-1]).zero_() if saves else out)
     raw = out.float() if _launch.INTERPRETED and v.dtype == torch.bfloat16 else out
     lse = call.new(*call.shape[:-1]) if saves else None
     run(call, steps, step, raw, lse)

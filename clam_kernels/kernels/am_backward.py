@@ -28,6 +28,8 @@ from .am import flags_of, gain_of, recursion_kernel, recursion_wide_kernel
 # Programs that share the rows of one tile of memories: enough for any GPU, and a function of the
 # shape alone, so that sums have the same order on all.
 PROGRAMS = 512
+# Problems of a cell are the third dim of a grid, which has a limit.
+MOST_PROBLEMS = 65535
 # Wider rows leave no registers for a whole tile's weights and slopes at once.
 RESIDENT_FEATURES = 32
 _LOG2E = tl.constexpr(LOG2E)
@@ -45,12 +47,23 @@ def inverse_of(TOTAL, at, live):
 
 @triton.jit
 def delta_fold(state, s, tile, PREC: tl.constexpr):
-    """The mean delta = sum_k p_k (h rho_k), of the very products that it is taken from: where one
-    memory has all the weight their difference is 0, and a large beta has nothing to blow up.
+    """Sums of w and of w (h rho_k), with w the weights relative to the largest logit.
+
+    The mean delta must come from the very weights and products that it is taken from: where one
+    memory has all the weight their difference is then exactly 0, and a large beta has nothing to
+    blow up. A sum of weights that another kernel stored is off by a rounding of its logits.
     """
-    delta, h, top, inverse = state
-    w = tl.exp2(s - top[:, None]) * inverse[:, None]
-    return delta + tl.sum(w * dot(h, tl.trans(tile[1]), PREC), 1), h, top, inverse
+    mass, delta, h, top = state
+    w = tl.exp2(s - top[:, None])
+    delta += tl.sum(w * dot(h, tl.trans(tile[1]), PREC), 1)
+    return mass + tl.sum(w, 1), delta, h, top
+
+
+@triton.jit
+def normalised(mass, delta):
+    """(1 / mass, delta / mass), 0 where no memory takes part."""
+    inverse = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))
+    return inverse, tl.where(mass == 0.0, 0.0, delta / tl.where(mass == 0.0, 1.0, mass))
 
 
 @triton.jit
@@ -64,7 +77,7 @@ def slopes_fold(state, s, tile, PREC: tl.constexpr):
 
 @triton.jit
 def pulled(
-    x, h, top, inverse, table, count,
+    x, h, top, table, count,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
@@ -75,22 +88,20 @@ def pulled(
     if RESIDENT:
         tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
         inner = held_inner(held, tile, count, D, STRIDE, DIM, PREC)
-        s = logits(inner, held[1], tile[2], tile[3], PER_MEMORY)
-        w = tl.exp2(s - top[:, None]) * inverse[:, None]
+        w = tl.exp2(logits(inner, held[1], tile[2], tile[3], PER_MEMORY) - top[:, None])
         slope = dot(h, tl.trans(tile[1]), PREC)
-        delta = tl.sum(w * slope, 1)
-        gz = w * (slope - delta[:, None]) * tile[2][None, :]
+        inverse, delta = normalised(tl.sum(w, 1), tl.sum(w * slope, 1))
+        gz = w * inverse[:, None] * (slope - delta[:, None]) * tile[2][None, :]
         acc, lean = dot(gz, tile[1], PREC), tl.sum(gz, 1)
     else:
         seen = sweep(
-            (delta, h, top, inverse), held, table, count, load_memories, held_inner, delta_fold,
+            (delta, delta, h, top), held, table, count, load_memories, held_inner, delta_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
-        delta = seen[0]
+        inverse, delta = normalised(seen[0], seen[1])
         state = sweep(
             (acc, lean, h, delta, top, inverse), held, table, count, load_memories, held_inner,
-            slopes_fold,
-            D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
+            slopes_fold, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
         acc, lean = state[0], state[1]
     if PER_MEMORY:
@@ -102,7 +113,7 @@ def pulled(
     do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
 )
 def rows_backward_kernel(
-    GRAD, RHO, SIDE, U, OUT, MASKED, TOP, TOTAL, DELTA, PATH, PULL,
+    GRAD, RHO, SIDE, U, OUT, MASKED, TOP, DELTA, PATH, PULL,
     rows, count, inner, steps, step, first, blocks, strip,
     m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -137,21 +148,25 @@ def rows_backward_kernel(
             seen = tl.load(MASKED + whole, mask=inside, other=0.0)
             tl.store(MASKED + whole, seen + moves * step * g * (xb - x), mask=inside)
         h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g
+        if MASK_GRAD:  # what was recalled has been read by all before h takes its place
+            tl.debug_barrier()
         tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=stored)
         g -= h
         if not HARD:
             more, delta = pulled(
-                x, h, finite(top), inverse_of(TOTAL, here, every), (RHO, SIDE), count,
+                x, h, finite(top), (RHO, SIDE), count,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, RESIDENT,
             )  # fmt: skip
             tl.store(DELTA + here, delta)
             g += more
+        if MASK_GRAD:  # the next step reads MASKED in another layout
+            tl.debug_barrier()
     tl.store(OUT + whole, g.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def wide_slopes(
-    held, hs, table, k0, count, top, inverse,
+    held, hs, table, k0, count, top,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
     PREC: tl.constexpr, PER_MEMORY: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +174,7 @@ def wide_slopes(
     tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
     inner = wide_inner(held, tile, count, D, STRIDE, DIM, PREC)
     s = logits(inner, held[1], tile[2], tile[3], PER_MEMORY)
-    w = tl.exp2(s - top[:, None]) * inverse[:, None]
+    w = tl.exp2(s - top[:, None])
     return w, wide_inner(hs, tile, count, D, STRIDE, DIM, PREC), tile[2]
 
 
@@ -167,7 +182,7 @@ def wide_slopes(
     do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
 )
 def rows_backward_wide_kernel(
-    GRAD, RHO, SIDE, U, OUT, MASKED, TOP, TOTAL, DELTA, PATH, PULL,
+    GRAD, RHO, SIDE, U, OUT, MASKED, TOP, DELTA, PATH, PULL,
     rows, count, inner, steps, step, first, blocks, strip,
     m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -210,29 +225,33 @@ def rows_backward_wide_kernel(
                 tl.store(MASKED + whole, seen + moves * step * g * (xb - x), mask=inside)
             h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g
             norm += tl.sum(x * x, 1)
+            if MASK_GRAD:
+                tl.debug_barrier()
             tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=(d < STRIDE)[None, :])
             tl.store(OUT + whole, g - h, mask=inside)
         tl.debug_barrier()
         if not HARD:
             held, hs = ((PATH, here, every), 0.5 * norm), ((PULL, here, every), norm)
-            safe, inverse = finite(top), inverse_of(TOTAL, here, every)
-            delta = tl.zeros((ROWS,), tl.float32)
+            safe = finite(top)
+            mass, delta = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
             for k0 in range(0, count, PROTOS):
                 w, slope, scale = wide_slopes(
-                    held, hs, table, k0, count, safe, inverse,
+                    held, hs, table, k0, count, safe,
                     D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
                 )  # fmt: skip
+                mass += tl.sum(w, 1)
                 delta += tl.sum(w * slope, 1)
+            inverse, delta = normalised(mass, delta)
             tl.store(DELTA + here, delta)
             for d0 in range(0, D, DIM):
                 d = d0 + tl.arange(0, DIM)
                 acc, lean = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
                 for k0 in range(0, count, PROTOS):
                     w, slope, scale = wide_slopes(
-                        held, hs, table, k0, count, safe, inverse,
+                        held, hs, table, k0, count, safe,
                         D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
                     )  # fmt: skip
-                    gz = w * (slope - delta[:, None]) * scale[None, :]
+                    gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]
                     k = k0 + tl.arange(0, PROTOS)
                     rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
                     acc += dot(gz, rho, PREC)
@@ -287,7 +306,8 @@ def memories_backward_kernel(
             n = n0 + tl.arange(0, ROWS)
             live = n < end
             at = first + n
-            top = tl.load(TOP + at, mask=live, other=0.0)
+            # rows past the end weigh exp2(-inf), whatever the biases are
+            top = tl.load(TOP + at, mask=live, other=float("inf"))
             inverse = inverse_of(TOTAL, at, live)
             delta = tl.load(DELTA + at, mask=live, other=0.0)
             x = load_rows(PATH, at, live, d0, D, STRIDE, DIM)
@@ -343,12 +363,16 @@ def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
     block = max(chosen["ROWS"], call.settings("am_rows_backward")["ROWS"])
     blocks = triton.cdiv(call.rows, block)
     limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 3) * block))
-    most = max(1, _launch.SCRATCH // (call.memories.size * stride))
+    most = max(1, min(MOST_PROBLEMS, _launch.SCRATCH // (call.memories.size * stride)))
     kernel = recursion_wide_kernel if "DIM" in chosen else recursion_kernel
-    for o, problems, first, count in call.cells(blocks, limit, most):
+    cells = list(call.cells(blocks, limit, most))
+    rows = max((block * count * (p.stop - p.start) for _, p, _, count in cells), default=0)
+    wide = call.new(2, steps * rows * stride)
+    thin = call.new(3, steps * rows)
+    for o, problems, first, count in cells:
         strip = (problems.stop - problems.start) * count * block
-        path, pull = (call.new(steps, strip, stride) for _ in range(2))
-        top, total, delta = (call.new(steps, strip) for _ in range(3))
+        path, pull = wide[:, : steps * strip * stride].view(2, steps, strip, stride)
+        top, total, delta = thin[:, : steps * strip].view(3, steps, strip)
         cell = Cell(o, problems, first, count, block, path, pull, top, total, delta)
         grid, at, share = cell.grid(chosen["ROWS"])
         operands, strides, u = call.at(o, problems)
@@ -394,7 +418,7 @@ def _walk_back(
     _launch.launch(
         rows_backward_wide_kernel if "DIM" in chosen else rows_backward_kernel,
         grid, call.device, grads, table, side, mask, outs, masks,
-        cell.top, cell.total, cell.delta, cell.path, cell.pull,
+        cell.top, cell.delta, cell.path, cell.pull,
         call.rows, call.memories.size, cell.size, len(cell.path), step, first, share,
         cell.size * cell.rows, *strides[2:], *u, **call.tile(chosen),
         PER_MEMORY=call.memories.per_memory, HARD=call.memories.hard, MASK=call.masked,
@@ -427,7 +451,11 @@ def am_recursion_backward(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (v, rho, beta, update_mask, log_weights); scratch of at most 512 MB."""
+    """Gradients of (v, rho, beta, update_mask, log_weights).
+
+    Scratch: 256 MB, or T steps of one block of rows if that is more, and partial sums of at most
+    as much.
+    """
     call = Call(v, rho, beta, update_mask, log_weights, precision)
     given = (v, rho, beta, update_mask, log_weights)
     grad, totals = _whole(grad, call.shape), Totals(call)
@@ -441,6 +469,9 @@ def am_recursion_backward(
             _walk_back(call, cell, grad, out, masked, step, wants)
             if needs[1] or needs[2] or needs[4]:
                 _sweep_memories(call, cell, totals, steps, energy=False)
+    if not (needs[1] or needs[2] or needs[4]):
+        found = (out, out, out, masked, out)
+        return tuple(_fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
     acc, mass, heat = totals.of_batch()
     if not call.memories.hard:
         sharp = beta.double()[..., None] if isinstance(beta, Tensor) and beta.ndim else beta

@@ -91,7 +91,7 @@ def test_rows_too_wide_for_registers(case):
     _agrees(op, args)
 
 
-def _agrees(op: str, args: tuple[object, ...]) -> None:
+def _agrees(op: str, args: tuple[object, ...], scale: float = 4.0) -> None:
     spec, names = testing.spec_of(op), testing.argument_names(op)
     wanted = tuple(
         n for n, a in zip(names, args, strict=False) if isinstance(a, Tensor) and spec.gradient
@@ -106,7 +106,7 @@ def _agrees(op: str, args: tuple[object, ...]) -> None:
         testing.assert_close(*rows)
     for name in wanted:
         triple = (values.gradients[name] for values in (found, exact, eager))
-        testing.assert_close(*triple, what=name, scale=4.0)
+        testing.assert_close(*triple, what=name, scale=scale)
 
 
 @pytest.mark.parametrize(("d", "budget"), [(5, 1), (5, 3000), (5, 40_000), (150, 20_000)])
@@ -213,3 +213,61 @@ def test_tuning_needs_a_gpu_and_can_be_rehearsed():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("am_recursion high 16: ")
     assert table.read_bytes() == before
+
+
+def test_kernels_that_must_agree_multiply_alike():
+    """Forward for a backward, the rows' side and the memories' side: one kind of product a row."""
+    table = importlib.import_module("clam_kernels.kernels._launch").table()
+    alike = ("am_recursion_full", "am_rows_backward", "am_memories_backward")
+    for arch in ("sm_80", "sm_86", "sm_90", "sm_100"):
+        for mode in ("highest", "high", "medium"):
+            rows = [table[f"{k}{w}"] for k in alike for w in ("", "_wide")]
+            mine = [r[n]["PREC"] for r in rows for n in r if n.startswith(f"{arch}/{mode}/")]
+            assert len(set(mine)) == 1, (arch, mode, mine)
+
+
+@pytest.mark.parametrize("d", [32, 150])
+@pytest.mark.parametrize("k", [10, 70])
+def test_a_logit_rounded_otherwise_does_not_reach_a_large_beta(monkeypatch, d, k):
+    """Another kernel's maximum, off by a rounding: rows whose weight is one memory's keep the
+    gradient 0.
+    """
+    backward = importlib.import_module("clam_kernels.kernels.am_backward")
+    walk = backward._walk_back
+
+    def nudged(call, cell, *rest):
+        cell.top.mul_(1 + 1.2e-7)
+        walk(call, cell, *rest)
+
+    monkeypatch.setattr(backward, "_walk_back", nudged)
+    rho = _random(k, d).float()
+    v = (rho[torch.arange(60) % k] + 0.01 * _random(60, d, seed=1).float()).requires_grad_()
+    with clam_kernels.backend("triton"):
+        out = torch.ops.clam.am_step(v, rho, 100.0)
+        (grad,) = torch.autograd.grad(out, v, _random(60, d, seed=2).float())
+    assert float(grad.abs().max()) < 1e-6
+
+
+def test_rows_past_the_end_reach_no_gradient(monkeypatch):
+    """Large log-weights, and more rows in a tile than the cell has."""
+    call = importlib.import_module("clam_kernels.kernels._call")
+
+    def settings(self, name):
+        rows = 64 if name == "am_memories_backward" else 16
+        return {**SETTINGS(self, name), "ROWS": rows}
+
+    monkeypatch.setattr(call.Call, "settings", settings)
+    weights = 100.0 + _random(7, seed=3)
+    beta = torch.tensor(0.5, dtype=torch.float64)
+    v, rho, size = _random(5, 4), _random(7, 4, seed=1), 100.0  # of the logits, which round at it
+    _agrees("am_recursion", (v, rho, beta, 2, 0.7, None, weights), size)
+    _agrees("am_energy", (v, rho, beta, weights), size)
+
+
+def test_a_step_of_0_keeps_every_bit():
+    v, rho = 1e3 + _random(5, 3).float(), _random(4, 3, seed=1).float()
+    with clam_kernels.backend("triton"):
+        out = torch.ops.clam.am_step(v.requires_grad_(), rho, 1.0, 0.0)
+        (grad,) = torch.autograd.grad(out, v, torch.ones_like(v))
+    assert torch.equal(out, v)
+    assert torch.equal(grad, torch.ones_like(v))
