@@ -14,7 +14,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -139,10 +139,10 @@ def explain(op: object, *arguments: object) -> str:
     if spec is None:
         raise ValueError(f"op: expected one of {', '.join(_SPECS)}, got {name}")
     device = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
-    chosen, reason = backend.choose(spec, device, arguments)
-    precision = backend.default_precision()
-    if isinstance(arguments[-1] if arguments else None, str):
-        precision = backend.resolve_precision(cast(str, arguments[-1]))
+    named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
+    precision = backend.resolve_precision(named)
+    given = (*arguments[: -1 if named else None], precision) if arguments else ()
+    chosen, reason = backend.choose(spec, device, given)
     if chosen == "reference" and device == "cpu":
         precision = "highest" if precision == "highest" else f"{precision} (float32 on a CPU)"
     return f"{NAMESPACE}::{spec.name}: {chosen} at {precision} precision ({reason})"

@@ -36,21 +36,21 @@ def backward_memories(features: int) -> int:
     return k
 
 
-def why_not(v: Tensor, rho: Tensor, beta: Beta, *_: Any) -> str | None:
-    """Why these arguments are not for this path, or None."""
-    features, memories = v.shape[-1], rho.shape[-2]
+def why_not(v: Tensor, rho: object = None, beta: object = 1.0, *_: Any) -> str | None:
+    """Why these arguments are not for this path, or None; `explain` may know the first few only."""
+    features = v.shape[-1]
     if features > MAX_FEATURES:
         return f"D = {features} > {MAX_FEATURES}"
     if v.dtype == torch.float64:
         return "float64"
-    if not isinstance(beta, Tensor) and math.isinf(beta):
+    if isinstance(beta, float) and math.isinf(beta):
         return "beta = inf"
-    if memories > backward_memories(features):
-        return f"K = {memories} > {backward_memories(features)} for D = {features}"
+    if isinstance(rho, Tensor) and rho.shape[-2] > backward_memories(features):
+        return f"K = {rho.shape[-2]} > {backward_memories(features)} for D = {features}"
     return None
 
 
-def why_slower(v: Tensor, rho: Tensor, *rest: Any) -> str | None:
+def why_slower(v: Tensor, *rest: Any) -> str | None:
     """Why Triton is taken although this path could: it has no matrix units, whose lower modes win
     where products and not exponentials are the cost.
     """

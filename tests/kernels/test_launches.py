@@ -191,6 +191,20 @@ def test_the_automatic_choice_on_a_gpu(monkeypatch, d, dtype, precision, name, s
     assert says in reason
 
 
+@pytest.mark.parametrize(("given", "name"), [((), "cuda"), (("high",), "triton")])
+def test_explain_knows_the_states_alone(monkeypatch, given, name):
+    """As `ClAM.fit` asks: the memories are not there yet."""
+    backend = importlib.import_module("clam_kernels._core.backend")
+    monkeypatch.setattr(backend.library, "why_unavailable", lambda: None)
+    v = torch.zeros(5, 16)
+    assert backend.choose(testing.spec_of("am_recursion"), "cuda", (v, *given))[0] == name
+    for spec in clam_kernels.all_ops():
+        assert clam_kernels.explain(spec.name, v, *given).startswith(f"clam::{spec.name}: ")
+        with clam_kernels.backend("triton"):
+            mode = given[0] if given else "highest"
+            assert f"triton at {mode} precision" in clam_kernels.explain(spec.name, v, *given)
+
+
 def test_a_forced_backend_says_why_it_cannot(monkeypatch):
     v = torch.zeros(5, 3, dtype=torch.float64)
     with clam_kernels.backend("triton"), pytest.raises(RuntimeError, match="by the reference"):
