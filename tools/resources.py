@@ -78,6 +78,9 @@ def record(arch: str, call: Callable[[], object]) -> list[Launch]:
 def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """What ships for a mode and a width: plain and with every option, K in one tile and in many."""
     yield from of_recursion("resident", 16, mode, d)
+    if d <= 16:  # what one program may hold of the memories differs by mode
+        yield from of_recursion("resident32", 32, mode, d)
+        yield from of_recursion("resident64", 64, mode, d)
     yield from of_recursion("streamed", 1000, mode, d)
     v, rho = torch.zeros(4096, d), torch.zeros(1000, d)
     energy = (v[:, 0], v, rho, 1.0, None, [True] * 4, mode)
@@ -98,6 +101,9 @@ def of_recursion(
     yield label, partial(backward, v, v, rho, *plain, [True, True, False, False, False], mode)
     yield f"{label}-full", partial(am.am_step_saved, v, rho, full[0], *full[2:], mode)
     yield f"{label}-full", partial(backward, v, v, rho, *full, needs, mode)
+    if label.startswith("resident"):
+        held = [True, True, True, False, True]
+        yield f"{label}-full", partial(backward, v, v, rho, *full, held, mode)
 
 
 def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

@@ -27,6 +27,7 @@ KERNELS = {
     "am_recursion_full": ("recursion_kernel", "recursion_wide_kernel"),
     "am_rows_backward": ("rows_backward_kernel", "rows_backward_wide_kernel"),
     "am_memories_backward": ("memories_backward_kernel", "memories_backward_kernel"),
+    "am_fused_backward": ("fused_backward_kernel", "fused_backward_kernel"),
     "am_energy": ("energy_kernel", "energy_kernel"),
     "am_assign": ("assign_kernel", "assign_kernel"),
 }
@@ -38,6 +39,13 @@ TILES = [
     (32, 32, 4), (32, 32, 8), (32, 16, 4), (16, 16, 4),
 ]  # fmt: skip
 SAFE = {80: [(64, 32, 4), *TILES[4:]], 100: [(128, 64, 8), *TILES[3:]]}
+# A kernel that holds all memories in one tile, for rows of few features.
+WHOLE = {
+    "am_fused_backward": [
+        (64, 64, 8), (32, 64, 8), (32, 64, 4), (16, 64, 4),
+        (64, 32, 8), (64, 32, 4), (32, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4),
+    ],
+}  # fmt: skip
 # A spill of a few registers may be ptxas's wish for occupancy, which a limit of its own overrules.
 SMALL, MOST = 16, 255
 # Float32 values a thread would hold at least; beyond these no tile tried was without spills.
@@ -76,7 +84,7 @@ def candidates(
 ) -> Iterator[dict[str, Any]]:
     """Launch options, best first."""
     for precision in precisions(kernel, mode, width, arch):
-        for rows, protos, warps in SAFE.get(arch, TILES):
+        for rows, protos, warps in WHOLE.get(kernel) or SAFE.get(arch, TILES):
             if precision == "ieee" and rows * max(protos, min(width, 64)) > 4096 * 2:
                 continue
             for piece in (64, 32) if wide else (0,):
@@ -136,6 +144,8 @@ def main() -> None:
         for mode in given.mode.split(","):
             for kernel in given.kernel.split(","):
                 for d in map(int, given.dim.split(",")):
+                    if kernel in WHOLE and d > 16:
+                        continue
                     choose(kernel, mode, d, arch, version, given.cache)
 
 
@@ -176,7 +186,7 @@ def put(name: str, arch: int, row: str, tile: dict[str, Any] | None) -> None:
     """Set or remove a row; one compile stands for both GPUs of capability 8."""
     table = json.loads(_launch.TABLE.read_text(encoding="utf-8"))
     for gpu in ["sm_80", "sm_86"] if arch == 80 else [resources.ARCHS[arch]]:
-        table[name].pop(f"{gpu}/{row}", None)
+        table.setdefault(name, {}).pop(f"{gpu}/{row}", None)
         if tile is not None:
             table[name][f"{gpu}/{row}"] = tile
     draft = _launch.TABLE.with_suffix(".draft")

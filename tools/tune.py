@@ -35,12 +35,14 @@ tiles = importlib.import_module("tiles")
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
 ROUNDS, GAIN = 15, 0.97
+KERNELS = "am_recursion,am_fused_backward,am_rows_backward,am_memories_backward"
 
 
 def calls(kernel: str, mode: str, d: int, rows: int, device: str) -> Callable[[], object]:
     """The call whose time a kernel's tile decides."""
 
-    k = {16: 64, 32: 256}.get(d, 256)
+    k = 256 if d > 16 or kernel in ("am_rows_backward", "am_memories_backward") else 64
+    k = 32 if kernel in tiles.WHOLE and mode != "highest" else k
     make = torch.Generator().manual_seed(0)
     v, rho = (torch.randn(n, d, generator=make).to(device) for n in (rows, k))
     if kernel == "am_energy":
@@ -109,7 +111,7 @@ def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[tup
     arch = int(_launch.arch_of(where).removeprefix("sm_"))
     own = _launch.settings(kernel, where, mode, d)
     others = tiles.candidates(kernel, mode, _launch.dim(d), max(arch, 80), wide=False)
-    rivals = [own, *(t for t in others if t != own)][: 3 if DRY else None]
+    rivals = [*([own] if own else []), *(t for t in others if t != own)][: 3 if DRY else None]
     if DRY:
         rivals = [{**tile, "PREC": "ieee", "ROWS": 32} for tile in rivals]
     clean = [tile for tile in rivals if not spills(kernel, tile, call, device)]
@@ -124,7 +126,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mode", default="highest,high,medium")
     parser.add_argument("--dim", default="16,32,64,128")
-    parser.add_argument("--kernel", default="am_recursion,am_rows_backward,am_memories_backward")
+    parser.add_argument("--kernel", default=KERNELS)
     parser.add_argument("--rows", type=int, default=262_144)
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
@@ -135,6 +137,8 @@ def main() -> int:
     for kernel in given.kernel.split(","):
         for mode in given.mode.split(","):
             for d in map(int, given.dim.split(",")):
+                if kernel in tiles.WHOLE and d > 16:
+                    continue
                 found = list(race(kernel, mode, d, rows, device))
                 (own, before), (best, after) = found[0], min(found, key=lambda pair: pair[1])
                 print(

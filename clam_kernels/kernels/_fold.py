@@ -65,3 +65,10 @@ def argmax_fold(state, s, tile, PREC: tl.constexpr):
     k = tl.where(s == top[:, None], tile[0][None, :], 2147483647)
     better = top > best
     return tl.where(better, top, best), tl.where(better, tl.min(k, 1), index)
+
+
+@triton.jit
+def normalised(mass, delta):
+    """(1 / mass, delta / mass), 0 where no memory takes part."""
+    inverse = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))
+    return inverse, tl.where(mass == 0.0, 0.0, delta / tl.where(mass == 0.0, 1.0, mass))

@@ -78,12 +78,12 @@ def settings(kernel: str, device: torch.device, mode: str, d: int) -> dict[str, 
     """Constants and options of a launch over rows of `d` features.
 
     With DIM where rows are too wide for registers and are read DIM features at a time: beyond
-    `WIDEST`, or where no tile of that width fits.
+    `WIDEST`, or where no tile of that width fits. Empty where a kernel has no such form.
     """
     here = f"{arch_of(device)}/{mode}"
     narrow = table()[kernel].get(f"{here}/{dim(d)}") if d <= WIDEST else None
-    found = dict(narrow or table()[f"{kernel}_wide"][f"{here}/{WIDEST}"])
-    if INTERPRETED:  # its cost is by the operation, not by the entry, and it has no bfloat16
+    found = dict(narrow or table().get(f"{kernel}_wide", {}).get(f"{here}/{WIDEST}", {}))
+    if INTERPRETED and found:  # its cost is by the operation, not by the entry, and it has no bfloat16
         found.update(PREC="ieee", ROWS=256)
     return found
 

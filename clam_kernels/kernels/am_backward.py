@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _launch, am_fused
 from ._call import Call, Cell, Totals
-from ._fold import finite
+from ._fold import finite, normalised
 from ._memories import LOG2E
 from ._score import dot, held_inner, load_memories, load_rows, load_sides, logits, wide_inner
 from ._sweep import offset, rows_of, sweep
@@ -57,13 +57,6 @@ def delta_fold(state, s, tile, PREC: tl.constexpr):
     w = tl.exp2(s - top[:, None])
     delta += tl.sum(w * dot(h, tl.trans(tile[1]), PREC), 1)
     return mass + tl.sum(w, 1), delta, h, top
-
-
-@triton.jit
-def normalised(mass, delta):
-    """(1 / mass, delta / mass), 0 where no memory takes part."""
-    inverse = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))
-    return inverse, tl.where(mass == 0.0, 0.0, delta / tl.where(mass == 0.0, 1.0, mass))
 
 
 @triton.jit
@@ -462,14 +455,17 @@ def am_recursion_backward(
     out = call.new(*call.shape)
     wants = needs[3] and update_mask is not None
     masked = torch.zeros_like(out) if wants else out
+    sums = needs[1] or needs[2] or needs[4]
     if steps == 0 or step == 0:
         out.copy_(grad)
+    elif am_fused.serves(call, wants):
+        am_fused.backward(call, grad, out, steps, step, totals if sums else None)
     else:
         for cell in _cells(call, steps, step):
             _walk_back(call, cell, grad, out, masked, step, wants)
-            if needs[1] or needs[2] or needs[4]:
+            if sums:
                 _sweep_memories(call, cell, totals, steps, energy=False)
-    if not (needs[1] or needs[2] or needs[4]):
+    if not sums:
         found = (out, out, out, masked, out)
         return tuple(_fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
     acc, mass, heat = totals.of_batch()

@@ -109,9 +109,14 @@ def _agrees(op: str, args: tuple[object, ...], scale: float = 4.0) -> None:
         testing.assert_close(*triple, what=name, scale=scale)
 
 
-@pytest.mark.parametrize(("d", "budget"), [(5, 1), (5, 3000), (5, 40_000), (150, 20_000)])
-def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d):
+@pytest.mark.parametrize(
+    ("d", "budget", "fused"),
+    [(5, 1, True), (5, 3000, True), (5, 3000, False), (5, 40_000, False), (150, 20_000, False)],
+)
+def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d, fused):
     """A cell is a part of a problem, one problem or several; batches of either side."""
+    if not fused:
+        monkeypatch.setattr(am_fused(), "serves", lambda *given: False)
     launch = importlib.import_module("clam_kernels.kernels._launch")
     monkeypatch.setattr(launch, "SCRATCH", budget)
     call = importlib.import_module("clam_kernels.kernels._call")
@@ -127,6 +132,40 @@ def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d):
 
 
 SETTINGS = importlib.import_module("clam_kernels.kernels._call").Call.settings
+
+
+def am_fused():
+    return importlib.import_module("clam_kernels.kernels.am_fused")
+
+
+TWO = ("plain", "batch-crossed", "beta-k-weights", "all-dead-in-one-problem", "T-9-mask")
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_few_features_through_the_two_kernels(monkeypatch, name):
+    """What the fused backward serves can also be served by those for more memories."""
+    monkeypatch.setattr(am_fused(), "serves", lambda *given: False)
+    (sample,) = (s for s in testing.samples("am_recursion") if s.name == name)
+    _agrees("am_recursion", sample.cast(torch.float64).args)
+
+
+def test_the_fused_backward_is_one_launch(monkeypatch):
+    """After the one that prepares the memories; more memories than a program holds take more."""
+    launch = importlib.import_module("clam_kernels.kernels._launch")
+    backward = importlib.import_module("clam_kernels.kernels.am_backward").am_recursion_backward
+    real, names = launch.launch, []
+
+    def counted(kernel, *rest, **options):
+        names.append(kernel.fn.__name__)
+        real(kernel, *rest, **options)
+
+    monkeypatch.setattr(launch, "launch", counted)
+    v = _random(70, 4).float()
+    for k, launches in ((64, 2), (65, 4)):
+        names.clear()
+        rho, needs = _random(k, 4, seed=1).float(), [True, True, True, False, True]
+        backward(v, v, rho, 1.0, 2, 1.0, None, None, needs, "highest")
+        assert len(names) == launches, names
 
 
 def test_few_shapes_are_compiled_anew():
