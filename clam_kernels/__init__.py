@@ -15,13 +15,17 @@ from .ops.am import am_assign as am_assign
 from .ops.am import am_energy as am_energy
 from .ops.am import am_recursion as am_recursion
 from .ops.am import am_step as am_step
+from .ops.kmeans import kmeans_assign as kmeans_assign
+from .ops.kmeans import kmeans_update as kmeans_update
 
 if TYPE_CHECKING:
     from .estimators import ClAM as ClAM
+    from .estimators import KMeans as KMeans
 
 __version__ = "0.1.0"
 __all__ = [
     "ClAM",
+    "KMeans",
     "all_ops",
     "am_assign",
     "am_energy",
@@ -29,13 +33,15 @@ __all__ = [
     "am_step",
     "backend",
     "explain",
+    "kmeans_assign",
+    "kmeans_update",
     "list_estimators",
     "list_ops",
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-_ESTIMATORS = ("ClAM",)
+_ESTIMATORS = ("ClAM", "KMeans")
 _LAZY = dict.fromkeys(_ESTIMATORS, ".estimators")
 
 

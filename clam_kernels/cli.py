@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .estimators import ClAM
+    from .estimators import ClAM, KMeans
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="clam", description="Clustering with associative memories."
+        prog="clam", description="Clustering with associative memories and k-means."
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
 
     fit = verb("fit", "cluster a table and write the model", model=False, output="model file")
     fit.add_argument("-k", "--clusters", type=int, required=True, help="number of clusters")
-    fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="see ClAM")
+    fit.add_argument("--algo", choices=("clam", "kmeans"), default="clam", help="default clam")
+    fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="of clam")
     fit.add_argument("--restarts", type=int, help="n_init")
     fit.add_argument("--epochs", type=int, help="max_iter")
     fit.add_argument("--seed", type=int, default=0, help="default 0")
@@ -53,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     table = ".csv, .tsv, .npy or .parquet; CSV on stdout without it"
     verb("predict", "label of each row", output=table)
     verb("transform", "distance of each row to each memory", output=table)
-    verb("complete", "fill the missing entries (NaN, empty)", output=table)
-    verb("score", "minus the inertia of a table, and its mean energy")
+    verb("complete", "fill the missing entries (NaN, empty); a clam model", output=table)
+    verb("score", "minus the inertia of a table, and its mean energy (clam)")
     verb("plot", "picture of the clusters", output="image file; the suffix decides the format")
     verbs.add_parser("info", help="what is installed and what each op can run on")
     return parser
@@ -87,20 +88,34 @@ def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
         sys.stdout.buffer.write(tables.encode(array, "", names))
 
 
+def _model(options: argparse.Namespace) -> ClAM | KMeans:
+    """The estimator that `clam fit` was asked for."""
+    from .estimators import ClAM, KMeans
+
+    shared = {
+        "device": options.device,
+        "random_state": options.seed,
+        "verbose": int(options.verbose),
+    }
+    if options.algo == "clam":
+        return ClAM(
+            options.clusters,
+            recipe=options.recipe,
+            n_init=options.restarts,
+            max_iter=options.epochs,
+            **shared,
+        )
+    if options.recipe != "default":
+        raise _Refused("--recipe belongs to --algo clam")
+    given = {"n_init": options.restarts, "max_iter": options.epochs}
+    shared |= {name: value for name, value in given.items() if value is not None}
+    return KMeans(options.clusters, **shared)
+
+
 def _fit(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[str, Any]:
     import numpy as np
 
-    from .estimators import ClAM
-
-    model = ClAM(
-        options.clusters,
-        recipe=options.recipe,
-        n_init=options.restarts,
-        max_iter=options.epochs,
-        device=options.device,
-        random_state=options.seed,
-        verbose=int(options.verbose),
-    )
+    model = _model(options)
     start = time.perf_counter()
     model.fit(x)
     seconds = time.perf_counter() - start
@@ -110,10 +125,11 @@ def _fit(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[s
     return {"seconds": seconds, "seed": options.seed, **_facts(model)}
 
 
-def _facts(model: ClAM) -> dict[str, Any]:
+def _facts(model: ClAM | KMeans) -> dict[str, Any]:
     return {
+        "algo": type(model).__name__.lower(),
         "k": model.n_clusters,
-        "clusters_used": model.n_clusters_used_,
+        "clusters_used": len(set(model.labels_.tolist())),
         "inertia": model.inertia_,
         "device": model.device_,
         "backend": model.backend_,
@@ -122,10 +138,12 @@ def _facts(model: ClAM) -> dict[str, Any]:
 
 def _use(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[str, Any]:
     """A verb that reads a model."""
-    from .estimators import ClAM
+    from . import estimators, serialize
 
-    model = ClAM.load(options.model)
+    model = getattr(estimators, serialize.class_of(options.model)).load(options.model)
     facts = _facts(model)
+    if options.verb == "complete" and not hasattr(model, "complete"):
+        raise ValueError(f"{options.model}: a {facts['algo']} model cannot complete; clam can")
     fitted_on = list(model.__dict__.pop("feature_names_in_", names or []))
     if names is not None and names != fitted_on:
         raise ValueError(
@@ -140,9 +158,12 @@ def _use(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[s
         columns = names or [f"column{i}" for i in range(x.shape[1])]
         _put(options, model.complete(x), columns)
     elif options.verb == "score":
-        facts |= {"score": model.score(x), "mean_energy": float(model.energy(x).mean())}
+        facts |= {"score": model.score(x)}
+        if hasattr(model, "energy"):
+            facts |= {"mean_energy": float(model.energy(x).mean())}
         if not options.json:
-            print(f"score {facts['score']:.6g}, mean energy {facts['mean_energy']:.6g}")
+            energy = f", mean energy {facts['mean_energy']:.6g}" if "mean_energy" in facts else ""
+            print(f"score {facts['score']:.6g}{energy}")
     else:
         from . import plots
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from .exceptions import ModelFileError
 
 FORMAT = 1
-CLASSES = ("ClAM",)
+CLASSES = ("ClAM", "KMeans")
 MAX_HEADER_BYTES = 1 << 20
 _KEYS = {"format", "class", "package", "parameters", "learned"}
 
@@ -142,6 +142,15 @@ def _header(path: Path) -> dict[str, Any]:
         header = json.loads(file.read(length).decode("utf-8"))
     expect(isinstance(header, dict) and isinstance(header.get("__metadata__"), dict), "no metadata")
     return dict(header["__metadata__"])
+
+
+def class_of(path: str | PathLike[str]) -> str:
+    """Class of the model in a file; the first of `CLASSES` where that cannot be read."""
+    try:
+        found = _header(Path(path)).get("class")
+    except (OSError, ValueError, ModelFileError):
+        found = None
+    return found if found in CLASSES else CLASSES[0]
 
 
 def load(

@@ -56,6 +56,11 @@ class Backend:
             return (torch.float32, torch.float16)
         return testing.DTYPES if self.name == "reference" else testing.DTYPES[1:]
 
+    def sum_eps(self, output: torch.Tensor, dtype: torch.dtype) -> float | None:
+        """What a float64 result of narrower rows is held to where kernels add them in float32."""
+        wide = output.dtype == torch.float64 != dtype
+        return torch.finfo(torch.float32).eps if wide and self.name != "reference" else None
+
 
 BACKENDS = (
     Backend("reference", "reference", "cpu"),
@@ -68,13 +73,15 @@ BACKENDS = (
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # a second thread spins on a shared machine and gains nothing here
     for line in (
-        "contract(gradient, samples, ops): those with a gradient, these samples, these ops only",
+        "contract(gradient, rowwise, samples, ops): only ops with a gradient, ops whose results "
+        "have an entry for each row, these samples (or a family's selection by name), these ops",
     ):
         config.addinivalue_line("markers", line)
     for line in (
         # triton's interpreter computes padding lanes and rows of NaN with numpy
         "ignore:.*encountered in.*:RuntimeWarning:triton.runtime.interpreter",
         "ignore:All-NaN slice encountered:RuntimeWarning",
+        "ignore:overflow encountered in reduce:RuntimeWarning",
         "ignore:.*enable_fp_fusion.*:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
@@ -91,7 +98,10 @@ def _cases(names: list[str], only: dict[str, Any]) -> Iterator[Any]:
     for spec in clam_kernels.all_ops():
         if (only.get("gradient") and spec.gradient is None) or (ops and spec.name not in ops):
             continue
-        rows = [s for s in testing.samples(spec.name) if not chosen or s.name in chosen]
+        if only.get("rowwise") and not testing.is_rowwise(spec.name):
+            continue
+        named = testing.selection(spec.name, chosen) if isinstance(chosen, str) else chosen
+        rows = [s for s in testing.samples(spec.name) if named is None or s.name in named]
         for one in BACKENDS if "backend" in names else BACKENDS[:1]:
             why = one.why_not(spec)
             labels = [spec.name, *([one.id] if "backend" in names else [])]

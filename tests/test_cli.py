@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_iris
 
-from clam_kernels import ClAM, tables
+from clam_kernels import ClAM, KMeans, tables
 from clam_kernels.cli import main
 from clam_kernels.exceptions import DataFileError
 
@@ -89,6 +89,26 @@ def test_outputs(folder: Path, tmp_path: Path) -> None:
     picture = clam("plot", model, folder / "x.npy", "-o", tmp_path / "p.png")
     assert picture.returncode == 0, picture.stderr
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_k_means_by_command(folder: Path, tmp_path: Path) -> None:
+    model, x = tmp_path / "k.safetensors", folder / "x.npy"
+    made = clam("fit", x, "-k", 3, "--algo", "kmeans", "--restarts", 2, "-o", model, "--json")
+    facts = json.loads(made.stdout)
+    assert (facts["algo"], facts["clusters_used"]) == ("kmeans", 3)
+    expected = KMeans(3, n_init=2, random_state=0).fit(X)
+    assert facts["inertia"] == expected.inertia_
+    labels = clam("predict", model, x).stdout.split()[1:]
+    np.testing.assert_array_equal(np.array(labels, int), expected.labels_)
+    assert clam("transform", model, x).stdout.startswith("kmeans0,kmeans1,kmeans2\n")
+    score = clam("score", model, x).stdout
+    assert score.startswith("score -78.85")
+    assert "energy" not in score
+    assert clam("plot", model, x, "-o", tmp_path / "p.png").returncode == 0
+    refused = clam("complete", model, x)
+    assert (refused.returncode, "cannot complete" in refused.stderr) == (1, True)
+    mixed = ("fit", x, "-k", 3, "--algo", "kmeans", "--recipe", "paper", "-o", tmp_path / "n")
+    assert clam(*mixed).returncode == 2
 
 
 def test_complete_fills_empty_cells(folder: Path, tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ def _error(row: dict[str, Any]) -> str:
     return f"{errors['ours']:.0e} / {errors['eager']:.0e}" if errors else ""
 
 
+def _against(rivals: dict[str, Any]) -> str:
+    return ", ".join(f"{rivals[name]['ratio']:.2f} {name}" for name in sorted(rivals))
+
+
+def _memory(peak: dict[str, float]) -> str:
+    return " / ".join(_bytes(peak[name]) for name in ("ours", "eager") if name in peak)
+
+
 def bench_table() -> str:
     """One table a machine: ratios of medians of alternating rounds."""
     rows = results()
@@ -77,22 +85,15 @@ def bench_table() -> str:
         head = [
             "workload",
             "pass",
-            "x eager",
-            "x compile",
+            "times as fast as",
             "memory: ours / eager",
-            "error: ours / eager",
+            "error: ours / rival",
         ]
         lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
         for row in (r for r in rows if r["machine"] == machine):
-            rivals = row.get("rivals", {})
-            ratios = [
-                f"{rivals[name]['ratio']:.2f}" if name in rivals else ""
-                for name in ("eager", "compile")
-            ]
-            peak = row["peak_extra_bytes"]
-            memory = f"{_bytes(peak['ours'])} / {_bytes(peak['eager'])}"
-            cells = [f"`{row['name']}`", row["mode"], *ratios, memory, _error(row)]
-            lines.append(f"| {' | '.join(cells)} |")
+            memory = _memory(row["peak_extra_bytes"])
+            cells = [f"`{row['name']}`", row["mode"], _against(row.get("rivals", {})), memory]
+            lines.append(f"| {' | '.join([*cells, _error(row)])} |")
         versions = next(r["versions"] for r in rows if r["machine"] == machine)
         note = f"Machine: {machine}; torch {versions['torch']}, Python {versions['python']}."
         blocks.append("\n".join([note, "", *lines]))

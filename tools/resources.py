@@ -33,7 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clam_kernels.kernels import _launch, am, am_backward
+from clam_kernels.kernels import _launch, am, am_backward, kmeans
 
 # Compute capability to compile for -> row of the table that serves it; sm_86's rows are sm_80's.
 ARCHS = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
@@ -44,6 +44,8 @@ POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
+# Kernels without a matrix product are the same in all modes.
+PLAIN = ("memories_kernel", "origin_kernel", "centroids_kernel", "pieces_kernel", "sums_kernel")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -88,6 +90,18 @@ def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "streamed", partial(am.am_assign, v, rho, None, mode)
     yield "energy", partial(am_backward.am_energy_backward, *energy)
     yield "hard", partial(am.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
+    yield from of_kmeans(mode, v, rho)
+
+
+def of_kmeans(
+    mode: str, x: torch.Tensor, centroids: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    labels, weight, half = torch.zeros(len(x), dtype=torch.int64), x[:, 0].double(), x.bfloat16()
+    mask, shift = torch.zeros(len(centroids), dtype=torch.bool), x[0]
+    yield "streamed", partial(kmeans.kmeans_assign, x, centroids, None, None, True, mode)
+    yield "streamed-full", partial(kmeans.kmeans_assign, half, centroids, None, mask, True, mode)
+    yield "segments", partial(kmeans.kmeans_update, x, labels, 1000, None, None)
+    yield "segments-full", partial(kmeans.kmeans_update, half, labels, 1000, weight, shift)
 
 
 def of_recursion(
@@ -103,7 +117,7 @@ def of_recursion(
     yield f"{label}-full", partial(backward, v, v, rho, *full, needs, mode)
     if label.startswith("resident"):
         held = [True, True, True, False, True]
-        yield f"{label}-full", partial(backward, v, v, rho, *full, held, mode)
+        yield f"{label}-full", partial(backward, v, v, rho, 1.0, *full[1:], held, mode)
 
 
 def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -174,8 +188,8 @@ def cases(
                         if key in seen or kernel not in one.name or not (full or "-" not in label):
                             continue
                         seen.add(key)
-                        shared = one.name == "memories_kernel"
-                        words = [one.name.removesuffix("_kernel"), "any" if shared else mode]
+                        which = "any" if one.name in PLAIN else mode
+                        words = [one.name.removesuffix("_kernel"), which]
                         if one.options.get("KEEP") == 2:
                             words[0] += "-kept"
                         yield "/".join([f"sm_{arch}", *words, str(d), label]), arch, one

@@ -30,6 +30,7 @@ KERNELS = {
     "am_fused_backward": ("fused_backward_kernel", "fused_backward_kernel"),
     "am_energy": ("energy_kernel", "energy_kernel"),
     "am_assign": ("assign_kernel", "assign_kernel"),
+    "kmeans_assign": ("kmeans_assign_kernel", "kmeans_assign_kernel"),
 }
 # What a block may have of shared memory, less what a driver keeps.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -47,7 +48,7 @@ WHOLE = {
     ],
 }  # fmt: skip
 # A spill of a few registers may be ptxas's wish for occupancy, which a limit of its own overrules.
-SMALL, MOST = 16, 255
+SMALL, MOST = 64, 255
 # Float32 values a thread would hold at least; beyond these no tile tried was without spills.
 HELD = {"bf16": 100}
 HELD_SPLIT = 82
@@ -69,6 +70,10 @@ ALIKE = ("am_recursion_full", "am_rows_backward", "am_memories_backward")
 
 def precisions(kernel: str, mode: str, width: int, arch: int) -> list[str]:
     """Kinds of product that a mode may use, best first; one alone for kernels that must agree."""
+    if kernel == "kmeans_assign":  # labels are exact in all: what is cheap decides fewer rows
+        split = ["bf16x6"] if arch >= 90 else ["tf32x3"]
+        highest = ["ieee"] if width <= 16 else [*split, "ieee"]
+        return {"highest": highest, "high": ["bf16x3", "tf32"]}.get(mode, ["tf32"])
     if mode == "medium":
         return ["bf16"]
     if kernel in ALIKE:

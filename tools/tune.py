@@ -28,14 +28,14 @@ if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clam_kernels.kernels import _launch, am, am_backward  # noqa: E402
+from clam_kernels.kernels import _launch, am, am_backward, kmeans  # noqa: E402
 
 # tools/resources.py switches the interpreter off for what it compiles
 tiles = importlib.import_module("tiles")
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
 ROUNDS, GAIN = 15, 0.97
-KERNELS = "am_recursion,am_fused_backward,am_rows_backward,am_memories_backward"
+KERNELS = "am_recursion,am_fused_backward,am_rows_backward,am_memories_backward,kmeans_assign"
 
 
 def calls(kernel: str, mode: str, d: int, rows: int, device: str) -> Callable[[], object]:
@@ -49,6 +49,8 @@ def calls(kernel: str, mode: str, d: int, rows: int, device: str) -> Callable[[]
         return partial(am.am_energy, v, rho, 1.0 / d, None, mode)
     if kernel == "am_assign":
         return partial(am.am_assign, v, rho, None, mode)
+    if kernel == "kmeans_assign":
+        return partial(kmeans.kmeans_assign, v, rho, None, None, True, mode)
     if kernel == "am_recursion":
         return partial(am.am_recursion, v, rho, 1.0 / d, 10, 1.0, None, None, mode)
     needs = [True, True, False, False, False]

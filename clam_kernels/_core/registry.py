@@ -48,11 +48,11 @@ class Gradient:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op. `arguments` is the schema's list, ending in `str? precision=None`, where `{name}` is
-    spelled by each entry of `overloads` in turn: those with Tensors first, or the dispatcher turns
-    a tensor into a number and drops its gradient. `limits` name, by backend, a function
-    that says why these arguments do not fit its kernels (None if they do), and by "auto-<backend>"
-    one that says why the automatic choice takes another.
+    """One op. `arguments` is the schema's list, ending in `str? precision=None` if the op has
+    matrix products, where `{name}` is spelled by each entry of `overloads` in turn: those with
+    Tensors first, or the dispatcher turns a tensor into a number and drops its gradient. `limits`
+    name, by backend, a function that says why these arguments do not fit its kernels (None if they
+    do), and by "auto-<backend>" one that says why the automatic choice takes another.
     """
 
     name: str
@@ -75,6 +75,11 @@ class OpSpec:
     def family(self) -> str:
         """The word that names this op's file in every room."""
         return self.function.__module__.rpartition(".")[2]
+
+    @property
+    def precise(self) -> bool:
+        """Whether the op has matrix products, and with them a precision."""
+        return self.arguments.endswith("str? precision=None")
 
     @property
     def packet(self) -> Any:
@@ -141,7 +146,9 @@ def explain(op: object, *arguments: object) -> str:
     device = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
     named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
     precision = backend.resolve_precision(named)
-    given = (*arguments[: -1 if named else None], precision) if arguments else ()
+    given = arguments
+    if arguments and spec.precise:
+        given = (*arguments[: -1 if named else None], precision)
     chosen, reason = backend.choose(spec, device, given)
     if chosen == "reference" and device == "cpu":
         precision = "highest" if precision == "highest" else f"{precision} (float32 on a CPU)"
@@ -220,10 +227,11 @@ class _Installation:
             spec.check(*a)
             if spec.check_values is not None:
                 spec.check_values(*a)
+            device = a[self.tensors[0]].device.type
+            if not spec.precise:
+                return backend.run(part, device, "highest", a)
             precision = backend.resolve_precision(a[-1])
-            return backend.run(
-                part, a[self.tensors[0]].device.type, precision, (*a[:-1], precision)
-            )
+            return backend.run(part, device, precision, (*a[:-1], precision))
 
         self._register(op, kernel, fake)
 
@@ -322,7 +330,8 @@ class _Installation:
                 wide = functools.reduce(torch.promote_types, dtypes)
                 for i in promoted if all(d.is_floating_point for d in dtypes) else ():
                     values[i] = values[i].to(wide)
-                if values[-1] is None and torch.get_autocast_dtype(device) != torch.float32:
+                lower = self.spec.precise and values[-1] is None
+                if lower and torch.get_autocast_dtype(device) != torch.float32:
                     values[-1] = "medium"
                 with torch._C._ExcludeDispatchKeyGuard(excluded):
                     return self.op(*values)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..exceptions import BackendUnavailableError
 
-_NARROW = ("bool", "int8", "uint8", "int16", "uint16", "float16")
+NARROW = ("bool", "int8", "uint8", "int16", "uint16", "float16")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -43,8 +43,8 @@ def read(estimator: Any, x: Any, *, reset: bool, allow_nan: bool = False) -> Dat
     input is never modified.
     """
     is_tensor = isinstance(x, Tensor)
-    values = _read_tensor(estimator, x, reset) if is_tensor else _read_array(estimator, x, reset)
-    _check_finite(estimator, values, allow_nan)
+    values = read_tensor(estimator, x, reset) if is_tensor else _read_array(estimator, x, reset)
+    refuse_bad_entries(estimator, values, allow_nan)
     device = choose_device(estimator.device, x.device if is_tensor else None)
     return Data(values.to(device), is_tensor, x.device if is_tensor else torch.device("cpu"))
 
@@ -52,13 +52,14 @@ def read(estimator: Any, x: Any, *, reset: bool, allow_nan: bool = False) -> Dat
 def _read_array(estimator: Any, x: Any, reset: bool) -> Tensor:
     if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
         raise ValueError("X: expected an array without masked entries, got a masked array")
-    narrow = str(getattr(x, "dtype", "")) in _NARROW
+    narrow = str(getattr(x, "dtype", "")) in NARROW
     dtype = np.float32 if narrow else [np.float64, np.float32]
     array = validate_data(estimator, x, reset=reset, dtype=dtype, ensure_all_finite=False)
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def _read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
+def read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
+    """A tensor's values in float32 or float64, by scikit-learn's rules and in its words."""
     name = type(estimator).__name__
     if x.is_complex():
         raise ValueError("Complex data not supported")
@@ -78,11 +79,13 @@ def _read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
             f"X has {x.shape[1]} features, but {name} is expecting"
             f" {estimator.n_features_in_} features as input."
         )
-    narrow = str(x.dtype).removeprefix("torch.") in (*_NARROW, "bfloat16", "float32")
+    narrow = str(x.dtype).removeprefix("torch.") in (*NARROW, "bfloat16", "float32")
     return x.detach().to(torch.float32 if narrow else torch.float64)
 
 
-def _check_finite(estimator: Any, values: Tensor, allow_nan: bool) -> None:
+def refuse_bad_entries(
+    estimator: Any, values: Tensor, allow_nan: bool = False, first_row: int = 0
+) -> None:
     """ValueError that names the first bad entry; a finite sum settles the common case in one
     pass.
     """
@@ -98,7 +101,8 @@ def _check_finite(estimator: Any, values: Tensor, allow_nan: bool) -> None:
     hint = "only NaN stands for a missing value" if allow_nan else hint
     raise ValueError(
         f"Input X contains {what}: {count} bad entr{'y' if count == 1 else 'ies'}, the first at row"
-        f" {row}, column {column}. {type(estimator).__name__} takes finite values; {hint}."
+        f" {first_row + row}, column {column}. {type(estimator).__name__} takes finite values;"
+        f" {hint}."
     )
 
 

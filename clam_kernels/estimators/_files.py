@@ -23,6 +23,7 @@ class ModelFile:
     _arrays: tuple[str, ...]
     _learned: tuple[str, ...]
     _frame: Frame
+    _framed = False  # whether the class fits in a frame
 
     def _check_savable(self) -> None:
         """ValueError if parameters were changed since fit so that a load would refuse the file."""
@@ -52,9 +53,10 @@ class ModelFile:
         check_is_fitted(self)
         self._check_savable()
         tensors = {name: _host(getattr(self, name)) for name in self._arrays}
-        tensors["mean"] = self._frame.mean.cpu()
         learned = {name: getattr(self, name) for name in self._learned}
-        learned["frame"] = [self._frame.range, self._frame.spread]
+        if self._framed:
+            tensors["mean"] = self._frame.mean.cpu()
+            learned["frame"] = [self._frame.range, self._frame.spread]
         names = getattr(self, "feature_names_in_", None)
         if names is not None:
             learned["feature_names_in_"] = list(names)
@@ -92,10 +94,11 @@ class ModelFile:
 
     def _restore(self, learned: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         names = learned.pop("feature_names_in_", None)
-        span, spread = (int(e) for e in learned.pop("frame"))
-        known = set(learned) == set(self._learned) and set(tensors) == {*self._arrays, "mean"}
+        if self._framed:
+            span, spread = (int(e) for e in learned.pop("frame"))
+            self._frame = Frame(tensors.pop("mean").double(), span, spread)
+        known = set(learned) == set(self._learned) and set(tensors) == set(self._arrays)
         serialize.expect(known, "its contents are not those of this class")
-        self._frame = Frame(tensors["mean"].double(), span, spread)
         for name in self._arrays:
             setattr(self, name, tensors[name].numpy())
         for name in self._learned:

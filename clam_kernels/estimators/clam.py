@@ -146,6 +146,7 @@ class ClAM(
         "verbose": ["verbose"],
     }
 
+    _framed = True
     _arrays = ("cluster_centers_", "labels_", "loss_curve_")
     _learned = (
         "n_features_in_",

@@ -83,7 +83,9 @@ def settings(kernel: str, device: torch.device, mode: str, d: int) -> dict[str, 
     here = f"{arch_of(device)}/{mode}"
     narrow = table()[kernel].get(f"{here}/{dim(d)}") if d <= WIDEST else None
     found = dict(narrow or table().get(f"{kernel}_wide", {}).get(f"{here}/{WIDEST}", {}))
-    if INTERPRETED and found:  # its cost is by the operation, not by the entry, and it has no bfloat16
+    if (
+        INTERPRETED and found
+    ):  # its cost is by the operation, not by the entry, and it has no bfloat16
         found.update(PREC="ieee", ROWS=256)
     return found
 

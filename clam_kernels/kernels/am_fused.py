@@ -9,7 +9,6 @@ in registers from the first block to the last. Wider problems: `am_backward.py`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,7 +31,7 @@ _LOG2E = tl.constexpr(LOG2E)
 def walked(
     PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, MASK: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Store the state before each step."""
     d = tl.arange(0, DIM)
@@ -41,21 +40,22 @@ def walked(
     for t in range(0, steps):
         tl.store(PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep, x, mask=(d < STRIDE)[None, :])
         if t + 1 < steps:
-            xb, top, total = recalled(
+            found = recalled(
                 x, 0.5 * tl.sum(x * x, 1), table, table, count,
-                D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, False, False,
+                D, STRIDE, DIM, ROWS, PROTOS, PREC, False, False, False,
             )  # fmt: skip
-            x = moved(x, xb, gain)
+            x = moved(x, found[0], gain)
 
 
-@triton.jit(do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "splits", "share"])
+@triton.jit(
+    do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "splits", "share"]
+)
 def fused_backward_kernel(
     V, RHO, SIDE, CENTRE, U, GRAD, OUT, PATH, PART, SUMS,
     rows, count, inner, steps, step, first, splits, share,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, MASK: tl.constexpr,
-    MEMORIES: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
     """Program (split, problem): `share` rows of one problem. OUT takes g before the first step;
     PART and SUMS are as in `memories_backward_kernel`.
@@ -86,7 +86,7 @@ def fused_backward_kernel(
         poison = tl.sum(x * 0.0, 1)
         walked(
             PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count,
-            D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, MASK,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
         )  # fmt: skip
         tl.debug_barrier()  # the states are read in another layout
         g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)
@@ -99,7 +99,7 @@ def fused_backward_kernel(
             tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
             rho, scale = tile[1], tile[2]
             inner_x = held_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
-            s = logits(inner_x, 0.5 * norm, scale, tile[3], PER_MEMORY)
+            s = logits(inner_x, 0.5 * norm, scale, tile[3], False)
             top = tl.max(s, 1)
             w = tl.exp2(s - finite(top)[:, None] + poison[:, None])
             total = tl.sum(w, 1)
@@ -119,8 +119,6 @@ def fused_backward_kernel(
             if MEMORIES:
                 acc += dot(tl.trans(gz), x, PREC)
             g += dot(gz, rho, PREC) - h
-            if PER_MEMORY:
-                g -= tl.sum(gz, 1)[:, None] * x
         tl.store(OUT + whole, g.to(OUT.dtype.element_ty), mask=inside)
         tl.debug_barrier()  # the next block's states take this one's place
     if MEMORIES:
@@ -133,10 +131,11 @@ def fused_backward_kernel(
 
 def serves(call: Call, mask_grad: bool) -> bool:
     """Whether a program can hold all memories and their gradient; there are no registers left for
-    that of the mask.
+    that of the mask, nor for a beta of each memory.
     """
-    held = call.settings("am_fused_backward").get("PROTOS", 0)
-    return 0 < call.memories.size <= held and not call.memories.hard and not mask_grad
+    held, memories = call.settings("am_fused_backward").get("PROTOS", 0), call.memories
+    special = memories.hard or memories.per_memory or mask_grad
+    return 0 < memories.size <= held and not special
 
 
 def backward(
@@ -163,8 +162,7 @@ def backward(
             fused_backward_kernel, (size * run,), call.device, *operands,
             grads[o, problems], outs[o, problems], path, part, sums,
             call.rows, count, size, steps, step, first, run, share, *strides, *u,
-            **call.tile(chosen), PER_MEMORY=call.memories.per_memory, MASK=call.masked,
-            MEMORIES=totals is not None,
+            **call.tile(chosen), MASK=call.masked, MEMORIES=totals is not None,
         )  # fmt: skip
         if totals is not None:
             totals.add(o, problems, part, sums)

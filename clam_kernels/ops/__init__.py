@@ -2,3 +2,4 @@
 """The ops: one file a family, each declaring its `OpSpec`s beside the documented functions."""
 
 from . import am as am
+from . import kmeans as kmeans

@@ -6,8 +6,9 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,26 @@ class Workload:
     make: Callable[[int], tuple[Any, ...]]
     bytes: int
     flops: int
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that must be refused: what it is given, the error and its text, verbatim.
+
+    `where` says who refuses it: "op" in every mode, "values" where a tensor's values are read (on a
+    CPU), "function" the documented function alone, for types that the dispatcher words itself.
+    """
+
+    op: str
+    name: str
+    error: type[Exception]
+    text: str
+    make: Callable[[], tuple[Any, ...]]
+    where: str = "op"
+
+
+# Name, ops, error, text, and what is not plain.
+Row = tuple[str, tuple[str, ...], type[Exception], str, Mapping[str, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
@@ -94,6 +115,99 @@ def workloads(op: str | None = None) -> list[Workload]:
     families = {spec.family: _family(spec.name) for spec in all_ops()}
     found: list[Workload] = [w for family in families.values() for w in family.workloads()]
     return [w for w in found if op in (None, w.op)]
+
+
+# ---- what the contract asks a family for ---------------------------------------------------------
+
+
+def problem(
+    op: str,
+    n: int,
+    k: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Sample:
+    """A plain call of n rows, k prototypes and d features; what can be a number is one."""
+    found: Sample = _family(op).problem(op, n, k, d, seed)
+    return found.cast(dtype, device)
+
+
+def large(
+    op: str,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    *,
+    n: int = 1000,
+    k: int = 64,
+    d: int = 16,
+    offset: float = 0.0,
+    seed: int = 0,
+) -> Sample:
+    """Rows around k prototypes, all `offset` from the origin; what can be a tensor is one."""
+    found: Sample = _family(op).large(op, n, k, d, offset, seed)
+    return found.cast(dtype, device)
+
+
+def bad_calls(op: str | None = None) -> list[Bad]:
+    """Calls that must be refused, of one op or of all."""
+    families = {spec.family: _family(spec.name) for spec in all_ops()}
+    found: list[Bad] = [bad for family in families.values() for bad in family.bad_calls()]
+    return [bad for bad in found if op in (None, bad.op)]
+
+
+def refusals(
+    plain: Mapping[str, Callable[[], Any]], tables: Mapping[str, Sequence[Row]]
+) -> list[Bad]:
+    """Each row of a family's tables for each of its ops; `tables` are named as `Bad.where`."""
+    found = []
+    for where, rows in tables.items():
+        for name, ops, error, text, changed in rows:
+            for op in ops:
+
+                def make(op: str = op, changed: Any = changed) -> tuple[Any, ...]:
+                    return tuple({**plain, **changed}[x]() for x in argument_names(op))
+
+                found.append(Bad(op, name, error, text, make, where))
+    return found
+
+
+def given(**values: Any) -> dict[str, Callable[[], Any]]:
+    """Arguments of a row that are not made anew."""
+    return {name: partial(_same, value) for name, value in values.items()}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    """A tensor of a row; made where the test runs, which may be on meta."""
+    return lambda: torch.zeros(shape, dtype=dtype)
+
+
+def selection(op: str, kind: str) -> tuple[str, ...]:
+    """Names of the samples that a dear check is run on, where all of them would take too long."""
+    found: tuple[str, ...] = _family(op).SELECTIONS.get(kind, ())
+    return found
+
+
+def row_dims(op: str) -> dict[str, int]:
+    """The arguments that have the dim of the rows, and which it is, counted from the end."""
+    core = spec_of(op).core or {}
+    return {name: -core[name] for name in _family(op).ROW_ARGUMENTS if name in argument_names(op)}
+
+
+def is_rowwise(op: str) -> bool:
+    """Whether an entry of every result belongs to one row of the first argument."""
+    return op not in _family(op).COUPLED
+
+
+def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtypes of the results for rows of a dtype."""
+    found: list[torch.dtype] = _family(op).result_dtypes(op, dtype)
+    return found
 
 
 def schemas() -> str:
@@ -171,21 +285,38 @@ def _compare(actual: Tensor, truth64: Tensor, eager: Tensor) -> tuple[float, flo
     return error, eager_error, float(exact.abs().max())
 
 
+def _unit(actual: Tensor, eps: float | None) -> float:
+    if eps is not None:
+        return eps
+    return torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0.0
+
+
 def assert_close(
-    actual: Tensor, truth64: Tensor, eager: Tensor, *, what: str = "", scale: float = 0.0
+    actual: Tensor,
+    truth64: Tensor,
+    eager: Tensor,
+    *,
+    what: str = "",
+    scale: float = 0.0,
+    eps: float | None = None,
 ) -> None:
     """Hold a result to the accuracy of plain torch in the same dtype.
 
     The largest error against `truth64`, the float64 result of the same inputs, may be twice that of
     `eager`, the centred truth run in the dtype of `actual`, plus 4 eps of the scale: the largest
     entry of the truth, or `scale` where that is more (a sum whose terms cancel). float64 itself is
-    held to 1e-12 of the scale. NaN and inf must stand where the truth's do; integers must be equal.
+    held to 1e-12 of the scale, unless `eps` names the arithmetic it was computed in. NaN and inf
+    must stand where the truth's do; integers must be equal.
     """
-    assert_close_on_average([(actual, truth64, eager)], what=what, scale=scale)
+    assert_close_on_average([(actual, truth64, eager)], what=what, scale=scale, eps=eps)
 
 
 def assert_close_on_average(
-    triples: Sequence[tuple[Tensor, Tensor, Tensor]], *, what: str = "", scale: float = 0.0
+    triples: Sequence[tuple[Tensor, Tensor, Tensor]],
+    *,
+    what: str = "",
+    scale: float = 0.0,
+    eps: float | None = None,
 ) -> None:
     """`assert_close` of several draws of one call: the geometric mean of error / allowed is <= 1.
 
@@ -200,9 +331,8 @@ def assert_close_on_average(
         except AssertionError as failed:
             raise AssertionError(f"{prefix}{failed}") from None
         size = max(scale, size)
-        double = triple[0].dtype in (torch.float64, torch.int64)
-        eps = 0.0 if double else torch.finfo(triple[0].dtype).eps
-        allowed = 1e-12 * size if double else 2 * eager + 4 * eps * size
+        double = eps is None and triple[0].dtype in (torch.float64, torch.int64)
+        allowed = 1e-12 * size if double else 2 * eager + 4 * _unit(triple[0], eps) * size
         shares.append(max(error, 1e-3 * allowed) / allowed if error > 0 else 1e-3)
         if shares[-1] == max(shares):
             said = f"error {error:.3g} > {allowed:.3g} (eager {eager:.3g}, scale {size:.3g})"

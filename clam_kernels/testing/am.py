@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import Sample, Workload
+from . import Bad, Row, Sample, Workload, argument_names, given, refusals, spec_of, zeros
 
 B, N, K, D = 2, 5, 4, 3
 
@@ -61,8 +62,8 @@ class _Call:
         ]
         smooth = tuple(name for name in tensors if name not in self.kinks)
         kinks = tuple(name for name in tensors if name in self.kinks)
-        given = {} if self.dtypes is None else {"dtypes": self.dtypes}
-        return Sample(op, self.name, args, smooth, kinks, **given)
+        dtypes = {} if self.dtypes is None else {"dtypes": self.dtypes}
+        return Sample(op, self.name, args, smooth, kinks, **dtypes)
 
 
 def _shared(draw: _Draw) -> list[_Call]:
@@ -244,3 +245,224 @@ def workloads() -> list[Workload]:
         _workload("am_energy", "100k", 100_000, 16, 64),
         _workload("am_assign", "100k", 100_000, 16, 64),
     ]
+
+
+# ---- what the contract asks of this family -------------------------------------------------------
+
+STEP_LIKE = ("am_step", "am_recursion")
+WITH_BETA = (*STEP_LIKE, "am_energy")
+EVERY = (*WITH_BETA, "am_assign")
+ROW_ARGUMENTS = ("v",)
+COUPLED = ()
+_DIFFERENTIATED = ("plain", "beta-batch-weights", "everything", "one-dead", "beta-inf-mask")
+SELECTIONS = {
+    "traced": (
+        "plain", "no-rows", "batch-crossed", "one-dead", "beta-batch", "beta-inf", "mask-bool",
+        "everything", "T-0",
+    ),
+    "compiled": ("plain", "beta-batch-weights", "everything"),
+    "exported": ("plain", "beta-batch"),
+    "laid": (
+        "plain", "batch", "batch-crossed", "one-dead", "beta-batch-k", "mask-bool", "mask-batch",
+        "everything", "wide",
+    ),
+    "mapped": (
+        "plain", "batch-crossed", "one-dead", "beta-0d", "beta-1", "beta-batch", "beta-batch-k",
+        "mask-bool", "mask-dim", "mask-0d", "log-weights-0d", "everything", "beta-inf-mask",
+        "all-dead-in-one-problem", "no-rows", "T-0-mask",
+    ),
+    "nested": ("plain", "beta-batch"),
+    "autocast": ("plain", "beta-0d", "log-weights"),
+    "differentiated": _DIFFERENTIATED,
+    "batched gradients": (*_DIFFERENTIATED, "batch-crossed", "beta-0d", "T-0"),
+    "twice": ("plain", "everything", "beta-0d"),
+    "hessian": ("plain", "one-dead", "beta-0d"),
+    "frozen": ("everything", "beta-batch-weights", "one-dead"),
+    "views": ("everything", "beta-batch"),
+}  # fmt: skip
+
+
+def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
+    """Normal states and memories; beta is a number."""
+    generator = torch.Generator().manual_seed(seed)
+    rho, v = (torch.randn(rows, d, generator=generator).double() for rows in (k, n))
+    rest = {"beta": 1.5 / d, "steps": 3}
+    args = (v, rho, *(rest[name] for name in argument_names(op) if name in rest))
+    return Sample(op, "problem", args, ("v", "rho") if spec_of(op).gradient else ())
+
+
+def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
+    """States around k memories; beta is a tensor."""
+    draw = _Draw(seed)
+    rho = draw.normal(k, d)
+    near = torch.randint(k, (n,), generator=draw.generator)
+    values: dict[str, Any] = {
+        "v": rho[near] + 0.6 * draw.normal(n, d) + offset,
+        "rho": rho + offset,
+        "beta": 3.0 / d * torch.ones((), dtype=torch.float64),
+        "steps": 5,
+        "step": 0.5,
+        "log_weights": None,
+        "update_mask": None,
+    }
+    names = argument_names(op)[:-1]
+    tensors = (
+        tuple(x for x in names if isinstance(values[x], Tensor)) if spec_of(op).gradient else ()
+    )
+    return Sample(op, "large", tuple(values[x] for x in names), tensors)
+
+
+def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
+    """States have the dtype of v; energies and distances are float32 unless v is float64."""
+    score = torch.float64 if dtype == torch.float64 else torch.float32
+    return {"am_energy": [score], "am_assign": [torch.int64, score]}.get(op, [dtype])
+
+
+# ---- calls that must be refused ------------------------------------------------------------------
+
+_PLAIN: dict[str, Callable[[], Any]] = {
+    "v": lambda: torch.zeros(5, 3),
+    "rho": lambda: torch.ones(4, 3),
+    "beta": lambda: 1.0,
+    "steps": lambda: 2,
+    "step": lambda: 1.0,
+    "update_mask": lambda: None,
+    "log_weights": lambda: None,
+    "precision": lambda: None,
+}
+
+
+_FLOATS = "dtype float16, bfloat16, float32 or float64"
+_ROWS: list[Row] = [
+    ("v int64", EVERY, TypeError, f"v: expected {_FLOATS}, got int64",
+        {"v": zeros(5, 3, dtype=torch.int64)}),
+    ("rho bool", EVERY, TypeError, f"rho: expected {_FLOATS}, got bool",
+        {"rho": zeros(4, 3, dtype=torch.bool)}),
+    ("v complex", EVERY, TypeError, f"v: expected {_FLOATS}, got complex64",
+        {"v": zeros(5, 3, dtype=torch.complex64)}),
+    ("rho float64", EVERY, TypeError, "rho: expected dtype float32 to match v, got float64",
+        {"rho": zeros(4, 3, dtype=torch.float64)}),
+    ("v bfloat16", EVERY, TypeError, "rho: expected dtype bfloat16 to match v, got float32",
+        {"v": zeros(5, 3, dtype=torch.bfloat16)}),
+    ("v 1-d", EVERY, ValueError, "v: expected shape [..., N, D], got [3]", {"v": zeros(3)}),
+    ("v 0-d", EVERY, ValueError, "v: expected shape [..., N, D], got []", {"v": zeros()}),
+    ("rho 1-d", EVERY, ValueError, "rho: expected shape [..., K, D], got [3]",
+        {"rho": zeros(3)}),
+    ("D 0", EVERY, ValueError, "v: expected D >= 1, got [5, 0]",
+        {"v": zeros(5, 0), "rho": zeros(4, 0)}),
+    ("K 0", EVERY, ValueError, "rho: expected K >= 1, got [0, 3]", {"rho": zeros(0, 3)}),
+    ("D differs", EVERY, ValueError,
+        "rho: expected shape [..., K, 3] to match v [5, 3], got [4, 8]", {"rho": zeros(4, 8)}),
+    ("D differs, batch", EVERY, ValueError,
+        "rho: expected shape [..., K, 16] to match v [2, 5, 16], got [4, 8]",
+        {"v": zeros(2, 5, 16), "rho": zeros(4, 8)}),
+    ("D 1", EVERY, ValueError,
+        "rho: expected shape [..., K, 3] to match v [5, 3], got [4, 1]", {"rho": zeros(4, 1)}),
+    ("leading dims", EVERY, ValueError,
+        "rho: expected leading dims that broadcast to match v [2, 5, 3], got [7, 4, 3]",
+        {"v": zeros(2, 5, 3), "rho": zeros(7, 4, 3)}),
+    ("leading dims of log_weights", EVERY, ValueError,
+        "log_weights: expected leading dims that broadcast to match v [2, 5, 3], got [3, 4]",
+        {"v": zeros(2, 5, 3), "log_weights": zeros(3, 4)}),
+    ("leading dims of an inner batch", EVERY, ValueError,
+        "rho: expected leading dims that broadcast to match v [2, 3, 5, 3], got [2, 4, 3]",
+        {"v": zeros(2, 3, 5, 3), "rho": zeros(2, 4, 3)}),
+    ("log_weights shape", EVERY, ValueError,
+        "log_weights: expected shape broadcastable to [..., 4] (K) to match rho [4, 3], got [5]",
+        {"log_weights": zeros(5)}),
+    ("log_weights int", EVERY, TypeError, f"log_weights: expected {_FLOATS}, got int32",
+        {"log_weights": zeros(4, dtype=torch.int32)}),
+    ("precision", EVERY, ValueError,
+        "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
+        given(precision="fast")),
+    ("beta shape", STEP_LIKE, ValueError,
+        "beta: expected shape broadcastable to [..., 4] (K) to match rho [4, 3], got [5]",
+        {"beta": zeros(5)}),
+    ("beta batch without a last dim of 1", STEP_LIKE, ValueError,
+        "beta: expected shape broadcastable to [..., 4] (K) to match rho [2, 4, 3], got [2]",
+        {"rho": zeros(2, 4, 3), "beta": zeros(2)}),
+    ("beta int", WITH_BETA, TypeError, f"beta: expected {_FLOATS}, got int64",
+        {"beta": zeros(1, dtype=torch.int64)}),
+    ("beta -1", STEP_LIKE, ValueError, "beta: expected a number >= 0, got -1.0",
+        given(beta=-1.0)),
+    ("beta NaN", STEP_LIKE, ValueError, "beta: expected a number >= 0, got nan",
+        given(beta=math.nan)),
+    ("beta leading dims", WITH_BETA, ValueError,
+        "beta: expected leading dims that broadcast to match v [2, 5, 3], got [3, 1]",
+        {"v": zeros(2, 5, 3), "beta": lambda: torch.ones(3, 1)}),
+    ("energy at beta 0", ("am_energy",), ValueError,
+        "beta: expected a finite number > 0, got 0.0", given(beta=0.0)),
+    ("energy at beta inf", ("am_energy",), ValueError,
+        "beta: expected a finite number > 0, got inf", given(beta=math.inf)),
+    ("energy at beta NaN", ("am_energy",), ValueError,
+        "beta: expected a finite number > 0, got nan", given(beta=math.nan)),
+    ("energy with a beta a memory", ("am_energy",), ValueError,
+        "beta: expected shape [] or [..., 1] (one for all memories), got [4]",
+        {"beta": lambda: torch.ones(4)}),
+    ("steps", ("am_recursion",), ValueError, "steps: expected an int >= 0, got -1",
+        given(steps=-1)),
+    ("step < 0", STEP_LIKE, ValueError, "step: expected a finite number >= 0, got -0.5",
+        given(step=-0.5)),
+    ("step inf", STEP_LIKE, ValueError, "step: expected a finite number >= 0, got inf",
+        given(step=math.inf)),
+    ("step NaN", STEP_LIKE, ValueError, "step: expected a finite number >= 0, got nan",
+        given(step=math.nan)),
+    ("update_mask shape", STEP_LIKE, ValueError,
+        "update_mask: expected shape broadcastable to [..., 5, 3] (N, D) to match v [5, 3], "
+        "got [4, 3]", {"update_mask": zeros(4, 3)}),
+    ("update_mask a row too few dims", STEP_LIKE, ValueError,
+        "update_mask: expected shape broadcastable to [..., 5, 3] (N, D) to match v [5, 3], "
+        "got [5]",
+        {"update_mask": zeros(5)}),
+    ("update_mask int", STEP_LIKE, TypeError, f"update_mask: expected {_FLOATS}, got int64",
+        {"update_mask": zeros(5, 3, dtype=torch.int64)}),
+    ("update_mask leading dims", STEP_LIKE, ValueError,
+        "update_mask: expected leading dims that broadcast to match v [2, 5, 3], got [3, 5, 3]",
+        {"v": zeros(2, 5, 3), "update_mask": zeros(3, 5, 3)}),
+]  # fmt: skip
+_VALUES: list[Row] = [
+    ("beta", STEP_LIKE, ValueError, "beta: expected values >= 0, got -1.0",
+        {"beta": lambda: torch.tensor([-1.0])}),
+    ("one beta of many", STEP_LIKE, ValueError, "beta: expected values >= 0, got -2.0",
+        {"beta": lambda: torch.tensor([0.5, -2.0, 1.0, math.nan])}),
+    ("NaN among betas", STEP_LIKE, ValueError, "beta: expected values >= 0, got nan",
+        {"beta": lambda: torch.tensor([1.0, math.nan, 1.0, 1.0])}),
+    *(
+        (f"energy at {value}", ("am_energy",), ValueError,
+            f"beta: expected finite values > 0, got {value}",
+            {"beta": partial(torch.tensor, [value])})
+        for value in (-1.0, 0.0, math.inf, math.nan)
+    ),
+]  # fmt: skip
+_NO_BETA: tuple[Any, ...] = ("1", None, True, [])
+_TYPES: list[Row] = [
+    ("v list", EVERY, TypeError, "v: expected a Tensor, got list", given(v=[[0.0]])),
+    ("v array", EVERY, TypeError, "v: expected a Tensor, got ndarray",
+        {"v": lambda: torch.zeros(5, 3).numpy()}),
+    ("rho None", EVERY, TypeError, "rho: expected a Tensor, got NoneType", given(rho=None)),
+    ("rho int", EVERY, TypeError, "rho: expected a Tensor, got int", given(rho=3)),
+    *(
+        (f"beta {value!r}", WITH_BETA, TypeError,
+            f"beta: expected a number or a Tensor, got {type(value).__name__}",
+            given(beta=value))
+        for value in _NO_BETA
+    ),
+    ("update_mask list", STEP_LIKE, TypeError, "update_mask: expected a Tensor or None, got list",
+        given(update_mask=[1])),
+    *(
+        (f"log_weights {value!r}", EVERY, TypeError,
+            f"log_weights: expected a Tensor or None, got {type(value).__name__}",
+            given(log_weights=value))
+        for value in (0.5, [1], (0.0,))
+    ),
+    *(
+        (f"steps {value!r}", ("am_recursion",), TypeError,
+            f"steps: expected an int >= 0, got {value!r}", given(steps=value))
+        for value in (3.0, "3", True)
+    ),
+]  # fmt: skip
+
+
+def bad_calls() -> list[Bad]:
+    """What each op of this family refuses."""
+    return refusals(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})

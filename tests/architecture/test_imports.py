@@ -199,8 +199,9 @@ def test_the_table_has_no_cycle():
 
 
 FAMILIES = sorted({spec.family for spec in clam_kernels.all_ops()})
-# A family too long for one file has its gradients, and its kernels for few features, in others.
-PARTS = ("", "_backward", "_small")
+# A family too long for one file has its gradients, its kernels for few features, and its fused ones
+# in others.
+PARTS = ("", "_backward", "_small", "_fused")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

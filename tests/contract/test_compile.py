@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import shutil
 from typing import Any
 
@@ -12,7 +14,6 @@ from torch import Tensor
 
 from clam_kernels import testing
 
-COMPILED = ("plain", "beta-batch-weights", "everything")
 HAS_COMPILER = shutil.which("g++") is not None or shutil.which("clang++") is not None
 
 
@@ -46,14 +47,14 @@ def _around(spec: Any) -> Any:
     return call
 
 
-@pytest.mark.contract(samples=COMPILED)
+@pytest.mark.contract(samples="compiled")
 def test_fullgraph(spec, sample):
     call = _around(spec)
     got = torch.compile(call, backend="aot_eager", fullgraph=True)(*sample.args)
     torch.testing.assert_close(got, call(*sample.args), rtol=0, atol=0)
 
 
-@pytest.mark.contract(gradient=True, samples=COMPILED)
+@pytest.mark.contract(gradient=True, samples="compiled")
 def test_fullgraph_backward(spec, sample):
     call = _around(spec)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
@@ -81,14 +82,12 @@ def test_inductor(spec, sample):
 ROW_COUNTS = (5, 6, 7, 8, 19)
 
 
-@pytest.mark.contract(samples=("plain",))
-def test_third_row_count_does_not_recompile(spec, sample):
+def test_third_row_count_does_not_recompile(spec):
     counting = _Counting()
     compiled = torch.compile(_around(spec), backend=counting, fullgraph=True)
     for rows in ROW_COUNTS:
-        v = torch.randn(rows, 3, dtype=torch.float64)
-        got, want = compiled(v, *sample.args[1:]), _around(spec)(v, *sample.args[1:])
-        torch.testing.assert_close(got, want)
+        args = testing.problem(spec.name, rows, 4, 3, torch.float64).args
+        torch.testing.assert_close(compiled(*args), _around(spec)(*args))
     assert counting.compiled <= 2
 
 
@@ -104,94 +103,111 @@ def test_third_row_count_does_not_recompile_backward(spec, sample):
     assert counting.compiled <= 2
 
 
-def test_third_step_count_does_not_recompile():
-    counting = _Counting()
+def test_third_value_of_an_integer_does_not_recompile(spec):
+    """A number of steps, a number of labels: in torch.ops and through the function's checks."""
+    schema = getattr(spec.packet, next(iter(spec.overloads)) or "default")._schema.arguments
+    large = testing.large(spec.name, torch.float32, n=5, k=4, d=3)
+    for place in (i for i, a in enumerate(schema) if str(a.type) in ("int", "SymInt")):
+        for call in (spec.packet, spec.function):
+            counting = _Counting()
 
-    def call(v: Tensor, rho: Tensor, beta: Tensor, steps: int) -> Tensor:
-        return torch.ops.clam.am_recursion(v, rho, beta, steps)
+            def run(value: int, *rest: Any, call: Any = call, place: int = place) -> Any:
+                return call(*rest[:place], value, *rest[place:])
 
-    compiled = torch.compile(call, backend=counting, fullgraph=True)
-    v, rho = torch.randn(5, 3), torch.randn(4, 3)
-    for steps in (2, 3, 4, 5, 9):
-        got = compiled(v, rho, torch.tensor(0.5), steps)
-        torch.testing.assert_close(got, call(v, rho, torch.tensor(0.5), steps))
-    assert counting.compiled <= 2
-
-
-@pytest.mark.parametrize("op", ["am_step", "am_recursion", "am_energy"])
-def test_beta_as_a_tensor_does_not_recompile(op):
-    """What the docstrings advise where beta changes from call to call."""
-    counting = _Counting()
-    tail = (2,) if op == "am_recursion" else ()
-
-    def call(v: Tensor, rho: Tensor, beta: Tensor) -> Tensor:
-        return getattr(torch.ops.clam, op)(v, rho, beta, *tail)
-
-    compiled = torch.compile(call, backend=counting, fullgraph=True)
-    v, rho = torch.randn(5, 3), torch.randn(4, 3)
-    for beta in (0.5, 1.0, 1.5):
-        got = compiled(v, rho, torch.tensor(beta))
-        torch.testing.assert_close(got, call(v, rho, torch.tensor(beta)))
-    assert counting.compiled == 1
+            required = [a for a in schema if not a.has_default_value()]
+            rest = [a for i, a in enumerate(large.args[: len(required)]) if i != place]
+            compiled = torch.compile(run, backend=counting, fullgraph=True)
+            for value in (2, 3, 4, 5, 9):
+                torch.testing.assert_close(compiled(value, *rest), run(value, *rest))
+            assert counting.compiled <= 2
 
 
-def test_the_documented_functions_compile():
+@pytest.mark.contract(gradient=True)
+def test_a_number_as_a_tensor_does_not_recompile(spec):
+    """What the docstrings advise where a number changes from call to call."""
+    names = testing.argument_names(spec.name)
+    for word in next(iter(spec.overloads.values())):
+        place = names.index(word)
+        args = list(testing.large(spec.name, torch.float32, n=5, k=4, d=3).args)
+        counting = _Counting()
+        compiled = torch.compile(spec.packet, backend=counting, fullgraph=True)
+        for value in (0.5, 1.0, 1.5):
+            args[place] = torch.tensor(value)
+            torch.testing.assert_close(compiled(*args), spec.packet(*args))
+        assert counting.compiled == 1
+
+
+@pytest.mark.contract(samples="compiled")
+def test_the_documented_functions_compile(spec, sample):
     """The Python functions, whose checks run under tracing too, not only torch.ops."""
-    import clam_kernels as ck
+    parameters = inspect.signature(spec.function).parameters.values()
+    count = len([p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY])
+    names = testing.argument_names(spec.name)
+    keywords = dict(zip(names[count:], sample.args[count:], strict=False))
 
-    v, rho = torch.randn(5, 3), torch.randn(4, 3)
-    mask = torch.rand(5, 3) < 0.5
+    def call(*args: Any, **keywords: Any) -> Any:
+        return spec.function(*args, **keywords)
 
-    def call(v: Tensor, rho: Tensor, beta: Tensor, steps: int) -> tuple[Tensor, ...]:
-        x = ck.am_recursion(v, rho, beta, steps, update_mask=mask)
-        x = ck.am_step(x, rho, 2.0)
-        return (ck.am_energy(x, rho, beta), *ck.am_assign(x, rho))
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    got, want = (f(*sample.args[:count], **keywords) for f in (compiled, call))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
-    counting = _Counting()
-    compiled = torch.compile(call, backend=counting, fullgraph=True)
-    for steps in (2, 3, 4):
-        got = compiled(v, rho, torch.tensor(0.5), steps)
-        torch.testing.assert_close(got, call(v, rho, torch.tensor(0.5), steps))
-    assert counting.compiled <= 2
+
+def _rows_of(spec: Any, sample: Any) -> tuple[dict[int, int], list[Tensor]]:
+    """The arguments of a call that have the dim of the rows: places with that dim, and values."""
+    names, dims = testing.argument_names(spec.name), testing.row_dims(spec.name)
+    places = {names.index(n): dim for n, dim in dims.items()}
+    places = {i: dim for i, dim in places.items() if isinstance(sample.args[i], Tensor)}
+    return places, [sample.args[i] for i in places]
+
+
+def _replaced(sample: Any, places: dict[int, int], values: Any) -> list[Any]:
+    args = list(sample.args)
+    for i, value in zip(places, values, strict=True):
+        args[i] = value
+    return args
 
 
 class _Module(torch.nn.Module):
-    def __init__(self, spec: Any, rest: tuple[Any, ...]) -> None:
+    def __init__(self, spec: Any, sample: Any, places: dict[int, int]) -> None:
         super().__init__()
-        self.spec, self.rest = spec, rest
+        self.spec, self.sample, self.places = spec, sample, places
 
-    def forward(self, v: Tensor) -> Any:
-        return self.spec.packet(v, *self.rest)
+    def forward(self, *rows: Tensor) -> Any:
+        return self.spec.packet(*_replaced(self.sample, self.places, rows))
 
 
-@pytest.mark.contract(samples=("plain", "beta-batch"))
+@pytest.mark.contract(samples="exported")
 def test_export_with_a_symbolic_row_count(spec, sample):
-    v, *rest = sample.args
-    module = _Module(spec, tuple(rest))
-    program = torch.export.export(
-        module, (v,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},), strict=False
-    )
+    places, rows = _rows_of(spec, sample)
+    module = _Module(spec, sample, places)
+    size = torch.export.Dim("n", min=2)
+    shapes = tuple({x.ndim + dim: size} for x, dim in zip(rows, places.values(), strict=True))
+    program = torch.export.export(module, tuple(rows), dynamic_shapes=(shapes,), strict=False)
     targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     assert [t for t in targets if t.startswith("clam.")] == [
         t for t in targets if t.startswith(f"clam.{spec.name}.")
     ]
     assert len([t for t in targets if t.startswith("clam.")]) == 1
-    more = torch.cat([v, v, v])
-    torch.testing.assert_close(program.module()(more), module(more), rtol=0, atol=0)
+    more = [torch.cat([x, x, x], dim) for x, dim in zip(rows, places.values(), strict=True)]
+    torch.testing.assert_close(program.module()(*more), module(*more), rtol=0, atol=0)
 
 
 @pytest.mark.contract(samples=("plain",))
 def test_unbacked_row_count(spec, sample):
     """Rows chosen by their values: a size that no guard may look at."""
-    v, *rest = sample.args
+    places, (first, *more) = _rows_of(spec, sample)
+    dims = list(places.values())
 
-    def call(x: Tensor) -> Any:
-        return spec.packet(x[x[:, 0] > 0], *rest)
+    def call(*rows: Tensor) -> Any:
+        chosen = (rows[0][:, 0] > 0).nonzero()[:, 0]
+        parts = [x.index_select(dim, chosen) for x, dim in zip(rows, dims, strict=True)]
+        return spec.packet(*_replaced(sample, places, parts))
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-        for x in (v, -v, v.abs(), -v.abs()):  # the last has no rows at all
-            torch.testing.assert_close(compiled(x), call(x), rtol=0, atol=0)
+        for x in (first, -first, first.abs() + 1, -first.abs()):  # the last has no rows at all
+            torch.testing.assert_close(compiled(x, *more), call(x, *more), rtol=0, atol=0)
 
 
 @pytest.mark.contract(gradient=True, samples=("plain",))
@@ -207,20 +223,21 @@ def test_compile_of_func_grad(spec, sample):
 
 @pytest.mark.contract(samples=("plain",))
 def test_compile_under_autocast(spec, sample):
-    v, rho, *rest = sample.cast(torch.float32).args
+    first, *rest = sample.cast(torch.float32).args
 
-    def call(v: Tensor, rho: Tensor) -> Any:
+    def call(x: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return spec.packet(v, rho, *rest)
+            return spec.packet(x, *rest)
 
-    v = v.bfloat16()
-    got = torch.compile(call, backend="aot_eager", fullgraph=True)(v, rho)
-    torch.testing.assert_close(got, call(v, rho), rtol=0, atol=0)
+    x = first.bfloat16()
+    got = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, call(x), rtol=0, atol=0)
 
 
-def test_our_message_survives_compilation():
-    compiled = torch.compile(torch.ops.clam.am_step, backend="aot_eager", fullgraph=True)
-    with pytest.raises(
-        Exception, match=r"rho: expected shape \[\.\.\., K, 3\] to match v \[5, 3\]"
-    ):
-        compiled(torch.zeros(5, 3), torch.zeros(4, 8), 1.0)
+def test_our_message_survives_compilation(spec):
+    bad = next(
+        b for b in testing.bad_calls(spec.name) if b.error is ValueError and " to match " in b.text
+    )
+    compiled = torch.compile(spec.packet, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=re.escape(bad.text)):
+        compiled(*bad.make())

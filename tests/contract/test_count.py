@@ -65,7 +65,8 @@ def test_only_a_whole_run_is_held_to_it(arguments, whole, monkeypatch):
 def test_shortfall():
     enough = Counter({spec.name: MINIMUM for spec in clam_kernels.all_ops()})
     assert shortfall(enough) == []
-    enough["am_step"] -= 1
+    first = clam_kernels.all_ops()[0].name
+    enough[first] -= 1
     assert shortfall(enough) == [
-        f"am_step: {MINIMUM - 1} contract cases ran, expected at least {MINIMUM}"
+        f"{first}: {MINIMUM - 1} contract cases ran, expected at least {MINIMUM}"
     ]

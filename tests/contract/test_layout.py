@@ -19,14 +19,14 @@ def _transposed(x: Tensor) -> Tensor:
 
 def _strided(x: Tensor) -> Tensor:
     """Every second entry of a larger tensor along each dim; what lies between is NaN."""
-    big = x.new_full([2 * s for s in x.shape], 1 if x.dtype == torch.bool else math.nan)
+    big = x.new_full([2 * s for s in x.shape], math.nan if x.is_floating_point() else 1)
     part = big[tuple(slice(None, None, 2) for _ in x.shape)]
     return part.copy_(x)
 
 
 def _offset(x: Tensor) -> Tensor:
     """At an odd place of a larger storage, NaN before and behind."""
-    big = x.new_full((x.numel() + 11,), 1 if x.dtype == torch.bool else math.nan)
+    big = x.new_full((x.numel() + 11,), math.nan if x.is_floating_point() else 1)
     return big[7 : 7 + x.numel()].view(x.shape).copy_(x)
 
 
@@ -47,10 +47,6 @@ LAYOUTS = {
     "expanded": _expanded,
     "batch-last": _batch_last,
 }
-LAID = (
-    "plain", "batch", "batch-crossed", "one-dead", "beta-batch-k", "mask-bool", "mask-batch",
-    "everything", "wide",
-)  # fmt: skip
 
 
 def _same(a: Tensor, b: Tensor) -> None:
@@ -59,7 +55,7 @@ def _same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=bound, atol=bound, equal_nan=True)
 
 
-@pytest.mark.contract(samples=LAID)
+@pytest.mark.contract(samples="laid")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs(spec, sample, backend, layout):
     """Each tensor argument by itself, then all at once: values and gradients."""
@@ -95,7 +91,7 @@ def _run(spec: Any, sample: Any, args: list[Any]) -> list[Tensor]:
     return [o.detach() for o in outs] + list(grads)
 
 
-@pytest.mark.contract(gradient=True, samples=LAID)
+@pytest.mark.contract(gradient=True, samples="laid")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_upstream_gradients(spec, sample, backend, layout):
     """gradcheck only ever hands in contiguous ones; cat, sum and expand do not."""
@@ -146,7 +142,7 @@ def test_no_rows(spec, sample, backend):
         for a, b in zip(out.outputs, want.outputs, strict=True):
             assert a.shape == b.shape
             assert a.dtype == b.dtype
-            assert a.numel() == 0
+            assert a.numel() == 0 or not (testing.is_rowwise(spec.name) or bool(a.any()))
         for name, grad in out.gradients.items():
             assert grad.shape == call.args[testing.argument_names(spec.name).index(name)].shape
             assert bool((grad == 0).all())
@@ -155,26 +151,15 @@ def test_no_rows(spec, sample, backend):
 SIZES = [(1, 1, 1), (1, 33, 2), (2, 1, 17), (15, 2, 3), (17, 31, 16), (3, 1000, 15), (40, 3, 127)]
 
 
-def _problem(spec: Any, n: int, k: int, d: int, dtype: torch.dtype, seed: int = 0) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    rho = torch.randn(k, d, generator=generator)
-    v = torch.randn(n, d, generator=generator)
-    rest: dict[str, Any] = {"beta": 1.5 / d, "steps": 3}
-    names = testing.argument_names(spec.name)
-    return [v.to(dtype), rho.to(dtype), *(rest[n] for n in names if n in rest)]
-
-
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_sizes(spec, backend, size):
-    args = [
-        a.to(backend.device) if isinstance(a, Tensor) else a
-        for a in _problem(spec, *size, torch.float32)
-    ]
+    args = testing.problem(spec.name, *size, torch.float32, backend.device).args
     exact = [a.double() if isinstance(a, Tensor) else a for a in args]
     outs = [f(*a) for f, a in ((spec.packet, args), (spec.truth, exact), (spec.truth, args))]
     triples = [outs] if isinstance(outs[0], Tensor) else zip(*outs, strict=True)
     for got, want, eager in triples:
-        testing.assert_close(got, want, eager, scale=1.0)
+        eps = backend.sum_eps(got, torch.float32)
+        testing.assert_close(got, want, eager, scale=1.0, eps=eps)
 
 
 # widths that a BLAS handles in its remainder loops, products too small for it, and plain ones
@@ -184,15 +169,13 @@ BIT_SIZES = [
 ]  # fmt: skip
 
 
+@pytest.mark.contract(rowwise=True)
 @pytest.mark.parametrize("size", BIT_SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_a_row_has_the_same_bits_wherever_it_stands(spec, backend, size):
     """Alone, in a slice, in another order, in a batch of problems."""
     n = size[0]
     for dtype in (torch.float32, torch.bfloat16):
-        v, *rest = (
-            a.to(backend.device) if isinstance(a, Tensor) else a
-            for a in _problem(spec, *size, dtype)
-        )
+        v, *rest = testing.problem(spec.name, *size, dtype, backend.device).args
         whole = _outputs(spec, v, *rest)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
         for rows in (slice(0, 1), slice(n - 1, n), slice(16, 17), slice(5, 24), order):
@@ -202,14 +185,12 @@ def test_a_row_has_the_same_bits_wherever_it_stands(spec, backend, size):
             assert torch.equal(a[1], b), dtype
 
 
+@pytest.mark.contract(rowwise=True)
 def test_rows_are_not_coupled(spec, backend):
     """All other rows replaced: the bits of this one stay."""
     for size in ((70, 5, 3), (300, 20, 5), (300, 64, 16)):
-        v, *rest = (
-            a.to(backend.device) if isinstance(a, Tensor) else a
-            for a in _problem(spec, *size, torch.float32)
-        )
-        other = 100 * _problem(spec, *size, torch.float32, seed=1)[0].to(backend.device)
+        v, *rest = testing.problem(spec.name, *size, device=backend.device).args
+        other = 100 * testing.problem(spec.name, *size, device=backend.device, seed=1).args[0]
         for row in (0, 17, size[0] - 1):
             mixed = other.clone()
             mixed[row] = v[row]
@@ -218,17 +199,25 @@ def test_rows_are_not_coupled(spec, backend):
 
 
 def _outputs(spec: Any, *args: Any) -> tuple[Tensor, ...]:
-    out = spec.packet(*args)
+    return _tuple(spec.packet(*args))
+
+
+def _tuple(out: Any) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
 def test_batch_equals_a_loop(spec, backend):
-    problems = [_problem(spec, 23, 9, 5, torch.float32, seed) for seed in range(4)]
-    rest = problems[0][2:]
-    v, rho = (torch.stack([p[i] for p in problems]).to(backend.device) for i in (0, 1))
-    together = _outputs(spec, v, rho, *rest)
-    for i in range(4):
-        for a, b in zip(_outputs(spec, v[i], rho[i], *rest), together, strict=True):
+    problems = [
+        testing.problem(spec.name, 23, 9, 5, device=backend.device, seed=seed).args
+        for seed in range(4)
+    ]
+    stacked = [
+        torch.stack(many) if isinstance(many[0], Tensor) else many[0]
+        for many in zip(*problems, strict=True)
+    ]
+    together = _outputs(spec, *stacked)
+    for i, args in enumerate(problems):
+        for a, b in zip(_outputs(spec, *args), together, strict=True):
             torch.testing.assert_close(a, b[i], rtol=1e-6, atol=1e-6)
 
 
@@ -236,15 +225,13 @@ def test_batch_equals_a_loop(spec, backend):
 # ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract(rowwise=True)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("where", ["entry", "row"])
 def test_a_bad_row_touches_no_other(spec, backend, bad, where):
     n = 70
     for dtype in (torch.float32, torch.bfloat16):
-        v, *rest = (
-            a.to(backend.device) if isinstance(a, Tensor) else a
-            for a in _problem(spec, n, 20, 5, dtype)
-        )
+        v, *rest = testing.problem(spec.name, n, 20, 5, dtype, backend.device).args
         clean = _outputs(spec, v, *rest)
         v = v.clone()
         v[37, 2 if where == "entry" else slice(None)] = bad
@@ -255,108 +242,15 @@ def test_a_bad_row_touches_no_other(spec, backend, bad, where):
             assert bool(marked.all()), a[37]
 
 
-@pytest.mark.contract(gradient=True)
-def test_a_bad_row_keeps_the_other_rows_gradients_and_marks_the_memories(spec, backend):
-    """It must not vanish from the memories' gradient, nor leak into other rows'."""
-    v, rho, *rest = (
-        a.to(backend.device) if isinstance(a, Tensor) else a
-        for a in _problem(spec, 40, 20, 5, torch.float32)
-    )
-
-    def grads(x: Tensor) -> tuple[Tensor, ...]:
-        leaves = x.clone().requires_grad_(), rho.clone().requires_grad_()
-        return torch.autograd.grad(spec.packet(*leaves, *rest).sum(), leaves)
-
-    clean = grads(v)
-    bad = v.clone()
-    bad[7, 1] = math.nan
-    dirty = grads(bad)
-    others = torch.arange(40, device=v.device) != 7
-    assert torch.equal(dirty[0][others], clean[0][others])
-    assert bool(dirty[0][7].isnan().all())
-    assert bool(dirty[1].isnan().all())
-
-
-def test_a_bad_memory_marks_every_row(spec, backend):
-    v, rho, *rest = (
-        a.to(backend.device) if isinstance(a, Tensor) else a
-        for a in _problem(spec, 20, 6, 5, torch.float32)
-    )
-    rho = rho.clone()
-    rho[3, 1] = math.nan
-    for a in _outputs(spec, v, rho, *rest):
-        marked = a.isnan() if a.is_floating_point() else a == -1
-        assert bool(marked.all())
-
-
-@pytest.mark.contract(samples=("one-dead",))
-def test_a_bad_memory_that_takes_no_part_harms_nobody(spec, sample, backend):
-    """A dead memory may hold anything: it is what padding is made of."""
-    names = testing.argument_names(spec.name)
-    call = sample.cast(backend.dtypes[0], backend.device)
-    dead = call.args[names.index("log_weights")] == -math.inf
-    clean = testing.evaluate(spec.packet, call, call.differentiable)
-    for bad in (math.nan, math.inf, 1e30):
-        args = list(call.args)
-        args[1] = args[1].clone()
-        args[1][dead] = bad
-        got = testing.evaluate(spec.packet, _with(call, args), call.differentiable)
-        for a, b in zip(got.outputs, clean.outputs, strict=True):
-            assert torch.equal(a, b)
-        for name in call.differentiable:
-            assert torch.equal(got.gradients[name], clean.gradients[name]), name
-
-
-def _with(sample: Any, args: list[Any]) -> Any:
-    return testing.Sample(sample.op, sample.name, tuple(args), sample.differentiable)
-
-
-SCALES = [1e-18, 1e-6, 1e3, 1e6, 1e9]
-
-
-@pytest.mark.parametrize("size", SCALES)
-@pytest.mark.parametrize("sharp", [1e-6, 1.0, 1e6])
-def test_huge_and_tiny_scores(spec, backend, size, sharp):
-    """Coordinates of any size, with beta that makes the scores tiny, of order 1 and huge."""
-    v, rho, *rest = _problem(spec, 25, 6, 3, torch.float32)
-    v, rho = (size * x.to(backend.device) for x in (v, rho))
-    names = testing.argument_names(spec.name)
-    if "beta" in names:
-        rest[0] = sharp / size**2
-        if rest[0] > torch.finfo(torch.float32).max:
-            rest[0] = 1e38
-    exact = (v.double(), rho.double(), *rest)
-    outs = [
-        _tuple(f(*a))
-        for f, a in (
-            (spec.packet, (v, rho, *rest)),
-            (spec.truth, exact),
-            (spec.truth, (v, rho, *rest)),
-        )
-    ]
-    for got, want, eager in zip(*outs, strict=True):
-        assert not got.is_floating_point() or bool(got.isfinite().all())
-        testing.assert_close(got, want, eager)
-
-
-def _tuple(out: Any) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
-
-
 def test_result_dtypes(spec, backend):
-    wide = {torch.float64: torch.float64}
     for dtype in backend.dtypes:
-        args = [
-            a.to(backend.device) if isinstance(a, Tensor) else a
-            for a in _problem(spec, 9, 4, 3, dtype)
-        ]
+        args = testing.problem(spec.name, 9, 4, 3, dtype, backend.device).args
         found = [o.dtype for o in _outputs(spec, *args)]
-        score = wide.get(dtype, torch.float32)
-        expected = {"am_energy": [score], "am_assign": [torch.int64, score]}
-        assert found == expected.get(spec.name, [dtype])
+        assert found == testing.result_dtypes(spec.name, dtype)
+        assert found == [o.dtype for o in _tuple(spec.truth(*args))]
 
 
-@pytest.mark.contract(gradient=True, samples=("everything", "beta-batch"))
+@pytest.mark.contract(gradient=True, samples="views")
 def test_gradients_have_the_dtype_of_their_leaf(spec, sample, backend):
     for dtype in backend.dtypes:
         call = sample.cast(dtype, backend.device)
@@ -364,21 +258,3 @@ def test_gradients_have_the_dtype_of_their_leaf(spec, sample, backend):
             spec.packet, call, call.differentiable
         ).gradients.items():
             assert grad.dtype == dtype, name
-
-
-@pytest.mark.contract(gradient=True, samples=("beta-0d", "everything"))
-def test_memory_side_may_be_wider_than_the_states(spec, sample, backend):
-    """bfloat16 states and memories with float32 beta, mask and log-weights."""
-    names = testing.argument_names(spec.name)
-    call = sample.cast(torch.bfloat16, backend.device)
-    args = [
-        a.float() if isinstance(a, Tensor) and n not in ("v", "rho") else a
-        for n, a in zip(names, call.args, strict=False)
-    ]
-    mixed = testing.evaluate(spec.packet, _with(call, args), call.differentiable)
-    same = testing.evaluate(spec.packet, call, call.differentiable)
-    for a, b in zip(mixed.outputs, same.outputs, strict=True):
-        assert torch.equal(a, b)  # the same values, and all arithmetic is float32 either way
-    for name, grad in mixed.gradients.items():
-        assert grad.dtype == (torch.bfloat16 if name in ("v", "rho") else torch.float32)
-        assert torch.equal(grad.bfloat16(), same.gradients[name]), name

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-means against scikit-learn's Lloyd, and its ops against unchunked eager torch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans as Peer
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from clam_kernels import KMeans, testing
+
+ASSIGN, UPDATE = testing.workloads("kmeans_assign"), testing.workloads("kmeans_update")
+TIMER = {"timer": time.process_time, "min_rounds": 1}
+ITERATIONS = 10
+
+
+def eager_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """The obvious form: all N x K squared distances, expanded, and their minimum."""
+    d = torch.addmm(centroids.square().sum(-1), x, -2 * centroids.T) + x.square().sum(-1, True)
+    best = d.min(-1)
+    return best.indices, best.values
+
+
+def eager_update(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    sums = torch.zeros(k, x.shape[1]).index_add_(0, labels, x)
+    return sums, torch.bincount(labels, minlength=k)
+
+
+@pytest.mark.benchmark(**TIMER)
+@pytest.mark.parametrize("workload", ASSIGN, ids=lambda w: w.name)
+def test_fit(workload: testing.Workload, race: Any) -> None:
+    """Ten iterations of Lloyd from one start, no tolerance, one thread each."""
+    x, centroids = (t.numpy() for t in workload.make(0))
+    options = {"init": centroids, "n_init": 1, "max_iter": ITERATIONS, "tol": 0}
+    ours, peer = (cls(len(centroids), **options) for cls in (KMeans, Peer))
+    with threadpool_limits(1):
+        found = {"ours": ours.fit(x), "eager": peer.fit(x)}
+        error = {}
+        for name, model in found.items():  # of the inertia, against its own labels in float64
+            centres = model.cluster_centers_[model.labels_].astype(np.float64)
+            exact = float(np.square(x - centres).sum())
+            error[name] = abs(model.inertia_ - exact) / exact
+        row = race(
+            workload.name.replace("kmeans_assign", "KMeans"),
+            f"fit, {ours.n_iter_} iterations",
+            flops=workload.flops * ITERATIONS,
+            error_vs_float64=error,
+            peak_extra_bytes={"ours": testing.peak_bytes(lambda: ours.fit(x))},
+        )
+        row.run(lambda: ours.fit(x), {"scikit-learn": lambda: peer.fit(x)})
+
+
+@pytest.mark.benchmark(**TIMER)
+@pytest.mark.parametrize("workload", [*ASSIGN, *UPDATE], ids=lambda w: w.name)
+def test_ops(workload: testing.Workload, race: Any) -> None:
+    args = workload.make(0)
+    plain = eager_assign if workload.op == "kmeans_assign" else eager_update
+    op = getattr(torch.ops.clam, workload.op)
+    row = race(
+        workload.name,
+        "forward",
+        bytes=workload.bytes,
+        flops=workload.flops,
+        peak_extra_bytes={
+            "ours": testing.peak_bytes(lambda: op(*args)),
+            "eager": testing.peak_bytes(lambda: plain(*args)),
+        },
+    )
+    with torch.inference_mode():
+        row.run(lambda: op(*args), {"eager": lambda: plain(*args)})

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mini-batch k-means: running means of the batches' rows (Sculley 2010), with scikit-learn's rules
+of reassignment and stopping.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.kmeans import kmeans_assign, kmeans_update
+from ._lloyd import Rule, Run, inertia_of, nearest
+from ._rows import Rows, normalised
+
+REASSIGN_EVERY, REASSIGN_RATIO, PATIENCE = 10, 0.01, 10
+
+
+def minibatch(
+    rows: Rows,
+    weight: Tensor | None,
+    seed: Callable[[Rows, Tensor | None], Tensor],
+    n_init: int,
+    batch: int,
+    rule: Rule,
+    random: np.random.RandomState,
+) -> Run:
+    """Fit by batches; the best of `n_init` starts on a sample goes on."""
+    n = len(rows)
+    batch = min(batch, n)
+    centres = _best_start(rows, weight, seed, n_init, batch, random)
+    share = None if weight is None else (weight / weight.sum()).cpu().numpy()
+    held = torch.zeros(len(centres), dtype=torch.float64, device=rows.device)
+    steps, since, average, best, patience = rule.max_iter * n // batch, 0, 0.0, math.inf, 0
+    step = 0
+    for step in range(1, steps + 1):
+        index = random.choice(n, batch, replace=True, p=share)
+        x = rows.take(torch.from_numpy(np.asarray(index)))
+        before = centres
+        centres, inertia = _step(x, centres, held, rows, rule)
+        since += batch
+        lost = bool((held == 0).any())
+        if lost or since >= REASSIGN_EVERY * len(centres):
+            since = 0
+            _reassign(x, centres, held, random)
+        stop = bool(rule.seen and rule.seen(0, step, float((centres - before).square().sum())))
+        if step == 1:  # its inertia is that of the start
+            continue
+        alpha = min(1.0, 2.0 * batch / (n + 1))
+        average = inertia if step == 2 else average * (1 - alpha) + inertia * alpha
+        best, patience = (average, 0) if average < best else (best, patience + 1)
+        if stop or patience >= PATIENCE:
+            break
+    labels = torch.cat(
+        [nearest(block, centres, rows, rule.precision) for _, block in rows.blocks()]
+    )
+    total = inertia_of(rows, weight, centres, labels)
+    return Run(centres, labels, total, math.ceil(step * batch / n))
+
+
+def _best_start(
+    rows: Rows,
+    weight: Tensor | None,
+    seed: Callable[[Rows, Tensor | None], Tensor],
+    n_init: int,
+    batch: int,
+    random: np.random.RandomState,
+) -> Tensor:
+    """Of some starts the one with the least inertia on a sample."""
+
+    def drawn(least: int) -> tuple[Rows, Tensor | None]:
+        size = min(len(rows), max(3 * batch, least))
+        index = torch.from_numpy(np.sort(random.choice(len(rows), size, replace=False)))
+        few = Rows(rows.take(index), rows.dtype, rows.device, True, rows.device)
+        return few, None if weight is None else weight[index.to(weight.device)]
+
+    sample, own = drawn(0)
+    best: tuple[float, Tensor] | None = None
+    for _ in range(n_init):
+        first = seed(*drawn(0))
+        labels = kmeans_assign(sample.source, first, distances=False)[0]
+        inertia = inertia_of(sample, own, first, labels)
+        if best is None or inertia < best[0]:
+            best = inertia, first
+    assert best is not None
+    return best[1].clone()
+
+
+def _step(x: Tensor, centres: Tensor, held: Tensor, rows: Rows, rule: Rule) -> tuple[Tensor, float]:
+    """Move the centres towards the batch's means; (centres, mean squared distance before)."""
+    labels, far = kmeans_assign(x, centres, precision=rule.precision)
+    sums, counts = kmeans_update(x, labels, len(centres))
+    total = held + counts
+    moved = (centres.double() * held[:, None] + sums) / total.clamp(min=1.0)[:, None]
+    held += counts
+    moved = torch.where((counts > 0)[:, None], moved, centres.double())
+    if rows.unit_norm:
+        moved = normalised(moved)
+    return moved.to(centres.dtype), float(far.double().mean())
+
+
+def _reassign(x: Tensor, centres: Tensor, held: Tensor, random: np.random.RandomState) -> None:
+    """Centres of very few rows jump to rows of the batch, in place."""
+    weak = held < REASSIGN_RATIO * held.max()
+    most = len(x) // 2
+    if int(weak.sum()) > most:  # the weakest, as many as half the batch can serve
+        order = torch.sort(held, stable=True).indices[:most]
+        weak = torch.zeros_like(weak).index_fill_(0, order, True)
+    count = int(weak.sum())
+    if count == 0:
+        return
+    chosen = random.choice(len(x), count, replace=False)
+    centres[weak] = x[torch.from_numpy(np.asarray(chosen)).to(x.device)]
+    held[weak] = held[~weak].min() if count < len(held) else 1.0

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data matrix of k-means: dense or sparse, in memory or on disk, block by block.
+
+A block is what an op is called with. Rows in memory that need no change are one block and are never
+copied; read-only arrays (a memory map among them), sparse rows, rows of unit norm and rows near the
+ends of the float range are made block by block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from sklearn.utils.validation import validate_data
+from torch import Tensor
+
+from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
+from ._frame import scaled
+
+# Entries of a block that is made on the way.
+BLOCK_ENTRIES = 1 << 22
+# Squares of values between these need no scaling: (least, most) exponent.
+SAFE = {torch.float32: (-40, 40), torch.float64: (-400, 400)}
+
+
+@dataclass
+class Rows:
+    """A matrix [N, D] of float32 or float64, scaled by 2**exponent, on a device."""
+
+    source: Any  # a Tensor, a numpy array or a CSR matrix
+    dtype: torch.dtype
+    device: torch.device
+    is_tensor: bool
+    origin: torch.device
+    chunk_rows: int | None = None
+    unit_norm: bool = False
+    exponent: int = 0
+    top: float = 0.0  # the largest magnitude
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0))  # [D] float64, scaled
+    variance: float = 0.0  # mean over the features, scaled
+
+    def __len__(self) -> int:
+        return int(self.source.shape[0])
+
+    @property
+    def features(self) -> int:
+        """D."""
+        return int(self.source.shape[1])
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the source itself can be handed to an op."""
+        plain = isinstance(self.source, Tensor) and self.source.device == self.device
+        same = plain and self.source.dtype == self.dtype
+        return same and not self.exponent and not self.unit_norm and self.chunk_rows is None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether some rows are read as cheaply as all, in a processor's memory."""
+        return self._whole and self.device.type == "cpu"
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, values) of every block, in order."""
+        n = len(self)
+        if self._whole:
+            yield slice(0, n), self.source
+            return
+        step = self.chunk_rows or max(1, BLOCK_ENTRIES // self.features)
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            yield part, self._made(self.source[part])
+
+    def take(self, index: Tensor) -> Tensor:
+        """Some rows."""
+        if isinstance(self.source, Tensor):
+            return self._made(self.source[index.to(self.source.device)])
+        return self._made(self.source[index.cpu().numpy()])
+
+    def _made(self, part: Any) -> Tensor:
+        if sparse.issparse(part):
+            part = part.toarray()
+        if not isinstance(part, Tensor):
+            part = torch.from_numpy(np.array(part, order="C"))
+        x = part.to(self.device, self.dtype)
+        x = in_scale(x, self.exponent)
+        return normalised(x) if self.unit_norm else x
+
+    def give(self, result: Tensor) -> Any:
+        """A result in the container of the input: numpy for arrays, else a tensor on its device."""
+        return result.to(self.origin) if self.is_tensor else result.cpu().numpy()
+
+    def give_labels(self, labels: Tensor) -> Any:
+        """Labels: int32 numpy as scikit-learn has them, int64 for tensors."""
+        return self.give(labels if self.is_tensor else labels.int())
+
+    def choose_scale(self, top: float) -> None:
+        """Scale values of magnitude `top` by a power of two if their squares would not fit."""
+        least, most = SAFE[self.dtype]
+        power = math.frexp(top)[1] if top else 0
+        self.exponent = 0 if least <= power <= most or self.unit_norm else -power
+
+    def frame(self) -> None:
+        """Choose the scale, and learn mean and variance in one pass."""
+        self.choose_scale(self.top)
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
+        first = self.take(torch.zeros(1, dtype=torch.int64))[0]
+        total, square = torch.zeros(2, self.features, **wide).unbind()
+        for _, block in self.blocks():
+            for x in block.split(max(1, (BLOCK_ENTRIES >> 6) // self.features)):
+                gap = x - first
+                ones = gap.new_ones(len(gap))
+                total += ones @ gap
+                square += ones @ gap.square_()
+        mean = total / len(self)
+        self.variance = float((square / len(self) - mean.square()).clamp(min=0).mean())
+        self.mean = first.double() + mean
+
+    @property
+    def shift(self) -> Tensor | None:
+        """A point to subtract before sums, where rows lie far from the origin."""
+        far = bool((self.mean.abs().max() ** 2 > 100 * self.variance).item())
+        return self.mean.to(self.dtype) if far else None
+
+
+def in_scale(x: Tensor, exponent: int) -> Tensor:
+    """`x * 2**exponent`, by way of float64, which holds the factor."""
+    return scaled(x.double(), exponent).to(x.dtype) if exponent else x
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Rows of unit norm; a row of zeros stays."""
+    top = x.abs().amax(-1, keepdim=True)
+    x = x / torch.where(top > 0, top, 1.0)  # squares neither overflow nor vanish
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, 1.0)
+
+
+def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
+    """Validate a data matrix by scikit-learn's rules, without reading it more than once."""
+    is_tensor = isinstance(x, Tensor)
+    origin = x.device if is_tensor else torch.device("cpu")
+    source: Any
+    if is_tensor:
+        source = read_tensor(estimator, x, reset)
+        dtype = source.dtype
+    else:
+        source = _read_array(estimator, x, reset)
+        dtype = torch.float32 if source.dtype == np.float32 else torch.float64
+        if not sparse.issparse(source) and source.flags.writeable:
+            source = torch.from_numpy(source)
+    device = choose_device(estimator.device, origin if is_tensor else None)
+    if isinstance(source, Tensor) and device.type == "cuda":
+        source = source.to(device)
+    rows = Rows(source, dtype, device, is_tensor, origin, estimator.chunk_rows)
+    for part, block in rows.blocks():
+        low, high = torch.aminmax(block)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            refuse_bad_entries(estimator, block, first_row=part.start)
+        rows.top = max(rows.top, -float(low), float(high))
+    rows.unit_norm = estimator.metric == "cosine"
+    return rows
+
+
+def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
+    if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
+        raise ValueError("X: expected an array without masked entries, got a masked array")
+    narrow = str(getattr(x, "dtype", "")) in NARROW
+    return validate_data(
+        estimator,
+        x,
+        reset=reset,
+        accept_sparse="csr",
+        accept_large_sparse=False,
+        dtype=np.float32 if narrow else [np.float64, np.float32],
+        order="C",
+        ensure_all_finite=False,
+    )
+
+
+def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:
+    """Weights [N] in float64 on the rows' device; None where all are 1."""
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, Tensor):
+        weight = sample_weight.detach().to(rows.device, torch.float64)
+    else:
+        array = np.asarray(sample_weight, dtype=np.float64)
+        weight = torch.from_numpy(np.array(array)).to(rows.device)
+    if weight.ndim == 0:
+        weight = weight.expand(len(rows)).clone()
+    if weight.ndim != 1:
+        raise ValueError("Sample weights must be 1D array or scalar")
+    if len(weight) != len(rows):
+        raise ValueError(f"sample_weight.shape == {tuple(weight.shape)}, expected {(len(rows),)}!")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("Input sample_weight contains NaN or infinity")
+    if bool((weight < 0).any()):
+        raise ValueError("Negative values in data passed to `sample_weight`")
+    if not bool((weight > 0).any()):
+        raise ValueError("Sample weights must contain at least one non-zero number.")
+    return weight

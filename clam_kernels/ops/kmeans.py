@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-means: kmeans_assign, kmeans_update. Equations: docs/ops/kmeans.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import python_fallback
+
+from .._core import checks
+from .._core.backend import PRECISIONS
+from .._core.registry import op
+
+# ---- checks and fakes: argument for argument those of the schemas ------------------------------
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_rows(x: Tensor) -> None:
+    checks.floating("x", x)
+    checks.device("x", x)
+    checks.shape("x", x, "[..., N, D]", x.ndim >= 2)
+    checks.non_empty("x", x, -1, "D")
+
+
+def _check_dtype(
+    name: str, value: Tensor, allowed: tuple[torch.dtype, ...], match: str = ""
+) -> None:
+    """One of a few dtypes, each named once."""
+    words = " or ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in allowed))
+    got = str(value.dtype).removeprefix("torch.")
+    checks.type_error(
+        value.dtype in allowed, lambda: checks.wording(name, f"dtype {words}", got, match)
+    )
+
+
+def _check_vector(name: str, value: Tensor, size: Any, match: str) -> None:
+    """A vector [..., size]."""
+    ok = value.ndim >= 1 and value.shape[-1] == size
+    checks.shape(name, value, f"[..., {size}]", ok, match)
+
+
+def _check_features(name: str, value: Tensor | None, x: Tensor) -> None:
+    """A vector [..., D] that belongs to the rows, any float dtype."""
+    if value is not None:
+        checks.floating(name, value)
+        checks.same_device(name, value, "x", x)
+        _check_vector(name, value, x.shape[-1], f"x {checks.spell(*x.shape)}")
+
+
+def _check_assign(
+    x: Tensor,
+    centroids: Tensor,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    distances: bool,
+    precision: str | None,
+) -> None:
+    _check_rows(x)
+    checks.floating("centroids", centroids)
+    # wide is what they are kept in, whatever the rows are
+    _check_dtype("centroids", centroids, (_wide(x), x.dtype), "x")
+    checks.same_device("centroids", centroids, "x", x)
+    checks.shape("centroids", centroids, "[..., K, D]", centroids.ndim >= 2)
+    pattern, ok = f"[..., K, {x.shape[-1]}]", centroids.shape[-1] == x.shape[-1]
+    checks.shape("centroids", centroids, pattern, ok, f"x {checks.spell(*x.shape)}")
+    checks.non_empty("centroids", centroids, -2, "K")
+    _check_features("shift", shift, x)
+    if mask is not None:
+        _check_dtype("mask", mask, (torch.bool,))
+        checks.same_device("mask", mask, "x", x)
+        match = f"centroids {checks.spell(*centroids.shape)}"
+        _check_vector("mask", mask, centroids.shape[-2], match)
+    _assign_batch(x, centroids, shift, mask)
+    checks.one_of("precision", precision, PRECISIONS)
+
+
+def _assign_batch(
+    x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None
+) -> list[Any]:
+    operands = [("x", x, 2), ("centroids", centroids, 2)]
+    operands += [("shift", shift, 1)] if shift is not None else []
+    operands += [("mask", mask, 1)] if mask is not None else []
+    return checks.broadcast(operands)
+
+
+def _check_mask_values(
+    x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None, *_: Any
+) -> None:
+    if mask is not None and mask.device.type == "cpu" and bool(mask.all(-1).any()):
+        raise ValueError(checks.wording("mask", "a centroid that is not masked", "all True"))
+
+
+def _fake_assign(
+    x: Tensor,
+    centroids: Tensor,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    distances: bool,
+    precision: str | None,
+) -> tuple[Tensor, Tensor]:
+    sizes = [*_assign_batch(x, centroids, shift, mask), x.shape[-2]]
+    shape = sizes if distances else [*sizes[:-1], 0]
+    sqdist = x.new_empty(shape, dtype=_wide(x))
+    return x.new_empty(sizes, dtype=torch.int64), sqdist
+
+
+def _check_update(
+    x: Tensor, labels: Tensor, k: Any, weight: Tensor | None, shift: Tensor | None
+) -> None:
+    _check_rows(x)
+    _check_dtype("labels", labels, (torch.int64,))
+    if weight is not None:
+        checks.floating("weight", weight)
+    for name, value in (("labels", labels), ("weight", weight)):
+        if value is not None:
+            checks.same_device(name, value, "x", x)
+            _check_vector(name, value, x.shape[-2], f"x {checks.spell(*x.shape)}")
+    checks.at_least("k", k, 1)
+    _check_features("shift", shift, x)
+    _update_batch(x, labels, weight, shift)
+
+
+def _update_batch(
+    x: Tensor, labels: Tensor, weight: Tensor | None, shift: Tensor | None
+) -> list[Any]:
+    operands = [("x", x, 2), ("labels", labels, 1)]
+    operands += [("weight", weight, 1)] if weight is not None else []
+    operands += [("shift", shift, 1)] if shift is not None else []
+    return checks.broadcast(operands)
+
+
+def _fake_update(
+    x: Tensor, labels: Tensor, k: Any, weight: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    sizes = [*_update_batch(x, labels, weight, shift), k]
+    counted = torch.int64 if weight is None else torch.float64
+    sums = x.new_empty([*sizes, x.shape[-1]], dtype=torch.float64)
+    return sums, x.new_empty(sizes, dtype=counted)
+
+
+# ---- the documented functions ------------------------------------------------------------------
+
+
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor,
+    *,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    distances: bool = True,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of each row, equal to float64's in every precision, and its distance.
+
+        d_nk    = sum_j (x_nj - c_kj)^2 in float64 on the stored values
+        label_n = min {k : d_nk <= (1 + 2^-40) min_j d_nj}       (eqs. 1-2 of docs/ops/kmeans.md)
+
+    Parameters
+    ----------
+    x : Tensor [..., N, D], float16, bfloat16, float32 or float64
+        Rows. Leading dims of all arguments broadcast: restarts are centroids [R, K, D].
+    centroids : Tensor [..., K, D], float32 (float64 for float64), or dtype of x
+        One that is not finite never wins.
+    shift : Tensor [..., D], optional
+        A point near the data, which scores are computed relative to; the mean of the centroids
+        unless given. No label depends on it, only how many rows are computed again in float64.
+    mask : Tensor [..., K], bool, optional
+        True: the centroid does not exist. Not all of a problem's; checked on a CPU.
+    distances : bool
+        False leaves the distances out.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products that decide most rows; None follows
+        torch.get_float32_matmul_precision(). Labels are the same in all.
+
+    Returns
+    -------
+    labels : Tensor [..., N], int64
+        Lowest index on ties. -1 where x has NaN or inf, or nothing can win.
+    sqdist : Tensor [..., N], float32 (float64 for float64), unit |x|^2
+        From differences with the winner. NaN where x has NaN or inf, +inf where nothing can win; of
+        shape [..., 0] if `distances` is False. No gradient.
+
+    Raises
+    ------
+    TypeError
+        A dtype or type other than stated.
+    ValueError
+        A shape or device that does not fit; every centroid of a problem is masked (on a CPU).
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> x, centroids = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [2.0]])
+    >>> clam_kernels.kmeans_assign(x, centroids)  # the second row is a tie
+    (tensor([0, 0, 1]), tensor([0., 1., 1.]))
+    """
+    checks.tensor("x", x)
+    checks.tensor("centroids", centroids)
+    checks.tensor("shift", shift, optional=True)
+    checks.tensor("mask", mask, optional=True)
+    checks.type_error(
+        isinstance(distances, bool),
+        lambda: checks.wording("distances", "a bool", type(distances).__name__),
+    )
+    checks.type_error(
+        precision is None or isinstance(precision, str),
+        lambda: checks.wording("precision", "a str or None", type(precision).__name__),
+    )
+    labels, sqdist = torch.ops.clam.kmeans_assign(x, centroids, shift, mask, distances, precision)
+    return labels, sqdist
+
+
+def kmeans_update(
+    x: Tensor,
+    labels: Tensor,
+    k: int,
+    *,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts of the rows of each label, the same bits at every call.
+
+        sums_k = sum_{n: label_n = k} w_n (x_n - shift),  counts_k = sum_{n: label_n = k} w_n
+                                                                 (eq. 3 of docs/ops/kmeans.md)
+
+    Parameters
+    ----------
+    x : Tensor [..., N, D], float16, bfloat16, float32 or float64
+        Rows. Leading dims of all arguments broadcast.
+    labels : Tensor [..., N], int64
+        A row whose label is not in [0, k) takes no part, whatever it holds.
+    k : int, >= 1
+        Number of labels.
+    weight : Tensor [..., N], any float dtype, optional
+        Of each row; 1 unless given.
+    shift : Tensor [..., D], any float dtype, optional
+        Subtracted from every row; 0 unless given. With it sums far from the origin keep the digits
+        of the spread.
+
+    Returns
+    -------
+    sums : Tensor [..., k, D], float64
+        Added in float64, or in float32 over at most some hundred rows and then in float64.
+    counts : Tensor [..., k], int64, float64 with weights
+        Zero where a label has no row.
+
+    Raises
+    ------
+    TypeError
+        A dtype or type other than stated.
+    ValueError
+        A shape, device or value that does not fit.
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> x = torch.tensor([[1.0], [2.0], [5.0], [7.0]])
+    >>> clam_kernels.kmeans_update(x, torch.tensor([0, 0, 1, -1]), 2)
+    (tensor([[3.],
+            [5.]], dtype=torch.float64), tensor([2, 1]))
+    """
+    checks.tensor("x", x)
+    checks.tensor("labels", labels)
+    checks.tensor("weight", weight, optional=True)
+    checks.tensor("shift", shift, optional=True)
+    whole = isinstance(k, int | torch.SymInt) and not isinstance(k, bool)
+    checks.type_error(whole, lambda: checks.wording("k", "an int >= 1", repr(k)))
+    sums, counts = torch.ops.clam.kmeans_update(x, labels, k, weight, shift)
+    return sums, counts
+
+
+# ---- the declarations --------------------------------------------------------------------------
+
+_truth = python_fallback.kmeans
+
+KMEANS_ASSIGN = op(
+    name="kmeans_assign",
+    arguments="Tensor x, Tensor centroids, Tensor? shift=None, Tensor? mask=None, "
+    "bool distances=True, str? precision=None",
+    returns="(Tensor, Tensor)",
+    check=_check_assign,
+    check_values=_check_mask_values,
+    fake=_fake_assign,
+    truth=_truth.kmeans_assign,
+    reference=_truth.kmeans_assign_forward,
+    kernels={"triton": "clam_kernels.kernels.kmeans:kmeans_assign"},
+    limits={"triton": "clam_kernels.kernels._launch:why_not"},
+    function=kmeans_assign,
+    same_dtype=("x", "centroids"),
+    core={"x": 2, "centroids": 2, "shift": 1, "mask": 1},
+)
+
+KMEANS_UPDATE = op(
+    name="kmeans_update",
+    arguments="Tensor x, Tensor labels, SymInt k, Tensor? weight=None, Tensor? shift=None",
+    returns="(Tensor, Tensor)",
+    check=_check_update,
+    fake=_fake_update,
+    truth=_truth.kmeans_update,
+    reference=_truth.kmeans_update_forward,
+    kernels={"triton": "clam_kernels.kernels.kmeans:kmeans_update"},
+    limits={"triton": "clam_kernels.kernels._launch:why_not"},
+    function=kmeans_update,
+    same_dtype=("x",),
+    core={"x": 2, "labels": 1, "weight": 1, "shift": 1},
+)

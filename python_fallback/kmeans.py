@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-means: the nearest centroid of every row, and sums of rows by label. Equations:
+docs/ops/kmeans.md.
+
+Labels are those of float64 on the stored values, lowest index where squared distances agree within
+`TIE`: float32 scores decide where a bound on their error says that they can, float64 elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._chunk import row_chunks
+from ._score import compute_dtype
+
+# Squared distances this close, relative to the smaller one, are a tie.
+TIE = 2.0**-40
+# Entries of one K x rows tile of scores: with its mask it fits in a second-level cache. Rows of a
+# chunk stay between these whatever K is, but for a tile of more than `MOST_ENTRIES`.
+TILE_ENTRIES, MIN_ROWS, MAX_ROWS, MOST_ENTRIES = 1 << 17, 256, 2048, 1 << 23
+TINY, MOST = (
+    {t: getattr(torch.finfo(t), word) for t in (torch.float32, torch.float64)}
+    for word in ("tiny", "max")
+)
+# float64 entries that are worked on at once.
+WIDE_ENTRIES = 1 << 18
+
+
+# ---- the equations -------------------------------------------------------------------------------
+
+
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    distances: bool = True,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The equation of `clam_kernels.kmeans_assign`, from N x K x D differences in float64."""
+    gap = x.double()[..., :, None, :] - centroids.double()[..., None, :, :]
+    far = gap.square().sum(-1)
+    far = torch.where(far.isfinite() & centroids.isfinite().all(-1)[..., None, :], far, torch.inf)
+    if mask is not None:
+        far = torch.where(mask[..., None, :], torch.inf, far)
+    batch = _batch(x, centroids, shift, mask)
+    far = far.expand(*batch, *far.shape[-2:])
+    best = far.detach().amin(-1, keepdim=True)
+    size = far.shape[-1]
+    index = torch.arange(size, device=x.device)
+    first = torch.where(far.detach() <= best * (1 + TIE), index, size).amin(-1)
+    regular = x.isfinite().all(-1)
+    lost = ~regular | ~best[..., 0].isfinite()
+    labels = torch.where(lost, -1, first)
+    if not distances:
+        return labels, x.new_empty((*batch, 0), dtype=compute_dtype(x))
+    near = far.gather(-1, torch.where(lost, 0, first)[..., None])[..., 0]
+    return labels, torch.where(regular, near, torch.nan).to(compute_dtype(x))
+
+
+def kmeans_update(
+    x: Tensor,
+    labels: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The equation of `clam_kernels.kmeans_update`, from an N x K x D array in float64."""
+    chosen = labels[..., None] == torch.arange(k, device=x.device)
+    rows = x.double() if shift is None else x.double() - shift.double()[..., None, :]
+    held = chosen.double()
+    if weight is not None:
+        rows = rows * weight.double()[..., None]
+        held = torch.where(chosen, weight.double()[..., None], 0.0)
+    # a row takes part in its own label's sum alone, whatever it holds
+    sums = torch.where(chosen[..., None], rows[..., None, :], 0.0).sum(-3)
+    counts = held.sum(-2) if weight is not None else chosen.sum(-2)
+    return sums, counts.expand(sums.shape[:-1]).contiguous()
+
+
+def _batch(*operands: Tensor | None) -> torch.Size:
+    """Broadcast of the leading dims of (x or labels' owner, centroids, shift, mask)."""
+    core = (2, 2, 1, 1)
+    shapes = [o.shape[: o.ndim - c] for o, c in zip(operands, core, strict=True) if o is not None]
+    return torch.broadcast_shapes(*shapes)
+
+
+# ---- assignment in row chunks --------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """Centroids of one problem, prepared: score = half - x . centred, least for the nearest."""
+
+    exact: Tensor  # [K, D] float64, as given
+    alive: Tensor  # [K] bool
+    centred: Tensor  # [K, D], less the origin; 0 where not alive
+    half: Tensor  # [K]: |centred|^2 / 2 (+ origin . centred where rows stay as they are), or inf
+    origin: Tensor | None  # [D] that is subtracted from rows, if anything is
+    reach: float  # the largest |centred|
+    lean: float  # |origin| where it is not subtracted
+
+    def slack(self, size: float, unit: float) -> float:
+        """Twice the error of a score of rows of norm `size`, and the width of a tie."""
+        d = self.exact.shape[-1]
+        scores = (d + 6) * size * self.reach + 2 * self.reach**2 + 3 * self.lean * self.reach
+        lost = (d + 4) * TINY[self.half.dtype]  # what underflows
+        return 2 * (unit * scores + lost) + TIE * (size + self.lean + self.reach) ** 2
+
+    def holds(self, size: float) -> bool:
+        """Whether no score of rows of norm `size`, nor a part of it, leaves its dtype's range."""
+        largest = self.reach * (size + self.reach + self.lean)
+        return max(largest, size, self.lean) < MOST[self.half.dtype] / 4
+
+
+def table_of(centroids: Tensor, shift: Tensor | None, mask: Tensor | None, like: Tensor) -> Table:
+    """Prepare centroids [K, D]. A shift of both sides changes no label; it is subtracted from the
+    rows only where it is large beside the centroids' spread, for scores lose digits then.
+    """
+    dtype, exact = compute_dtype(like), centroids.double()
+    alive = exact.isfinite().all(-1)
+    if mask is not None:
+        alive = alive & ~mask
+    kept = torch.where(alive[:, None], exact, 0.0)
+    middle = kept.sum(0) / alive.sum().clamp(min=1)
+    origin = middle if shift is None else shift.double()
+    origin = torch.where(origin.isfinite(), origin, 0.0).to(dtype).double()
+    centred = torch.where(alive[:, None], exact - origin, 0.0)
+    reach, lean = float(centred.norm(dim=-1).max()), float(origin.norm())
+    far = lean > 4 * reach
+    half = centred.square().sum(-1) / 2
+    if not far:
+        half = half + centred @ origin
+    half = torch.where(alive, half, torch.inf).to(dtype)
+    narrow = centred.to(dtype)
+    return Table(
+        exact, alive, narrow, half, origin.to(dtype) if far else None, reach, 0.0 if far else lean
+    )
+
+
+def tile_rows(k: int) -> int:
+    """Rows of one chunk for K centroids."""
+    rows = 1 << max(0, (TILE_ENTRIES // k).bit_length() - 1)
+    return max(16, min(max(MIN_ROWS, min(MAX_ROWS, rows)), MOST_ENTRIES // k))
+
+
+class Pairs:
+    """Rows that scores cannot decide, each with its candidates; settled in float64."""
+
+    def __init__(self, x: Tensor, table: Table, out: Tensor, base: int) -> None:
+        self.x, self.table, self.out, self.base = x, table, out, base
+        self.found: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.size = 0
+
+    def add(self, rows: Tensor, near: Tensor) -> None:
+        """Candidates near [K, n] of some rows, by index."""
+        limit = max(1, WIDE_ENTRIES // len(near))
+        for part in row_chunks(len(rows), limit):
+            memory, row = near[:, part].nonzero(as_tuple=True)
+            self.found.append((memory, row, rows[part]))
+            self.size += len(memory)
+            if self.size >= WIDE_ENTRIES:
+                self.settle()
+
+    def settle(self) -> None:
+        """Write label + base of the rows so far; the label is -1 where no candidate is left."""
+        if not self.found:
+            return
+        memory = torch.cat([one[0] for one in self.found])
+        starts = [0]
+        for one in self.found:
+            starts.append(starts[-1] + len(one[2]))
+        row = torch.cat([one[1] + at for one, at in zip(self.found, starts, strict=False)])
+        rows = torch.cat([one[2] for one in self.found])
+        self.found, self.size = [], 0
+        self.out[rows] = self._nearest(memory, row, rows) + self.base
+
+    def _nearest(self, memory: Tensor, row: Tensor, rows: Tensor) -> Tensor:
+        table, (k, d), n = self.table, self.table.exact.shape, len(rows)
+        far = torch.empty(len(row), dtype=torch.float64, device=row.device)
+        for part in row_chunks(len(row), max(1, WIDE_ENTRIES // d)):
+            gap = self.x[rows[row[part]]].double().sub_(table.exact[memory[part]])
+            far[part] = gap.square_().sum(-1)
+        far = torch.where(far.isfinite() & table.alive[memory], far, torch.inf)
+        best = far.new_full((n,), torch.inf).scatter_reduce_(0, row, far, "amin")
+        tied = (far <= best[row] * (1 + TIE)) & far.isfinite()
+        first = torch.where(tied, memory, k)
+        labels = first.new_full((n,), k).scatter_reduce_(0, row, first, "amin")
+        return torch.where(labels == k, -1, labels)
+
+
+class Scorer:
+    """Tiles of scores of one problem, and the labels they give."""
+
+    def __init__(self, table: Table, x: Tensor, labels: Tensor) -> None:
+        k, dtype = len(table.exact), compute_dtype(x)
+        self.table, self.x, self.out, self.dtype = table, x, labels, dtype
+        self.rows = min(tile_rows(k), max(len(x), 1))
+        self.tiles = torch.empty(2, k * self.rows, dtype=dtype, device=x.device)
+        self.lines = torch.empty(2, self.rows, dtype=dtype, device=x.device)
+        # a code is the sum of k + base over the candidates: below 2 base there is only one
+        self.base = 1 << (k - 1).bit_length()
+        self.codes = torch.arange(self.base, self.base + k, dtype=dtype, device=x.device)
+        self.half, self.unit = table.half[:, None], torch.finfo(dtype).eps / 2
+        self.length = x.shape[-1] ** 0.5
+        self.views = self._views(self.rows)
+        self.open = Pairs(x, table, labels, self.base)
+
+    def _views(self, n: int) -> tuple[Tensor, ...]:
+        """Scratch for n rows: scores and candidates [K, n], two lines [n]."""
+        k = len(self.half)
+        return (*self.tiles[:, : k * n].view(2, k, n).unbind(), *self.lines[:, :n].unbind())
+
+    def run(self) -> None:
+        """Label every row."""
+        for part in row_chunks(len(self.x), self.rows):
+            self._fill(part)
+        self.open.settle()
+        self.out -= self.base
+
+    def _fill(self, part: slice) -> None:
+        """Write label + base of some rows, and keep those that are open."""
+        given, out, table = self.x[part], self.out[part], self.table
+        x = given if given.dtype == self.dtype else given.to(self.dtype)
+        if table.origin is not None:
+            x = x - table.origin
+        low, high = torch.aminmax(x)
+        size = max(-float(low), float(high)) * self.length
+        if not table.holds(size):
+            self._irregular(part.start, given, out)
+            return
+        n = len(x)
+        score, near, least, code = self.views if n == self.rows else self._views(n)
+        torch.addmm(self.half, table.centred, x.mT, alpha=-1, out=score)
+        torch.amin(score, 0, out=least)
+        torch.le(score, least.add_(table.slack(size, self.unit)), out=near)
+        torch.mv(near.mT, self.codes, out=code)
+        out.copy_(code)
+        low, high = torch.aminmax(code)
+        if self.base <= float(low) and float(high) < 2 * self.base:
+            return  # one candidate in every row
+        some = code.div_(self.base).floor_().ne_(1).nonzero()[:, 0]
+        candidates = near[:, some] != 0
+        candidates |= ~candidates.any(0)  # scores that overflowed name none
+        self.open.add(some + part.start, candidates)
+
+    def _irregular(self, start: int, given: Tensor, out: Tensor) -> None:
+        """Rows some of which are not finite, or too long for scores."""
+        out.fill_(self.base - 1)
+        finite = given.isfinite().all(-1).nonzero()[:, 0]
+        every = torch.ones(1, dtype=torch.bool, device=given.device)
+        self.open.add(finite + start, every.expand(len(self.half), len(finite)))
+
+
+def kmeans_assign_forward(
+    x: Tensor,
+    centroids: Tensor,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    distances: bool = True,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kmeans_assign` in row chunks."""
+    batch = _batch(x, centroids, shift, mask)
+    rows, dtype = x.shape[-2], compute_dtype(x)
+    labels = x.new_empty((*batch, rows), dtype=torch.int64)
+    sqdist = x.new_empty((*batch, rows if distances else 0), dtype=dtype)
+    for at, own in problems(batch, (x, 2), (centroids, 2), (shift, 1), (mask, 1)):
+        rows_of, centres, origin, gone = own
+        table = table_of(centres, origin, gone, x)
+        found = labels[at]
+        scorer = Scorer(table, rows_of, found)
+        scorer.run()
+        narrow = centres.to(dtype)
+        for part in row_chunks(rows if distances else 0, scorer.rows):
+            pair = pair_distances(rows_of[part].to(dtype), narrow, found[part])
+            sqdist[at][part] = pair
+    return labels, sqdist
+
+
+def pair_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+    """|x_n - c_label|^2 from differences; for a label of -1 NaN if the row is not finite, or
+    inf.
+    """
+    found = (x - centroids[labels.clamp(min=0)]).square_().sum(-1)
+    lost = labels < 0
+    if bool(lost.any()):
+        finite = x.isfinite().all(-1)
+        found = torch.where(lost, torch.where(finite, torch.inf, torch.nan), found)
+    return found
+
+
+def problems(
+    batch: torch.Size, *operands: tuple[Tensor | None, int]
+) -> Iterator[tuple[tuple[int, ...], list[Tensor]]]:
+    """Index of every problem of a batch, and each operand's part in it; nothing is copied."""
+    wide = [
+        None if o is None else o.expand(*batch, *o.shape[o.ndim - core :]) for o, core in operands
+    ]
+    for at in product(*map(range, batch)):
+        yield at, [None if o is None else o[at] for o in wide]  # type: ignore[misc]
+
+
+# ---- sums by label -------------------------------------------------------------------------------
+
+
+def kmeans_update_forward(
+    x: Tensor,
+    labels: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kmeans_update` in row chunks, added in the order of the rows in float64."""
+    leads = [x.shape[:-2], labels.shape[:-1]]
+    leads += [o.shape[:-1] for o in (weight, shift) if o is not None]
+    batch = torch.broadcast_shapes(*leads)
+    wide, device = torch.float64, x.device
+    d, (rows,) = x.shape[-1], labels.shape[-1:]
+    sums = torch.zeros((*batch, k, d), dtype=wide, device=device)
+    counts = torch.zeros(
+        (*batch, k), dtype=torch.int64 if weight is None else torch.float64, device=x.device
+    )
+    limit = max(1, WIDE_ENTRIES // 4 // d)
+    for at, own in problems(batch, (x, 2), (labels, 1), (weight, 1), (shift, 1)):
+        rows_of, found, share, origin = own
+        total = torch.zeros((k + 1, d), dtype=wide, device=device)
+        found = torch.where((found >= 0) & (found < k), found, k)
+        share = None if share is None else share.double()
+        for part in row_chunks(rows, limit):
+            values = rows_of[part].double()
+            if origin is not None:
+                values = values - origin.double()
+            if share is not None:
+                values = values * share[part, None]
+            total.index_add_(0, found[part], values)
+        sums[at] = total[:k]
+        counts[at] = torch.bincount(found, share, minlength=k + 1)[:k]
+    return sums, counts

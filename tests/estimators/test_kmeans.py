@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KMeans: scikit-learn's semantics, exact cases, hostile input, files, callbacks."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+from sklearn import datasets
+from sklearn.base import clone
+from sklearn.cluster import KMeans as Peer
+from sklearn.cluster import kmeans_plusplus
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from clam_kernels import KMeans
+from clam_kernels.estimators import _lloyd, _rows, _seeding
+
+REFERENCE = Path(__file__).parents[3] / "shared/data/lloyd_reference.tsv"
+WEIGHTS = "a row of weight 2 draws k-means++ starts otherwise than two rows do, as in scikit-learn"
+
+
+def _expected_failures(estimator):
+    return {
+        "check_sample_weight_equivalence_on_dense_data": WEIGHTS,
+        "check_sample_weight_equivalence_on_sparse_data": WEIGHTS,
+    }
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@parametrize_with_checks([KMeans()], expected_failed_checks=_expected_failures)
+def test_scikit_learns_checks(estimator, check):
+    check(estimator)
+
+
+# ---- Lloyd ---------------------------------------------------------------------------------------
+
+
+def _data(name: str) -> np.ndarray:
+    word = name.replace("_std", "").replace("_l2", "")
+    x = getattr(datasets, f"load_{word}")().data.astype(float)
+    if name.endswith("_std"):
+        x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
+    return x / np.linalg.norm(x, axis=1, keepdims=True) if name.endswith("_l2") else x
+
+
+def _reference() -> list[dict[str, str]]:
+    if not REFERENCE.exists():
+        return []
+    with REFERENCE.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+@pytest.mark.skipif(not _reference(), reason="shared/data/lloyd_reference.tsv is not here")
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_every_reference_run(dtype):
+    """66 runs of float64 Lloyd by direct differences: the same sizes, iterations and inertia."""
+    tolerance, done = {np.float64: 1e-9, np.float32: 2e-6}[dtype], 0
+    for row in _reference():
+        if dtype is np.float32 and int(row["exact_ties"]) and "digits" not in row["dataset"]:
+            continue  # decimal coincidences, which rounding to float32 splits
+        x, k = _data(row["dataset"]).astype(dtype), int(row["k"])
+        start = x[[int(i) for i in row["init_rows"].split()]]
+        model = KMeans(k, init=start, n_init=1, tol=0, max_iter=1000).fit(x)
+        assert " ".join(map(str, np.bincount(model.labels_, minlength=k))) == row["sizes"], row
+        assert model.n_iter_ == int(row["iterations"]), row
+        assert model.inertia_ == pytest.approx(float(row["inertia_f64"]), rel=tolerance), row
+        done += 1
+    assert done == {np.float64: 66, np.float32: 62}[dtype]
+
+
+def test_a_cluster_without_rows_gets_the_farthest():
+    x = np.array([[0.0], [1], [2], [10], [11], [30]])
+    for options, iterations in ({"max_iter": 1}, 1), ({"tol": 0}, 2):
+        model = KMeans(3, init=np.array([[0.0], [10], [100]]), n_init=1, **options).fit(x)
+        assert model.cluster_centers_.ravel().tolist() == [1, 10.5, 30]
+        assert model.labels_.tolist() == [0, 0, 0, 1, 1, 2]
+        assert model.inertia_ == 2.5
+        assert model.n_iter_ == iterations
+        assert model.n_relocated_ == 1
+
+
+def test_rows_all_equal():
+    model = KMeans(3, init=np.ones((3, 2)), n_init=1)
+    with pytest.warns(ConvergenceWarning, match=r"Number of distinct clusters \(1\)"):
+        model.fit(np.ones((5, 2)))
+    assert model.labels_.tolist() == [0] * 5
+    assert (model.cluster_centers_ == 1).all()
+    assert (model.inertia_, model.n_iter_) == (0.0, 1)
+
+
+def test_weights():
+    x = np.array([[0.0], [2], [10]])
+    model = KMeans(2, init=np.array([[0.0], [10]]), n_init=1, tol=0)
+    model.fit(x, sample_weight=[1, 3, 0])
+    assert model.cluster_centers_.ravel().tolist() == [0, 2]
+    assert model.labels_.tolist() == [0, 1, 1]
+    assert (model.inertia_, model.n_iter_) == (0.0, 2)
+    weight = np.array([1, 3, 2, 1, 1, 4])
+    y = np.random.RandomState(0).normal(size=(6, 2))
+    one = KMeans(2, init=y[:2], n_init=1).fit(y, sample_weight=weight)
+    two = KMeans(2, init=y[:2], n_init=1).fit(np.repeat(y, weight, 0))
+    np.testing.assert_allclose(one.cluster_centers_, two.cluster_centers_, rtol=1e-12)
+    scaled = KMeans(2, init=y[:2], n_init=1).fit(y, sample_weight=4.0 * weight)
+    assert np.array_equal(one.cluster_centers_, scaled.cluster_centers_)
+
+
+@pytest.mark.parametrize("empty", ["relocate", "split", "keep"])
+@pytest.mark.parametrize("seed", range(4))
+def test_centres_are_finite_whatever_becomes_empty(empty, seed):
+    random = np.random.RandomState(seed)
+    x = random.randint(0, 3, size=(30, 2)).astype(float)  # at most nine distinct rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = KMeans(12, init=random.normal(size=(12, 2)), n_init=1, empty=empty).fit(x)
+    assert np.isfinite(model.cluster_centers_).all()
+    assert (model.predict(x) == model.labels_).all()
+
+
+def test_sums_brought_up_to_date_are_those_of_all_rows(monkeypatch):
+    x = np.random.RandomState(0).normal(size=(3000, 5))
+    start = x[:20]
+    found = []
+    for few in (1e9, 1.0):
+        monkeypatch.setattr(_lloyd, "FEW", few)
+        found.append(KMeans(20, init=start, n_init=1, tol=0).fit(x))
+    assert found[0].n_iter_ == found[1].n_iter_ > 10
+    assert np.array_equal(found[0].labels_, found[1].labels_)
+    np.testing.assert_allclose(
+        found[0].cluster_centers_, found[1].cluster_centers_, rtol=1e-12, atol=1e-14
+    )
+
+
+def test_stacked_starts_have_the_bits_of_separate_ones():
+    x = torch.from_numpy(np.random.RandomState(1).normal(size=(500, 3)))
+    rows = _rows.read_rows(KMeans(), x, reset=True)
+    rows.frame()
+    starts = torch.stack([x[i : i + 4] for i in (0, 9, 50, 300)])
+    rule = _lloyd.Rule(50, 1e-8, "relocate", None)
+    random = np.random.RandomState(0)
+    alone = [_lloyd.lloyd(rows, None, one[None], rule, random)[0] for one in starts]
+    stacked = _lloyd._Fit(rows, None, starts, rule, random, 0).run()
+    for a, b in zip(alone, stacked, strict=True):
+        assert a.n_iter == b.n_iter
+        assert torch.equal(a.labels, b.labels)
+        torch.testing.assert_close(a.centres, b.centres, rtol=1e-14, atol=1e-14)
+
+
+# ---- starts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "seed", "rows"),
+    [
+        ("iris", 3, 0, [82, 46, 112]),
+        ("iris", 3, 1, [62, 0, 77]),
+        ("iris", 8, 0, [82, 46, 145, 105, 3, 127, 78, 93]),
+        ("digits", 10, 0, [986, 748, 768, 1431, 137, 1507, 817, 230, 465, 1097]),
+        ("digits", 10, 1, [749, 0, 326, 967, 44, 367, 553, 145, 1718, 1230]),
+    ],
+)
+def test_scikit_learns_rows(name, k, seed, rows):
+    x = _data(name)
+    data = _rows.read_rows(KMeans(), x, reset=True)
+    found = _seeding.plus_plus(data, None, k, np.random.RandomState(seed))
+    assert np.array_equal(found.numpy(), x[rows])
+    assert kmeans_plusplus(x, k, random_state=seed)[1].tolist() == rows
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+def test_starts_find_the_blobs(init):
+    corners = [[i, j] for i in (0, 5) for j in (0, 5, 10)]
+    x, truth = datasets.make_blobs(600, centers=corners, cluster_std=0.3, random_state=3)
+    model = KMeans(6, init=init, n_init=10, random_state=0).fit(x)
+    assert len(set(zip(model.labels_.tolist(), truth.tolist(), strict=True))) == 6
+    again = KMeans(6, init=init, n_init=10, random_state=0).fit(x)
+    assert np.array_equal(model.cluster_centers_, again.cluster_centers_)
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+def test_a_row_without_weight_is_no_start(init):
+    x = np.random.RandomState(0).normal(size=(60, 3))
+    weight = np.ones(60)
+    weight[::2] = 0
+    rows = _rows.read_rows(KMeans(), x, reset=True)
+    found = _seeding.start(rows, torch.from_numpy(weight), 9, init, np.random.RandomState(0))
+    if init != "k-means||":  # which ends at means
+        assert all((c == x[1::2]).all(1).any() for c in found.numpy())
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+def test_fewer_distinct_rows_than_centres(init):
+    x = np.repeat(np.arange(3.0)[:, None], 5, 0)
+    with pytest.warns(ConvergenceWarning, match="Possibly due to duplicate points"):
+        model = KMeans(5, init=init, n_init=2, random_state=0).fit(x)
+    assert np.isfinite(model.cluster_centers_).all()
+    assert model.inertia_ == 0.0
+
+
+def test_a_huge_start_takes_the_parallel_one(monkeypatch):
+    called = []
+    monkeypatch.setattr(_seeding, "GREEDY_WORK", 1.0)
+    real = _seeding.parallel
+    monkeypatch.setattr(_seeding, "parallel", lambda *a: called.append(1) or real(*a))
+    KMeans(3, random_state=0).fit(_data("iris"))
+    assert called
+
+
+# ---- algorithms and metrics ----------------------------------------------------------------------
+
+
+def test_minibatch():
+    x = _data("digits")
+    full = KMeans(10, n_init=3, random_state=0).fit(x)
+    model = KMeans(10, algorithm="minibatch", random_state=0).fit(x)
+    assert model.inertia_ < 1.05 * full.inertia_
+    assert (model.predict(x) == model.labels_).all()
+    again = KMeans(10, algorithm="minibatch", random_state=0).fit(x)
+    assert np.array_equal(model.cluster_centers_, again.cluster_centers_)
+    heavy = KMeans(3, algorithm="minibatch", random_state=0, batch_size=64)
+    heavy.fit(_data("iris"), sample_weight=np.r_[np.zeros(50), np.ones(100)])
+    assert heavy.n_iter_ <= 300
+
+
+def test_cosine():
+    x = _data("digits")
+    model = KMeans(10, metric="cosine", random_state=0).fit(x)
+    np.testing.assert_allclose(np.linalg.norm(model.cluster_centers_, axis=1), 1.0, rtol=1e-12)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    assert (model.labels_ == (unit @ model.cluster_centers_.T).argmax(1)).all()
+    want = (1 - (unit * model.cluster_centers_[model.labels_]).sum(1)).sum()
+    assert model.inertia_ == pytest.approx(want, rel=1e-9)
+    assert np.array_equal(model.predict(x * 1e6), model.labels_)
+    zero = np.vstack([np.zeros((1, x.shape[1])), x])
+    assert KMeans(10, metric="cosine", random_state=0).fit(zero).labels_[0] == 0
+
+
+# ---- input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e30, 1e38, 1e-30, 1e-42])
+def test_values_near_the_ends_of_the_floats(size):
+    x = (_data("iris") / 8 * size).astype(np.float32)
+    model = KMeans(3, random_state=0).fit(x)
+    assert np.isfinite(model.cluster_centers_).all()
+    assert np.unique(model.labels_).size == 3
+    assert (model.predict(x) == model.labels_).all()
+    assert np.isfinite(model.transform(x)).all()
+    if size > 1e-40:  # the grid of denormals is coarser than iris
+        plain = KMeans(3, init=(model.cluster_centers_ / np.float32(size)), n_init=1)
+        assert plain.fit(_data("iris") / 8).inertia_ * size**2 == pytest.approx(
+            model.inertia_, rel=1e-4
+        )
+
+
+def test_powers_of_two_change_no_label():
+    x = _data("iris")
+    labels = KMeans(3, random_state=0).fit(x).labels_
+    for power in (600, -600):
+        assert np.array_equal(KMeans(3, random_state=0).fit(x * 2.0**power).labels_, labels)
+
+
+def test_far_from_the_origin():
+    x, truth = datasets.make_blobs(400, centers=4, cluster_std=0.5, random_state=0)
+    far = (x + 1e4).astype(np.float32)
+    model = KMeans(4, n_init=5, random_state=0).fit(far)
+    assert len(set(zip(model.labels_.tolist(), truth.tolist(), strict=True))) == 4
+
+
+def _kinds(x: np.ndarray, folder: Path) -> dict[str, object]:
+    file = folder / "x.npy"
+    np.save(file, x)
+    still = x.copy()
+    still.flags.writeable = False
+    return {
+        "fortran": np.asfortranarray(x),
+        "read-only": still,
+        "memory map": np.load(file, mmap_mode="r"),
+        "csr": sparse.csr_matrix(x),
+        "csr array": sparse.csr_array(x),
+        "tensor": torch.from_numpy(x),
+        "strided tensor": torch.from_numpy(np.repeat(x, 2, 1))[:, ::2],
+        "chunks": x,
+    }
+
+
+KINDS = "fortran, read-only, memory map, csr, csr array, tensor, strided tensor, chunks"
+
+
+@pytest.mark.parametrize("kind", KINDS.split(", "))
+def test_every_container_gives_the_same(kind, tmp_path):
+    x = np.ascontiguousarray(_data("iris"))
+    want = KMeans(3, random_state=0).fit(x)
+    given = _kinds(x, tmp_path)[kind]
+    model = KMeans(3, random_state=0, chunk_rows=40 if kind == "chunks" else None).fit(given)
+    centres = np.asarray(model.cluster_centers_)
+    np.testing.assert_allclose(centres, want.cluster_centers_, rtol=1e-12)
+    assert np.array_equal(np.asarray(model.labels_), want.labels_)
+    assert np.array_equal(np.asarray(model.predict(given)), want.labels_)
+    np.testing.assert_allclose(np.asarray(model.transform(given)), want.transform(x), rtol=1e-9)
+    assert model.score(given) == pytest.approx(-want.inertia_, rel=1e-12)
+    if "tensor" in kind:
+        assert model.labels_.dtype == torch.int64
+    else:
+        assert model.labels_.dtype == np.int32
+    assert np.array_equal(x, _data("iris"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
+def test_tensor_dtypes(dtype):
+    x = torch.from_numpy(_data("digits")).to(dtype)
+    model = KMeans(10, random_state=0).fit(x)
+    assert model.cluster_centers_.dtype == torch.float32
+    assert torch.equal(model.predict(x), model.labels_)
+
+
+def test_one_precision_fits_and_another_predicts():
+    x = _data("iris")
+    narrow = KMeans(3, random_state=0).fit(x.astype(np.float32))
+    assert np.array_equal(narrow.predict(x), narrow.labels_)
+    wide = KMeans(3, random_state=0).fit(x)
+    assert np.array_equal(wide.predict(x.astype(np.float32)), wide.labels_)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"X": [[1.0, np.nan], [2.0, 1.0]]}, "1 bad entry, the first at row 0, column 1"),
+        ({"X": np.full((3, 2), np.inf)}, "contains infinity: 6 bad entries"),
+        ({"X": sparse.csr_array([[1.0], [np.nan]])}, "row 1, column 0"),
+        ({"n_clusters": 9}, "n_samples=4 should be >= n_clusters=9"),
+        ({"init": np.zeros((2, 2))}, "does not match the number of clusters 3"),
+        ({"init": np.zeros((3, 5))}, "does not match the number of features of the data 2"),
+        ({"init": np.full((3, 2), np.nan)}, "init: expected finite values"),
+        ({"sample_weight": [1, 1, 1]}, r"sample_weight.shape == \(3,\), expected \(4,\)"),
+        ({"sample_weight": [1, 1, 1, -1]}, "Negative values in data"),
+        ({"sample_weight": [0, 0, 0, 0]}, "at least one non-zero"),
+        ({"sample_weight": [1, 1, 1, np.nan]}, "sample_weight contains NaN"),
+        ({"device": "cuda:7"}, "no CUDA device|cuda"),
+    ],
+)
+def test_bad_input(change, text):
+    given = {"X": np.arange(8.0).reshape(4, 2), "n_clusters": 3, "n_init": 1, **change}
+    x, weight = given.pop("X"), given.pop("sample_weight", None)
+    if given["n_clusters"] == 3 and len(x if not sparse.issparse(x) else [0] * 2) < 3:
+        given["n_clusters"] = 1
+    model = KMeans(**given)
+    with pytest.raises((ValueError, RuntimeError), match=text):
+        model.fit(x, sample_weight=weight)
+    assert not hasattr(model, "cluster_centers_")
+
+
+def test_a_failed_fit_leaves_the_model_as_it_was():
+    model = KMeans(3, random_state=0).fit(_data("iris"))
+    before = model.cluster_centers_
+    with pytest.raises(ValueError, match="NaN"):
+        model.fit(np.full((9, 4), np.nan))
+    assert model.cluster_centers_ is before
+
+    def stop(estimator, info):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.set_params(callbacks=stop).fit(_data("digits"))
+    assert model.cluster_centers_ is before
+
+
+def test_unfitted_and_true_as_a_number():
+    with pytest.raises(NotFittedError):
+        KMeans().predict(np.zeros((2, 2)))
+    with pytest.raises((TypeError, ValueError), match="n_clusters"):
+        KMeans(True).fit(np.zeros((2, 2)))
+    with pytest.raises(TypeError, match="callbacks: expected callables"):
+        KMeans(1, callbacks=[3]).fit(np.zeros((2, 2)))
+
+
+# ---- the rest of a life --------------------------------------------------------------------------
+
+
+def test_files_pickles_and_clones(tmp_path):
+    x = _data("iris")
+    model = KMeans(3, random_state=0).fit(x)
+    model.save(tmp_path / "model.safetensors")
+    for other in (KMeans.load(tmp_path / "model.safetensors"), pickle.loads(pickle.dumps(model))):
+        assert np.array_equal(other.predict(x), model.labels_)
+        assert other.inertia_ == model.inertia_
+        assert other.get_params() == model.get_params()
+    assert not hasattr(clone(model), "cluster_centers_")
+    model.set_params(n_clusters=4)
+    with pytest.raises(ValueError, match="fit again before saving"):
+        model.save(tmp_path / "other.safetensors")
+
+
+def test_callbacks():
+    seen: list[object] = []
+
+    class Watch:
+        def on_fit_begin(self, estimator):
+            seen.append("begin")
+
+        def on_iteration(self, estimator, info):
+            seen.append(info["iteration"])
+            return info["iteration"] == 3
+
+        def on_fit_end(self, estimator):
+            seen.append(estimator.n_iter_)
+
+    KMeans(10, random_state=0, tol=0, callbacks=Watch()).fit(_data("digits"))
+    assert seen == ["begin", 1, 2, 3, 3]
+    moves: list[float] = []
+    KMeans(3, random_state=0, callbacks=[lambda e, info: moves.append(info["shift"])]).fit(
+        _data("iris")
+    )
+    assert moves[-1] < moves[0]
+
+
+def test_nothing_is_printed_unless_asked(capsys):
+    x = _data("iris")
+    KMeans(3, random_state=0).fit(x)
+    assert capsys.readouterr() == ("", "")
+    KMeans(3, random_state=0, verbose=1).fit(x)
+    assert "Iteration 0, inertia" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("k", [2, 5, 20])
+def test_no_worse_than_scikit_learn(k):
+    x = _data("digits")
+    ours = KMeans(k, random_state=0).fit(x)
+    peer = Peer(k, random_state=0).fit(x)
+    assert ours.inertia_ == pytest.approx(peer.inertia_, rel=1e-6)
+
+
+def test_data_is_not_copied():
+    """Labels and scratch aside, a fit holds nothing of the size of X."""
+    from clam_kernels import testing
+
+    x = torch.randn(200_000, 64, generator=torch.Generator().manual_seed(0))
+    model = KMeans(8, init=x[:8], n_init=1, max_iter=2)
+    assert testing.peak_bytes(lambda: model.fit(x)) < 0.6 * x.numel() * 4

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of k-means through the interpreter: labels are float64's whichever way a row
+is decided, sums keep their digits and their bits. Every buffer lies between guard bands.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BACKENDS
+from torch import Tensor
+
+from clam_kernels import testing
+from python_fallback import kmeans as truth
+
+pytest.importorskip("triton", reason="triton is missing")
+INTERPRETED = next(one for one in BACKENDS if one.interpreted)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1 here"
+    ),
+    pytest.mark.parametrize("backend", [INTERPRETED], indirect=True, ids=["interpreted"]),
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def kernels():
+    return importlib.import_module("clam_kernels.kernels.kmeans")
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _assign(*args: object) -> tuple[Tensor, Tensor]:
+    labels, sqdist = torch.ops.clam.kmeans_assign(*args)
+    return labels, sqdist
+
+
+def _agrees(*args: object) -> Tensor:
+    """Labels and distances of a call, against the equation in float64."""
+    labels, sqdist = _assign(*args)
+    wanted, far = truth.kmeans_assign(*args)
+    torch.testing.assert_close(labels, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(sqdist, far, rtol=1e-6, atol=0, equal_nan=True)
+    return labels
+
+
+# ---- assignment ----------------------------------------------------------------------------------
+
+SAMPLES = [(op, s.name) for op in ("kmeans_assign", "kmeans_update") for s in testing.samples(op)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("op", "name"), SAMPLES)
+def test_samples(backend, op, name, dtype):
+    (sample,) = (s for s in testing.samples(op) if s.name == name)
+    if dtype not in sample.dtypes:
+        pytest.skip("the grid is too coarse")
+    args = sample.cast(dtype).args
+    if op == "kmeans_assign":
+        _agrees(*args)
+        return
+    (sums, counts), (wanted, counted) = (
+        torch.ops.clam.kmeans_update(*args),
+        truth.kmeans_update(*args),
+    )
+    scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+    torch.testing.assert_close(sums, wanted, rtol=0, atol=1e-6 * scale)
+    torch.testing.assert_close(counts, counted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(70, 33, 150), (40, 9, 700), (50, 1, 3), (257, 300, 5)])
+def test_narrow_and_wide(backend, n, k, d):
+    _agrees(_random(n, d), _random(k, d, seed=1))
+
+
+@pytest.mark.parametrize("n", [1, 65])
+def test_equal_centroids(backend, monkeypatch, n):
+    """Ties across tiles and in the last one, which is not full, as the last rows are."""
+    launch = importlib.import_module("clam_kernels.kernels._launch")
+    real = launch.settings
+    monkeypatch.setattr(launch, "settings", lambda *given: {**real(*given), "ROWS": 64})
+    c = _random(1, 7, seed=1).expand(130, 7).contiguous()
+    assert not _agrees(_random(n, 7), c).any()
+    c[:65] += 1.0
+    assert set(_assign(c[70:75], c)[0].tolist()) == {65}
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e5])
+@pytest.mark.parametrize("given", [True, False])
+def test_far_from_the_origin(backend, offset, given):
+    centres = offset + 3 * _random(32, 16)
+    x = centres[torch.arange(600) % 32] + 0.3 * _random(600, 16, seed=1)
+    labels = _agrees(x, centres, x.double().mean(0).float() if given else None)
+    assert torch.equal(labels, torch.arange(600) % 32)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("size", [1e-41, 1e-30, 1e-19, 1e18, 1e19, 1e38])
+def test_huge_and_tiny(backend, size):
+    """Where scores overflow or vanish, float64 decides."""
+    _agrees(_random(40, 3) * size, _random(9, 3, seed=1) * size)
+
+
+@pytest.mark.parametrize("offset", [0, 4096])
+def test_digits(backend, offset):
+    """Integers, and rows as centroids: exact ties, which scores near them do not see."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x = torch.as_tensor(datasets.load_digits().data).float() + offset
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:10]
+    far = (x.long()[:, None] - x.long()[rows]).square().sum(-1)
+    tied = far == far.amin(1, keepdim=True)
+    assert int((tied.sum(1) > 1).sum()) == 4
+    labels, sqdist = _assign(x, x[rows], None, None, False)
+    assert torch.equal(labels, tied.int().argmax(1))
+    assert sqdist.shape == (0,)
+
+
+def test_nothing_can_win(backend):
+    x, gone = _random(20, 3), torch.full((9, 3), math.nan)
+    x[3, 1] = math.inf
+    labels, sqdist = _assign(x, gone)
+    assert set(labels.tolist()) == {-1}
+    assert torch.equal(sqdist.isnan(), torch.arange(20) == 3)
+    assert int(sqdist.isinf().sum()) == 19
+
+
+# ---- which way a row is decided ------------------------------------------------------------------
+
+
+def _bounded(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
+    """Another bound on the error of a product."""
+    nearest = importlib.import_module("clam_kernels.kernels._nearest")
+    monkeypatch.setattr(nearest, "unit", lambda precision, d: unit)
+
+
+NOTHING = -1.0  # a bound below 0: scores decide every row
+
+
+@pytest.mark.parametrize("d", [5, 150])
+def test_two_candidates_in_float64(backend, monkeypatch, d):
+    """Pairs of centroids one rounding apart: scores alone give wrong labels, each half of a pair
+    with the other does not.
+    """
+    centres = 4 * _random(10, d)
+    near = torch.nextafter(centres, centres + _random(10, d, seed=1).sign())
+    c = torch.stack([centres, near], 1).flatten(0, 1)
+    x = centres[torch.arange(60) % 10] + 0.1 * _random(60, d, seed=2)
+    wanted = truth.kmeans_assign(x, c)[0]
+    _bounded(monkeypatch, NOTHING)
+    assert not torch.equal(_assign(x, c)[0], wanted)
+    _bounded(monkeypatch, 2.0**-9)
+    _agrees(x, c)
+    _agrees(x[::6], c[:2])  # the other centroids are not there: no third, however wide the bound
+    _bounded(monkeypatch, 1e9)
+    _agrees(x[::6], c[:2])
+
+
+@pytest.mark.parametrize("unit", [1e9, math.inf, math.nan])
+@pytest.mark.parametrize("d", [3, 150])
+def test_all_candidates_in_float64(backend, monkeypatch, d, unit):
+    """Every row meets every centroid; some centroids stand three times."""
+    c = _random(70, d, seed=1)
+    c[40:60] = c[:20]
+    c[66:] = c[:4]
+    c[7] = math.nan
+    mask = torch.zeros(70, dtype=torch.bool)
+    mask[0] = True
+    _bounded(monkeypatch, unit)
+    _agrees(_random(8 if d > 3 else 50, d), c, None, mask)
+
+
+def test_equal_to_rounding_is_a_tie(backend, monkeypatch):
+    """The lowest of the centroids within 2^-40 of the least, not the lowest met so far."""
+    step = 2.0**-12
+    far = 1 + torch.tensor([1.5, 0.8, 0.0, 0.5, 2.0], dtype=torch.float64) * 2.0**-41
+    # |x - c|^2 = far: one long coordinate, and one whose square is the rest
+    c = torch.stack([torch.ones(5, dtype=torch.float64), (far - 1).sqrt()], 1).float()
+    got = (c.double().square().sum(1) - 1) / 2.0**-41
+    assert torch.allclose(got, (far - 1) / 2.0**-41, atol=1e-5), step
+    for order in ([0, 1, 2, 3, 4], [4, 0, 3, 2, 1], [2, 0, 1], [4, 2], [2, 4]):
+        for bound in (2.0**-24, 1e9):
+            _bounded(monkeypatch, bound)
+            _agrees(torch.zeros(3, 2), c[order])
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits"), [("tf32", 13), ("bf16", 16), ("bf16x3", 8), ("ieee", 0)]
+)
+def test_structureless_rows(backend, monkeypatch, kernels, precision, bits):
+    """Centroids that lost their last bits, as a matrix unit would cut them: rows no score of that
+    precision can decide are decided all the same.
+    """
+    nearest = importlib.import_module("clam_kernels.kernels._nearest")
+    unit, real = nearest.unit(precision, 3), kernels.prepared
+
+    def cut(*args):
+        found = real(*args)
+        whole = found.table.view(torch.int32)
+        whole.bitwise_and_(-1 << bits)
+        return found
+
+    monkeypatch.setattr(kernels, "prepared", cut)
+    x, c = _random(300, 3), _random(64, 3, seed=1)
+    wanted = truth.kmeans_assign(x, c)[0]
+    _bounded(monkeypatch, NOTHING)
+    wrong = int((_assign(x, c)[0] != wanted).sum())
+    assert (wrong > 0) == (bits > 13)
+    _bounded(monkeypatch, unit)
+    _agrees(x, c)
+
+
+def _cut(x: Tensor, bits: int) -> Tensor:
+    return (x.view(torch.int32) & (-1 << bits)).view(torch.float32)
+
+
+def _parts(x: Tensor, precision: str) -> list[Tensor]:
+    """What a matrix unit is given of x: rounded, or its bits cut, or parts that are added up."""
+    found: list[Tensor] = []
+    for _ in range({"x3": 2, "x6": 3}.get(precision[-2:], 1)):
+        rest = x - sum(found, torch.zeros(()))
+        half = (rest.view(torch.int32) + (1 << 12)).view(torch.float32)
+        part = _cut(rest if precision == "tf32" else half, 13)
+        found.append(rest.bfloat16().float() if precision.startswith("bf16") else part)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "bf16x3", "tf32x3", "bf16x6", "ieee"])
+def test_what_rounding_leaves_is_bounded(backend, precision):
+    """The bound of every kind of product, and that it is not the next one's."""
+    nearest = importlib.import_module("clam_kernels.kernels._nearest")
+    bound, worst = nearest.ROUNDED[precision], 0.0
+    for d in (1, 3, 64):
+        x, c = _random(60_000 // d, d), _random(60_000 // d, d, seed=1)
+        parts = [[x], [c]] if precision == "ieee" else [_parts(t, precision) for t in (x, c)]
+        kept = len(parts[0])  # of x's i-th part and c's j-th: those with i + j < kept
+        product = sum(
+            (a.double() * b.double()).sum(1)
+            for i, a in enumerate(parts[0]) for j, b in enumerate(parts[1]) if i + j < kept
+        )  # fmt: skip
+        error = (product - (x.double() * c.double()).sum(1)).abs()
+        worst = max(worst, float((error / (x.double().norm(dim=1) * c.double().norm(dim=1))).max()))
+    assert bound / 8 <= worst <= bound
+    # float32 sums beside it: the steps of 2^-24, rows of every size
+    for d in (3, 64, 700):
+        x, c = _random(200, d), _random(50, d, seed=1)
+        error = ((x @ c.T).double() - x.double() @ c.double().T).abs().amax(1)
+        allowed = (nearest.unit(precision, d) - bound) * x.norm(dim=1) * c.norm(dim=1).max()
+        assert bool((error <= allowed).all())
+
+
+# ---- sums by label -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("n", "k", "d"), [(500, 3, 5), (200, 40, 3), (60, 4, 130)])
+def test_pieces(backend, monkeypatch, kernels, n, k, d, weighted):
+    """Labels of no row, of a whole piece and of one row more."""
+    monkeypatch.setattr(kernels, "PIECE", 32)
+    monkeypatch.setattr(kernels, "TILE", 16)
+    labels = torch.randint(-1, k + 1, (n,), generator=torch.Generator().manual_seed(0))
+    labels[:32], labels[32 : 65 if n > 100 else 33] = 0, 1
+    labels[labels == 2] = -5
+    x, weight = _random(n, d), _random(n, seed=1).square() if weighted else None
+    sums, counts = torch.ops.clam.kmeans_update(x, labels, k, weight)
+    wanted = torch.zeros(k + 1, d, dtype=torch.float64)
+    share = torch.ones(n, dtype=torch.float64) if weight is None else weight.double()
+    at = torch.where((labels >= 0) & (labels < k), labels, k)
+    wanted.index_add_(0, at, x.double() * share[:, None])
+    torch.testing.assert_close(sums, wanted[:k], rtol=0, atol=1e-5)
+    counted = torch.zeros(k + 1, dtype=torch.float64).index_add_(0, at, share)[:k]
+    torch.testing.assert_close(counts, counted if weighted else counted.long(), rtol=1e-14, atol=0)
+    again = torch.ops.clam.kmeans_update(x, labels, k, weight)
+    assert torch.equal(again[0], sums)
+    assert torch.equal(again[1], counts)
+
+
+def test_labels_of_any_strides(backend):
+    """A sort keeps the strides of what it is given."""
+    labels = torch.randint(3, (9, 2), generator=torch.Generator().manual_seed(0)).T
+    x = _random(9, 2)
+    sums, counts = torch.ops.clam.kmeans_update(x, labels, 3, None, None)
+    wanted, counted = truth.kmeans_update(x, labels, 3)
+    torch.testing.assert_close(sums, wanted, rtol=0, atol=1e-6)
+    assert torch.equal(counts, counted)
+
+
+@pytest.mark.parametrize("k", [3, 300, 40_000])
+def test_keys_of_one_two_and_four_bytes(backend, kernels, k):
+    labels = torch.tensor([k - 1, -1, 1, k - 1, k, 1, 0, 1, -(1 << 40), 1 << 40])
+    order, starts, before, owner = kernels.segments(labels, k, 2)
+    assert order.tolist() == [6, 2, 5, 7, 0, 3, 1, 4, 8, 9]
+    assert [starts[i].item() for i in (0, 1, 2, k - 1, k)] == [0, 1, 4, 4, 6]
+    assert [before[i].item() for i in (0, 1, 2, k - 1, k)] == [0, 1, 3, 3, 4]
+    assert owner.tolist() == [0, 1, 1, k - 1] + [k] * (1 + min(k, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_keep_their_digits(backend, dtype):
+    """Far from the origin, with a shift that float32 need not hold."""
+    shift = torch.tensor([100.0, 1e4 + 1 / 3], dtype=torch.float64).to(dtype)
+    x = (shift.double() + _random(20_000, 2).double()).float()
+    sums, counts = torch.ops.clam.kmeans_update(x, torch.zeros(20_000).long(), 1, None, shift)
+    gap = x.double() - shift.double()
+    error = (sums[0] / counts - gap.mean(0)).abs()
+    assert bool((error <= 2.0**-22 * gap.abs().mean(0)).all())
+
+
+def test_weights_that_float32_cannot_hold(backend):
+    x, labels = _random(50, 2), torch.arange(50) % 3
+    weight = _random(50, seed=1).double().abs() * 1e-60
+    (sums, counts), (wanted, counted) = (
+        f(x, labels, 3, weight) for f in (torch.ops.clam.kmeans_update, truth.kmeans_update)
+    )
+    torch.testing.assert_close(sums / 1e-60, wanted / 1e-60, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(counts, counted, rtol=1e-14, atol=0)
+
+
+# ---- shapes --------------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_same_label_wherever_it_stands(backend):
+    x, c = _random(300, 4), _random(70, 4, seed=1)
+    labels, sqdist = _assign(x, c)
+    part = _assign(x[100:171], c)
+    assert torch.equal(part[0], labels[100:171])
+    assert torch.equal(part[1], sqdist[100:171])
+
+
+def test_offsets_are_64_bits_wide(backend):
+    """A batch stride past 2^31 reaches the right rows: views into one large, untouched buffer."""
+    far = (1 << 31) + 64
+    try:
+        buffer = torch.empty(far + 12)
+    except RuntimeError:
+        pytest.skip("no 8 GB of address space here")
+    x = buffer.as_strided((2, 3, 4), (far, 4, 1))
+    small = _random(2, 3, 4)
+    x.copy_(small)
+    c, labels = _random(2, 5, 4, seed=1), torch.tensor([[0, 1, 0], [1, 1, -1]])
+    found = _assign(x, c)
+    assert torch.equal(found[0], truth.kmeans_assign(small, c)[0])
+    sums, _ = torch.ops.clam.kmeans_update(x, labels, 2)
+    torch.testing.assert_close(sums, truth.kmeans_update(small, labels, 2)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_few_shapes_are_compiled_anew(backend):
+    """Thirty row and centroid counts and batches are a handful of specialisations."""
+    code = (
+        "import sys; sys.path.insert(0, 'tools')\n"
+        "import torch, resources\n"
+        "from clam_kernels.kernels import kmeans\n"
+        "keys = {}\n"
+        "for i in range(30):\n"
+        "    x = torch.zeros(*([3] if i % 5 == 0 else []), 1000 + 37 * i, 16)\n"
+        "    k = 70 + 13 * i\n"
+        "    c, labels = torch.zeros(k, 16), torch.zeros(x.shape[:-1], dtype=torch.int64)\n"
+        "    c = c.expand(2, k, 16).clone() if i % 7 == 3 else c\n"
+        "    x = x[0] if c.ndim == 3 and x.ndim == 3 else x\n"
+        "    labels = labels if labels.ndim < x.ndim else labels[0]\n"
+        "    def call():\n"
+        "        kmeans.kmeans_assign(x, c, None, None, True, 'highest')\n"
+        "        kmeans.kmeans_update(x, labels, k, None, None)\n"
+        "    for one in resources.record('sm_90', call):\n"
+        "        keys.setdefault(one.name, set()).add(repr(resources.signature(one)))\n"
+        "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[0]) <= 4, done.stdout

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mathematics of k-means: exact cases, ties, labels of float64 in every dtype and range.
+
+Each exact case runs through the op and through the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import clam_kernels
+import python_fallback.kmeans as fallback
+from clam_kernels import testing
+
+F64 = torch.float64
+BOTH = {"op": clam_kernels, "truth": fallback}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
+def kmeans(request):
+    """The public functions, or the equations."""
+    return request.param
+
+
+def _t(*rows: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(rows, dtype=dtype)
+
+
+def _draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=F64).to(dtype) for s in shapes]
+
+
+def _blobs(seed: int, n: int, k: int, d: int, spread: float = 0.3) -> tuple[Tensor, Tensor]:
+    """Rows in k blobs, and k of the rows as centroids; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(k, d, generator=generator, dtype=F64)
+    x = centres[torch.randint(k, (n,), generator=generator)]
+    x = x + spread * torch.randn(n, d, generator=generator, dtype=F64)
+    return x, x[torch.randperm(n, generator=generator)[:k]].clone()
+
+
+def _hard(n: int, k: int, d: int, seed: int = 3) -> tuple[Tensor, Tensor]:
+    """Float32 rows between two centroids, as near to the middle as float32 goes: no label here is
+    settled by float32 scores.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centroids = torch.randn(k, d, generator=generator)
+    pairs = torch.randint(k, (n, 2), generator=generator)
+    x = (centroids[pairs[:, 0]].double() + centroids[pairs[:, 1]].double()) / 2
+    return (x * (1 + 1e-7 * torch.randn(n, d, generator=generator))).float(), centroids
+
+
+def _same_labels(x: Tensor, centroids: Tensor, **options: Any) -> Tensor:
+    """The op's labels, which must be the truth's, and its distances theirs to float32."""
+    labels, sqdist = clam_kernels.kmeans_assign(x, centroids, **options)
+    want, far = fallback.kmeans_assign(x, centroids, **options)
+    assert torch.equal(labels, want), f"{int((labels != want).sum())} labels differ"
+    torch.testing.assert_close(sqdist, far, rtol=1e-4, atol=1e-30, equal_nan=True)
+    return labels
+
+
+# ---- assignment: exact cases --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tie_goes_to_the_lowest_index(kmeans, dtype):
+    x, centroids = _t([0], [1], [2], [3], dtype=dtype), _t([0], [2], dtype=dtype)
+    labels, sqdist = kmeans.kmeans_assign(x, centroids)
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert sqdist.tolist() == [0, 1, 0, 1]
+    assert sqdist.dtype == (F64 if dtype == F64 else torch.float32)
+    assert kmeans.kmeans_assign(x, centroids.flip(0))[0].tolist() == [1, 0, 0, 0]
+
+
+def test_the_width_of_a_tie(kmeans):
+    """Squared distances within 2^-40 of each other are equal, for the rounding of float64."""
+    x = _t([0.0], dtype=F64)
+    for gap, label in ((2.0**-42, 0), (2.0**-39, 1)):
+        assert kmeans.kmeans_assign(x, _t([1 + gap], [1.0], dtype=F64))[0].tolist() == [label]
+        assert kmeans.kmeans_assign(x, _t([1.0], [1 + gap], dtype=F64))[0].tolist() == [0]
+
+
+def test_duplicate_centroids(kmeans):
+    x, centroids = _t([0], [5], [9]), _t([5], [5], [5])
+    assert kmeans.kmeans_assign(x, centroids)[0].tolist() == [0, 0, 0]
+    mask = torch.tensor([True, False, False])
+    assert kmeans.kmeans_assign(x, centroids, mask=mask)[0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("n", [1, 257, 5000])
+@pytest.mark.parametrize("k", [64, 130, 1025])
+def test_equal_centroids_and_tail_rows(n, k):
+    x, c = _draw(1, (n, 3), (1, 3), dtype=torch.float32)
+    labels, sqdist = clam_kernels.kmeans_assign(x, c.expand(k, 3))
+    assert not labels.any()
+    torch.testing.assert_close(sqdist, (x - c).square().sum(-1))
+    # the only other one, far behind: it wins where it is nearer, and nowhere else
+    other = torch.cat([c.expand(k, 3), x[:1]])
+    assert int(clam_kernels.kmeans_assign(x, other)[0][0]) == k
+
+
+def test_distances_come_from_differences(kmeans):
+    x, centroids = _t([-1.0001], [-0.9999], [0.9999], [1.0001]), _t([-1.0], [1.0])
+    labels, sqdist = kmeans.kmeans_assign(x, centroids)
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert float(sqdist.double().sum()) == pytest.approx(4.0013276e-08, rel=1e-6)
+
+
+def test_one_centroid(kmeans):
+    (x,) = _draw(2, (30, 4), dtype=torch.float32)
+    labels, sqdist = kmeans.kmeans_assign(x, x[:1])
+    assert not labels.any()
+    assert float(sqdist[0]) == 0
+
+
+def test_without_distances(kmeans):
+    x, centroids = _draw(3, (3, 20, 4), (5, 4))
+    labels, none = kmeans.kmeans_assign(x, centroids, distances=False)
+    assert torch.equal(labels, kmeans.kmeans_assign(x, centroids)[0])
+    assert none.shape == (3, 0)
+    assert kmeans.kmeans_assign(x[0], centroids, distances=False)[1].shape == (0,)
+
+
+def test_digits_are_assigned_as_integers():
+    """Pixels 0..16 with data rows as centroids tie; so they do after 4096 has been added."""
+    sklearn = pytest.importorskip("sklearn.datasets")
+    pixels = torch.from_numpy(sklearn.load_digits().data).long()
+    ties = 0
+    for k in (10, 32, 64):
+        for seed in range(3):
+            rows = torch.randperm(1797, generator=torch.Generator().manual_seed(seed))[:k]
+            far = pixels.square().sum(1)[:, None] + pixels[rows].square().sum(1)
+            far = far - 2 * (pixels @ pixels[rows].T)
+            index = torch.arange(k)
+            want = torch.where(far == far.amin(1, keepdim=True), index, k).amin(1)
+            ties += int(((far == far.amin(1, keepdim=True)).sum(1) > 1).sum())
+            for offset in (0, 4096):
+                x = (pixels + offset).float()
+                labels, sqdist = clam_kernels.kmeans_assign(x, x[rows])
+                assert torch.equal(labels, want), (k, seed, offset)
+                assert torch.equal(sqdist.long(), far.amin(1))
+    assert ties > 5
+
+
+# ---- labels are float64's on the stored values --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset"),
+    [
+        (torch.float32, 1e4), (torch.float32, 1e6), (torch.float32, -3e7),
+        (torch.bfloat16, 3.0), (torch.bfloat16, 100.0), (torch.float16, 30.0),
+        (torch.float16, 3000.0), (torch.float64, 1e12),
+    ],
+)  # fmt: skip
+def test_far_from_the_origin(dtype, offset):
+    x, centroids = (t + offset for t in _blobs(7, 4000, 32, 16))
+    _same_labels(x.to(dtype), centroids.to(dtype))
+    if dtype != F64:
+        _same_labels(x.to(dtype), centroids.float())
+
+
+def test_blobs_ten_thousand_from_the_origin():
+    x, centroids = (t.float() + 1e4 for t in _blobs(8, 20_000, 32, 16))
+    _same_labels(x, centroids)
+
+
+@pytest.mark.parametrize("size", [(4000, 50, 16), (3000, 7, 1), (500, 40, 700), (1500, 2000, 3)])
+def test_between_two_centroids(size):
+    _same_labels(*_hard(*size))
+    x, centroids = _hard(*size)
+    _same_labels(x + 4.0, centroids + 4.0)  # neither far nor centred
+
+
+@pytest.mark.parametrize("slack", [0.0, 1e-9])
+def test_without_the_bound_labels_are_wrong(monkeypatch, slack):
+    """The tests above can fail: scores of float32 do not decide these rows."""
+    monkeypatch.setattr(fallback.Table, "slack", lambda *_: slack)
+    x, centroids = _hard(4000, 50, 16)
+    labels = clam_kernels.kmeans_assign(x, centroids)[0]
+    assert int((labels != fallback.kmeans_assign(x, centroids)[0]).sum()) > 100
+
+
+def test_the_bound_covers_the_error_of_every_score():
+    """Slack is twice the largest error a score can have, and no score comes near."""
+    for d, offset in ((1, 0.0), (16, 0.0), (16, 3.0), (700, 0.0), (16, 1e5)):
+        x, centroids = (t.float() + offset for t in _blobs(9, 500, 40, d))
+        table = fallback.table_of(centroids, None, None, x)
+        rows = x if table.origin is None else x - table.origin
+        assert (table.origin is None) == (offset < 100)
+        size = float(rows.abs().amax(0).double().norm())
+        score = torch.addmm(table.half[:, None], table.centred, rows.T, alpha=-1).double()
+        centre = centroids.double().mean(0).float().double()
+        fixed = centroids.double() - centre
+        shift = 0 if table.origin is None else table.origin.double()
+        half = fixed.square().sum(1) / 2 + (fixed @ centre if table.origin is None else 0)
+        exact = half[:, None] - fixed @ (x.double() - shift).T
+        error = float((score - exact).abs().max())
+        assert 2 * error <= table.slack(size, 2.0**-24)
+        assert error > 0 or offset == 1e5  # on that grid float32 has all the digits
+
+
+def test_few_rows_are_computed_again(monkeypatch):
+    """The bound is not so wide that float64 does the work."""
+    counted: list[int] = []
+    kept = fallback.Pairs.add
+
+    def add(self: Any, rows: Tensor, near: Tensor) -> None:
+        counted.append(len(rows))
+        kept(self, rows, near)
+
+    monkeypatch.setattr(fallback.Pairs, "add", add)
+    x, centroids = (t.float() for t in _blobs(10, 20_000, 32, 16))
+    for offset in (0.0, 1e4):
+        counted.clear()
+        clam_kernels.kmeans_assign(x + offset, centroids + offset)
+        assert sum(counted) < 100
+
+
+def test_any_shift_gives_the_same_labels():
+    x, centroids = (t.float() + 50 for t in _blobs(11, 2000, 32, 8))
+    want = _same_labels(x, centroids)
+    mean = x.mean(0)
+    for shift in (
+        mean,
+        0 * mean,
+        -mean,
+        1e6 + mean,
+        mean.double(),
+        mean.bfloat16(),
+        0 * mean + 1e300,
+    ):
+        found = clam_kernels.kmeans_assign(x, centroids, shift=shift.to(shift.dtype))[0]
+        assert torch.equal(found, want), shift
+    inf = torch.full((8,), math.inf)
+    assert torch.equal(clam_kernels.kmeans_assign(x, centroids, shift=inf)[0], want)
+    wide = torch.full((8,), 1e300, dtype=F64)  # inf in float32
+    assert torch.equal(clam_kernels.kmeans_assign(x, centroids, shift=wide)[0], want)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium", None])
+def test_labels_do_not_depend_on_the_precision(precision):
+    x, centroids = _hard(1000, 20, 16)
+    _same_labels(x, centroids, precision=precision)
+
+
+@pytest.mark.parametrize("size", [(3000, 5000, 2), (700, 1, 1), (700, 300, 1), (300, 20, 700)])
+def test_shapes(size):
+    n, k, d = size
+    x, centroids = _draw(12, (n, d), (k, d), dtype=torch.float32)
+    _same_labels(x, centroids)
+
+
+def test_a_row_has_its_label_in_any_chunk():
+    x, centroids = _hard(3000, 100, 5)
+    whole = clam_kernels.kmeans_assign(x, centroids)
+    for rows in (slice(0, 1), slice(5, 24), slice(1000, 3000), torch.arange(2999, -1, -1)):
+        part = clam_kernels.kmeans_assign(x[rows], centroids)
+        assert torch.equal(part[0], whole[0][rows])
+        assert torch.equal(part[1], whole[1][rows])
+
+
+# ---- the ends of the range ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-22, 1e-20, 1e-18, 1e9, 1e18, 1e19, 1e30, 1e38])
+def test_any_size_of_value(dtype, size):
+    """Squares overflow and underflow float32, labels do not; no distance is NaN."""
+    x, centroids = (t * size for t in _blobs(13, 600, 20, 6))
+    x, centroids = (t.clamp(-3e38, 3e38).to(dtype) for t in (x, centroids))
+    labels, sqdist = clam_kernels.kmeans_assign(x, centroids)
+    want, far = fallback.kmeans_assign(x, centroids)
+    assert torch.equal(labels, want)
+    assert not sqdist.isnan().any()
+    assert torch.equal(sqdist == math.inf, far == math.inf)
+
+
+def test_the_largest_values():
+    """Sums of two overflow too: rows at one end of float32, centroids at the other."""
+    top = 3e38
+    x = _t([top], [-top], [7e37], [0.0], [1.0], [-8e37])
+    _same_labels(x, _t([-3.3e38], [-3.2e38]))
+    _same_labels(x, _t([top], [-top], [0.0]))
+    _same_labels(torch.cat([x, _t([math.nan])]), _t([-3.3e38], [-3.2e38]))
+    _same_labels(x, _t([top], [-top], [1e30]), shift=_t(top))
+
+
+def test_partial_sums_that_overflow():
+    """A dot product whose parts leave the range, and whose value does not."""
+    x = 1e30 * _t([1.0, 1.0, -1.0, -1.0])
+    centroids = 1e9 * _t([0.3, 0.3, 0.3, 0.3], [0.2, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1])
+    _same_labels(x, centroids)
+    _same_labels(x.expand(40, 4), centroids.flip(0))
+
+
+def test_rows_that_are_not_finite(kmeans):
+    x, centroids = _draw(14, (9, 3), (4, 3), dtype=torch.float32)
+    clean = kmeans.kmeans_assign(x, centroids)
+    x[2, 1], x[4], x[5, 0], x[6, 2] = math.nan, math.nan, math.inf, -math.inf
+    labels, sqdist = kmeans.kmeans_assign(x, centroids)
+    bad = torch.tensor([2, 4, 5, 6])
+    good = torch.tensor([0, 1, 3, 7, 8])
+    assert labels[bad].tolist() == [-1] * 4
+    assert bool(sqdist[bad].isnan().all())
+    assert torch.equal(labels[good], clean[0][good])
+    assert torch.equal(sqdist[good], clean[1][good])
+    assert kmeans.kmeans_assign(x[bad], centroids)[0].tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_centroids_that_are_not_finite_never_win(kmeans, bad):
+    x, centroids = _draw(15, (50, 3), (5, 3), dtype=torch.float32)
+    dead = torch.tensor([True, False, False, True, False])
+    want = kmeans.kmeans_assign(x, centroids, mask=dead)
+    centroids[0, 1], centroids[3] = bad, bad
+    for found in (
+        kmeans.kmeans_assign(x, centroids),
+        kmeans.kmeans_assign(x, centroids, mask=dead),
+    ):
+        assert torch.equal(found[0], want[0])
+        assert torch.equal(found[1], want[1])
+    centroids[:] = bad
+    labels, sqdist = kmeans.kmeans_assign(x, centroids)
+    assert bool((labels == -1).all())
+    assert bool((sqdist == math.inf).all())
+
+
+def test_a_masked_centroid_is_none(kmeans):
+    x, centroids = _draw(16, (200, 3), (7, 3), dtype=torch.float32)
+    mask = torch.tensor([False, True, False, False, True, True, False])
+    kept = (~mask).nonzero()[:, 0]
+    labels, sqdist = kmeans.kmeans_assign(x, centroids, mask=mask)
+    want = kmeans.kmeans_assign(x, centroids[kept])
+    assert torch.equal(labels, kept[want[0]])
+    assert torch.equal(sqdist, want[1])
+    assert torch.equal(kmeans.kmeans_assign(x, centroids, mask=mask & False)[0],
+                       kmeans.kmeans_assign(x, centroids)[0])  # fmt: skip
+
+
+def test_restarts_are_separate_calls():
+    """Bit for bit, for sums too."""
+    (x,) = _draw(17, (700, 5), dtype=torch.float32)
+    starts = torch.stack([x[torch.randperm(700)[:6]] for _ in range(4)])
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1, 2] = True
+    together = clam_kernels.kmeans_assign(x, starts, mask=mask)
+    sums = clam_kernels.kmeans_update(x, together[0], 6)
+    for r in range(4):
+        one = clam_kernels.kmeans_assign(x, starts[r], mask=mask[r])
+        assert torch.equal(one[0], together[0][r])
+        assert torch.equal(one[1], together[1][r])
+        for a, b in zip(clam_kernels.kmeans_update(x, one[0], 6), sums, strict=True):
+            assert torch.equal(a, b[r])
+
+
+# ---- sums by label ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_in_numbers(kmeans, dtype):
+    x = _t([1, 2], [3, 4], [5, 6], [7, 8], dtype=dtype)
+    labels = torch.tensor([0, 2, 0, -1])
+    sums, counts = kmeans.kmeans_update(x, labels, 4)
+    assert sums.tolist() == [[6, 8], [0, 0], [3, 4], [0, 0]]
+    assert counts.tolist() == [2, 0, 1, 0]
+    assert (sums.dtype, counts.dtype) == (F64, torch.int64)
+    weight = _t(0.5, 2, 0, 9, dtype=dtype)
+    sums, counts = kmeans.kmeans_update(x, labels, 4, weight=weight, shift=_t(1, 0, dtype=dtype))
+    assert sums.tolist() == [[0, 1], [0, 0], [4, 8], [0, 0]]
+    assert counts.tolist() == [0.5, 0, 2, 0]
+    assert counts.dtype == F64
+
+
+def test_counts_beyond_float32():
+    """One running float32 counter stops at 2^24."""
+    n = 2**24 + 3
+    x, labels = torch.ones(1, 1).expand(n, 1), torch.zeros(1, dtype=torch.int64).expand(n)
+    sums, counts = clam_kernels.kmeans_update(x, labels, 1)
+    assert sums.item() == counts.item() == n
+
+
+def test_a_mean_far_from_the_origin():
+    """One running float32 sum is wrong by 1.3 % here."""
+    (x,) = _draw(18, (2_000_000, 1), dtype=torch.float32)
+    x += 100
+    labels = torch.zeros(1, dtype=torch.int64).expand(len(x))
+    exact = float(x.double().mean())
+    sums, counts = clam_kernels.kmeans_update(x, labels, 1, shift=torch.tensor([100.0]))
+    assert abs((sums / counts[:, None]).item() + 100 - exact) < 1e-9
+    assert abs((clam_kernels.kmeans_update(x, labels, 1)[0] / len(x)).item() - exact) < 1e-9
+
+
+def test_sums_repeat_bit_for_bit():
+    x, weight = _draw(19, (30_000, 9), (30_000,), dtype=torch.float32)
+    labels = torch.randint(-1, 12, (30_000,), generator=torch.Generator().manual_seed(0))
+    first = clam_kernels.kmeans_update(x, labels, 12, weight=weight)
+    for _ in range(10):
+        for a, b in zip(
+            clam_kernels.kmeans_update(x, labels, 12, weight=weight), first, strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_weights_are_repeated_rows(kmeans):
+    (x,) = _draw(20, (40, 3))
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (40,), generator=generator)
+    times = torch.randint(4, (40,), generator=generator)
+    sums, counts = kmeans.kmeans_update(x, labels, 5, weight=times.double())
+    want = kmeans.kmeans_update(x.repeat_interleave(times, 0), labels.repeat_interleave(times), 5)
+    torch.testing.assert_close(sums, want[0], rtol=1e-13, atol=1e-13)
+    assert torch.equal(counts, want[1].double())
+    doubled = kmeans.kmeans_update(x, labels, 5, weight=8 * times.double())
+    assert torch.equal(doubled[0], 8 * sums)
+
+
+def test_a_bad_row_reaches_its_own_label_alone(kmeans):
+    (x,) = _draw(21, (20, 3))
+    labels = torch.arange(20) % 4
+    clean = kmeans.kmeans_update(x, labels, 4)
+    x[6, 1], x[7, 0] = math.nan, math.inf
+    dirty = kmeans.kmeans_update(x, labels, 4)
+    assert torch.equal(dirty[1], clean[1])
+    assert torch.equal(dirty[0][:2], clean[0][:2])
+    assert bool(dirty[0][2, 1].isnan())
+    assert float(dirty[0][3, 0]) == math.inf
+    labels[6:8] = torch.tensor([-1, 4])  # and none where it has no label
+    assert bool(kmeans.kmeans_update(x, labels, 4)[0].isfinite().all())
+
+
+def test_a_lloyd_iteration_moves_centroids_to_means():
+    x, centroids = _blobs(22, 500, 6, 4)
+    before = math.inf
+    for _ in range(20):
+        labels, sqdist = clam_kernels.kmeans_assign(x, centroids)
+        assert float(sqdist.sum()) <= before + 1e-9
+        before = float(sqdist.sum())
+        sums, counts = clam_kernels.kmeans_update(x, labels, 6)
+        centroids = sums / counts[:, None]
+        for k in range(6):
+            torch.testing.assert_close(centroids[k], x[labels == k].mean(0))
+
+
+# ---- samples and properties ---------------------------------------------------------------------
+
+
+def test_samples_reach_every_kind_of_argument():
+    """What the contract promises to try, by looking at what the samples hold."""
+    for op in ("kmeans_assign", "kmeans_update"):
+        names = testing.argument_names(op)
+        rows = [dict(zip(names, s.args, strict=False)) for s in testing.samples(op)]
+        assert {0, 1, 7} <= {g["x"].shape[-2] for g in rows}
+        assert {1, 3} <= {g["x"].shape[-1] for g in rows}
+        other = "centroids" if op == "kmeans_assign" else "labels"
+        core = 2 if op == "kmeans_assign" else 1
+        leads = {(g["x"].ndim - 2, g[other].ndim - core) for g in rows}
+        assert {(0, 0), (0, 1), (1, 0) if op == "kmeans_assign" else (1, 1), (2, 1)} <= leads
+        for name in ("shift", "mask", "weight"):
+            found = [g[name] for g in rows if g.get(name) is not None]
+            assert name not in names or {1, 2} <= {x.ndim for x in found}, name
+        assert any(not g["x"].isfinite().all() for g in rows)
+    labels = [s.args[1] for s in testing.samples("kmeans_update")]
+    assert any((x < -1).any() for x in labels)
+    assert any((x == -1).all() for x in labels if x.numel())
+
+
+def test_workload_names_are_complete():
+    sizes = ("200k-16-64", "100k-64-256", "50k-784-100")
+    names = {r.name for op in ("kmeans_assign", "kmeans_update") for r in testing.workloads(op)}
+    assert names == {f"{op}/{s}-fp32" for op in ("kmeans_assign", "kmeans_update") for s in sizes}
+
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+PROBLEM = {
+    "seed": st.integers(0, 10**6),
+    "n": st.integers(0, 30),
+    "k": st.integers(1, 20),
+    "d": st.integers(1, 5),
+}
+
+
+@PROPERTY
+@given(**PROBLEM, dtype=st.sampled_from(DTYPES), offset=st.sampled_from([0, 7, 100]))
+def test_small_integers_tie_and_agree_with_integer_arithmetic(seed, n, k, d, dtype, offset):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (n, d), generator=generator)
+    centroids = torch.randint(-3, 4, (k, d), generator=generator)
+    far = (x[:, None] - centroids).square().sum(-1)
+    want = torch.where(far == far.amin(1, keepdim=True), torch.arange(k), k).amin(1)
+    labels, sqdist = clam_kernels.kmeans_assign(
+        (x + offset).to(dtype), (centroids + offset).to(dtype)
+    )
+    assert torch.equal(labels, want)
+    assert torch.equal(sqdist.long(), far.amin(1))
+
+
+@PROPERTY
+@given(**PROBLEM, weighted=st.booleans(), shifted=st.booleans())
+def test_sums_equal_the_truth(seed, n, k, d, weighted, shifted):
+    x, weight, shift = _draw(seed, (n, d), (n,), (d,))
+    labels = torch.randint(-2, k + 2, (n,), generator=torch.Generator().manual_seed(seed))
+    options = {"weight": weight if weighted else None, "shift": shift if shifted else None}
+    got, want = (m.kmeans_update(x, labels, k, **options) for m in BOTH.values())
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
