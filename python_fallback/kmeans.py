@@ -111,10 +111,13 @@ class Table(NamedTuple):
         lost = (d + 4) * TINY[self.half.dtype]  # what underflows
         return 2 * (unit * scores + lost) + TIE * (size + self.lean + self.reach) ** 2
 
-    def holds(self, size: float) -> bool:
-        """Whether no score of rows of norm `size`, nor a part of it, leaves its dtype's range."""
-        largest = self.reach * (size + self.reach + self.lean)
-        return max(largest, size, self.lean) < MOST[self.half.dtype] / 4
+    @property
+    def cap(self) -> float:
+        """Norm of rows below which no score, nor a part of it, leaves its dtype's range."""
+        most = MOST[self.half.dtype] / 4
+        if self.lean >= most:
+            return 0.0
+        return min(most, most / self.reach - self.reach - self.lean if self.reach else most)
 
 
 def table_of(centroids: Tensor, shift: Tensor | None, mask: Tensor | None, like: Tensor) -> Table:
@@ -206,7 +209,7 @@ class Scorer:
         self.base = 1 << (k - 1).bit_length()
         self.codes = torch.arange(self.base, self.base + k, dtype=dtype, device=x.device)
         self.half, self.unit = table.half[:, None], torch.finfo(dtype).eps / 2
-        self.length = x.shape[-1] ** 0.5
+        self.length, self.cap = x.shape[-1] ** 0.5, table.cap
         self.views = self._views(self.rows)
         self.open = Pairs(x, table, labels, self.base)
 
@@ -224,36 +227,47 @@ class Scorer:
 
     def _fill(self, part: slice) -> None:
         """Write label + base of some rows, and keep those that are open."""
-        given, out, table = self.x[part], self.out[part], self.table
+        given, out, origin = self.x[part], self.out[part], self.table.origin
         x = given if given.dtype == self.dtype else given.to(self.dtype)
-        if table.origin is not None:
-            x = x - table.origin
-        low, high = torch.aminmax(x)
-        size = max(-float(low), float(high)) * self.length
-        if not table.holds(size):
-            self._irregular(part.start, given, out)
+        if origin is not None:
+            x = x - origin
+        size = self._size(x)
+        if size < self.cap:
+            self._decide(x, size, out, part.start)
             return
+        held = x.abs().amax(-1) * self.length < self.cap  # not so where a row is not finite
+        x = torch.where(held[:, None], x, 0.0)
+        self._decide(x, self._size(x), out, part.start, held)
+        finite = given.isfinite().all(-1)
+        out[~finite] = self.base - 1
+        long = (finite & ~held).nonzero()[:, 0]
+        every = torch.ones(1, dtype=torch.bool, device=given.device)
+        self.open.add(long + part.start, every.expand(len(self.half), len(long)))
+
+    def _size(self, x: Tensor) -> float:
+        """The largest norm that a row can have."""
+        low, high = torch.aminmax(x)
+        return max(-float(low), float(high)) * self.length
+
+    def _decide(
+        self, x: Tensor, size: float, out: Tensor, start: int, held: Tensor | None = None
+    ) -> None:
+        """Write label + base of rows whose scores decide; the others that are `held` are open."""
         n = len(x)
         score, near, least, code = self.views if n == self.rows else self._views(n)
-        torch.addmm(self.half, table.centred, x.mT, alpha=-1, out=score)
+        torch.addmm(self.half, self.table.centred, x.mT, alpha=-1, out=score)
         torch.amin(score, 0, out=least)
-        torch.le(score, least.add_(table.slack(size, self.unit)), out=near)
+        torch.le(score, least.add_(self.table.slack(size, self.unit)), out=near)
         torch.mv(near.mT, self.codes, out=code)
         out.copy_(code)
         low, high = torch.aminmax(code)
         if self.base <= float(low) and float(high) < 2 * self.base:
             return  # one candidate in every row
-        some = code.div_(self.base).floor_().ne_(1).nonzero()[:, 0]
+        undecided = code.div_(self.base).floor_().ne_(1) != 0
+        some = (undecided if held is None else undecided & held).nonzero()[:, 0]
         candidates = near[:, some] != 0
-        candidates |= ~candidates.any(0)  # scores that overflowed name none
-        self.open.add(some + part.start, candidates)
-
-    def _irregular(self, start: int, given: Tensor, out: Tensor) -> None:
-        """Rows some of which are not finite, or too long for scores."""
-        out.fill_(self.base - 1)
-        finite = given.isfinite().all(-1).nonzero()[:, 0]
-        every = torch.ones(1, dtype=torch.bool, device=given.device)
-        self.open.add(finite + start, every.expand(len(self.half), len(finite)))
+        candidates |= ~candidates.any(0)  # no centroid is alive
+        self.open.add(some + start, candidates)
 
 
 def kmeans_assign_forward(
@@ -325,19 +339,35 @@ def kmeans_update_forward(
     counts = torch.zeros(
         (*batch, k), dtype=torch.int64 if weight is None else torch.float64, device=x.device
     )
-    limit = max(1, WIDE_ENTRIES // 4 // d)
+    limit = max(1, WIDE_ENTRIES // 4 // max(d, k if x.is_cuda else 1))
     for at, own in problems(batch, (x, 2), (labels, 1), (weight, 1), (shift, 1)):
         rows_of, found, share, origin = own
         total = torch.zeros((k + 1, d), dtype=wide, device=device)
+        held = torch.zeros(k + 1, dtype=counts.dtype, device=device)
         found = torch.where((found >= 0) & (found < k), found, k)
         share = None if share is None else share.double()
         for part in row_chunks(rows, limit):
             values = rows_of[part].double()
             if origin is not None:
                 values = values - origin.double()
-            if share is not None:
-                values = values * share[part, None]
-            total.index_add_(0, found[part], values)
-        sums[at] = total[:k]
-        counts[at] = torch.bincount(found, share, minlength=k + 1)[:k]
+            heavy = None if share is None else share[part]
+            if heavy is not None:
+                values = values * heavy[:, None]
+            add_grouped_(total, held, found[part], values, heavy)
+        sums[at], counts[at] = total[:k], held[:k]
     return sums, counts
+
+
+def add_grouped_(
+    total: Tensor, held: Tensor, labels: Tensor, values: Tensor, weight: Tensor | None
+) -> None:
+    """Add rows [n, D] and their weights to the totals of their labels, in a fixed order: a GPU's
+    own additions by index have none, a product has.
+    """
+    if values.is_cuda:
+        chosen = (torch.arange(len(total), device=labels.device)[:, None] == labels).double()
+        total.addmm_(chosen, values)
+        held += (chosen.sum(1) if weight is None else chosen @ weight).to(held.dtype)
+        return
+    total.index_add_(0, labels, values)
+    held += torch.bincount(labels, weight, minlength=len(held))

@@ -25,21 +25,24 @@ GPU_BACKENDS = ("triton", "cuda")
 
 @dataclass(frozen=True)
 class Invocation:
-    """One call of an op: positions of the arguments with rows in dim -2, and of those to
-    differentiate.
+    """One call of an op: positions of the arguments with rows in dim -2, of those to differentiate,
+    and of those with rows in dim -1.
     """
 
     op: str
     args: tuple[Any, ...]
     rows: tuple[int, ...]
     wanted: tuple[int, ...] = ()
+    lines: tuple[int, ...] = ()
 
     def part(self, rows: slice | Tensor) -> Invocation:
         """The same call on some of its rows."""
         args = list(self.args)
         for i in self.rows:
             args[i] = args[i][..., rows, :].contiguous()
-        return Invocation(self.op, tuple(args), self.rows, self.wanted)
+        for i in self.lines:
+            args[i] = args[i][..., rows].contiguous()
+        return Invocation(self.op, tuple(args), self.rows, self.wanted, self.lines)
 
     @property
     def n(self) -> int:
@@ -81,7 +84,8 @@ class Target:
     ratios: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: float | None = None
     launches: int | None = None
-    # "exact" and "accurate" are measured by eager float32, "like" by eager of the same mode
+    # "exact" and "accurate" are measured by eager float32, "like" by eager of the same mode,
+    # "labels" are float64's, all of them
     error: str = "accurate"
 
 
@@ -114,6 +118,7 @@ class Row:
     build: Callable[[Setting, Row], Bout]
     kind: str = "device"
     note: str = ""
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class Family:
     allowance: Callable[[Invocation, bool], int]
     captured: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()  # ops whose results are sums over the rows
 
 
 @functools.cache

@@ -80,6 +80,8 @@ def unequal(call: Invocation, device: str) -> list[str]:
 
 def unequal_parts(call: Invocation) -> list[str]:
     """Where rows in two batches differ from the same rows in one."""
+    if call.op in family_of(call.op).sums:
+        return []
     whole = call.forward()
     bad = []
     for cut in (1, call.n // 3 + 1):

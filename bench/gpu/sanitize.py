@@ -6,6 +6,7 @@ compute-sanitizer is given to watch. `python3 -m bench.gpu.sanitize --seed N [--
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import warnings
 
 import torch
@@ -18,7 +19,7 @@ from .cases import Invocation, backends, differentiable, family_of, forced
 def moved(call: Invocation, device: str) -> Invocation:
     """Drawn on the CPU and copied: the tools know a copy as a write."""
     args = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in call.args)
-    return Invocation(call.op, args, call.rows, call.wanted)
+    return dataclasses.replace(call, args=args)
 
 
 def main() -> None:

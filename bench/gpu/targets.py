@@ -26,6 +26,7 @@ CLASSES: dict[str, dict[str, tuple[float, float]]] = {
     "exact": {"out": (2.0, 0.0), "grad_median": (2.0, 0.0)},
     "accurate": {"out": (2.0, 1e-5), "grad_median": (2.0, 1e-4)},
     "like": {"out": (2.0, 0.0), "grad_median": (2.0, 0.0)},
+    "labels": {"out": (0.0, 0.0)},
     "curve": {},
 }
 
@@ -141,7 +142,7 @@ class Table:
     def blank(self, row: Row, backend: str) -> dict[str, Any]:
         ms, bound = floor(row.work, self.ceilings)
         return {
-            "id": row.id, "name": row.name, "shape": row.shape, "dtype": "float32",
+            "id": row.id, "name": row.name, "shape": row.shape, "dtype": row.dtype,
             "mode": row.mode, "backend": backend, "unit": row.work.unit,
             "ms_median": None, "ms_p10": None, "ms_p90": None,
             "floor_ms": ms, "bound_by": bound, "share": None, "peers": {}, "ratios": {},

@@ -327,9 +327,8 @@ class _Installation:
             ) -> Any:
                 values = list(self._filled(a))
                 dtypes = [values[i].dtype for i in promoted]
-                wide = functools.reduce(torch.promote_types, dtypes)
-                for i in promoted if all(d.is_floating_point for d in dtypes) else ():
-                    values[i] = values[i].to(wide)
+                for i in promoted if dtypes and all(d.is_floating_point for d in dtypes) else ():
+                    values[i] = values[i].to(functools.reduce(torch.promote_types, dtypes))
                 lower = self.spec.precise and values[-1] is None
                 if lower and torch.get_autocast_dtype(device) != torch.float32:
                     values[-1] = "medium"

@@ -36,3 +36,8 @@ def check(callbacks: Any) -> None:
                 "callbacks: expected callables or objects with on_iteration, got"
                 f" {type(callback).__name__}"
             )
+
+
+def tell(text: str) -> None:
+    """Print what a verbose fit says."""
+    print(text)

@@ -260,7 +260,7 @@ class KMeans(
         for _ in range(self._n_init):
             starts.append(self._start(X, rows, weight, random))
             if self.verbose:
-                print("Initialization complete")
+                _callbacks.tell("Initialization complete")
         rule = self._rule(self.tol * rows.variance)
         best: Run | None = None
         for run in lloyd(rows, weight, torch.stack(starts), rule, random):
@@ -280,7 +280,7 @@ class KMeans(
             info = {"start": number, "iteration": iteration, "shift": shift}
             return _callbacks.call(listeners, "on_iteration", self, info)
 
-        tell = print if self.verbose else None
+        tell = _callbacks.tell if self.verbose else None
         return Rule(
             self.max_iter, tolerance, self.empty, self.precision, tell, seen if listeners else None
         )

@@ -152,7 +152,7 @@ def backward(
     strip = steps * chosen["ROWS"] * stride
     most = max(1, min(PROGRAMS, _launch.SCRATCH // strip))
     path = call.new(min(most, call.outer * call.inner * splits) * strip)
-    grads, outs = (x.view(call.outer, call.inner, call.rows, -1) for x in (grad, out))
+    grads, outs = (x.view(call.outer, call.inner, call.rows, call.features) for x in (grad, out))
     for o, problems, first, run in call.cells(splits, most):
         operands, strides, u = call.at(o, problems)
         size = problems.stop - problems.start

@@ -307,6 +307,5 @@ KMEANS_UPDATE = op(
     kernels={"triton": "clam_kernels.kernels.kmeans:kmeans_update"},
     limits={"triton": "clam_kernels.kernels._launch:why_not"},
     function=kmeans_update,
-    same_dtype=("x",),
     core={"x": 2, "labels": 1, "weight": 1, "shift": 1},
 )

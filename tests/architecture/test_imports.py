@@ -42,7 +42,10 @@ ALLOWED: dict[str, set[str]] = {
 ADDED: dict[str, dict[str, str]] = {
     "clam_kernels.testing": {"clam_kernels._core": "all_ops: samples follow the declarations"},
     "clam_kernels.serialize": {"clam_kernels.exceptions": "a bad file has an error of its own"},
-    "clam_kernels.estimators": {"clam_kernels._core": "explain() and the names of the precisions"},
+    "clam_kernels.estimators": {
+        "clam_kernels._core": "explain() and the names of the precisions",
+        "scipy": "sparse matrices as scikit-learn takes them",
+    },
     "clam_kernels.info": {"clam_kernels.testing": "what an op reads and computes"},
     "clam_kernels.tables": {
         "numpy": "rows of a file as an array",

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The k-means rows ready to run: ours, the packages that are installed, wrong labels of each."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clam_kernels  # noqa: F401  registers torch.ops.clam
+from python_fallback import kmeans as truth
+
+from .bouts_am import STAND_IN_ROWS, sample_of, torch_mode
+from .cases import Bout, Row
+from .clock import Contestant
+from .setting import Setting
+
+CHUNK = 1 << 20
+SPREAD = 0.7
+# scikit-learn is timed on so many rows: all of them would take the whole budget.
+PEER_ROWS = 1 << 18
+
+
+def blobs(n: int, d: int, k: int, device: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows around k Gaussian centres, and k of the rows as centroids."""
+    generator = torch.Generator(device).manual_seed(seed)
+    centres = torch.randn(k, d, generator=generator, device=device)
+    near = torch.randint(k, (n,), generator=generator, device=device)
+    x = torch.randn(n, d, generator=generator, device=device).mul_(SPREAD)
+    for rows, which in zip(x.split(1 << 22), near.split(1 << 22), strict=True):
+        rows += centres[which]
+    return x, x[torch.randperm(n, generator=generator, device=device)[:k]].clone()
+
+
+def drawn(setting: Setting, row: Row) -> tuple[Tensor, Tensor]:
+    n, d, k = (row.shape[name] for name in ("n", "d", "k"))
+    if setting.dry_run:
+        n, k = STAND_IN_ROWS, min(k, 16)
+    x, centroids = blobs(n, d, k, setting.device, setting.seed)
+    return (x.bfloat16(), centroids) if row.dtype == "bfloat16" else (x, centroids)
+
+
+def wrong_labels(x: Tensor, centroids: Tensor, seed: int) -> Callable[[Any], dict[str, Any]]:
+    """Share of labels on a sample of rows that are not float64's of the same values."""
+    at = sample_of(len(x), seed, str(x.device))
+    exact = torch.cat(
+        [truth.kmeans_assign(part, centroids, distances=False)[0] for part in x[at].split(64)]
+    )
+
+    def errors(out: tuple[Tensor, ...]) -> dict[str, Any]:
+        return {"out": float((out[0].reshape(-1)[at] != exact).double().mean())}
+
+    return errors
+
+
+# ---- peers ----------------------------------------------------------------------------------
+
+
+def eager_labels(x: Tensor, centroids: Tensor) -> Tensor:
+    """Expanded distances and their minimum, rows in chunks."""
+    keys = (-2 * centroids.T).to(x.dtype)
+    bias = centroids.square().sum(-1)
+    return torch.cat([((part @ keys).float() + bias).argmin(-1) for part in x.split(CHUNK)])
+
+
+def eager_iteration(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    labels = eager_labels(x, centroids)
+    sums = torch.zeros_like(centroids).index_add_(0, labels, x.float())
+    counts = torch.bincount(labels, minlength=len(centroids)).clamp(min=1)
+    return labels, sums / counts[:, None]
+
+
+def flash(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
+    package = importlib.import_module("flash_kmeans")
+    found = package.batch_kmeans_Euclid(
+        x[None], len(centroids), max_iters=1, tol=0.0, init_centroids=centroids[None].to(x.dtype)
+    )
+    return found[0][0], found[1][0]
+
+
+def fast_pytorch(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
+    package = importlib.import_module("fast_pytorch_kmeans")
+    model = package.KMeans(n_clusters=len(centroids), max_iter=1, mode="euclidean", verbose=0)
+    return (model.fit_predict(x, centroids=centroids.clone()),)
+
+
+def cuml(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
+    package = importlib.import_module("cuml.cluster")
+    model = package.KMeans(len(centroids), init=centroids, n_init=1, max_iter=1, tol=0.0)
+    return (torch.as_tensor(model.fit_predict(x), device=x.device).long(),)
+
+
+def faiss(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
+    package = importlib.import_module("faiss")
+    index = package.GpuIndexFlatL2(package.StandardGpuResources(), x.shape[1])
+    index.add(centroids.cpu().numpy())
+    return (torch.from_numpy(index.search(x.cpu().numpy(), 1)[1][:, 0]).to(x.device),)
+
+
+def scikit_learn(x: Tensor, centroids: Tensor) -> dict[str, Any]:
+    """Milliseconds of one of its iterations on all rows, by those of some, on all cores."""
+    from sklearn.cluster import KMeans
+
+    rows, taken = x[:PEER_ROWS].float().cpu().numpy(), []
+    for iterations in (1, 3):
+        model = KMeans(
+            len(centroids), init=centroids.cpu().numpy(), n_init=1, max_iter=iterations, tol=0.0
+        )
+        start = time.perf_counter()
+        model.fit(rows)
+        taken.append(time.perf_counter() - start)
+    return {"scikit_learn_ms": 1e3 * (taken[1] - taken[0]) / 2 * len(x) / len(rows)}
+
+
+# ---- rows -----------------------------------------------------------------------------------
+
+
+def iteration(setting: Setting, row: Row) -> Bout:
+    """Row 7: labels and sums of one Lloyd iteration."""
+    x, centroids = drawn(setting, row)
+    ops, k = torch.ops.clam, len(centroids)
+
+    def ours() -> tuple[Tensor, ...]:
+        labels = ops.kmeans_assign(x, centroids, None, None, False, row.mode)[0]
+        sums, counts = ops.kmeans_update(x, labels, k)
+        return labels, (sums / counts.clamp(min=1)[:, None]).float()
+
+    peers = {
+        "eager": Contestant(lambda: eager_iteration(x, centroids), torch_mode(row.mode)),
+        "flash": Contestant(lambda: flash(x, centroids)),
+        "fast_pytorch": Contestant(lambda: fast_pytorch(x, centroids)),
+        "cuml": Contestant(lambda: cuml(x, centroids)),
+    }
+    return Bout(
+        ours=ours,
+        peers=peers,
+        errors=wrong_labels(x, centroids, setting.seed),
+        plain=Contestant(lambda: eager_iteration(x, centroids)),
+        facts=lambda: scikit_learn(x, centroids),
+    )
+
+
+def assignment(setting: Setting, row: Row) -> Bout:
+    """Row 8: labels alone."""
+    x, centroids = drawn(setting, row)
+
+    def ours() -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.ops.clam.kmeans_assign(
+            x, centroids, None, None, False, row.mode
+        )
+        return found
+
+    peers = {
+        "eager": Contestant(lambda: (eager_labels(x, centroids),)),
+        "flash": Contestant(lambda: flash(x, centroids)),
+        "faiss": Contestant(lambda: faiss(x.float(), centroids)),
+    }
+    return Bout(
+        ours=ours,
+        peers=peers,
+        errors=wrong_labels(x, centroids, setting.seed),
+        plain=Contestant(lambda: (eager_labels(x, centroids),)),
+    )
