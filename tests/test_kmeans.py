@@ -187,7 +187,7 @@ def test_without_the_bound_labels_are_wrong(monkeypatch, slack):
     monkeypatch.setattr(fallback.Table, "slack", lambda *_: slack)
     x, centroids = _hard(4000, 50, 16)
     labels = clam_kernels.kmeans_assign(x, centroids)[0]
-    assert int((labels != fallbaclam_kernels.kmeans_assign(x, centroids)[0]).sum()) > 100
+    assert int((labels != fallback.kmeans_assign(x, centroids)[0]).sum()) > 100
 
 
 def test_the_bound_covers_the_error_of_every_score():
@@ -279,7 +279,7 @@ def test_any_size_of_value(dtype, size):
     x, centroids = (t * size for t in _blobs(13, 600, 20, 6))
     x, centroids = (t.clamp(-3e38, 3e38).to(dtype) for t in (x, centroids))
     labels, sqdist = clam_kernels.kmeans_assign(x, centroids)
-    want, far = fallbaclam_kernels.kmeans_assign(x, centroids)
+    want, far = fallback.kmeans_assign(x, centroids)
     assert torch.equal(labels, want)
     assert not sqdist.isnan().any()
     assert torch.equal(sqdist == math.inf, far == math.inf)
@@ -528,7 +528,7 @@ def test_a_lost_row_costs_its_neighbours_nothing(monkeypatch):
     monkeypatch.setattr(fallback.Pairs, "add", add)
     labels, _ = clam_kernels.kmeans_assign(x, centroids)
     assert sum(asked) < 20
-    assert torch.equal(labels, fallbaclam_kernels.kmeans_assign(x, centroids)[0])
+    assert torch.equal(labels, fallback.kmeans_assign(x, centroids)[0])
 
 
 def test_sums_of_a_gpu_are_products(monkeypatch):
