@@ -20,9 +20,9 @@ from ._score import compute_dtype
 
 # Squared distances this close, relative to the smaller one, are a tie.
 TIE = 2.0**-40
-# Entries of one K x rows tile of scores: with its mask it fits in a second-level cache. Rows of a
-# chunk stay between these whatever K is, but for a tile of more than `MOST_ENTRIES`.
-TILE_ENTRIES, MIN_ROWS, MAX_ROWS, MOST_ENTRIES = 1 << 17, 256, 2048, 1 << 23
+# Entries of one K x rows tile of scores, about a second-level cache. Rows of a chunk stay between
+# these whatever K is, but for a tile of more than `MOST_ENTRIES`.
+TILE_ENTRIES, MIN_ROWS, MAX_ROWS, MOST_ENTRIES = 1 << 18, 256, 4096, 1 << 23
 TINY, MOST = (
     {t: getattr(torch.finfo(t), word) for t in (torch.float32, torch.float64)}
     for word in ("tiny", "max")
@@ -203,7 +203,7 @@ class Scorer:
         k, dtype = len(table.exact), compute_dtype(x)
         self.table, self.x, self.out, self.dtype = table, x, labels, dtype
         self.rows = min(tile_rows(k), max(len(x), 1))
-        self.tiles = torch.empty(2, k * self.rows, dtype=dtype, device=x.device)
+        self.tile = torch.empty(k * self.rows, dtype=dtype, device=x.device)
         self.lines = torch.empty(2, self.rows, dtype=dtype, device=x.device)
         # a code is the sum of k + base over the candidates: below 2 base there is only one
         self.base = 1 << (k - 1).bit_length()
@@ -214,9 +214,9 @@ class Scorer:
         self.open = Pairs(x, table, labels, self.base)
 
     def _views(self, n: int) -> tuple[Tensor, ...]:
-        """Scratch for n rows: scores and candidates [K, n], two lines [n]."""
+        """Scratch for n rows: scores [K, n], two lines [n]."""
         k = len(self.half)
-        return (*self.tiles[:, : k * n].view(2, k, n).unbind(), *self.lines[:, :n].unbind())
+        return (self.tile[: k * n].view(k, n), *self.lines[:, :n].unbind())
 
     def run(self) -> None:
         """Label every row."""
@@ -254,10 +254,10 @@ class Scorer:
     ) -> None:
         """Write label + base of rows whose scores decide; the others that are `held` are open."""
         n = len(x)
-        score, near, least, code = self.views if n == self.rows else self._views(n)
+        score, least, code = self.views if n == self.rows else self._views(n)
         torch.addmm(self.half, self.table.centred, x.mT, alpha=-1, out=score)
         torch.amin(score, 0, out=least)
-        torch.le(score, least.add_(self.table.slack(size, self.unit)), out=near)
+        near = score.le_(least.add_(self.table.slack(size, self.unit)))
         torch.mv(near.mT, self.codes, out=code)
         out.copy_(code)
         low, high = torch.aminmax(code)

@@ -21,7 +21,7 @@ LABELS_AT_ONCE = 1 << 25
 # Entries of a chunk of differences.
 CHUNK_ENTRIES = 1 << 17
 # Sums are brought up to date where less than one row in so many has changed its label.
-FEW = 4
+FEW = 3
 
 
 @dataclass

@@ -110,7 +110,7 @@ def centroids(given: Tensor, shift: Tensor | None, mask: Tensor | None) -> Centr
     gone_k = gone.stride(2) if mask is not None else 0
     lost = (*gone.stride()[:2], gone_k)
     options = {"MASK": mask is not None, "PROTOS": PROTOS, "num_warps": 4, "num_stages": 1}
-    options |= {"D": d, "DIM": min(32, _launch.dim(d))}
+    options |= {"D": d, "DIM": min(32, _launch.dim(d)), "maxnreg": 255}
     if shift is None:
         origin = _launch.empty((*batch, d), torch.float32, given.device)
         grid = (problems, triton.cdiv(d, options["DIM"]))
