@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The silhouette against scikit-learn's, and its memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits, load_iris
+from sklearn.metrics import silhouette_score
+
+from clam_kernels import metrics, testing
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("load", [load_iris, load_digits])
+def test_equals_scikit_learns(load, dtype, offset):
+    data = load()
+    x = (data.data + offset).astype(dtype)
+    want = silhouette_score(x.astype(np.float64), data.target)
+    assert metrics.silhouette(x, data.target) == pytest.approx(want, abs=1e-6)
+    tensors = torch.from_numpy(x), torch.from_numpy(data.target)
+    assert metrics.silhouette(*tensors) == pytest.approx(want, abs=1e-6)
+
+
+def test_any_tile_gives_the_same(monkeypatch):
+    data = load_iris()
+    whole = metrics.silhouette(data.data, data.target)
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", 1000)
+    assert metrics.silhouette(data.data, data.target) == pytest.approx(whole, abs=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_any_size_of_value(size):
+    data = load_iris()
+    want = silhouette_score(data.data, data.target)
+    assert metrics.silhouette(data.data * size, data.target) == pytest.approx(want, rel=1e-9)
+
+
+def test_names_singletons_and_duplicates():
+    x = np.array([[0.0], [0.0], [5.0], [5.0], [90.0]])
+    labels = np.array([7, 7, -3, -3, 40])
+    assert metrics.silhouette(x, labels) == silhouette_score(x, labels)
+    assert metrics.silhouette(np.zeros((4, 2)), [0, 0, 1, 1]) == 0.0
+
+
+def test_a_sample():
+    data = load_digits()
+    found = metrics.silhouette(data.data, data.target, 900)
+    assert found == metrics.silhouette(data.data, data.target, 900)
+    assert found != metrics.silhouette(data.data, data.target, 900, random_state=1)
+    assert found == pytest.approx(silhouette_score(data.data, data.target), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("x", "labels", "size", "text"),
+    [
+        ([[1.0], [2.0]], [0, 0], None, "expected 2 to 1 clusters among 2 rows, got 1"),
+        ([[1.0], [2.0], [3.0]], [0, 1, 2], None, "expected 2 to 2 clusters among 3 rows, got 3"),
+        ([[1.0], [2.0], [3.0]], [0, 1], None, r"labels: expected shape \[3\], got \[2\]"),
+        ([1.0, 2.0], [0, 1], None, r"X: expected shape \[N, D\], got \[2\]"),
+        ([[1.0], [np.nan], [3.0]], [0, 1, 1], None, "X: expected finite values"),
+        ([[1.0], [2.0], [3.0]], [0, 1, 1], 9, "sample_size: expected 2 to 3 rows, got 9"),
+    ],
+)
+def test_bad_input(x, labels, size, text):
+    with pytest.raises(ValueError, match=text):
+        metrics.silhouette(x, labels, size)
+
+
+def test_memory_is_bounded():
+    """At 20 000 rows one array of all distances would be 3.2 GB."""
+    x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0).long()
+    assert testing.peak_bytes(lambda: metrics.silhouette(x, labels)) < 150e6
