@@ -168,8 +168,8 @@ def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path)
             continue
         key = f"{kernel}/{arch}/{mode}/{d}/{json.dumps(tile)}"
         seen = known.setdefault(key, {})
-        last = seen.get(version, "")
-        if any(seen.values()):
+        last = next((found for found in seen.values() if found), "")
+        if last:
             continue
         if version not in seen:
             seen[version] = verdict(kernel, mode, d, arch, tile)

@@ -21,7 +21,7 @@ LABELS_AT_ONCE = 1 << 25
 # Entries of a chunk of differences.
 CHUNK_ENTRIES = 1 << 17
 # Sums are brought up to date where less than one row in so many has changed its label.
-FEW = 3
+FEW = 8
 
 
 @dataclass
@@ -108,6 +108,8 @@ class _Fit:
 
     def _assign(self, centres: Tensor) -> Tensor:
         """Labels [A, N]."""
+        if self.rows.whole:
+            return nearest(self.rows.source, centres, self.rows, self.rule.precision)
         labels = torch.empty(len(centres), len(self.rows), dtype=torch.int64, device=centres.device)
         for part, block in self.rows.blocks():
             labels[:, part] = nearest(block, centres, self.rows, self.rule.precision)

@@ -53,7 +53,7 @@ class Rows:
         return int(self.source.shape[1])
 
     @property
-    def _whole(self) -> bool:
+    def whole(self) -> bool:
         """Whether the source itself can be handed to an op."""
         plain = isinstance(self.source, Tensor) and self.source.device == self.device
         same = plain and self.source.dtype == self.dtype
@@ -62,12 +62,12 @@ class Rows:
     @property
     def in_place(self) -> bool:
         """Whether some rows are read as cheaply as all, in a processor's memory."""
-        return self._whole and self.device.type == "cpu"
+        return self.whole and self.device.type == "cpu"
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, values) of every block, in order."""
         n = len(self)
-        if self._whole:
+        if self.whole:
             yield slice(0, n), self.source
             return
         step = self.chunk_rows or max(1, BLOCK_ENTRIES // self.features)
@@ -78,7 +78,7 @@ class Rows:
     def take(self, index: Tensor) -> Tensor:
         """Some rows."""
         if isinstance(self.source, Tensor):
-            return self._made(self.source[index.to(self.source.device)])
+            return self._made(self.source.index_select(0, index.to(self.source.device)))
         return self._made(self.source[index.cpu().numpy()])
 
     def _made(self, part: Any) -> Tensor:
