@@ -2,7 +2,7 @@
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what they need.
 
     tools/resources.py [--arch 80,90] [--mode highest] [--dim 64] [--kernel recursion] [--full]
-                       [--base] [--out FILE] [--table FILE]
+                       [--base] [--amd] [--out FILE] [--table FILE]
 
 What is compiled is what the launchers launch: their calls are recorded, arguments and options
 alike, with the table's row for each GPU. Nothing runs, and no driver is needed.
@@ -149,6 +149,26 @@ def compiled(one: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
+def on_amd(one: Launch) -> dict[str, Any]:
+    """What a launch needs on gfx942, with the tile of the GPU it was recorded for."""
+    types, constants, attributes = signature(one)
+    source = ASTSource(fn=one.kernel, signature=types, constexprs=constants, attrs=attributes)
+    options = {n: one.options[n] for n in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+    built: Any = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
+    text = built.asm["amdgcn"]
+
+    def count(word: str) -> int:
+        return max(map(int, re.findall(rf"\.{word}:\s*(\d+)", text)))
+
+    return {
+        "registers": count("vgpr_count"),
+        "spills": count("vgpr_spill_count"),
+        "shared": built.metadata.shared,
+        "product": "mfma" if "v_mfma" in text else "fma",
+        "atomics": len(re.findall(r"\b(?:global|flat|ds)_(?:atomic_)?add_\w*f(?:16|32|64)", text)),
+    }
+
+
 def resources(built: Any) -> dict[str, Any]:
     """Registers, spills, shared memory, matrix instruction, and what must not be there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -202,6 +222,7 @@ def main() -> None:
     parser.add_argument("--dim", default=",".join(map(str, DIMS)))
     parser.add_argument("--kernel", default="")
     parser.add_argument("--base", action="store_true", help="without the variants of all options")
+    parser.add_argument("--amd", action="store_true", help="compile for gfx942, as information")
     parser.add_argument("--out", type=Path, help="write what was found here")
     parser.add_argument("--table", type=Path, help="put all of it under this triton's version here")
     given = parser.parse_args()
@@ -212,7 +233,7 @@ def main() -> None:
     ):
         start = time.monotonic()
         try:
-            table[name] = resources(compiled(one, arch))
+            table[name] = on_amd(one) if given.amd else resources(compiled(one, arch))
         except Exception as error:
             table[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}"}
         tile = {n: one.options[n] for n in ("ROWS", "PROTOS", "PREC", *OPTIONS) if n in one.options}
@@ -221,7 +242,8 @@ def main() -> None:
             given.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     if given.table:
         whole = json.loads(given.table.read_text("utf-8")) if given.table.exists() else {}
-        whole[triton.__version__] = dict(sorted(table.items()))
+        heading = f"{triton.__version__} gfx942" if given.amd else triton.__version__
+        whole[heading] = dict(sorted(table.items()))
         given.table.write_text(spelled(whole), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("resources.json")
+AMD = Path(__file__).with_name("gfx942.json")
 # What a block may ask for, in bytes. The rows of sm_80 serve consumer Ampere and Ada too.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
@@ -61,8 +62,20 @@ TABLES: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8")
 COVERED = sorted({(v, name.partition("/")[0]) for v, table in TABLES.items() for name in table})
 
 
-def test_the_h200_is_covered():
-    assert ("3.9.0", "sm_90") in COVERED
+def test_every_gpu_is_covered_by_both_compilers():
+    """The one that is installed, and that of the GPU machine."""
+    assert {v for v, _ in COVERED} == {"3.9.0", "3.6.0"}
+    for version in ("3.9.0", "3.6.0"):
+        assert {arch for v, arch in COVERED if v == version} == set(SHARED)
+        assert committed(version).keys() == committed("3.9.0").keys()
+
+
+def test_amd_is_known_as_information():
+    """Every kernel was compiled for gfx942, with the tiles of sm_90; nothing is asked of it."""
+    (found,) = json.loads(AMD.read_text(encoding="utf-8")).values()
+    mine = {n for n in committed("3.9.0") if n.startswith("sm_90/")}
+    kernels = [{n.split("/")[1].removesuffix("-kept") for n in names} for names in (found, mine)]
+    assert kernels[0] == kernels[1]
 
 
 @pytest.mark.parametrize(("triton", "arch"), COVERED)
