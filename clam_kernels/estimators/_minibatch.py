@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign, kmeans_update
 from ._lloyd import Rule, Run, inertia_of, nearest
-from ._rows import Rows, normalised
+from ._rows import Rows, in_memory, normalised
 
 REASSIGN_EVERY, REASSIGN_RATIO, PATIENCE = 10, 0.01, 10
 
@@ -74,7 +74,7 @@ def _best_start(
     def drawn(least: int) -> tuple[Rows, Tensor | None]:
         size = min(len(rows), max(3 * batch, least))
         index = torch.from_numpy(np.sort(random.choice(len(rows), size, replace=False)))
-        few = Rows(rows.take(index), rows.dtype, rows.device, True, rows.device)
+        few = in_memory(rows.take(index))
         return few, None if weight is None else weight[index.to(weight.device)]
 
     sample, own = drawn(0)

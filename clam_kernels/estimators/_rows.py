@@ -127,6 +127,11 @@ class Rows:
         return self.mean.to(self.dtype) if far else None
 
 
+def in_memory(x: Tensor) -> Rows:
+    """A tensor as it is."""
+    return Rows(x, x.dtype, x.device, True, x.device)
+
+
 def in_scale(x: Tensor, exponent: int) -> Tensor:
     """`x * 2**exponent`, by way of float64, which holds the factor."""
     return scaled(x.double(), exponent).to(x.dtype) if exponent else x

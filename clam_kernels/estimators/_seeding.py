@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign, kmeans_update
-from ._rows import Rows
+from ._rows import Rows, in_memory
 
 # Multiply-adds of the greedy search beyond which k-means|| takes its place.
 GREEDY_WORK = 1e11
@@ -107,7 +107,7 @@ def _reduced(
         labels = kmeans_assign(block, candidates, distances=False)[0]
         own = None if weight is None else weight[part]
         count += torch.bincount(labels, own, minlength=len(candidates))
-    few = Rows(candidates, rows.dtype, rows.device, True, rows.device)
+    few = in_memory(candidates)
     centres = plus_plus(few, count, k, random)
     for _ in range(PARALLEL_LLOYD):
         labels = kmeans_assign(candidates, centres, distances=False)[0]

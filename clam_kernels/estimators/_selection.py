@@ -15,6 +15,7 @@ from sklearn.metrics import pairwise_distances, silhouette_score
 from torch import Tensor
 
 from ..ops.am import am_assign, am_recursion
+from ..ops.kmeans import kmeans_update
 from ._completion import Plan, Trained
 from ._frame import chunks
 from ._start import sample
@@ -67,18 +68,12 @@ class Candidate:
 
 
 def means(z: Tensor, labels: Tensor, memories: Tensor) -> Tensor:
-    """Mean of the rows of each label; a memory without rows keeps its place. Sums in fixed
-    order.
-    """
-    k = len(memories)
-    sums = torch.zeros(memories.shape, dtype=torch.float64, device=z.device)
-    counts = torch.zeros(k, 1, dtype=torch.float64, device=z.device)
-    rows = max(1, (1 << 22) // k)
-    for part, own in zip(z.split(rows), labels.split(rows), strict=True):
-        member = torch.nn.functional.one_hot(own, k).double()
-        sums += member.T @ part.double()
-        counts += member.sum(0)[:, None]
-    return torch.where(counts > 0, sums / counts.clamp(min=1), memories.double()).to(memories.dtype)
+    """Mean of the rows of each label; a memory without rows keeps its place."""
+    sums, counts = kmeans_update(z, labels, len(memories))
+    filled = counts[:, None] > 0
+    return torch.where(filled, sums / counts.clamp(min=1)[:, None], memories.double()).to(
+        memories.dtype
+    )
 
 
 def measure(fitted: Fitted, select: str, seed: int) -> list[Candidate]:

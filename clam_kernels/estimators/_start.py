@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 from ._base import Data
 from ._frame import Frame
+from ._rows import in_memory
+from ._seeding import plus_plus, random_rows
 
 # Rows that a start and the gap are computed from; more add nothing to either.
 SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY = 10_000, 100
@@ -33,8 +34,7 @@ def starts(
     init = recipe.init if estimator.init is None else estimator.init
     if not isinstance(init, str) and not callable(init):
         return _given(init, frame, data, (k, d)).expand(n_init, k, d).clone()
-    rows = sample(z, max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed).cpu()
-    host = rows.numpy()
+    rows = in_memory(sample(z, max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed))
     found = []
     for replica in range(n_init):
         random = np.random.RandomState([seed, replica])
@@ -42,9 +42,9 @@ def starts(
             x = data.give(data.values)
             found.append(_given(init(x, k, random), frame, data, (k, d)))
         elif init == "k-means++":
-            found.append(torch.from_numpy(kmeans_plusplus(host, k, random_state=random)[0]))
+            found.append(plus_plus(rows, None, k, random))
         elif init == "random":
-            found.append(rows[torch.from_numpy(random.choice(len(host), k, replace=False))])
+            found.append(random_rows(rows, None, k, random))
         else:
             drawn = random.normal(0.1, 0.1, (k, d)) / 2.0**frame.unit
             found.append(torch.from_numpy(drawn))
