@@ -26,7 +26,7 @@ def silhouette(
     ----------
     X : array-like or Tensor [N, D]
         Finite values. A tensor is measured on its device.
-    labels : array-like or Tensor [N], whole numbers
+    labels : array-like or Tensor [N], numbers or names
         The cluster of each row; at least 2 clusters and fewer than rows.
     sample_size : int, optional
         Rows to draw without replacement and to measure among themselves; all unless given.
@@ -51,13 +51,11 @@ def silhouette(
     0.8745
     """
     x = _matrix(X)
-    found = labels if isinstance(labels, Tensor) else torch.from_numpy(np.asarray(labels))
-    if found.ndim != 1 or len(found) != len(x):
-        raise ValueError(f"labels: expected shape [{len(x)}], got {list(found.shape)}")
-    found = found.to(x.device)
+    found = _names(labels, len(x)).to(x.device)
     if sample_size is not None:
-        if not 2 <= sample_size <= len(x):
-            raise ValueError(f"sample_size: expected 2 to {len(x)} rows, got {sample_size}")
+        whole = isinstance(sample_size, int) and not isinstance(sample_size, bool)
+        if not whole or not 3 <= sample_size <= len(x):
+            raise ValueError(f"sample_size: expected 3 to {len(x)} rows, got {sample_size!r}")
         drawn = np.random.default_rng(random_state).choice(len(x), sample_size, replace=False)
         index = torch.from_numpy(np.sort(drawn)).to(x.device)
         x, found = x[index], found[index]
@@ -70,12 +68,31 @@ def silhouette(
 
 
 def _matrix(X: Any) -> Tensor:
+    if hasattr(X, "toarray"):
+        raise TypeError(f"X: expected an array or a dense Tensor, got a {type(X).__name__}")
     x = X.detach() if isinstance(X, Tensor) else torch.from_numpy(np.array(X, order="C"))
     if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"X: expected shape [N, D], got {list(x.shape)}")
+        raise ValueError(f"X: expected shape [N, D] with N, D >= 1, got {list(x.shape)}")
     if not bool(x.isfinite().all()):
         raise ValueError("X: expected finite values, got NaN or infinity")
     return x
+
+
+def _names(labels: Any, rows: int) -> Tensor:
+    """Labels of any kind as whole numbers [N]."""
+    if isinstance(labels, Tensor):
+        found = labels.detach()
+    else:
+        array = np.asarray(labels)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError("labels: expected finite values, got NaN or infinity")
+        shape = array.shape
+        found = torch.from_numpy(np.unique(array, return_inverse=True)[1].reshape(shape))
+    if found.is_floating_point() and not bool(found.isfinite().all()):
+        raise ValueError("labels: expected finite values, got NaN or infinity")
+    if found.ndim != 1 or len(found) != rows:
+        raise ValueError(f"labels: expected shape [{rows}], got {list(found.shape)}")
+    return found
 
 
 def _widths(x: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:

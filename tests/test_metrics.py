@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from sklearn.datasets import load_digits, load_iris
 from sklearn.metrics import silhouette_score
 
@@ -45,6 +46,19 @@ def test_names_singletons_and_duplicates():
     assert metrics.silhouette(np.zeros((4, 2)), [0, 0, 1, 1]) == 0.0
 
 
+def test_labels_of_any_kind():
+    data = load_iris()
+    want = metrics.silhouette(data.data, data.target)
+    assert metrics.silhouette(data.data, data.target_names[data.target]) == want
+    still = data.target.copy()
+    still.flags.writeable = False
+    assert metrics.silhouette(data.data, still) == want
+    with pytest.raises(ValueError, match="labels: expected finite"):
+        metrics.silhouette(data.data, np.where(data.target, data.target, np.nan))
+    with pytest.raises(TypeError, match="X: expected an array or a dense Tensor"):
+        metrics.silhouette(sparse.csr_array(data.data), data.target)
+
+
 def test_a_sample():
     data = load_digits()
     found = metrics.silhouette(data.data, data.target, 900)
@@ -59,9 +73,9 @@ def test_a_sample():
         ([[1.0], [2.0]], [0, 0], None, "expected 2 to 1 clusters among 2 rows, got 1"),
         ([[1.0], [2.0], [3.0]], [0, 1, 2], None, "expected 2 to 2 clusters among 3 rows, got 3"),
         ([[1.0], [2.0], [3.0]], [0, 1], None, r"labels: expected shape \[3\], got \[2\]"),
-        ([1.0, 2.0], [0, 1], None, r"X: expected shape \[N, D\], got \[2\]"),
+        ([1.0, 2.0], [0, 1], None, r"X: expected shape \[N, D\] with N, D >= 1, got \[2\]"),
         ([[1.0], [np.nan], [3.0]], [0, 1, 1], None, "X: expected finite values"),
-        ([[1.0], [2.0], [3.0]], [0, 1, 1], 9, "sample_size: expected 2 to 3 rows, got 9"),
+        ([[1.0], [2.0], [3.0]], [0, 1, 1], 9, "sample_size: expected 3 to 3 rows, got 9"),
     ],
 )
 def test_bad_input(x, labels, size, text):

@@ -42,7 +42,9 @@ def calls(kernel: str, mode: str, d: int, rows: int, device: str) -> Callable[[]
     """The call whose time a kernel's tile decides."""
 
     k = 256 if d > 16 or kernel in ("am_rows_backward", "am_memories_backward") else 64
-    k = 32 if kernel in tiles.WHOLE and mode != "highest" else k
+    if kernel in tiles.WHOLE:
+        where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        k = _launch.settings(kernel, where, mode, d).get("PROTOS", k)
     make = torch.Generator().manual_seed(0)
     v, rho = (torch.randn(n, d, generator=make).to(device) for n in (rows, k))
     if kernel == "am_energy":
@@ -91,17 +93,24 @@ def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device
 
 
 def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], object]) -> Callable[[], None]:
-    """The call with a tile in place of the table's."""
+    """The call with a tile in place of the table's; an error if it does not launch the kernel."""
 
     def run() -> None:
-        real = _launch.settings
-        _launch.settings = lambda name, *rest: (  # type: ignore[assignment]
-            {**real(name, *rest), **tile} if name == kernel else real(name, *rest)
-        )
+        real, asked = _launch.settings, []
+
+        def settings(name: str, *rest: Any) -> dict[str, Any]:
+            if name != kernel:
+                return real(name, *rest)
+            asked.append(name)
+            return dict(tile)
+
+        _launch.settings = settings  # type: ignore[assignment]
         try:
             call()
         finally:
             _launch.settings = real
+        if not asked:
+            raise RuntimeError(f"{kernel} has no part in this call")
 
     return run
 
@@ -113,7 +122,11 @@ def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[tup
     arch = int(_launch.arch_of(where).removeprefix("sm_"))
     own = _launch.settings(kernel, where, mode, d)
     others = tiles.candidates(kernel, mode, _launch.dim(d), max(arch, 80), wide=False)
-    rivals = [*([own] if own else []), *(t for t in others if t != own)][: 3 if DRY else None]
+    if "DIM" in own or not own:
+        return  # no register tile of this width was without spills: the wide form serves
+    if kernel in tiles.WHOLE:  # all memories in one tile, or another kernel serves
+        others = (t for t in others if t["PROTOS"] >= own["PROTOS"])
+    rivals = [own, *(t for t in others if t != own)][: 3 if DRY else None]
     if DRY:
         rivals = [{**tile, "PREC": "ieee", "ROWS": 32} for tile in rivals]
     clean = [tile for tile in rivals if not spills(kernel, tile, call, device)]
@@ -135,6 +148,9 @@ def main() -> int:
     if not DRY and not torch.cuda.is_available():
         print("no CUDA device: tiles are timed on a GPU (tools/tiles.py chooses by compiling)")
         return 3
+    if not DRY and torch.cuda.get_device_capability()[0] not in (9, 10):
+        print("rows of sm_80 serve GPUs of less shared memory too: they stay as compiled")
+        return 3
     device, rows = ("cpu", 64) if DRY else ("cuda", given.rows)
     for kernel in given.kernel.split(","):
         for mode in given.mode.split(","):
@@ -142,6 +158,9 @@ def main() -> int:
                 if kernel in tiles.WHOLE and d > 16:
                     continue
                 found = list(race(kernel, mode, d, rows, device))
+                if not found:
+                    print(f"{kernel} {mode} {d}: the wide form serves, nothing is timed")
+                    continue
                 (own, before), (best, after) = found[0], min(found, key=lambda pair: pair[1])
                 print(
                     f"{kernel} {mode} {d}: {1e3 * before:.3f} ms, best {1e3 * after:.3f} ms {best}"

@@ -103,7 +103,10 @@ def faiss(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
 
 def scikit_learn(x: Tensor, centroids: Tensor) -> dict[str, Any]:
     """Milliseconds of one of its iterations on all rows, by those of some, on all cores."""
-    from sklearn.cluster import KMeans
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        return {"scikit_learn_ms": None, "scikit_learn_absent": str(error)}
 
     rows, taken = x[:PEER_ROWS].float().cpu().numpy(), []
     for iterations in (1, 3):

@@ -61,6 +61,10 @@ def _read_array(estimator: Any, x: Any, reset: bool) -> Tensor:
 def read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
     """A tensor's values in float32 or float64, by scikit-learn's rules and in its words."""
     name = type(estimator).__name__
+    if x.layout != torch.strided:
+        raise TypeError(f"X: expected a dense tensor, got one of layout {x.layout}")
+    if x.device.type == "meta":
+        raise ValueError("X: expected a tensor with values, got one on device meta")
     if x.is_complex():
         raise ValueError("Complex data not supported")
     if x.ndim != 2:

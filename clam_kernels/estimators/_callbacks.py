@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+EVENTS = ("on_fit_begin", "on_iteration", "on_fit_end")
+
 
 def each(callbacks: Any) -> list[Any]:
     """The callbacks of a parameter that is None, one of them or several."""
@@ -17,13 +19,13 @@ def each(callbacks: Any) -> list[Any]:
 
 
 def call(callbacks: list[Any], event: str, *arguments: Any) -> bool:
-    """Tell every callback; whether one of them asks to stop, by returning True."""
+    """Tell every callback; whether one of them asks to stop, by returning what is true."""
     stop = False
     for callback in callbacks:
         method = getattr(callback, event, None)
         if method is None and event == "on_iteration" and callable(callback):
             method = callback
-        if method is not None and method(*arguments) is True:
+        if method is not None and method(*arguments):
             stop = True
     return stop
 
@@ -31,9 +33,9 @@ def call(callbacks: list[Any], event: str, *arguments: Any) -> bool:
 def check(callbacks: Any) -> None:
     """TypeError for what is no callback."""
     for callback in each(callbacks):
-        if not callable(callback) and not hasattr(callback, "on_iteration"):
+        if not callable(callback) and not any(hasattr(callback, name) for name in EVENTS):
             raise TypeError(
-                "callbacks: expected callables or objects with on_iteration, got"
+                f"callbacks: expected callables or objects with {', '.join(EVENTS)}, got"
                 f" {type(callback).__name__}"
             )
 

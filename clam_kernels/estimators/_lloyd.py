@@ -54,7 +54,10 @@ def lloyd(
     group = max(1, LABELS_AT_ONCE // max(len(rows), 1)) if rows.device.type == "cuda" else 1
     runs: list[Run] = []
     for first in range(0, len(starts), group):
-        runs += _Fit(rows, weight, starts[first : first + group], rule, random, first).run()
+        fit = _Fit(rows, weight, starts[first : first + group], rule, random, first)
+        runs += fit.run()
+        if fit.stopped:
+            break
     return runs
 
 
@@ -79,6 +82,7 @@ class _Fit:
         self.labels = torch.full((len(starts), len(rows)), -1, device=rows.device)
         self.shift = None if rows.unit_norm else rows.shift
         self.kept: list[tuple[Tensor, Tensor]] = []  # sums and weights of the labels before
+        self.stopped = False  # whether a callback asked for it
         self.lost = [False] * len(starts)  # whether a cluster had no rows
 
     def run(self) -> list[Run]:
@@ -100,7 +104,8 @@ class _Fit:
                     self.rule.seen(self.number[place], iteration, move)
                     for place, move in zip(self.place, moves, strict=True)
                 ]
-                last = last or any(asked)
+                self.stopped = any(asked)
+                last = last or self.stopped
             self._leave(iteration, strict, near, moves, last)
             if not self.place:
                 break
@@ -157,12 +162,12 @@ class _Fit:
         mean = sums / held.clamp(min=torch.finfo(torch.float64).tiny)[..., None]
         mean = mean if self.shift is None else mean + self.shift.double()
         filled = (held > 0)[..., None]
-        centres = torch.where(filled, mean.to(self.centres.dtype), self.centres)
         if self.rows.unit_norm:
-            lengths = sums.norm(dim=-1, keepdim=True)
-            unit = normalised(sums).to(self.centres.dtype)
-            return torch.where(filled & (lengths > 0), unit, self.centres)
-        return self._fill(centres, held)
+            filled &= sums.norm(dim=-1, keepdim=True) > 0
+            mean = normalised(sums)
+        centres = torch.where(filled, mean.to(self.centres.dtype), self.centres)
+        centres = self._fill(centres, held)
+        return normalised(centres) if self.rows.unit_norm else centres
 
     def _relocate(self, a: int, labels: Tensor, sums: Tensor, held: Tensor) -> None:
         """Give the rows farthest from their centres to the clusters without rows, in place."""
@@ -199,7 +204,10 @@ class _Fit:
                 centres[a, k] = centres[a, held[a].argmax()]
                 continue
             share = (held[a].cpu() - 1).clamp(min=0).numpy()
+            if not share.sum():
+                continue  # no cluster has a row to give
             giver = int(self.random.choice(len(share), p=share / share.sum()))
+            self.relocated[self.place[a]] += 1
             sign = 1 - 2 * (torch.arange(centres.shape[-1], device=centres.device) % 2)
             nudge = sign.to(centres.dtype) / 1024
             centre = centres[a, giver].clone()

@@ -41,6 +41,8 @@ def minibatch(
         x = rows.take(torch.from_numpy(np.asarray(index)))
         before = centres
         centres, inertia = _step(x, centres, held, rows, rule)
+        if rule.tell:
+            rule.tell(f"Minibatch step {step}/{steps}: mean batch inertia: {inertia}")
         since += batch
         lost = bool((held == 0).any())
         if lost or since >= REASSIGN_EVERY * len(centres):

@@ -24,6 +24,8 @@ from ._frame import scaled
 
 # Entries of a block that is made on the way.
 BLOCK_ENTRIES = 1 << 22
+# Rows x centres of one product on a CPU, about.
+TILE_ENTRIES = 1 << 18
 # Squares of values between these need no scaling: (least, most) exponent.
 SAFE = {torch.float32: (-40, 40), torch.float64: (-400, 400)}
 
@@ -98,6 +100,10 @@ class Rows:
         """Labels: int32 numpy as scikit-learn has them, int64 for tensors."""
         return self.give(labels if self.is_tensor else labels.int())
 
+    def tile_work(self, k: int) -> int:
+        """Multiply-adds of one matrix product of the CPU's, which is of a tile of rows."""
+        return min(len(self) * k, TILE_ENTRIES) * self.features
+
     def choose_scale(self, top: float) -> None:
         """Scale values of magnitude `top` by a power of two if their squares would not fit."""
         least, most = SAFE[self.dtype]
@@ -119,6 +125,15 @@ class Rows:
         mean = total / len(self)
         self.variance = float((square / len(self) - mean.square()).clamp(min=0).mean())
         self.mean = first.double() + mean
+
+    def directed(self, weight: Tensor | None) -> Tensor | None:
+        """The weights, 0 for rows of zeros where only directions count; as given if all are."""
+        if not self.unit_norm:
+            return weight
+        some = torch.cat([(block != 0).any(-1) for _, block in self.blocks()])
+        if bool(some.all()) or not bool(some.any()):
+            return weight
+        return some.double() if weight is None else weight * some
 
     @property
     def shift(self) -> Tensor | None:

@@ -32,8 +32,26 @@ from ._lloyd import Rule, Run, inertia_of, lloyd, nearest, same_clustering
 from ._minibatch import minibatch
 from ._rows import Rows, in_scale, normalised, read_rows, read_weight
 from ._seeding import start
+from ._threads import threads_for
 
 STARTS = {"k-means++", "k-means||", "random"}
+# Starts beyond these have no squared distances in float64.
+LARGEST = {torch.float32: 3e38, torch.float64: 1e150}
+
+
+def _numbers(given: Any) -> Tensor:
+    """Centres that a user gave, in float64."""
+    if isinstance(given, Tensor):
+        return given.detach().double()
+    given = given.toarray() if hasattr(given, "toarray") else given
+    text = f"init: expected numbers [K, D], got a {type(given).__name__} without them"
+    try:
+        found = np.array(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(text) from None
+    if found.ndim != 2:
+        raise ValueError(text)
+    return torch.from_numpy(found)
 
 
 class KMeans(
@@ -69,10 +87,11 @@ class KMeans(
     algorithm : "lloyd", "elkan" or "minibatch", default "lloyd"
         "elkan" runs as "lloyd", whose results it has.
     metric : "euclidean" or "cosine", default "euclidean"
-        "cosine" normalises rows and centres (spherical k-means); a row of zeros has label 0.
+        "cosine" normalises rows and centres (spherical k-means); a row of zeros has label 0 and
+        counts for nothing.
     empty : "relocate", "split" or "keep", default "relocate"
-        A cluster without rows gets the row farthest from its centre, a share of a large cluster, or
-        keeps its centre.
+        What a cluster without rows gets: "relocate" the row that is farthest from its own centre,
+        "split" one of two centres beside that of a large cluster, "keep" nothing.
     batch_size : int, default 1024
         Rows of a step of minibatch.
     precision : "highest", "high", "medium" or None, default None
@@ -85,8 +104,8 @@ class KMeans(
         data are read so.
     callbacks : callable, object or list of them, optional
         Called after every iteration as `callback(estimator, info)`, info a dict of start,
-        iteration and shift; returning True stops the fit. Objects may have `on_fit_begin(
-        estimator)`, `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
+        iteration and shift; returning what is true ends the fit there. Objects may have some of
+        `on_fit_begin(estimator)`, `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
 
     Attributes
     ----------
@@ -95,11 +114,12 @@ class KMeans(
     labels_ : array [N]
         Label of each row: its nearest of `cluster_centers_`.
     inertia_ : float
-        Sum of weighted squared distances to the centre of the label (cosine: half of it).
+        Sum of weighted squared distances to the centre of the label (cosine: half of it, over unit
+        rows); inf where that is beyond the floats.
     n_iter_ : int
         Iterations of the start that was kept.
     n_relocated_ : int
-        Clusters without rows that were given one, over its iterations.
+        Clusters without rows that were relocated or split off, over its iterations.
     device_, backend_ : str
         What ran.
     n_features_in_, feature_names_in_
@@ -202,7 +222,11 @@ class KMeans(
         ------
         ValueError
             X has NaN or inf (the message names the first), fewer rows than clusters, no feature; a
-            weight is negative or all are 0.
+            parameter, a start or a weight does not fit.
+        TypeError
+            n_clusters is True, a callback is none, X is a sparse tensor.
+        BackendUnavailableError
+            The device is not there.
         """
         self._validate_params()
         if isinstance(self.n_clusters, bool):
@@ -216,9 +240,11 @@ class KMeans(
         random = check_random_state(self.random_state)
         with torch.no_grad():
             rows.frame()
+            weight = rows.directed(weight)
             listeners = _callbacks.each(self.callbacks)
             _callbacks.call(listeners, "on_fit_begin", self)
-            run = self._search(X, rows, weight, random)
+            with threads_for(rows.tile_work(self.n_clusters)):
+                run = self._search(X, rows, weight, random)
             self._store(rows, run)
             _callbacks.call(listeners, "on_fit_end", self)
         return self
@@ -294,8 +320,7 @@ class KMeans(
         given = self.init
         if callable(given):
             given = given(X, self.n_clusters, random_state=random)
-        centres = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
-        centres = centres.detach().to(rows.device, torch.float64)
+        centres = _numbers(given).to(rows.device)
         for size, wanted, what in (
             (centres.shape[0], self.n_clusters, "number of clusters"),
             (centres.shape[-1], rows.features, "number of features of the data"),
@@ -308,6 +333,13 @@ class KMeans(
         if not bool(centres.isfinite().all()):
             raise ValueError("init: expected finite values, got NaN or infinity")
         centres = in_scale(centres, rows.exponent)
+        top, most = float(centres.abs().max()), LARGEST[rows.dtype]
+        if top > most and not rows.unit_norm:
+            got = rescaled(top, -rows.exponent)
+            most = rescaled(most, -rows.exponent)
+            raise ValueError(
+                f"init: expected magnitudes up to {most:.3g} for these X, got {got:.3g}"
+            )
         return (normalised(centres) if rows.unit_norm else centres).to(rows.dtype)
 
     def _store(self, rows: Rows, run: Run) -> None:
@@ -334,7 +366,7 @@ class KMeans(
 
     def _read(self, X: Any) -> tuple[Rows, Tensor]:
         """(rows, centres) of one scale and dtype."""
-        check_is_fitted(self)
+        check_is_fitted(self, "cluster_centers_")
         rows = read_rows(self, X, reset=False)
         centres = self.cluster_centers_
         if not isinstance(centres, Tensor):
@@ -345,7 +377,7 @@ class KMeans(
         return rows, in_scale(centres.to(rows.dtype), rows.exponent)
 
     def _labels(self, rows: Rows, centres: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), threads_for(rows.tile_work(len(centres))):
             parts = [nearest(x, centres, rows, self.precision) for _, x in rows.blocks()]
             return torch.cat(parts)
 
@@ -427,7 +459,7 @@ class KMeans(
         float
         """
         rows, centres = self._read(X)
-        weight = read_weight(sample_weight, rows)
+        weight = rows.directed(read_weight(sample_weight, rows))
         inertia = inertia_of(rows, weight, centres, self._labels(rows, centres))
         return -rescaled(inertia, -2 * rows.exponent)
 

@@ -18,6 +18,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TABLE = Path(__file__).with_name("_configs.json")
 # Rows up to this many features are held in registers; wider ones are read in pieces.
 WIDEST = 128
+# Rows of one problem are counted in 32 bits, blocks of them included.
+MOST_ROWS = (1 << 31) - (1 << 20)
 # What a backward, or a wide forward, may keep of the rows under way, in float32 numbers (256 MB).
 SCRATCH = 1 << 26
 
@@ -26,6 +28,8 @@ def why_not(v: Tensor, *_: Any) -> str | None:
     """Why these arguments are not for Triton, or None."""
     if v.dtype == torch.float64:
         return "float64 is computed by the reference"
+    if v.ndim > 1 and v.shape[-2] > MOST_ROWS:
+        return f"N = {v.shape[-2]} > {MOST_ROWS}"
     if v.is_cuda and torch.cuda.get_device_capability(v.device) < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or more"
     return None

@@ -5,6 +5,7 @@ can say it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> lis
         views.append(x.expand(*batch, *x.shape[x.ndim - core :]))
     groups = _merged(batch, [v.stride()[: len(batch)] for v in views])
     if len(groups) > 2:
-        return [v.reshape(1, -1, *v.shape[len(batch) :]) for v in views]
+        return [v.reshape(1, math.prod(batch), *v.shape[len(batch) :]) for v in views]
     sizes = [1] * (2 - len(groups)) + [size for size, _ in groups]
     found = []
     for i, (view, (_, core)) in enumerate(zip(views, operands, strict=True)):

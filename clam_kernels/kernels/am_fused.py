@@ -77,7 +77,8 @@ def fused_backward_kernel(
     d = tl.arange(0, DIM)
     strip = tl.arange(0, ROWS).to(tl.int64)
     begin = (first + split) * share
-    for n0 in range(begin, tl.minimum(begin + share, rows), ROWS):
+    # the sum of both may be past 2^31
+    for n0 in range(begin, begin + tl.minimum(share, rows - begin), ROWS):
         row = n0 + tl.arange(0, ROWS)
         live, at = row < rows, row.to(tl.int64)
         inside = live[:, None] & (d < D)[None, :]
@@ -95,7 +96,7 @@ def fused_backward_kernel(
             here = tl.cast(steps - 1 - back, tl.int64) * ROWS + strip
             x = load_rows(PATH, here, strip >= 0, 0, D, STRIDE, DIM)
             norm = tl.sum(x * x, 1)
-            # read anew: as loop invariants the memories would fill the registers in three layouts
+            # read here and not before the loops: it takes fewer registers
             tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
             rho, scale = tile[1], tile[2]
             inner_x = held_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)

@@ -242,6 +242,28 @@ def test_cosine():
     assert KMeans(10, metric="cosine", random_state=0).fit(zero).labels_[0] == 0
 
 
+def test_cosine_with_rows_of_zeros():
+    """They are no start, no row to relocate, and pull no centre."""
+    x = _data("iris")
+    zeros = np.vstack([np.zeros((40, 4)), x])
+    for init in ("k-means++", "k-means||", "random"):
+        model = KMeans(3, metric="cosine", random_state=0, init=init).fit(zeros)
+        np.testing.assert_allclose(np.linalg.norm(model.cluster_centers_, axis=1), 1.0, rtol=1e-9)
+        assert np.unique(model.labels_[40:]).size == 3
+        assert (model.labels_[:40] == 0).all()
+        assert model.score(zeros) == pytest.approx(model.score(x), rel=1e-9)
+
+
+def test_split_serves_every_metric_and_weight():
+    x = _data("iris")
+    start = np.array([-x[0], -x[1], x[0]])
+    model = KMeans(3, metric="cosine", empty="split", init=start, n_init=1, random_state=0).fit(x)
+    assert np.unique(model.labels_).size == 3
+    assert model.n_relocated_ > 0
+    few = KMeans(3, empty="split", random_state=0).fit(x, sample_weight=np.r_[1, 1, [0] * 148])
+    assert np.isfinite(few.cluster_centers_).all()
+
+
 # ---- input ---------------------------------------------------------------------------------------
 
 
@@ -339,6 +361,9 @@ def test_one_precision_fits_and_another_predicts():
         ({"init": np.zeros((2, 2))}, "does not match the number of clusters 3"),
         ({"init": np.zeros((3, 5))}, "does not match the number of features of the data 2"),
         ({"init": np.full((3, 2), np.nan)}, "init: expected finite values"),
+        ({"init": np.full((3, 2), 1e160)}, r"init: expected magnitudes up to 1e\+150"),
+        ({"init": lambda X, k, random_state: None}, r"init: expected numbers \[K, D\]"),
+        ({"X": torch.zeros(4, 2, device="meta")}, "X: expected a tensor with values"),
         ({"sample_weight": [1, 1, 1]}, r"sample_weight.shape == \(3,\), expected \(4,\)"),
         ({"sample_weight": [1, 1, 1, -1]}, "Negative values in data"),
         ({"sample_weight": [0, 0, 0, 0]}, "at least one non-zero"),
@@ -419,6 +444,18 @@ def test_callbacks():
         _data("iris")
     )
     assert moves[-1] < moves[0]
+    starts: list[int] = []
+
+    def stop(estimator, info):
+        starts.append(info["start"])
+        with pytest.raises(NotFittedError):
+            estimator.predict(_data("iris"))
+        return np.True_
+
+    KMeans(3, n_init=5, random_state=0, callbacks=stop).fit(_data("iris"))
+    assert starts == [0]
+    with pytest.raises(TypeError, match="X: expected a dense tensor"):
+        KMeans(3).fit(torch.eye(4).to_sparse())
 
 
 def test_nothing_is_printed_unless_asked(capsys):

@@ -63,6 +63,21 @@ def test_a_shared_operand_is_not_copied(operands):
     assert [x.stride()[:2] for x in views] == [(15, 0), (0, 12)]
 
 
+def test_no_rows_in_batches_that_cross():
+    """Three batch groups that do not merge, and nothing in them."""
+    v, rho = torch.randn(3, 1, 2, 0, 5), torch.randn(1, 2, 1, 4, 5)
+    with clam_kernels.backend("triton"):
+        assert torch.ops.clam.am_step(v, rho, 1.0).shape == (3, 2, 2, 0, 5)
+        assert torch.ops.clam.kmeans_assign(v, rho)[0].shape == (3, 2, 2, 0)
+
+
+def test_rows_that_32_bits_cannot_count_are_refused():
+    launch = importlib.import_module("clam_kernels.kernels._launch")
+    v = torch.zeros(1, 1).expand((1 << 31) - 5, 1)
+    assert "N = 2147483643 >" in launch.why_not(v)
+    assert launch.why_not(v[: 1 << 30]) is None
+
+
 def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
