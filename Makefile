@@ -22,14 +22,10 @@ check: setup
 	$(RUN) -m mypy
 	clang-format --dry-run -Werror csrc/*.h csrc/*.cu csrc/*.cpp
 
-# Two halves side by side, one a core. With the tests that build wheels: they need under a minute,
-# most of it one run of nvcc where there is one, and a broken build is what users meet first.
-REST := build/test-rest.log
+# With the tests that build wheels: they need under a minute, most of it one run of nvcc where there
+# is one, and a broken build is what users meet first.
 test: setup
-	@mkdir -p build; $(RUN) -m pytest -q -m "not slow" --ignore=tests/contract -p no:cacheprovider \
-	  > $(REST) 2>&1 & rest=$$!; \
-	$(RUN) -m pytest -q -m "not slow" tests/contract; contract=$$?; \
-	wait $$rest; others=$$?; cat $(REST); [ $$contract = 0 ] && [ $$others = 0 ]
+	$(RUN) tools/halves.py
 
 test-all: setup
 	$(RUN) -m pytest -q

@@ -261,7 +261,7 @@ def _mixed(spec: Any, sample: Any, *dtypes: torch.dtype) -> tuple[Any, ...]:
 def test_autocast_promotes_and_lowers_the_precision_only(spec, sample, v, rho):
     args, names = _mixed(spec, sample, v, rho), testing.argument_names(spec.name)
     shared = [a.dtype for n, a in zip(names, args, strict=False) if n in spec.same_dtype]
-    wide = functools.reduce(torch.promote_types, shared)
+    wide = functools.reduce(torch.promote_types, shared) if shared else None
     with torch.autocast("cpu", torch.bfloat16), _Arguments() as log:
         got = spec.packet(*args)
     (seen,) = log.seen
