@@ -53,6 +53,7 @@ def test_a_run_that_skips_everything_fails(tmp_path):
         ({"args": ["tests"], "markexpr": "gpu"}, False),
         ({"args": ["tests"], "deselect": ["tests/contract"]}, False),
         ({"args": ["tests"], "collectonly": True}, False),
+        ({"args": ["tests"], "ignore": ["tests/contract"]}, False),
     ],
 )
 def test_only_a_whole_run_is_held_to_it(arguments, whole, monkeypatch):
