@@ -106,11 +106,15 @@ def core_fits(name: str, value: Tensor, core: Sizes, letters: str, match: str) -
     value_error(ok, lambda: wording(name, text, spell(*value.shape), match))
 
 
-def broadcast(operands: Sequence[tuple[str, Tensor, int]]) -> list[Any]:
-    """Broadcast of the leading dims of `(name, tensor, core dims)`, first come first."""
+def broadcast(operands: Sequence[tuple[str, Any, int]]) -> list[Any]:
+    """Broadcast of the leading dims of `(name, tensor, core dims)`, first come first; what is no
+    tensor (an option left out, a number) has none.
+    """
     batch: list[Any] = []
     first, shape_of_first = operands[0][0], operands[0][1].shape
     for name, value, core in operands:
+        if not isinstance(value, Tensor):
+            continue
         lead = list(value.shape[: max(value.ndim - core, 0)])
         wide = [1] * (len(lead) - len(batch)) + batch
         merged = list(wide)

@@ -18,20 +18,39 @@ E = TypeVar("E", bound="ModelFile")
 
 
 class ModelFile:
-    """Mixin; a class lists its learned arrays and numbers, and checks what it was given back."""
+    """Mixin of an estimator with `cluster_centers_` and `labels_`, which lists its learned arrays
+    and numbers.
+    """
 
+    n_clusters: int
+    n_features_in_: int
+    cluster_centers_: Any
+    labels_: Any
     _arrays: tuple[str, ...]
     _learned: tuple[str, ...]
     _frame: Frame
     _framed = False  # whether the class fits in a frame
 
     def _check_savable(self) -> None:
-        """ValueError if parameters were changed since fit so that a load would refuse the file."""
-        raise NotImplementedError
+        """ValueError if n_clusters was changed since fit, so that a load would refuse the file."""
+        if len(self.cluster_centers_) != self.n_clusters:
+            raise ValueError(
+                f"n_clusters: expected {len(self.cluster_centers_)}, as it was fitted, got"
+                f" {self.n_clusters}; fit again before saving"
+            )
 
     def _restored(self) -> None:
-        """Check the restored state (`serialize.expect`) and finish it."""
-        raise NotImplementedError
+        """Check the restored state, and finish it."""
+        k, d = self.n_clusters, self.n_features_in_
+        centres, labels = self.cluster_centers_, self.labels_
+        mean = self._frame.mean if self._framed else torch.zeros(d)
+        fits = centres.shape == (k, d) and mean.shape == (d,)
+        serialize.expect(fits, "shapes do not fit the header")
+        known = labels.dtype in (np.int32, np.int64) and bool(((labels >= 0) & (labels < k)).all())
+        serialize.expect(known, "labels are not those of its clusters")
+        finite = bool(np.isfinite(centres).all() and mean.isfinite().all())
+        serialize.expect(finite, "values are not finite")
+        self._n_features_out = k
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the fitted model as one safetensors file, atomically.

@@ -22,7 +22,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from .. import serialize
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
 from ..ops.am import am_energy, am_recursion
@@ -453,23 +452,3 @@ class ClAM(
                 )
                 rows.append(torch.where(hidden, self._frame.data(out).to(part.dtype), part))
         return data.give(torch.cat(rows))
-
-    def _check_savable(self) -> None:
-        if len(self.cluster_centers_) != self.n_clusters:
-            raise ValueError(
-                f"n_clusters: expected {len(self.cluster_centers_)}, as it was fitted, got"
-                f" {self.n_clusters}; fit again before saving"
-            )
-
-    def _restored(self) -> None:
-        k, d = self.n_clusters, self.n_features_in_
-        centers, mean = self.cluster_centers_, self._frame.mean
-        serialize.expect(
-            centers.shape == (k, d) and mean.shape == (d,), "shapes do not fit the header"
-        )
-        labels = self.labels_
-        known = labels.dtype in (np.int32, np.int64) and bool(((labels >= 0) & (labels < k)).all())
-        serialize.expect(known, "labels are not those of its clusters")
-        finite = bool(np.isfinite(centers).all() and mean.isfinite().all())
-        serialize.expect(finite, "values are not finite")
-        self._n_features_out = k

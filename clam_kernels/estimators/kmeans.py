@@ -21,7 +21,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from .. import serialize
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
 from . import _callbacks
@@ -462,21 +461,3 @@ class KMeans(
         weight = rows.directed(read_weight(sample_weight, rows))
         inertia = inertia_of(rows, weight, centres, self._labels(rows, centres))
         return -rescaled(inertia, -2 * rows.exponent)
-
-    # ---- files ---------------------------------------------------------------------------------
-
-    def _check_savable(self) -> None:
-        if len(self.cluster_centers_) != self.n_clusters:
-            raise ValueError(
-                f"n_clusters: expected {len(self.cluster_centers_)}, as it was fitted, got"
-                f" {self.n_clusters}; fit again before saving"
-            )
-
-    def _restored(self) -> None:
-        k, d = self.n_clusters, self.n_features_in_
-        centres, labels = self.cluster_centers_, self.labels_
-        serialize.expect(centres.shape == (k, d), "shapes do not fit the header")
-        known = labels.dtype in (np.int32, np.int64) and bool(((labels >= 0) & (labels < k)).all())
-        serialize.expect(known, "labels are not those of its clusters")
-        serialize.expect(bool(np.isfinite(centres).all()), "values are not finite")
-        self._n_features_out = k

@@ -48,11 +48,8 @@ def _check_memory_side(
 def _batch(
     v: Tensor, rho: Tensor, beta: Any, update_mask: Tensor | None, log_weights: Tensor | None
 ) -> list[Any]:
-    operands = [("v", v, 2), ("rho", rho, 2)]
-    operands += [("beta", beta, 1)] if isinstance(beta, Tensor) else []
-    operands += [("update_mask", update_mask, 2)] if update_mask is not None else []
-    operands += [("log_weights", log_weights, 1)] if log_weights is not None else []
-    return checks.broadcast(operands)
+    options = [("update_mask", update_mask, 2), ("log_weights", log_weights, 1)]
+    return checks.broadcast([("v", v, 2), ("rho", rho, 2), ("beta", beta, 1), *options])
 
 
 def _check_recursion(

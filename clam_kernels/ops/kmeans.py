@@ -83,10 +83,8 @@ def _check_assign(
 def _assign_batch(
     x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None
 ) -> list[Any]:
-    operands = [("x", x, 2), ("centroids", centroids, 2)]
-    operands += [("shift", shift, 1)] if shift is not None else []
-    operands += [("mask", mask, 1)] if mask is not None else []
-    return checks.broadcast(operands)
+    options = [("shift", shift, 1), ("mask", mask, 1)]
+    return checks.broadcast([("x", x, 2), ("centroids", centroids, 2), *options])
 
 
 def _check_mask_values(
@@ -129,10 +127,8 @@ def _check_update(
 def _update_batch(
     x: Tensor, labels: Tensor, weight: Tensor | None, shift: Tensor | None
 ) -> list[Any]:
-    operands = [("x", x, 2), ("labels", labels, 1)]
-    operands += [("weight", weight, 1)] if weight is not None else []
-    operands += [("shift", shift, 1)] if shift is not None else []
-    return checks.broadcast(operands)
+    options = [("weight", weight, 1), ("shift", shift, 1)]
+    return checks.broadcast([("x", x, 2), ("labels", labels, 1), *options])
 
 
 def _fake_update(

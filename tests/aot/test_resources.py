@@ -127,6 +127,7 @@ def test_a_sample_compiles_to_the_table(tmp_path):
 def test_a_sample_compiles_with_the_gpu_machines_triton(tmp_path):
     for name, found in compiles(tmp_path, *SAMPLE, "--kernel", "recursion", path=SECOND).items():
         judge(name, found)
+        assert found == committed("3.6.0")[name], name
 
 
 @pytest.mark.slow

@@ -99,10 +99,10 @@ def _wide_calls(d: int) -> list[tuple[str, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("case", range(6))
-def test_rows_too_wide_for_registers(case):
-    """D 150 takes the wide forms: outputs and gradients against float64."""
-    op, args = _wide_calls(150)[case]
+@pytest.mark.parametrize(("d", "case"), [*((150, case) for case in range(6)), (1024, 0), (1024, 1)])
+def test_rows_too_wide_for_registers(d, case):
+    """D above 128 takes the wide forms: outputs and gradients against float64."""
+    op, args = _wide_calls(d)[case]
     _agrees(op, args)
 
 
