@@ -16,6 +16,7 @@ from .ops.am import am_energy as am_energy
 from .ops.am import am_recursion as am_recursion
 from .ops.am import am_step as am_step
 from .ops.kmeans import kmeans_assign as kmeans_assign
+from .ops.kmeans import kmeans_step as kmeans_step
 from .ops.kmeans import kmeans_update as kmeans_update
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "backend",
     "explain",
     "kmeans_assign",
+    "kmeans_step",
     "kmeans_update",
     "list_estimators",
     "list_ops",

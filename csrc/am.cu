@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
       known = problem;
       staged = false;
     }
-    const float scale = F == am::Form::kShared ? kLog2e * (2.0f * beta_of(p, cell, 0)) : 0.0f;
+    const float scale = F == am::Form::kShared ? am::scale_of(beta_of(p, cell, 0)) : 0.0f;
 
     float x[R][D];
     unsigned bits[R];

@@ -78,22 +78,29 @@ CLAM_HD void add_alive(const Rows& rho, int64_t rho_start, const Rows& weights,
   }
 }
 
+// 2 beta in base 2: what all inner products are multiplied by.
+CLAM_HD float scale_of(float beta) { return product(kLog2e, 2.0f * beta); }
+
 // One memory as the caller has it, into the table. Of one that takes no part nothing is looked at.
+// Errors of the table are the same for every row and step, and move borders and fixed points: the
+// bias is rounded once, and is of the scale as rounded, with which the logit is a squared distance.
 template <int D, Form F>
 CLAM_HD void pack(const float (&memory)[D], const float* centre, float beta, float log_weight,
                   Quad* slot) {
   using S = Slot<D, F>;
   const bool alive = log_weight != -kInfinity;
+  const float scale = scale_of(beta);
   float f[S::kFloats];
-  float norm = 0.0f;
+  double norm = 0.0;
   CLAM_UNROLL
   for (int i = 0; i < S::kFloats; ++i) {
     f[i] = i < D && alive ? memory[i < D ? i : 0] - centre[i < D ? i : 0] : 0.0f;
-    norm = fused(f[i], f[i], norm);
+    norm += static_cast<double>(f[i]) * f[i];
   }
-  f[D] = alive ? kLog2e * fused(-beta, norm, log_weight) : -kInfinity;
-  if (F != Form::kShared && alive) f[D + (S::kExtra > 1 ? 1 : 0)] = kLog2e * (2.0f * beta);
-  if (F == Form::kBackward) f[D + (S::kExtra > 2 ? 2 : 0)] = norm;
+  const double bias = 1.4426950408889634 * log_weight - 0.5 * scale * norm;
+  f[D] = alive ? static_cast<float>(bias) : -kInfinity;
+  if (F != Form::kShared && alive) f[D + (S::kExtra > 1 ? 1 : 0)] = scale;
+  if (F == Form::kBackward) f[D + (S::kExtra > 2 ? 2 : 0)] = static_cast<float>(norm);
   CLAM_UNROLL
   for (int i = 0; i < S::kQuads; ++i) {
     slot[i] = Quad{f[4 * i], f[4 * i + 1], f[4 * i + 2], f[4 * i + 3]};

@@ -83,6 +83,28 @@ def kmeans_update(
     return sums, counts.expand(sums.shape[:-1]).contiguous()
 
 
+def kmeans_step(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The equations of `clam_kernels.kmeans_step`: one after the other."""
+    labels, _ = kmeans_assign(x, centroids, shift, mask, False, precision)
+    labels = _labels_of_all(labels, weight)
+    return labels, *kmeans_update(x, labels, centroids.shape[-2], weight, shift)
+
+
+def _labels_of_all(labels: Tensor, weight: Tensor | None) -> Tensor:
+    """Labels of every problem, also where only weights tell them apart."""
+    if weight is None:
+        return labels
+    batch = torch.broadcast_shapes(labels.shape, weight.shape)
+    return labels.expand(batch).contiguous()
+
+
 def _batch(*operands: Tensor | None) -> torch.Size:
     """Broadcast of the leading dims of (x or labels' owner, centroids, shift, mask)."""
     core = (2, 2, 1, 1)
@@ -371,3 +393,20 @@ def add_grouped_(
         return
     total.index_add_(0, labels, values)
     held += torch.bincount(labels, weight, minlength=len(held))
+
+
+# ---- both --------------------------------------------------------------------------------------
+
+
+def kmeans_step_forward(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kmeans_step`: labels, then sums."""
+    labels, _ = kmeans_assign_forward(x, centroids, shift, mask, False, precision)
+    labels = _labels_of_all(labels, weight)
+    return labels, *kmeans_update_forward(x, labels, centroids.shape[-2], weight, shift)

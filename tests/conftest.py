@@ -204,10 +204,26 @@ class Guard:
             assert bool((bands.isnan() | (bands == -77)).all()), "a kernel wrote past its buffer"
 
 
+def skip_what_the_limits_refuse(one: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that the declared limits of the backend under test exclude skips its test, with their
+    reason; nothing else that the call may die of does.
+    """
+    real = choice.why_not
+
+    def why_not(spec: Any, name: str, device: str, arguments: tuple[Any, ...] = ()) -> str | None:
+        reason = real(spec, name, device, arguments)
+        if reason is not None and name == one.name and real(spec, name, device) is None:
+            pytest.skip(f"{one.id}: {reason}")
+        return reason
+
+    monkeypatch.setattr(choice, "why_not", why_not)
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """The backend under test, forced for every op that the test calls."""
     guard = Guard()
+    skip_what_the_limits_refuse(request.param, monkeypatch)
     if request.param.interpreted and not _patched:
         _patched.append(_patch_once())
     # opcheck and its neighbours ask where in its storage an output lies

@@ -5,6 +5,9 @@ that fails or hangs stops no other.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +18,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from clam_kernels import testing
 
 ROOT = Path(__file__).parents[1]
 STAGES = (
@@ -118,3 +124,143 @@ def test_a_stage_that_hangs_or_fails_stops_no_other(tmp_path):
     assert "planted failure" in stages["sanitizer"]["output_tail"]
     assert stages["graphs"]["status"] == "not run"
     assert "exit 1: env timeout, sanitizer fail" in done.stdout.splitlines()[-1]
+
+
+# ---- what only a GPU reaches, as far as it can be judged without one
+
+
+@pytest.fixture
+def part(monkeypatch):
+    """A module of bench/gpu by name."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"bench.gpu.{name}")
+
+
+def test_the_device_cases_are_listed(dry):
+    assert dry.report["stages"]["tests"]["listed"] > 100
+
+
+def test_processes_of_the_suite_add_up_to_the_whole(part):
+    """Each device case in one of them, and none so long that the others wait for it."""
+    tests = part("tests")
+    ids = [
+        f"tests/contract/{file}.py::test_{i}[{op}-{backend}-some sample]"
+        for file in ("test_layout", "test_equivalence", "test_other")
+        for i in range(40)
+        for op in ("am_step", "kmeans_assign")
+        for backend in ("triton", "cuda", "triton-interpreted")
+    ]
+    ids.append("tests/test_cli.py::test_which_asks_for_cuda")
+    text = "\n".join([*ids, "", f"{len(ids)}/999 tests collected (9 deselected) in 1.00s"])
+    assert tests.named(text) == ids
+    assert tests.named(text.replace(ids[3], "")) == []
+    plan = tests.on_device(ids)
+    found = [[word for word in words if word.startswith("tests/")] for _, words, _ in plan]
+    assert sorted(itertools.chain(*found)) == sorted(ids)
+    lengths = [sum(map(tests.seconds, cases)) for cases in found]
+    assert len(plan) > 5
+    assert max(lengths) <= tests.LONGEST + max(map(tests.seconds, ids))
+    assert len({name for name, _, _ in plan}) == len(plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "status", "reason"),
+    [
+        ("sanitize: 6 calls done, 2 refused, 0 failed\nERROR SUMMARY: 0 errors", 0, "pass", None),
+        (
+            "sanitize: 0 calls done, 8 refused, 0 failed\nERROR SUMMARY: 0 errors",
+            0,
+            "fail",
+            "b: no",
+        ),
+        (
+            "sanitize: 5 calls done, 2 refused, 1 failed\nERROR SUMMARY: 0 errors",
+            1,
+            "fail",
+            "b: no",
+        ),
+        ("sanitize: 6 calls done, 2 refused, 0 failed\nERROR SUMMARY: 3 errors", 0, "fail", "b: 3"),
+        ("sanitize: 6 calls done, 2 refused, 0 failed", 0, "fail", "b: no summary"),
+        ("", None, "fail", "b: not ended"),
+        ("Device not supported", 1, "unavailable", "b: Device not"),
+    ],
+)
+def test_what_a_tool_found_adds_up_over_its_processes(part, text, code, status, reason):
+    sanitizer = part("sanitizer")
+    good = "sanitize: 4 calls done, 1 refused, 0 failed\n========= ERROR SUMMARY: 0 errors"
+    found = {"a": sanitizer.judged(good, 0), "b": sanitizer.judged(text, code)}
+    whole = sanitizer.added(found)
+    assert whole["status"] == status
+    assert whole["reason"] is None if reason is None else whole["reason"].startswith(reason)
+    assert whole["calls"] == 4 + found["b"].get("calls", 0)
+    assert whole["refused"] == 1 + found["b"].get("refused", 0)
+    assert whole["errors"] == found["b"].get("errors", 0)
+
+
+def test_every_op_is_watched_by_the_sanitizer(part, tmp_path):
+    whole = part("setting").Setting(tmp_path, 1, 60.0)
+    for setting in (whole, part("setting").Setting(tmp_path, 1, 60.0, dry_run=True)):
+        ops = part("sanitizer").parts(setting).values()
+        assert sorted(itertools.chain(*ops)) == sorted(spec.name for spec in testing.all_ops())
+
+
+def test_bits_of_one_entry_whatever_its_stride(part):
+    same_bits = part("cases").same_bits
+    one = torch.arange(5.0)[2:].as_strided((1,), (5,))
+    assert same_bits(one, torch.tensor([2.0]))
+    assert not same_bits(one, torch.tensor([-2.0]))
+    assert not same_bits(torch.tensor(0.0), torch.tensor(-0.0))
+    assert same_bits(torch.full((2, 3), torch.nan).T, torch.full((3, 2), torch.nan))
+
+
+@pytest.fixture
+def limited(part, monkeypatch):
+    """bench.gpu.cases where a second backend takes up to 20 memories."""
+    cases = part("cases")
+
+    def refusal(name, op, *args):
+        return "K > 20" if name == "few" and len(args[1]) > 20 else None
+
+    for module in (cases, part("targets"), part("determinism"), part("memory")):
+        for name, planted in (
+            ("refusal", refusal),
+            ("backends", lambda op, device: (["reference", "few"], {})),
+            ("forced", lambda name: contextlib.nullcontext),
+        ):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, planted)
+    return cases
+
+
+def test_a_backend_gets_the_first_shape_that_it_takes(part, limited, tmp_path, monkeypatch):
+    setting = part("setting").Setting(tmp_path, 1, 60.0)
+    monkeypatch.setattr(type(setting), "device", "cpu")
+    shapes = ((50, 33, 3), (60, 20, 3), (70, 10, 3))
+    found = dict(limited.fitted("am_step", shapes, setting))
+    assert (found["reference"].n, found["few"].n) == (50, 60)
+    assert dict(limited.fitted("am_step", shapes[:1], setting))["few"] == "K > 20"
+
+
+def test_a_refused_call_is_no_failure(part, limited, tmp_path):
+    """The small calls of a dry run have 33 memories."""
+    setting = part("setting").Setting(tmp_path, 1, 60.0, dry_run=True)
+    checks = dict(part("determinism").cases(setting))
+    assert checks["am_step few large"] == "K > 20"
+    assert checks["am_step reference large"]() == []
+    memory, clock = part("memory"), part("clock").Clock("cpu")
+    for stage in (memory.held, memory.wide):
+        entries = {entry["what"]: entry for entry in stage(setting, clock, "am_assign")}
+        refused = [what for what, entry in entries.items() if "refused" in entry]
+        assert [what.split()[:2] for what in refused] == [["am_assign", "few"]]
+        assert all(entry["ok"] for entry in entries.values())
+
+
+def test_a_refused_backend_has_no_row(part, limited, tmp_path, monkeypatch):
+    targets, setting = part("targets"), part("setting").Setting(tmp_path, 1, 60.0, dry_run=True)
+    table, (row, *_) = targets.Table(setting), part("rows_am").ROWS
+    table.run(row, 1.0)  # its stand-in has 16 memories
+    assert [found["backend"] for found in table.rows] == ["reference", "few"]
+    monkeypatch.setattr(targets, "refusal", lambda name, *_: "no" if name == "few" else None)
+    table.run(row, 1.0)
+    assert [found["backend"] for found in table.rows[2:]] == ["reference"]
+    assert table.rows[-1]["refusals"] == {"few": "no"}

@@ -33,7 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clam_kernels.kernels import _launch, am, am_backward, kmeans
+from clam_kernels.kernels import _launch, am, am_backward, kmeans, kmeans_fused
 
 # Compute capability to compile for -> row of the table that serves it; sm_86's rows are sm_80's.
 ARCHS = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
@@ -45,7 +45,10 @@ POINTERS = {
     torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 # Kernels without a matrix product are the same in all modes.
-PLAIN = ("memories_kernel", "origin_kernel", "centroids_kernel", "pieces_kernel", "sums_kernel")
+PLAIN = (
+    "memories_kernel", "memory_halves_kernel", "origin_kernel", "norms_kernel", "halves_kernel",
+    "pieces_kernel", "sums_kernel",
+)  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -100,6 +103,12 @@ def of_kmeans(
     mask, shift = torch.zeros(len(centroids), dtype=torch.bool), x[0]
     yield "streamed", partial(kmeans.kmeans_assign, x, centroids, None, None, True, mode)
     yield "streamed-full", partial(kmeans.kmeans_assign, half, centroids, None, mask, True, mode)
+    if x.shape[1] <= kmeans_fused.MOST:
+        few = centroids[: kmeans_fused.MOST]
+        yield "few", partial(kmeans_fused.kmeans_step, x, few, None, None, None, mode)
+        yield "few-full", partial(
+            kmeans_fused.kmeans_step, half, few[:10], None, shift, mask[:10], mode
+        )
     yield "segments", partial(kmeans.kmeans_update, x, labels, 1000, None, None)
     yield "segments-full", partial(kmeans.kmeans_update, half, labels, 1000, weight, shift)
 

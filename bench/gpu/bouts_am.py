@@ -186,6 +186,7 @@ def recall(setting: Setting, row: Row) -> Bout:
 
     return Bout(
         ours=lambda: op(*args, precision=row.mode),
+        args=args,
         peers=peers,
         errors=forward_errors(v, rho, beta, steps, setting.seed),
         plain=Contestant(lambda: eager(v, rho, beta, steps)),
@@ -214,6 +215,7 @@ def recall_trained(setting: Setting, row: Row) -> Bout:
     at = sample_of(len(v), setting.seed, str(v.device))
     return Bout(
         ours=lambda: trained(torch.ops.clam.am_recursion, precision=row.mode),
+        args=tuple(leaves),
         peers=peers,
         errors=lambda got: {**forward(got[0]), **gradient_errors(got[1:], exact, at)},
         plain=Contestant(lambda: trained(eager)),
@@ -233,6 +235,7 @@ def inference(setting: Setting, row: Row) -> Bout:
     peers["sdpa"] = Contestant(lambda: attention(v, rho, beta, steps))
     return Bout(
         ours=lambda: torch.ops.clam.am_recursion(v, rho, beta, steps, precision=row.mode),
+        args=(v, rho, beta),
         peers=peers,
         errors=forward_errors(v, rho, beta, steps, setting.seed),
         plain=Contestant(functools.partial(chunked, CHUNKS[0], v, rho, beta, steps, **half)),
@@ -315,6 +318,7 @@ def training(setting: Setting, row: Row) -> Bout:
 
     return Bout(
         ours=ours.step,
+        args=(ours.x, ours.rho, ours.beta),
         peers={"eager_chunks_32k": Contestant(plain.step, tf32)},
         errors=lambda loss: {},
         plain=Contestant(plain.step),

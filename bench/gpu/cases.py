@@ -7,7 +7,7 @@ import contextlib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,14 @@ class Target:
 
 @dataclass
 class Bout:
-    """A row, ready to run. `plain` is the eager call by whose error ours is judged; `scale` is the
-    whole workload over what one call does; `errors` maps a result to figures, and may give several
-    draws of a figure as `<name>_draws`; `facts` are measured once for each backend.
+    """A row, ready to run. `args` are the operands of ours, by which a backend may refuse it;
+    `plain` is the eager call by whose error ours is judged; `scale` is the whole workload over what
+    one call does; `errors` maps a result to figures, and may give several draws of a figure as
+    `<name>_draws`; `facts` are measured once for each backend.
     """
 
     ours: Callable[[], Any]
+    args: tuple[Any, ...]
     peers: dict[str, Contestant]
     errors: Callable[[Any], dict[str, Any]]
     plain: Contestant
@@ -126,7 +128,8 @@ class Family:
     """Everything about a family that the stages do not know themselves.
 
     `make(op, shape, device, seed)` draws a call. Shapes: `tiny` for the sanitizer, `large` for
-    determinism and memory, `wide` with over 2^31 entries, `small` in place of both on a CPU.
+    determinism and memory, `wide` with over 2^31 entries, the later ones for backends that refuse
+    the first; `small` in place of both on a CPU.
     `allowance(call, backward)` is the most bytes a call may hold beside its arguments.
     """
 
@@ -135,12 +138,12 @@ class Family:
     make: Callable[[str, tuple[int, ...], str, int], Invocation]
     tiny: tuple[tuple[int, ...], ...]
     small: tuple[int, ...]
-    large: tuple[int, ...]
-    wide: tuple[int, ...]
+    large: tuple[tuple[int, ...], ...]
+    wide: tuple[tuple[int, ...], ...]
     allowance: Callable[[Invocation, bool], int]
     captured: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
-    sums: tuple[str, ...] = ()  # ops whose results are sums over the rows
+    sums: tuple[str, ...] = ()  # ops among whose results are sums over the rows
 
 
 @functools.cache
@@ -164,19 +167,38 @@ def family_of(op: str) -> Family:
 
 def backends(op: str, device: str) -> tuple[list[str], dict[str, str]]:
     """(those to check, reasons of the others); the reference where no GPU backend can run."""
-    refusals = {name: refusal(name, op, device) for name in GPU_BACKENDS if device == "cuda"}
+    probe = torch.empty(1, device=device)
+    refusals = {name: refusal(name, op, probe) for name in GPU_BACKENDS if device == "cuda"}
     able = [name for name, reason in refusals.items() if reason is None]
     return able or ["reference"], {n: reason for n, reason in refusals.items() if reason}
 
 
-def refusal(name: str, op: str, device: str) -> str | None:
-    """Why a backend cannot run an op on a device, None if it can."""
+def refusal(name: str, op: str, *args: Any) -> str | None:
+    """Why a backend cannot run an op on these arguments, None if it can. Nothing is run: what a
+    kernel dies of is no refusal.
+    """
     try:
         with clam_kernels.backend(name):
-            clam_kernels.explain(op, torch.empty(1, device=device))
+            clam_kernels.explain(op, *args)
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def fitted(
+    op: str, shapes: tuple[tuple[int, ...], ...], setting: Setting
+) -> Iterator[tuple[str, Invocation | str]]:
+    """Each backend with a call of the first shape that it takes, or why it takes none."""
+    family, waiting = family_of(op), dict.fromkeys(backends(op, setting.device)[0], "")
+    for shape in (family.small,) if setting.dry_run else shapes:
+        if not waiting:
+            return
+        call = family.make(op, shape, setting.device, setting.seed)
+        why = {name: refusal(name, op, *call.args) for name in waiting}
+        yield from ((name, call) for name, reason in why.items() if reason is None)
+        waiting = {name: reason for name, reason in why.items() if reason is not None}
+        del call
+    yield from waiting.items()
 
 
 def forced(name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
@@ -192,7 +214,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, NaN with NaN, 0 not with -0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Of a copy: a tensor of one entry counts as contiguous whatever its stride, and cannot be
+    viewed as bytes.
+    """
+    return x.new_empty(x.shape).copy_(x).view(-1).view(torch.uint8)
 
 
 def poison(nbytes: int, device: str) -> None:

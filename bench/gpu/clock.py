@@ -187,7 +187,7 @@ def launches(call: Call) -> int | None:
     """How many kernels and copies a call starts; None where the profiler cannot tell."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     try:
-        with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             call()
             torch.cuda.synchronize()
     except (AssertionError, RuntimeError):

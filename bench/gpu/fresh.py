@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every sample of every op, on every backend of the device, with numbers of a seed that no run had
-before: `python3 -m bench.gpu.fresh --seed N [--device cuda]`.
+before: `python3 -m bench.gpu.fresh --seed N [--device cuda] [--ops OP ...]`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 import clam_kernels
 from clam_kernels import testing
 
-from .cases import backends, forced
+from .cases import backends, forced, refusal
 
 DRAWS = 6
 
@@ -43,9 +43,9 @@ def judge(spec: Any, samples: list[testing.Sample], wanted: tuple[str, ...]) -> 
         testing.assert_close_on_average(triples, what=f"gradient of {name}", scale=1.0)
 
 
-def cases(device: str, seed: int) -> Iterator[tuple[str, Any]]:
-    """(label, what to do), each under its forced backend."""
-    for spec in clam_kernels.all_ops():
+def cases(ops: Sequence[str], device: str, seed: int) -> Iterator[tuple[str, Any]]:
+    """(label, what to do under its forced backend, or why that refuses the call)."""
+    for spec in map(testing.spec_of, ops):
         for backend in backends(spec.name, device)[0]:
             for sample in testing.samples(spec.name, seed):
                 if torch.float32 not in sample.dtypes:
@@ -65,7 +65,8 @@ def cases(device: str, seed: int) -> Iterator[tuple[str, Any]]:
                     with forced(backend)():
                         judge(spec, draws, wanted)
 
-                yield f"{spec.name} {backend} {sample.name}", call
+                why = refusal(backend, spec.name, *draws[0].args)
+                yield f"{spec.name} {backend} {sample.name}", why or call
 
 
 def main() -> int:
@@ -73,13 +74,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--most", type=int, default=sys.maxsize, help="stop after so many")
+    ops = [spec.name for spec in clam_kernels.all_ops()]
+    parser.add_argument("--ops", nargs="+", choices=ops, help="all by default")
     given = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
     print(f"fresh seed {given.seed}", flush=True)
     failed = done = 0
-    for label, call in cases(given.device, given.seed):
+    for label, call in cases(given.ops or ops, given.device, given.seed):
         if done >= given.most:
             break
+        if isinstance(call, str):
+            print(f"refused {label}: {call}", flush=True)
+            continue
         try:
             call()
         except Exception as error:  # every case is judged, whatever another died of

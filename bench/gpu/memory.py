@@ -11,8 +11,8 @@ from torch import Tensor
 
 import clam_kernels
 
-from .cases import Family, Invocation, backends, differentiable, family_of, forced, same_bits
-from .clock import Clock, Contestant, peak_bytes
+from .cases import Invocation, differentiable, family_of, fitted, forced, same_bits
+from .clock import Clock, Contestant, peak_bytes, tidy
 from .setting import Setting
 
 SPOT = 256
@@ -22,9 +22,10 @@ CLOSE = 1e-4
 def held(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
     """Peak bytes of an op at a size where rows x prototypes would show."""
     family = family_of(op)
-    shape = family.small if setting.dry_run else family.large
-    call = family.make(op, shape, setting.device, setting.seed)
-    for backend in backends(op, setting.device)[0]:
+    for backend, call in fitted(op, family.large, setting):
+        if isinstance(call, str):
+            yield {"what": f"{op} {backend} held", "ok": True, "refused": call}
+            continue
         for backward in (False, True) if differentiable(op) else (False,):
             method = call.backward if backward else call.forward
             with forced(backend)():
@@ -33,9 +34,13 @@ def held(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
             allowed = family.allowance(call, backward)
             label = f"{op} {backend} {'backward' if backward else 'forward'}"
             yield {
-                "what": label, "shape": shape, "peak_bytes": peak, "allowed_bytes": allowed,
+                "what": label, "shape": sizes(call), "peak_bytes": peak, "allowed_bytes": allowed,
                 "ok": peak is not None and peak <= allowed,
             }  # fmt: skip
+
+
+def sizes(call: Invocation) -> list[list[int]]:
+    return [list(a.shape) for a in call.args if isinstance(a, Tensor)]
 
 
 def spots(n: int, d: int) -> Tensor:
@@ -70,27 +75,35 @@ def compare(call: Invocation, at: Tensor) -> tuple[bool, bool]:
 
 
 def sums_agree(call: Invocation, at: Tensor) -> tuple[bool, bool]:
-    """As `compare` where results are sums over the rows: those of two parts add up."""
+    """As `compare` where results are sums over the rows: those of two parts add up. What has an
+    entry for each row is that of the parts.
+    """
     cut = int(at[len(at) // 2])
     parts = [call.part(slice(None, cut)).forward(), call.part(slice(cut, None)).forward()]
     close = exact = True
     for whole, one, two in zip(call.forward(), *parts, strict=True):
-        both = one.double() + two.double()
+        if call.n in whole.shape:
+            both = torch.cat([one, two], list(whole.shape).index(call.n)).double()
+        else:
+            both = one.double() + two.double()
         scale = max(float(both.abs().max()), 1.0)
         close &= float((whole.double() - both).abs().max()) <= CLOSE * scale
         exact &= torch.equal(whole.double(), both)
     return close, exact
 
 
-def wide(setting: Setting, family: Family, op: str) -> Iterator[dict[str, Any]]:
+def wide(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
     """Over 2^31 entries."""
-    shape = family.small if setting.dry_run else family.wide
-    call = family.make(op, shape, setting.device, setting.seed)
-    at = spots(call.n, call.args[0].shape[-1]).to(setting.device)
-    for backend in backends(op, setting.device)[0]:
+    for backend, call in fitted(op, family_of(op).wide, setting):
+        label = f"{op} {backend} wide"
+        if isinstance(call, str):
+            yield {"what": label, "ok": True, "refused": call}
+            continue
+        tidy(clock)
+        at = spots(call.n, call.args[0].shape[-1]).to(setting.device)
         with forced(backend)():
             close, exact = compare(call, at)
-        yield {"what": f"{op} {backend} wide", "shape": shape, "ok": close, "bitwise": exact}
+        yield {"what": label, "shape": sizes(call), "ok": close, "bitwise": exact}
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -102,9 +115,8 @@ def run(setting: Setting) -> dict[str, Any]:
         if setting.left() < 3:
             left_out.append(f"{op} {part}")
             continue
-        family = family_of(op)
         try:
-            for entry in held(setting, clock, op) if part == "held" else wide(setting, family, op):
+            for entry in (held if part == "held" else wide)(setting, clock, op):
                 found.append(entry)
                 setting.save({"status": "timeout", "cases": found})
         except Exception as error:  # out of memory is this stage's very subject

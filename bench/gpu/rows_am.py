@@ -144,8 +144,9 @@ FAMILY = Family(
     make=make,
     tiny=((70, 13, 5), (1, 13, 5), (70, 1, 5), (70, 64, 16), (70, 13, 40), (70, 13, 200)),
     small=(1001, 33, 16),
-    large=(2_000_000, 1024, 16),
-    wide=(40_000_000, 8, 64),
+    # the second of each has few enough memories and features for the CUDA library
+    large=((2_000_000, 1024, 16), (8_000_000, 200, 16)),
+    wide=((40_000_000, 8, 64), (140_000_000, 8, 16)),
     allowance=allowance,
     captured=("am_recursion",),
     compiled=("am_step",),

@@ -21,12 +21,15 @@ def make(op: str, shape: tuple[int, ...], device: str, seed: int) -> Invocation:
     generator = torch.Generator(device).manual_seed(seed + 1)
     rich = n < 1000
     shift = centroids.mean(0) if rich else None
+    gone = torch.zeros(k, dtype=torch.bool, device=device)
+    gone[1::5] = True
+    mask = gone if rich else None
     if op == "kmeans_assign":
-        gone = torch.zeros(k, dtype=torch.bool, device=device)
-        gone[1::5] = True
-        return Invocation(op, (x, centroids, shift, gone if rich else None, True), (0,))
+        return Invocation(op, (x, centroids, shift, mask, True), (0,))
     labels = torch.randint(k, (n,), generator=generator, device=device)
     weight = torch.rand(n, generator=generator, device=device) if rich else None
+    if op == "kmeans_step":
+        return Invocation(op, (x, centroids, weight, shift, mask), (0,), (), (2,) if rich else ())
     lines = (1, 3) if rich else (1,)
     return Invocation(op, (x, labels, k, weight, shift), (0,), (), lines)
 
@@ -36,8 +39,9 @@ def allowance(call: Invocation, backward: bool) -> int:
     order and pieces of the rows.
     """
     n, d = call.args[0].shape[-2:]
-    k = call.args[1].shape[-2] if call.op == "kmeans_assign" else call.args[2]
-    return int((16 + 24 * (call.op == "kmeans_update")) * n + 64 * k * d) + 128 * MIB
+    adds = call.op in FAMILY.sums
+    k = call.args[2] if call.op == "kmeans_update" else call.args[1].shape[-2]
+    return int((16 + 24 * adds) * n + 64 * k * d) + 128 * MIB
 
 
 def _iteration(mode: str, unit: str) -> Row:
@@ -66,10 +70,10 @@ FAMILY = Family(
     make=make,
     tiny=((70, 13, 5), (1, 13, 5), (70, 1, 5), (70, 64, 16), (70, 13, 40), (70, 13, 200)),
     small=(1001, 33, 16),
-    large=(2_000_000, 1024, 16),
-    wide=(40_000_000, 8, 64),
+    large=((2_000_000, 1024, 16),),
+    wide=((40_000_000, 8, 64),),
     allowance=allowance,
     captured=("kmeans_assign", "kmeans_update"),
     compiled=("kmeans_assign",),
-    sums=("kmeans_update",),
+    sums=("kmeans_update", "kmeans_step"),
 )

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op forward and backward on every backend of the device, with tiny shapes: what
-compute-sanitizer is given to watch. `python3 -m bench.gpu.sanitize --seed N [--device cuda]`.
+"""Ops forward and backward on every backend of the device, with tiny shapes: what
+compute-sanitizer is given to watch. `python3 -m bench.gpu.sanitize --seed N [--device cuda]
+[--ops OP ...]`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import warnings
 
 import torch
 
 import clam_kernels
 
-from .cases import Invocation, backends, differentiable, family_of, forced
+from .cases import Invocation, backends, differentiable, family_of, forced, refusal
 
 
 def moved(call: Invocation, device: str) -> Invocation:
@@ -22,33 +24,44 @@ def moved(call: Invocation, device: str) -> Invocation:
     return dataclasses.replace(call, args=args)
 
 
-def main() -> None:
+def outcome(call: Invocation, backend: str, device: str) -> str | None:
+    """None for a call that was done, else what is against it."""
+    why = refusal(backend, call.op, *call.args)
+    if why is not None:
+        return f"refused: {why}"
+    try:
+        with forced(backend)():
+            call.forward()
+            if differentiable(call.op):
+                call.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # the others are still worth watching, if memory is whole
+        return f"failed: {type(error).__name__}: {error}"
+    return None
+
+
+def main() -> int:
+    ops = [spec.name for spec in clam_kernels.all_ops()]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--ops", nargs="+", choices=ops, default=ops)
     given = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
-    calls = refused = 0
-    for spec in clam_kernels.all_ops():
-        family = family_of(spec.name)
-        for backend in backends(spec.name, given.device)[0]:
-            for shape in family.tiny:
-                call = moved(family.make(spec.name, shape, "cpu", given.seed), given.device)
-                try:
-                    with forced(backend)():
-                        call.forward()
-                        if differentiable(spec.name):
-                            call.backward()
-                except (RuntimeError, NotImplementedError) as error:
-                    # a kernel for few dims says so; a fault of memory ends all calls after it
-                    refused += 1
-                    print(f"refused: {spec.name} {backend} {shape}: {str(error)[:200]}")
-                    continue
-                calls += 1
-    if given.device == "cuda":
-        torch.cuda.synchronize()
-    print(f"sanitize: {calls} calls done, {refused} refused")
+    found = []
+    for op in given.ops:
+        for backend in backends(op, given.device)[0]:
+            for shape in family_of(op).tiny:
+                call = moved(family_of(op).make(op, shape, "cpu", given.seed), given.device)
+                found.append(outcome(call, backend, given.device))
+                if found[-1] is not None:
+                    print(f"{op} {backend} {shape} {found[-1]}"[:300])
+    refused = sum(said is not None and said.startswith("refused") for said in found)
+    failed = sum(said is not None for said in found) - refused
+    print(f"sanitize: {found.count(None)} calls done, {refused} refused, {failed} failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,11 +28,11 @@ STAGES = (
     Stage("env", 5),
     Stage("build", 90),
     Stage("ceilings", 15),
-    Stage("tests", 150, gate=True),
+    Stage("tests", 160, gate=True),
     Stage("sanitizer", 60, gate=True),
     Stage("determinism", 20, gate=True),
     Stage("targets", 150),
-    Stage("memory", 15),
+    Stage("memory", 25),
     Stage("graphs", 10),
 )
 

@@ -9,7 +9,7 @@ import math
 import statistics
 from typing import Any
 
-from .cases import Bout, Row, Work, backends, families, forced
+from .cases import Bout, Row, Work, backends, families, forced, refusal
 from .clock import Clock, Contestant, Times, peak_bytes, race, tidy
 from .setting import Setting, write_json
 from .table import best
@@ -161,6 +161,11 @@ class Table:
         able, refusals = backends(row.op, self.setting.device)
         try:
             bout = row.build(self.setting, row)
+            why = {name: refusal(name, row.op, *bout.args) for name in able}
+            refusals |= {name: reason for name, reason in why.items() if reason is not None}
+            able = [name for name, reason in why.items() if reason is None]
+            if not able:
+                raise RuntimeError("; ".join(refusals.values()))
             self.bout(row, bout, able, seconds)
         except Exception as error:  # a row may fail, the table goes on
             reason = f"{type(error).__name__}: {error}"[:300]

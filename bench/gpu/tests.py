@@ -7,18 +7,17 @@ counted and left to the machines without a GPU.
 
 from __future__ import annotations
 
-import os
+import math
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import clam_kernels
 
+from .pool import Job, cores, work_off
 from .setting import ROOT, Setting
 
 MARKS = "not (build or slow or aot)"
@@ -28,108 +27,145 @@ LEFT_OUT = (
     "tests/architecture", "tests/packaging", "tests/contract/test_count.py",
     "tests/contract/test_docs.py", "tests/test_gpu_check.py", "tests/test_readme.py",
 )  # fmt: skip
-# files with the most device cases: started first, one process an op
-FIRST = ("test_equivalence", "test_gradients", "test_layout")
-MOST_PROCESSES = 14
+# the files whose processes are started first
+FIRST = ("test_layout", "test_equivalence", "test_gradients", "test_opcheck")
+# Seconds of a device case where no kernel was compiled before, by its id, as an H200's host took
+# them: Triton compiles anew for other strides and sizes, and the CUDA library never does.
+SECONDS = (
+    (r"-triton-interpreted\b", 0.0),
+    (r"test_layout.*::test_inputs\[.*-triton\b", 2.5),
+    (r"test_(opcheck|am_only).*-triton\b", 0.25),
+    (r"-triton\b", 0.9),
+    (r"", 0.15),
+)
+# of which the kernels of these ops, which are fewer, take a part
+PART = {"am_energy": 0.6, "am_assign": 0.5, "kmeans_update": 0.2}
+# of a process, beside starting it
+LONGEST = 30.0
+MOST_PROCESSES = 16
+COLLECTED = re.compile(r"^(\d+)(?:/\d+)? tests? collected", re.MULTILINE)
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected)")
 # of pytest: nothing was collected, which a selection may come to
 EMPTY = 5
 UNFINISHED = ("not started", "stopped at the time limit")
 # of each process, in characters
 LOGGED = 300_000
+# of a command, in words
+SHOWN = 24
+SPARE = 5.0
 OPTIONS = ["--maxfail=5", "-q", "-p", "no:cacheprovider"]
 
 
 @dataclass
-class Shard:
+class Shard(Job):
     """One process of the suite."""
 
-    name: str
-    command: list[str]
-    device: bool
-    log: Path
-    process: subprocess.Popen[bytes] | None = None
+    device: bool = False
     counts: dict[str, int] = field(default_factory=dict)
 
-    def start(self) -> None:
-        with self.log.open("wb") as said:
-            self.process = subprocess.Popen(
-                self.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
-    def finished(self) -> bool:
-        assert self.process is not None
-        return self.process.poll() is not None
-
     def close(self) -> str:
-        """Stop it if it still runs; its text, and its counts from the last line."""
-        if self.process is None:
-            return ""
-        if not self.finished():
-            self.process.kill()
-            self.process.wait()
-        text = self.log.read_text(encoding="utf-8", errors="replace")
+        """As of any job; its counts are in the last line."""
+        text = super().close()
         last = [line for line in text.splitlines() if COUNTS.search(line)][-1:]
         self.counts = {word: int(n) for n, word in COUNTS.findall(last[0])} if last else {}
         return text
 
     @property
     def outcome(self) -> str:
-        if self.process is None:
-            return UNFINISHED[0]
-        code = self.process.returncode
-        if code in (0, EMPTY):
-            return "pass"
-        return UNFINISHED[1] if code < 0 else f"exit code {code}"
+        if self.code is None:
+            return UNFINISHED[self.process is not None]
+        return "pass" if self.code in (0, EMPTY) else f"exit code {self.code}"
 
 
 def pytest(*words: str) -> list[str]:
     return [sys.executable, "-m", "pytest", *OPTIONS, "-p", "bench.gpu.poison", "-m", MARKS, *words]
 
 
-def shards(setting: Setting, folder: Path) -> list[Shard]:
-    """Device cases first, then the fresh run, then what needs no device."""
-    files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").rglob("test_*.py"))]
-    files = [f for f in files if not f.startswith(LEFT_OUT)]
-    files.sort(key=lambda f: (Path(f).stem not in FIRST, "contract" not in f))
-    ops = [spec.name for spec in clam_kernels.all_ops()]
-    plan = []
-    for file in files:
-        parts = [*ops, f"not ({' or '.join(ops)})"] if Path(file).stem in FIRST else [""]
-        for part in parts:
-            chosen = f"({ON_DEVICE}) and {part}" if part else ON_DEVICE
-            plan.append((f"{file} {part} (device)", pytest(file, "-k", chosen), True))
-    fresh = [sys.executable, "-m", "bench.gpu.fresh", "--seed", str(setting.seed)]
-    plan.insert(len(ops), ("fresh seed", fresh, True))
-    plan += [(f, pytest(f, "-k", f"not ({ON_DEVICE})"), False) for f in files]
+def files() -> list[str]:
+    """Of the suite, but for those that judge no results."""
+    found = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").rglob("test_*.py"))]
+    return [f for f in found if not f.startswith(LEFT_OUT)]
+
+
+def listing() -> list[str]:
+    """The words that make pytest name the device cases."""
+    return pytest(*files(), "-k", ON_DEVICE, "--collect-only")
+
+
+def named(text: str) -> list[str]:
+    """The cases in what pytest lists, which are as many as it says, or none."""
+    found = [line for line in text.splitlines() if line.startswith("tests/") and "::" in line]
+    said = COLLECTED.search(text)
+    return found if said and int(said[1]) == len(set(found)) == len(found) else []
+
+
+def seconds(case: str) -> float:
+    usual = next(value for pattern, value in SECONDS if re.search(pattern, case))
+    return usual * PART.get(op_in(case), 1.0)
+
+
+def op_in(case: str) -> str:
+    """The op whose kernels a case compiles, as its id says; "" where it does not."""
+    words = re.split(r"[\[\]-]", case)
+    return next((s.name for s in clam_kernels.all_ops() if s.name in words), "")
+
+
+def pieces(cases: list[str], longest: float = LONGEST) -> list[list[str]]:
+    """The cases of a file in as few parts of about equal length as keep each under `longest`, those
+    of an op together: they share kernels.
+    """
+    ordered = sorted(cases, key=op_in)
+    total = sum(map(seconds, ordered))
+    count = max(1, math.ceil(total / longest))
+    found: list[list[str]] = [[] for _ in range(count)]
+    spent = 0.0
+    for case in ordered:
+        found[min(int(count * spent / total), count - 1) if total else 0].append(case)
+        spent += seconds(case)
+    return [part for part in found if part]
+
+
+def on_device(cases: list[str]) -> list[tuple[str, list[str], bool]]:
+    """(name, command, True) of the processes that the device cases are run in, long ones first."""
+    parts = []
+    for file in dict.fromkeys(case.partition("::")[0] for case in cases):
+        cut = pieces([case for case in cases if case.startswith(f"{file}::")])
+        parts += [(f"{file} {i + 1}/{len(cut)} (device)", part) for i, part in enumerate(cut)]
+
+    def rank(part: tuple[str, list[str]]) -> tuple[bool, float]:
+        return Path(part[0].split()[0]).stem not in FIRST, -sum(map(seconds, part[1]))
+
+    return [(name, pytest(*part), True) for name, part in sorted(parts, key=rank)]
+
+
+def fresh(setting: Setting, *words: str) -> list[str]:
+    head = [sys.executable, "-m", "bench.gpu.fresh", "--seed", str(setting.seed)]
+    return [*head, "--device", setting.device, *words]
+
+
+def shards(setting: Setting, folder: Path, cases: list[str]) -> list[Shard]:
+    """The fresh runs, then the device cases, then what needs no device."""
+    plan = [
+        (f"fresh seed {spec.name}", fresh(setting, "--ops", spec.name), True)
+        for spec in clam_kernels.all_ops()
+    ]
+    plan += on_device(cases)
+    chosen = sorted(files(), key=lambda f: "contract" not in f)
+    plan += [(f, pytest(f, "-k", f"not ({ON_DEVICE})"), False) for f in chosen]
     return numbered(plan, folder)
 
 
 def numbered(plan: list[tuple[str, list[str], bool]], folder: Path) -> list[Shard]:
     return [
-        Shard(name, words, device, folder / f"{i}.log")
+        Shard(name, words, folder / f"{i}.log", device=device)
         for i, (name, words, device) in enumerate(plan)
     ]
 
 
 def stand_ins(setting: Setting, folder: Path) -> list[Shard]:
     """That everything is found and can be imported, and a few fresh cases."""
-    collect = pytest("tests", "--collect-only", *(f"--ignore={f}" for f in LEFT_OUT))
-    fresh = [sys.executable, "-m", "bench.gpu.fresh", "--seed", str(setting.seed)]
-    fresh += ["--device", "cpu", "--most", "12"]
-    return numbered([("collection", collect, False), ("fresh seed", fresh, False)], folder)
-
-
-def work_off(setting: Setting, waiting: list[Shard], most: int) -> None:
-    """Run the shards, so many at a time, until the time is spent."""
-    running: list[Shard] = []
-    while (waiting or running) and setting.left() > 5:
-        running = [s for s in running if not s.finished()]
-        while waiting and len(running) < most:
-            running.append(waiting.pop(0))
-            running[-1].start()
-        time.sleep(0.1)
+    plan = [("fresh seed", fresh(setting, "--most", "12"), False)]
+    return numbered(plan, folder)
 
 
 def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
@@ -137,9 +173,8 @@ def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
     found = []
     for shard in plan:
         text = shard.close()
-        log.write(
-            f"==== {shard.name}: {shard.outcome}\n$ {' '.join(shard.command)}\n{text[-LOGGED:]}\n"
-        )
+        words = " ".join(shard.command[:SHOWN])
+        log.write(f"==== {shard.name}: {shard.outcome}\n$ {words}\n{text[-LOGGED:]}\n")
         entry = {"name": shard.name, "outcome": shard.outcome, **shard.counts}
         if shard.outcome.startswith("exit"):
             entry["tail"] = text[-2500:]
@@ -148,19 +183,31 @@ def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    most = 1 if setting.dry_run else min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    most = 1 if setting.dry_run else min(MOST_PROCESSES, cores())
     with tempfile.TemporaryDirectory() as folder:  # few files come back from the output folder
-        plan = (stand_ins if setting.dry_run else shards)(setting, Path(folder))
+        first = Shard("collection", listing(), Path(folder) / "collection.log")
+        plan, cases = [first], list[str]()
         try:
-            work_off(setting, list(plan), most)
+            work_off(setting, plan, most, SPARE)
+            cases = named(first.close())
+            plan += (
+                stand_ins(setting, Path(folder))
+                if setting.dry_run
+                else shards(setting, Path(folder), cases)
+            )
+            work_off(setting, plan[1:], most, SPARE)
         finally:
             with (setting.out / "tests.log").open("w", encoding="utf-8") as log:
                 found = collect(plan, log)
-    result = {"seed": setting.seed, "shards": found, "stand_in": setting.dry_run}
+    result = {
+        "seed": setting.seed, "shards": found, "listed": len(cases), "stand_in": setting.dry_run,
+    }  # fmt: skip
     ran = sum(s.counts.get("passed", 0) for s in plan if s.device)
     failed = [s for s in plan if s.outcome.startswith("exit code")]
     unfinished = [s for s in plan if s.outcome in UNFINISHED]
     said = [f"{s.name}: {s.outcome}" for s in [*failed, *(s for s in unfinished if s.device)]]
+    if not cases:
+        said.insert(0, "pytest does not list the device cases")
     if not ran and not setting.dry_run:
         said.append("not one case ran on the device")
     if said:

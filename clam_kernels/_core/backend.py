@@ -9,6 +9,7 @@ no context. A forced backend that cannot run raises; it never falls back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -115,10 +116,17 @@ def _unavailable(name: str, device: str) -> str | None:
     if name == "cuda":
         reason = library.why_unavailable()
         return reason if device == "cuda" or reason else f"the tensors are on {device}"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return None if device == "cuda" or interpreted else f"the tensors are on {device}"
+    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the tensors are on {device}"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether triton can be imported: a search of the path, too slow for every call."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _slower(spec: Runnable, name: str, arguments: tuple[Any, ...]) -> str | None:
@@ -165,13 +173,8 @@ def _tell_fallback(spec: Runnable, reason: str) -> None:
 
 
 @contextlib.contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
-    """Hold torch's own matrix products at float32 where "highest" is asked and its mode is
-    lower.
-    """
-    if precision != "highest" or default_precision() == "highest":
-        yield
-        return
+def _float32_products() -> Iterator[None]:
+    """Hold torch's own matrix products at float32."""
     mkldnn: Any = torch.backends.mkldnn
     switches = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [switch.fp32_precision for switch in switches]
@@ -198,9 +201,14 @@ def run(
     if name == "reference":
         if device == "cuda":
             _tell_fallback(spec, reason or "its forward did")
-        with _float32_products(precision):
+        if precision != "highest" or default_precision() == "highest":
+            return spec.reference(*arguments)
+        with _float32_products():  # torch's own mode is lower
             return spec.reference(*arguments)
     return implementation(spec.kernels[name])(*arguments)
+
+
+_module = functools.cache(importlib.import_module)
 
 
 def implementation(where: str) -> Callable[..., Any]:
@@ -209,6 +217,6 @@ def implementation(where: str) -> Callable[..., Any]:
         namespace, _, op = where.partition("::")
         found: Callable[..., Any] = getattr(getattr(torch.ops, namespace), op)
         return found
-    module, _, function = where.partition(":")
-    found = getattr(importlib.import_module(module), function)
+    name, _, function = where.partition(":")
+    found = getattr(_module(name), function)
     return found

@@ -42,14 +42,15 @@ def type_error(ok: bool, text: Callable[[], str]) -> None:
 
 def value_error(ok: bool, text: Callable[[], str]) -> None:
     """ValueError with `text()` unless ok; ok may be symbolic."""
-    torch._check_value(ok, text)
+    if ok is not True:  # torch's function takes microseconds to find that nothing is wrong
+        torch._check_value(ok, text)
 
 
 def tensor(name: str, value: object, optional: bool = False) -> None:
     """The argument is a Tensor (or None)."""
-    what = "a Tensor or None" if optional else "a Tensor"
-    ok = isinstance(value, Tensor) or (optional and value is None)
-    type_error(ok, lambda: wording(name, what, type(value).__name__))
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        what = "a Tensor or None" if optional else "a Tensor"
+        raise TypeError(wording(name, what, type(value).__name__))
 
 
 def floating(name: str, value: Tensor) -> None:
@@ -153,8 +154,12 @@ def at_least(name: str, value: Any, low: int) -> None:
 
 def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
     """Every entry of a CPU tensor >= low (> low if strict); other devices are not read."""
-    if value.device.type != "cpu" or value.numel() == 0:
+    if not value.is_cpu or value.numel() == 0:
         return
+    if value.numel() == 1:  # a number costs less than the reductions below
+        one = value.item()
+        if (one > low if strict else one >= low) and not (finite and math.isinf(one)):
+            return
     good = value > low if strict else value >= low
     if finite:
         good &= value.isfinite()
@@ -166,8 +171,6 @@ def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool =
 
 def one_of(name: str, value: str | None, allowed: Sequence[str]) -> None:
     """A string out of a list, or None."""
-    listed = ", ".join(f"'{word}'" for word in allowed)
-    value_error(
-        value is None or value in allowed,
-        lambda: wording(name, f"{listed} or None", repr(value)),
-    )
+    if value is not None and value not in allowed:
+        listed = ", ".join(f"'{word}'" for word in allowed)
+        raise ValueError(wording(name, f"{listed} or None", repr(value)))

@@ -26,6 +26,18 @@ NAMESPACE = "clam"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _SPECS: dict[str, OpSpec] = {}
+# Dispatch keys of plain eager tensors, of a CPU and of a GPU.
+_DIRECT = frozenset(
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autograd{key}"))
+    ).raw_repr()
+    for key in ("CPU", "CUDA")
+)
+# What a call that passed its check is remembered by: tensors by their metadata, these by value.
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_VALUES = frozenset({bool, int, float, str, type(None)})
+_MOST_REMEMBERED = 1024
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ class _Installation:
 
     def __init__(self, spec: OpSpec, overload: str, arguments: str) -> None:
         self.spec, self.overload, self.arguments = spec, overload, arguments
-        self.defaults: list[Any] = []
+        self.defaults: tuple[Any, ...] = ()
         self.names: list[str] = []
         self.tensors: list[int] = []
 
@@ -192,14 +204,14 @@ class _Installation:
         self.op = _define(spec.name, self.overload, f"({self.arguments}) -> {spec.returns}")
         schema = self.op._schema.arguments
         self.names = [a.name for a in schema]
-        self.defaults = [a.default_value for a in schema]
+        self.defaults = tuple(a.default_value for a in schema)
         self.tensors = [i for i, a in enumerate(schema) if "Tensor" in str(a.type)]
         # a gradient for every argument that is a tensor in some overload
         self.slots = _tensor_names(spec)
         part = _Part(spec.name, spec.reference, spec.kernels, spec.limits)
-        self._kernels(self.op, part, self._checked(spec.fake))
-        differentiate = self._differentiable() if spec.gradient else None
-        self._autograd(differentiate)
+        kernel = self._kernels(self.op, part, self._checked(spec.fake))
+        differentiate = self._differentiable(kernel) if spec.gradient else None
+        self._autograd(kernel, differentiate)
         self._autocast()
         self._vmap(
             self.op, spec.core, [spec.core.get(n, 0) for n in self.names] if spec.core else []
@@ -209,7 +221,7 @@ class _Installation:
 
     def _filled(self, a: tuple[Any, ...]) -> tuple[Any, ...]:
         """The dispatcher drops trailing defaults: put them back."""
-        return a + tuple(self.defaults[len(a) :])
+        return a + self.defaults[len(a) :]
 
     def _checked(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         def checked_fake(*a: Any) -> Any:
@@ -219,12 +231,16 @@ class _Installation:
 
         return checked_fake
 
-    def _kernels(self, op: Any, part: _Part, fake: Callable[..., Any]) -> None:
+    def _kernels(self, op: Any, part: _Part, fake: Callable[..., Any]) -> Callable[..., Any]:
         spec = self.spec
+        passed: set[tuple[Any, ...]] = set()
 
         def kernel(*a: Any) -> Any:
             a = self._filled(a)
-            spec.check(*a)
+            seen = _seen_by_check(a)
+            if seen not in passed:
+                spec.check(*a)
+                _remember(passed, seen)
             if spec.check_values is not None:
                 spec.check_values(*a)
             device = a[self.tensors[0]].device.type
@@ -234,6 +250,7 @@ class _Installation:
             return backend.run(part, device, precision, (*a[:-1], precision))
 
         self._register(op, kernel, fake)
+        return kernel
 
     def _register(self, op: Any, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
         name = op._schema.name.partition("::")[2]
@@ -246,8 +263,10 @@ class _Installation:
 
     # ---- gradients -----------------------------------------------------------------------------
 
-    def _differentiable(self) -> Callable[..., Any]:
-        """Install the gradient's ops; returns the differentiable form of this overload."""
+    def _differentiable(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """Install the gradient's ops; returns the differentiable form of this overload, which
+        takes `_is_direct` first.
+        """
         gradient = self.spec.gradient
         assert gradient is not None
         forward = self.op
@@ -256,9 +275,9 @@ class _Installation:
             name = f"_{self.spec.name}_forward"
             forward = _define(name, self.overload, f"({self.arguments}) -> (Tensor, Tensor)")
             part = _Part(name, reference, gradient.saved_kernels, self.spec.limits)
-            self._kernels(forward, part, self._checked(fake))
-            _refuse_gradient(forward, f"{name} is internal; call {self.spec.name}")
-        return _function(self, gradient, forward, self._backward_op(gradient))
+            kernel = self._kernels(forward, part, self._checked(fake))
+            _refuse_gradient(forward, kernel, f"{name} is internal; call {self.spec.name}")
+        return _function(self, gradient, (forward, kernel), self._backward_op(gradient))
 
     def _backward_op(self, gradient: Gradient) -> Any:
         name = f"{self.spec.name}_backward"
@@ -288,7 +307,9 @@ class _Installation:
         self._register(op, kernel, fake)
         word = f"python_fallback.{self.spec.family}.{self.spec.name}"
         _refuse_gradient(
-            op, f"double backward is not implemented; call {word}, which is twice differentiable"
+            op,
+            kernel,
+            f"double backward is not implemented; call {word}, which is twice differentiable",
         )
         if self.spec.core is not None:
             core = [self.spec.core.get(n, 0) for n in self.names[:-1]]
@@ -296,23 +317,25 @@ class _Installation:
             self._vmap_backward(op, [gradient.output_dims, *core, *extra, 0, 0, 0])
         return op
 
-    def _autograd(self, differentiate: Callable[..., Any] | None) -> None:
+    def _autograd(
+        self, kernel: Callable[..., Any], differentiate: Callable[..., Any] | None
+    ) -> None:
         spec, op, tensors = self.spec, self.op, self.tensors
 
-        def autograd_kernel(*a: Any) -> Any:
+        def autograd_kernel(keys: Any, *a: Any) -> Any:
             a = self._filled(a)
             if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
                 spec.check(*a)
                 return spec.truth(*a)
-            wanted = torch.is_grad_enabled() and any(
-                a[i] is not None and a[i].requires_grad for i in tensors
-            )
-            if differentiate is not None and wanted:
-                return differentiate(*a)
+            if differentiate is not None and torch.is_grad_enabled():
+                for i in tensors:
+                    if a[i] is not None and a[i].requires_grad:
+                        return differentiate(_is_direct(keys), *a)
             with _below_autograd():
-                return op(*a)
+                return kernel(*a) if _is_direct(keys) else op(*a)
 
-        LIBRARY.impl(_qualified(spec.name, self.overload), autograd_kernel, "Autograd")
+        name = _qualified(spec.name, self.overload)
+        LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
 
     # ---- autocast and vmap -----------------------------------------------------------------------
 
@@ -375,6 +398,37 @@ class _Installation:
         torch.library.register_vmap(name, rule, lib=LIBRARY)
 
 
+def _is_direct(keys: Any) -> bool:
+    """Whether nothing stands between Autograd and the kernel, no mode and no wrapper: then the
+    kernel is called without the dispatcher.
+    """
+    return keys.raw_repr() in _DIRECT
+
+
+def _seen_by_check(a: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that `OpSpec.check` sees of plain arguments; None where one is symbolic or of a class
+    of its own.
+    """
+    seen: list[Any] = []
+    for x in a:
+        kind = type(x)
+        if kind in _TENSORS:
+            seen += (x.shape, x.dtype, x.device)
+        elif kind in _VALUES:
+            seen.append(x)
+        else:
+            return None
+    return tuple(seen)
+
+
+def _remember(passed: set[tuple[Any, ...]], seen: tuple[Any, ...] | None) -> None:
+    """What passed the check need not be checked again; forgotten when it is too much."""
+    if seen is not None:
+        if len(passed) >= _MOST_REMEMBERED:
+            passed.clear()
+        passed.add(seen)
+
+
 def _widened(x: Any, size: int) -> Any:
     """A tensor expanded along its first dim."""
     return x.expand(size, *x.shape[1:]) if isinstance(x, Tensor) else x
@@ -412,7 +466,7 @@ def _aligned(x: Any, dim: int | None, core: int, lead: int) -> Any:
     return x
 
 
-def _refuse_gradient(op: Any, why: str) -> None:
+def _refuse_gradient(op: Any, kernel: Callable[..., Any], why: str) -> None:
     """Autograd for an op without a derivative: its result raises when it is differentiated."""
     name = op._schema.name
 
@@ -432,32 +486,35 @@ def _refuse_gradient(op: Any, why: str) -> None:
 
     apply: Callable[..., Any] = Refuse.apply
 
-    def kernel(*a: Any) -> Any:
+    def autograd_kernel(keys: Any, *a: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in a):
             return apply(*a)
         with _below_autograd():
-            return op(*a)
+            return kernel(*a) if _is_direct(keys) else op(*a)
 
     qualified = _qualified(name.partition("::")[2], op._schema.overload_name)
-    LIBRARY.impl(qualified, kernel, "Autograd")
+    LIBRARY.impl(qualified, autograd_kernel, "Autograd", with_keyset=True)
 
 
 def _function(
-    installed: _Installation, gradient: Gradient, forward: Any, backward_op: Any
+    installed: _Installation,
+    gradient: Gradient,
+    forward: tuple[Any, Callable[..., Any]],
+    backward_op: Any,
 ) -> Callable[..., Any]:
-    """The autograd function of one overload: what is saved and resolved here, backward uses."""
+    """The autograd function of one overload: what is saved and resolved here, backward uses.
+    `forward` is an op and its kernel; which of them runs, `_is_direct` says.
+    """
     spec, names, slots = installed.spec, installed.names, installed.slots
     positions = [names.index(slot) for slot in slots]
     has_forward = gradient.saved is not None
 
     class Fn(torch.autograd.Function):
         @staticmethod
-        def forward(*a: Any) -> Any:
+        def forward(ctx: Any, direct: bool, *inputs: Any) -> Any:
+            # one function: with a `setup_context` torch inspects a signature at every call
             with _below_autograd():
-                return forward(*a)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                output = forward[direct](*inputs)
             saved = [x if isinstance(x, Tensor) else None for x in inputs]
             if has_forward:
                 saved.append(output[1])
@@ -469,22 +526,23 @@ def _function(
             ctx.set_materialize_grads(False)
             if has_forward:
                 ctx.mark_non_differentiable(output[1])
+            return output
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
             if grad is None:
-                return (None,) * len(names)
+                return (None,) * (1 + len(names))
             tensors = ctx.saved_tensors
             arguments = [
                 number if tensor is None else tensor
                 for number, tensor in zip(ctx.numbers, tensors, strict=False)
             ]
             extra = tensors[len(names) :]
-            needs = [ctx.needs_input_grad[i] for i in positions]
+            needs = [ctx.needs_input_grad[1 + i] for i in positions]
             found = backward_op(grad, *arguments[:-1], *extra, needs, ctx.precision, ctx.backend)
-            result: list[Any] = [None] * len(names)
+            result: list[Any] = [None] * (1 + len(names))
             for i, need, value in zip(positions, needs, found, strict=True):
-                result[i] = value if need else None
+                result[1 + i] = value if need else None
             return tuple(result)
 
     apply: Callable[..., Any] = Fn.apply

@@ -120,10 +120,13 @@ def choose_device(wanted: str, origin: torch.device | None) -> torch.device:
         raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {wanted!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise BackendUnavailableError(f"device: expected 'auto', 'cpu' or 'cuda', got {wanted!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            f"device: got {wanted!r}, but this machine has no CUDA device"
-        )
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = f"{count or 'no'} CUDA device{'s' if count > 1 else ''}"
+            raise BackendUnavailableError(
+                f"device: expected one of this machine, which has {there}, got {wanted!r}"
+            )
     return device
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.kmeans import kmeans_assign, kmeans_update
+from ..ops.kmeans import kmeans_assign, kmeans_step, kmeans_update
 from ._rows import Rows, normalised
 
 # Labels of all starts under way that are held at once.
@@ -82,12 +82,13 @@ class _Fit:
         self.labels = torch.full((len(starts), len(rows)), -1, device=rows.device)
         self.shift = None if rows.unit_norm else rows.shift
         self.kept: list[tuple[Tensor, Tensor]] = []  # sums and weights of the labels before
+        self.fresh: tuple[Tensor, Tensor] | None = None  # those of the labels now, if known
         self.stopped = False  # whether a callback asked for it
         self.lost = [False] * len(starts)  # whether a cluster had no rows
 
     def run(self) -> list[Run]:
         for iteration in range(1, self.rule.max_iter + 1):
-            labels = self._assign(self.centres)
+            labels = self._next_labels()
             moved = (labels != self.labels).any(1)
             centres = self._centres(labels)
             shift = (centres.double() - self.centres.double()).square().sum((1, 2))
@@ -111,6 +112,25 @@ class _Fit:
                 break
         return [run for run in self.runs if run is not None]
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether labels and sums are asked for at once: a GPU reads the rows once for both."""
+        whole = self.rows.whole and not self.rows.unit_norm
+        return whole and self.rows.device.type == "cuda"
+
+    def _next_labels(self) -> Tensor:
+        if not self.in_one_pass:
+            return self._assign(self.centres)
+        labels, sums, held = kmeans_step(
+            self.rows.source,
+            self.centres,
+            weight=self.weight,
+            shift=self.shift,
+            precision=self.rule.precision,
+        )
+        self.fresh = (sums, held)
+        return labels
+
     def _assign(self, centres: Tensor) -> Tensor:
         """Labels [A, N]."""
         if self.rows.whole:
@@ -126,6 +146,8 @@ class _Fit:
         Of one start in a processor's memory, once few rows change sides, only those are added and
         taken away, in float64.
         """
+        if self.fresh is not None:
+            return self.fresh
         k = self.centres.shape[1]
         alone = len(labels) == 1 and self.weight is None and self.rows.in_place
         moved = (labels[0] != self.labels[0]).nonzero()[:, 0] if alone and self.kept else None

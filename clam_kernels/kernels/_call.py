@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _launch
 from ._memories import memories
-from ._operands import arrange, batch_of
+from ._operands import arrange, batch_of, in_rows
 
 
 class Call:
@@ -74,15 +74,15 @@ class Call:
                     yield o, problems, first, min(limit, blocks - first)
 
     def at(self, o: int | None = None, problems: slice | None = None) -> tuple[Any, ...]:
-        """(v, rho, side, centre, u), the batch strides of v and of the memories in problems, those
-        of u; of one cell or of all.
+        """(v, rho, side, centre, u), the batch strides of v in rows and of the memories in
+        problems, those of u; of one cell or of all.
         """
         views = [self.v, self.u, *self.tables]
         if o is not None and problems is not None:
             views = [x[o : o + 1, problems] for x in views]
         v, u, table, side, centre = views
         m = [s // centre.shape[-1] for s in centre.stride()[:2]]
-        return (v, table, side, centre, u), (*v.stride()[:2], *m), u.stride()
+        return (v, table, side, centre, u), (*in_rows(v, self.features), *m), u.stride()
 
     def recursion(self, keep: int) -> dict[str, Any]:
         """Of the recursion: options cost registers, so without any there is a tile of its own."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,33 +11,40 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._operands import arrange, batch_of
+from ._halves import halves, power
+from ._operands import arrange, batch_of, in_rows
 from ._score import load_rows
-from ._sweep import offset
+from ._sweep import NUMBERS, offset
 
 # Centroids that an origin is the mean of, at most twice as many: it only has to be near them.
 SAMPLE = 1024
 PROTOS = 64
+# In the place of a score of one that cannot win: finite, so that its bits may be changed.
+DEAD = tl.constexpr(-1e38)
 
 
 class Centroids(NamedTuple):
-    """Tables of every problem of the batch of (centroids, shift, mask)."""
+    """Tables of every problem of the batch of (centroids, shift, mask); `size` is K, full tiles."""
 
     given: Tensor  # [*own batch, K, D], dense rows
-    table: Tensor  # [*batch, K, stride] float32, less the origin; 0 where dead
-    side: Tensor  # [*batch, 3, K]: 1; -|c|^2 / 2, -inf where dead; |c|, -1 where dead
+    halves: Tensor  # [*batch, 2, size, stride] float16: c less the origin, scaled, in two parts
+    side: Tensor  # [*batch, 2, size]: -|c|^2 / 2, DEAD where it cannot win; |c|, -1 where dead
     origin: Tensor  # [*batch, D] float32
     reach: Tensor  # [*batch, 1]: the largest |c|, -1 where all are dead
 
+    @property
+    def size(self) -> int:
+        return self.side.shape[-1]
 
-@triton.jit(do_not_specialize=["count", "inner", "every"])
+
+@triton.jit(do_not_specialize=NUMBERS)
 def origin_kernel(
     C, GONE, ORIGIN, count, inner, every, c_o, c_i, gone_o, gone_i, gone_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Mean over `every`-th centroid, DIM features a program; 0 where it overflows."""
     problem, d0 = tl.program_id(0), tl.program_id(1) * DIM
-    C += offset(problem, inner, c_o, c_i)
+    C += offset(problem, inner, c_o, c_i) * D
     GONE += offset(problem, inner, gone_o, gone_i)
     total, met = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
     for k0 in range(0, count, PROTOS * every):
@@ -55,44 +62,94 @@ def origin_kernel(
     tl.store(at, tl.where(mean * 0.0 == 0.0, mean, 0.0), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["count", "inner", "blocks"])
-def centroids_kernel(
-    C, GONE, ORIGIN, TABLE, SIDE, count, inner, blocks, c_o, c_i, gone_o, gone_i, gone_k,
-    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
-    MASK: tl.constexpr,
-):  # fmt: skip
-    """Table and side of PROTOS centroids."""
-    pid = tl.program_id(0)
-    problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
-    C += offset(problem, inner, c_o, c_i)
-    GONE += offset(problem, inner, gone_o, gone_i)
-    ORIGIN += problem.to(tl.int64) * D
-    TABLE += problem.to(tl.int64) * count * STRIDE
-    SIDE += problem.to(tl.int64) * 3 * count
-    live, at = k < count, k.to(tl.int64)
-    poison = tl.zeros((PROTOS,), tl.float32)
+@triton.jit
+def alive_of(C, GONE, at, live, gone_k, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr):
+    """Which centroids are there and finite."""
+    poison = tl.zeros((at.shape[0],), tl.float32)
     for d0 in range(0, D, DIM):
         poison += tl.sum(load_rows(C, at, live, d0, D, D, DIM) * 0.0, 1)
     alive = live & (poison == 0.0)
     if MASK:
         alive = alive & (tl.load(GONE + at * gone_k, mask=live, other=1) == 0)
+    return alive
+
+
+@triton.jit
+def gap_of(C, ORIGIN, at, alive, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """Features [d0, d0 + DIM) of centroids less the origin, in float64; 0 where dead."""
+    d = d0 + tl.arange(0, DIM)
+    origin = tl.load(ORIGIN + d, mask=d < D, other=0.0)[None, :]
+    given = load_rows(C, at, alive, d0, D, D, DIM)
+    return tl.where(alive[:, None], given.to(tl.float64) - origin.to(tl.float64), 0.0)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def norms_kernel(
+    C, GONE, ORIGIN, SIDE, count, inner, blocks, size, c_o, c_i, gone_o, gone_i, gone_k,
+    D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Side of PROTOS centroids."""
+    pid = tl.program_id(0)
+    problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
+    C += offset(problem, inner, c_o, c_i) * D
+    GONE += offset(problem, inner, gone_o, gone_i)
+    ORIGIN += problem.to(tl.int64) * D
+    SIDE += problem.to(tl.int64) * 2 * size
+    at = k.to(tl.int64)
+    alive = alive_of(C, GONE, at, k < count, gone_k, D, DIM, MASK)
     norm = tl.zeros((PROTOS,), tl.float64)
     for d0 in range(0, D, DIM):
-        d = d0 + tl.arange(0, DIM)
-        origin = tl.load(ORIGIN + d, mask=d < D, other=0.0)[None, :]
-        given = load_rows(C, at, alive, d0, D, D, DIM)
-        gap = tl.where(alive[:, None], given.to(tl.float64) - origin.to(tl.float64), 0.0)
+        gap = gap_of(C, ORIGIN, at, alive, d0, D, DIM)
         norm += tl.sum(gap * gap, 1)
-        where = TABLE + at[:, None] * STRIDE + d[None, :]
-        tl.store(where, gap.to(tl.float32), mask=live[:, None] & (d < STRIDE)[None, :])
-    half = tl.where(alive, -0.5 * norm, float("-inf"))
-    tl.store(SIDE + k, tl.full((PROTOS,), 1.0, tl.float32), mask=live)
-    tl.store(SIDE + count + k, half.to(tl.float32), mask=live)
-    tl.store(SIDE + 2 * count + k, tl.where(alive, tl.sqrt(norm), -1.0).to(tl.float32), mask=live)
+    tl.store(SIDE + k, tl.where(alive, -0.5 * norm, DEAD).to(tl.float32))
+    tl.store(SIDE + size + k, tl.where(alive, tl.sqrt(norm), -1.0).to(tl.float32))
 
 
-def centroids(given: Tensor, shift: Tensor | None, mask: Tensor | None) -> Centroids:
-    """Prepare them: a launch for the origin unless the shift is it, one for the tables."""
+@triton.jit(do_not_specialize=NUMBERS)
+def halves_kernel(
+    C, ORIGIN, SIDE, REACH, HALVES, inner, blocks, size, c_o, c_i,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
+):  # fmt: skip
+    """Both parts of PROTOS centroids, scaled by the largest norm of all."""
+    pid = tl.program_id(0)
+    problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
+    C += offset(problem, inner, c_o, c_i) * D
+    ORIGIN += problem.to(tl.int64) * D
+    SIDE += problem.to(tl.int64) * 2 * size
+    HALVES += problem.to(tl.int64) * 2 * size * STRIDE
+    at = k.to(tl.int64)
+    alive = tl.load(SIDE + size + k) >= 0.0
+    grow = power(tl.load(REACH + problem))
+    for d0 in range(0, STRIDE, DIM):
+        gap = gap_of(C, ORIGIN, at, alive, d0, D, DIM).to(tl.float32)
+        high, low = halves(gap * grow)
+        where = HALVES + at[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]
+        tl.store(where, high)
+        tl.store(where + tl.cast(size, tl.int64) * STRIDE, low)
+
+
+def _origin(
+    given: Tensor, shift: Tensor | None, batch: tuple[int, ...], views: tuple[Any, ...]
+) -> Tensor:
+    """The shift, or a point near the centroids."""
+    d = given.shape[-1]
+    if shift is not None:
+        return torch.nan_to_num(shift.float(), 0.0, 0.0, 0.0).expand(*batch, d).contiguous()
+    c, gone, strides, options = views
+    origin = _launch.empty((*batch, d), torch.float32, given.device)
+    every = max(1, given.shape[-2] // SAMPLE)
+    grid = (c.shape[0] * c.shape[1], triton.cdiv(d, options["DIM"]))
+    _launch.launch(
+        origin_kernel, grid, given.device, c, gone, origin, given.shape[-2], c.shape[1], every,
+        *strides, **options,
+    )  # fmt: skip
+    return origin
+
+
+def centroids(given: Tensor, shift: Tensor | None, mask: Tensor | None, width: int) -> Centroids:
+    """Prepare them, in rows of whole pieces of `width` features: a launch for the origin unless the
+    shift is it, one for the norms, one for the parts.
+    """
     given = _launch.rows(given)
     count, d = given.shape[-2:]
     gone = given if mask is None else mask.view(torch.uint8)
@@ -100,30 +157,24 @@ def centroids(given: Tensor, shift: Tensor | None, mask: Tensor | None) -> Centr
     operands += [] if shift is None else [(shift, 1)]
     operands += [] if mask is None else [(gone, 1)]
     batch = batch_of(operands)
-    stride = -(-d // 4) * 4
-    table, side = (
-        _launch.empty((*batch, *core), torch.float32, given.device)
-        for core in ((count, stride), (3, count))
-    )
     c, gone = arrange(batch, [(given, 2), (gone, 2 if mask is None else 1)])
-    inner, problems = c.shape[1], c.shape[0] * c.shape[1]
-    gone_k = gone.stride(2) if mask is not None else 0
-    lost = (*gone.stride()[:2], gone_k)
+    lost = (*gone.stride()[:2], gone.stride(2) if mask is not None else 0)
     options = {"MASK": mask is not None, "PROTOS": PROTOS, "num_warps": 4, "num_stages": 1}
     options |= {"D": d, "DIM": min(32, _launch.dim(d)), "maxnreg": 255}
-    if shift is None:
-        origin = _launch.empty((*batch, d), torch.float32, given.device)
-        grid = (problems, triton.cdiv(d, options["DIM"]))
-        every = max(1, count // SAMPLE)
-        _launch.launch(
-            origin_kernel, grid, given.device, c, gone, origin, count, inner, every,
-            *c.stride()[:2], *lost, **options,
-        )  # fmt: skip
-    else:
-        origin = torch.nan_to_num(shift.float(), 0.0, 0.0, 0.0).expand(*batch, d).contiguous()
-    blocks = triton.cdiv(count, PROTOS)
+    origin = _origin(given, shift, batch, (c, gone, (*in_rows(c, d), *lost), options))
+    blocks, stride = triton.cdiv(count, PROTOS), triton.cdiv(d, width) * width
+    size = blocks * PROTOS
+    side = _launch.empty((*batch, 2, size), torch.float32, given.device)
+    parts = _launch.empty((*batch, 2, size, stride), torch.float16, given.device)
+    grid, shape = (c.shape[0] * c.shape[1] * blocks,), (c.shape[1], blocks, size)
     _launch.launch(
-        centroids_kernel, (problems * blocks,), given.device, c, gone, origin, table, side,
-        count, inner, blocks, *c.stride()[:2], *lost, **options, STRIDE=stride,
+        norms_kernel, grid, given.device, c, gone, origin, side, count, *shape,
+        *in_rows(c, d), *lost, **options,
     )  # fmt: skip
-    return Centroids(given, table, side, origin, side[..., 2, :].amax(-1, True))
+    reach = side[..., 1, :].amax(-1, True)
+    del options["MASK"]
+    _launch.launch(
+        halves_kernel, grid, given.device, c, origin, side, reach, parts, *shape,
+        *in_rows(c, d), **options, STRIDE=stride,
+    )  # fmt: skip
+    return Centroids(given, parts, side, origin, reach)

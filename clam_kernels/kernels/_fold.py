@@ -10,7 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._halves import halved_onto, halves
 from ._score import dot
+
+LIFT_BITS = tl.constexpr(10.0)
+LIFT = tl.constexpr(2.0**10)
 
 
 @triton.jit
@@ -49,6 +53,19 @@ def softmax_fold(state, s, tile, PREC: tl.constexpr):
     safe = finite(top)
     p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)
     return top, total * shrink + tl.sum(p, 1), acc * shrink[:, None] + dot(p, tile[1], PREC)
+
+
+@triton.jit
+def softmax_halves_fold(state, s, tile, PREC: tl.constexpr):
+    """As `softmax_fold` with memories in halves; weights and their sum are LIFT times as large, so
+    that half precision keeps the small ones.
+    """
+    m, total, acc = state
+    top = tl.maximum(m, tl.max(s, 1))
+    safe = finite(top)
+    p, shrink = tl.exp2(s - (safe - LIFT_BITS)[:, None]), tl.exp2(m - safe)
+    acc = halved_onto(halves(p), tile[1], acc * shrink[:, None], PREC)
+    return top, total * shrink + tl.sum(p, 1), acc
 
 
 @triton.jit

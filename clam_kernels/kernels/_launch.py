@@ -41,12 +41,21 @@ def dim(d: int) -> int:
 
 
 def rows(x: Tensor) -> Tensor:
-    """The last two dims dense, as the kernels read them; the interpreter has no bfloat16."""
+    """The last two dims dense, batches whole rows apart and the first on a boundary of 16 bytes, as
+    the kernels read them: the order of a row's sums follows from how its loads are aligned. The
+    interpreter has no bfloat16.
+    """
     if INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()
     n, d = x.shape[-2:]
     dense = (x.stride(-1) == 1 or d == 1) and (x.stride(-2) == d or n == 1)
-    return x if dense else x.contiguous()
+    even = all(step % d == 0 for step in x.stride()[:-2]) if d else True
+    return aligned(x) if dense and even else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Itself, or a copy that begins on a boundary of 16 bytes."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def plain(x: Tensor) -> Tensor:
@@ -87,10 +96,10 @@ def settings(kernel: str, device: torch.device, mode: str, d: int) -> dict[str, 
     here = f"{arch_of(device)}/{mode}"
     narrow = table()[kernel].get(f"{here}/{dim(d)}") if d <= WIDEST else None
     found = dict(narrow or table().get(f"{kernel}_wide", {}).get(f"{here}/{WIDEST}", {}))
-    if (
-        INTERPRETED and found
-    ):  # its cost is by the operation, not by the entry, and it has no bfloat16
-        found.update(PREC="ieee", ROWS=256)
+    if INTERPRETED and found:  # its cost is by the operation, not by the entry
+        found["ROWS"] = 256
+        if not found["PREC"].startswith("f16"):  # it has no bfloat16, nor any but whole products
+            found["PREC"] = "ieee"
     return found
 
 

@@ -11,12 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._operands import arrange, batch_of
+from ._halves import halves, power, reach_of
+from ._operands import arrange, batch_of, in_rows
 from ._score import load_rows
-from ._sweep import offset
+from ._sweep import NUMBERS, offset
 
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
+# Memories of one program, and what tables of halves are filled up to.
+PROTOS = 64
 
 
 class Memories(NamedTuple):
@@ -45,7 +48,7 @@ class Memories(NamedTuple):
         return not isinstance(self.beta, Tensor) and self.beta == float("inf")
 
 
-@triton.jit(do_not_specialize=["inner", "beta", "count"])
+@triton.jit(do_not_specialize=NUMBERS)
 def memories_kernel(
     RHO, BETA, WEIGHTS, TABLE, SIDE, CENTRE,
     count, inner, beta,
@@ -58,7 +61,7 @@ def memories_kernel(
     """
     problem = tl.program_id(0)
     m = problem.to(tl.int64)
-    RHO += offset(problem, inner, rho_o, rho_i)
+    RHO += offset(problem, inner, rho_o, rho_i) * D
     BETA += offset(problem, inner, beta_o, beta_i)
     WEIGHTS += offset(problem, inner, weights_o, weights_i)
     TABLE += m * count * STRIDE
@@ -135,6 +138,36 @@ def memories_kernel(
         tl.store(SIDE + 3 * count + k, norm, mask=live)
 
 
+@triton.jit(do_not_specialize=NUMBERS)
+def memory_halves_kernel(
+    TABLE, SIDE, HALVES, count, blocks, size,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
+):  # fmt: skip
+    """PROTOS memories of a table in two parts of half precision, rows and features padded by 0."""
+    pid = tl.program_id(0)
+    problem, k = (pid // blocks).to(tl.int64), (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
+    at = k.to(tl.int64)
+    reach = reach_of(SIDE + problem * 4 * count, count, PROTOS)
+    rho = load_rows(TABLE + problem * count * STRIDE, at, k < count, 0, D, STRIDE, DIM)
+    high, low = halves(rho * power(reach)[:, None])
+    where = HALVES + problem * 2 * size * DIM + at[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(where, high)
+    tl.store(where + tl.cast(size, tl.int64) * DIM, low)
+
+
+def memory_halves(found: Memories, d: int) -> Tensor:
+    """Parts [*batch, 2, size, DIM] of the memories, for rows that registers hold."""
+    batch, width = found.table.shape[:-2], _launch.dim(d)
+    blocks = triton.cdiv(found.size, PROTOS)
+    parts = _launch.empty((*batch, 2, blocks * PROTOS, width), torch.float16, found.table.device)
+    _launch.launch(
+        memory_halves_kernel, (batch.numel() * blocks,), found.table.device,
+        found.table, found.side, parts, found.size, blocks, blocks * PROTOS,
+        D=d, STRIDE=found.stride, DIM=width, PROTOS=PROTOS, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return parts
+
+
 def memories(rho: Tensor, beta: float | Tensor, log_weights: Tensor | None) -> Memories:
     """Prepare the tables; one launch, whose program count is the memories' batch."""
     count, d = rho.shape[-2:]
@@ -154,10 +187,10 @@ def memories(rho: Tensor, beta: float | Tensor, log_weights: Tensor | None) -> M
         memories_kernel, (problems,), rho.device,
         first, betas, weights, found.table, found.side, found.centre,
         count, first.shape[1], 0.0 if isinstance(beta, Tensor) else float(beta),
-        *first.stride()[:2],
+        *in_rows(first, d),
         *betas.stride()[:2], betas.stride(2) if betas.shape[2] > 1 else 0,
         *weights.stride()[:2], weights.stride(2) if weights.shape[2] > 1 else 0,
-        D=d, STRIDE=stride, DIM=min(64, _launch.dim(d)), PROTOS=64,
+        D=d, STRIDE=stride, DIM=min(64, _launch.dim(d)), PROTOS=PROTOS,
         HAS_BETA=isinstance(beta, Tensor), HAS_WEIGHTS=log_weights is not None, HARD=found.hard,
         num_warps=4, num_stages=1, maxnreg=255,
     )  # fmt: skip

@@ -20,14 +20,15 @@ MEETS = tl.constexpr(64)
 PIECE = tl.constexpr(16)
 _NO_INDEX = tl.constexpr(2147483647)
 
-# Error of a product of rows relative to the product of their norms: what rounding the factors
-# leaves (both to p bits: 2 * 2^-p; truncated: twice that; split: what is dropped and the last
-# part's rounding), and steps of 2^-24 a feature: matrix units truncate all addends of a sum.
-ROUNDED = {
-    "ieee": 0.0, "bf16": 2.0**-7, "tf32": 2.0**-9,
-    "bf16x3": 2.0**-15, "tf32x3": 2.0**-20, "bf16x6": 2.0**-23,
-}  # fmt: skip
-STEPS = {"ieee": 1}
+# Below it a score is that of no centroid; a reach beyond FAR leaves nothing for it to be below.
+NONE = tl.constexpr(-5e37)
+FAR = tl.constexpr(1e18)
+
+# Error of a product of rows relative to the product of their norms: what is dropped of the factors
+# (2^-11 of each and their product; of two parts 2^-23 of each and the product of the second ones;
+# entries so small that half precision has fewer digits add less than 2^-26), and steps of 2^-24 a
+# feature: matrix units truncate all addends of a sum.
+ROUNDED = {"f16": 2.0**-10 + 2.0**-21, "f16x3": 2.0**-21 + 2.0**-26}
 MATRIX_STEPS = 4
 
 
@@ -35,58 +36,75 @@ def unit(precision: str, d: int) -> float:
     """Bound on the error of a product over `d` features, relative to the norms; the centred values
     are rounded too, and so is the score.
     """
-    return ROUNDED[precision] + (STEPS.get(precision, MATRIX_STEPS) * d + 6) * 2.0**-24
+    return ROUNDED[precision] + (MATRIX_STEPS * d + 6) * 2.0**-24
+
+
+def grain(tiles: int) -> tuple[int, float]:
+    """(mask of the bits that a score keeps beside the code of its tile, what the others may be off
+    by, relative to the score).
+    """
+    bits = max(1, (2 * tiles - 1).bit_length())
+    return -1 << bits, 2.0 ** (bits - 23)
 
 
 @triton.jit
-def slack(norm, reach, unit, D: tl.constexpr):
+def slack(norm, reach, unit, grain, D: tl.constexpr):
     """Twice the error of a score of rows of squared norm `norm`, and the width of a tie; inf or NaN
     where a score may have overflowed. The powers of two beside D are what underflow may hide.
     """
     size = tl.sqrt(norm + D * 2.0**-125)
     span = size + reach
-    twice = 2.0 * unit * (size * reach) + 2.0**-22 * (reach * reach) + TIE * (span * span)
-    return twice * (1.0 + 2.0**-7) + D * 2.0**-122
+    twice = 2.0 * (unit + grain) * (size * reach) + (2.0**-22 + grain) * (reach * reach)
+    twice = (twice + TIE * (span * span)) * (1.0 + 2.0**-7) + D * 2.0**-122
+    return tl.where(reach > FAR, float("inf"), twice)
 
 
 @triton.jit
-def three_init(ROWS: tl.constexpr):
-    """(best, its index, second, its index, third) before the first tile."""
-    none = tl.full((ROWS,), float("-inf"), tl.float32)
-    index = tl.full((ROWS,), -1, tl.int32)
-    return none, index, none, index, none
+def ranks_init(ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    """The three highest scores met in each column before the first tile; see `ranks_fold`."""
+    none = tl.full((ROWS, PAIRS), -3e38, tl.float32)
+    return none, none, none
 
 
 @triton.jit
-def _first(s, top, k):
-    """Lowest index of the highest score."""
-    return tl.min(tl.where(s == top[:, None], k[None, :], _NO_INDEX), 1)
+def _ranked_in(state, s, keep, code):
+    """One more score a column; its lowest bits become the code of where it was met."""
+    best, second, third = state
+    s = ((s.to(tl.int32, bitcast=True) & keep) | code).to(tl.float32, bitcast=True)
+    low = tl.minimum(best, s)
+    next_low = tl.minimum(second, low)
+    return tl.maximum(best, s), tl.maximum(second, low), tl.maximum(third, next_low)
 
 
 @triton.jit
-def three_fold(state, s, tile, PREC: tl.constexpr):
-    """The three highest scores; of equal ones the lower index stands first."""
-    best, index, second, runner, third = state
-    k = tile[0]
-    top = tl.max(s, 1)
-    top_k = _first(s, top, k)
-    s = tl.where(k[None, :] == top_k[:, None], float("-inf"), s)
-    next_top = tl.max(s, 1)
-    next_k = _first(s, next_top, k)
-    s = tl.where(k[None, :] == next_k[:, None], float("-inf"), s)
-    last = tl.max(s, 1)
+def ranks_fold(state, s, tile, PREC: tl.constexpr):
+    """Columns 2 j and 2 j + 1 of every tile share a place: nothing crosses between threads, and
+    nothing is looked up, until the last tile is in.
+    """
+    even, odd = tl.split(tl.reshape(s, (s.shape[0], s.shape[1] // 2, 2)))
+    state = _ranked_in(state, even, tile[2], tile[0])
+    return _ranked_in(state, odd, tile[2], tile[0] + 1)
 
-    # what is held came first and wins where scores are equal
-    wins, follows, passed = top > best, top > second, next_top > best
-    third = tl.where(
-        wins,
-        tl.where(passed, tl.maximum(best, last), tl.maximum(second, next_top)),
-        tl.where(follows, tl.maximum(second, next_top), tl.maximum(third, top)),
-    )
-    held, held_k = tl.where(passed, next_top, best), tl.where(passed, next_k, index)
-    runner = tl.where(wins, held_k, tl.where(follows, top_k, runner))
-    second = tl.where(wins, held, tl.where(follows, top, second))
-    return tl.where(wins, top, best), tl.where(wins, top_k, index), second, runner, third
+
+@triton.jit
+def _top(one, place, keep, PROTOS: tl.constexpr):
+    """(highest, whether a column is the first that has it, its index among all centroids)."""
+    top = tl.max(one, 1)
+    at = tl.min(tl.where(one == top[:, None], place, _NO_INDEX), 1)
+    code = top.to(tl.int32, bitcast=True) & ~keep
+    index = (code // 2) * PROTOS + 2 * at + code % 2
+    return top, place == at[:, None], tl.where(top > NONE, index, -1)
+
+
+@triton.jit
+def ranked(state, keep, PROTOS: tl.constexpr):
+    """(best, its index, second, its index, third) of every row; an index of -1: there is none."""
+    one, two, three = state
+    place = tl.arange(0, PROTOS // 2)[None, :]
+    best, hit, index = _top(one, place, keep, PROTOS)
+    one, two = tl.where(hit, two, one), tl.where(hit, three, two)
+    second, hit, runner = _top(one, place, keep, PROTOS)
+    return best, index, second, runner, tl.max(tl.where(hit, two, one), 1)
 
 
 @triton.jit

@@ -14,9 +14,8 @@ from torch import Tensor
 
 def batch_of(operands: Sequence[tuple[Tensor, int]]) -> tuple[int, ...]:
     """Broadcast of the leading dims of `(tensor, core dims)`."""
-    return tuple(
-        torch.broadcast_shapes(*(x.shape[: max(x.ndim - core, 0)] for x, core in operands))
-    )
+    leads = {x.shape[: x.ndim - core]: None for x, core in operands if x.ndim > core}
+    return tuple(torch.broadcast_shapes(*leads) if len(leads) > 1 else next(iter(leads), ()))
 
 
 def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
@@ -25,11 +24,10 @@ def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> lis
     Stride 0 stands where an operand is shared. Neighbouring batch dims are merged where the strides
     of all operands allow it; only if more than two remain are the operands that need it copied.
     """
-    views = []
-    for x, core in operands:
-        while x.ndim < core:
-            x = x[None]
-        views.append(x.expand(*batch, *x.shape[x.ndim - core :]))
+    lifted = [(_lifted(x, core), core) for x, core in operands]
+    if not batch:  # nothing to expand, nothing to merge
+        return [x.as_strided((1, 1, *x.shape), (0, 0, *x.stride())) for x, _ in lifted]
+    views = [x.expand(*batch, *x.shape[x.ndim - core :]) for x, core in lifted]
     groups = _merged(batch, [v.stride()[: len(batch)] for v in views])
     if len(groups) > 2:
         return [v.reshape(1, math.prod(batch), *v.shape[len(batch) :]) for v in views]
@@ -42,6 +40,20 @@ def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> lis
             view.as_strided((*sizes, *view.shape[tail:]), (*strides, *view.stride()[tail:]))
         )
     return found
+
+
+def in_rows(view: Tensor, d: int) -> tuple[int, ...]:
+    """Batch strides of dense rows [O, I, N, D], in rows: a kernel that multiplies them by D knows
+    how its addresses are aligned, whatever the batch, and computes a row in one order.
+    """
+    return tuple(step // d for step in view.stride()[:2])
+
+
+def _lifted(x: Tensor, core: int) -> Tensor:
+    """With all its core dims."""
+    while x.ndim < core:
+        x = x[None]
+    return x
 
 
 def _merged(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:

@@ -23,8 +23,8 @@ def dot_onto(a, b, c, PREC: tl.constexpr):
     """Product a @ b summed onto c: with "ieee" a product in pieces has the bits of the whole."""
     if PREC == "bf16":
         c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), c)
-    else:
-        c = tl.dot(a, b, c, input_precision=PREC)
+    else:  # "f16x3" is for tiles that were scaled for it; tf32x3 keeps as many bits
+        c = tl.dot(a, b, c, input_precision="tf32x3" if PREC == "f16x3" else PREC)
     return c
 
 
@@ -111,7 +111,13 @@ def centred_rows(V, CENTRE, at, live, d0, D: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def logits(inner, half, scale, bias, PER_MEMORY: tl.constexpr):
-    """Base-2 logits; |x|^2 is the same for all memories, and drops out, unless each has a beta."""
-    if PER_MEMORY:
-        inner = inner - half[:, None]
-    return inner * scale[None, :] + bias[None, :]
+    """Base-2 logits; |x|^2 is the same for all memories, and drops out, unless each has a beta.
+    "rows": what was scaled are the rows, each by a factor that stands in the place of `half`.
+    """
+    if PER_MEMORY == "rows":
+        s = inner * half[:, None] + bias[None, :]
+    else:
+        if PER_MEMORY:
+            inner = inner - half[:, None]
+        s = inner * scale[None, :] + bias[None, :]
+    return s

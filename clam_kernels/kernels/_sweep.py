@@ -8,6 +8,14 @@ import triton.language as tl
 
 from ._score import logits
 
+# Numbers that no kernel is compiled anew for. Batch strides are among them so that a row is
+# computed by the same code in every batch.
+NUMBERS = [
+    "rows", "count", "inner", "blocks", "first", "steps", "step", "strip", "splits", "share",
+    "size", "keep", "unit", "grain", "k", "pieces", "every", "beta",
+    "v_o", "v_i", "m_o", "m_i", "x_o", "x_i", "c_o", "c_i", "l_o", "l_i", "rho_o", "rho_i",
+]  # fmt: skip
+
 
 @triton.jit
 def sweep(

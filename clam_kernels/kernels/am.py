@@ -17,14 +17,18 @@ from torch import Tensor
 from . import _launch
 from ._call import Call
 from ._fold import (
+    LIFT,
     argmax_fold,
     argmax_init,
     finite,
     lse_fold,
     lse_init,
     softmax_fold,
+    softmax_halves_fold,
     softmax_init,
 )
+from ._halves import halves, held_halves, load_memory_halves, power, reach_of, unpower
+from ._memories import memory_halves
 from ._score import (
     centred_rows,
     dot,
@@ -36,7 +40,7 @@ from ._score import (
     logits,
     wide_inner,
 )
-from ._sweep import offset, rows_of, sweep
+from ._sweep import NUMBERS, offset, rows_of, sweep
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -98,12 +102,36 @@ def recalled(
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total
 
 
-@triton.jit(
-    do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
-)
+@triton.jit
+def recalled_in_halves(
+    x, first_tile, table, count, sharp, reach,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """As `recalled` with products of halves; `sharp` is the scale of all logits."""
+    largest = tl.max(tl.abs(x), 1)
+    undo = sharp * (unpower(largest) * unpower(reach))
+    held = (halves(x * power(largest)[:, None]), undo)
+    if RESIDENT:
+        inner = held_halves(held, first_tile, count, D, STRIDE, DIM, PREC)
+        s = logits(inner, undo, undo, first_tile[3], "rows")
+        state = softmax_halves_fold(softmax_init(ROWS, DIM), s, first_tile, PREC)
+    else:
+        state = sweep(
+            softmax_init(ROWS, DIM), held, table, count, load_memory_halves, held_halves,
+            softmax_halves_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
+        )  # fmt: skip
+    top, total, acc = state
+    none = total == 0.0
+    back = unpower(reach) / tl.where(none, 1.0, total)
+    xb = tl.where(none[:, None], x, acc * back[:, None])
+    return xb, tl.where(none, float("-inf"), top + total * 0.0), total / LIFT
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def recursion_kernel(
-    V, RHO, SIDE, CENTRE, U, OUT, TOP, TOTAL, PATH, PULL,
-    rows, count, inner, steps, step, first, blocks, strip,
+    V, RHO, SIDE, CENTRE, U, OUT, TOP, TOTAL, PATH, PULL, HALVES,
+    rows, count, inner, steps, step, first, blocks, strip, size,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
@@ -119,7 +147,7 @@ def recursion_kernel(
     RHO += m * count * STRIDE
     SIDE += m * 4 * count
     CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i)
+    V += offset(problem, inner, v_o, v_i) * D
     U += offset(problem, inner, u_o, u_i)
 
     d = tl.arange(0, DIM)
@@ -127,16 +155,28 @@ def recursion_kernel(
     inside = live[:, None] & (d < D)[None, :]
     x = centred_rows(V, CENTRE, at, live, 0, D, DIM)
     poison = tl.sum(x * 0.0, 1)  # a row that is not finite stays visible, whatever it meets
-    table = (RHO, SIDE)
+    IN_HALVES: tl.constexpr = PREC == "f16x3" and not HARD
+    table: Any = (RHO, SIDE)
+    sharp, reach = 1.0, 1.0
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
+    if IN_HALVES:
+        sharp, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
+        table = (HALVES + 2 * m * size * DIM, SIDE, size)
+        tile = (tile[0], halves(tile[1] * power(reach)[:, None]), tile[0], tile[3])
     top, total = lse_init(ROWS)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
-        half = 0.5 * tl.sum(x * x, 1)
-        xb, top, total = recalled(
-            x, half, tile, table, count,
-            D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
-        )  # fmt: skip
+        if IN_HALVES:
+            xb, top, total = recalled_in_halves(
+                x, tile, table, count, sharp, reach,
+                D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT,
+            )  # fmt: skip
+        else:
+            half = 0.5 * tl.sum(x * x, 1)
+            xb, top, total = recalled(
+                x, half, tile, table, count,
+                D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
+            )  # fmt: skip
         if KEEP == 2:
             here = tl.cast(t, tl.int64) * strip + local
             keep = here[:, None] * STRIDE + d[None, :]
@@ -161,12 +201,10 @@ def recursion_kernel(
             tl.store(TOP + p, (top + tl.log2(total)) * _LN2 + poison, mask=live)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
-)
+@triton.jit(do_not_specialize=NUMBERS)
 def recursion_wide_kernel(
-    V, RHO, SIDE, CENTRE, U, OUT, TOP, TOTAL, PATH, PULL,
-    rows, count, inner, steps, step, first, blocks, strip,
+    V, RHO, SIDE, CENTRE, U, OUT, TOP, TOTAL, PATH, PULL, HALVES,
+    rows, count, inner, steps, step, first, blocks, strip, size,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
@@ -183,7 +221,7 @@ def recursion_wide_kernel(
     RHO += m * count * STRIDE
     SIDE += m * 4 * count
     CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i)
+    V += offset(problem, inner, v_o, v_i) * D
     U += offset(problem, inner, u_o, u_i)
 
     live, at = row < rows, row.to(tl.int64)
@@ -292,7 +330,7 @@ def wide_recall(
 # ---- energy and assignment -----------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows", "count", "inner", "blocks"])
+@triton.jit(do_not_specialize=NUMBERS)
 def energy_kernel(
     V, RHO, SIDE, CENTRE, OUT,
     rows, count, inner, blocks, v_o, v_i, m_o, m_i,
@@ -305,7 +343,7 @@ def energy_kernel(
     RHO += m * count * STRIDE
     SIDE += m * 4 * count
     CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i)
+    V += offset(problem, inner, v_o, v_i) * D
     live, at = row < rows, row.to(tl.int64)
     norm = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
@@ -339,7 +377,7 @@ def energy_kernel(
     tl.store(OUT + p, energy + norm * 0.0, mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "count", "inner", "blocks"])
+@triton.jit(do_not_specialize=NUMBERS)
 def assign_kernel(
     V, RHO, SIDE, CENTRE, LABEL, SQDIST,
     rows, count, inner, blocks, v_o, v_i, m_o, m_i,
@@ -352,7 +390,7 @@ def assign_kernel(
     RHO += m * count * STRIDE
     SIDE += m * 4 * count
     CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i)
+    V += offset(problem, inner, v_o, v_i) * D
     live, at = row < rows, row.to(tl.int64)
     half = tl.zeros((ROWS,), tl.float32)
     table = (RHO, SIDE)
@@ -403,11 +441,13 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
     flags = flags_of(call, chosen, keep)
     if not wide:
         operands, strides, u = call.at()
-        grid = (call.outer * call.inner * blocks,)
+        grid, parts = (call.outer * call.inner * blocks,), out
+        if flags["PREC"] == "f16x3" and not (flags["RESIDENT"] or flags["HARD"]):
+            parts = memory_halves(call.memories, call.features)
         _launch.launch(
             recursion_kernel, grid, call.device, *operands, out, out if lse is None else lse,
-            out, out, out, call.rows, call.memories.size, call.inner, steps, step, 0, blocks, 0,
-            *strides, *u, **flags,
+            out, out, out, parts, call.rows, call.memories.size, call.inner, steps, step, 0,
+            blocks, 0, parts.shape[-2], *strides, *u, **flags,
         )  # fmt: skip
         return
     limit = max(1, _launch.SCRATCH // (2 * block * call.memories.stride))
@@ -419,8 +459,8 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
         lse_cell = cell if lse is None else lse.view(*out.shape[:3])[o, problems]
         _launch.launch(
             recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, lse_cell,
-            path, path, path, call.rows, call.memories.size, len(cell), steps, step, first, count,
-            rows, *strides, *u, **flags,
+            path, path, path, path, call.rows, call.memories.size, len(cell), steps, step, first,
+            count, rows, 0, *strides, *u, **flags,
         )  # fmt: skip
 
 

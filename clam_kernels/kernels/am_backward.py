@@ -370,8 +370,8 @@ def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
         grid, at, share = cell.grid(chosen["ROWS"])
         operands, strides, u = call.at(o, problems)
         _launch.launch(
-            kernel, grid, call.device, *operands, path, top, total, path, pull,
-            call.rows, call.memories.size, cell.size, steps, step, at, share, strip,
+            kernel, grid, call.device, *operands, path, top, total, path, pull, path,
+            call.rows, call.memories.size, cell.size, steps, step, at, share, strip, 0,
             *strides, *u, **flags_of(call, chosen, keep=2),
         )  # fmt: skip
         yield cell
@@ -429,7 +429,7 @@ def _fit(found: Tensor, argument: Any, needed: bool, v: Tensor) -> Tensor:
 
 def _whole(grad: Tensor, shape: Sequence[int]) -> Tensor:
     """The upstream gradient, dense."""
-    return _launch.plain(grad).expand(tuple(shape)).contiguous()
+    return _launch.aligned(_launch.plain(grad).expand(tuple(shape)).contiguous())
 
 
 def am_recursion_backward(

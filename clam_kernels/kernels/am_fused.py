@@ -18,7 +18,7 @@ from ._call import Call, Totals
 from ._fold import finite, normalised
 from ._memories import LOG2E
 from ._score import centred_rows, dot, held_inner, load_memories, load_rows, logits
-from ._sweep import offset
+from ._sweep import NUMBERS, offset
 from .am import gain_of, moved, recalled
 
 # Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
@@ -47,9 +47,7 @@ def walked(
             x = moved(x, found[0], gain)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "splits", "share"]
-)
+@triton.jit(do_not_specialize=NUMBERS)
 def fused_backward_kernel(
     V, RHO, SIDE, CENTRE, U, GRAD, OUT, PATH, PART, SUMS,
     rows, count, inner, steps, step, first, splits, share,
@@ -66,7 +64,7 @@ def fused_backward_kernel(
     RHO += m * count * STRIDE
     SIDE += m * 4 * count
     CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i)
+    V += offset(problem, inner, v_o, v_i) * D
     U += offset(problem, inner, u_o, u_i)
     PATH += pid.to(tl.int64) * steps * ROWS * STRIDE
 

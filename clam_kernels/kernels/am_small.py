@@ -7,6 +7,7 @@ csrc/register.cpp has the contract. `_core.library` must have loaded it before t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,8 +27,12 @@ _BACKWARD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def backward_memories(features: int) -> int:
-    """The most memories that the backward has shared memory for."""
-    d = next(size for size in _BACKWARD_SIZES if size >= features)
+    """The most memories that the backward has shared memory for; D may be symbolic."""
+    return _fitting(next(size for size in _BACKWARD_SIZES if size >= features))
+
+
+@functools.cache
+def _fitting(d: int) -> int:
     slot, row = (d + 6) // 4 * 4, 2 * (-(-d // 4) * 4) + 4
     tiles = _WARPS * (32 * row + 32 * 33)
     k = (_SHARED_BYTES // 4 - tiles) // (slot + _WARPS * 2 * (d + 2)) + 4
@@ -93,29 +98,37 @@ def _operands(
     log_weights: Tensor | None,
     grad: Tensor | None = None,
 ) -> _Operands:
-    cores: dict[str, tuple[Tensor, int]] = {"v": (v, 2), "rho": (rho, 2)}
+    number = 0.0 if isinstance(beta, Tensor) else float(beta)
+    given = [(v, 2), (rho, 2)]
     if isinstance(beta, Tensor):
-        cores["beta"] = (torch.atleast_1d(beta).float(), 1)
+        given.append((beta.float(), 1))
     if log_weights is not None:
-        cores["log_weights"] = (torch.atleast_1d(log_weights).float(), 1)
+        given.append((log_weights.float(), 1))
     if update_mask is not None:
-        mask = update_mask if update_mask.dtype == torch.bool else update_mask.float()
-        lead = mask.shape[: max(mask.ndim - 2, 0)]
-        cores["update_mask"] = (mask.expand(*lead, *v.shape[-2:]), 2)
-    batch = batch_of(list(cores.values()))
+        given.append((_full(update_mask, v), 2))
+    batch = batch_of(given)
     if grad is not None:
-        cores["grad"] = (grad, 2)
-    views = dict(zip(cores, arrange(batch, list(cores.values())), strict=True))
+        given.append((grad, 2))
+    views = iter(arrange(batch, given))
     return _Operands(
         batch,
-        views["v"],
-        views["rho"],
-        views.get("beta"),
-        0.0 if isinstance(beta, Tensor) else float(beta),
-        views.get("log_weights"),
-        views.get("update_mask"),
-        views.get("grad"),
+        next(views),
+        next(views),
+        next(views) if isinstance(beta, Tensor) else None,
+        number,
+        None if log_weights is None else next(views),
+        None if update_mask is None else next(views),
+        None if grad is None else next(views),
     )
+
+
+def _full(mask: Tensor, v: Tensor) -> Tensor:
+    """A mask [..., N, D] by strides, bool or float32."""
+    if mask.dtype != torch.bool:
+        mask = mask.float()
+    if mask.shape[-2:] == v.shape[-2:]:
+        return mask
+    return mask.expand(*mask.shape[:-2], *v.shape[-2:])
 
 
 def am_recursion(

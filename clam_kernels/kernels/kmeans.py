@@ -14,17 +14,19 @@ from torch import Tensor
 
 from . import _launch, _nearest
 from ._centroids import centroids as prepared
-from ._nearest import nearer, nearest, slack, squared, three_fold, three_init
-from ._operands import arrange, batch_of
-from ._score import (
-    centred_rows,
-    given_inner,
-    held_inner,
-    load_memories,
-    load_rows,
-    load_sides,
+from ._halves import (
+    given_halves,
+    halves,
+    held_halves,
+    load_biases,
+    load_halves,
+    power,
+    unpower,
 )
-from ._sweep import offset, rows_of, sweep
+from ._nearest import nearer, nearest, ranked, ranks_fold, ranks_init, slack, squared
+from ._operands import arrange, batch_of, in_rows
+from ._score import centred_rows, load_rows
+from ._sweep import NUMBERS, offset, rows_of, sweep
 
 # Rows of a label that one program adds, and those of them that it adds in float32.
 PIECE, TILE = 1024, 64
@@ -33,44 +35,41 @@ PIECE, TILE = 1024, 64
 # ---- assignment ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows", "count", "inner", "blocks", "unit"])
-def kmeans_assign_kernel(
-    X, C, TABLE, SIDE, ORIGIN, REACH, LABEL, SQDIST,
-    rows, count, inner, blocks, unit, x_o, x_i, c_o, c_i, m_o, m_i,
+@triton.jit
+def assigned(
+    X, C, table, ORIGIN, row, live, count, reach, unit, grain,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr, DISTANCES: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Nearest centroid of ROWS rows. Where the bound leaves two candidates they are compared in
-    float64, for all such rows at once; where it leaves more, row by row, all centroids are.
+    """(label of the nearest centroid of each row or -1, NaN where a row is not finite). Where the
+    bound leaves two candidates they are compared in float64, for all such rows at once; where it
+    leaves more, row by row, all centroids are.
     """
-    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
-    m = offset(problem, inner, m_o, m_i)
-    TABLE += m * count * STRIDE
-    SIDE += m * 3 * count
-    ORIGIN += m * D
-    X += offset(problem, inner, x_o, x_i)
-    C += offset(problem, inner, c_o, c_i)
-    live, at = row < rows, row.to(tl.int64)
+    SIDE, size, keep = table[1], table[2], table[3]
+    at = row.to(tl.int64)
     norm, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    largest = norm
     for d0 in range(0, D, DIM):
         poison += tl.sum(load_rows(X, at, live, d0, D, D, DIM) * 0.0, 1)
         x = centred_rows(X, ORIGIN, at, live, d0, D, DIM)
         norm += tl.sum(x * x, 1)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+    undo = unpower(largest) * unpower(reach)
     if WIDE:
-        held = ((X, ORIGIN, at, live), norm)
+        held = ((X, ORIGIN, at, live, power(largest)), undo)
         state = sweep(
-            three_init(ROWS), held, (TABLE, SIDE), count, load_sides, given_inner, three_fold,
-            D, STRIDE, DIM, PROTOS, PREC, False,
+            ranks_init(ROWS, PROTOS // 2), held, table, count, load_biases, given_halves,
+            ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
     else:
-        held = (centred_rows(X, ORIGIN, at, live, 0, D, DIM), norm)
+        x = centred_rows(X, ORIGIN, at, live, 0, D, DIM)
+        held = (halves(x * power(largest)[:, None]), undo)
         state = sweep(
-            three_init(ROWS), held, (TABLE, SIDE), count, load_memories, held_inner, three_fold,
-            D, STRIDE, DIM, PROTOS, PREC, False,
+            ranks_init(ROWS, PROTOS // 2), held, table, count, load_halves, held_halves,
+            ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
-    best, label, second, runner, third = state
-    reach = tl.load(REACH + m)
-    width = slack(norm, reach, unit, D)
+    best, label, second, runner, third = ranked(state, keep, PROTOS)
+    width = slack(norm, reach, unit, grain, D)
     regular = live & (poison + reach >= 0.0)  # NaN: the row is not finite; -1: nothing can win
     # not "<=": what is not a number decides nothing
     more = regular & ~(best - third > width)
@@ -80,17 +79,79 @@ def kmeans_assign_kernel(
     open_rows = tl.where(more, row, -1)
     for _ in range(0, tl.sum(more.to(tl.int32), 0)):
         one = tl.max(open_rows, 0)
-        found = nearest(X, C, SIDE + 2 * count, one.to(tl.int64), count, D)
+        found = nearest(X, C, SIDE + size, one.to(tl.int64), count, D)
         label = tl.where(row == one, found, label)
         open_rows = tl.where(row == one, -1, open_rows)
-    some = regular & (label >= 0)
+    return tl.where(regular, label, -1), poison
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def kmeans_assign_kernel(
+    X, C, HALVES, SIDE, ORIGIN, REACH, LABEL, SQDIST,
+    rows, count, inner, blocks, size, keep, unit, grain, x_o, x_i, c_o, c_i, m_o, m_i,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr, DISTANCES: tl.constexpr,
+):  # fmt: skip
+    """Nearest centroid of ROWS rows."""
+    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
+    m = offset(problem, inner, m_o, m_i)
+    X += offset(problem, inner, x_o, x_i) * D
+    C += offset(problem, inner, c_o, c_i) * D
+    live, at = row < rows, row.to(tl.int64)
+    table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
+    label, poison = assigned(
+        X, C, table, ORIGIN + m * D, row, live, count, tl.load(REACH + m), unit, grain,
+        D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
+    )  # fmt: skip
     p = problem.to(tl.int64) * rows + at
-    tl.store(LABEL + p, tl.where(some, label, -1).to(tl.int64), mask=live)
+    tl.store(LABEL + p, label.to(tl.int64), mask=live)
     if DISTANCES:
+        some = label >= 0
         k = tl.where(some, label, 0).to(tl.int64)
         sqdist = squared(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
         sqdist = tl.where(some, sqdist, tl.where(poison == 0.0, float("inf"), float("nan")))
         tl.store(SQDIST + p, sqdist, mask=live)
+
+
+class Nearest(NamedTuple):
+    """What a kernel that assigns is launched with, but for the rows that a program takes."""
+
+    batch: tuple[int, ...]
+    views: list[Tensor]  # x, centroids, halves, side, origin, reach, what is apart
+    problems: tuple[int, int]
+    numbers: tuple[Any, ...]  # size, keep, unit, grain
+    strides: tuple[int, ...]
+    chosen: dict[str, Any]
+
+
+def arranged(
+    kernel: str,
+    x: Tensor,
+    centroids: Tensor,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    precision: str,
+    apart: list[tuple[Tensor, int]] | None = None,
+) -> Nearest:
+    """Prepare the centroids and choose the tile; `apart` are operands of a kernel that keeps the
+    problems of a batch apart.
+    """
+    d, count = centroids.shape[-1], centroids.shape[-2]
+    tile = _launch.settings(kernel, x.device, precision, d)
+    chosen: dict[str, Any] = {"DIM": _launch.dim(d), **tile, "WIDE": "DIM" in tile}
+    chosen["PROTOS"] = min(chosen["PROTOS"], _launch.dim(count))
+    found = prepared(centroids, shift, mask, chosen["DIM"])
+    operands = [(_launch.rows(x), 2), (found.given, 2), (found.halves, 3), (found.side, 2)]
+    operands += [(found.origin, 1), (found.reach, 1), *(apart or [])]
+    batch = batch_of(operands)
+    one = _as_one_problem(batch, operands) if apart is None else None
+    views = one or arrange(batch, operands)
+    keep, grain = _nearest.grain(triton.cdiv(count, chosen["PROTOS"]))
+    numbers = (found.size, keep, _nearest.unit(chosen["PREC"], d), grain)
+    strides = (*in_rows(views[0], d), *in_rows(views[1], d), *views[5].stride()[:2])
+    chosen |= {"D": d, "STRIDE": found.halves.shape[-1]}
+    outer, inner = views[0].shape[:2]
+    return Nearest(batch, views, (outer, inner), numbers, strides, chosen)
 
 
 def kmeans_assign(
@@ -102,23 +163,16 @@ def kmeans_assign(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Labels, and squared distances or an empty tensor: one launch after those of `prepared`."""
-    found = prepared(centroids, shift, mask)
-    operands = [(_launch.rows(x), 2), (found.given, 2), (found.table, 2), (found.side, 2)]
-    operands += [(found.origin, 1), (found.reach, 1)]
-    batch = batch_of(operands)
-    n, d = x.shape[-2:]
-    views = _as_one_problem(batch, operands) or arrange(batch, operands)
-    outer, inner, rows = views[0].shape[:3]
-    labels = _launch.empty((*batch, n), torch.int64, x.device)
-    sqdist = _launch.empty((*batch, n) if distances else (0,), torch.float32, x.device)
-    tile = _launch.settings("kmeans_assign", x.device, precision, d)
-    chosen: dict[str, Any] = {"DIM": _launch.dim(d), **tile, "WIDE": "DIM" in tile}
-    blocks = triton.cdiv(rows, chosen["ROWS"])
+    a = arranged("kmeans_assign", x, centroids, shift, mask, precision)
+    (outer, inner), rows = a.problems, a.views[0].shape[2]
+    n = x.shape[-2]
+    labels = _launch.empty((*a.batch, n), torch.int64, x.device)
+    sqdist = _launch.empty((*a.batch, n) if distances else (0,), torch.float32, x.device)
+    blocks = triton.cdiv(rows, a.chosen["ROWS"])
     _launch.launch(
-        kmeans_assign_kernel, (outer * inner * blocks,), x.device, *views, labels, sqdist,
-        rows, centroids.shape[-2], inner, blocks, _nearest.unit(chosen["PREC"], d),
-        *views[0].stride()[:2], *views[1].stride()[:2], *views[5].stride()[:2],
-        **chosen, D=d, STRIDE=found.table.shape[-1], DISTANCES=distances,
+        kmeans_assign_kernel, (outer * inner * blocks,), x.device, *a.views, labels, sqdist,
+        rows, centroids.shape[-2], inner, blocks, *a.numbers, *a.strides, **a.chosen,
+        DISTANCES=distances,
     )  # fmt: skip
     return labels, sqdist
 
@@ -169,7 +223,7 @@ def segments(labels: Tensor, k: int, piece: int) -> Segments:
     return Segments(order, starts, before, owner)
 
 
-@triton.jit(do_not_specialize=["rows", "k", "pieces", "inner"])
+@triton.jit(do_not_specialize=NUMBERS)
 def pieces_kernel(
     X, ORDER, STARTS, BEFORE, OWNER, WEIGHT, SHIFT, PART,
     rows, k, pieces, inner, x_o, x_i, l_o, l_i, w_o, w_i, w_n, s_o, s_i,
@@ -182,7 +236,7 @@ def pieces_kernel(
     pid, d0 = tl.program_id(0), tl.program_id(1) * DIM
     problem, piece = pid // pieces, pid % pieces
     own = offset(problem, inner, l_o, l_i)
-    X += offset(problem, inner, x_o, x_i)
+    X += offset(problem, inner, x_o, x_i) * D
     WEIGHT += offset(problem, inner, w_o, w_i)
     SHIFT += offset(problem, inner, s_o, s_i)
     ORDER += own * rows
@@ -217,7 +271,7 @@ def pieces_kernel(
             tl.store(PART + end, mass, mask=(end + d0) == D)
 
 
-@triton.jit(do_not_specialize=["k", "pieces", "inner"])
+@triton.jit(do_not_specialize=NUMBERS)
 def sums_kernel(
     BEFORE, PART, SUMS, COUNTS, k, pieces, inner, l_o, l_i,
     D: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -248,7 +302,7 @@ def kmeans_update(
     rows = _launch.rows(x)
     split = segments(labels, k, PIECE)
     w = rows if weight is None else _launch.plain(weight)
-    s = rows if shift is None else _in_two(shift)
+    s = rows if shift is None else in_two(shift)
     operands = [(rows, 2), *((part, 1) for part in split)]
     operands += [(w, 2 if weight is None else 1), (s, 2)]
     batch = batch_of(operands)
@@ -267,7 +321,7 @@ def kmeans_update(
     _launch.launch(
         pieces_kernel, (problems * pieces, triton.cdiv(d, options["DIM"])), x.device,
         x_view, order, starts, before, owner, w, s, part, n, k, pieces, inner,
-        *x_view.stride()[:2], *own, *w.stride()[:3], *s.stride()[:2],
+        *in_rows(x_view, d), *own, *w.stride()[:3], *s.stride()[:2],
         **options, PIECE=PIECE, TILE=TILE, SHIFTED=shift is not None, maxnreg=255,
     )  # fmt: skip
     tiles = triton.cdiv(d + (weight is not None), options["DIM"])
@@ -278,7 +332,7 @@ def kmeans_update(
     return sums, counts
 
 
-def _in_two(shift: Tensor) -> Tensor:
+def in_two(shift: Tensor) -> Tensor:
     """A shift [..., D] as [..., 2, D] float32: its value, and what that leaves of it."""
     high = shift.float()
     return torch.stack([high, (shift.double() - high.double()).float()], -2).contiguous()

@@ -16,6 +16,8 @@ from .._core.backend import PRECISIONS
 from .._core.registry import Gradient, op
 
 _BETA = {"beta_tensor": {"beta": "Tensor beta"}, "": {"beta": "float beta"}}
+# a tuple: a union would be built anew at every call
+_NUMBERS = (int, float, torch.SymFloat)
 _CORE = {"v": 2, "rho": 2, "beta": 1, "update_mask": 2, "log_weights": 1}
 
 
@@ -161,18 +163,18 @@ def _tensors(
     """The types the dispatcher would refuse in words of its own."""
     checks.tensor("v", v)
     checks.tensor("rho", rho)
-    number = isinstance(beta, int | float | torch.SymFloat | Real) and not isinstance(beta, bool)
-    checks.type_error(
-        number or isinstance(beta, Tensor),
-        lambda: checks.wording("beta", "a number or a Tensor", type(beta).__name__),
-    )
+    if not isinstance(beta, Tensor):
+        checks.type_error(
+            isinstance(beta, (*_NUMBERS, Real)) and not isinstance(beta, bool),
+            lambda: checks.wording("beta", "a number or a Tensor", type(beta).__name__),
+        )
     checks.tensor("update_mask", update_mask, optional=True)
     checks.tensor("log_weights", log_weights, optional=True)
 
 
 def _settings(step: object, precision: object) -> None:
     """Types of what is never a tensor."""
-    plain = isinstance(step, int | float | torch.SymFloat) and not isinstance(step, bool)
+    plain = isinstance(step, _NUMBERS) and not isinstance(step, bool)
     checks.type_error(plain, lambda: checks.wording("step", "a number", type(step).__name__))
     text = precision is None or isinstance(precision, str)
     checks.type_error(
@@ -182,7 +184,14 @@ def _settings(step: object, precision: object) -> None:
 
 def _plain(beta: Any) -> Any:
     """A number of another library (numpy's) as Python's, for the dispatcher."""
-    return beta if isinstance(beta, Tensor | int | float | torch.SymFloat) else float(beta)
+    return beta if isinstance(beta, (Tensor, *_NUMBERS)) else float(beta)
+
+
+def _overload(packet: Any, beta: Any) -> Any:
+    """The overload for this beta; to find that a number is no Tensor costs the dispatcher more
+    than all else.
+    """
+    return packet.beta_tensor if isinstance(beta, Tensor) else packet.default
 
 
 def am_step(
@@ -249,7 +258,8 @@ def am_step(
     _tensors(v, rho, beta, update_mask, log_weights)
     _settings(step, precision)
     beta = _plain(beta)
-    out: Tensor = torch.ops.clam.am_step(v, rho, beta, step, update_mask, log_weights, precision)
+    call = _overload(torch.ops.clam.am_step, beta)
+    out: Tensor = call(v, rho, beta, step, update_mask, log_weights, precision)
     return out
 
 
@@ -318,12 +328,11 @@ def am_recursion(
     """
     _tensors(v, rho, beta, update_mask, log_weights)
     _settings(step, precision)
-    whole = isinstance(steps, int | torch.SymInt) and not isinstance(steps, bool)
+    whole = isinstance(steps, (int, torch.SymInt)) and not isinstance(steps, bool)
     checks.type_error(whole, lambda: checks.wording("steps", "an int >= 0", repr(steps)))
     beta = _plain(beta)
-    out: Tensor = torch.ops.clam.am_recursion(
-        v, rho, beta, steps, step, update_mask, log_weights, precision
-    )
+    call = _overload(torch.ops.clam.am_recursion, beta)
+    out: Tensor = call(v, rho, beta, steps, step, update_mask, log_weights, precision)
     return out
 
 
@@ -379,7 +388,8 @@ def am_energy(
     _tensors(v, rho, beta, None, log_weights)
     _settings(1.0, precision)
     beta = _plain(beta)
-    out: Tensor = torch.ops.clam.am_energy(v, rho, beta, log_weights, precision)
+    call = _overload(torch.ops.clam.am_energy, beta)
+    out: Tensor = call(v, rho, beta, log_weights, precision)
     return out
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""k-means: kmeans_assign, kmeans_update. Equations: docs/ops/kmeans.md."""
+"""k-means: kmeans_assign, kmeans_update, kmeans_step. Equations: docs/ops/kmeans.md."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ def _check_assign(
     distances: bool,
     precision: str | None,
 ) -> None:
+    _check_nearest(x, centroids, shift, mask)
+    _assign_batch(x, centroids, shift, mask)
+    checks.one_of("precision", precision, PRECISIONS)
+
+
+def _check_nearest(x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None) -> None:
+    """What labels need, but for the batch."""
     _check_rows(x)
     checks.floating("centroids", centroids)
     # wide is what they are kept in, whatever the rows are
@@ -76,8 +83,6 @@ def _check_assign(
         checks.same_device("mask", mask, "x", x)
         match = f"centroids {checks.spell(*centroids.shape)}"
         _check_vector("mask", mask, centroids.shape[-2], match)
-    _assign_batch(x, centroids, shift, mask)
-    checks.one_of("precision", precision, PRECISIONS)
 
 
 def _assign_batch(
@@ -138,6 +143,56 @@ def _fake_update(
     counted = torch.int64 if weight is None else torch.float64
     sums = x.new_empty([*sizes, x.shape[-1]], dtype=torch.float64)
     return sums, x.new_empty(sizes, dtype=counted)
+
+
+def _step_batch(
+    x: Tensor, centroids: Tensor, weight: Tensor | None, shift: Tensor | None, mask: Tensor | None
+) -> list[Any]:
+    options = [("weight", weight, 1), ("shift", shift, 1), ("mask", mask, 1)]
+    return checks.broadcast([("x", x, 2), ("centroids", centroids, 2), *options])
+
+
+def _check_step(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    precision: str | None,
+) -> None:
+    _check_nearest(x, centroids, shift, mask)
+    if weight is not None:
+        checks.floating("weight", weight)
+        checks.same_device("weight", weight, "x", x)
+        _check_vector("weight", weight, x.shape[-2], f"x {checks.spell(*x.shape)}")
+    _step_batch(x, centroids, weight, shift, mask)
+    checks.one_of("precision", precision, PRECISIONS)
+
+
+def _check_step_values(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    *_: Any,
+) -> None:
+    _check_mask_values(x, centroids, shift, mask)
+
+
+def _fake_step(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    precision: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, k = _step_batch(x, centroids, weight, shift, mask), centroids.shape[-2]
+    labels = x.new_empty([*batch, x.shape[-2]], dtype=torch.int64)
+    sums = x.new_empty([*batch, k, x.shape[-1]], dtype=torch.float64)
+    counted = torch.int64 if weight is None else torch.float64
+    return labels, sums, x.new_empty([*batch, k], dtype=counted)
 
 
 # ---- the documented functions ------------------------------------------------------------------
@@ -265,10 +320,75 @@ def kmeans_update(
     checks.tensor("labels", labels)
     checks.tensor("weight", weight, optional=True)
     checks.tensor("shift", shift, optional=True)
-    whole = isinstance(k, int | torch.SymInt) and not isinstance(k, bool)
+    whole = isinstance(k, (int, torch.SymInt)) and not isinstance(k, bool)
     checks.type_error(whole, lambda: checks.wording("k", "an int >= 1", repr(k)))
     sums, counts = torch.ops.clam.kmeans_update(x, labels, k, weight, shift)
     return sums, counts
+
+
+def kmeans_step(
+    x: Tensor,
+    centroids: Tensor,
+    *,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels of all rows and sums of the rows of each label: `kmeans_assign`, then `kmeans_update`.
+
+    On a GPU both are one pass over the rows where there are few centroids and features. A Lloyd
+    iteration is centroids <- shift + sums / counts               (eqs. 1-3 of docs/ops/kmeans.md)
+
+    Parameters
+    ----------
+    x : Tensor [..., N, D], float16, bfloat16, float32 or float64
+        Rows. Leading dims of all arguments broadcast.
+    centroids : Tensor [..., K, D], float32 (float64 for float64), or dtype of x
+        One that is not finite never wins.
+    weight : Tensor [..., N], any float dtype, optional
+        Of each row; 1 unless given.
+    shift : Tensor [..., D], any float dtype, optional
+        A point near the data: subtracted from the rows that are added, 0 unless given.
+    mask : Tensor [..., K], bool, optional
+        True: the centroid does not exist. Not all of a problem's; checked on a CPU.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products that decide most rows. Labels are the same in all.
+
+    Returns
+    -------
+    labels : Tensor [..., N], int64
+        As of `kmeans_assign`.
+    sums : Tensor [..., K, D], float64
+        Of x - shift, as of `kmeans_update`.
+    counts : Tensor [..., K], int64, float64 with weights
+        Zero where a centroid has no row.
+
+    Raises
+    ------
+    TypeError
+        A dtype or type other than stated.
+    ValueError
+        A shape or device that does not fit; every centroid of a problem is masked (on a CPU).
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> x, centroids = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [2.0]])
+    >>> labels, sums, counts = clam_kernels.kmeans_step(x, centroids)
+    >>> labels.tolist(), (sums / counts[:, None]).tolist()
+    ([0, 0, 1], [[0.5], [3.0]])
+    """
+    checks.tensor("x", x)
+    checks.tensor("centroids", centroids)
+    for name, value in (("weight", weight), ("shift", shift), ("mask", mask)):
+        checks.tensor(name, value, optional=True)
+    checks.type_error(
+        precision is None or isinstance(precision, str),
+        lambda: checks.wording("precision", "a str or None", type(precision).__name__),
+    )
+    labels, sums, counts = torch.ops.clam.kmeans_step(x, centroids, weight, shift, mask, precision)
+    return labels, sums, counts
 
 
 # ---- the declarations --------------------------------------------------------------------------
@@ -304,4 +424,21 @@ KMEANS_UPDATE = op(
     limits={"triton": "clam_kernels.kernels._launch:why_not"},
     function=kmeans_update,
     core={"x": 2, "labels": 1, "weight": 1, "shift": 1},
+)
+
+KMEANS_STEP = op(
+    name="kmeans_step",
+    arguments="Tensor x, Tensor centroids, Tensor? weight=None, Tensor? shift=None, "
+    "Tensor? mask=None, str? precision=None",
+    returns="(Tensor, Tensor, Tensor)",
+    check=_check_step,
+    check_values=_check_step_values,
+    fake=_fake_step,
+    truth=_truth.kmeans_step,
+    reference=_truth.kmeans_step_forward,
+    kernels={"triton": "clam_kernels.kernels.kmeans_fused:kmeans_step"},
+    limits={"triton": "clam_kernels.kernels._launch:why_not"},
+    function=kmeans_step,
+    same_dtype=("x", "centroids"),
+    core={"x": 2, "centroids": 2, "weight": 1, "shift": 1, "mask": 1},
 )

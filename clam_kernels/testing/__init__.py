@@ -348,7 +348,9 @@ def peak_bytes(call: Callable[[], object]) -> int:
     what an op allocates inside.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    # without acc_events torch 2.10 and 2.11 warn of cycles even where there is one
+    given: dict[str, Any] = {"profile_memory": True, "acc_events": True}
+    with torch.profiler.profile(activities=activities, **given) as profile:
         result = call()
     del result
     results: Any = profile.profiler.kineto_results

@@ -105,16 +105,39 @@ def _updated(seed: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def _stepped(seed: int) -> dict[str, tuple[Any, ...]]:
+    """Calls of kmeans_step: (x, centroids, weight, shift, mask)."""
+    g = torch.Generator().manual_seed(seed)
+    found = {
+        name: (x, centroids, None, shift, mask)
+        for name, (x, centroids, shift, mask, distances) in _assigned(seed).items()
+        if distances
+    }
+
+    def weight(*shape: int) -> Tensor:
+        return _rows(g, *shape).abs() + 0.125
+
+    x, centroids, _, shift, mask = found["everything"]
+    long = _rows(g, 300, D)
+    return {
+        **found,
+        "long": (long, long[:K].clone(), None, None, None),
+        "weight": (*found["plain"][:2], weight(N), None, None),
+        "weight-batch": (*found["plain"][:2], weight(B, N), None, None),
+        "everything": (x, centroids, weight(N), shift, mask),
+    }
+
+
 # A half's grid is too coarse for these values.
 NARROWED = ("offset", "shift")
 
 
 def samples(op: str, seed: int) -> list[Sample]:
     """Calls of an op of this family."""
-    calls = _assigned(seed) if op == "kmeans_assign" else _updated(seed)
+    makers = {"kmeans_assign": _assigned, "kmeans_update": _updated, "kmeans_step": _stepped}
     return [
         Sample(op, name, args, dtypes=WIDE if name in NARROWED else DTYPES)
-        for name, args in calls.items()
+        for name, args in makers[op](seed).items()
     ]
 
 
@@ -149,16 +172,20 @@ def workloads() -> list[Workload]:
             Workload(
                 f"kmeans_update/{name}", "kmeans_update", update, moved + 4 * k * d + 8 * n, n * d
             ),
+            Workload(
+                f"kmeans_step/{name}", "kmeans_step", assign, moved + 8 * n, 2 * n * k * d + n * d
+            ),
         ]
     return found
 
 
 # ---- what the contract asks of this family -------------------------------------------------------
 
-ASSIGN, UPDATE = ("kmeans_assign",), ("kmeans_update",)
-BOTH = ASSIGN + UPDATE
+ASSIGN, UPDATE, STEP = ("kmeans_assign",), ("kmeans_update",), ("kmeans_step",)
+NEAREST, SUMMED = ASSIGN + STEP, UPDATE + STEP
+ALL = ASSIGN + UPDATE + STEP
 ROW_ARGUMENTS = ("x", "labels", "weight")
-COUPLED = UPDATE
+COUPLED = SUMMED
 SELECTIONS = {
     "traced": (
         "plain", "no-rows", "batch-crossed", "restarts", "mask-batch", "labels-alone",
@@ -183,7 +210,7 @@ def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
     """Normal rows; centroids of their own, or labels by chance."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=g, dtype=torch.float64)
-    if op in ASSIGN:
+    if op in NEAREST:
         args: tuple[Any, ...] = (x, torch.randn(k, d, generator=g, dtype=torch.float64))
     else:
         args = (x, torch.randint(k, (n,), generator=g), k)
@@ -198,13 +225,15 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
     x = centroids[near] + 0.6 * torch.randn(n, d, generator=g, dtype=torch.float64) + offset
     if op in ASSIGN:
         return Sample(op, "large", (x, centroids + offset, None, None, True))
+    if op in STEP:
+        return Sample(op, "large", (x, centroids + offset, None, None, None))
     return Sample(op, "large", (x, near, k, None, None))
 
 
 def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     """Labels and counts are integers; distances are float32 unless x is float64, sums never."""
-    if op in UPDATE:
-        return [torch.float64, torch.int64]
+    if op in SUMMED:
+        return [*[torch.int64] * (op in STEP), torch.float64, torch.int64]
     return [torch.int64, torch.float64 if dtype == torch.float64 else torch.float32]
 
 
@@ -225,67 +254,67 @@ _PLAIN: dict[str, Callable[[], Any]] = {
 
 _FLOATS = "dtype float16, bfloat16, float32 or float64"
 _ROWS: list[Row] = [
-    ("x int64", BOTH, TypeError, f"x: expected {_FLOATS}, got int64",
+    ("x int64", ALL, TypeError, f"x: expected {_FLOATS}, got int64",
         {"x": zeros(5, 3, dtype=torch.int64)}),
-    ("x complex", BOTH, TypeError, f"x: expected {_FLOATS}, got complex64",
+    ("x complex", ALL, TypeError, f"x: expected {_FLOATS}, got complex64",
         {"x": zeros(5, 3, dtype=torch.complex64)}),
-    ("x 1-d", BOTH, ValueError, "x: expected shape [..., N, D], got [3]", {"x": zeros(3)}),
-    ("x 0-d", BOTH, ValueError, "x: expected shape [..., N, D], got []", {"x": zeros()}),
-    ("D 0", BOTH, ValueError, "x: expected D >= 1, got [5, 0]",
+    ("x 1-d", ALL, ValueError, "x: expected shape [..., N, D], got [3]", {"x": zeros(3)}),
+    ("x 0-d", ALL, ValueError, "x: expected shape [..., N, D], got []", {"x": zeros()}),
+    ("D 0", ALL, ValueError, "x: expected D >= 1, got [5, 0]",
         {"x": zeros(5, 0), "centroids": zeros(4, 0)}),
-    ("shift int", BOTH, TypeError, f"shift: expected {_FLOATS}, got int64",
+    ("shift int", ALL, TypeError, f"shift: expected {_FLOATS}, got int64",
         {"shift": zeros(3, dtype=torch.int64)}),
-    ("shift of another D", BOTH, ValueError,
+    ("shift of another D", ALL, ValueError,
         "shift: expected shape [..., 3] to match x [5, 3], got [4]", {"shift": zeros(4)}),
-    ("shift of one entry", BOTH, ValueError,
+    ("shift of one entry", ALL, ValueError,
         "shift: expected shape [..., 3] to match x [5, 3], got [1]", {"shift": zeros(1)}),
-    ("shift 0-d", BOTH, ValueError,
+    ("shift 0-d", ALL, ValueError,
         "shift: expected shape [..., 3] to match x [5, 3], got []", {"shift": zeros()}),
-    ("centroids bool", ASSIGN, TypeError, f"centroids: expected {_FLOATS}, got bool",
+    ("centroids bool", NEAREST, TypeError, f"centroids: expected {_FLOATS}, got bool",
         {"centroids": zeros(4, 3, dtype=torch.bool)}),
-    ("centroids float64", ASSIGN, TypeError,
+    ("centroids float64", NEAREST, TypeError,
         "centroids: expected dtype float32 to match x, got float64",
         {"centroids": zeros(4, 3, dtype=torch.float64)}),
-    ("centroids bfloat16", ASSIGN, TypeError,
+    ("centroids bfloat16", NEAREST, TypeError,
         "centroids: expected dtype float32 to match x, got bfloat16",
         {"centroids": zeros(4, 3, dtype=torch.bfloat16)}),
-    ("x float64", ASSIGN, TypeError,
+    ("x float64", NEAREST, TypeError,
         "centroids: expected dtype float64 to match x, got float32",
         {"x": zeros(5, 3, dtype=torch.float64)}),
-    ("another half", ASSIGN, TypeError,
+    ("another half", NEAREST, TypeError,
         "centroids: expected dtype float32 or float16 to match x, got bfloat16",
         {"x": zeros(5, 3, dtype=torch.float16),
          "centroids": zeros(4, 3, dtype=torch.bfloat16)}),
-    ("centroids 1-d", ASSIGN, ValueError, "centroids: expected shape [..., K, D], got [3]",
+    ("centroids 1-d", NEAREST, ValueError, "centroids: expected shape [..., K, D], got [3]",
         {"centroids": zeros(3)}),
-    ("D differs", ASSIGN, ValueError,
+    ("D differs", NEAREST, ValueError,
         "centroids: expected shape [..., K, 3] to match x [5, 3], got [4, 8]",
         {"centroids": zeros(4, 8)}),
-    ("D differs, batch", ASSIGN, ValueError,
+    ("D differs, batch", NEAREST, ValueError,
         "centroids: expected shape [..., K, 16] to match x [2, 5, 16], got [4, 8]",
         {"x": zeros(2, 5, 16), "centroids": zeros(4, 8)}),
-    ("K 0", ASSIGN, ValueError, "centroids: expected K >= 1, got [0, 3]",
+    ("K 0", NEAREST, ValueError, "centroids: expected K >= 1, got [0, 3]",
         {"centroids": zeros(0, 3)}),
-    ("leading dims", ASSIGN, ValueError,
+    ("leading dims", NEAREST, ValueError,
         "centroids: expected leading dims that broadcast to match x [2, 5, 3], got [7, 4, 3]",
         {"x": zeros(2, 5, 3), "centroids": zeros(7, 4, 3)}),
-    ("leading dims of shift", ASSIGN, ValueError,
+    ("leading dims of shift", NEAREST, ValueError,
         "shift: expected leading dims that broadcast to match x [2, 5, 3], got [7, 3]",
         {"x": zeros(2, 5, 3), "shift": zeros(7, 3)}),
-    ("leading dims of mask", ASSIGN, ValueError,
+    ("leading dims of mask", NEAREST, ValueError,
         "mask: expected leading dims that broadcast to match x [2, 5, 3], got [7, 4]",
         {"x": zeros(2, 5, 3), "mask": zeros(7, 4, dtype=torch.bool)}),
-    ("mask float", ASSIGN, TypeError, "mask: expected dtype bool, got float32",
+    ("mask float", NEAREST, TypeError, "mask: expected dtype bool, got float32",
         {"mask": zeros(4)}),
-    ("mask int", ASSIGN, TypeError, "mask: expected dtype bool, got uint8",
+    ("mask int", NEAREST, TypeError, "mask: expected dtype bool, got uint8",
         {"mask": zeros(4, dtype=torch.uint8)}),
-    ("mask of another K", ASSIGN, ValueError,
+    ("mask of another K", NEAREST, ValueError,
         "mask: expected shape [..., 4] to match centroids [4, 3], got [5]",
         {"mask": zeros(5, dtype=torch.bool)}),
-    ("mask 0-d", ASSIGN, ValueError,
+    ("mask 0-d", NEAREST, ValueError,
         "mask: expected shape [..., 4] to match centroids [4, 3], got []",
         {"mask": zeros(dtype=torch.bool)}),
-    ("precision", ASSIGN, ValueError,
+    ("precision", NEAREST, ValueError,
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
         given(precision="fast")),
     ("labels int32", UPDATE, TypeError, "labels: expected dtype int64, got int32",
@@ -298,9 +327,9 @@ _ROWS: list[Row] = [
     ("labels 0-d", UPDATE, ValueError,
         "labels: expected shape [..., 5] to match x [5, 3], got []",
         {"labels": zeros(dtype=torch.int64)}),
-    ("weight int", UPDATE, TypeError, f"weight: expected {_FLOATS}, got int64",
+    ("weight int", SUMMED, TypeError, f"weight: expected {_FLOATS}, got int64",
         {"weight": zeros(5, dtype=torch.int64)}),
-    ("weight of another N", UPDATE, ValueError,
+    ("weight of another N", SUMMED, ValueError,
         "weight: expected shape [..., 5] to match x [5, 3], got [5, 1]",
         {"weight": zeros(5, 1)}),
     ("k 0", UPDATE, ValueError, "k: expected an int >= 1, got 0", given(k=0)),
@@ -308,7 +337,7 @@ _ROWS: list[Row] = [
     ("leading dims of labels", UPDATE, ValueError,
         "labels: expected leading dims that broadcast to match x [2, 5, 3], got [7, 5]",
         {"x": zeros(2, 5, 3), "labels": zeros(7, 5, dtype=torch.int64)}),
-    ("leading dims of weight", UPDATE, ValueError,
+    ("leading dims of weight", SUMMED, ValueError,
         "weight: expected leading dims that broadcast to match x [2, 5, 3], got [7, 5]",
         {"x": zeros(2, 5, 3), "weight": zeros(7, 5)}),
     ("leading dims of shift, update", UPDATE, ValueError,
@@ -316,32 +345,32 @@ _ROWS: list[Row] = [
         {"x": zeros(2, 5, 3), "shift": zeros(7, 3)}),
 ]  # fmt: skip
 _VALUES: list[Row] = [
-    ("mask all True", ASSIGN, ValueError,
+    ("mask all True", NEAREST, ValueError,
         "mask: expected a centroid that is not masked, got all True",
         {"mask": lambda: torch.ones(4, dtype=torch.bool)}),
-    ("mask all True in one problem", ASSIGN, ValueError,
+    ("mask all True in one problem", NEAREST, ValueError,
         "mask: expected a centroid that is not masked, got all True",
         {"mask": lambda: torch.tensor([[False] * 4, [True] * 4])}),
 ]  # fmt: skip
 _TYPES: list[Row] = [
-    ("x list", BOTH, TypeError, "x: expected a Tensor, got list", given(x=[[0.0]])),
-    ("x array", BOTH, TypeError, "x: expected a Tensor, got ndarray",
+    ("x list", ALL, TypeError, "x: expected a Tensor, got list", given(x=[[0.0]])),
+    ("x array", ALL, TypeError, "x: expected a Tensor, got ndarray",
         {"x": lambda: torch.zeros(5, 3).numpy()}),
-    ("shift number", BOTH, TypeError, "shift: expected a Tensor or None, got float",
+    ("shift number", ALL, TypeError, "shift: expected a Tensor or None, got float",
         given(shift=0.5)),
-    ("centroids int", ASSIGN, TypeError, "centroids: expected a Tensor, got int",
+    ("centroids int", NEAREST, TypeError, "centroids: expected a Tensor, got int",
         given(centroids=3)),
-    ("mask list", ASSIGN, TypeError, "mask: expected a Tensor or None, got list",
+    ("mask list", NEAREST, TypeError, "mask: expected a Tensor or None, got list",
         given(mask=[True])),
     ("distances int", ASSIGN, TypeError, "distances: expected a bool, got int",
         given(distances=1)),
     ("distances None", ASSIGN, TypeError, "distances: expected a bool, got NoneType",
         given(distances=None)),
-    ("precision int", ASSIGN, TypeError, "precision: expected a str or None, got int",
+    ("precision int", NEAREST, TypeError, "precision: expected a str or None, got int",
         given(precision=1)),
     ("labels None", UPDATE, TypeError, "labels: expected a Tensor, got NoneType",
         given(labels=None)),
-    ("weight list", UPDATE, TypeError, "weight: expected a Tensor or None, got list",
+    ("weight list", SUMMED, TypeError, "weight: expected a Tensor or None, got list",
         given(weight=[1.0])),
     *(
         (f"k {value!r}", UPDATE, TypeError, f"k: expected an int >= 1, got {value!r}",

@@ -11,9 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import MINIMUM, is_whole, shortfall
+import torch
+from conftest import BACKENDS, MINIMUM, is_whole, shortfall, skip_what_the_limits_refuse
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import clam_kernels
+from clam_kernels import testing
+from clam_kernels._core import backend as choice
 
 ROOT = Path(__file__).parents[2]
 SKIP_ALL = """
@@ -71,3 +76,60 @@ def test_shortfall():
     assert shortfall(enough) == [
         f"{first}: {MINIMUM - 1} contract cases ran, expected at least {MINIMUM}"
     ]
+
+
+def refused(spec, backend):
+    """Names of the samples that the limits of a backend exclude."""
+    limit = choice.implementation(spec.limits[backend])
+    samples = [
+        s.cast(torch.float32) for s in testing.samples(spec.name) if torch.float32 in s.dtypes
+    ]
+    return [s.name for s in samples if limit(*s.args) is not None], len(samples)
+
+
+def test_the_limits_leave_every_sample_to_triton_and_most_to_cuda():
+    """What a limit excludes is skipped: a limit that grew would go unseen."""
+    for spec in clam_kernels.all_ops():
+        assert refused(spec, "triton")[0] == []
+        if "cuda" in spec.limits:
+            names, count = refused(spec, "cuda")
+            assert len(names) < count / 4, names
+
+
+def test_the_limits_take_symbolic_shapes():
+    """As torch.compile hands them in."""
+    for spec in clam_kernels.all_ops():
+        args = testing.problem(spec.name, 20, 7, 5).args
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        for where in spec.limits.values():
+            assert choice.implementation(where)(*fake) == choice.implementation(where)(*args)
+
+
+def test_only_what_the_limits_refuse_is_skipped(monkeypatch):
+    """Through autograd and opcheck, which wraps errors; what a kernel dies of stays an error."""
+
+    def dies(*args):
+        raise RuntimeError("a kernel died")
+
+    real, spec = choice.implementation, testing.spec_of("am_step")
+    monkeypatch.setattr(choice, "_unavailable", lambda name, device: None)
+    monkeypatch.setattr(
+        choice,
+        "implementation",
+        lambda where: dies if where.startswith("clam_cuda") else real(where),
+    )
+    for table in (spec.kernels, spec.gradient.saved_kernels):
+        monkeypatch.setitem(table, "cuda", "clam_cuda::planted")
+    skip_what_the_limits_refuse(BACKENDS[-1], monkeypatch)
+    taken, wide = (torch.zeros(4, d, requires_grad=True) for d in (3, 17))
+    with clam_kernels.backend("cuda"):
+        for call in (
+            lambda x: spec.packet(x, x, 1.0),
+            lambda x: spec.packet(x.detach(), x.detach(), 1.0),
+            lambda x: torch.library.opcheck(spec.packet.default, (x, x, 1.0)),
+        ):
+            with pytest.raises(pytest.skip.Exception, match="cuda: D = 17 > 16"):
+                call(wide)
+            with pytest.raises(Exception, match="a kernel died"):
+                call(taken)

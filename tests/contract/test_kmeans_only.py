@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clam_kernels import testing
 
-ASSIGN, UPDATE = ("kmeans_assign",), ("kmeans_update",)
+ASSIGN, UPDATE, STEP = ("kmeans_assign",), ("kmeans_update",), ("kmeans_step",)
 
 
 def _between(backend: Any, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
@@ -147,10 +147,36 @@ def test_weights_of_a_power_of_two_scale_the_bits(spec, backend):
     _equal(eight, tuple(8 * out for out in one))
 
 
+# ---- both ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.contract(ops=STEP)
+@pytest.mark.parametrize("size", [(700, 9, 5), (300, 64, 16), (130, 200, 40), (90, 1, 3)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_step_is_an_assignment_and_an_update(spec, backend, size, shifted):
+    """The same labels and counts bit for bit, sums to 2^-22 of what is added."""
+    x, centroids = testing.problem(spec.name, *size, device=backend.device).args
+    far = 1e4 if shifted else 0.0
+    x, centroids = x + far, centroids + far
+    shift = x.mean(0) if shifted else None
+    x[3, 1] = math.nan
+    labels, sums, counts = spec.packet(x, centroids, None, shift)
+    wanted, _ = torch.ops.clam.kmeans_assign(x, centroids, shift)
+    _equal(labels, wanted)
+    exact, counted = testing.spec_of("kmeans_update").truth(x, labels, size[1], None, shift)
+    _equal(counts, counted)
+    origin = 0.0 if shift is None else shift.double()
+    gap = torch.where(labels[:, None] < 0, 0.0, (x.double() - origin).abs().nan_to_num())
+    room = torch.zeros_like(sums).index_add_(0, labels.clamp(min=0), gap)
+    assert bool(((sums - exact).abs() <= 2**-22 * room).all())
+    again = spec.packet(x, centroids, None, shift)
+    _equal(again, (labels, sums, counts))
+
+
 # ---- memory -------------------------------------------------------------------------------------
 
 
-@pytest.mark.contract(ops=(*ASSIGN, *UPDATE))
+@pytest.mark.contract(ops=(*ASSIGN, *UPDATE, *STEP))
 def test_a_broadcast_operand_is_never_held_whole(spec):
     """Fifty restarts over the same rows."""
     n, d, k = 20_000, 4, 8
@@ -158,6 +184,9 @@ def test_a_broadcast_operand_is_never_held_whole(spec):
     if spec.name in ASSIGN:
         args: tuple[Any, ...] = (x, torch.randn(50, k, d))
         result = 50 * n * 12
+    elif spec.name in STEP:
+        args = (x, torch.randn(50, k, d))
+        result = 50 * (n * 8 + k * (d + 1) * 8)
     else:
         args = (x, torch.randint(k, (50, n)), k)
         result = 50 * k * (d + 1) * 8

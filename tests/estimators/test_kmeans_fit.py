@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from sklearn.cluster import kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from clam_kernels import KMeans
+from clam_kernels import ClAM, KMeans
 from clam_kernels.estimators import _lloyd, _rows, _seeding
+from clam_kernels.exceptions import BackendUnavailableError
 
 REFERENCE = Path(__file__).parents[3] / "shared/data/lloyd_reference.tsv"
 WEIGHTS = "a row of weight 2 draws k-means++ starts otherwise than two rows do, as in scikit-learn"
@@ -368,7 +370,6 @@ def test_one_precision_fits_and_another_predicts():
         ({"sample_weight": [1, 1, 1, -1]}, "Negative values in data"),
         ({"sample_weight": [0, 0, 0, 0]}, "at least one non-zero"),
         ({"sample_weight": [1, 1, 1, np.nan]}, "sample_weight contains NaN"),
-        ({"device": "cuda:7"}, "no CUDA device|cuda"),
     ],
 )
 def test_bad_input(change, text):
@@ -380,6 +381,24 @@ def test_bad_input(change, text):
     with pytest.raises((ValueError, RuntimeError), match=text):
         model.fit(x, sample_weight=weight)
     assert not hasattr(model, "cluster_centers_")
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "there"),
+    [
+        (0, "cuda", "no CUDA device"),
+        (0, "cuda:7", "no CUDA device"),
+        (1, "cuda:7", "1 CUDA device"),
+        (4, "cuda:4", "4 CUDA devices"),
+    ],
+)
+def test_a_device_that_is_not_there_raises(count, device, there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    text = f"device: expected one of this machine, which has {there}, got '{device}'"
+    for model in (KMeans(3, device=device), ClAM(3, device=device)):
+        with pytest.raises(BackendUnavailableError, match=re.escape(text)):
+            model.fit(np.arange(8.0).reshape(4, 2))
 
 
 def test_a_failed_fit_leaves_the_model_as_it_was():
@@ -481,3 +500,20 @@ def test_data_is_not_copied():
     x = torch.randn(200_000, 64, generator=torch.Generator().manual_seed(0))
     model = KMeans(8, init=x[:8], n_init=1, max_iter=2)
     assert testing.peak_bytes(lambda: model.fit(x)) < 0.6 * x.numel() * 4
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_labels_and_sums_in_one_pass(monkeypatch, weighted, offset):
+    """As a GPU fits; several starts, some of which end before others, and lost clusters."""
+    rng = np.random.RandomState(0)
+    x = rng.randn(400, 3) + offset
+    weight = rng.rand(400) if weighted else None
+    options = {"n_clusters": 30, "init": "random", "n_init": 4, "random_state": 0}
+    two = KMeans(**options).fit(x, sample_weight=weight)
+    monkeypatch.setattr(_lloyd._Fit, "in_one_pass", True)
+    one = KMeans(**options).fit(x, sample_weight=weight)
+    assert np.array_equal(one.labels_, two.labels_)
+    assert one.n_iter_ == two.n_iter_
+    np.testing.assert_allclose(one.cluster_centers_, two.cluster_centers_, rtol=1e-12)
+    assert one.inertia_ == pytest.approx(two.inertia_, rel=1e-12)

@@ -193,56 +193,45 @@ def test_equal_to_rounding_is_a_tie(backend, monkeypatch):
             _agrees(torch.zeros(3, 2), c[order])
 
 
-@pytest.mark.parametrize(
-    ("precision", "bits"), [("tf32", 13), ("bf16", 16), ("bf16x3", 8), ("ieee", 0)]
-)
-def test_structureless_rows(backend, monkeypatch, kernels, precision, bits):
-    """Centroids that lost their last bits, as a matrix unit would cut them: rows no score of that
-    precision can decide are decided all the same.
-    """
-    nearest = importlib.import_module("clam_kernels.kernels._nearest")
-    unit, real = nearest.unit(precision, 3), kernels.prepared
-
-    def cut(*args):
-        found = real(*args)
-        whole = found.table.view(torch.int32)
-        whole.bitwise_and_(-1 << bits)
-        return found
-
-    monkeypatch.setattr(kernels, "prepared", cut)
-    x, c = _random(300, 3), _random(64, 3, seed=1)
+@pytest.mark.parametrize(("mode", "wrong"), [("medium", True), ("high", False)])
+def test_structureless_rows(backend, monkeypatch, mode, wrong):
+    """Rows that no score of one half precision product can decide are decided all the same."""
+    x, c = _random(4000, 3), _random(64, 3, seed=1)
     wanted = truth.kmeans_assign(x, c)[0]
-    _bounded(monkeypatch, NOTHING)
-    wrong = int((_assign(x, c)[0] != wanted).sum())
-    assert (wrong > 0) == (bits > 13)
-    _bounded(monkeypatch, unit)
+    with monkeypatch.context() as patched:
+        _bounded(patched, NOTHING)
+        got = _assign(x, c, None, None, False, mode)[0]
+        assert bool((got != wanted).any()) == wrong
+    assert torch.equal(_assign(x, c, None, None, False, mode)[0], wanted)
+
+
+@pytest.mark.parametrize("k", [63, 64, 130, 3000])
+def test_codes_of_tiles_are_in_the_bound(backend, k):
+    """The bits that name a tile are the score's last: centroids closer than these hide."""
+    x = _random(40, 2)
+    c = 1 + 1e-5 * _random(k, 2, seed=1)
     _agrees(x, c)
+    _agrees(c[:40] + 1e-6 * x, c)
 
 
-def _cut(x: Tensor, bits: int) -> Tensor:
-    return (x.view(torch.int32) & (-1 << bits)).view(torch.float32)
-
-
-def _parts(x: Tensor, precision: str) -> list[Tensor]:
-    """What a matrix unit is given of x: rounded, or its bits cut, or parts that are added up."""
+def _parts(x: Tensor, kept: int) -> list[Tensor]:
+    """A scaled factor as the matrix units are given it."""
     found: list[Tensor] = []
-    for _ in range({"x3": 2, "x6": 3}.get(precision[-2:], 1)):
-        rest = x - sum(found, torch.zeros(()))
-        half = (rest.view(torch.int32) + (1 << 12)).view(torch.float32)
-        part = _cut(rest if precision == "tf32" else half, 13)
-        found.append(rest.bfloat16().float() if precision.startswith("bf16") else part)
+    for _ in range(kept):
+        found.append((x - sum(found, torch.zeros(()))).half().float())
     return found
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "bf16x3", "tf32x3", "bf16x6", "ieee"])
-def test_what_rounding_leaves_is_bounded(backend, precision):
-    """The bound of every kind of product, and that it is not the next one's."""
+@pytest.mark.parametrize(("precision", "kept"), [("f16", 1), ("f16x3", 2)])
+def test_what_rounding_leaves_is_bounded(backend, precision, kept):
+    """The bound of both kinds of product, and that it is not the next one's."""
     nearest = importlib.import_module("clam_kernels.kernels._nearest")
     bound, worst = nearest.ROUNDED[precision], 0.0
     for d in (1, 3, 64):
         x, c = _random(60_000 // d, d), _random(60_000 // d, d, seed=1)
-        parts = [[x], [c]] if precision == "ieee" else [_parts(t, precision) for t in (x, c)]
-        kept = len(parts[0])  # of x's i-th part and c's j-th: those with i + j < kept
+        x = x * 2.0 ** (7 - x.abs().amax(1, keepdim=True).log2().floor())
+        c = c * 2.0 ** (7 - c.norm(dim=1, keepdim=True).log2().floor())
+        parts = [_parts(t, kept) for t in (x, c)]
         product = sum(
             (a.double() * b.double()).sum(1)
             for i, a in enumerate(parts[0]) for j, b in enumerate(parts[1]) if i + j < kept
@@ -256,6 +245,29 @@ def test_what_rounding_leaves_is_bounded(backend, precision):
         error = ((x @ c.T).double() - x.double() @ c.double().T).abs().amax(1)
         allowed = (nearest.unit(precision, d) - bound) * x.norm(dim=1) * c.norm(dim=1).max()
         assert bool((error <= allowed).all())
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-20, 1.0, 127.9, 1e20, 3e38])
+def test_powers_are_exact_inverses(backend, kernels, size):
+    """Of a magnitude and of what float32 has below and above it."""
+    import triton
+    import triton.language as tl
+
+    halves = importlib.import_module("clam_kernels.kernels._halves")
+
+    @triton.jit
+    def applied(X, OUT, F: tl.constexpr):
+        at = tl.arange(0, 16)
+        tl.store(OUT + at, F(tl.load(X + at)))
+
+    x = torch.full((16,), size)
+    x[1:] = torch.nextafter(x[1:], torch.tensor(0.0))
+    up, down = torch.empty(16), torch.empty(16)
+    applied[(1,)](x, up, halves.power)
+    applied[(1,)](x, down, halves.unpower)
+    assert torch.equal(up.double() * down.double(), torch.ones(16, dtype=torch.float64))
+    if size > 1e-36:
+        assert bool(((x * up >= 128) & (x * up < 256)).all())
 
 
 # ---- sums by label -------------------------------------------------------------------------------

@@ -1,0 +1,882 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The per-thread bodies of csrc/, compiled by g++, against the reference and its autograd in
+float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clam_kernels.kernels import am_small
+from python_fallback import am
+
+CSRC = Path("/tmp/b/new")
+GXX = shutil.which("g++")
+pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is missing")
+
+# What the kernels do around the bodies, in sequence instead of in parallel: rows in packs of R,
+# memories in tiles, the lanes of a warp one after the other, the update, the way back to the
+# caller's coordinates.
+HARNESS = r"""
+#include <algorithm>
+#include <vector>
+#include "am_backward.h"
+using namespace clam;
+using am::Form;
+
+struct Call {
+  Rows v, rho, weights;
+  const float *betas, *gain, *grad;  // betas [K], gain and grad [N, D]
+  int rows, memories, d, steps, tile;
+  bool per_memory;
+};
+
+// Centre and table as a block makes them: lanes' shares added as the shuffles add them.
+struct Side {
+  float centre[am::kMaxFeatures] = {};
+  float peak = 0.0f;
+  int alive = 0;
+};
+
+static Side find_centre(const Call& c) {
+  Side side;
+  for (int i = 0; i < c.d; ++i) {
+    float sum[kWarp] = {};
+    int alive[kWarp] = {};
+    for (int lane = 0; lane < kWarp; ++lane)
+      am::add_alive(c.rho, 0, c.weights, 0, c.memories, i, lane, sum[lane], alive[lane]);
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      for (int lane = 0; lane < offset; ++lane) {
+        sum[lane] += sum[lane + offset];
+        alive[lane] += alive[lane + offset];
+      }
+    side.centre[i] = alive[0] > 0 ? sum[0] / static_cast<float>(alive[0]) : 0.0f;
+    side.alive = alive[0];
+  }
+  if (c.weights.data) side.peak = -kInfinity;
+  for (int k = 0; c.weights.data && k < c.memories; ++k)
+    side.peak = std::max(side.peak, kLog2e * number(c.weights, k * c.weights.row));
+  return side;
+}
+
+template <int D, Form F>
+std::vector<Quad> stage(const Call& c, const Side& side, int first, int real) {
+  const int count = static_cast<int>(am::table_size(real));
+  std::vector<Quad> table(count * am::Slot<D, F>::kQuads);
+  for (int k = 0; k < count; ++k) {
+    Quad* slot = &table[k * am::Slot<D, F>::kQuads];
+    if (k >= real) { am::pack_padding<D, F>(slot); continue; }
+    const float weight = c.weights.data ? number(c.weights, (first + k) * c.weights.row) : 0.0f;
+    const auto feature = [&](int i) {
+      return i < c.d ? load_entry(c.rho, (first + k) * c.rho.row + i * c.rho.feature) : 0.0f;
+    };
+    am::pack<D, F>(feature, side.centre, c.betas[first + k], weight, slot);
+  }
+  return table;
+}
+
+template <int D>
+void load(const Call& c, const Side& side, int row, float (&x)[D]) {
+  for (int i = 0; i < D; ++i) x[i] = 0.0f;
+  if (row >= c.rows) return;
+  load_row<D>(c.v, row * c.v.row, c.v.packed && c.d == D, c.d, x);
+  for (int i = 0; i < D; ++i) x[i] -= side.centre[i];
+}
+
+static float scale_of(const Call& c) { return c.per_memory ? 0.0f : am::scale_of(c.betas[0]); }
+
+template <int D, int R, Form F>
+void forward(const Call& c, float* out) {
+  constexpr int kQuads = am::Slot<D, F>::kQuads;
+  const Side side = find_centre(c);
+  std::vector<std::vector<Quad>> tables;
+  for (int at = 0; at < c.memories; at += c.tile)
+    tables.push_back(stage<D, F>(c, side, at, std::min(c.tile, c.memories - at)));
+  for (int first = 0; first < c.rows; first += R) {
+    float x[R][D], height[R];
+    for (int r = 0; r < R; ++r) load<D>(c, side, first + r, x[r]);
+    for (int r = 0; r < R; ++r) height[r] = side.peak;
+    for (int t = 0; t < c.steps && side.alive; ++t) {
+      float lift[R], shift[R], top[R] = {};
+      am::Recall<D> recall[R];
+      for (int r = 0; r < R; ++r) {
+        const am::Stand stand = am::stand_of<D>(x[r], scale_of(c), c.per_memory);
+        lift[r] = stand.lift;
+        shift[r] = height[r] + stand.reach;
+      }
+      for (am::Pass pass = am::Pass::kFirst; pass != am::Pass::kDone;) {
+        for (int r = 0; r < R; ++r)
+          if (pass == am::Pass::kSearch) top[r] = kLowest;
+          else am::begin<D>(recall[r]);
+        for (const auto& table : tables) {
+          const int count = static_cast<int>(table.size()) / kQuads;
+          if (pass == am::Pass::kSearch)
+            am::search<D, R, F>(table.data(), count, x, lift, scale_of(c), top);
+          else
+            am::fold<D, R, F>(table.data(), count, x, lift, shift, scale_of(c), recall);
+        }
+        bool again = false;
+        for (int r = 0; r < R; ++r) {
+          const bool more = am::turn(pass, recall[r].mass, top[r], height[r], shift[r]);
+          again = again || more;
+        }
+        pass = am::next(pass, again);
+      }
+      for (int r = 0; r < R && first + r < c.rows; ++r) {
+        const float inverse = 1.0f / recall[r].mass;
+        for (int i = 0; i < c.d; ++i)
+          x[r][i] = am::advance(x[r][i], recall[r].sum[i] * inverse, c.gain[(first + r) * c.d + i]);
+      }
+    }
+    for (int r = 0; r < R && first + r < c.rows; ++r) {
+      float given[D];
+      load_row<D>(c.v, (first + r) * c.v.row, false, c.d, given);
+      for (int i = 0; i < c.d; ++i)
+        out[(first + r) * c.d + i] = am::restore(x[r][i], given[i], side.centre[i]);
+    }
+  }
+}
+
+template <int D>
+void pick(const Call& c, bool wide, float* out) {
+  constexpr int R = am::rows_per_thread(D);
+  const auto f = !wide ? forward<D, 1, Form::kPerMemory>
+                       : c.per_memory ? forward<D, R, Form::kPerMemory>
+                                      : forward<D, R, Form::kShared>;
+  f(c, out);
+}
+
+// One product of matrix units as PTX's manual lays mma.m16n8k8 out over the lanes of a warp.
+static void multiply(float (&c)[kWarp][4], const float (&a)[kWarp][4], const float (&b)[kWarp][2]) {
+  float left[16][8], right[8][8];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 4; ++i) left[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = a[lane][i];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 2; ++i) right[lane % 4 + i * 4][lane / 4] = b[lane][i];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 8; ++k)
+        c[lane][i] += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+}
+
+template <int D>
+void collect(int kind, const float* rows, const float* weights, int first, int memories,
+             float* sums) {
+  for (int column = 0; column < D + 2 * kind; column += am::kColumns) {
+    float c[kWarp][4] = {}, a[kWarp][4], b[kWarp][2];
+    for (int group = 0; group < kWarp / am::kGroup; ++group) {
+      for (int lane = 0; lane < kWarp; ++lane) {
+        am::load_left(weights, kind, group, lane, a[lane]);
+        am::load_right<D>(rows, (kind ? am::cross_column(D) : 0) + column, group, lane, b[lane]);
+      }
+      multiply(c, a, b);
+    }
+    for (int lane = 0; lane < kWarp; ++lane)
+      am::add_sums<D>(c[lane], kind, column, first, memories, lane, sums);
+  }
+}
+
+// A block of two warps that take the groups of 32 rows in turn.
+template <int D>
+void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
+  constexpr int kQuads = am::Slot<D, Form::kBackward>::kQuads, kWarps = 2;
+  const Side side = find_centre(c);
+  const auto table = stage<D, Form::kBackward>(c, side, 0, c.memories);
+  const int64_t stride = am::sum_floats(D, c.memories);
+  std::vector<float> sums(kWarps * stride);
+  std::vector<Quad> rows(kWarp * am::row_stride(D) / 4);
+  std::vector<float> weights(am::kWeightFloats);
+  float* tile = &rows[0].x;
+  double heat = 0.0;
+  for (int group = 0; group * kWarp < c.rows; ++group) {
+    std::vector<am::Walk<D>> walks(kWarp);
+    struct Way { float x[D], recalled[D], top, inverse; };
+    std::vector<std::vector<Way>> ways(kWarp, std::vector<Way>(c.steps));
+    const auto gain_of = [&](int lane, float (&gain)[D]) {
+      const int row = group * kWarp + lane;
+      for (int i = 0; i < D; ++i)
+        gain[i] = row < c.rows && i < c.d ? c.gain[row * c.d + i] : 0.0f;
+    };
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int row = group * kWarp + lane;
+      float x[1][D], gain[D];
+      load<D>(c, side, row, x[0]);
+      gain_of(lane, gain);
+      float height = side.peak;
+      for (auto& way : ways[lane]) {
+        const am::Stand stand = am::stand_of<D>(x[0], scale_of(c), c.per_memory);
+        const float lift[1] = {stand.lift};
+        float shift[1] = {height + stand.reach};
+        am::Recall<D> recall[1];
+        while (true) {
+          am::begin<D>(recall[0]);
+          am::fold<D, 1, Form::kBackward>(table.data(), static_cast<int>(table.size()) / kQuads, x,
+                                          lift, shift, 0.0f, recall);
+          if (am::settled(recall[0].mass) || shift[0] == recall[0].top) break;
+          height += recall[0].top - shift[0];
+          shift[0] = recall[0].top;
+        }
+        am::weigh_back<D>(recall[0], shift[0], way.recalled, way.top, way.inverse);
+        for (int i = 0; i < D; ++i) {
+          way.x[i] = x[0][i];
+          x[0][i] = am::advance(x[0][i], way.recalled[i], gain[i]);
+        }
+      }
+      for (int i = 0; i < D; ++i)
+        walks[lane].g[i] = row < c.rows && i < c.d ? c.grad[row * c.d + i] : 0.0f;
+    }
+    for (int t = c.steps - 1; t >= 0 && side.alive; --t) {
+      for (int lane = 0; lane < kWarp; ++lane) {
+        const Way& way = ways[lane][t];
+        am::Walk<D>& w = walks[lane];
+        const int row = group * kWarp + lane;
+        float gain[D];
+        gain_of(lane, gain);
+        std::copy(way.x, way.x + D, w.x);
+        w.top = way.top;
+        w.inverse = way.inverse;
+        for (int i = 0; i < c.d && row < c.rows; ++i)
+          grad_mask[row * c.d + i] += w.g[i] * (way.recalled[i] - way.x[i]);
+        am::begin_back<D>(w, way.recalled, gain, c.per_memory);
+        am::write_row<D>(w, tile, lane);
+      }
+      for (auto& w : walks)
+        if (w.inverse == 0.0f) am::survey<D>(w, table.data(), c.memories);
+      for (int first = 0; first < c.memories; first += am::kChunk) {
+        std::fill(weights.begin(), weights.end(), NAN);  // of memories that are not there
+        for (int lane = 0; lane < kWarp; ++lane)
+          for (int j = 0; j < std::min(am::kChunk, c.memories - first); ++j) {
+            float p, gz;
+            am::visit<D>(walks[lane], &table[(first + j) * kQuads], p, gz);
+            weights[am::weight_at(j, 0, lane)] = p;
+            weights[am::weight_at(j, 1, lane)] = gz;
+          }
+        for (int kind = 0; kind < 2; ++kind)
+          collect<D>(kind, tile, weights.data(), first, c.memories,
+                     sums.data() + group % kWarps * stride);
+      }
+      for (auto& w : walks) {
+        am::end_back<D>(w);
+        heat += w.heat;
+      }
+    }
+    for (int lane = 0; lane < kWarp && group * kWarp + lane < c.rows; ++lane)
+      std::copy(walks[lane].g, walks[lane].g + c.d, grad_v + (group * kWarp + lane) * c.d);
+  }
+  for (int k = 0; k < c.memories; ++k)
+    am::combine<D>(sums.data(), stride, kWarps, k, &table[k * kQuads], c.betas[k], c.per_memory,
+                   heat, c.d, partial + k * (c.d + 2));
+}
+
+static Call call_of(int type, int packed, const void* v, const void* rho, const float* betas,
+                    const float* weights, const float* gain, const float* grad, int rows,
+                    int memories, int d, int steps, int tile, int per_memory) {
+  const Type kind = type == 0 ? Type::kFloat : type == 1 ? Type::kBFloat16 : Type::kHalf;
+  return {{v, 0, 0, d, 1, kind, packed != 0}, {rho, 0, 0, d, 1, kind, false},
+          {weights, 0, 0, 1, 0, Type::kFloat, false}, betas, gain, grad, rows, memories, d, steps,
+          tile, per_memory != 0};
+}
+
+#define FORWARD(D) case D: pick<D>(c, wide, out); return 0
+#define BACKWARD(D) case D: backward<D>(c, grad_v, partial, grad_mask); return 0
+
+extern "C" int recursion(int type, int wide, const void* v, const void* rho, const float* betas,
+                         const float* weights, const float* gain, float* out, int rows,
+                         int memories, int d, int steps, int tile, int per_memory) {
+  const Call c = call_of(type, wide, v, rho, betas, weights, gain, nullptr, rows, memories, d,
+                         steps, tile, per_memory);
+  switch (am::padded_features(d)) {
+    FORWARD(1); FORWARD(2); FORWARD(3); FORWARD(4); FORWARD(5);
+    FORWARD(6); FORWARD(7); FORWARD(8); FORWARD(12); FORWARD(16);
+  }
+  return 1;
+}
+
+extern "C" int recursion_backward(const float* v, const float* rho, const float* betas,
+                                  const float* weights, const float* gain, const float* grad,
+                                  float* grad_v, float* partial, float* grad_mask, int rows,
+                                  int memories, int d, int steps, int per_memory) {
+  const Call c = call_of(0, 1, v, rho, betas, weights, gain, grad, rows, memories, d, steps, 0,
+                         per_memory);
+  switch (am::padded_backward(d)) {
+    BACKWARD(1); BACKWARD(2); BACKWARD(3); BACKWARD(4);
+    BACKWARD(6); BACKWARD(8); BACKWARD(12); BACKWARD(16);
+  }
+  return 1;
+}
+
+extern "C" int backward_memories(int d) {
+  int k = 0;
+  while (am::backward_warps(am::padded_backward(d), k + 1) > 0) ++k;
+  return k;
+}
+
+extern "C" void centre(const float* rho, const float* weights, float* out, int memories, int d) {
+  const Call c = call_of(0, 0, nullptr, rho, nullptr, weights, nullptr, nullptr, 0, memories, d, 0,
+                         0, 0);
+  const Side side = find_centre(c);
+  std::copy(side.centre, side.centre + d, out);
+  out[d] = static_cast<float>(side.alive);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("csrc")
+    source, target = folder / "host.cpp", folder / "host.so"
+    source.write_text(HARNESS, encoding="utf-8")
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared"]
+    command = [str(GXX), *flags, "-fPIC", f"-I{CSRC}", str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(target))
+
+
+def pointers(*operands: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in operands]
+
+
+def memory_side(rho: Tensor, beta: float | Tensor) -> tuple[Tensor, int]:
+    """(a beta for each memory, whether they differ)."""
+    betas = torch.as_tensor(beta, dtype=torch.float32).reshape(-1)
+    return betas.expand(len(rho)).contiguous(), int(len(betas) > 1)
+
+
+def gain_of(v: Tensor, step: float, update_mask: Tensor | None) -> Tensor:
+    if update_mask is None:
+        return torch.full(v.shape, step)
+    return (step * update_mask.float()).contiguous()
+
+
+def recursion(
+    library: Any,
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    steps: int,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    wide: bool = True,
+    tile: int = 4096,
+) -> Tensor:
+    """Raw operands, as a launcher hands them on."""
+    v, rho = v.contiguous(), rho.contiguous()
+    (rows, d), memories = v.shape, len(rho)
+    betas, per_memory = memory_side(rho, beta)
+    out = torch.full(v.shape, torch.nan)
+    gain = gain_of(v, step, update_mask)
+    type_of = [torch.float32, torch.bfloat16, torch.float16].index(v.dtype)
+    operands = pointers(v, rho, betas, log_weights, gain, out)
+    sizes = (rows, memories, d, steps, tile, per_memory)
+    assert library.recursion(type_of, int(wide), *operands, *sizes) == 0
+    return out
+
+
+def recursion_backward(
+    library: Any,
+    grad: Tensor,
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    steps: int,
+    step: float = 1.0,
+    update_mask: Tensor | None = None,
+    log_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of v, rho, beta [K], update_mask, log_weights [K]."""
+    (rows, d), memories = v.shape, len(rho)
+    betas, per_memory = memory_side(rho, beta)
+    grad_v, grad_mask = torch.full((rows, d), torch.nan), torch.zeros(rows, d)
+    partial = torch.full((memories, d + 2), torch.nan)
+    gain = gain_of(v, step, update_mask)
+    operands = (v, rho, betas, log_weights, gain, grad, grad_v, partial, grad_mask)
+    sizes = (rows, memories, d, steps, per_memory)
+    assert library.recursion_backward(*pointers(*operands), *sizes) == 0
+    return grad_v, partial[:, :d], partial[:, d + 1], step * grad_mask, partial[:, d]
+
+
+def agrees(got: Tensor, args: tuple[Any, ...], scale: float) -> None:
+    """As exact as centred eager float32 of the same call, within a factor of 2 and 4 roundings.
+
+    By a quantile over rows: at the border of two basins a row multiplies its rounding errors in
+    every step, and which of two float32 results is nearer the truth there is luck.
+    """
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+    truth = am.am_recursion(*wide)
+    eager, error = ((x - truth).abs().amax(-1) for x in (am.am_recursion(*args), got))
+    rounding = 4 * torch.finfo(torch.float32).eps * scale
+    assert error.quantile(0.9) <= 2 * eager.quantile(0.9) + rounding
+    assert error.max() <= 1e-3 * scale
+
+
+def gradients(grad: Tensor, args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor | None]:
+    """Autograd's, of the reference in this dtype: v, rho, beta, update_mask, log_weights."""
+    v, rho, beta, steps, step, mask, weights = args
+    leaves = [
+        x.to(dtype).requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in (v, rho, beta, mask, weights)
+    ]
+    v, rho, beta, mask, weights = leaves
+    out = am.am_recursion(v, rho, beta, steps, step, mask, weights)
+    tracked = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    found = iter(torch.autograd.grad(out, tracked, grad.to(dtype), allow_unused=True))
+    return [
+        next(found) if isinstance(x, Tensor) and x.is_floating_point() else None for x in leaves
+    ]
+
+
+def gradients_agree(library: Any, grad: Tensor, args: tuple[Any, ...]) -> None:
+    """Each gradient as exact as eager float32's, within a factor of 2 and some roundings.
+
+    Those of rows by a quantile, as in `agrees`. Those of the memories' side are sums over rows, in
+    which a few at the borders of basins would drown all others, and their errors are luck: the
+    upstream gradient of such rows is 0 here.
+    """
+    nudge = 1e-6 * torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
+    nudged = (args[0].double() + nudge, *args[1:])
+    there, here = (gradients(grad, a, torch.float64)[0] for a in (nudged, args))
+    assert there is not None
+    assert here is not None
+    strain = (there - here).abs().amax(-1)
+    grad = torch.where(strain[:, None] <= 4 * strain.median(), grad, 0.0)
+    truth, eager = (gradients(grad, args, dtype) for dtype in (torch.float64, torch.float32))
+    got = recursion_backward(library, grad, *args)
+    names = ("v", "rho", "beta", "update_mask", "log_weights")
+    for name, found, exact, plain in zip(names, got, truth, eager, strict=True):
+        if exact is None or plain is None:
+            continue
+        if name == "beta" and len(exact) == 1:
+            found = found.double().sum().reshape(1)
+        assert found.isfinite().all(), name
+        errors = [(x - exact).abs().reshape(len(exact), -1).amax(-1) for x in (found, plain)]
+        of_rows = name in ("v", "update_mask")
+        error, allowed = (e.quantile(0.9 if of_rows else 1.0) for e in errors)
+        # eager's error of a single number may be next to nothing by luck
+        rounding = (8 if of_rows else 32) * torch.finfo(torch.float32).eps
+        size = exact.abs().max().clamp(min=1.0)
+        assert error <= 2 * allowed + rounding * size, (name, error, allowed)
+
+
+MASKS = (None, "bool", "float")
+WEIGHTS = (None, "finite", "some dead", "one alive")
+BETAS = (0.0, 0.3, 4.0, "per memory")
+STEPS = ((0, 1.0), (1, 1.0), (2, 0.5), (5, 0.3), (5, 1.0))
+
+
+@pytest.mark.parametrize("d", range(1, 17))
+def test_equals_the_reference(library: Any, d: int) -> None:
+    """Every K from 1 to 100 for every D; the sizes share the combinations among them."""
+    combinations = list(itertools.product(MASKS, WEIGHTS, BETAS, STEPS))
+    turn = itertools.islice(itertools.cycle(combinations), 100 * d, None)
+    for k in range(1, 101):
+        mask_kind, weight_kind, beta, (steps, step) = next(turn)
+        g = torch.Generator().manual_seed(1000 * d + k)
+        v = torch.randn(64, d, generator=g)
+        rho = torch.randn(k, d, generator=g)
+        mask = None
+        if mask_kind is not None:
+            mask = torch.rand(64, d, generator=g)
+            mask = mask > 0.4 if mask_kind == "bool" else mask
+        weights = None
+        if weight_kind is not None:
+            weights = torch.randn(k, generator=g)
+            if weight_kind == "some dead":
+                weights[torch.rand(k, generator=g) > 0.5] = -torch.inf
+            elif weight_kind == "one alive":
+                weights = torch.where(torch.arange(k) == k // 2, weights, -torch.inf)
+        if beta == "per memory":
+            beta = torch.rand(k, generator=g) * 2
+        args = (v, rho, beta, steps, step, mask, weights)
+        for wide, tile in ((True, 4096), (False, 4096), (True, 8)):
+            agrees(recursion(library, *args, wide=wide, tile=tile), args, 4.0)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 8, 11, 16])
+def test_rows_and_tiles_change_nothing_but_rounding(library: Any, d: int) -> None:
+    """A row's bits do not depend on the rows beside it."""
+    g = torch.Generator().manual_seed(d)
+    v, rho = torch.randn(9, d, generator=g), torch.randn(30, d, generator=g)
+    whole = recursion(library, v, rho, 1.5, 4)
+    for r in range(9):
+        assert torch.equal(recursion(library, v[r : r + 1], rho, 1.5, 4), whole[r : r + 1])
+    assert torch.equal(recursion(library, v, rho, 1.5, 4, wide=False), whole)
+
+
+@pytest.mark.parametrize("d", [1, 3, 8, 16])
+def test_far_from_the_origin_and_sharp(library: Any, d: int) -> None:
+    """Centring holds the expanded distance together; a late maximum takes the rescaling branch."""
+    g = torch.Generator().manual_seed(d)
+    rho = torch.randn(40, d, generator=g)
+    v = rho[:8] + 0.1 * torch.randn(8, d, generator=g)
+    for beta in (1.0, 300.0, torch.full((40,), 300.0)):
+        args = (v + 1000.0, rho + 1000.0, beta, 3)
+        agrees(recursion(library, *args), args, 1000.0)
+        args = (v, rho, beta, 3)
+        agrees(recursion(library, *args), args, 4.0)
+        worst_first = rho[(rho - v[0]).square().sum(-1).argsort(descending=True)]
+        args = (v[:1], worst_first, beta, 1)
+        agrees(recursion(library, *args), args, 4.0)
+
+
+def eager(v: Tensor, rho: Tensor, beta: float, steps: int) -> Tensor:
+    """What a user of torch writes: two products and a softmax, the bias folded into the first."""
+    bias, keys = -beta * rho.square().sum(-1), (2 * beta * rho).T
+    for _ in range(steps):
+        v = torch.softmax(torch.addmm(bias, v, keys), -1) @ rho
+    return v
+
+
+@pytest.mark.parametrize(("d", "k", "first"), [(16, 64, 213), (2, 8, 200)])
+def test_largest_errors_are_those_of_eager(library: Any, d: int, k: int, first: int) -> None:
+    """Over draws of memories, since errors of the table are the same for all rows of one: among
+    these are some with a fixed point that hardly attracts, where such errors are all that is left.
+    """
+    ratios = []
+    for seed in range(first, first + 12):
+        g = torch.Generator().manual_seed(seed)
+        rho = torch.randn(k, d, generator=g)
+        near = torch.randint(k, (4096,), generator=g)
+        v = 0.5 * torch.randn(4096, d, generator=g) + rho[near]
+        args = (v, rho, 3.0 / d, 10)
+        truth = am.am_recursion(v.double(), rho.double(), *args[2:])
+        errors = [(x - truth).abs().max() for x in (recursion(library, *args), eager(*args))]
+        ratios.append(errors[0] / errors[1])
+    assert torch.stack(ratios).log().mean().exp() <= 1.5
+
+
+def test_held_entries_keep_their_bits(library: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, rho = torch.randn(50, 5, generator=g) * 1e3, torch.randn(6, 5, generator=g) + 0.1
+    mask = torch.rand(50, 5, generator=g) > 0.5
+    out = recursion(library, v, rho, 0.5, 4, update_mask=mask)
+    assert torch.equal(out[~mask], v[~mask])
+    assert (out[mask] != v[mask]).all()
+    assert torch.equal(recursion(library, v, rho, 0.5, 0), v)
+    assert torch.equal(recursion(library, v, rho, 0.5, 3, step=0.0), v)
+
+
+def test_no_memory_alive_moves_nothing(library: Any) -> None:
+    v, rho = torch.randn(5, 3), torch.randn(4, 3)
+    dead = torch.full((4,), -torch.inf)
+    assert torch.equal(recursion(library, v, rho, 1.0, 3, log_weights=dead), v)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_memory_turns_every_row_to_nan(library: Any, bad: float) -> None:
+    v, rho = torch.randn(9, 3), torch.randn(4, 3)
+    rho[2, 1] = bad
+    mask = torch.rand(9, 3) > 0.5
+    for beta in (0.7, torch.rand(4)):
+        out = recursion(library, v, rho, beta, 2, update_mask=mask)
+        assert out.isnan().all()
+        weights = torch.tensor([0.0, 0.0, -torch.inf, 0.0])
+        assert recursion(library, v, rho, beta, 2, log_weights=weights).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("beta", [0.7, "per memory"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_bad_row_turns_to_nan_alone(library: Any, bad: float, beta: Any, weighted: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, rho = torch.randn(9, 4, generator=g), torch.randn(7, 4, generator=g)
+    beta = torch.rand(7, generator=g) if beta == "per memory" else beta
+    weights = torch.randn(7, generator=g) if weighted else None
+    if weights is not None:
+        weights[:2] = -torch.inf
+    broken = v.clone()
+    broken[4, 2] = bad
+    fine = recursion(library, v, rho, beta, 2, log_weights=weights)
+    out = recursion(library, broken, rho, beta, 2, log_weights=weights)
+    assert out[4].isnan().all()
+    others = torch.arange(9) != 4
+    assert torch.equal(out[others], fine[others])
+
+
+def test_the_centre_is_of_the_memories_that_take_part(library: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    for k, d in ((1, 1), (7, 3), (32, 16), (33, 5), (200, 8)):
+        rho = torch.randn(k, d, generator=g) + 100.0
+        weights = torch.randn(k, generator=g)
+        found = torch.zeros(d + 1)
+        for given in (None, weights):
+            alive = torch.ones(k, dtype=torch.bool)
+            if given is not None:
+                given[::2] = -torch.inf
+                rho[::2] = torch.nan
+                alive = given > -torch.inf
+            library.centre(*pointers(rho, given, found), k, d)
+            assert found[d] == alive.sum()
+            if alive.any():
+                mean = rho[alive].double().mean(0)
+                assert (found[:d] - mean).abs().max() <= 4e-7 * 100
+            else:
+                assert torch.equal(found[:d], torch.zeros(d))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [1, 2, 4, 7, 16])
+def test_reads_half_precision(library: Any, dtype: torch.dtype, d: int) -> None:
+    """Every pattern of 16 bits is read as what it stands for; a recursion computes in float32."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    bits = bits[: len(bits) // d * d].reshape(-1, d)
+    rho = torch.zeros(1, d, dtype=dtype)
+    for wide in (True, False):
+        out = recursion(library, bits, rho, 1.0, 0, wide=wide)
+        assert torch.equal(out.nan_to_num(nan=-7.0), bits.float().nan_to_num(nan=-7.0))
+    g = torch.Generator().manual_seed(d)
+    v, rho = (torch.randn(n, d, generator=g).to(dtype) for n in (40, 9))
+    assert torch.equal(
+        recursion(library, v, rho, 2.0, 3), recursion(library, v.float(), rho.float(), 2.0, 3)
+    )
+
+
+def test_a_dead_memory_may_hold_anything(library: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, rho, grad = (torch.randn(n, 3, generator=g) for n in (40, 20, 40))
+    weights = torch.randn(20, generator=g)
+    weights[[0, 5, 19]] = -torch.inf
+    fine = recursion(library, v, rho, 1.0, 3, log_weights=weights)
+    args = (1.0, 3, 0.7, None, weights)
+    slopes = recursion_backward(library, grad, v, rho, *args)
+    for bad in (torch.nan, torch.inf, 1e30):
+        rho[[0, 5, 19]] = bad
+        assert torch.equal(recursion(library, v, rho, 1.0, 3, log_weights=weights), fine)
+        for a, b in zip(recursion_backward(library, grad, v, rho, *args), slopes, strict=True):
+            assert torch.equal(a, b)
+    assert (slopes[1][[0, 5, 19]] == 0).all()
+
+
+@pytest.mark.parametrize("d", range(1, 17))
+def test_gradients_equal_autograd(library: Any, d: int) -> None:
+    betas = (0.3, torch.tensor([0.0]), torch.tensor([0.7]), torch.tensor([4.0]), "per memory")
+    steps = ((1, 1.0), (1, 0.5), (2, 0.7), (5, 0.3), (5, 1.0), (3, 1.4))
+    combinations = list(itertools.product(MASKS, WEIGHTS, betas, steps))
+    turn = itertools.islice(itertools.cycle(combinations), 23 * d, None, 7)
+    for k in (1, 2, 3, 5, 8, 13, 15, 16, 17, 20, 31, 32, 33, 48, 64, 90):
+        mask_kind, weight_kind, beta, (count, step) = next(turn)
+        g = torch.Generator().manual_seed(1000 * d + k)
+        v, grad = torch.randn(75, d, generator=g), torch.randn(75, d, generator=g)
+        rho = torch.randn(k, d, generator=g)
+        mask = None
+        if mask_kind is not None:
+            mask = torch.rand(75, d, generator=g)
+            mask = mask > 0.4 if mask_kind == "bool" else mask
+        weights = None
+        if weight_kind is not None:
+            weights = torch.randn(k, generator=g)
+            if weight_kind == "some dead":
+                weights[torch.rand(k, generator=g) > 0.5] = -torch.inf
+                weights[k // 2] = 0.0
+            elif weight_kind == "one alive":
+                weights = torch.where(torch.arange(k) == k // 2, weights, -torch.inf)
+        if isinstance(beta, str):
+            beta = torch.rand(k, generator=g) * 2
+        gradients_agree(library, grad, (v, rho, beta, count, step, mask, weights))
+
+
+@pytest.mark.parametrize("d", [1, 3, 8, 16])
+def test_gradients_far_from_the_origin_and_sharp(library: Any, d: int) -> None:
+    g = torch.Generator().manual_seed(d)
+    rho = torch.randn(40, d, generator=g)
+    v, grad = rho[:36] + 0.1 * torch.randn(36, d, generator=g), torch.randn(36, d, generator=g)
+    for beta in (torch.tensor([1.0]), torch.tensor([300.0]), torch.full((40,), 300.0)):
+        for shift in (0.0, 1000.0):
+            gradients_agree(library, grad, (v + shift, rho + shift, beta, 3, 1.0, None, None))
+
+
+def test_gradients_that_vanish_are_zero(library: Any) -> None:
+    """With one memory alive p = 1 to the last bit; with none the gradient passes through."""
+    g = torch.Generator().manual_seed(0)
+    for d in range(1, 17):
+        v, grad, rho = (torch.randn(n, d, generator=g) for n in (40, 40, 9))
+        for beta in (5.0, torch.rand(9, generator=g)):
+            one = torch.where(torch.arange(9) == 4, 0.3, -torch.inf)
+            grad_v, _, warm, _, weights = recursion_backward(
+                library, grad, v, rho, beta, 3, 1.0, None, one
+            )
+            assert not grad_v.any()
+            assert not warm.any()
+            assert not weights.any()
+            none = torch.full((9,), -torch.inf)
+            found = recursion_backward(library, grad, v, rho, beta, 3, 1.0, None, none)
+            assert torch.equal(found[0], grad)
+            assert not any(x.any() for x in found[1:])
+
+
+def test_a_bad_row_reaches_no_other_gradient(library: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, grad, rho = (torch.randn(n, 4, generator=g) for n in (70, 70, 20))
+    fine = recursion_backward(library, grad, v, rho, 0.7, 2)
+    v[40, 1] = torch.nan
+    found = recursion_backward(library, grad, v, rho, 0.7, 2)
+    others = torch.arange(70) != 40
+    assert found[0][40].isnan().all()
+    assert torch.equal(found[0][others], fine[0][others])
+    assert found[1].isnan().all()
+
+
+def test_python_knows_the_limit_of_the_backward(library: Any) -> None:
+    for d in range(1, 17):
+        assert am_small.backward_memories(d) == library.backward_memories(d)
+
+
+# ---- the Python side, with the bodies above in place of the compiled library ---------------------
+
+
+class HostOps:
+    """`torch.ops.clam_cuda` as csrc/register.cpp describes it, of float32 bodies."""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+        self.calls: list[tuple[Any, ...]] = []
+
+    def problem(self, cell: tuple[int, int], operands: Sequence[Tensor | None]) -> list[Any]:
+        return [None if x is None else x[cell].float().contiguous() for x in operands]
+
+    def recursion_small(self, *a: Any) -> Tensor:
+        self.calls.append(a)
+        v, rho, beta, number, weights, mask, steps, step = a
+        out = v.new_empty(v.shape)
+        for cell in itertools.product(*map(range, v.shape[:2])):
+            x, y, b, w, u = self.problem(cell, (v, rho, beta, weights, mask))
+            w = None if w is None else w.expand(len(y)).contiguous()
+            b = number if b is None else b
+            out[cell] = recursion(self.library, x, y, b, steps, step, u, w)
+        return out
+
+    def recursion_small_backward(self, *a: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls.append(a)
+        grad, v, rho, beta, number, weights, mask, steps, step, wide, memory, of_mask = a
+        grad_v = torch.empty(v.shape, dtype=torch.float32 if wide else v.dtype)
+        grad_mask = torch.empty(v.shape)
+        partials = torch.zeros(*v.shape[:2], 2, rho.shape[2], rho.shape[3] + 2)
+        for cell in itertools.product(*map(range, v.shape[:2])):
+            g, x, y, b, w, u = self.problem(cell, (grad, v, rho, beta, weights, mask))
+            w = None if w is None else w.expand(len(y)).contiguous()
+            b = number if b is None else b
+            for i in range(2):  # two slices of rows
+                part = slice(i, None, 2)
+                found = recursion_backward(
+                    self.library, g[part].contiguous(), x[part].contiguous(), y, b, steps, step,
+                    None if u is None else u[part], w,
+                )  # fmt: skip
+                grad_v[cell][part], grad_mask[cell][part] = found[0], found[3]
+                partials[cell][i] = torch.cat([found[1], found[4][:, None], found[2][:, None]], -1)
+        empty = torch.empty(0)
+        return grad_v, partials if memory else empty, grad_mask if of_mask else empty
+
+
+@pytest.fixture
+def host_ops(library: Any, monkeypatch: pytest.MonkeyPatch) -> HostOps:
+    ops = HostOps(library)
+    monkeypatch.setattr(torch.ops, "clam_cuda", ops, raising=False)
+    return ops
+
+
+# v, rho, beta, update_mask, log_weights
+SHAPES: list[tuple[Any, ...]] = [
+    ((7, 3), (5, 3), (), None, None),
+    ((7, 3), (5, 3), (5,), (7, 3), (5,)),
+    ((7, 1), (1, 1), (1,), (1, 1), (1,)),
+    ((7, 3), (4, 5, 3), (4, 1), (7, 1), None),
+    ((4, 7, 3), (5, 3), (5,), (3,), (4, 1)),
+    ((2, 1, 7, 3), (4, 5, 3), (2, 1, 5), (4, 1, 3), (4, 5)),
+    ((3, 1, 2, 7, 3), (4, 1, 5, 3), (1,), None, (2, 5)),
+    ((7, 3), (5, 3), None, (7, 3), (4, 5)),
+    ((0, 3), (5, 3), (5,), None, None),
+    ((0, 7, 3), (5, 3), (5,), (7, 3), None),
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("steps", "step"), [(2, 0.7), (1, 1.0), (0, 1.0), (2, 0.0)])
+def test_the_python_side(
+    host_ops: HostOps, shapes: tuple[Any, ...], dtype: torch.dtype, steps: int, step: float
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, rho, beta, mask, weights = (
+        None if shape is None else torch.rand(shape, generator=g).to(dtype).requires_grad_()
+        for shape in shapes
+    )
+    assert v is not None
+    assert rho is not None
+    beta = 2.0 if beta is None else beta
+    args = (v, rho, beta, steps, step, mask, weights)
+    wide = [x.detach().double() if isinstance(x, Tensor) else x for x in args]
+    leaves = [x.requires_grad_() if isinstance(x, Tensor) else x for x in wide]
+    truth = am.am_recursion(*leaves)
+    close = (
+        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    )
+    out = am_small.am_recursion(*[x.detach() if isinstance(x, Tensor) else x for x in args], "high")
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, truth.to(dtype), **close)
+
+    grad = torch.rand(1, generator=g).to(dtype).expand(out.shape)  # strides of 0
+    places = (0, 1, 2, 5, 6)
+    needs = [isinstance(args[i], Tensor) for i in places]
+    tracked = [leaves[i] for i, need in zip(places, needs, strict=True) if need]
+    exact = iter(torch.autograd.grad(truth, tracked, grad.double(), materialize_grads=True))
+    found = am_small.am_recursion_backward(grad, *[
+        x.detach() if isinstance(x, Tensor) else x for x in args
+    ], needs, "high")  # fmt: skip
+    for i, need, value in zip(places, needs, found, strict=True):
+        if not need:
+            assert value.shape == (0,)
+            continue
+        like = args[i]
+        assert (value.shape, value.dtype) == (like.shape, like.dtype)
+        assert value.is_contiguous()
+        torch.testing.assert_close(value, next(exact).to(dtype), **close)
+    none = am_small.am_recursion_backward(
+        grad, *[x.detach() if isinstance(x, Tensor) else x for x in args], [False] * 5, "high"
+    )
+    assert all(x.shape == (0,) for x in none)
+
+
+def test_one_step_and_its_gradient(host_ops: HostOps) -> None:
+    v, rho, grad = torch.randn(6, 2), torch.randn(3, 2), torch.randn(6, 2)
+    out, lse = am_small.am_step_saved(v, rho, 2.0, 0.5, None, None, "highest")
+    assert torch.equal(out, am_small.am_recursion(v, rho, 2.0, 1, 0.5, None, None, "highest"))
+    assert (lse.shape, lse.dtype) == ((6,), torch.float32)
+    needs = [True, True, False, False, False]
+    a = am_small.am_step_backward(grad, v, rho, 2.0, 0.5, None, None, lse, needs, "highest")
+    b = am_small.am_recursion_backward(grad, v, rho, 2.0, 1, 0.5, None, None, needs, "highest")
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_shared_operand_is_not_copied(host_ops: HostOps) -> None:
+    v, rho = torch.randn(7, 3), torch.randn(4, 5, 3)
+    am_small.am_recursion(v, rho, 2.0, 1, 1.0, torch.ones(7, 1) > 0, None, "highest")
+    given = host_ops.calls[-1]
+    assert given[0].data_ptr() == v.data_ptr()
+    assert given[0].stride()[:2] == (0, 0)
+    assert given[1].data_ptr() == rho.data_ptr()
+    assert given[5].stride() == (0, 0, 1, 0)
+
+
+def test_why_not() -> None:
+    v, rho = torch.randn(7, 16), torch.randn(5, 16)
+    assert am_small.why_not(v, rho, 1.0, 3, 1.0, None, None, "high") is None
+    assert am_small.why_not(v, rho, torch.tensor(torch.inf)) is None
+    assert am_small.why_not(v, rho, torch.inf) == "beta = inf"
+    assert am_small.why_not(v.double(), rho.double(), 1.0) == "float64"
+    assert am_small.why_not(torch.randn(7, 17), torch.randn(5, 17), 1.0) == "D = 17 > 16"
+    most = am_small.backward_memories(16)
+    assert am_small.why_not(v, torch.randn(most, 16), 1.0) is None
+    reason = f"K = {most + 1} > {most} for D = 16"
+    assert am_small.why_not(v, torch.randn(most + 1, 16), 1.0) == reason
