@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // clam_cuda::recursion_small: all steps of an associative memory's recursion over few features in
-// one launch. One thread owns R rows from the first step to the last; the memories are in shared
-// memory, in tiles where they do not fit. The contract stands in register.cpp; am.h has the
-// arithmetic.
+// one launch. Memories are in shared memory, in tiles where they do not fit. With many rows a
+// thread owns R of them from the first step to the last; with few, several lanes share one. A row's
+// bits are the same either way. The contract stands in register.cpp; am.h has the arithmetic.
 
 #include "am_problem.h"
 
@@ -11,94 +11,165 @@ namespace clam {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kSharedBytes = 47 * 1024;  // what a block may have without asking for more, less Side
-constexpr int kBlocksPerProcessor = 2048 / kThreads;
+constexpr int kSharedBytes = 45 * 1024;  // what a block may have without asking, less its own
+constexpr int kChunks = 4;               // memories that a lane weighs before they are shared out
 
 struct Forward : Problem {
   void* out;
-  int tile;  // memories in shared memory at a time, a multiple of am::kGroupMax
+  int tile;  // memories in shared memory at a time
 };
 
 // Blocks a multiprocessor is promised: without a number ptxas spills on some targets to reach its
 // own.
 constexpr int min_blocks(int features, int rows) {
-  return features <= 8 ? 4 : features <= 12 || rows == 1 ? 3 : 2;
+  return features <= 2 ? 6 : features <= 4 ? 5 : features <= 8 || rows == 1 ? 4 : 3;
 }
+
+// Which rows a block is at; in shared memory, since registers are scarcer.
+struct Turn {
+  int64_t item, end;      // the block's items are neighbours, so that it has few tables to fill
+  int64_t problem, part;  // part: which of the problem's items
+  Cell cell;
+  bool fresh;  // the block's first item of the problem
+};
+
+__device__ __forceinline__ void set(const Problem& p, Turn& turn, int64_t item, int64_t parts) {
+  turn.item = item;
+  turn.problem = item / parts;
+  turn.part = item - turn.problem * parts;
+  turn.cell = cell_of(p, turn.problem);
+}
+
+// One thread's work, between barriers.
+__device__ __forceinline__ void begin(const Problem& p, Turn& turn, int64_t parts) {
+  if (threadIdx.x > 0) return;
+  const int64_t items = p.problems * parts, each = items / gridDim.x, rest = items % gridDim.x;
+  const int64_t first = blockIdx.x * each + min(static_cast<int64_t>(blockIdx.x), rest);
+  turn.end = first + each + (blockIdx.x < rest);
+  turn.fresh = true;
+  set(p, turn, first, parts);
+}
+
+__device__ __forceinline__ void advance(const Problem& p, Turn& turn, int64_t parts) {
+  if (threadIdx.x > 0) return;
+  set(p, turn, turn.item + 1, parts);
+  turn.fresh = turn.part == 0;
+}
+
+// A problem's memories as a block has them: all in shared memory, or tile by tile.
+template <int D, am::Form F>
+struct Table {
+  const Problem& p;
+  Quad* slots;
+  Side& side;
+  int tile, whole;
+  bool staged = false;  // whether the table holds all memories of the problem
+
+  __device__ __forceinline__ bool resident() const { return p.memories <= tile; }
+
+  __device__ __forceinline__ void turn_to(const Turn& turn) {
+    if (!turn.fresh) return;
+    find_centre(p, turn.cell, side);
+    staged = false;
+  }
+
+  // Calls visit(slots, count) for every tile. All threads of the block take part.
+  template <class Visit>
+  __device__ __forceinline__ void sweep(const Turn& turn, const Visit& visit) {
+    for (int64_t at = 0; at < p.memories; at += tile) {
+      if (!staged || !resident()) {
+        const int64_t left = p.memories - at;
+        __syncthreads();  // the tile before may still be read
+        stage<D, F>(p, turn.cell, side, at, static_cast<int>(left < tile ? left : tile), whole,
+                    slots);
+        __syncthreads();
+        staged = true;
+      }
+      const int64_t count = min(p.memories - at, static_cast<int64_t>(tile));
+      visit(slots, (static_cast<int>(count) + whole - 1) / whole * whole);
+    }
+  }
+};
 
 // A row less the centre, 0 past the last row: such a thread has memories to stage for the others.
 template <int D>
-__device__ __forceinline__ unsigned load_state(const Problem& p, const Cell& cell, const Side& side,
-                                               int64_t row, int d, float (&x)[D]) {
+__device__ __forceinline__ void load_state(const Problem& p, const Cell& cell, const Side& side,
+                                           int64_t row, int d, float (&x)[D]) {
 #pragma unroll
   for (int i = 0; i < D; ++i) x[i] = 0.0f;
-  if (row >= p.rows) return ~0u;
-  load_row<D>(p.v, cell.v + row * p.v.row, p.v.packed, d, x);
+  if (row >= p.rows) return;
+  load_row<D>(p.v, start_of(p.v, cell) + row * p.v.row, p.v.packed, d, x);
 #pragma unroll
   for (int i = 0; i < D; ++i) x[i] -= side.centre[i];
-  const bool bytes = p.mask.data != nullptr && p.mask.type == Type::kByte;
-  return bytes ? mask_bits<D>(p, cell.mask + row * p.mask.row, d) : ~0u;
 }
 
+// Many rows: a thread owns R of them.
 template <int D, int R, am::Form F>
 __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
     recursion_small_kernel(const Forward p) {
-  extern __shared__ Quad table[];
+  extern __shared__ Quad slots[];
   __shared__ Side side;
+  __shared__ Turn turn;
+  __shared__ float heights[R][kThreads];  // registers are scarcer
   const int d = D <= 8 ? D : p.features;  // a constant where the compiled size is exact
-  const int64_t per_problem = (p.rows + R * kThreads - 1) / (R * kThreads);
-  const int64_t items = p.problems * per_problem;
-  const int64_t share = items / gridDim.x, rest = items % gridDim.x;
-  const int64_t begin = blockIdx.x * share + min(static_cast<int64_t>(blockIdx.x), rest);
-  const int64_t end = begin + share + (blockIdx.x < rest);
-  const bool resident = p.memories <= p.tile;
-  int64_t known = -1;  // the problem that `side` is of, and the table where it holds all memories
-  bool staged = false;
-  int count = 0;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t problem = item / per_problem;
-    const int64_t first = (item - problem * per_problem) * (R * kThreads) + threadIdx.x;
-    const Cell cell = cell_of(p, problem);
-    if (problem != known) {
-      __syncthreads();  // the problem before may still be read
-      find_centre(p, cell, side);
-      known = problem;
-      staged = false;
-    }
-    const float scale = F == am::Form::kShared ? am::scale_of(beta_of(p, cell, 0)) : 0.0f;
+  const int64_t parts = (p.rows + R * kThreads - 1) / (R * kThreads);
+  Table<D, F> table{p, slots, side, p.tile, am::kGroupMax};
+  for (begin(p, turn, parts);; advance(p, turn, parts)) {
+    __syncthreads();
+    if (turn.item >= turn.end) break;
+    table.turn_to(turn);
+    const int64_t first = turn.part * (R * kThreads) + threadIdx.x;
+    const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, turn.cell, 0));
 
     float x[R][D];
-    unsigned bits[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      bits[r] = load_state<D>(p, cell, side, first + r * kThreads, d, x[r]);
+      const int64_t row = first + r * kThreads;
+      load_state<D>(p, turn.cell, side, row, d, x[r]);
+      heights[r][threadIdx.x] = side.peak;
     }
     // Where no memory takes part nothing moves.
     for (int64_t t = 0; t < p.steps && side.alive > 0; ++t) {
-      float lift[R];
+      float lift[R], shift[R];
       am::Recall<D> recall[R];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        am::begin<D>(recall[r]);
-        lift[r] = p.per_memory ? am::lift_of<D>(x[r]) : 0.0f;
+        const am::Stand stand = am::stand_of<D>(x[r], scale, p.per_memory);
+        lift[r] = stand.lift;
+        shift[r] = heights[r][threadIdx.x] + stand.reach;
       }
-      for (int64_t at = 0; at < p.memories; at += p.tile) {
-        if (!staged || !resident) {
-          const int64_t left = p.memories - at;
-          __syncthreads();  // the tile before may still be read
-          count = stage<D, F>(p, cell, side, at, static_cast<int>(left < p.tile ? left : p.tile),
-                              table);
-          __syncthreads();
-          staged = true;
+      float top[R];
+      am::Pass pass = am::Pass::kFirst;
+      do {
+        const bool search = pass == am::Pass::kSearch;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          if (search) {
+            top[r] = kLowest;
+          } else {
+            am::begin<D>(recall[r]);
+          }
         }
-        am::fold<D, R, F>(table, count, x, lift, scale, recall);
-      }
+        table.sweep(turn, [&](const Quad* memories, int count) {
+          if (search) {
+            am::search<D, R, F>(memories, count, x, lift, scale, top);
+          } else {
+            am::fold<D, R, F>(memories, count, x, lift, shift, scale, recall);
+          }
+        });
+        bool again = false;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          again |= am::turn(pass, recall[r].mass, top[r], heights[r][threadIdx.x], shift[r]);
+        }
+        pass = am::next(pass, table.resident() ? again : __syncthreads_or(again));
+      } while (pass != am::Pass::kDone);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const int64_t row = first + r * kThreads;
-        const int64_t mask = cell.mask + row * p.mask.row;
         const float inverse = 1.0f / recall[r].mass;
         float gain[D];
-        load_gain<D>(p, bits[r], mask, row < p.rows, d, gain);
+        load_gain<D>(p, turn.cell, row, d, gain);
 #pragma unroll
         for (int i = 0; i < D; ++i) {
           x[r][i] = am::advance(x[r][i], recall[r].sum[i] * inverse, gain[i]);
@@ -111,24 +182,146 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
       const int64_t row = first + r * kThreads;
       if (row >= p.rows) continue;
       float given[D];
-      load_row<D>(p.v, cell.v + row * p.v.row, p.v.packed, d, given);
+      load_row<D>(p.v, start_of(p.v, turn.cell) + row * p.v.row, p.v.packed, d, given);
 #pragma unroll
       for (int i = 0; i < D; ++i) x[r][i] = am::restore(x[r][i], given[i], side.centre[i]);
-      store_row<D>(p.out, p.v.type, (problem * p.rows + row) * d, d, x[r]);
+      store_row<D>(p.out, p.v.type, (turn.problem * p.rows + row) * d, d, x[r]);
     }
+    __syncthreads();  // before the turn is another
   }
+}
+
+// What the lanes of a row do instead of am::fold: each weighs memories of its own, and each sums
+// one feature over all of them, in the same order. `weights` are the row's, to be handed round.
+template <int D, am::Form F>
+__device__ __forceinline__ void fold_together(const Quad* slots, int count, int lane,
+                                              const float (&x)[D], float lift, float shift,
+                                              float* weights, float& mass, float& sum) {
+  using S = am::Slot<D, F>;
+  constexpr int L = am::lanes_of(D);
+  const float* value = reinterpret_cast<const float*>(slots) + lane;
+  CLAM_ROLLED
+  for (int first = 0; first < count; first += L * kChunks) {
+#pragma unroll
+    for (int k = 0; k < L * kChunks; k += L) {
+      float memory[S::kFloats];
+      am::unpack<D, F>(slots + (first + k + lane) * S::kQuads, memory);
+      weights[k + lane] = am::weight_of<D, F>(memory, x, lift, shift, 0.0f);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < L * kChunks; k += 4, value += 4 * S::kFloats) {
+      const Quad w = *reinterpret_cast<const Quad*>(weights + k);
+      const float four[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        mass += four[j];
+        sum = fused(four[j], value[j * S::kFloats], sum);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// Few rows: lanes share one, all with its whole state, each to advance one feature.
+template <int D>
+__global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const Forward p) {
+  constexpr auto F = am::Form::kPerMemory;
+  constexpr int L = am::lanes_of(D), kBlockRows = kThreads / L;
+  extern __shared__ Quad slots[];
+  __shared__ Side side;
+  __shared__ Turn turn;
+  __shared__ Quad shelf[kThreads * kChunks / 4];  // what lanes of a row tell each other
+  const int lane = threadIdx.x % L, d = p.features;
+  float* const mine = &shelf[0].x + threadIdx.x / L * (L * kChunks);
+  const int64_t parts = (p.rows + kBlockRows - 1) / kBlockRows;
+  Table<D, F> table{p, slots, side, p.tile, L * kChunks};
+  for (begin(p, turn, parts);; advance(p, turn, parts)) {
+    __syncthreads();
+    if (turn.item >= turn.end) break;
+    table.turn_to(turn);
+    const int64_t row = turn.part * kBlockRows + threadIdx.x / L;
+    const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, turn.cell, 0));
+    const bool real = row < p.rows && lane < d;
+    float x[1][D], state = 0.0f, height = side.peak;
+    load_state<D>(p, turn.cell, side, row, d, x[0]);
+#pragma unroll
+    for (int i = 0; i < D; ++i) state = i == lane ? x[0][i] : state;
+    const float gain =
+        real ? load_gain(p, start_of(p.mask, turn.cell) + row * p.mask.row + lane * p.mask.feature)
+             : 0.0f;
+
+    for (int64_t t = 0; t < p.steps && side.alive > 0; ++t) {
+      const am::Stand stand = am::stand_of<D>(x[0], scale, p.per_memory);
+      float shift = height + stand.reach, mass = 0.0f, sum = 0.0f, top[1];
+      am::Pass pass = am::Pass::kFirst;
+      do {
+        const bool search = pass == am::Pass::kSearch;
+        if (search) {
+          top[0] = kLowest;
+        } else {
+          mass = sum = 0.0f;
+        }
+        table.sweep(turn, [&](const Quad* memories, int count) {
+          if (search) {
+            am::search<D, 1, F>(memories, count, x, {stand.lift}, 0.0f, top);
+          } else {
+            fold_together<D, F>(memories, count, lane, x[0], stand.lift, shift, mine, mass, sum);
+          }
+        });
+        const bool again = am::turn(pass, mass, top[0], height, shift);
+        pass = am::next(pass, table.resident() ? __any_sync(~0u, again) : __syncthreads_or(again));
+      } while (pass != am::Pass::kDone);
+      state = am::advance(state, sum * (1.0f / mass), gain);
+      mine[lane] = state;
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < D; ++i) x[0][i] = mine[i];
+      __syncwarp();
+    }
+
+    if (real) {
+      const int64_t at = start_of(p.v, turn.cell) + row * p.v.row + lane * p.v.feature;
+      store_entry(p.out, p.v.type, (turn.problem * p.rows + row) * d + lane,
+                  am::restore(state, load_entry(p.v, at), side.centre[lane]));
+    }
+    __syncthreads();  // before the turn is another
+  }
+}
+
+template <int D, am::Form F>
+int tile_of(const Forward& p, int whole) {
+  constexpr int64_t kSlotBytes = am::Slot<D, F>::kQuads * sizeof(Quad);
+  const int64_t fits = kSharedBytes / kSlotBytes / whole * whole;
+  return static_cast<int>(std::min((p.memories + whole - 1) / whole * whole, fits));
 }
 
 template <int D, int R, am::Form F>
 void launch(Forward& p, int processors, cudaStream_t stream) {
-  constexpr int64_t kSlotBytes = am::Slot<D, F>::kQuads * sizeof(Quad);
-  constexpr int64_t kFits = kSharedBytes / kSlotBytes / am::kGroupMax * am::kGroupMax;
-  p.tile = static_cast<int>(std::min(am::table_size(p.memories), kFits));
-  p.v.packed = Checked::packed(p.v, p.features, D);
+  p.tile = tile_of<D, F>(p, am::kGroupMax);
   const int64_t items = p.problems * ((p.rows + R * kThreads - 1) / (R * kThreads));
-  const int64_t most = static_cast<int64_t>(processors) * kBlocksPerProcessor;
+  // As many blocks as are resident, so that each fills its table once.
+  static const int resident = [] {
+    int blocks = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &blocks, recursion_small_kernel<D, R, F>, kThreads, 0));
+    return std::max(1, blocks);
+  }();
+  const int64_t most = static_cast<int64_t>(processors) * resident;
   recursion_small_kernel<D, R, F><<<static_cast<unsigned>(std::min(items, most)), kThreads,
-                                    static_cast<size_t>(p.tile * kSlotBytes), stream>>>(p);
+                                    p.tile * am::Slot<D, F>::kQuads * sizeof(Quad), stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <int D>
+void launch_shared(Forward& p, cudaStream_t stream) {
+  constexpr auto F = am::Form::kPerMemory;
+  constexpr int kBlockRows = kThreads / am::lanes_of(D);
+  p.tile = tile_of<D, F>(p, am::lanes_of(D) * kChunks);
+  const int64_t items = p.problems * ((p.rows + kBlockRows - 1) / kBlockRows);
+  const int64_t blocks = std::min<int64_t>(items, 0x7fffffff);
+  recursion_shared_kernel<D><<<static_cast<unsigned>(blocks), kThreads,
+                               p.tile * am::Slot<D, F>::kQuads * sizeof(Quad), stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -136,10 +329,14 @@ template <int D>
 void launch(Forward& p, int processors, cudaStream_t stream) {
   constexpr int R = am::rows_per_thread(D);
   constexpr auto kShared = am::Form::kShared, kPerMemory = am::Form::kPerMemory;
-  // With few rows one row a thread fills the machine better than reuse of the memories pays. A
-  // row's bits do not depend on it, nor on the grid.
-  const bool wide = p.problems * (p.rows / (R * kThreads)) >= 2 * processors;
-  if (!wide) {
+  p.v.packed = Checked::packed(p.v, p.features, D);
+  // With few rows, or few of each problem, a row's latency is all that counts; with some more, one
+  // row a thread fills the machine better than reuse of the memories pays. A row's bits depend on
+  // neither.
+  const bool few = p.problems * p.rows * am::lanes_of(D) <= processors * 1024;
+  if (few || p.rows <= kThreads / 4) {
+    launch_shared<D>(p, stream);
+  } else if (p.problems * (p.rows / (R * kThreads)) < 2 * processors) {
     // A lift of 0 makes the form with a beta per memory that with one for all, bit for bit.
     launch<D, 1, kPerMemory>(p, processors, stream);
   } else if (p.per_memory) {

@@ -10,6 +10,11 @@
 // with scale = 2 beta and bias = log w - beta |rho|^2. The term |x|^2 is the same for all memories
 // in the first form and drops out. A table holds the memories, each in whole Quads; its length is a
 // multiple of kGroupMax, filled up with memories of bias -inf.
+//
+// Weights are relative to 2^shift, a number of the row's that is known before the first memory is
+// looked at: -beta |rho_k - x|^2 is never above 0, so that the largest log w bounds all logits. The
+// mass tells afterwards whether that was near enough; if not, the largest logit is searched for and
+// becomes the shift. There is no running maximum, and no branch in the loop over memories.
 
 #pragma once
 
@@ -22,9 +27,9 @@ namespace am {
 constexpr int kMaxFeatures = 16;
 constexpr int kGroupMax = 4;
 
-// The running maximum may lag behind the true one by this much (in powers of 2): the sums stay far
-// from overflow, and rescaling them becomes a branch that is hardly ever taken.
-constexpr float kLag = 8.0f;
+// A mass between these is as good as one relative to the largest weight: what hardware flushes to 0
+// is under 2^-78 of it, and the shift is not so far off that taking it away would round.
+constexpr float kFaint = 1.0f / (int64_t{1} << 48), kLoud = int64_t{1} << 48;
 
 // What a memory's slot of the table holds beside its features: its bias; with a beta per memory its
 // scale; for the backward, which serves both forms with one kernel, its scale and its norm.
@@ -34,10 +39,15 @@ enum class Form { kShared, kPerMemory, kBackward };
 CLAM_HD constexpr int padded_features(int d) { return d <= 8 ? d : d <= 12 ? 12 : 16; }
 
 // Rows of one thread: each memory that is read from shared memory serves all of them.
-CLAM_HD constexpr int rows_per_thread(int features) { return features <= 4 ? 4 : 2; }
+CLAM_HD constexpr int rows_per_thread(int features) { return features <= 8 ? 4 : 3; }
 
-// Memories looked at before the maximum is compared: more hide latency, and cost registers.
-CLAM_HD constexpr int group_size(int features) { return features <= 4 ? 4 : features <= 8 ? 2 : 1; }
+// Lanes that share a row where rows are few.
+CLAM_HD constexpr int lanes_of(int features) { return features <= 4 ? 4 : features <= 8 ? 8 : 16; }
+
+// Memories in flight at a time: more hide latency, and cost registers.
+CLAM_HD constexpr int group_size(int features, int rows) {
+  return features <= 4 ? (rows == 1 ? 4 : 2) : rows == 1 ? 2 : 1;
+}
 
 CLAM_HD constexpr int64_t table_size(int64_t memories) {
   return (memories + kGroupMax - 1) / kGroupMax * kGroupMax;
@@ -81,37 +91,43 @@ CLAM_HD void add_alive(const Rows& rho, int64_t rho_start, const Rows& weights,
 // 2 beta in base 2: what all inner products are multiplied by.
 CLAM_HD float scale_of(float beta) { return product(kLog2e, 2.0f * beta); }
 
-// One memory as the caller has it, into the table. Of one that takes no part nothing is looked at.
-// Errors of the table are the same for every row and step, and move borders and fixed points: the
-// bias is rounded once, and is of the scale as rounded, with which the logit is a squared distance.
-template <int D, Form F>
-CLAM_HD void pack(const float (&memory)[D], const float* centre, float beta, float log_weight,
-                  Quad* slot) {
+// One memory into the table; `load(i)` gives a feature of it as the caller has it. Of one that
+// takes no part nothing is looked at. Errors of the table are the same for every row and step, and
+// move borders and fixed points: the bias is rounded once, and is of the scale as rounded, with
+// which the logit is a squared distance. A Quad at a time: a table is filled while rows are in
+// registers.
+template <int D, Form F, class Load>
+CLAM_HD void pack(const Load& load, const float* centre, float beta, float log_weight, Quad* slot) {
   using S = Slot<D, F>;
   const bool alive = log_weight != -kInfinity;
   const float scale = scale_of(beta);
-  float f[S::kFloats];
   double norm = 0.0;
   CLAM_UNROLL
-  for (int i = 0; i < S::kFloats; ++i) {
-    f[i] = i < D && alive ? memory[i < D ? i : 0] - centre[i < D ? i : 0] : 0.0f;
-    norm += static_cast<double>(f[i]) * f[i];
-  }
-  const double bias = 1.4426950408889634 * log_weight - 0.5 * scale * norm;
-  f[D] = alive ? static_cast<float>(bias) : -kInfinity;
-  if (F != Form::kShared && alive) f[D + (S::kExtra > 1 ? 1 : 0)] = scale;
-  if (F == Form::kBackward) f[D + (S::kExtra > 2 ? 2 : 0)] = static_cast<float>(norm);
-  CLAM_UNROLL
-  for (int i = 0; i < S::kQuads; ++i) {
-    slot[i] = Quad{f[4 * i], f[4 * i + 1], f[4 * i + 2], f[4 * i + 3]};
+  for (int q = 0; q < S::kQuads; ++q) {
+    float f[4];
+    CLAM_APART();
+    CLAM_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int i = 4 * q + j;
+      f[j] = i < D && alive ? load(i < D ? i : 0) - centre[i < D ? i : 0] : 0.0f;
+      norm += static_cast<double>(f[j]) * f[j];
+    }
+    CLAM_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int i = 4 * q + j;
+      const double bias = 1.4426950408889634 * log_weight - 0.5 * scale * norm;
+      if (i == D) f[j] = alive ? static_cast<float>(bias) : -kInfinity;
+      if (i == D + 1 && S::kExtra > 1) f[j] = alive ? scale : 0.0f;
+      if (i == D + 2 && S::kExtra > 2) f[j] = static_cast<float>(norm);
+    }
+    slot[q] = Quad{f[0], f[1], f[2], f[3]};
   }
 }
 
 // Fills up a table: weight 0 for every row. A row that is not finite turns to NaN all the same.
 template <int D, Form F>
 CLAM_HD void pack_padding(Quad* slot) {
-  const float nothing[D] = {};
-  pack<D, F>(nothing, nothing, 0.0f, -kInfinity, slot);
+  pack<D, F>([](int) { return 0.0f; }, nullptr, 0.0f, -kInfinity, slot);
 }
 
 template <int D, Form F>
@@ -126,7 +142,9 @@ CLAM_HD void unpack(const Quad* slot, float (&memory)[Slot<D, F>::kFloats]) {
   }
 }
 
-// What a row has seen of the memories in this step: weights are relative to 2^top.
+// What a row has seen of the memories in this step: weights are relative to 2^shift. `top` is the
+// largest logit, for the backward alone: only with it is the weight of a row's only memory
+// exactly 1.
 template <int D>
 struct Recall {
   float top;
@@ -140,17 +158,51 @@ CLAM_HD void begin(Recall<D>& recall) {
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) recall.sum[i] = 0.0f;
   recall.mass = 0.0f;
-  // Not -inf: a memory of bias -inf that comes first must weigh 0 and not exp2(-inf + inf).
+  // Not -inf, with which a row of which all logits are -inf would have other NaNs.
   recall.top = kLowest;
 }
 
-// What one beta per memory adds to each inner product.
+// Where a row stands in a step: `lift` is what one beta per memory adds to each inner product,
+// `reach` how far the logits of one beta for all, which lack |x|^2, are above those that have it.
+struct Stand {
+  float lift, reach;
+};
+
 template <int D>
-CLAM_HD float lift_of(const float (&x)[D]) {
+CLAM_HD float norm_of(const float (&x)[D]) {
   float norm = 0.0f;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) norm = fused(x[i], x[i], norm);
-  return -0.5f * norm;
+  return norm;
+}
+
+// `scale` is that of one beta for all.
+template <int D>
+CLAM_HD Stand stand_of(const float (&x)[D], float scale, bool per_memory) {
+  const float half = 0.5f * norm_of<D>(x);
+  return {per_memory ? -half : 0.0f, per_memory ? 0.0f : product(scale, half)};
+}
+
+// Whether the shift was near enough; of a row that is not finite never.
+CLAM_HD bool settled(float mass) { return mass >= kFaint && mass <= kLoud; }
+
+// How often the memories are looked at in a step: folded, and if some row's shift was off, searched
+// and folded again.
+enum class Pass { kFirst, kSearch, kLast, kDone };
+
+// After a pass: whether this row wants another, and its shift after a search. `height` is the shift
+// less its reach, which is the next step's guess. A row that is settled keeps its shift and is
+// folded again to the same bits.
+CLAM_HD bool turn(Pass pass, float mass, float top, float& height, float& shift) {
+  if (pass == Pass::kSearch && !settled(mass)) {
+    height += top - shift;
+    shift = top;
+  }
+  return pass == Pass::kSearch || (pass == Pass::kFirst && !settled(mass));
+}
+
+CLAM_HD Pass next(Pass pass, bool again) {
+  return !again ? Pass::kDone : pass == Pass::kFirst ? Pass::kSearch : Pass::kLast;
 }
 
 // The bias comes last: it is large where beta is, and a sum that started from it would round D
@@ -161,16 +213,21 @@ CLAM_HD float logit(const float* memory, float inner, float lift, float scale) {
   return fused(memory[D + (F == Form::kShared ? 0 : 1)], inner + lift, memory[D]);
 }
 
+// The weight of the memory in a slot for one row.
+template <int D, Form F>
+CLAM_HD float weight_of(const float* memory, const float (&x)[D], float lift, float shift,
+                        float scale) {
+  return exp2_weight(logit<D, F>(memory, inner_product<D>(memory, x), lift, scale) - shift);
+}
+
 // Folds a table of `count` memories (a multiple of kGroupMax) into what R rows have seen; `scale`
-// is in base 2, as the table is. NaN passes through: fmaxf drops it, the weight keeps it.
+// is in base 2, as the table is.
 template <int D, int R, Form F>
 CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const float (&lift)[R],
-                  float scale, Recall<D> (&recall)[R]) {
+                  const float (&shift)[R], float scale, Recall<D> (&recall)[R]) {
   using S = Slot<D, F>;
-  constexpr int G = group_size(D);
+  constexpr int G = group_size(D, R);
   static_assert(kGroupMax % G == 0, "tables are filled up to kGroupMax");
-  // The backward wants the true maximum: only so is the weight of a row's only memory exactly 1.
-  constexpr float lag = F == Form::kBackward ? 0.0f : kLag;
   // A group is unrolled as far as registers allow; the compiler would go on and spill.
   CLAM_ROLLED
   for (int k = 0; k < count; k += G) {
@@ -178,29 +235,36 @@ CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const fl
     CLAM_UNROLL
     for (int j = 0; j < G; ++j) unpack<D, F>(table + (k + j) * S::kQuads, memory[j]);
     CLAM_UNROLL
+    for (int j = 0; j < G; ++j) {
+      CLAM_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const float inner = inner_product<D>(memory[j], x[r]);
+        const float z = logit<D, F>(memory[j], inner, lift[r], scale);
+        const float weight = exp2_weight(z - shift[r]);
+        if (F == Form::kBackward) recall[r].top = fmaxf(recall[r].top, z);
+        recall[r].mass += weight;
+        CLAM_UNROLL
+        for (int i = 0; i < D; ++i) {
+          recall[r].sum[i] = fused(weight, memory[j][i], recall[r].sum[i]);
+        }
+      }
+    }
+  }
+}
+
+// The largest logits of R rows so far, from kLowest on. fmaxf drops NaN, the weight keeps it.
+template <int D, int R, Form F>
+CLAM_HD void search(const Quad* table, int count, const float (&x)[R][D], const float (&lift)[R],
+                    float scale, float (&top)[R]) {
+  using S = Slot<D, F>;
+  CLAM_ROLLED
+  for (int k = 0; k < count; ++k) {
+    float memory[S::kFloats];
+    unpack<D, F>(table + k * S::kQuads, memory);
+    CLAM_UNROLL
     for (int r = 0; r < R; ++r) {
-      Recall<D>& seen = recall[r];
-      float z[G];
-      float top = -kInfinity;
-      CLAM_UNROLL
-      for (int j = 0; j < G; ++j) {
-        z[j] = logit<D, F>(memory[j], inner_product<D>(memory[j], x[r]), lift[r], scale);
-        top = fmaxf(top, z[j]);
-      }
-      if (top > seen.top + lag) {
-        const float shrink = exp2_weight(seen.top - top);
-        seen.top = top;
-        seen.mass *= shrink;
-        CLAM_UNROLL
-        for (int i = 0; i < D; ++i) seen.sum[i] *= shrink;
-      }
-      CLAM_UNROLL
-      for (int j = 0; j < G; ++j) {
-        const float weight = exp2_weight(z[j] - seen.top);
-        seen.mass += weight;
-        CLAM_UNROLL
-        for (int i = 0; i < D; ++i) seen.sum[i] = fused(weight, memory[j][i], seen.sum[i]);
-      }
+      const float inner = inner_product<D>(memory, x[r]);
+      top[r] = fmaxf(top[r], logit<D, F>(memory, inner, lift[r], scale));
     }
   }
 }

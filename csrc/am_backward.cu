@@ -76,6 +76,58 @@ __device__ __forceinline__ void mask_back(float* row, bool first, float step, in
   }
 }
 
+// c += a * b on matrix units, in two parts for their sum: that of what operands have beyond a
+// tf32's 11 bits, and the rest.
+struct Split {
+  float high, low;
+};
+
+// Rounded by hand: sm_90 has no instruction for it, and takes the units' truncation for one. NaN
+// may turn to 0 in `high` and stays in `low`.
+__device__ __forceinline__ Split split(float x) {
+  const float high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+  return {high, x - high};
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], float a0, float a1, float a2, float a3,
+                                         float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+        "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// Sums over the rows of a warp for one kind and the memories of a chunk.
+template <int D, int Kind>
+__device__ __forceinline__ void collect(const Tiles& tiles, int first, int memories) {
+  constexpr int kFirstColumn = Kind == 0 ? 0 : am::cross_column(D);
+  constexpr int kProducts = (D + 2 * Kind + am::kColumns - 1) / am::kColumns;
+  const int lane = threadIdx.x % kWarp;
+  float high[kProducts][4] = {}, low[kProducts][4] = {};
+#pragma unroll
+  for (int group = 0; group < kWarp / am::kGroup; ++group) {
+    float left[4];
+    am::load_left(tiles.weights, Kind, group, lane, left);
+    const Split a[4] = {split(left[0]), split(left[1]), split(left[2]), split(left[3])};
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) {
+      float right[2];
+      am::load_right<D>(tiles.rows, kFirstColumn + i * am::kColumns, group, lane, right);
+      const Split b[2] = {split(right[0]), split(right[1])};
+      multiply(low[i], a[0].low, a[1].low, a[2].low, a[3].low, b[0].high, b[1].high);
+      multiply(low[i], a[0].high, a[1].high, a[2].high, a[3].high, b[0].low, b[1].low);
+      multiply(high[i], a[0].high, a[1].high, a[2].high, a[3].high, b[0].high, b[1].high);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kProducts; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) high[i][j] += low[i][j];
+    am::add_sums<D>(high[i], Kind, i * am::kColumns, first, memories, lane, tiles.sums);
+  }
+}
+
 // All memories for the rows of a warp in one step back. The barriers: tiles are read by other lanes
 // than wrote them, and written again for the next chunk.
 template <int D>
@@ -83,14 +135,12 @@ __device__ __forceinline__ void memories_back(const Backward& p, const Quad* tab
                                               const Tiles& tiles, am::Walk<D>& w) {
   constexpr int kQuads = am::Slot<D, am::Form::kBackward>::kQuads;
   // Memories in flight at a time, as far as registers allow.
-  constexpr int kUnroll = D <= 4 ? 4 : D <= 8 ? 2 : 1;
+  constexpr int kUnroll = D <= 4 ? 4 : 2;
   const int lane = threadIdx.x % kWarp;
   const bool sums = p.partials != nullptr;
-  if (sums) am::write_row<D>(w, tiles.rows, lane);
   const int memories = static_cast<int>(p.memories);
-#pragma unroll(kUnroll)
-  for (int k = 0; k < memories; ++k) am::survey<D>(w, table + k * kQuads);
-  w.level += w.excess;
+  if (sums) am::write_row<D>(w, tiles.rows, lane);
+  if (w.inverse == 0.0f) am::survey<D>(w, table, memories);
   CLAM_ROLLED
   for (int first = 0; first < memories; first += am::kChunk) {
     const int count = min(memories - first, am::kChunk);
@@ -105,10 +155,31 @@ __device__ __forceinline__ void memories_back(const Backward& p, const Quad* tab
     }
     if (sums) {
       __syncwarp();
-      am::collect<D>(tiles.rows, tiles.weights, lane, first, memories, tiles.sums);
+      collect<D, 0>(tiles, first, memories);
+      __syncwarp();  // products want all lanes at once
+      collect<D, 1>(tiles, first, memories);
       __syncwarp();
     }
   }
+}
+
+// A step forward, and how the way back will weigh the memories.
+template <int D>
+__device__ __forceinline__ void recall_back(const Quad* table, int count, const float (&x)[1][D],
+                                            float scale, bool per_memory, float& height,
+                                            float (&recalled)[D], float& top, float& inverse) {
+  const am::Stand stand = am::stand_of<D>(x[0], scale, per_memory);
+  const float lift[1] = {stand.lift};
+  float shift[1] = {height + stand.reach};
+  am::Recall<D> recall[1];
+  while (true) {
+    am::begin<D>(recall[0]);
+    am::fold<D, 1, am::Form::kBackward>(table, count, x, lift, shift, 0.0f, recall);
+    if (am::settled(recall[0].mass) || shift[0] == recall[0].top) break;
+    height += recall[0].top - shift[0];
+    shift[0] = recall[0].top;
+  }
+  am::weigh_back<D>(recall[0], shift[0], recalled, top, inverse);
 }
 
 // The rows of one warp forward and back; returns what they add to the gradient of one beta for all,
@@ -118,43 +189,32 @@ __device__ __forceinline__ double walk(const Backward& p, const Cell& cell, cons
                                        const Quad* table, const Tiles& tiles, int64_t problem,
                                        int64_t row, int d, float* strip) {
   const bool real = row < p.rows;
-  const int64_t mask = cell.mask + row * p.mask.row;
   constexpr int kStepFloats = (2 * D + 2) * kWarp;
   const int count = static_cast<int>(am::table_size(p.memories));
-  unsigned bits = ~0u;
+  const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, cell, 0));
   am::Walk<D> w;
   float recalled[D], gain[D];
   float x[1][D] = {};
+  float height = side.peak;
   if (real) {
-    load_row<D>(p.v, cell.v + row * p.v.row, p.v.packed, d, x[0]);
+    load_row<D>(p.v, start_of(p.v, cell) + row * p.v.row, p.v.packed, d, x[0]);
 #pragma unroll
     for (int i = 0; i < D; ++i) x[0][i] -= side.centre[i];
-    if (p.mask.data != nullptr && p.mask.type == Type::kByte) bits = mask_bits<D>(p, mask, d);
   }
   for (int64_t t = 0;; ++t) {
-    const float lift[1] = {p.per_memory ? am::lift_of<D>(x[0]) : 0.0f};
-    am::Recall<D> recall[1];
-    am::begin<D>(recall[0]);
-    am::fold<D, 1, am::Form::kBackward>(table, count, x, lift, 0.0f, recall);
-    w.top = recall[0].top;
-    w.inverse = 1.0f / recall[0].mass;
+    recall_back<D>(table, count, x, scale, p.per_memory, height, recalled, w.top, w.inverse);
 #pragma unroll
-    for (int i = 0; i < D; ++i) {
-      w.x[i] = x[0][i];
-      recalled[i] = recall[0].sum[i] * w.inverse;
-    }
+    for (int i = 0; i < D; ++i) w.x[i] = x[0][i];
     if (t + 1 == p.steps) break;
     keep<D>(strip + t * kStepFloats, x[0], recalled, w.top, w.inverse);
-    load_gain<D>(p, bits, mask, real, d, gain);
+    load_gain<D>(p, cell, row, d, gain);
 #pragma unroll
     for (int i = 0; i < D; ++i) x[0][i] = am::advance(x[0][i], recalled[i], gain[i]);
   }
 
 #pragma unroll
   for (int i = 0; i < D; ++i) w.g[i] = 0.0f;
-  if (real)
-    load_row<D>(p.grad, p.grad.start(cell.outer, cell.inner) + row * p.grad.row, p.grad.packed, d,
-                w.g);
+  if (real) load_row<D>(p.grad, start_of(p.grad, cell) + row * p.grad.row, p.grad.packed, d, w.g);
   const int64_t out = (problem * p.rows + row) * d;
   double heat = 0.0;
   for (int64_t t = p.steps - 1; t >= 0; --t) {
@@ -162,7 +222,7 @@ __device__ __forceinline__ double walk(const Backward& p, const Cell& cell, cons
     if (p.grad_mask != nullptr && real) {
       mask_back<D>(p.grad_mask + out, t + 1 == p.steps, p.step, d, w, recalled);
     }
-    load_gain<D>(p, bits, mask, real, d, gain);
+    load_gain<D>(p, cell, row, d, gain);
     am::begin_back<D>(w, recalled, gain, p.per_memory);
     memories_back<D>(p, table, tiles, w);
     am::end_back<D>(w);
@@ -178,7 +238,7 @@ __device__ __forceinline__ void pass(const Backward& p, const Cell& cell, int64_
                                      int64_t row, int d) {
   if (row >= p.rows) return;
   float g[D];
-  load_row<D>(p.grad, p.grad.start(cell.outer, cell.inner) + row * p.grad.row, p.grad.packed, d, g);
+  load_row<D>(p.grad, start_of(p.grad, cell) + row * p.grad.row, p.grad.packed, d, g);
   const int64_t out = (problem * p.rows + row) * d;
   store_row<D>(p.grad_v, p.grad_type, out, d, g);
   for (int i = 0; p.grad_mask != nullptr && i < d; ++i) p.grad_mask[out + i] = 0.0f;
@@ -191,13 +251,13 @@ __global__ void __launch_bounds__(am::kWarpsMax* kWarp, min_blocks(D))
   __shared__ Side side;
   __shared__ double heats[am::kWarpsMax];
   constexpr int kQuads = am::Slot<D, am::Form::kBackward>::kQuads;
+  constexpr int kRowFloats = kWarp * am::row_stride(D);
   const int d = D <= 4 ? D : p.features;  // a constant where the compiled size is exact
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int64_t stride = am::sum_floats(D, p.memories);
   float* const tiles = reinterpret_cast<float*>(table + am::table_size(p.memories) * kQuads);
-  float* const sums = tiles + warps * (am::RowTile<D>::kFloats + am::kWeightFloats);
-  const Tiles mine{tiles + warp * am::RowTile<D>::kFloats,
-                   tiles + warps * am::RowTile<D>::kFloats + warp * am::kWeightFloats,
+  float* const sums = tiles + warps * (kRowFloats + am::kWeightFloats);
+  const Tiles mine{tiles + warp * kRowFloats, tiles + warps * kRowFloats + warp * am::kWeightFloats,
                    sums + warp * stride};
   float* strip =
       p.strips + lane + (int64_t{blockIdx.x} * warps + warp) * (p.steps - 1) * (2 * D + 2) * kWarp;
@@ -207,7 +267,8 @@ __global__ void __launch_bounds__(am::kWarpsMax* kWarp, min_blocks(D))
     const Cell cell = cell_of(p, problem);
     __syncthreads();  // the item before may still be read
     find_centre(p, cell, side);
-    stage<D, am::Form::kBackward>(p, cell, side, 0, static_cast<int>(p.memories), table);
+    stage<D, am::Form::kBackward>(p, cell, side, 0, static_cast<int>(p.memories), am::kGroupMax,
+                                  table);
     for (int64_t i = threadIdx.x; p.partials != nullptr && i < warps * stride; i += blockDim.x) {
       sums[i] = 0.0f;
     }
@@ -232,8 +293,8 @@ __global__ void __launch_bounds__(am::kWarpsMax* kWarp, min_blocks(D))
     heat = 0.0;
     for (int i = 0; i < warps; ++i) heat += heats[i];
     for (int64_t k = threadIdx.x; k < p.memories; k += blockDim.x) {
-      am::combine<D>(sums, stride, warps, k, p.memories, table + k * kQuads, beta_of(p, cell, k),
-                     p.per_memory, heat, d, p.partials + (item * p.memories + k) * (d + 2));
+      am::combine<D>(sums, stride, warps, k, table + k * kQuads, beta_of(p, cell, k), p.per_memory,
+                     heat, d, p.partials + (item * p.memories + k) * (d + 2));
     }
   }
 }

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The recursion of am.h walked back: equations (8) of docs/ops/am.md, for one row in a lane. A warp
-// takes 32 rows through all steps. What sums over rows goes through shared memory: lanes first fill
-// a tile with the weights p and the logits' gradients gz of their rows for kChunk memories, then
-// each lane takes one memory and one of the two, and sums over the 32 rows:
+// The recursion of am.h walked back: equations (8) of docs/ops/am.md. A lane has one row; a warp
+// takes 32 rows through all steps. What sums over rows goes through shared memory: lanes fill a
+// tile with the weights p and the logits' gradients gz of their rows for kChunk memories, and the
+// warp multiplies it with the tile of its rows:
 //
-//   kind 0   pull_k  = sum_n p_nk H_n
-//   kind 1   cross_k = sum_n gz_nk x_n    mass_k = sum_n gz_nk    spread_k = sum_n gz_nk |x_n|^2
+//   pull_k  = sum_n p_nk H_n
+//   cross_k = sum_n gz_nk x_n    spread_k = sum_n gz_nk |x_n|^2    mass_k = sum_n gz_nk
 //
-// These go into sums that belong to this lane of this warp alone, in an order that never changes.
+// on matrix units, whose operands are split in two so that products are as exact as float32's. The
+// results go into sums that belong to this warp alone, in an order that never changes.
 
 #pragma once
 
@@ -17,10 +18,16 @@
 namespace clam {
 namespace am {
 
-constexpr int kChunk = kWarp / 2;
-constexpr int kWeightStride = kWarp + 1;  // a column for each row, so that banks differ
-constexpr int kWeightFloats = kWarp * kWeightStride;
 constexpr int kWarpsMax = 4;
+
+// A product of matrix units: kChunk memories by kGroup rows of a warp, times these by kColumns.
+constexpr int kChunk = 16;
+constexpr int kGroup = 8;
+constexpr int kColumns = 8;
+
+// A column for each row; each of the lanes that load a part of a product meets a bank of its own.
+constexpr int kWeightStride = kWarp + 4;
+constexpr int kWeightFloats = 2 * kChunk * kWeightStride;
 
 // Shared memory a block may have on every GPU from sm_80 on.
 constexpr int64_t kBackwardBytes = 96 * 1024;
@@ -30,24 +37,31 @@ CLAM_HD constexpr int padded_backward(int d) {
   return d <= 4 ? d : d <= 6 ? 6 : d <= 8 ? 8 : d <= 12 ? 12 : 16;
 }
 
-// One row of a warp: [H, x, |x|^2], both filled up to whole Quads. An odd number of Quads: lanes
-// that write a Quad each then meet no bank twice.
-template <int D>
-struct RowTile {
-  static constexpr int kWide = (D + 3) / 4 * 4;
-  static constexpr int kStride = 2 * kWide + 4;
-  static constexpr int kFloats = kWarp * kStride;
-};
+CLAM_HD constexpr int rounded(int x, int to) { return (x + to - 1) / to * to; }
 
-// Sums of a warp: for each value, memory and kind one float.
+// One row of a warp: H, then [x, |x|^2, 1], both filled up to whole products. The stride is 8 or 24
+// more than a multiple of 32, for banks as above.
+CLAM_HD constexpr int cross_column(int features) { return rounded(features, kColumns); }
+CLAM_HD constexpr int row_width(int features) {
+  return cross_column(features) + rounded(features + 2, kColumns);
+}
+CLAM_HD constexpr int row_stride(int features) {
+  return row_width(features) % 16 == 0 ? row_width(features) + 8 : row_width(features);
+}
+
+// Sums of one memory in a warp: pull, then [cross, spread, mass], both filled up to pairs.
+CLAM_HD constexpr int sum_cross(int features) { return rounded(features, 2); }
+CLAM_HD constexpr int sum_stride(int features) {
+  return features > 12 ? 40 : sum_cross(features) + rounded(features + 2, 2);
+}
 CLAM_HD constexpr int64_t sum_floats(int features, int64_t memories) {
-  return (2 * (features + 2) * memories + 3) / 4 * 4;
+  return (sum_stride(features) * memories + 3) / 4 * 4;
 }
 
 // Bytes of shared memory of a block, for `features` as padded_backward gives them.
 CLAM_HD constexpr int64_t backward_bytes(int features, int64_t memories, int warps) {
   const int64_t table = table_size(memories) * ((features + 6) / 4 * 4);
-  const int64_t rows = kWarp * (2 * ((features + 3) / 4 * 4) + 4);
+  const int64_t rows = kWarp * row_stride(features);
   return 4 * (table + warps * (rows + kWeightFloats + sum_floats(features, memories)));
 }
 
@@ -66,20 +80,34 @@ struct Walk {
   float pull[D];  // sum_k gz_k scale_k rho_k
   float drift;    // sum_k gz_k scale_k
   float heat;     // sum_k gz_k |rho_k - x|^2
-  float excess;   // sum_k p_k (<H, rho_k> - level)
+  float warm;     // sum_k p_k |rho_k - x|^2
+  float excess;   // sum_k gz_k, 0 but for rounding
   float level;    // sum_k p_k <H, rho_k>
   float norm;     // |x|^2
-  float top, inverse, lift;
+  float top, lift;
+  float inverse;  // 1 / mass; 0: survey finds it
 };
+
+// How the way back will weigh the memories: relative to 2^top. Where one memory has nearly all the
+// weight, top is the largest logit and the rest is left to survey.
+template <int D>
+CLAM_HD void weigh_back(const Recall<D>& recall, float shift, float (&recalled)[D], float& top,
+                        float& inverse) {
+  inverse = 1.0f / recall.mass;
+  CLAM_UNROLL
+  for (int i = 0; i < D; ++i) recalled[i] = recall.sum[i] * inverse;
+  const bool sharp = exp2_weight(recall.top - shift) * inverse > 1.0f - 1.0f / 32;
+  top = sharp ? recall.top : shift;
+  if (sharp) inverse = 0.0f;
+}
 
 // From the step's result to H; w.x, w.top and w.inverse are set, `recalled` is what the memories
 // gave.
 template <int D>
 CLAM_HD void begin_back(Walk<D>& w, const float (&recalled)[D], const float (&gain)[D],
                         bool per_memory) {
-  const float lift = lift_of<D>(w.x);
-  w.lift = per_memory ? lift : 0.0f;
-  w.norm = -2.0f * lift;
+  w.norm = norm_of<D>(w.x);
+  w.lift = per_memory ? -0.5f * w.norm : 0.0f;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) {
     w.h[i] = gain[i] * w.g[i];
@@ -87,101 +115,78 @@ CLAM_HD void begin_back(Walk<D>& w, const float (&recalled)[D], const float (&ga
     w.pull[i] = 0.0f;
   }
   w.drift = 0.0f;
-  w.heat = 0.0f;
-  w.excess = 0.0f;
+  w.heat = w.warm = w.excess = 0.0f;
   w.level = inner_product<D>(recalled, w.h);
 }
 
 template <int D>
 CLAM_HD void write_row(const Walk<D>& w, float* tile, int lane) {
-  using T = RowTile<D>;
-  float f[T::kStride] = {};
+  constexpr int kCross = cross_column(D), kStride = row_stride(D);
+  float f[kStride] = {};
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) {
     f[i] = w.h[i];
-    f[T::kWide + i] = w.x[i];
+    f[kCross + i] = w.x[i];
   }
-  f[2 * T::kWide] = w.norm;
-  Quad* row = reinterpret_cast<Quad*>(tile + lane * T::kStride);
+  f[kCross + D] = w.norm;
+  f[kCross + D + 1] = 1.0f;
+  Quad* row = reinterpret_cast<Quad*>(tile + lane * kStride);
   CLAM_UNROLL
-  for (int i = 0; i < T::kStride / 4; ++i) {
+  for (int i = 0; i < kStride / 4; ++i) {
     row[i] = Quad{f[4 * i], f[4 * i + 1], f[4 * i + 2], f[4 * i + 3]};
   }
 }
 
-// The weight of one memory, in bits that are the same wherever it is computed.
+// A look at all memories before the others, for a row of which one has nearly all the weight.
+// <H, recalled> is the level but for rounding, which is an error of all gz of the row together, and
+// here the largest one. Where there is one memory its weight is exactly 1, and the level exactly
+// its <H, rho>.
 template <int D>
-CLAM_HD float weight_of(const Walk<D>& w, const float* memory, float inner) {
-  const float z = logit<D, Form::kBackward>(memory, inner, w.lift, 0.0f);
-  return exp2_weight(z - w.top) * w.inverse;
+CLAM_HD void survey(Walk<D>& w, const Quad* table, int memories) {
+  using S = Slot<D, Form::kBackward>;
+  float mass = 0.0f, excess = 0.0f;
+  CLAM_ROLLED
+  for (int k = 0; k < memories; ++k) {
+    float memory[S::kFloats];
+    unpack<D, Form::kBackward>(table + k * S::kQuads, memory);
+    const float inner = inner_product<D>(memory, w.x);
+    const float weight =
+        exp2_weight(logit<D, Form::kBackward>(memory, inner, w.lift, 0.0f) - w.top);
+    mass += weight;
+    excess = fused(weight, inner_product<D>(memory, w.h) - w.level, excess);
+  }
+  w.inverse = 1.0f / mass;
+  w.level = fused(excess, w.inverse, w.level);
 }
 
-// What the first look at a memory is for: <H, recalled> is the level but for rounding, which is an
-// error of all gz of the row together and, where p is nearly one-hot, the largest one.
-template <int D>
-CLAM_HD void survey(Walk<D>& w, const Quad* slot) {
-  float memory[Slot<D, Form::kBackward>::kFloats];
-  unpack<D, Form::kBackward>(slot, memory);
-  const float p = weight_of<D>(w, memory, inner_product<D>(memory, w.x));
-  w.excess = fused(p, inner_product<D>(memory, w.h) - w.level, w.excess);
-}
-
-// The second look: p and gz, and what they do to this row. A row's only memory has <H, rho> = level
-// to the last bit, and so a gz of exactly 0.
+// p and gz of one memory, and what they do to this row. A row's only memory has <H, rho> = level to
+// the last bit, and so a gz of exactly 0.
 template <int D>
 CLAM_HD void visit(Walk<D>& w, const Quad* slot, float& p, float& gz) {
   float memory[Slot<D, Form::kBackward>::kFloats];
   unpack<D, Form::kBackward>(slot, memory);
   const float inner = inner_product<D>(memory, w.x);
-  p = weight_of<D>(w, memory, inner);
+  const float z = logit<D, Form::kBackward>(memory, inner, w.lift, 0.0f);
+  p = exp2_weight(z - w.top) * w.inverse;
   gz = p * (inner_product<D>(memory, w.h) - w.level);
   const float weight = gz * memory[D + 1];
   w.drift += weight;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) w.pull[i] = fused(weight, memory[i], w.pull[i]);
-  w.heat = fused(gz, fused(-2.0f, inner, memory[D + 2] + w.norm), w.heat);
+  const float distance = fused(-2.0f, inner, memory[D + 2] + w.norm);
+  w.heat = fused(gz, distance, w.heat);
+  w.warm = fused(p, distance, w.warm);
+  w.excess += gz;
 }
 
 // The gradient of the state that the step started from, in w.g. With one beta for all the drift is
-// 0 but for rounding: taken along, it leaves of that what is in proportion to x - recalled.
+// 0 but for rounding: taken along, it leaves of that what is in proportion to x - recalled. The
+// same rounding is the largest of the heat, and is taken from it.
 template <int D>
 CLAM_HD void end_back(Walk<D>& w) {
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) w.g[i] = fused(kLn2, fused(-w.drift, w.x[i], w.pull[i]), w.g[i]);
-}
-
-// Sums over the rows of a warp what lane `lane` answers for: memory first + lane % kChunk, kind
-// lane / kChunk. `sums` are the warp's.
-template <int D>
-CLAM_HD void collect(const float* rows, const float* weights, int lane, int first, int memories,
-                     float* sums) {
-  using T = RowTile<D>;
-  const int kind = lane / kChunk;
-  const int k = first + lane % kChunk;
-  if (k >= memories) return;
-  float sum[D + 2] = {};
-  const float* weight = weights + lane * kWeightStride;
-  CLAM_ROLLED
-  for (int n = 0; n < kWarp; n += 2) {
-    CLAM_UNROLL
-    for (int m = n; m < n + 2; ++m) {
-      const float* row = rows + m * T::kStride;
-      const float q = weight[m];
-      CLAM_UNROLL
-      for (int i = 0; i < D; i += 4) {
-        const Quad f = *reinterpret_cast<const Quad*>(row + kind * T::kWide + i);
-        sum[i] = fused(q, f.x, sum[i]);
-        if (i + 1 < D) sum[i + 1] = fused(q, f.y, sum[i + 1]);
-        if (i + 2 < D) sum[i + 2] = fused(q, f.z, sum[i + 2]);
-        if (i + 3 < D) sum[i + 3] = fused(q, f.w, sum[i + 3]);
-      }
-      sum[D] += q;
-      sum[D + 1] = fused(q, row[2 * T::kWide], sum[D + 1]);
-    }
-  }
-  float* mine = sums + 2 * k + kind;
-  CLAM_UNROLL
-  for (int i = 0; i < D + 2; ++i) mine[2 * i * memories] += sum[i];
+  w.heat = fused(-w.excess, w.warm, w.heat);
 }
 
 // Where lane `lane` puts p (kind 0) or gz (kind 1) of memory `j` of the chunk.
@@ -189,27 +194,76 @@ CLAM_HD int weight_at(int j, int kind, int lane) {
   return (kind * kChunk + j) * kWeightStride + lane;
 }
 
+// What a lane holds of a product, as mma.m16n8k8 wants it: of the left operand memories `four` and
+// `four` + 8 by rows `one` and `one` + 4, of the right rows `one` and `one` + 4 by column `four`,
+// of the result memories `four` and `four` + 8 by columns 2 `one` and 2 `one` + 1.
+struct Part {
+  int four, one;
+};
+
+CLAM_HD Part part_of(int lane) { return {lane / 4, lane % 4}; }
+
+// Of weights of one kind by rows group * kGroup and on.
+CLAM_HD void load_left(const float* weights, int kind, int group, int lane, float (&a)[4]) {
+  const Part part = part_of(lane);
+  CLAM_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int row = group * kGroup + part.one + i / 2 * 4;
+    a[i] = weights[weight_at(part.four + i % 2 * 8, kind, row)];
+  }
+}
+
+// Of the same rows by columns [column, column + kColumns) of their tile.
+template <int D>
+CLAM_HD void load_right(const float* rows, int column, int group, int lane, float (&b)[2]) {
+  const Part part = part_of(lane);
+  CLAM_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    b[i] = rows[(group * kGroup + part.one + i * 4) * row_stride(D) + column + part.four];
+  }
+}
+
+// Adds a result, of memories from `first` on by columns of its kind from `column` on, to the sums.
+template <int D>
+CLAM_HD void add_sums(const float (&c)[4], int kind, int column, int first, int memories, int lane,
+                      float* sums) {
+  const Part part = part_of(lane);
+  const int at = column + 2 * part.one;
+  if (at >= rounded(D + 2 * kind, 2)) return;
+  CLAM_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int k = first + part.four + i * 8;
+    if (k >= memories) continue;
+    struct alignas(8) Pair {
+      float x, y;
+    };
+    auto* pair =
+        reinterpret_cast<Pair*>(sums + k * sum_stride(D) + (kind == 0 ? 0 : sum_cross(D)) + at);
+    const Pair sum = *pair;
+    *pair = {sum.x + c[2 * i], sum.y + c[2 * i + 1]};
+  }
+}
+
 // The gradients of memory k from the sums of `warps` warps, `stride` floats apart:
 // out = [rho (d), log-weight, beta]. `heat` is the block's, for one beta for all.
 template <int D>
-CLAM_HD void combine(const float* sums, int64_t stride, int warps, int64_t k, int64_t memories,
-                     const Quad* slot, float beta, bool per_memory, double heat, int d,
-                     float* out) {
+CLAM_HD void combine(const float* sums, int64_t stride, int warps, int64_t k, const Quad* slot,
+                     float beta, bool per_memory, double heat, int d, float* out) {
   const auto* memory = reinterpret_cast<const float*>(slot);
   const bool dead = memory[D] == -kInfinity;
-  const auto total = [=](int value, int kind) {
+  const auto total = [=](int column) {
     double sum = 0.0;
     CLAM_ROLLED
-    for (int w = 0; w < warps; ++w) sum += sums[w * stride + 2 * (value * memories + k) + kind];
+    for (int w = 0; w < warps; ++w) sum += sums[w * stride + k * sum_stride(D) + column];
     return sum;
   };
-  const double mass = total(D, 1);
-  double warmth = total(D + 1, 1) + mass * memory[D + 2];
+  const double mass = total(sum_cross(D) + D + 1);
+  double warmth = total(sum_cross(D) + D) + mass * memory[D + 2];
   CLAM_ROLLED
   for (int i = 0; i < d; ++i) {
-    const double cross = total(i, 1);
+    const double cross = total(sum_cross(D) + i);
     const double lean = 2.0 * beta * (cross - mass * memory[i]);
-    out[i] = dead ? 0.0f : static_cast<float>(total(i, 0) + lean);
+    out[i] = dead ? 0.0f : static_cast<float>(total(i) + lean);
     warmth -= 2.0 * memory[i] * cross;
   }
   if (!per_memory) warmth = k == 0 ? heat : 0.0;

@@ -22,42 +22,41 @@ struct Problem {
   bool per_memory;
 };
 
-// Where a problem's operands start.
+// Which problem: where its operands start is worked out where it is needed, not held in registers.
 struct Cell {
-  int64_t v, rho, mask, beta, weights, outer, inner;
+  int64_t outer, inner;
 };
 
 // What a block knows of a problem's memories as a whole.
 struct Side {
   float centre[am::kMaxFeatures];
+  float peak;  // the largest log-weight, in base 2
   int alive;
 };
 
 __device__ __forceinline__ Cell cell_of(const Problem& p, int64_t problem) {
-  const int64_t o = problem / p.inner, i = problem - o * p.inner;
-  return {p.v.start(o, i),
-          p.rho.start(o, i),
-          p.mask.start(o, i),
-          p.beta.start(o, i),
-          p.weights.start(o, i),
-          o,
-          i};
+  const int64_t outer = problem / p.inner;
+  return {outer, problem - outer * p.inner};
+}
+
+__device__ __forceinline__ int64_t start_of(const Rows& rows, const Cell& cell) {
+  return rows.start(cell.outer, cell.inner);
 }
 
 __device__ __forceinline__ float beta_of(const Problem& p, const Cell& cell, int64_t k) {
-  return p.beta.data == nullptr ? p.beta_value : number(p.beta, cell.beta + k * p.beta.row);
+  return p.beta.data == nullptr ? p.beta_value
+                                : number(p.beta, start_of(p.beta, cell) + k * p.beta.row);
 }
 
 // The mean of the memories that take part: a warp a feature, in an order that depends on K alone.
 // The caller has a barrier before, where `side` may still be read.
 __device__ __forceinline__ void find_centre(const Problem& p, const Cell& cell, Side& side) {
-  const int lane = threadIdx.x % kWarp;
-  for (int i = threadIdx.x / kWarp; i < am::kMaxFeatures; i += blockDim.x / kWarp) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  for (int i = warp; i < p.features; i += warps) {
     float sum = 0.0f;
     int alive = 0;
-    if (i < p.features) {
-      am::add_alive(p.rho, cell.rho, p.weights, cell.weights, p.memories, i, lane, sum, alive);
-    }
+    am::add_alive(p.rho, start_of(p.rho, cell), p.weights, start_of(p.weights, cell), p.memories, i,
+                  lane, sum, alive);
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(~0u, sum, offset);
       alive += __shfl_xor_sync(~0u, alive, offset);
@@ -67,58 +66,70 @@ __device__ __forceinline__ void find_centre(const Problem& p, const Cell& cell, 
       if (i == 0) side.alive = alive;
     }
   }
+  if (threadIdx.x < am::kMaxFeatures && threadIdx.x >= p.features) side.centre[threadIdx.x] = 0.0f;
+  if (warp == warps - 1) {
+    float peak = p.weights.data == nullptr ? 0.0f : -kInfinity;
+    for (int64_t k = lane; p.weights.data != nullptr && k < p.memories; k += kWarp) {
+      peak = fmaxf(peak, number(p.weights, start_of(p.weights, cell) + k * p.weights.row));
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, offset));
+    }
+    if (lane == 0) side.peak = kLog2e * peak;
+  }
   __syncthreads();
 }
 
-// Fills the table with memories [first, first + real), up to a whole group. No barrier of its own.
+// Fills the table with memories [first, first + real), up to a multiple of `whole`. No barrier of
+// its own.
 template <int D, am::Form F>
 __device__ __forceinline__ int stage(const Problem& p, const Cell& cell, const Side& side,
-                                     int64_t first, int real, Quad* table) {
+                                     int64_t first, int real, int whole, Quad* table) {
   using S = am::Slot<D, F>;
-  const int count = static_cast<int>(am::table_size(real));
+  const int count = (real + whole - 1) / whole * whole;
   for (int k = threadIdx.x; k < count; k += blockDim.x) {
     if (k >= real) {
       am::pack_padding<D, F>(table + k * S::kQuads);
       continue;
     }
-    float memory[D];
-    load_row<D>(p.rho, cell.rho + (first + k) * p.rho.row, false, p.features, memory);
-    const float weight = p.weights.data == nullptr
-                             ? 0.0f
-                             : number(p.weights, cell.weights + (first + k) * p.weights.row);
-    am::pack<D, F>(memory, side.centre, beta_of(p, cell, first + k), weight, table + k * S::kQuads);
+    const int64_t memory = start_of(p.rho, cell) + (first + k) * p.rho.row;
+    const float weight =
+        p.weights.data == nullptr
+            ? 0.0f
+            : number(p.weights, start_of(p.weights, cell) + (first + k) * p.weights.row);
+    const auto load = [&](int i) {
+      return i < p.features ? load_entry(p.rho, memory + i * p.rho.feature) : 0.0f;
+    };
+    am::pack<D, F>(load, side.centre, beta_of(p, cell, first + k), weight, table + k * S::kQuads);
   }
   return count;
 }
 
-// Which features of a row evolve, one bit each; a float mask is read where it is used.
-template <int D>
-__device__ __forceinline__ unsigned mask_bits(const Problem& p, int64_t start, int d) {
-  unsigned bits = 0;
-#pragma unroll
-  for (int i = 0; i < D; ++i) {
-    const auto* mask = static_cast<const unsigned char*>(p.mask.data);
-    if (i < d && mask[start + i * p.mask.feature] != 0) bits |= 1u << i;
-  }
-  return bits;
+// step * update_mask of one entry.
+__device__ __forceinline__ float load_gain(const Problem& p, int64_t at) {
+  if (p.mask.data == nullptr) return p.step;
+  if (p.mask.type == Type::kFloat) return p.step * number(p.mask, at);
+  return static_cast<const unsigned char*>(p.mask.data)[at] != 0 ? p.step : 0.0f;
 }
 
-// step * update_mask of one row. A float mask is read again in every step: registers are scarcer
-// than cache hits. For the same reason the compiler is kept from holding D addresses all the time.
+// step * update_mask of one row, 0 past the last. A mask is read again in every step: registers are
+// scarcer than cache hits. For the same reason the compiler is kept from holding D addresses all
+// the time.
 template <int D>
-__device__ __forceinline__ void load_gain(const Problem& p, unsigned bits, int64_t start, bool real,
-                                          int d, float (&gain)[D]) {
-  if (p.mask.data == nullptr || p.mask.type != Type::kFloat) {
+__device__ __forceinline__ void load_gain(const Problem& p, const Cell& cell, int64_t row, int d,
+                                          float (&gain)[D]) {
+  if (p.mask.data == nullptr) {
 #pragma unroll
-    for (int i = 0; i < D; ++i) gain[i] = bits >> i & 1u ? p.step : 0.0f;
+    for (int i = 0; i < D; ++i) gain[i] = p.step;
     return;
   }
+  asm volatile("" : "+l"(row));
   int64_t feature = p.mask.feature;
-  asm volatile("" : "+l"(feature), "+l"(start));
+  asm volatile("" : "+l"(feature));
+  const int64_t start = start_of(p.mask, cell) + row * p.mask.row;
 #pragma unroll
   for (int i = 0; i < D; ++i) {
-    const bool given = real && i < d;
-    gain[i] = given ? p.step * number(p.mask, start + i * feature) : 0.0f;
+    gain[i] = row < p.rows && i < d ? load_gain(p, start + i * feature) : 0.0f;
   }
 }
 

@@ -20,6 +20,13 @@
 #define CLAM_ROLLED
 #endif
 
+// Keeps the compiler from having what follows in flight together with what was before.
+#ifdef __CUDA_ARCH__
+#define CLAM_APART() asm volatile("" ::: "memory")
+#else
+#define CLAM_APART() static_cast<void>(0)
+#endif
+
 namespace clam {
 
 constexpr float kLog2e = 1.4426950408889634f;

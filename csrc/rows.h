@@ -87,6 +87,11 @@ CLAM_HD void load_row(const Rows& rows, int64_t at, bool packed, int d, float (&
   }
 }
 
+CLAM_HD float load_entry(const Rows& rows, int64_t at) {
+  if (rows.type == Type::kFloat) return static_cast<const float*>(rows.data)[at];
+  return widen(static_cast<const Short*>(rows.data)[at], rows.type);
+}
+
 // One entry of an operand that has a number for each memory, always float32.
 CLAM_HD float number(const Rows& rows, int64_t at) {
   return static_cast<const float*>(rows.data)[at];
@@ -121,6 +126,14 @@ __device__ __forceinline__ void store_as(T* row, Type type, int d, const float (
 #pragma unroll
   for (int i = 0; i < D; ++i) {
     if (i < d) narrow(x[i], type, row[i]);
+  }
+}
+
+__device__ __forceinline__ void store_entry(void* data, Type type, int64_t at, float x) {
+  if (type == Type::kFloat) {
+    static_cast<float*>(data)[at] = x;
+  } else {
+    narrow(x, type, static_cast<Short*>(data)[at]);
   }
 }
 

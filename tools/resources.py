@@ -47,7 +47,7 @@ POINTERS = {
 # Kernels without a matrix product are the same in all modes.
 PLAIN = (
     "memories_kernel", "memory_halves_kernel", "origin_kernel", "norms_kernel", "halves_kernel",
-    "pieces_kernel", "sums_kernel",
+    "settle_kernel", "pieces_kernel", "sums_kernel",
 )  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -106,8 +106,9 @@ def of_kmeans(
     if x.shape[1] <= kmeans_fused.MOST:
         few = centroids[: kmeans_fused.MOST]
         yield "few", partial(kmeans_fused.kmeans_step, x, few, None, None, None, mode)
-        yield "few-full", partial(
-            kmeans_fused.kmeans_step, half, few[:10], None, shift, mask[:10], mode
+        yield (
+            "few-full",
+            partial(kmeans_fused.kmeans_step, half, few[:10], None, shift, mask[:10], mode),
         )
     yield "segments", partial(kmeans.kmeans_update, x, labels, 1000, None, None)
     yield "segments-full", partial(kmeans.kmeans_update, half, labels, 1000, weight, shift)

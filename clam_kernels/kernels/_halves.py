@@ -2,9 +2,9 @@
 """Products of float32 tiles on matrix units of half precision, with 22 bits of every factor.
 
 A factor is scaled by a power of two, so that its largest entry is in [128, 256), and written as the
-sum of two float16: what half precision drops of it, and then of the rest. Three products of such
-parts ("f16x3") are float32's but for 2^-20 of the norms; one ("f16") is good to 2^-10. Rows are
-scaled each by itself; the other side as a whole, so that its scale falls out of comparisons.
+sum of two float16. Three products of such parts ("f16x3") are float32's but for 2^-21 of the norms;
+one ("f16") is good to 2^-10. Rows are scaled each by itself; the other side as a whole, so that its
+scale falls out of comparisons.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def unpower(top):
 
 @triton.jit
 def halves(x):
-    """A scaled tile in two parts."""
+    """A scaled tile in two parts: the nearest float16, and what it drops."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 

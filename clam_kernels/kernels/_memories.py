@@ -111,13 +111,13 @@ def memories_kernel(
                 tl.float32
             )
         alive = (k < count) & (lift != float("-inf"))
-        norm = tl.zeros((PROTOS,), tl.float32)
+        norm = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             c = tl.load(CENTRE + d, mask=d < D, other=0.0)
             row = load_rows(RHO, k.to(tl.int64), alive, d0, D, D, DIM)
             row = tl.where(alive[:, None], row - c[None, :], 0.0)
-            norm += tl.sum(row * row, 1)
+            norm += tl.sum(row.to(tl.float64) * row.to(tl.float64), 1)
             at = TABLE + k.to(tl.int64)[:, None] * STRIDE + d[None, :]
             tl.store(at, row, mask=(k < count)[:, None] & (d < STRIDE)[None, :])
         if HARD:
@@ -129,8 +129,9 @@ def memories_kernel(
                 scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0).to(
                     tl.float32
                 )
-            bias = (lift - scale * norm) * _LOG2E
+            # of the scale as it is rounded: what the two are off by moves all rows alike
             scale = 2.0 * scale * _LOG2E
+            bias = lift.to(tl.float64) * _LOG2E - 0.5 * scale.to(tl.float64) * norm
         live = k < count
         tl.store(SIDE + k, scale, mask=live)
         tl.store(SIDE + count + k, tl.where(alive, bias, float("-inf")), mask=live)
@@ -149,7 +150,7 @@ def memory_halves_kernel(
     at = k.to(tl.int64)
     reach = reach_of(SIDE + problem * 4 * count, count, PROTOS)
     rho = load_rows(TABLE + problem * count * STRIDE, at, k < count, 0, D, STRIDE, DIM)
-    high, low = halves(rho * power(reach)[:, None])
+    high, low = halves(rho * power(reach))
     where = HALVES + problem * 2 * size * DIM + at[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(where, high)
     tl.store(where + tl.cast(size, tl.int64) * DIM, low)

@@ -104,9 +104,15 @@ def given_inner(
 @triton.jit
 def centred_rows(V, CENTRE, at, live, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of the caller's rows, less the centre; 0 beyond the edges."""
+    return centred(load_rows(V, at, live, d0, D, D, DIM), CENTRE, live, d0, D, DIM)
+
+
+@triton.jit
+def centred(given, CENTRE, live, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """A tile of rows less the centre; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-    return tl.where(live[:, None], load_rows(V, at, live, d0, D, D, DIM) - c[None, :], 0.0)
+    return tl.where(live[:, None], given - c[None, :], 0.0)
 
 
 @triton.jit

@@ -98,7 +98,8 @@ def recalled(
         )  # fmt: skip
     top, total, acc = state
     none = total == 0.0
-    xb = tl.where(none[:, None], x, acc / tl.where(none, 1.0, total)[:, None])
+    inverse = tl.div_rn(1.0, tl.where(none, 1.0, total))
+    xb = tl.where(none[:, None], x, acc * inverse[:, None])
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total
 
 
@@ -123,7 +124,7 @@ def recalled_in_halves(
         )  # fmt: skip
     top, total, acc = state
     none = total == 0.0
-    back = unpower(reach) / tl.where(none, 1.0, total)
+    back = tl.div_rn(unpower(reach), tl.where(none, 1.0, total))
     xb = tl.where(none[:, None], x, acc * back[:, None])
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total / LIFT
 
@@ -156,19 +157,18 @@ def recursion_kernel(
     x = centred_rows(V, CENTRE, at, live, 0, D, DIM)
     poison = tl.sum(x * 0.0, 1)  # a row that is not finite stays visible, whatever it meets
     IN_HALVES: tl.constexpr = PREC == "f16x3" and not HARD
-    table: Any = (RHO, SIDE)
-    sharp, reach = 1.0, 1.0
+    table, parts, sharp, reach = (RHO, SIDE), (HALVES, SIDE, size), 1.0, 1.0
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
     if IN_HALVES:
         sharp, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
-        table = (HALVES + 2 * m * size * DIM, SIDE, size)
-        tile = (tile[0], halves(tile[1] * power(reach)[:, None]), tile[0], tile[3])
+        parts = (HALVES + 2 * m * size * DIM, SIDE, size)
+        tile = (tile[0], halves(tile[1] * power(reach)), tile[0], tile[3])
     top, total = lse_init(ROWS)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
         if IN_HALVES:
             xb, top, total = recalled_in_halves(
-                x, tile, table, count, sharp, reach,
+                x, tile, parts, count, sharp, reach,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT,
             )  # fmt: skip
         else:
@@ -276,7 +276,7 @@ def recursion_wide_kernel(
                     held, table, count, d0, finite(top),
                     D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
                 )  # fmt: skip
-                xb = xb / tl.where(none, 1.0, total)[:, None]
+                xb = xb * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
             x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
             xb = tl.where(none[:, None], x, xb)
             if KEEP == 2:

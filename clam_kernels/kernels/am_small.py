@@ -33,10 +33,12 @@ def backward_memories(features: int) -> int:
 
 @functools.cache
 def _fitting(d: int) -> int:
-    slot, row = (d + 6) // 4 * 4, 2 * (-(-d // 4) * 4) + 4
-    tiles = _WARPS * (32 * row + 32 * 33)
-    k = (_SHARED_BYTES // 4 - tiles) // (slot + _WARPS * 2 * (d + 2)) + 4
-    while 4 * (-(-k // 4) * 4 * slot + tiles + _WARPS * (-(-(d + 2) * k // 2) * 4)) > _SHARED_BYTES:
+    slot, columns = (d + 6) // 4 * 4, -(-d // 8) * 8 + -(-(d + 2) // 8) * 8
+    row = columns + 8 * (columns % 16 == 0)
+    sums = 40 if d > 12 else -(-d // 2) * 2 + -(-(d + 2) // 2) * 2
+    tiles = _WARPS * 32 * (row + 36)
+    k = (_SHARED_BYTES // 4 - tiles) // (slot + _WARPS * sums) + 4
+    while 4 * (-(-k // 4) * 4 * slot + tiles + _WARPS * (-(-sums * k // 4) * 4)) > _SHARED_BYTES:
         k -= 1
     return k
 

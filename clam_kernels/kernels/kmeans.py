@@ -25,35 +25,40 @@ from ._halves import (
 )
 from ._nearest import nearer, nearest, ranked, ranks_fold, ranks_init, slack, squared
 from ._operands import arrange, batch_of, in_rows
-from ._score import centred_rows, load_rows
+from ._score import centred, load_rows
 from ._sweep import NUMBERS, offset, rows_of, sweep
 
 # Rows of a label that one program adds, and those of them that it adds in float32.
 PIECE, TILE = 1024, 64
+# Rows of a program that looks for those left open.
+SETTLED = 128
+OTHER = tl.constexpr(1 << 32)
 
 
 # ---- assignment ----------------------------------------------------------------------------------
 
 
 @triton.jit
-def assigned(
-    X, C, table, ORIGIN, row, live, count, reach, unit, grain,
+def scored(
+    X, table, ORIGIN, row, live, count, reach, unit, grain,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(label of the nearest centroid of each row or -1, NaN where a row is not finite). Where the
-    bound leaves two candidates they are compared in float64, for all such rows at once; where it
-    leaves more, row by row, all centroids are.
+    """What scores say of rows: (label or -1, the runner-up, whether these two are too close,
+    whether more are, NaN where a row is not finite).
     """
-    SIDE, size, keep = table[1], table[2], table[3]
     at = row.to(tl.int64)
-    norm, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    largest = norm
-    for d0 in range(0, D, DIM):
-        poison += tl.sum(load_rows(X, at, live, d0, D, D, DIM) * 0.0, 1)
-        x = centred_rows(X, ORIGIN, at, live, d0, D, DIM)
-        norm += tl.sum(x * x, 1)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+    given = load_rows(X, at, live, 0, D, D, DIM)
+    poison = tl.sum(given * 0.0, 1)
+    x = centred(given, ORIGIN, live, 0, D, DIM)
+    norm, largest = tl.sum(x * x, 1), tl.max(tl.abs(x), 1)
+    if WIDE:
+        for d0 in range(DIM, D, DIM):
+            given = load_rows(X, at, live, d0, D, D, DIM)
+            poison += tl.sum(given * 0.0, 1)
+            part = centred(given, ORIGIN, live, d0, D, DIM)
+            norm += tl.sum(part * part, 1)
+            largest = tl.maximum(largest, tl.max(tl.abs(part), 1))
     undo = unpower(largest) * unpower(reach)
     if WIDE:
         held = ((X, ORIGIN, at, live, power(largest)), undo)
@@ -62,27 +67,43 @@ def assigned(
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
     else:
-        x = centred_rows(X, ORIGIN, at, live, 0, D, DIM)
         held = (halves(x * power(largest)[:, None]), undo)
         state = sweep(
             ranks_init(ROWS, PROTOS // 2), held, table, count, load_halves, held_halves,
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
-    best, label, second, runner, third = ranked(state, keep, PROTOS)
+    best, label, second, runner, third = ranked(state, table[3], PROTOS)
     width = slack(norm, reach, unit, grain, D)
     regular = live & (poison + reach >= 0.0)  # NaN: the row is not finite; -1: nothing can win
     # not "<=": what is not a number decides nothing
     more = regular & ~(best - third > width)
     pair = regular & ~more & ~(best - second > width)
+    return tl.where(regular, label, -1), runner, pair, more, poison
+
+
+@triton.jit
+def settled(X, C, NORM, row, label, runner, pair, more, count, D: tl.constexpr):
+    """Labels of rows that scores left open: two candidates are compared in float64, for all such
+    rows at once; of more candidates all are, row by row.
+    """
     if tl.max(pair.to(tl.int32), 0) > 0:
-        label = tl.where(pair, nearer(X, C, at, label, runner, pair, D), label)
+        label = tl.where(pair, nearer(X, C, row.to(tl.int64), label, runner, pair, D), label)
     open_rows = tl.where(more, row, -1)
     for _ in range(0, tl.sum(more.to(tl.int32), 0)):
         one = tl.max(open_rows, 0)
-        found = nearest(X, C, SIDE + size, one.to(tl.int64), count, D)
+        found = nearest(X, C, NORM, one.to(tl.int64), count, D)
         label = tl.where(row == one, found, label)
         open_rows = tl.where(row == one, -1, open_rows)
-    return tl.where(regular, label, -1), poison
+    return label
+
+
+@triton.jit
+def distance(X, C, at, label, poison, D: tl.constexpr, DIM: tl.constexpr):
+    """Squared distance to the winner; inf where there is none, NaN where a row is not finite."""
+    some = label >= 0
+    k = tl.where(some, label, 0).to(tl.int64)
+    sqdist = squared(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
+    return tl.where(some, sqdist, tl.where(poison == 0.0, float("inf"), float("nan")))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -92,25 +113,52 @@ def kmeans_assign_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Nearest centroid of ROWS rows."""
+    """Nearest centroid of ROWS rows by their scores. A row that these leave open gets a label of
+    -2 - (label + 2^32 (runner-up + 1)), or -2 where more than two are in question, for
+    `settle_kernel`: float64 would take the registers of another block here.
+    """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     m = offset(problem, inner, m_o, m_i)
     X += offset(problem, inner, x_o, x_i) * D
-    C += offset(problem, inner, c_o, c_i) * D
     live, at = row < rows, row.to(tl.int64)
     table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
-    label, poison = assigned(
-        X, C, table, ORIGIN + m * D, row, live, count, tl.load(REACH + m), unit, grain,
+    label, runner, pair, more, poison = scored(
+        X, table, ORIGIN + m * D, row, live, count, tl.load(REACH + m), unit, grain,
         D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
     )  # fmt: skip
     p = problem.to(tl.int64) * rows + at
-    tl.store(LABEL + p, label.to(tl.int64), mask=live)
+    both = label.to(tl.int64) + (runner.to(tl.int64) + 1) * OTHER
+    code = tl.where(more, -2, tl.where(pair, -2 - both, label.to(tl.int64)))
+    tl.store(LABEL + p, code, mask=live)
     if DISTANCES:
-        some = label >= 0
-        k = tl.where(some, label, 0).to(tl.int64)
-        sqdist = squared(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
-        sqdist = tl.where(some, sqdist, tl.where(poison == 0.0, float("inf"), float("nan")))
-        tl.store(SQDIST + p, sqdist, mask=live)
+        C += offset(problem, inner, c_o, c_i) * D
+        tl.store(SQDIST + p, distance(X, C, at, label, poison, D, DIM), mask=live)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def settle_kernel(
+    X, C, SIDE, LABEL, SQDIST,
+    rows, count, inner, blocks, size, x_o, x_i, c_o, c_i, m_o, m_i,
+    D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, DISTANCES: tl.constexpr,
+):  # fmt: skip
+    """Labels of those of ROWS rows that were left open."""
+    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
+    X += offset(problem, inner, x_o, x_i) * D
+    C += offset(problem, inner, c_o, c_i) * D
+    NORM = SIDE + 2 * offset(problem, inner, m_o, m_i) * size + size
+    p = problem.to(tl.int64) * rows + row
+    code = tl.load(LABEL + p, mask=row < rows, other=0)
+    left = code < -1
+    if tl.max(left.to(tl.int32), 0) > 0:
+        both = tl.where(left, -2 - code, 0)
+        more = left & (both == 0)
+        runner = (both // OTHER).to(tl.int32) - 1
+        label = (both % OTHER).to(tl.int32)
+        label = settled(X, C, NORM, row, label, runner, left & ~more, more, count, D)
+        tl.store(LABEL + p, label.to(tl.int64), mask=left)
+        if DISTANCES:
+            far = distance(X, C, row.to(tl.int64), label, label * 0.0, D, DIM)
+            tl.store(SQDIST + p, far, mask=left)
 
 
 class Nearest(NamedTuple):
@@ -162,17 +210,25 @@ def kmeans_assign(
     distances: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Labels, and squared distances or an empty tensor: one launch after those of `prepared`."""
+    """Labels, and squared distances or an empty tensor: two launches after those of `prepared`."""
     a = arranged("kmeans_assign", x, centroids, shift, mask, precision)
     (outer, inner), rows = a.problems, a.views[0].shape[2]
     n = x.shape[-2]
     labels = _launch.empty((*a.batch, n), torch.int64, x.device)
     sqdist = _launch.empty((*a.batch, n) if distances else (0,), torch.float32, x.device)
     blocks = triton.cdiv(rows, a.chosen["ROWS"])
+    count = centroids.shape[-2]
     _launch.launch(
         kmeans_assign_kernel, (outer * inner * blocks,), x.device, *a.views, labels, sqdist,
-        rows, centroids.shape[-2], inner, blocks, *a.numbers, *a.strides, **a.chosen,
-        DISTANCES=distances,
+        rows, count, inner, blocks, *a.numbers, *a.strides, **a.chosen, DISTANCES=distances,
+    )  # fmt: skip
+    rows_of_x, given, _, side, *_ = a.views
+    blocks = triton.cdiv(rows, SETTLED)
+    _launch.launch(
+        settle_kernel, (outer * inner * blocks,), x.device, rows_of_x, given, side, labels, sqdist,
+        rows, count, inner, blocks, a.numbers[0], *a.strides, D=x.shape[-1],
+        DIM=a.chosen["DIM"], ROWS=SETTLED, DISTANCES=distances, num_warps=4, num_stages=1,
+        maxnreg=255,
     )  # fmt: skip
     return labels, sqdist
 

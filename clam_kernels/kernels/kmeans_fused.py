@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _launch
 from ._score import load_rows
 from ._sweep import NUMBERS, offset
-from .kmeans import arranged, assigned, in_two, kmeans_assign, kmeans_update
+from .kmeans import arranged, in_two, kmeans_assign, kmeans_update, scored, settled
 
 # Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
 # same order on all.
@@ -75,10 +75,11 @@ def kmeans_step_kernel(
         for n0 in range(g0, g0 + tl.minimum(end - g0, ROWS * TILES), ROWS):
             row = n0 + tl.arange(0, ROWS)
             live, at = row < rows, row.to(tl.int64)
-            label, _ = assigned(
-                X, C, table, ORIGIN + m * D, row, live, count, reach, unit, grain,
+            label, runner, pair, more, _ = scored(
+                X, table, ORIGIN + m * D, row, live, count, reach, unit, grain,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
             )  # fmt: skip
+            label = settled(X, C, table[1] + size, row, label, runner, pair, more, count, D)
             tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=live)
             x = load_rows(X, at, live, 0, D, D, DIM)
             if SHIFTED:  # in two parts: of a shift in float64 the second is what float32 drops
@@ -89,9 +90,10 @@ def kmeans_step_kernel(
             number += tl.sum(chosen, 0)
             total += summed(chosen, x, SUM)
         # each entry stays with its thread: nothing is exchanged through memory
-        seen = tl.load(PART, mask=kept & (g0 > begin), other=0.0)
+        later = g0 + tl.zeros((1,), tl.int32) > begin
+        seen = tl.load(PART, mask=kept & later[None, :], other=0.0)
         tl.store(PART, seen + total.to(tl.float64), mask=kept)
-        counted = tl.load(COUNT, mask=known & (g0 > begin), other=0)
+        counted = tl.load(COUNT, mask=known & later, other=0)
         tl.store(COUNT, counted + number.to(tl.int64), mask=known)
 
 

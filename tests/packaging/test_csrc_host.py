@@ -44,6 +44,7 @@ struct Call {
 // Centre and table as a block makes them: lanes' shares added as the shuffles add them.
 struct Side {
   float centre[am::kMaxFeatures] = {};
+  float peak = 0.0f;
   int alive = 0;
 };
 
@@ -62,6 +63,9 @@ static Side find_centre(const Call& c) {
     side.centre[i] = alive[0] > 0 ? sum[0] / static_cast<float>(alive[0]) : 0.0f;
     side.alive = alive[0];
   }
+  if (c.weights.data) side.peak = -kInfinity;
+  for (int k = 0; c.weights.data && k < c.memories; ++k)
+    side.peak = std::max(side.peak, kLog2e * number(c.weights, k * c.weights.row));
   return side;
 }
 
@@ -72,10 +76,11 @@ std::vector<Quad> stage(const Call& c, const Side& side, int first, int real) {
   for (int k = 0; k < count; ++k) {
     Quad* slot = &table[k * am::Slot<D, F>::kQuads];
     if (k >= real) { am::pack_padding<D, F>(slot); continue; }
-    float memory[D];
-    load_row<D>(c.rho, (first + k) * c.rho.row, false, c.d, memory);
     const float weight = c.weights.data ? number(c.weights, (first + k) * c.weights.row) : 0.0f;
-    am::pack<D, F>(memory, side.centre, c.betas[first + k], weight, slot);
+    const auto feature = [&](int i) {
+      return i < c.d ? load_entry(c.rho, (first + k) * c.rho.row + i * c.rho.feature) : 0.0f;
+    };
+    am::pack<D, F>(feature, side.centre, c.betas[first + k], weight, slot);
   }
   return table;
 }
@@ -88,25 +93,45 @@ void load(const Call& c, const Side& side, int row, float (&x)[D]) {
   for (int i = 0; i < D; ++i) x[i] -= side.centre[i];
 }
 
+static float scale_of(const Call& c) { return c.per_memory ? 0.0f : am::scale_of(c.betas[0]); }
+
 template <int D, int R, Form F>
 void forward(const Call& c, float* out) {
+  constexpr int kQuads = am::Slot<D, F>::kQuads;
   const Side side = find_centre(c);
   std::vector<std::vector<Quad>> tables;
   for (int at = 0; at < c.memories; at += c.tile)
     tables.push_back(stage<D, F>(c, side, at, std::min(c.tile, c.memories - at)));
   for (int first = 0; first < c.rows; first += R) {
-    float x[R][D];
+    float x[R][D], height[R];
     for (int r = 0; r < R; ++r) load<D>(c, side, first + r, x[r]);
+    for (int r = 0; r < R; ++r) height[r] = side.peak;
     for (int t = 0; t < c.steps && side.alive; ++t) {
-      float lift[R];
+      float lift[R], shift[R], top[R] = {};
       am::Recall<D> recall[R];
       for (int r = 0; r < R; ++r) {
-        am::begin<D>(recall[r]);
-        lift[r] = c.per_memory ? am::lift_of<D>(x[r]) : 0.0f;
+        const am::Stand stand = am::stand_of<D>(x[r], scale_of(c), c.per_memory);
+        lift[r] = stand.lift;
+        shift[r] = height[r] + stand.reach;
       }
-      for (const auto& table : tables)
-        am::fold<D, R, F>(table.data(), static_cast<int>(table.size()) / am::Slot<D, F>::kQuads, x,
-                          lift, am::scale_of(c.betas[0]), recall);
+      for (am::Pass pass = am::Pass::kFirst; pass != am::Pass::kDone;) {
+        for (int r = 0; r < R; ++r)
+          if (pass == am::Pass::kSearch) top[r] = kLowest;
+          else am::begin<D>(recall[r]);
+        for (const auto& table : tables) {
+          const int count = static_cast<int>(table.size()) / kQuads;
+          if (pass == am::Pass::kSearch)
+            am::search<D, R, F>(table.data(), count, x, lift, scale_of(c), top);
+          else
+            am::fold<D, R, F>(table.data(), count, x, lift, shift, scale_of(c), recall);
+        }
+        bool again = false;
+        for (int r = 0; r < R; ++r) {
+          const bool more = am::turn(pass, recall[r].mass, top[r], height[r], shift[r]);
+          again = again || more;
+        }
+        pass = am::next(pass, again);
+      }
       for (int r = 0; r < R && first + r < c.rows; ++r) {
         const float inverse = 1.0f / recall[r].mass;
         for (int i = 0; i < c.d; ++i)
@@ -131,6 +156,36 @@ void pick(const Call& c, bool wide, float* out) {
   f(c, out);
 }
 
+// One product of matrix units as PTX's manual lays mma.m16n8k8 out over the lanes of a warp.
+static void multiply(float (&c)[kWarp][4], const float (&a)[kWarp][4], const float (&b)[kWarp][2]) {
+  float left[16][8], right[8][8];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 4; ++i) left[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = a[lane][i];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 2; ++i) right[lane % 4 + i * 4][lane / 4] = b[lane][i];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 8; ++k)
+        c[lane][i] += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+}
+
+template <int D>
+void collect(int kind, const float* rows, const float* weights, int first, int memories,
+             float* sums) {
+  for (int column = 0; column < D + 2 * kind; column += am::kColumns) {
+    float c[kWarp][4] = {}, a[kWarp][4], b[kWarp][2];
+    for (int group = 0; group < kWarp / am::kGroup; ++group) {
+      for (int lane = 0; lane < kWarp; ++lane) {
+        am::load_left(weights, kind, group, lane, a[lane]);
+        am::load_right<D>(rows, (kind ? am::cross_column(D) : 0) + column, group, lane, b[lane]);
+      }
+      multiply(c, a, b);
+    }
+    for (int lane = 0; lane < kWarp; ++lane)
+      am::add_sums<D>(c[lane], kind, column, first, memories, lane, sums);
+  }
+}
+
 // A block of two warps that take the groups of 32 rows in turn.
 template <int D>
 void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
@@ -139,7 +194,7 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
   const auto table = stage<D, Form::kBackward>(c, side, 0, c.memories);
   const int64_t stride = am::sum_floats(D, c.memories);
   std::vector<float> sums(kWarps * stride);
-  std::vector<Quad> rows(am::RowTile<D>::kFloats / 4);
+  std::vector<Quad> rows(kWarp * am::row_stride(D) / 4);
   std::vector<float> weights(am::kWeightFloats);
   float* tile = &rows[0].x;
   double heat = 0.0;
@@ -157,17 +212,23 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
       float x[1][D], gain[D];
       load<D>(c, side, row, x[0]);
       gain_of(lane, gain);
+      float height = side.peak;
       for (auto& way : ways[lane]) {
-        const float lift[1] = {c.per_memory ? am::lift_of<D>(x[0]) : 0.0f};
+        const am::Stand stand = am::stand_of<D>(x[0], scale_of(c), c.per_memory);
+        const float lift[1] = {stand.lift};
+        float shift[1] = {height + stand.reach};
         am::Recall<D> recall[1];
-        am::begin<D>(recall[0]);
-        am::fold<D, 1, Form::kBackward>(table.data(), static_cast<int>(table.size()) / kQuads, x,
-                                        lift, 0.0f, recall);
-        way.top = recall[0].top;
-        way.inverse = 1.0f / recall[0].mass;
+        while (true) {
+          am::begin<D>(recall[0]);
+          am::fold<D, 1, Form::kBackward>(table.data(), static_cast<int>(table.size()) / kQuads, x,
+                                          lift, shift, 0.0f, recall);
+          if (am::settled(recall[0].mass) || shift[0] == recall[0].top) break;
+          height += recall[0].top - shift[0];
+          shift[0] = recall[0].top;
+        }
+        am::weigh_back<D>(recall[0], shift[0], way.recalled, way.top, way.inverse);
         for (int i = 0; i < D; ++i) {
           way.x[i] = x[0][i];
-          way.recalled[i] = recall[0].sum[i] * way.inverse;
           x[0][i] = am::advance(x[0][i], way.recalled[i], gain[i]);
         }
       }
@@ -189,10 +250,8 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
         am::begin_back<D>(w, way.recalled, gain, c.per_memory);
         am::write_row<D>(w, tile, lane);
       }
-      for (auto& w : walks) {
-        for (int k = 0; k < c.memories; ++k) am::survey<D>(w, &table[k * kQuads]);
-        w.level += w.excess;
-      }
+      for (auto& w : walks)
+        if (w.inverse == 0.0f) am::survey<D>(w, table.data(), c.memories);
       for (int first = 0; first < c.memories; first += am::kChunk) {
         std::fill(weights.begin(), weights.end(), NAN);  // of memories that are not there
         for (int lane = 0; lane < kWarp; ++lane)
@@ -202,9 +261,9 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
             weights[am::weight_at(j, 0, lane)] = p;
             weights[am::weight_at(j, 1, lane)] = gz;
           }
-        for (int lane = 0; lane < kWarp; ++lane)
-          am::collect<D>(tile, weights.data(), lane, first, c.memories,
-                         sums.data() + group % kWarps * stride);
+        for (int kind = 0; kind < 2; ++kind)
+          collect<D>(kind, tile, weights.data(), first, c.memories,
+                     sums.data() + group % kWarps * stride);
       }
       for (auto& w : walks) {
         am::end_back<D>(w);
@@ -215,8 +274,8 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask) {
       std::copy(walks[lane].g, walks[lane].g + c.d, grad_v + (group * kWarp + lane) * c.d);
   }
   for (int k = 0; k < c.memories; ++k)
-    am::combine<D>(sums.data(), stride, kWarps, k, c.memories, &table[k * kQuads], c.betas[k],
-                   c.per_memory, heat, c.d, partial + k * (c.d + 2));
+    am::combine<D>(sums.data(), stride, kWarps, k, &table[k * kQuads], c.betas[k], c.per_memory,
+                   heat, c.d, partial + k * (c.d + 2));
 }
 
 static Call call_of(int type, int packed, const void* v, const void* rho, const float* betas,
@@ -479,7 +538,7 @@ def eager(v: Tensor, rho: Tensor, beta: float, steps: int) -> Tensor:
     return v
 
 
-@pytest.mark.parametrize(("d", "k", "first"), [(16, 64, 213), (2, 8, 200)])
+@pytest.mark.parametrize(("d", "k", "first"), [(16, 64, 300), (2, 8, 200)])
 def test_largest_errors_are_those_of_eager(library: Any, d: int, k: int, first: int) -> None:
     """Over draws of memories, since errors of the table are the same for all rows of one: among
     these are some with a fixed point that hardly attracts, where such errors are all that is left.
