@@ -162,6 +162,32 @@ def iteration(setting: Setting, row: Row) -> Bout:
     )
 
 
+def step(setting: Setting, row: Row) -> Bout:
+    """The iteration of row 7 for few centroids and features, against the two ops it stands for."""
+    x, centroids = drawn(setting, row)
+    ops = torch.ops.clam
+
+    def ours() -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = ops.kmeans_step(x, centroids, precision=row.mode)
+        return found
+
+    def two() -> tuple[Tensor, ...]:
+        labels = ops.kmeans_assign(x, centroids, None, None, False, row.mode)[0]
+        return labels, *ops.kmeans_update(x, labels, len(centroids))
+
+    peers = {
+        "two_ops": Contestant(two),
+        "eager": Contestant(lambda: eager_iteration(x, centroids), torch_mode(row.mode)),
+        "flash": Contestant(lambda: flash(x, centroids)),
+    }
+    return Bout(
+        ours=ours,
+        peers=peers,
+        errors=wrong_labels(x, centroids, setting.seed),
+        plain=Contestant(lambda: eager_iteration(x, centroids)),
+    )
+
+
 def assignment(setting: Setting, row: Row) -> Bout:
     """Row 8: labels alone."""
     x, centroids = drawn(setting, row)

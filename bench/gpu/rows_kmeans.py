@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from .bouts_kmeans import assignment, blobs, iteration
+from .bouts_kmeans import assignment, blobs, iteration, step
 from .cases import Family, Invocation, Row, Target, Work
 
 MIB = 1 << 20
@@ -54,6 +54,16 @@ def _iteration(mode: str, unit: str) -> Row:
     )  # fmt: skip
 
 
+def _step() -> Row:
+    n, d, k = 10_000_000, 16, 64
+    work = Work(4.0 * n * d + 8.0 * n, 2.0 * n * k * d, "bf16x3")
+    target = Target(0.6, {"two_ops": 1.0, "flash": 1.0}, error="labels")
+    return Row(
+        "7s", "kmeans_step 10M x16 K64", "kmeans_step", "high", {"n": n, "d": d, "k": k}, work,
+        target, step, note="one pass over the rows",
+    )  # fmt: skip
+
+
 def _assignment() -> Row:
     n, d, k = 1_000_000, 128, 1024
     work = Work(2.0 * n * d, 2.0 * n * k * d, "bf16")
@@ -66,7 +76,12 @@ def _assignment() -> Row:
 
 FAMILY = Family(
     name="kmeans",
-    rows=(_iteration("highest", "bf16x6"), _iteration("high", "bf16x3"), _assignment()),
+    rows=(
+        _iteration("highest", "bf16x3"),
+        _iteration("high", "bf16x3"),
+        _step(),
+        _assignment(),
+    ),
     make=make,
     tiny=((70, 13, 5), (1, 13, 5), (70, 1, 5), (70, 64, 16), (70, 13, 40), (70, 13, 200)),
     small=(1001, 33, 16),

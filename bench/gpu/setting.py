@@ -25,15 +25,15 @@ class Stage:
 
 
 STAGES = (
-    Stage("env", 5),
-    Stage("build", 90),
-    Stage("ceilings", 15),
-    Stage("tests", 160, gate=True),
+    Stage("env", 10),
+    Stage("build", 60),
+    Stage("ceilings", 10),
+    Stage("tests", 190, gate=True),
     Stage("sanitizer", 60, gate=True),
-    Stage("determinism", 20, gate=True),
-    Stage("targets", 150),
+    Stage("determinism", 30, gate=True),
+    Stage("targets", 130),
     Stage("memory", 25),
-    Stage("graphs", 10),
+    Stage("graphs", 20),
 )
 
 

@@ -86,7 +86,8 @@ class Call:
 
     def recursion(self, keep: int) -> dict[str, Any]:
         """Of the recursion: options cost registers, so without any there is a tile of its own."""
-        plain = keep == 0 and not self.masked and not self.memories.per_memory
+        special = self.masked or self.memories.per_memory or self.memories.hard
+        plain = keep == 0 and not special
         return self.settings("am_recursion" if plain else "am_recursion_full")
 
     def tile(self, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def recursion_kernel(
     inside = live[:, None] & (d < D)[None, :]
     x = centred_rows(V, CENTRE, at, live, 0, D, DIM)
     poison = tl.sum(x * 0.0, 1)  # a row that is not finite stays visible, whatever it meets
-    IN_HALVES: tl.constexpr = PREC == "f16x3" and not HARD
+    IN_HALVES: tl.constexpr = PREC == "f16x3"
     table, parts, sharp, reach = (RHO, SIDE), (HALVES, SIDE, size), 1.0, 1.0
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
     if IN_HALVES:
@@ -442,7 +442,7 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
     if not wide:
         operands, strides, u = call.at()
         grid, parts = (call.outer * call.inner * blocks,), out
-        if flags["PREC"] == "f16x3" and not (flags["RESIDENT"] or flags["HARD"]):
+        if flags["PREC"] == "f16x3" and not flags["RESIDENT"]:
             parts = memory_halves(call.memories, call.features)
         _launch.launch(
             recursion_kernel, grid, call.device, *operands, out, out if lse is None else lse,

@@ -97,9 +97,11 @@ def kmeans_step_kernel(
         tl.store(COUNT, counted + number.to(tl.int64), mask=known)
 
 
-def serves(x: Tensor, count: int, weight: Tensor | None) -> bool:
+def serves(x: Tensor, count: int, weight: Tensor | None, precision: str) -> bool:
     """Whether a program can hold the sums; weights may be more than float32 can hold."""
-    return weight is None and max(count, x.shape[-1]) <= MOST
+    d = x.shape[-1]
+    few = weight is None and max(count, d) <= MOST
+    return few and bool(_launch.settings("kmeans_step", x.device, precision, d))
 
 
 def kmeans_step(
@@ -112,7 +114,7 @@ def kmeans_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels, sums and counts: one launch after those of the centroids, or the two ops."""
     count = centroids.shape[-2]
-    if not serves(x, count, weight):
+    if not serves(x, count, weight, precision):
         labels, _ = kmeans_assign(x, centroids, shift, mask, False, precision)
         if weight is not None:
             batch = torch.broadcast_shapes(labels.shape, weight.shape)
