@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = (
     "env", "build", "ceilings", "tests", "sanitizer", "determinism", "targets", "memory", "graphs",
 )  # fmt: skip
-ROWS = {"1", "2", "3", "4", "5", "6", "7", "8", "16", "17a", "17b"}
+ROWS = {"1", "2", "3", "4", "5", "6", "7", "7s", "8", "16", "17a", "17b"}
 FIGURES = {
     "id", "shape", "dtype", "mode", "backend", "ms_median", "ms_p10", "ms_p90", "floor_ms",
     "bound_by", "share", "peers", "err_vs_f64", "err_ratio_to_eager", "peak_bytes", "pass",

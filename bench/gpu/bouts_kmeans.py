@@ -181,7 +181,7 @@ def step(setting: Setting, row: Row) -> Bout:
         "flash": Contestant(lambda: flash(x, centroids)),
     }
     return Bout(
-        args=(x, centroids, None, None, None, row.mode),
+        args=(x, centroids),
         ours=ours,
         peers=peers,
         errors=wrong_labels(x, centroids, setting.seed),
