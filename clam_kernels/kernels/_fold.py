@@ -85,6 +85,16 @@ def argmax_fold(state, s, tile, PREC: tl.constexpr):
 
 
 @triton.jit
+def inverse(total):
+    """The quotient 1 / total to its last bit or two, 0 for 0. An exact division is a call, and
+    beside a call in a loop matrix instructions wait for each other.
+    """
+    known = tl.where(total == 0.0, 1.0, total)
+    guess = 1.0 / known
+    return tl.where(total == 0.0, 0.0, guess + guess * (1.0 - known * guess))
+
+
+@triton.jit
 def normalised(mass, delta):
     """(1 / mass, delta / mass), 0 where no memory takes part."""
     inverse = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))

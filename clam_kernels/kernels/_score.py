@@ -23,8 +23,8 @@ def dot_onto(a, b, c, PREC: tl.constexpr):
     """Product a @ b summed onto c: with "ieee" a product in pieces has the bits of the whole."""
     if PREC == "bf16":
         c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), c)
-    else:  # "f16x3" is for tiles that were scaled for it; tf32x3 keeps as many bits
-        c = tl.dot(a, b, c, input_precision="tf32x3" if PREC == "f16x3" else PREC)
+    else:
+        c = tl.dot(a, b, c, input_precision=PREC)
     return c
 
 

@@ -21,6 +21,7 @@ from ._fold import (
     argmax_fold,
     argmax_init,
     finite,
+    inverse,
     lse_fold,
     lse_init,
     softmax_fold,
@@ -98,8 +99,7 @@ def recalled(
         )  # fmt: skip
     top, total, acc = state
     none = total == 0.0
-    inverse = tl.div_rn(1.0, tl.where(none, 1.0, total))
-    xb = tl.where(none[:, None], x, acc * inverse[:, None])
+    xb = tl.where(none[:, None], x, acc * inverse(total)[:, None])
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total
 
 
@@ -124,8 +124,7 @@ def recalled_in_halves(
         )  # fmt: skip
     top, total, acc = state
     none = total == 0.0
-    back = tl.div_rn(unpower(reach), tl.where(none, 1.0, total))
-    xb = tl.where(none[:, None], x, acc * back[:, None])
+    xb = tl.where(none[:, None], x, acc * (unpower(reach) * inverse(total))[:, None])
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total / LIFT
 
 
@@ -276,7 +275,7 @@ def recursion_wide_kernel(
                     held, table, count, d0, finite(top),
                     D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
                 )  # fmt: skip
-                xb = xb * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
+                xb = xb * inverse(total)[:, None]
             x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
             xb = tl.where(none[:, None], x, xb)
             if KEEP == 2:
