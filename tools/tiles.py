@@ -31,6 +31,7 @@ KERNELS = {
     "am_energy": ("energy_kernel", "energy_kernel"),
     "am_assign": ("assign_kernel", "assign_kernel"),
     "kmeans_assign": ("kmeans_assign_kernel", "kmeans_assign_kernel"),
+    "kmeans_step": ("kmeans_step_kernel", "kmeans_step_kernel"),
 }
 # What a block may have of shared memory, less what a driver keeps.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -47,6 +48,14 @@ WHOLE = {
         (64, 32, 8), (64, 32, 4), (32, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4),
     ],
 }  # fmt: skip
+# Of k-means: rows of few registers, so that four or three blocks share a multiprocessor, as timed
+# on an H200 (bench/NOTES.md). Elsewhere what ptxas makes of them.
+NEAREST = {"ROWS": 64, "PROTOS": 64, "num_warps": 4, "num_stages": 2}
+CROWDED = [NEAREST | {"maxnreg": 128}, NEAREST | {"num_stages": 3, "maxnreg": 168}]
+STEP = [
+    {"ROWS": rows, "PROTOS": 64, "num_warps": warps, "num_stages": 1}
+    for rows, warps in ((64, 4), (128, 8))
+]
 # A spill of a few registers may be ptxas's wish for occupancy, which a limit of its own overrules.
 SMALL, MOST = 64, 255
 # Float32 values a thread would hold at least; beyond these no tile tried was without spills.
@@ -70,24 +79,27 @@ ALIKE = ("am_recursion_full", "am_rows_backward", "am_memories_backward")
 
 def precisions(kernel: str, mode: str, width: int, arch: int) -> list[str]:
     """Kinds of product that a mode may use, best first; one alone for kernels that must agree."""
-    if kernel == "kmeans_assign":  # labels are exact in all: what is cheap decides fewer rows
-        split = ["bf16x6"] if arch >= 90 else ["tf32x3"]
-        highest = ["ieee"] if width <= 16 else [*split, "ieee"]
-        return {"highest": highest, "high": ["bf16x3", "tf32"]}.get(mode, ["tf32"])
+    if kernel.startswith("kmeans"):  # labels are exact in all: what is cheap decides fewer rows
+        return ["f16" if mode == "medium" else "f16x3"]
     if mode == "medium":
         return ["bf16"]
     if kernel in ALIKE:
         lower = "bf16x3" if arch >= 90 else "tf32"
         return ["ieee" if mode == "highest" else lower]
+    halves = ["f16x3"] if kernel == "am_recursion" and arch == 90 and width <= 64 else []
     if mode == "high":
-        return ["bf16x3", "tf32"]
-    return ["ieee"] if width <= 16 or arch < 90 else ["bf16x6", "ieee"]
+        return [*halves, "bf16x3", "tf32"]
+    return ["ieee"] if width <= 16 or arch < 90 else [*halves, "bf16x6", "ieee"]
 
 
 def candidates(
     kernel: str, mode: str, width: int, arch: int, wide: bool
 ) -> Iterator[dict[str, Any]]:
     """Launch options, best first."""
+    if kernel.startswith("kmeans"):
+        (precision,) = precisions(kernel, mode, width, arch)
+        yield from ({**tile, "PREC": precision} for tile in of_kmeans(kernel, width, arch, wide))
+        return
     for precision in precisions(kernel, mode, width, arch):
         for rows, protos, warps in WHOLE.get(kernel) or SAFE.get(arch, TILES):
             if precision == "ieee" and rows * max(protos, min(width, 64)) > 4096 * 2:
@@ -101,6 +113,15 @@ def candidates(
                 tile |= {"num_warps": warps, "num_stages": 1}
                 yield tile
                 yield tile | {"maxnreg": MOST}
+
+
+def of_kmeans(kernel: str, width: int, arch: int, wide: bool) -> list[dict[str, Any]]:
+    """Tiles of a kernel that assigns, best first."""
+    if kernel == "kmeans_step":
+        return STEP
+    if wide:
+        return [NEAREST | {"DIM": 64, "num_stages": 1}]
+    return [*(CROWDED if arch == 90 else []), NEAREST]
 
 
 def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> Iterator[Any]:
@@ -149,7 +170,7 @@ def main() -> None:
         for mode in given.mode.split(","):
             for kernel in given.kernel.split(","):
                 for d in map(int, given.dim.split(",")):
-                    if kernel in WHOLE and d > 16:
+                    if (kernel in WHOLE and d > 16) or (kernel == "kmeans_step" and d > 64):
                         continue
                     choose(kernel, mode, d, arch, version, given.cache)
 

@@ -128,7 +128,8 @@ def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[tup
         others = (t for t in others if t["PROTOS"] >= own["PROTOS"])
     rivals = [own, *(t for t in others if t != own)][: 3 if DRY else None]
     if DRY:
-        rivals = [{**tile, "PREC": "ieee", "ROWS": 32} for tile in rivals]
+        whole = [t["PREC"] if t["PREC"].startswith("f16") else "ieee" for t in rivals]
+        rivals = [{**t, "PREC": kind, "ROWS": 32} for t, kind in zip(rivals, whole, strict=True)]
     clean = [tile for tile in rivals if not spills(kernel, tile, call, device)]
     times: list[list[float]] = [[] for _ in clean]
     for _ in range(2 if DRY else ROUNDS):

@@ -86,9 +86,10 @@ class Call:
 
     def recursion(self, keep: int) -> dict[str, Any]:
         """Of the recursion: options cost registers, so without any there is a tile of its own."""
-        special = self.masked or self.memories.per_memory or self.memories.hard
-        plain = keep == 0 and not special
-        return self.settings("am_recursion" if plain else "am_recursion_full")
+        plain = keep == 0 and not self.masked and not self.memories.per_memory
+        found = self.settings("am_recursion" if plain else "am_recursion_full")
+        halves = self.memories.hard and found["PREC"] == "f16x3"  # which are for soft weights
+        return self.settings("am_recursion_full") if halves else found
 
     def tile(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """Constants of a kernel over these operands; DIM holds a whole row unless it is chosen."""

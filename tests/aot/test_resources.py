@@ -92,11 +92,15 @@ def test_the_committed_table_is_clean(triton, arch):
             )
 
 
+# Kernels that others stand in for where no tile is clean.
+OPTIONAL = ("kmeans_step",)
+
+
 def test_consumer_gpus_take_the_rows_of_sm_80():
-    for rows in json.loads(CONFIGS.read_text(encoding="utf-8")).values():
+    for kernel, rows in json.loads(CONFIGS.read_text(encoding="utf-8")).items():
         mine = {n.partition("/")[2]: r for n, r in rows.items() if n.startswith("sm_86/")}
         assert mine == {n.partition("/")[2]: r for n, r in rows.items() if n.startswith("sm_80/")}
-        assert mine
+        assert mine or kernel in OPTIONAL
 
 
 @pytest.mark.parametrize("arch", [arch for triton, arch in COVERED if triton == "3.9.0"])
