@@ -119,9 +119,10 @@ def of_kmeans(kernel: str, width: int, arch: int, wide: bool) -> list[dict[str, 
     """Tiles of a kernel that assigns, best first."""
     if kernel == "kmeans_step":
         return STEP
+    small = NEAREST | {"PROTOS": 32, "num_warps": 8}
     if wide:
-        return [NEAREST | {"DIM": 64, "num_stages": 1}]
-    return [*(CROWDED if arch == 90 else []), NEAREST]
+        return [one | {"DIM": dim, "num_stages": 1} for one, dim in ((NEAREST, 64), (small, 32))]
+    return [*(CROWDED if arch == 90 else []), NEAREST, small]
 
 
 def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> Iterator[Any]:

@@ -93,6 +93,19 @@ def test_transforms_say_the_same(case, bad):
     assert str(caught.value) == bad.text
 
 
+@_rows("op")
+def test_a_good_call_hides_no_bad_one(case, bad):
+    """That a call passed is remembered by what its arguments are, and by nothing less."""
+    case.packet(*testing.samples(case.name)[0].args)
+    args = bad.make()
+    with contextlib.suppress(Exception):  # the same shapes and dtypes, the tensors fresh
+        case.packet(*(torch.ones_like(a) if isinstance(a, Tensor) else a for a in args))
+    for _ in range(2):
+        with pytest.raises(bad.error) as caught:
+            case.packet(*args)
+        assert bad.text in str(caught.value)
+
+
 def _start(text: str) -> str:
     return re.escape(text)
 

@@ -310,3 +310,29 @@ def test_no_autocast_means_torchs_precision(spec, sample):
     with _Arguments() as log:
         spec.packet(*sample.cast(torch.float32).args)
     assert not spec.precise or log.seen[0][-1] is None
+
+
+# ---- calls that go straight to their kernel do so only where nobody listens ----------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_dispatch_mode_sees_every_call(spec, grad):
+    class Seen(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    args = testing.samples(spec.name)[0].args
+    first = args[0].clone().requires_grad_(grad and spec.gradient is not None)
+    plain = spec.packet(first, *args[1:])
+    with Seen() as mode:
+        seen = spec.packet(first, *args[1:])
+    assert any(name.startswith(f"clam.{spec.name}") or spec.name in name for name in mode.names)
+    _same(seen, plain)
+
+
+def test_lazy_negatives_are_resolved(spec):
+    args = testing.samples(spec.name)[0].args
+    _same(spec.packet(torch._neg_view(args[0]), *args[1:]), spec.packet(-args[0], *args[1:]))
