@@ -122,7 +122,7 @@ def of_kmeans(kernel: str, width: int, arch: int, wide: bool) -> list[dict[str, 
     small = NEAREST | {"PROTOS": 32, "num_warps": 8}
     if wide:
         return [one | {"DIM": dim, "num_stages": 1} for one, dim in ((NEAREST, 64), (small, 32))]
-    return [*(CROWDED if arch == 90 else []), NEAREST, small]
+    return [*(CROWDED if arch == 90 else []), NEAREST, NEAREST | {"maxnreg": MOST}, small]
 
 
 def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> Iterator[Any]:
