@@ -36,6 +36,7 @@ from bench.gpu.setting import REPORT, RUNNING, STAGES, Stage, write_json  # noqa
 
 # Starting torch and CUDA alone may take longer than the shortest stage.
 LEAST_SECONDS = 30.0
+WRITTEN = (REPORT, RUNNING, "targets.json", "tests.log", "build.log", "sanitizer.log")
 NO_GPU = 3
 
 
@@ -175,6 +176,8 @@ def main() -> int:
         return NO_GPU
     given.seed = secrets.randbelow(2**31) if given.seed is None else given.seed
     given.out.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:  # of a run before: what stops this one must not leave two mixed
+        (given.out / name).unlink(missing_ok=True)
     print(f"gpu_check: seed {given.seed}, {given.budget:.0f} s", flush=True)
     report = check(given)
     report["exit_code"], why = table.verdict(report, given.only, given.strict)

@@ -8,6 +8,7 @@ Results go to a file or stdout, messages to stderr. Exit codes: 0 done, 1 bad in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .estimators import ClAM, KMeans
+
+# Verbs that have a result beside what --json says of the run.
+RESULTS = ("predict", "transform", "complete")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,12 +78,14 @@ def _check_output(options: argparse.Namespace) -> None:
             raise _Refused(f"{output} is an input of this command")
     if not output.parent.is_dir():
         raise _Refused(f"{output.parent} is not a folder")
+    if output.is_dir():
+        raise _Refused(f"{output} is a folder")
     if output.exists() and not options.force:
         raise _Refused(f"{output} exists; --force overwrites it")
 
 
 def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
-    """A result to its file, or to stdout as CSV."""
+    """A result to its file, or to stdout as CSV; stdout has room for one thing alone."""
     from . import tables
 
     if options.output is not None:
@@ -117,7 +123,8 @@ def _fit(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[s
 
     model = _model(options)
     start = time.perf_counter()
-    model.fit(x)
+    with contextlib.redirect_stdout(sys.stderr):  # what a verbose fit tells
+        model.fit(x)
     seconds = time.perf_counter() - start
     if names is not None:
         model.feature_names_in_ = np.asarray(names, dtype=object)
@@ -178,6 +185,8 @@ def _run(options: argparse.Namespace) -> None:
     from . import __version__, tables
 
     _check_output(options)
+    if options.json and options.verb in RESULTS and options.output is None:
+        raise _Refused(f"--json takes stdout: give {options.verb} a file with -o")
     x, names = tables.read(options.data, options.key)
     if np.asarray(x).dtype.kind == "f" and options.verb != "complete" and not len(x):
         raise ValueError(f"{options.data}: no rows")

@@ -138,7 +138,8 @@ def _header(path: Path) -> dict[str, Any]:
         start = file.read(8)
         expect(len(start) == 8, f"truncated: {size} bytes")
         length = struct.unpack("<Q", start)[0]
-        expect(length <= min(MAX_HEADER_BYTES, size - 8), "its header is longer than it may be")
+        fits = length <= min(MAX_HEADER_BYTES, size - 8)
+        expect(fits, "truncated or no model file: its header is longer than it may be")
         header = json.loads(file.read(length).decode("utf-8"))
     expect(isinstance(header, dict) and isinstance(header.get("__metadata__"), dict), "no metadata")
     return dict(header["__metadata__"])

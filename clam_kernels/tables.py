@@ -20,6 +20,7 @@ from .serialize import write_atomically
 
 # A member of an .npz that claims to unpack to more than this many times its stored size is refused.
 MAX_EXPANSION = 1000
+KINDS = "a file of numbers as .npy, .npz, CSV, TSV or Parquet"
 
 
 def read(path: str | Path, key: str | None = None) -> tuple[np.ndarray, list[str] | None]:
@@ -65,7 +66,7 @@ def read(path: str | Path, key: str | None = None) -> tuple[np.ndarray, list[str
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, struct.error) as error:
         if isinstance(error, DataFileError):
             raise
-        raise DataFileError(f"{path}: {error}") from error
+        raise DataFileError(f"{path}: {error} (expected {KINDS})") from error
 
 
 def _npz(path: Path, key: str | None) -> np.ndarray:

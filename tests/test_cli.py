@@ -66,8 +66,19 @@ def test_labels_equal_python_in_every_format(folder: Path) -> None:
         np.testing.assert_array_equal(np.array(labels, int), expected)
     run = clam("predict", folder / "m.safetensors", folder / "x.npz")
     assert (run.returncode, "holds X, y" in run.stderr) == (1, True)
-    run = clam("predict", folder / "m.safetensors", folder / "x.npz", "--key", "X", "--json")
+    given = ("predict", folder / "m.safetensors", folder / "x.npz", "--key", "X", "--json")
+    run = clam(*given, "-o", folder / "labels.npy")
     assert json.loads(run.stdout)["rows"] == 150
+    assert np.load(folder / "labels.npy").shape == (150,)
+    refused = clam(*given)
+    assert refused.returncode == 2
+    assert "--json takes stdout: give predict a file with -o" in refused.stderr
+    assert not refused.stdout
+    fit = ("fit", folder / "x.npz", "--key", "X", "-k", 3, "--algo", "kmeans", "-v", "--json")
+    told = clam(*fit, "-o", folder / "told.safetensors")
+    assert json.loads(told.stdout)["k"] == 3
+    assert "Iteration 0" in told.stderr
+    assert "is a folder" in clam(*given, "-o", folder, "--force").stderr
 
 
 def test_outputs(folder: Path, tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ def results() -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def on_a_gpu() -> tuple[set[str], int]:
-    """(backends that a committed run of bench/gpu_check.py tested whole and timed, the most cases
-    that passed in one that was cut short before any failed).
+def on_a_gpu() -> tuple[set[str], dict[str, int]]:
+    """(backends that a committed run of bench/gpu_check.py tested whole and timed; contract cases
+    of each op that passed in one that was cut short before any failed).
     """
     found: set[str] = set()
-    most = 0
+    part: dict[str, int] = {}
     for file in RESULTS.glob("*/report.json"):
         report = json.loads(file.read_text(encoding="utf-8"))
         tests = report["stages"]["tests"]
@@ -37,34 +37,31 @@ def on_a_gpu() -> tuple[set[str], int]:
         if tests["status"] == "pass":
             found |= {row["backend"] for row in report["rows"]}
         elif not any(s["outcome"].startswith(("exit", "died")) for s in tests.get("shards", [])):
-            most = max(most, tests.get("passed", 0))
-    return found, most
+            part |= tests.get("cases", {})
+    return found, part
 
 
 # How a kernel is proven where no whole run on a GPU is committed.
 ELSEWHERE = {
-    "triton": "interpreted, compiled ahead",
-    "cuda": "D to 16: bodies run on a CPU, compiled",
+    "triton": "Triton's interpreter",
+    "cuda": "D to 16: its bodies run on a CPU",
 }
 
 
 def ops_table() -> str:
     """op x backend x what it was proven on."""
     proven, part = on_a_gpu()
-    rest = f"{part} cases of all ops passed on a GPU, not all ran" if part else "unproven on a GPU"
     lines = [
-        "| op | gradients | reference | Triton | CUDA C++ |",
-        "| --- | --- | --- | --- | --- |",
+        "| op | gradients | reference | Triton | CUDA C++ | on a GPU |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for spec in clam_kernels.all_ops():
-        cells = []
-        for backend in ("triton", "cuda"):
-            if backend not in spec.kernels:
-                cells.append("")
-            else:
-                cells.append("GPU" if backend in proven else f"{ELSEWHERE[backend]}; {rest}")
+        cells = [ELSEWHERE[b] if b in spec.kernels else "" for b in ("triton", "cuda")]
         gradients = "by hand" if spec.gradient else "none"
-        row = [f"`{spec.name}`", gradients, "CPU, tested", *cells]
+        cases = part.get(spec.name, 0)
+        gpu = f"{cases} cases passed, none failed, not all ran" if cases else "unproven"
+        gpu = "tested" if set(spec.kernels) <= proven else gpu
+        row = [f"`{spec.name}`", gradients, "CPU, tested", *cells, gpu]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -121,8 +118,8 @@ def _times(row: dict[str, Any]) -> str:
 
 
 GPU_HEAD = (
-    "workload", "mode", "backend", "ms (goal)", "of the floor", "times as fast as",
-    "error / eager's", "run",
+    "row", "workload (float32)", "mode", "backend", "ms", "goals", "floor / time",
+    "times as fast as", "error / eager's", "run",
 )  # fmt: skip
 
 
@@ -145,10 +142,19 @@ def gpu_table() -> str:
     order = sorted(best.items(), key=lambda item: (int(re.match(r"\d+", item[0][0])[0]), item[0]))  # type: ignore[index]
     for (_, mode), (run_name, row) in order:
         ratio = row["err_ratio_to_eager"]
+        goals = "met" if row["pass"] else "missed"
         cells = [
-            row["name"], mode, row["backend"], f"{row['ms_median']:.3g} ({row['target']['ms']:g})",
-            f"{row['share']:.0%}", _times(row), f"{ratio:.2g}" if ratio else "", run_name,
-        ]  # fmt: skip
+            row["id"],
+            row["name"],
+            mode,
+            row["backend"],
+            f"{row['ms_median']:,.0f}" if row["ms_median"] > 1e3 else f"{row['ms_median']:.3g}",
+            f"{goals} ({row['target']['ms']:g} ms)",
+            f"{row['share']:.0%}",
+            _times(row),
+            f"{ratio:.2g}" if ratio else "",
+            run_name,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -45,6 +46,7 @@ LONGEST = 30.0
 MOST_PROCESSES = 16
 COLLECTED = re.compile(r"^(\d+)(?:/\d+)? tests? collected", re.MULTILINE)
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected)")
+EXECUTED = re.compile(r"^contract cases executed: (.*)$", re.MULTILINE)
 # of pytest: nothing was collected, which a selection may come to
 EMPTY = 5
 UNFINISHED = ("not started", "stopped at the time limit")
@@ -168,6 +170,13 @@ def stand_ins(setting: Setting, folder: Path) -> list[Shard]:
     return numbered(plan, folder)
 
 
+def executed(text: str) -> dict[str, int]:
+    """Contract cases of each op, as tests/conftest.py counts them."""
+    line = EXECUTED.search(text)
+    parts = (part.split() for part in line[1].split(", ")) if line else ()
+    return {op: int(count) for op, count in parts}
+
+
 def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
     """What each shard came to; the whole text goes to the log."""
     found = []
@@ -176,6 +185,7 @@ def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
         words = " ".join(shard.command[:SHOWN])
         log.write(f"==== {shard.name}: {shard.outcome}\n$ {words}\n{text[-LOGGED:]}\n")
         entry = {"name": shard.name, "outcome": shard.outcome, **shard.counts}
+        entry |= {"cases": executed(text)} if shard.device else {}
         if shard.outcome.startswith("exit"):
             entry["tail"] = text[-2500:]
         found.append(entry)
@@ -202,6 +212,7 @@ def run(setting: Setting) -> dict[str, Any]:
     result = {
         "seed": setting.seed, "shards": found, "listed": len(cases), "stand_in": setting.dry_run,
     }  # fmt: skip
+    result["cases"] = dict(sum((Counter(entry.get("cases", {})) for entry in found), Counter()))
     ran = sum(s.counts.get("passed", 0) for s in plan if s.device)
     failed = [s for s in plan if s.outcome.startswith("exit code")]
     unfinished = [s for s in plan if s.outcome in UNFINISHED]

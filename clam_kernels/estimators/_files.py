@@ -63,7 +63,7 @@ class ModelFile:
         Raises
         ------
         TypeError
-            A parameter is no data (a callable, a RandomState).
+            A parameter is no data (a callable, a RandomState); callbacks are left out.
         ValueError
             n_clusters was changed since fit.
         OSError
@@ -80,6 +80,8 @@ class ModelFile:
         if names is not None:
             learned["feature_names_in_"] = list(names)
         parameters = self.get_params(deep=False)  # type: ignore[attr-defined]
+        if "callbacks" in parameters:  # of a fit that is over; a function is no data
+            parameters["callbacks"] = None
         serialize.save(path, type(self).__name__, parameters, learned, tensors)
 
     @classmethod

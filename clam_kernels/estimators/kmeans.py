@@ -43,13 +43,14 @@ def _numbers(given: Any) -> Tensor:
     if isinstance(given, Tensor):
         return given.detach().double()
     given = given.toarray() if hasattr(given, "toarray") else given
-    text = f"init: expected numbers [K, D], got a {type(given).__name__} without them"
     try:
         found = np.array(given, dtype=np.float64)
     except (TypeError, ValueError):
+        text = f"init: expected numbers [K, D], got a {type(given).__name__} that has none"
         raise ValueError(text) from None
     if found.ndim != 2:
-        raise ValueError(text)
+        shape = list(found.shape)
+        raise ValueError(f"init: expected numbers [K, D], got {type(given).__name__} {shape}")
     return torch.from_numpy(found)
 
 
@@ -354,9 +355,12 @@ class KMeans(
         self.backend_ = explain("kmeans_assign", probe).split(": ")[1].split(" at ")[0]
         distinct = len(run.labels.unique())
         if distinct < self.n_clusters:
+            why = "Possibly due to duplicate points in X."
+            if self.empty == "keep":
+                why = "empty='keep' leaves a cluster without rows where it is."
             warnings.warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters"
-                f" ({self.n_clusters}). Possibly due to duplicate points in X.",
+                f" ({self.n_clusters}). {why}",
                 ConvergenceWarning,
                 stacklevel=4,
             )

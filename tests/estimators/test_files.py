@@ -71,6 +71,17 @@ def test_a_parameter_that_is_no_data_is_refused_by_name(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_callbacks_of_a_fit_are_left_out(tmp_path: Path) -> None:
+    from clam_kernels import KMeans
+
+    seen: list[int] = []
+    fitted = KMeans(3, random_state=0, callbacks=lambda *event: seen.append(1)).fit(X)
+    fitted.save(tmp_path / "m")
+    loaded = KMeans.load(tmp_path / "m")
+    assert loaded.callbacks is None
+    np.testing.assert_array_equal(loaded.predict(X), fitted.labels_)
+
+
 @pytest.mark.parametrize("size", [0, 4, 8, 20, -4])
 def test_truncated(saved: Path, size: int) -> None:
     saved.write_bytes(saved.read_bytes()[:size])

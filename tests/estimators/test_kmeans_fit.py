@@ -502,6 +502,17 @@ def test_data_is_not_copied():
     assert testing.peak_bytes(lambda: model.fit(x)) < 0.6 * x.numel() * 4
 
 
+def test_a_cluster_kept_without_rows_is_told_as_that():
+    init = np.array([[0.0], [1.0], [99.0]])
+    with pytest.warns(ConvergenceWarning, match="empty='keep' leaves a cluster without rows"):
+        KMeans(3, init=init, empty="keep").fit([[0.0], [0.2], [1.0], [1.1]])
+
+
+def test_init_of_another_rank_says_its_shape():
+    with pytest.raises(ValueError, match=r"init: expected numbers \[K, D\], got ndarray \[3\]"):
+        KMeans(3, init=np.zeros(3)).fit(np.eye(4))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_labels_and_sums_in_one_pass(monkeypatch, weighted, offset):
