@@ -48,10 +48,10 @@ WHOLE = {
         (64, 32, 8), (64, 32, 4), (32, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4),
     ],
 }  # fmt: skip
-# Of k-means: rows of few registers, so that four or three blocks share a multiprocessor, as timed
+# Of k-means: rows of few registers, so that four blocks share a multiprocessor, as timed
 # on an H200 (bench/NOTES.md). Elsewhere what ptxas makes of them.
 NEAREST = {"ROWS": 64, "PROTOS": 64, "num_warps": 4, "num_stages": 2}
-CROWDED = [NEAREST | {"maxnreg": 128}, NEAREST | {"num_stages": 3, "maxnreg": 168}]
+CROWDED = [NEAREST | {"maxnreg": 128}]
 STEP = [
     {"ROWS": rows, "PROTOS": 64, "num_warps": warps, "num_stages": 1}
     for rows, warps in ((64, 4), (128, 8))
