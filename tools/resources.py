@@ -103,7 +103,7 @@ def of_kmeans(
     mask, shift = torch.zeros(len(centroids), dtype=torch.bool), x[0]
     yield "streamed", partial(kmeans.kmeans_assign, x, centroids, None, None, True, mode)
     yield "streamed-full", partial(kmeans.kmeans_assign, half, centroids, None, mask, True, mode)
-    if x.shape[1] <= kmeans_fused.MOST:
+    if x.shape[1] <= kmeans_fused.FEATURES:
         few = centroids[: kmeans_fused.MOST]
         yield "few", partial(kmeans_fused.kmeans_step, x, few, None, None, None, mode)
         yield (

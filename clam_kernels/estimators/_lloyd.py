@@ -128,7 +128,7 @@ class _Fit:
             shift=self.shift,
             precision=self.rule.precision,
         )
-        self.fresh = (sums, held)
+        self.fresh = (sums, held.double())
         return labels
 
     def _assign(self, centres: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ import triton.language as tl
 
 from ._score import centred_rows
 
+# What memories are whose squared norms are 0 in float32.
+TINY = tl.constexpr(2.0**-74)
+
 
 @triton.jit
 def _exponent(top):
@@ -82,7 +85,7 @@ def reach_of(SIDE, count, PROTOS: tl.constexpr):
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
         top = tl.maximum(top, tl.max(tl.load(SIDE + 3 * count + k, mask=k < count, other=0.0), 0))
-    return tl.sqrt_rn(top)
+    return tl.maximum(tl.sqrt_rn(top), TINY)
 
 
 @triton.jit

@@ -18,9 +18,11 @@ from .kmeans import arranged, in_two, kmeans_assign, kmeans_update, scored, sett
 # Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
 # same order on all.
 PROGRAMS = 512
-# Centroids and features whose sums registers hold; fewer take as many, which a matrix instruction
-# of 64 rows multiplies at once.
-MOST = 64
+# Centroids and features whose sums registers hold; fewer centroids take as many, which a matrix
+# instruction of 64 rows multiplies at once.
+MOST, FEATURES = 64, 32
+# bfloat16 goes no further.
+LARGEST = tl.constexpr(3.38e38)
 # Tiles whose sums are added in float32 before they are in float64.
 TILES = tl.constexpr(16)
 
@@ -30,8 +32,9 @@ def summed(chosen, x, PREC: tl.constexpr):
     """Sum of the rows that each column of `chosen` has a 1 for. Three parts of bfloat16 hold every
     bit of x, and a product with 0 or 1 rounds nothing.
     """
-    if PREC == "ieee":
-        found = tl.dot(tl.trans(chosen), x, input_precision="ieee")
+    if PREC == "float64":
+        found = tl.dot(tl.trans(chosen).to(tl.float64), x.to(tl.float64), out_dtype=tl.float64)
+        found = found.to(tl.float32)
     else:
         one = tl.trans(chosen.to(tl.bfloat16))
         high = x.to(tl.bfloat16)
@@ -52,7 +55,7 @@ def kmeans_step_kernel(
     SHIFTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Program (split, problem): `share` rows of one problem. PART [problems, splits, count, D]
-    takes their sums, COUNT their number.
+    takes their sums, COUNT their number. What rounding drops of a total is carried along (Kahan).
     """
     pid = tl.program_id(0)
     problem, split = pid // splits, pid % splits
@@ -70,7 +73,7 @@ def kmeans_step_kernel(
     begin = split * share
     end = begin + tl.minimum(share, rows - begin)
     for g0 in range(begin, end, ROWS * TILES):
-        total = tl.zeros((LABELS, DIM), tl.float32)
+        total, lost = tl.zeros((LABELS, DIM), tl.float32), tl.zeros((LABELS, DIM), tl.float32)
         number = tl.zeros((LABELS,), tl.float32)
         for n0 in range(g0, g0 + tl.minimum(end - g0, ROWS * TILES), ROWS):
             row = n0 + tl.arange(0, ROWS)
@@ -85,14 +88,18 @@ def kmeans_step_kernel(
             if SHIFTED:  # in two parts: of a shift in float64 the second is what float32 drops
                 high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
                 x = (x - high) - tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
-            x = tl.where((label >= 0)[:, None], x, 0.0)
+            # 0 times inf would reach other labels; nothing in a part may be inf
+            x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)
             chosen = tl.where(label[:, None] == k[None, :], 1.0, 0.0)
             number += tl.sum(chosen, 0)
-            total += summed(chosen, x, SUM)
+            more = summed(chosen, x, SUM) - lost
+            grown = total + more
+            lost = (grown - total) - more
+            total = grown
         # each entry stays with its thread: nothing is exchanged through memory
         later = g0 + tl.zeros((1,), tl.int32) > begin
         seen = tl.load(PART, mask=kept & later[None, :], other=0.0)
-        tl.store(PART, seen + total.to(tl.float64), mask=kept)
+        tl.store(PART, seen + (total.to(tl.float64) - lost.to(tl.float64)), mask=kept)
         counted = tl.load(COUNT, mask=known & later, other=0)
         tl.store(COUNT, counted + number.to(tl.int64), mask=known)
 
@@ -100,7 +107,7 @@ def kmeans_step_kernel(
 def serves(x: Tensor, count: int, weight: Tensor | None, precision: str) -> bool:
     """Whether a program can hold the sums; weights may be more than float32 can hold."""
     d = x.shape[-1]
-    few = weight is None and max(count, d) <= MOST
+    few = weight is None and count <= MOST and d <= FEATURES
     return few and bool(_launch.settings("kmeans_step", x.device, precision, d))
 
 
@@ -141,6 +148,6 @@ def _fused(
         kmeans_step_kernel, (problems * splits,), x.device, *a.views, labels, part, number,
         n, count, inner, splits, share, *a.numbers, *a.strides, *held.stride()[:2],
         **a.chosen, LABELS=MOST, SHIFTED=shift is not None,
-        SUM="ieee" if _launch.INTERPRETED else "bf16",
+        SUM="float64" if _launch.INTERPRETED else "bf16",
     )  # fmt: skip
     return labels, part.sum(1).view(*a.batch, count, d), number.sum(1).view(*a.batch, count)

@@ -337,7 +337,7 @@ def kmeans_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels of all rows and sums of the rows of each label: `kmeans_assign`, then `kmeans_update`.
 
-    On a GPU of compute capability 9 both are one pass over the rows for K and D up to 64, without
+    On a GPU of compute capability 9 both are one pass over the rows for K to 64, D to 32, without
     weights. A Lloyd iteration is
 
         centroids <- shift + sums / counts                      (eqs. 1-3 of docs/ops/kmeans.md)

@@ -173,6 +173,15 @@ def test_a_step_is_an_assignment_and_an_update(spec, backend, size, shifted):
     _equal(again, (labels, sums, counts))
 
 
+@pytest.mark.contract(ops=STEP)
+@pytest.mark.parametrize("n", [64, 1024, 5000])
+def test_sums_of_equal_rows_keep_their_digits(spec, backend, n):
+    """Rounding that always goes the same way."""
+    x = torch.full((n, 2), 0.1, device=backend.device)
+    sums = spec.packet(x, torch.tensor([[0.0, 0.0], [1e30, 0.0]], device=backend.device))[1]
+    assert bool(((sums[0] - x.double().sum(0)).abs() <= 2**-22 * 0.1 * n).all())
+
+
 # ---- memory -------------------------------------------------------------------------------------
 
 

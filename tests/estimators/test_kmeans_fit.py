@@ -513,6 +513,22 @@ def test_init_of_another_rank_says_its_shape():
         KMeans(3, init=np.zeros(3)).fit(np.eye(4))
 
 
+@pytest.mark.parametrize("empty", ["relocate", "split", "keep"])
+def test_a_lost_cluster_in_one_pass(monkeypatch, empty):
+    x = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [30.0]])
+    options = {"init": np.array([[0.0], [10.0], [100.0]]), "tol": 0, "random_state": 0}
+    fits = []
+    for one_pass in (False, True):
+        monkeypatch.setattr(_lloyd._Fit, "in_one_pass", one_pass)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fits.append(KMeans(3, n_init=1, empty=empty, **options).fit(x))
+    np.testing.assert_array_equal(fits[0].cluster_centers_, fits[1].cluster_centers_)
+    assert fits[0].n_relocated_ == fits[1].n_relocated_
+    if empty == "relocate":
+        assert sorted(fits[1].cluster_centers_[:, 0]) == [1.0, 10.5, 30.0]
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_labels_and_sums_in_one_pass(monkeypatch, weighted, offset):

@@ -344,3 +344,28 @@ def test_a_step_of_0_keeps_every_bit():
         (grad,) = torch.autograd.grad(out, v, torch.ones_like(v))
     assert torch.equal(out, v)
     assert torch.equal(grad, torch.ones_like(v))
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-25, 1e-15, 1.0, 1e15])
+def test_halves_of_memories_of_any_size(size):
+    """Squared norms may vanish in float32: what is scaled by them must not overflow."""
+    rho = size * _random(20, 32, seed=1).float()
+    v = size * _random(70, 32).float()
+    beta = min(0.5 / size / size, 1e38)
+    with clam_kernels.backend("triton"):
+        out = torch.ops.clam.am_recursion(v, rho, beta, 3, precision="high")
+    exact = truth.am_recursion(v.double(), rho.double(), beta, 3)
+    if size > 1e-18:  # below, float32 has no squared norms
+        assert float((out.double() - exact).abs().max()) <= 1e-5 * size
+    assert bool(out.isfinite().all())
+
+
+def test_highest_does_not_multiply_in_halves():
+    """They share one scale: memories far below the largest would lose digits."""
+    table = importlib.import_module("clam_kernels.kernels._launch").table()
+    for kernel in (k for k in table if k.startswith("am_")):
+        kinds = {row["PREC"] for name, row in table[kernel].items() if "/highest/" in name}
+        assert "f16x3" not in kinds, kernel
+    v, rho = _random(70, 32).float(), _random(20, 32, seed=1).float()
+    rho[3], rho[4] = 1e4, -1e4
+    _agrees("am_recursion", (v.double(), rho.double(), 0.5, 1, 1.0, None, None))
