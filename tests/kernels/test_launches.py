@@ -356,7 +356,7 @@ def test_halves_of_memories_of_any_size(size):
         out = torch.ops.clam.am_recursion(v, rho, beta, 3, precision="high")
     exact = truth.am_recursion(v.double(), rho.double(), beta, 3)
     if size > 1e-18:  # below, float32 has no squared norms
-        assert float((out.double() - exact).abs().max()) <= 1e-5 * size
+        assert float((out.double() - exact).abs().max()) <= 1e-4 * size
     assert bool(out.isfinite().all())
 
 
