@@ -99,7 +99,10 @@ def _wide_calls(d: int) -> list[tuple[str, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize(("d", "case"), [*((150, case) for case in range(6)), (1024, 0), (1024, 1)])
+WIDEST = [pytest.param(1024, case, marks=pytest.mark.slow) for case in (0, 1)]
+
+
+@pytest.mark.parametrize(("d", "case"), [*((150, case) for case in range(6)), *WIDEST])
 def test_rows_too_wide_for_registers(d, case):
     """D above 128 takes the wide forms: outputs and gradients against float64."""
     op, args = _wide_calls(d)[case]
