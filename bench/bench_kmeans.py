@@ -16,6 +16,7 @@ from torch import Tensor
 from clam_kernels import KMeans, testing
 
 ASSIGN, UPDATE = testing.workloads("kmeans_assign"), testing.workloads("kmeans_update")
+STEP = testing.workloads("kmeans_step")
 TIMER = {"timer": time.process_time, "min_rounds": 1}
 ITERATIONS = 10
 
@@ -30,6 +31,16 @@ def eager_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def eager_update(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     sums = torch.zeros(k, x.shape[1]).index_add_(0, labels, x)
     return sums, torch.bincount(labels, minlength=k)
+
+
+def eager_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    labels, _ = eager_assign(x, centroids)
+    return labels, *eager_update(x, labels, len(centroids))
+
+
+PLAIN = {
+    "kmeans_assign": eager_assign, "kmeans_update": eager_update, "kmeans_step": eager_step,
+}  # fmt: skip
 
 
 @pytest.mark.benchmark(**TIMER)
@@ -57,10 +68,10 @@ def test_fit(workload: testing.Workload, race: Any) -> None:
 
 
 @pytest.mark.benchmark(**TIMER)
-@pytest.mark.parametrize("workload", [*ASSIGN, *UPDATE], ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", [*ASSIGN, *UPDATE, *STEP], ids=lambda w: w.name)
 def test_ops(workload: testing.Workload, race: Any) -> None:
     args = workload.make(0)
-    plain = eager_assign if workload.op == "kmeans_assign" else eager_update
+    plain: Any = PLAIN[workload.op]
     op = getattr(torch.ops.clam, workload.op)
     row = race(
         workload.name,
