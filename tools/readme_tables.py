@@ -139,7 +139,7 @@ def gpu_table() -> str:
         f"| {' | '.join(GPU_HEAD)} |",
         f"|{' --- |' * len(GPU_HEAD)}",
     ]
-    order = sorted(best.items(), key=lambda item: (int(re.match(r"\d+", item[0][0])[0]), item[0]))  # type: ignore[index]
+    order = sorted(best.items(), key=lambda item: (int(re.findall(r"\d+", item[0][0])[0]), item[0]))
     for (_, mode), (run_name, row) in order:
         ratio = row["err_ratio_to_eager"]
         goals = "met" if row["pass"] else "missed"

@@ -169,6 +169,12 @@ def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool =
         raise ValueError(wording(name, bound, worst))
 
 
+def text(name: str, value: object) -> None:
+    """TypeError unless the argument is a str or None."""
+    ok = value is None or isinstance(value, str)
+    type_error(ok, lambda: wording(name, "a str or None", type(value).__name__))
+
+
 def one_of(name: str, value: str | None, allowed: Sequence[str]) -> None:
     """A string out of a list, or None."""
     if value is not None and value not in allowed:

@@ -176,10 +176,7 @@ def _settings(step: object, precision: object) -> None:
     """Types of what is never a tensor."""
     plain = isinstance(step, _NUMBERS) and not isinstance(step, bool)
     checks.type_error(plain, lambda: checks.wording("step", "a number", type(step).__name__))
-    text = precision is None or isinstance(precision, str)
-    checks.type_error(
-        text, lambda: checks.wording("precision", "a str or None", type(precision).__name__)
-    )
+    checks.text("precision", precision)
 
 
 def _plain(beta: Any) -> Any:

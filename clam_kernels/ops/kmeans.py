@@ -259,10 +259,7 @@ def kmeans_assign(
         isinstance(distances, bool),
         lambda: checks.wording("distances", "a bool", type(distances).__name__),
     )
-    checks.type_error(
-        precision is None or isinstance(precision, str),
-        lambda: checks.wording("precision", "a str or None", type(precision).__name__),
-    )
+    checks.text("precision", precision)
     labels, sqdist = torch.ops.clam.kmeans_assign(x, centroids, shift, mask, distances, precision)
     return labels, sqdist
 
@@ -385,10 +382,7 @@ def kmeans_step(
     checks.tensor("centroids", centroids)
     for name, value in (("weight", weight), ("shift", shift), ("mask", mask)):
         checks.tensor(name, value, optional=True)
-    checks.type_error(
-        precision is None or isinstance(precision, str),
-        lambda: checks.wording("precision", "a str or None", type(precision).__name__),
-    )
+    checks.text("precision", precision)
     labels, sums, counts = torch.ops.clam.kmeans_step(x, centroids, weight, shift, mask, precision)
     return labels, sums, counts
 
