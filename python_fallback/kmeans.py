@@ -142,29 +142,42 @@ class Table(NamedTuple):
         return min(most, most / self.reach - self.reach - self.lean if self.reach else most)
 
 
-def table_of(centroids: Tensor, shift: Tensor | None, mask: Tensor | None, like: Tensor) -> Table:
-    """Prepare centroids [K, D]. A shift of both sides changes no label; it is subtracted from the
-    rows only where it is large beside the centroids' spread, for scores lose digits then.
+def tables_of(
+    centroids: Tensor, shift: Tensor | None, mask: Tensor | None, like: Tensor
+) -> list[Table]:
+    """Prepare centroids [P, K, D] of several problems. A shift of both sides changes no label; it
+    is subtracted from the rows only where it is large beside the centroids' spread, for scores lose
+    digits then.
     """
     dtype, exact = compute_dtype(like), centroids.double()
     alive = exact.isfinite().all(-1)
     if mask is not None:
         alive = alive & ~mask
-    kept = torch.where(alive[:, None], exact, 0.0)
-    middle = kept.sum(0) / alive.sum().clamp(min=1)
+    kept = torch.where(alive[..., None], exact, 0.0)
+    middle = kept.sum(1) / alive.sum(1).clamp(min=1)[:, None]
     origin = middle if shift is None else shift.double()
     origin = torch.where(origin.isfinite(), origin, 0.0).to(dtype).double()
-    centred = torch.where(alive[:, None], exact - origin, 0.0)
-    reach, lean = float(centred.norm(dim=-1).max()), float(origin.norm())
-    far = lean > 4 * reach
+    centred = torch.where(alive[..., None], exact - origin[:, None], 0.0)
+    reach, lean = centred.norm(dim=-1).amax(1).tolist(), origin.norm(dim=-1).tolist()
+    far = [away > 4 * size for size, away in zip(reach, lean, strict=True)]
     half = centred.square().sum(-1) / 2
-    if not far:
-        half = half + centred @ origin
+    near = half + (centred @ origin[..., None])[..., 0]
+    half = torch.where(torch.tensor(far, device=half.device)[:, None], half, near)
     half = torch.where(alive, half, torch.inf).to(dtype)
-    narrow = centred.to(dtype)
-    return Table(
-        exact, alive, narrow, half, origin.to(dtype) if far else None, reach, 0.0 if far else lean
-    )
+    narrow, origin = centred.to(dtype), origin.to(dtype)
+    return [
+        Table(
+            exact[p], alive[p], narrow[p], half[p], origin[p] if far[p] else None, reach[p],
+            0.0 if far[p] else lean[p],
+        )
+        for p in range(len(exact))
+    ]  # fmt: skip
+
+
+def table_of(centroids: Tensor, shift: Tensor | None, mask: Tensor | None, like: Tensor) -> Table:
+    """Prepare centroids [K, D] of one problem."""
+    origin, gone = (None if o is None else o[None] for o in (shift, mask))
+    return tables_of(centroids[None], origin, gone, like)[0]
 
 
 def tile_rows(k: int) -> int:
@@ -305,6 +318,9 @@ def kmeans_assign_forward(
     rows, dtype = x.shape[-2], compute_dtype(x)
     labels = x.new_empty((*batch, rows), dtype=torch.int64)
     sqdist = x.new_empty((*batch, rows if distances else 0), dtype=dtype)
+    if not distances and shift is mask is None and _is_small(x, centroids):
+        _assign_together(x, centroids, labels)
+        return labels, sqdist
     for at, own in problems(batch, (x, 2), (centroids, 2), (shift, 1), (mask, 1)):
         rows_of, centres, origin, gone = own
         table = table_of(centres, origin, gone, x)
@@ -316,6 +332,45 @@ def kmeans_assign_forward(
             pair = pair_distances(rows_of[part].to(dtype), narrow, found[part])
             sqdist[at][part] = pair
     return labels, sqdist
+
+
+def _is_small(x: Tensor, centroids: Tensor) -> bool:
+    """Whether several problems [P, K, D] share few rows: calls would take longer than the work."""
+    shared = x.ndim == 2 and centroids.ndim == 3 and len(centroids) > 1
+    return shared and 0 < len(x) * centroids.shape[-2] * 4 <= TILE_ENTRIES
+
+
+def _assign_together(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
+    """Labels [P, N] of several problems on the same rows, by one product; those that its scores do
+    not decide one problem after the other.
+    """
+    (count, k, _), dtype = centroids.shape, compute_dtype(x)
+    rows = x.to(dtype)
+    low, high = torch.aminmax(rows)
+    size = max(-float(low), float(high)) * x.shape[-1] ** 0.5
+    unit, base = torch.finfo(dtype).eps / 2, 1 << (k - 1).bit_length()
+    codes = torch.arange(base, base + k, dtype=dtype, device=x.device)
+    step = max(1, TILE_ENTRIES // (len(x) * k))
+    for start in range(0, count, step):
+        found = labels[start : start + step]
+        tables = tables_of(centroids[start : start + step], None, None, x)
+        plain = size == size and all(t.origin is None and size < t.cap for t in tables)
+        undecided = torch.ones_like(found, dtype=torch.bool)
+        if plain:
+            half = torch.cat([t.half for t in tables])[:, None]
+            score = torch.addmm(half, torch.cat([t.centred for t in tables]), rows.mT, alpha=-1)
+            score = score.view(len(tables), k, len(x))
+            slack = torch.tensor([t.slack(size, unit) for t in tables], dtype=dtype)
+            least = score.amin(1, keepdim=True) + slack.to(x.device)[:, None, None]
+            code = torch.matmul(codes, score.le_(least))
+            found.copy_(code)
+            undecided = (found < base) | (found >= 2 * base)
+            found -= base
+        for p in undecided.any(1).nonzero()[:, 0].tolist():
+            some = undecided[p].nonzero()[:, 0]
+            out = found[p, some]
+            Scorer(tables[p], x[some], out).run()
+            found[p, some] = out
 
 
 def pair_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
@@ -361,6 +416,9 @@ def kmeans_update_forward(
     counts = torch.zeros(
         (*batch, k), dtype=torch.int64 if weight is None else torch.float64, device=x.device
     )
+    shared = x.ndim == 2 and labels.ndim == 2 and weight is shift is None
+    if shared and labels.numel() * d <= WIDE_ENTRIES and not x.is_cuda:
+        return _update_together(x, labels, k)
     limit = max(1, WIDE_ENTRIES // 4 // max(d, k if x.is_cuda else 1))
     for at, own in problems(batch, (x, 2), (labels, 1), (weight, 1), (shift, 1)):
         rows_of, found, share, origin = own
@@ -378,6 +436,18 @@ def kmeans_update_forward(
             add_grouped_(total, held, found[part], values, heavy)
         sums[at], counts[at] = total[:k], held[:k]
     return sums, counts
+
+
+def _update_together(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Sums of several labellings [P, N] of the same few rows, in the order of the rows."""
+    count, n = labels.shape
+    found = torch.where((labels >= 0) & (labels < k), labels, k)
+    place = (found + (k + 1) * torch.arange(count)[:, None]).flatten()
+    total = torch.zeros(count * (k + 1), x.shape[1], dtype=torch.float64)
+    total.index_add_(0, place, x.double().expand(count, n, -1).reshape(count * n, -1))
+    held = torch.bincount(place, minlength=len(total))
+    sums, counts = total.view(count, k + 1, -1)[:, :k], held.view(count, k + 1)[:, :k]
+    return sums.contiguous(), counts.contiguous()
 
 
 def add_grouped_(

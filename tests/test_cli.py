@@ -134,12 +134,14 @@ def test_complete_fills_empty_cells(folder: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_one_line_and_exit_1(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "nan.npy", np.full((5, 2), np.nan))
+    np.save(tmp_path / "inf.npy", np.full((5, 2), np.inf))
     (tmp_path / "text.csv").write_text("a,b\n1,x\n2,y\n")
     (tmp_path / "ragged.csv").write_text("1,2\n3\n")
     (tmp_path / "evil.npy").write_bytes(pickle.dumps({"a": 1}))
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
     cases = {
-        "nan.npy": "NaN",
+        "nan.npy": "expected an observed entry in every column",
+        "inf.npy": "infinity",
         "text.csv": "column 'b': expected numbers",
         "ragged.csv": "ragged.csv",
         "evil.npy": "evil.npy",

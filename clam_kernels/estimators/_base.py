@@ -1,61 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the estimators share: data in, results out in the same container, devices, seeds, state."""
+"""What the estimators share: checks of tensors and entries, devices, and that a failed fit changes
+nothing.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from ..exceptions import BackendUnavailableError
 
 NARROW = ("bool", "int8", "uint8", "int16", "uint16", "float16")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data matrix as a tensor [N, D], float32 or float64, and the container it came in."""
-
-    values: Tensor
-    is_tensor: bool
-    origin: torch.device
-
-    def give(self, result: Tensor) -> Any:
-        """A result in the container of the input: numpy for arrays, else a tensor on its device."""
-        return result.to(self.origin) if self.is_tensor else result.cpu().numpy()
-
-    def give_labels(self, labels: Tensor) -> Any:
-        """Labels: int32 numpy as scikit-learn has them, int64 for tensors."""
-        return self.give(labels if self.is_tensor else labels.int())
-
-
-def read(estimator: Any, x: Any, *, reset: bool, allow_nan: bool = False) -> Data:
-    """Validate a data matrix by scikit-learn's rules and put it on the estimator's device.
-
-    float32 and float64 stay, 16-bit and narrower types become float32, everything else float64. The
-    input is never modified.
-    """
-    is_tensor = isinstance(x, Tensor)
-    values = read_tensor(estimator, x, reset) if is_tensor else _read_array(estimator, x, reset)
-    refuse_bad_entries(estimator, values, allow_nan)
-    device = choose_device(estimator.device, x.device if is_tensor else None)
-    return Data(values.to(device), is_tensor, x.device if is_tensor else torch.device("cpu"))
-
-
-def _read_array(estimator: Any, x: Any, reset: bool) -> Tensor:
-    if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
-        raise ValueError("X: expected an array without masked entries, got a masked array")
-    narrow = str(getattr(x, "dtype", "")) in NARROW
-    dtype = np.float32 if narrow else [np.float64, np.float32]
-    array = validate_data(estimator, x, reset=reset, dtype=dtype, ensure_all_finite=False)
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
@@ -101,12 +61,11 @@ def refuse_bad_entries(
         return
     row, column = (int(i) for i in bad.nonzero()[0])
     what = "NaN" if bool(values[row, column].isnan()) else "infinity"
-    hint = "impute them first, or fill them with `complete` of a fitted ClAM"
-    hint = "only NaN stands for a missing value" if allow_nan else hint
+    hint = "; impute them first, or use ClAM, for which NaN is a missing value."
+    hint = ", and NaN for what is missing." if allow_nan else hint
     raise ValueError(
         f"Input X contains {what}: {count} bad entr{'y' if count == 1 else 'ies'}, the first at row"
-        f" {first_row + row}, column {column}. {type(estimator).__name__} takes finite values;"
-        f" {hint}."
+        f" {first_row + row}, column {column}. {type(estimator).__name__} takes finite values{hint}"
     )
 
 

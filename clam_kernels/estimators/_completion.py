@@ -7,13 +7,14 @@ Replica r of R sees the same batches and masks as the others, so its result does
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops.am import am_recursion
+from ._points import Points
 
 # The authors' schedule: the learning rate falls by SHRINK when the mean loss of WINDOW epochs
 # gained less than GAIN for PATIENCE epochs in a row; training ends below LOWEST_RATE.
@@ -42,39 +43,81 @@ class Plan:
 class Trained:
     """What came out, replica by replica."""
 
-    memories: Tensor  # [R, K, D]
+    last: Tensor  # [R, K, D]
+    best: Tensor  # those after the epoch of least loss; NaN where every loss was
+    middle: Tensor  # those after half of the epochs
     losses: Tensor  # [epochs, R]
 
 
-def draw_masks(rows: int, features: int, ratio: float, generator: torch.Generator) -> Tensor:
-    """Masked entries [rows, features], Bernoulli(ratio): at least one in a row, never all of
-    several.
+def draw_masks(
+    rows: int,
+    features: int,
+    ratio: float,
+    generator: torch.Generator,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Masked entries [rows, features], Bernoulli(ratio) of those that are `seen`: at least one in
+    a row, never all.
 
-    A single feature is not masked at all: nothing would be left to complete it from.
+    A single entry is not masked: nothing would be left to complete it from.
     """
-    if features == 1:
-        return torch.zeros(rows, 1, dtype=torch.bool)
     masks = torch.rand(rows, features, generator=generator) < ratio
-    pick = torch.randint(features, (rows, 1), generator=generator)
+    if seen is None:
+        pick = torch.randint(features, (rows, 1), generator=generator)
+        seen = torch.ones(rows, features, dtype=torch.bool)
+    else:
+        lots = torch.rand(rows, features, generator=generator).masked_fill_(~seen, -1.0)
+        pick = lots.argmax(1, keepdim=True)
+    masks &= seen
     one = torch.arange(features) == pick
     masks |= one & ~masks.any(1, keepdim=True)
-    return masks & ~(one & masks.all(1, keepdim=True))
+    return masks & ~(one & (masks == seen).all(1, keepdim=True))
 
 
-def _loss(x: Tensor, masks: Tensor, memories: Tensor, plan: Plan) -> Tensor:
-    """Loss of each replica [R] on one batch [B, D]: mean squared error of the masked entries."""
-    counted = masks if bool(masks.any()) else torch.ones_like(masks)
-    out = am_recursion(
-        x.masked_fill(masks, 0.0),
-        memories,
-        plan.beta,
-        plan.steps,
-        step=plan.step,
-        update_mask=masks if plan.clamp and counted is masks else None,
-        precision=plan.precision,
-    )
-    error = ((out - x).square() * counted).sum((1, 2))
-    return error / (x.numel() if plan.authors else counted.sum())
+def expected_masked(points: Points, ratio: float) -> float:
+    """Weighted mean over the rows of how many entries `draw_masks` hides; of how many are seen
+    where it hides none.
+    """
+    n, d = points.z.shape
+    full = torch.full((n,), float(d), dtype=torch.float64, device=points.z.device)
+    seen = full if points.seen is None else points.seen.sum(1).double()
+    hidden = ratio * seen + (1 - ratio) ** seen - ratio**seen
+    hidden = torch.where(seen > 1, hidden, 0.0)
+    return float(hidden @ points.share / n) or float(seen @ points.share / n)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows with their masks."""
+
+    x: Tensor  # [B, D], 0 where not observed
+    masks: Tensor  # [B, D] hidden on purpose: what the loss counts
+    seen: Tensor | None
+    weight: Tensor | None  # [B]
+
+    def loss(self, memories: Tensor, plan: Plan, expected: float) -> Tensor:
+        """Loss of each replica [R]: weighted squared error of the masked entries over the number
+        expected of them (the authors': over all entries).
+
+        Where nothing is masked, rows of a single entry, all that is seen evolves and counts.
+        """
+        masked = bool(self.masks.any())
+        given = torch.ones_like(self.masks) if self.seen is None else self.seen
+        counted = self.masks if masked else given
+        hidden = self.masks if self.seen is None else self.masks | ~self.seen
+        out = am_recursion(
+            self.x.masked_fill(self.masks, 0.0),
+            memories,
+            plan.beta,
+            plan.steps,
+            step=plan.step,
+            update_mask=hidden if plan.clamp and masked else None,
+            precision=plan.precision,
+        )
+        error = (out - self.x).square() * counted
+        rows = error.sum(2) if self.weight is None else error.sum(2) * self.weight.to(error.dtype)
+        count = self.x.numel() if plan.authors else expected * len(self.x)
+        return rows.sum(1) / count
 
 
 class _Plateau:
@@ -130,41 +173,91 @@ class _Optimiser:
         return any(group["lr"] >= lowest for group in self.adam.param_groups)
 
 
+class _Batches:
+    """Batches of an epoch, the same for all replicas."""
+
+    def __init__(self, points: Points, plan: Plan, generator: torch.Generator) -> None:
+        self.points, self.plan, self.generator = points, plan, generator
+        self.whole = len(points) <= plan.batch_size
+        self.twins: Tensor | None = None
+        if self.whole and not plan.authors:
+            rows = (
+                points.z
+                if points.seen is None
+                else torch.cat([points.z, points.seen.to(points.z.dtype)], 1)
+            )
+            self.twins = rows.unique(dim=0, return_inverse=True)[1].cpu()
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        points, device = self.points, self.points.z.device
+        if self.whole and self.twins is not None:
+            masks = self._masks_of_twins().to(device)
+            yield Batch(points.z, masks, points.seen, points.weight)
+            return
+        order = torch.randperm(len(points), generator=self.generator)
+        for index in order.split(self.plan.batch_size):
+            at = index.to(device)
+            seen = None if points.seen is None else points.seen[at]
+            weight = None if points.weight is None else points.weight[at]
+            masks = self._masks(len(index), self.plan.authors and number % 3 == 2, seen)
+            yield Batch(points.z[at], masks.to(device), seen, weight)
+
+    def _masks(self, rows: int, shared: bool, seen: Tensor | None) -> Tensor:
+        d, ratio = self.points.z.shape[1], self.plan.mask_ratio
+        if shared:
+            masks = draw_masks(1, d, ratio, self.generator).expand(rows, d)
+            return masks if seen is None else masks & seen.cpu()
+        return draw_masks(rows, d, ratio, self.generator, None if seen is None else seen.cpu())
+
+    def _masks_of_twins(self) -> Tensor:
+        """Equal rows get equal masks, so that a weight is a repetition."""
+        assert self.twins is not None
+        count = int(self.twins.max()) + 1
+        seen = None
+        if self.points.seen is not None:
+            seen = torch.empty(count, self.points.z.shape[1], dtype=torch.bool)
+            seen[self.twins] = self.points.seen.cpu()
+        return self._masks(count, False, seen)[self.twins]
+
+
 def train(
-    z: Tensor, start: Tensor, plan: Plan, progress: Callable[[Iterable[int]], Iterable[int]]
+    points: Points, start: Tensor, plan: Plan, seen: Callable[[Tensor], bool] | None = None
 ) -> Trained:
-    """Fit the memories `start` [R, K, D] to the states z [N, D]."""
+    """Fit the memories `start` [R, K, D] to the points; `seen(losses)` is told of every epoch and
+    may end it.
+    """
     generator = torch.Generator().manual_seed(plan.seed)
+    batches = _Batches(points, plan, generator)
     optimiser = _Optimiser(start, plan)
-    best = start.clone()
+    expected = expected_masked(points, plan.mask_ratio)
+    best, middle = torch.full_like(start, torch.nan), start.clone()
     lowest = torch.full((len(start),), math.inf, dtype=torch.float64)
     curve = []
-    for epoch in progress(range(plan.epochs)):
-        loss = _epoch(z, optimiser, plan, epoch, generator)
+    for epoch in range(plan.epochs):
+        loss = _epoch(batches, optimiser, plan, epoch, expected)
         curve.append(loss)
-        better = loss < lowest if plan.authors else torch.ones_like(lowest, dtype=torch.bool)
+        better = loss < lowest
         lowest = torch.where(better, loss, lowest)
-        keep = better.to(best.device)[:, None, None]
-        best = torch.where(keep, optimiser.memories().detach(), best)
-        if not optimiser.finish_epoch(epoch, loss):
+        now = optimiser.memories().detach()
+        best = torch.where(better.to(best.device)[:, None, None], now, best)
+        if epoch + 1 == (plan.epochs + 1) // 2:
+            middle = now.clone()
+        stop = bool(seen and seen(loss))
+        if not optimiser.finish_epoch(epoch, loss) or stop:
             break
-    return Trained(best, torch.stack(curve) if curve else torch.zeros(0, len(start)))
+    return Trained(optimiser.memories().detach(), best, middle, torch.stack(curve))
 
 
 def _epoch(
-    z: Tensor, optimiser: _Optimiser, plan: Plan, epoch: int, generator: torch.Generator
+    batches: _Batches, optimiser: _Optimiser, plan: Plan, epoch: int, expected: float
 ) -> Tensor:
     """One pass over the rows in random batches; the mean loss of each replica."""
-    order = torch.randperm(len(z), generator=generator)
-    total = torch.zeros(len(plan.beta), dtype=torch.float64, device=z.device)
-    for index in order.split(plan.batch_size):
-        shared = plan.authors and epoch % 3 == 2
-        rows = 1 if shared else len(index)
-        masks = draw_masks(rows, z.shape[1], plan.mask_ratio, generator)
-        x = z[index.to(z.device)]
-        loss = _loss(x, masks.expand(len(index), -1).to(z.device), optimiser.memories(), plan)
+    rows, device = len(batches.points), batches.points.z.device
+    total = torch.zeros(len(plan.beta), dtype=torch.float64, device=device)
+    for batch in batches.epoch(epoch):
+        loss = batch.loss(optimiser.memories(), plan, expected)
         optimiser.adam.zero_grad()
         loss.sum().backward()
         optimiser.adam.step()
-        total += loss.detach().double() * (len(index) / len(z))
+        total += loss.detach().double() * (len(batch.x) / rows)
     return total.cpu()

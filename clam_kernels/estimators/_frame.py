@@ -10,16 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 1 << 16
+if TYPE_CHECKING:
+    from ._rows import Rows
+
+# Entries of a chunk of rows.
+CHUNK_ENTRIES = 1 << 21
 
 
 def chunks(x: Tensor) -> Iterator[Tensor]:
     """Row chunks of a data matrix."""
-    return iter(x.split(CHUNK_ROWS))
+    return iter(x.split(max(1, CHUNK_ENTRIES // x.shape[1])))
 
 
 def scaled(x: Tensor, exponent: int) -> Tensor:
@@ -38,9 +43,18 @@ def rescaled(value: float, exponent: int) -> float:
         return math.copysign(math.inf, value)
 
 
-def _exponent(top: Tensor) -> int:
+def _exponent(top: float) -> int:
     """The power of two just above a magnitude; 0 for 0."""
-    return math.frexp(float(top))[1] if float(top) > 0 else 0
+    return math.frexp(top)[1] if top > 0 else 0
+
+
+def pieces(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, values) in chunks that a copy in float64 is no matter for."""
+    for part, block in rows.blocks():
+        start = part.start
+        for x in chunks(block):
+            yield slice(start, start + len(x)), x
+            start += len(x)
 
 
 @dataclass(frozen=True)
@@ -52,15 +66,29 @@ class Frame:
     spread: int
 
     @classmethod
-    def of(cls, x: Tensor) -> Frame:
-        """Frame of a finite data matrix [N, D]."""
-        span = _exponent(torch.stack([part.abs().amax() for part in chunks(x)]).amax())
-        total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        for part in chunks(x):
-            total += scaled(part.double(), -span).sum(0)
-        mean = total / len(x)
-        tops = [(scaled(part.double(), -span) - mean).abs().amax() for part in chunks(x)]
-        return cls(mean, span, _exponent(torch.stack(tops).amax()))
+    def of(cls, rows: Rows, weight: Tensor | None = None) -> Frame:
+        """Frame of a data matrix, centred on the means of what is observed.
+
+        ValueError if a feature has no observed entry (in a row that counts).
+        """
+        span = _exponent(rows.top)
+        total, held = torch.zeros(2, rows.features, dtype=torch.float64, device=rows.device)
+        for part, x in pieces(rows):
+            share = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
+            if weight is not None:
+                share = weight[part, None]
+            seen = ~x.isnan()
+            total += (scaled(x.double().nan_to_num(), -span) * share).sum(0)
+            held += (seen * share).sum(0)
+        lost = (held == 0).nonzero()[:, 0].tolist()
+        if lost:
+            raise ValueError(f"X: expected an observed entry in every column, got none in {lost}")
+        mean = total / held
+        top = 0.0
+        for _, x in pieces(rows):
+            far = scaled(x.double(), -span) - mean
+            top = max(top, float(far.abs().nan_to_num(0.0).amax()))
+        return cls(mean, span, _exponent(top))
 
     @property
     def unit(self) -> int:
@@ -70,6 +98,10 @@ class Frame:
     def states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Data in the frame, chunk by chunk; in float64 if the dtype cannot hold it."""
         return torch.cat([self._states(part, dtype) for part in chunks(x)])
+
+    def all_states(self, rows: Rows) -> Tensor:
+        """Every row in the frame."""
+        return torch.cat([self._states(x, rows.dtype) for _, x in pieces(rows)])
 
     def _states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         z = scaled(scaled(x.double(), -self.range) - self.mean.to(x.device), -self.spread)

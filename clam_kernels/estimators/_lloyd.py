@@ -16,8 +16,10 @@ from torch import Tensor
 from ..ops.kmeans import kmeans_assign, kmeans_step, kmeans_update
 from ._rows import Rows, normalised
 
-# Labels of all starts under way that are held at once.
+# Labels of all starts under way that are held at once; rows x centres below which a processor takes
+# several starts in one call.
 LABELS_AT_ONCE = 1 << 25
+SMALL_PROBLEM = 1 << 16
 # Entries of a chunk of differences.
 CHUNK_ENTRIES = 1 << 17
 # Sums are brought up to date where less than one row in so many has changed its label.
@@ -51,7 +53,9 @@ def lloyd(
     rows: Rows, weight: Tensor | None, starts: Tensor, rule: Rule, random: np.random.RandomState
 ) -> list[Run]:
     """Run every start [R, K, D] to its end; each has the bits it would have alone."""
-    group = max(1, LABELS_AT_ONCE // max(len(rows), 1)) if rows.device.type == "cuda" else 1
+    told = rule.seen or rule.tell  # of one start after the other
+    together = rows.device.type == "cuda" or (_is_small(rows, starts.shape[1]) and not told)
+    group = max(1, LABELS_AT_ONCE // max(len(rows), 1)) if together else 1
     runs: list[Run] = []
     for first in range(0, len(starts), group):
         fit = _Fit(rows, weight, starts[first : first + group], rule, random, first)
@@ -59,6 +63,11 @@ def lloyd(
         if fit.stopped:
             break
     return runs
+
+
+def _is_small(rows: Rows, k: int) -> bool:
+    """Whether calls take longer than the work in them."""
+    return rows.whole and len(rows) * k <= SMALL_PROBLEM
 
 
 class _Fit:
@@ -149,7 +158,8 @@ class _Fit:
         if self.fresh is not None:
             return self.fresh
         k = self.centres.shape[1]
-        alone = len(labels) == 1 and self.weight is None and self.rows.in_place
+        small = _is_small(self.rows, k)
+        alone = len(labels) == 1 and self.weight is None and self.rows.in_place and not small
         moved = (labels[0] != self.labels[0]).nonzero()[:, 0] if alone and self.kept else None
         if moved is not None and len(moved) * FEW < len(self.rows):
             x = self.rows.take(moved)
@@ -242,14 +252,16 @@ class _Fit:
     ) -> None:
         """Take out the starts that stop here; labels are those of the final centres."""
         stay: list[int] = []
+        gone = [i for i in range(len(self.place)) if strict[i] or near[i] or last]
+        stale = [i for i in gone if not strict[i] or self.lost[i]]
+        if stale:
+            self.labels[stale] = self._assign(self.centres[stale])
         for i, place in enumerate(self.place):
-            if not (strict[i] or near[i] or last):
+            if i not in gone:
                 stay.append(i)
                 continue
             self._tell_stop(iteration, bool(strict[i]), bool(near[i]), shift[i])
             labels, centres = self.labels[i], self.centres[i]
-            if not strict[i] or self.lost[i]:
-                labels = self._assign(centres[None])[0]
             inertia = inertia_of(self.rows, self.weight, centres, labels)
             self.runs[place] = Run(
                 centres.clone(), labels.clone(), inertia, iteration, self.relocated[place]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data matrix of k-means: dense or sparse, in memory or on disk, block by block.
+"""The data matrix of a fit: dense or sparse, in memory or on disk, block by block.
 
 A block is what an op is called with. Rows in memory that need no change are one block and are never
 copied; read-only arrays (a memory map among them), sparse rows, rows of unit norm and rows near the
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
+from sklearn.utils import get_tags
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
@@ -43,6 +44,7 @@ class Rows:
     unit_norm: bool = False
     exponent: int = 0
     top: float = 0.0  # the largest magnitude
+    missing: bool = False  # whether some entries are NaN
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))  # [D] float64, scaled
     variance: float = 0.0  # mean over the features, scaled
 
@@ -161,7 +163,11 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
-    """Validate a data matrix by scikit-learn's rules, without reading it more than once."""
+    """Validate a data matrix by scikit-learn's rules, without reading it more than once.
+
+    float32 and float64 stay, 16-bit and narrower types become float32, everything else float64. The
+    estimator's tags say whether sparse matrices and NaN are taken.
+    """
     is_tensor = isinstance(x, Tensor)
     origin = x.device if is_tensor else torch.device("cpu")
     source: Any
@@ -176,14 +182,22 @@ def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
     device = choose_device(estimator.device, origin if is_tensor else None)
     if isinstance(source, Tensor) and device.type == "cuda":
         source = source.to(device)
-    rows = Rows(source, dtype, device, is_tensor, origin, estimator.chunk_rows)
-    for part, block in rows.blocks():
-        low, high = torch.aminmax(block)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            refuse_bad_entries(estimator, block, first_row=part.start)
-        rows.top = max(rows.top, -float(low), float(high))
-    rows.unit_norm = estimator.metric == "cosine"
+    rows = Rows(source, dtype, device, is_tensor, origin, getattr(estimator, "chunk_rows", None))
+    _look_at_entries(estimator, rows)
+    rows.unit_norm = getattr(estimator, "metric", "euclidean") == "cosine"
     return rows
+
+
+def _look_at_entries(estimator: Any, rows: Rows) -> None:
+    """The largest magnitude, and whether entries are missing; ValueError for bad ones."""
+    allow_nan = get_tags(estimator).input_tags.allow_nan
+    for part, block in rows.blocks():
+        low, high = (float(end) for end in torch.aminmax(block))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            refuse_bad_entries(estimator, block, allow_nan, first_row=part.start)
+            rows.missing = True
+            low, high = (float(end) for end in torch.aminmax(block.nan_to_num(0.0)))
+        rows.top = max(rows.top, -low, high)
 
 
 def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
@@ -194,7 +208,7 @@ def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
         estimator,
         x,
         reset=reset,
-        accept_sparse="csr",
+        accept_sparse="csr" if get_tags(estimator).input_tags.sparse else False,
         accept_large_sparse=False,
         dtype=np.float32 if narrow else [np.float64, np.float32],
         order="C",

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._base import Data
+from ..ops.am import am_assign, am_recursion
 from ._completion import Plan, train
 from ._frame import Frame, rescaled
-from ._selection import Candidate, Fitted, choose, measure
+from ._points import Points
+from ._rounds import START_ITERATIONS, OnEpoch, Rounds
+from ._selection import RESOLUTION, Candidate, Contest
 from ._start import gap_of, starts
 from ._threads import threads_for
 
@@ -31,14 +33,25 @@ class Recipe:
     step: float
     mask_ratio: float
     learning_rate: float  # in units of the data's root mean square, for the authors' of |x|
+    rounds: int
     authors: bool
 
 
 RECIPES = {
-    "default": Recipe("k-means++", 8, 60, 512, (1.0, 3.0, 10.0), 1, 1.0, 0.2, 0.05, False),
+    "default": Recipe("k-means++", 32, 50, 512, (1.0, 3.0, 10.0), 1, 1.0, 0.2, 0.05, 5, False),
     # beta: half of the example grid of the authors' code, whose weights are exp(-beta d^2 / 2)
-    "paper": Recipe("normal", 4, 200, 8, (0.55, 0.75, 0.95, 1.2), 10, 0.1, 0.2, 0.01, True),
+    "paper": Recipe("normal", 4, 200, 8, (0.55, 0.75, 0.95, 1.2), 10, 0.1, 0.2, 0.01, 1, True),
 }
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search comes to; lengths in units of the frame."""
+
+    memories: Tensor  # [K, D]
+    beta: float
+    curve: list[float]
+    table: Any  # array [C, columns]
 
 
 def resolved(estimator: Any, name: str) -> Any:
@@ -48,46 +61,112 @@ def resolved(estimator: Any, name: str) -> Any:
 
 
 def search(
-    estimator: Any,
-    z: Tensor,
-    frame: Frame,
-    data: Data,
-    seed: int,
-    progress: Callable[[Iterable[int]], Iterable[int]],
-) -> tuple[Candidate, int]:
-    """The replica kept, and the epochs run."""
+    estimator: Any, points: Points, frame: Frame, X: Any, seed: int, on_epoch: OnEpoch
+) -> Found:
+    """The memories kept, and what every replica came to."""
     recipe = RECIPES[estimator.recipe]
-    memories = starts(estimator, recipe, z, frame, data, seed, resolved(estimator, "n_init"))
-    betas = _betas(estimator, recipe, frame, z, memories, seed)
-    plan = _plan(estimator, recipe, frame, z, betas, seed)
-    product = memories.numel() * min(plan.batch_size, len(z))
-    with threads_for(product):
-        trained = train(z, memories, plan, progress)
-    fitted = Fitted(z, trained, plan, betas, recipe.authors)
-    candidates = measure(fitted, estimator.select, seed)
-    guard = None if recipe.authors else estimator.inertia_guard
-    required = 1 if recipe.authors else estimator.n_clusters
-    return choose(candidates, estimator.select, guard, required), len(trained.losses)
+    memories = starts(estimator, recipe.init, points, frame, X, seed, resolved(estimator, "n_init"))
+    contest = Contest(
+        points,
+        estimator.n_clusters,
+        estimator.select,
+        None if recipe.authors else estimator.inertia_guard,
+        1 if recipe.authors else estimator.n_clusters,
+        estimator.min_cluster_size,
+        seed,
+    )
+    way = _as_published if recipe.authors else _in_rounds
+    curve = way(estimator, points, frame, memories, contest, seed, on_epoch)
+    winner = contest.winner()
+    table = contest.figures(winner)
+    kept = winner.memories if recipe.authors else _or_its_means(points, contest, winner)
+    return Found(kept, contest.table[winner.number][3], curve, table)
 
 
-def _betas(
-    estimator: Any, recipe: Recipe, frame: Frame, z: Tensor, memories: Tensor, seed: int
+def _in_rounds(
+    estimator: Any,
+    points: Points,
+    frame: Frame,
+    memories: Tensor,
+    contest: Contest,
+    seed: int,
+    on_epoch: OnEpoch,
 ) -> list[float]:
-    """Beta of each replica, in the frame."""
-    if estimator.beta is not None or recipe.authors:
-        given = recipe.betas if estimator.beta is None else (float(estimator.beta),)
-        cycle = [rescaled(b, 2 * frame.unit) for b in given]
-    else:
-        gap = gap_of(z, memories, seed)
-        cycle = [b / gap for b in recipe.betas]
-    return [cycle[r % len(cycle)] for r in range(len(memories))]
+    memories, labels = points.lloyd(memories, START_ITERATIONS)
+    gap = gap_of(points, memories, seed)
+    cycle = [b / gap for b in RECIPES["default"].betas]
+    if estimator.beta is not None:
+        cycle = [rescaled(float(estimator.beta), 2 * frame.unit)]
+    plan = _plan(estimator, frame, points, cycle, len(memories), seed)
+    share = 1.0 if estimator.select == "loss" else estimator.am_share
+    rounds = Rounds(points, contest, plan, share, on_epoch)
+    count = min(RECIPES["default"].rounds, plan.epochs)
+    rounds.run(memories, labels, [len(p) for p in np.array_split(np.arange(plan.epochs), count)])
+    return rounds.curve
+
+
+def _as_published(
+    estimator: Any,
+    points: Points,
+    frame: Frame,
+    memories: Tensor,
+    contest: Contest,
+    seed: int,
+    on_epoch: OnEpoch,
+) -> list[float]:
+    given = RECIPES["paper"].betas if estimator.beta is None else (float(estimator.beta),)
+    cycle = [rescaled(b, 2 * frame.unit) for b in given]
+    plan = _plan(estimator, frame, points, cycle, len(memories), seed)
+    count = 0
+
+    def seen(losses: Tensor) -> bool:
+        nonlocal count
+        count += 1
+        return on_epoch(1, count - 1, losses, contest)
+
+    with threads_for(memories.numel() * min(plan.batch_size, len(points))):
+        out = train(points, memories, plan, seen)
+    betas = [float(b) for b in plan.beta[:, 0]]
+    kept = torch.where(out.best.isfinite(), out.best, 0.0)
+    labels = [recalled_labels(points.z, m, beta, plan) for m, beta in zip(kept, betas, strict=True)]
+    contest.enter(
+        out.best,
+        torch.stack(labels),
+        stage=1,
+        replicas=list(range(len(betas))),
+        role="am",
+        betas=betas,
+        losses=out.losses.amin(0).tolist(),
+    )
+    return [float(x) for x in out.losses[:, contest.winner().number]]
+
+
+def recalled_labels(z: Tensor, memories: Tensor, beta: float, plan: Plan) -> Tensor:
+    """Labels as published: the memory nearest to the state after the recursion."""
+    states = am_recursion(z, memories, beta, plan.steps, step=plan.step, precision=plan.precision)
+    return am_assign(states, memories, precision=plan.precision)[0]
+
+
+def _or_its_means(points: Points, contest: Contest, winner: Candidate) -> Tensor:
+    """The memories kept, or the means of their rows if those are as good: memories trained on
+    hidden entries may stand beyond their rows.
+    """
+    if contest.select == "loss":
+        return winner.memories
+    memories = winner.memories[None]
+    means = points.means(points.assign(memories), memories)[0].to(memories.dtype)
+    ((quality, _, used),) = contest.measure(means, points.assign(means))
+    worse = contest.select == "silhouette" and -quality > winner.key + 2 * RESOLUTION
+    return winner.memories if worse or used < winner.used else means[0]
 
 
 def _plan(
-    estimator: Any, recipe: Recipe, frame: Frame, z: Tensor, betas: list[float], seed: int
+    estimator: Any, frame: Frame, points: Points, cycle: list[float], replicas: int, seed: int
 ) -> Plan:
-    size = float(z.double().square().mean().sqrt()) or 1.0
-    length = rescaled(1.0, -frame.unit) if recipe.authors else size
+    recipe, z = RECIPES[estimator.recipe], points.z
+    size = float((z.double().square().sum(1) @ points.share / points.total / z.shape[1]).sqrt())
+    length = rescaled(1.0, -frame.unit) if recipe.authors else size or 1.0
+    betas = [cycle[r % len(cycle)] for r in range(replicas)]
     return Plan(
         beta=torch.tensor(betas, dtype=z.dtype, device=z.device)[:, None],
         steps=resolved(estimator, "steps"),

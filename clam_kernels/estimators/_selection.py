@@ -6,130 +6,186 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import pairwise_distances, silhouette_score
 from torch import Tensor
 
-from ..ops.am import am_assign, am_recursion
-from ..ops.kmeans import kmeans_update
-from ._completion import Plan, Trained
-from ._frame import chunks
-from ._start import sample
+from ._points import Points
+from ._start import sample_index
 
 SILHOUETTE_ROWS = 2048
+# Score of a candidate that does not count, beside that of one that does.
+PENALTY = 2.0
+# Silhouettes closer than this are equal: float32 sums.
+RESOLUTION = 1e-6
+ROLES = ("start", "lloyd", "am")
+COLUMNS = (
+    "round",
+    "replica",
+    "role",
+    "beta",
+    "loss",
+    "silhouette",
+    "inertia",
+    "clusters_used",
+    "counts",
+)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """The states, how they were trained on, and what came out."""
+class Silhouettes:
+    """Mean silhouettes of several labellings of one sample."""
 
-    z: Tensor
-    trained: Trained
-    plan: Plan
-    betas: Sequence[float]
-    recalls: bool  # labels by the recursion
+    def __init__(self, points: Points, seed: int) -> None:
+        index = sample_index(len(points), SILHOUETTE_ROWS, seed, points.weight)
+        self.index = index
+        part = points if index is None else points.part(index)
+        # a sample is drawn by weight
+        share = part.share if index is None else torch.ones_like(part.share)
+        self.unit = min(1.0, float(share.min()))
+        self.share, self.weights = share, share.float()
+        self.far = part.between().float()
 
-    def labels(self, z: Tensor, memories: Tensor, beta: float) -> tuple[Tensor, float]:
-        """Labels of states by some memories, and the inertia."""
-        plan = self.plan
-        labels, inertia = [], 0.0
-        for part in chunks(z):
-            recalled = part
-            if self.recalls:
-                recalled = am_recursion(part, memories, beta, plan.steps, step=plan.step)
-            found, sqdist = assigned(part, recalled, memories, plan.precision)
-            labels.append(found)
-            inertia += float(sqdist.double().sum())
-        return torch.cat(labels), inertia
+    def __call__(self, labels: Tensor, k: int) -> Tensor:
+        """Silhouettes [R] of labels [R, N], each row as often as its weight says; -1 where they are
+        not defined.
+        """
+        own = labels if self.index is None else labels[:, self.index]
+        found = [self._some(part, k) for part in own.split(max(1, (1 << 22) // (own.shape[1] * k)))]
+        return torch.cat(found)
 
-
-def assigned(
-    z: Tensor, recalled: Tensor, memories: Tensor, precision: str | None
-) -> tuple[Tensor, Tensor]:
-    """Nearest memory of the recalled states, and the squared distance of the rows z to it."""
-    labels, sqdist = am_assign(recalled, memories, precision=precision)
-    return labels, sqdist if recalled is z else (z - memories[labels]).square().sum(-1)
+    def _some(self, own: Tensor, k: int) -> Tensor:
+        count, n = own.shape
+        member = torch.nn.functional.one_hot(own, k).float()  # [R, n, K]
+        weighted = (member * self.weights[:, None]).movedim(0, 1).reshape(n, count * k)
+        sums = (self.far @ weighted).view(n, count, k).movedim(1, 0)
+        held = weighted.sum(0).view(count, 1, k)
+        mine = own[..., None]
+        size = held.expand(-1, n, -1).gather(2, mine)[..., 0]
+        inside = sums.gather(2, mine)[..., 0] / (size - 1).clamp(min=self.unit)
+        means = torch.where(held > 0, sums / held.clamp(min=1e-30), torch.inf)
+        outside = means.scatter(2, mine, torch.inf).amin(2)
+        most = torch.maximum(inside, outside)
+        width = (outside - inside) / torch.where(most > 0, most, 1.0)
+        width = torch.where(size > self.unit, width, 0.0).double()
+        used = (held[:, 0] > 0).sum(1)
+        defined = (used > 1) & (held[:, 0] > self.unit).any(1)
+        return torch.where(defined, width @ self.share / self.share.sum(), -1.0)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One replica, measured; lengths in units of the frame."""
+    """One replica at one time, measured; lengths in units of the frame."""
 
     memories: Tensor  # [K, D]
-    beta: float
-    losses: list[float]
+    number: int  # its row in the table
     used: int
+    key: float  # what the selection minimises
     inertia: float
-    silhouette: float
+
+    def covers(self, other: Candidate) -> bool:
+        """Whether it is as good in everything."""
+        return self.used >= other.used and self.key <= other.key and self.inertia <= other.inertia
 
 
-def means(z: Tensor, labels: Tensor, memories: Tensor) -> Tensor:
-    """Mean of the rows of each label; a memory without rows keeps its place."""
-    sums, counts = kmeans_update(z, labels, len(memories))
-    filled = counts[:, None] > 0
-    return torch.where(filled, sums / counts.clamp(min=1)[:, None], memories.double()).to(
-        memories.dtype
-    )
+@dataclass
+class Contest:
+    """Every candidate's figures, and the memories of those that could still be the answer."""
 
+    points: Points
+    k: int
+    select: str  # "silhouette", "inertia" or "loss"
+    guard: float | None
+    required: int  # clusters that a candidate must use to count
+    smallest: float  # weight of a cluster that counts as used
+    seed: int
+    table: list[list[float]] = field(default_factory=list)
+    front: list[Candidate] = field(default_factory=list)
 
-def measure(fitted: Fitted, select: str, seed: int) -> list[Candidate]:
-    """Every finite replica with its figures; the silhouette only if it decides.
+    def __post_init__(self) -> None:
+        score = self.select == "silhouette" and self.k > 1
+        self.silhouettes = Silhouettes(self.points, self.seed) if score else None
+        self.scale = float(self.points.z.double().square().sum()) or 1.0
 
-    Beside the trained memories stand the means of their rows: where few features leave a hidden
-    entry ambiguous, the memories that complete best lie beyond the rows they stand for.
-    """
-    rows = sample(fitted.z, SILHOUETTE_ROWS, seed)
-    distances = pairwise_distances(rows.double().cpu().numpy()) if select == "silhouette" else None
-    found = []
-    with torch.inference_mode():
-        for memories, beta, losses in zip(
-            fitted.trained.memories, fitted.betas, fitted.trained.losses.T.tolist(), strict=True
-        ):
-            if not bool(memories.isfinite().all()):
-                continue
-            stands = [memories]
-            for _ in range(1 if fitted.recalls else 2):
-                now = stands[-1]
-                labels, inertia = fitted.labels(fitted.z, now, beta)
-                stands.append(means(fitted.z, labels, now))
-                on_sample = labels if rows is fitted.z else fitted.labels(rows, now, beta)[0]
-                quality = _silhouette(distances, on_sample.cpu().numpy())
-                used = len(labels.unique())
-                found.append(Candidate(now, beta, losses, used, inertia, quality))
-    return found
+    def enter(
+        self,
+        memories: Tensor,
+        labels: Tensor,
+        *,
+        stage: int,
+        replicas: list[int],
+        role: str,
+        betas: list[float],
+        losses: list[float] | None = None,
+    ) -> list[float]:
+        """Measure memories [R, K, D] with their labels; the score of each, higher is better."""
+        losses = [math.nan] * len(memories) if losses is None else losses
+        finite = memories.isfinite().all(2).all(1).tolist()
+        scores = []
+        for r, figures in enumerate(self.measure(memories, labels)):
+            row = [stage, replicas[r], ROLES.index(role), betas[r], losses[r], *figures, 0.0]
+            self.table.append(row)
+            scores.append(self._enter(memories[r], row) if finite[r] else -math.inf)
+        return scores
 
+    def measure(self, memories: Tensor, labels: Tensor) -> list[tuple[float, float, int]]:
+        """(silhouette, inertia about the labels' means, clusters used) of each."""
+        means, held = self.points.means(labels, memories)
+        inertia = self.points.inertia(labels, means).tolist()
+        used = ((held > 0) & (held >= self.smallest)).sum(1).tolist()
+        quality = [-1.0] * len(memories)
+        if self.silhouettes is not None:
+            quality = self.silhouettes(labels, self.k).tolist()
+        return list(zip(quality, inertia, used, strict=True))
 
-def _silhouette(distances: np.ndarray | None, labels: np.ndarray) -> float:
-    """Mean silhouette; -1 where it is not defined."""
-    if distances is None or not 2 <= len(np.unique(labels)) < len(labels):
-        return -1.0
-    return float(silhouette_score(distances, labels, metric="precomputed"))
-
-
-def choose(
-    candidates: Sequence[Candidate], select: str, guard: float | None, required: int
-) -> Candidate:
-    """The best candidate among those that use `required` clusters, else among those that use most.
-
-    `guard` bounds the inertia of a choice by silhouette. Among equals the
-    lowest inertia wins: soft replicas find the same labels with memories that overshoot.
-    """
-    if not candidates:
-        raise FloatingPointError(
-            "the memories of every restart became NaN or infinite: lower learning_rate or beta"
+    def _enter(self, memories: Tensor, row: list[float]) -> float:
+        keys = {
+            "silhouette": -round(row[5] / RESOLUTION) * RESOLUTION,
+            "inertia": 0.0,
+            "loss": math.inf if math.isnan(row[4]) else row[4],
+        }
+        used = min(int(row[7]), self.required)
+        new = Candidate(
+            memories, len(self.table) - 1, used, keys[self.select], round(row[6] / self.scale, 9)
         )
-    most = min(required, max(c.used for c in candidates))
-    counting = [c for c in candidates if c.used >= most]
-    if select == "silhouette" and guard is not None:
-        bound = guard * min(c.inertia for c in counting)
-        counting = [c for c in counting if c.inertia <= bound]
-    keys: dict[str, Callable[[Candidate], float]] = {
-        "silhouette": lambda c: -c.silhouette,
-        "inertia": lambda c: 0.0,
-        "loss": lambda c: min(c.losses, default=math.inf),
-    }
-    return min(counting, key=lambda c: (keys[select](c), c.inertia))
+        if not any(old.covers(new) for old in self.front):
+            self.front = [old for old in self.front if not new.covers(old)]
+            kept = Candidate(memories.clone(), new.number, new.used, new.key, new.inertia)
+            self.front.append(kept)
+        counts = self._counts(new)
+        row[8] = float(counts)
+        value = -new.inertia if self.select == "inertia" else -new.key
+        return value - (0.0 if counts else PENALTY)
+
+    def _bound(self, used: int) -> float:
+        """The most inertia that a candidate with so many clusters may have, by those so far."""
+        if self.guard is None or self.select != "silhouette":
+            return math.inf
+        found = [c.inertia for c in self.front if c.used >= used]
+        return self.guard * min(found, default=math.inf)
+
+    def _counts(self, one: Candidate) -> bool:
+        return one.used >= self.required and one.inertia <= self._bound(one.used)
+
+    def winner(self) -> Candidate:
+        """The best of those that use `required` clusters, else of those that use most."""
+        if not self.front:
+            raise FloatingPointError(
+                "the memories of every restart became NaN or infinite: lower learning_rate or beta"
+            )
+        most = max(c.used for c in self.front)
+        bound = self._bound(most)
+        counting = [c for c in self.front if c.used == most and c.inertia <= bound]
+        return min(counting, key=lambda c: (c.key, c.inertia, c.number))
+
+    def figures(self, winner: Candidate) -> Any:
+        """The table [C, COLUMNS]; what counts by the bound as it is in the end, the winner's row
+        marked by 2.
+        """
+        rows = np.array(self.table, dtype=np.float64)
+        inside = np.round(rows[:, 6] / self.scale, 9) <= self._bound(self.required)
+        rows[:, 8] = (rows[:, 7] >= self.required) & inside
+        rows[winner.number, 8] = 2
+        return rows

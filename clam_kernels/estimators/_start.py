@@ -3,55 +3,72 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._base import Data
 from ._frame import Frame
 from ._rows import in_memory
 from ._seeding import plus_plus, random_rows
+
+if TYPE_CHECKING:
+    from ._points import Points
 
 # Rows that a start and the gap are computed from; more add nothing to either.
 SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY = 10_000, 100
 
 
-def sample(z: Tensor, limit: int, seed: int) -> Tensor:
-    """At most `limit` rows, drawn without replacement by a generator of their own."""
-    if len(z) <= limit:
-        return z
-    index = np.random.default_rng([seed, 1]).choice(len(z), limit, replace=False)
-    return z[torch.from_numpy(np.sort(index)).to(z.device)]
+def sample_index(rows: int, limit: int, seed: int, weight: Tensor | None = None) -> Tensor | None:
+    """At most `limit` of some rows, drawn by weight without replacement by a generator of their
+    own, in order; None for all.
+    """
+    if rows <= limit:
+        return None
+    share = None if weight is None else (weight / weight.sum()).cpu().numpy()
+    if share is not None and int((share > 0).sum()) < limit:
+        share = None
+    index = np.random.default_rng([seed, 1]).choice(rows, limit, replace=False, p=share)
+    device = None if weight is None else weight.device
+    return torch.from_numpy(np.sort(index)).to(device)
 
 
 def starts(
-    estimator: Any, recipe: Any, z: Tensor, frame: Frame, data: Data, seed: int, n_init: int
+    estimator: Any, init: Any, points: Points, frame: Frame, X: Any, seed: int, n_init: int
 ) -> Tensor:
     """Starting memories [R, K, D] in the frame; replica r depends on the seed and r alone."""
+    z = points.z
     k, d = estimator.n_clusters, z.shape[1]
-    init = recipe.init if estimator.init is None else estimator.init
+    init = init if estimator.init is None else estimator.init
     if not isinstance(init, str) and not callable(init):
-        return _given(init, frame, data, (k, d)).expand(n_init, k, d).clone()
-    rows = in_memory(sample(z, max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed))
+        return _given(init, frame, z, (k, d)).expand(n_init, k, d).clone()
+    index = sample_index(len(z), max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed)
+    few = points if index is None else points.part(index.to(z.device))
+    rows = in_memory(few.z)
     found = []
     for replica in range(n_init):
         random = np.random.RandomState([seed, replica])
         if callable(init):
-            x = data.give(data.values)
-            found.append(_given(init(x, k, random), frame, data, (k, d)))
+            found.append(_given(init(X, k, random), frame, z, (k, d)))
         elif init == "k-means++":
-            found.append(plus_plus(rows, None, k, random))
+            found.append(plus_plus(rows, few.weight, k, random))
         elif init == "random":
-            found.append(random_rows(rows, None, k, random))
+            found.append(_random(few, k, random))
         else:
             drawn = random.normal(0.1, 0.1, (k, d)) / 2.0**frame.unit
             found.append(torch.from_numpy(drawn))
     return torch.stack([m.to(z.device, z.dtype) for m in found])
 
 
-def _given(init: Any, frame: Frame, data: Data, shape: tuple[int, int]) -> Tensor:
+def _random(points: Points, k: int, random: np.random.RandomState) -> Tensor:
+    """K rows, different ones if there are as many that count."""
+    if len(points) < k:
+        return points.z[torch.from_numpy(random.choice(len(points), k)).to(points.z.device)]
+    return random_rows(points.rows, points.weight, k, random)
+
+
+def _given(init: Any, frame: Frame, like: Tensor, shape: tuple[int, int]) -> Tensor:
     """An array of starting memories, in the frame."""
     x = torch.as_tensor(np.array(init)) if not isinstance(init, Tensor) else init
     if tuple(x.shape) != shape:
@@ -59,32 +76,35 @@ def _given(init: Any, frame: Frame, data: Data, shape: tuple[int, int]) -> Tenso
             f"The shape of the initial centers {tuple(x.shape)} does not match the number of"
             f" clusters {shape[0]} and the number of features of the data {shape[1]}."
         )
-    x = x.detach().to(data.values.device, torch.float64)
+    x = x.detach().to(like.device, torch.float64)
     if not bool(x.isfinite().all()):
         raise ValueError("init: expected finite values, got NaN or infinity")
-    return frame.states(x, data.values.dtype)
+    return frame.states(x, like.dtype)
 
 
-def gap_of(z: Tensor, memories: Tensor, seed: int) -> float:
-    """Median over rows of second-nearest minus nearest squared distance, for the best of the
-    replicas.
+def gap_of(points: Points, memories: Tensor, seed: int) -> float:
+    """Weighted median over rows of second-nearest minus nearest squared distance, for the best of
+    the replicas [R, K, D].
 
     Where that is 0 or there is one memory: the mean nearest distance; where that is 0 too: 1.
     """
     k = memories.shape[1]
-    rows = sample(z, max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed)
-    mode = "donot_use_mm_for_euclid_dist"
+    index = sample_index(len(points), max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed)
+    few = points if index is None else points.part(index.to(points.z.device))
     best: tuple[float, Tensor] | None = None
     for rho in memories:
-        parts = [
-            torch.cdist(part, rho, compute_mode=mode).square().topk(min(2, k), largest=False).values
-            for part in rows.split(max(1, (1 << 22) // k))
-        ]
-        two = torch.cat(parts).double()
-        mean = float(two[:, 0].mean())
+        two = few.distances(rho).topk(min(2, k), largest=False).values.double()
+        mean = float(two[:, 0] @ few.share / few.total)
         if best is None or mean < best[0]:
             best = mean, two
     assert best is not None
     mean, two = best
-    gap = float((two[:, 1] - two[:, 0]).median()) if k > 1 else 0.0
+    gap = _median(two[:, 1] - two[:, 0], few.share) if k > 1 else 0.0
     return gap or mean or 1.0
+
+
+def _median(values: Tensor, weight: Tensor) -> float:
+    """The lower weighted median: a weight of 2 is the value twice."""
+    order = torch.sort(values).indices
+    below = weight[order].cumsum(0)
+    return float(values[order[int((below * 2 < below[-1]).sum())]])

@@ -4,40 +4,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import (
-    BaseEstimator,
-    ClassNamePrefixFeaturesOutMixin,
-    ClusterMixin,
-    TransformerMixin,
-)
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
-from ..ops.am import am_energy, am_recursion
-from ._base import Data, keeps_state_on_failure, read
+from . import _callbacks
+from ._base import keeps_state_on_failure
 from ._files import ModelFile
-from ._frame import Frame, chunks, rescaled, scaled
-from ._search import RECIPES, resolved, search
-from ._selection import Candidate, assigned
+from ._frame import Frame, rescaled
+from ._points import Points
+from ._progress import Progress
+from ._recall import COMPLETION, Recall, total
+from ._rows import Rows, read_rows, read_weight
+from ._search import RECIPES, Found, search
+from ._selection import COLUMNS, ROLES
 from ._start import gap_of
+from ._whole import sampled, through_all
 
-RECALL_STEPS = 10
 
-
-class ClAM(
-    ModelFile, ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator
-):
+class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, BaseEstimator):
     """Clustering with associative memories.
 
     The memories rho_k are trained so that the recursion v <- v + step (softmax_k(-beta |v -
@@ -49,16 +43,23 @@ class ClAM(
     n_clusters : int, default 8
         Number of memories K.
     recipe : "default" or "paper", default "default"
-        What the arguments below that are None stand for. "paper" is the published procedure
+        What the arguments below that are None stand for. "default" searches without labels: k-means
+        starts, rounds of training and of Lloyd's iterations, choice by silhouette among partitions
+        that use all clusters and are nearly as compact as the most compact one. "paper" is the
+        published procedure
         (normal random start, 10 steps of .1, batches of 8, its learning-rate schedule, labels by
         the recursion), with its numbers in absolute units: standardise the features.
     init : "k-means++", "random", "normal", array [K, D] or callable, default by recipe
         Start: k-means++ seeding, random rows, the paper's normal(.1, .1) around the mean, given
         memories, or `init(X, n_clusters, random_state)`.
-    n_init : int, default by recipe (8; paper 4)
-        Restarts, trained together as leading dims of one op call.
-    max_iter : int, default by recipe (60; paper 200)
-        Epochs.
+    n_init : int, default by recipe (32; paper 4)
+        Replicas, trained together as leading dims of one op call.
+    max_iter : int, default by recipe (50; paper 200)
+        Epochs. Those of the default recipe make five rounds; between rounds the best replicas are
+        copied, and in most copies one memory jumps to a far row.
+    am_share : float in [0, 1], default .5
+        Share of the replicas of the default recipe that train by completion; the others go on with
+        Lloyd's iterations, their limit of beta to infinity.
     batch_size : int, default by recipe (512; paper 8)
         Rows of a training batch.
     beta : float > 0, unit 1/|x|^2, default by recipe
@@ -75,10 +76,16 @@ class ClAM(
     select : "silhouette", "inertia" or "loss", default "silhouette"
         Which restart is kept. In the default recipe a restart counts only if all clusters are used
         and, for "silhouette", if its inertia is at most `inertia_guard` times the lowest.
-    inertia_guard : float >= 1 or None, default 1.1
-        See `select`; None turns it off. The paper's recipe has none.
+    inertia_guard : float >= 1 or None, default 1.05
+        See `select`: it keeps a choice by silhouette from small clusters of outliers. None turns it
+        off. The paper's recipe has none.
+    min_cluster_size : int or float > 0, default 1
+        Rows (weight) that a cluster must have to count as used.
     precision : "highest", "high", "medium" or None, default None
         Of the matrix products; None follows torch.
+    search_rows : int >= 1, default 100000
+        Of more rows than this a sample of max(search_rows / 2, 100 K) is searched; the winner then
+        goes through all rows with Lloyd's iterations.
     device : str, default "auto"
         "auto" is the tensor's device, for arrays a GPU if there is one. A device that is not there
         raises, it never falls back.
@@ -86,6 +93,11 @@ class ClAM(
         An int gives the same bits on the same device.
     verbose : int, default 0
         1 shows a progress bar over epochs on stderr (needs tqdm).
+    callbacks : callable, object or list of them, optional
+        Called after every epoch as `callback(estimator, info)`, info a dict of round, epoch, loss
+        (mean over the replicas that train) and candidates (scored so far); returning what is true
+        ends the fit there. Objects may have some of `on_fit_begin(estimator)`,
+        `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
 
     Attributes
     ----------
@@ -94,7 +106,11 @@ class ClAM(
     labels_ : array [N]
         Label of each training row.
     inertia_ : float
-        Sum of squared distances of the rows to the memory of their label.
+        Weighted sum of squared distances of the rows to the memory of their label.
+    candidates_ : dict of arrays [C]
+        Every replica each time it was scored: round (0 the start), replica, role ("start", "lloyd",
+        "am"), beta, loss, silhouette (on one fixed sample), inertia (about the means of its own
+        labels), clusters_used, counts (all clusters used, inside the guard), chosen.
     beta_ : float
         Inverse temperature of `predict_proba` and `energy`: 3 / gap_ unless given (paper: that of
         the restart kept).
@@ -103,7 +119,7 @@ class ClAM(
     n_clusters_used_ : int
         Number of distinct labels; a ConvergenceWarning says when it is below n_clusters.
     loss_curve_ : array [n_iter_]
-        Loss of the restart kept, epoch by epoch.
+        Mean loss over the replicas that train, epoch by epoch (paper: loss of the one kept).
     n_iter_ : int
         Epochs run.
     device_, backend_ : str
@@ -139,14 +155,18 @@ class ClAM(
         "learning_rate": [Interval(Real, 0, None, closed="neither"), None],
         "select": [StrOptions({"silhouette", "inertia", "loss"})],
         "inertia_guard": [Interval(Real, 1, None, closed="left"), None],
+        "am_share": [Interval(Real, 0, 1, closed="both")],
+        "min_cluster_size": [Interval(Real, 0, None, closed="neither")],
+        "search_rows": [Interval(Integral, 1, None, closed="left")],
         "precision": [StrOptions(set(PRECISIONS)), None],
         "device": [str],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
+        "callbacks": "no_validation",  # type: ignore[dict-item]
     }
 
     _framed = True
-    _arrays = ("cluster_centers_", "labels_", "loss_curve_")
+    _arrays = ("cluster_centers_", "labels_", "loss_curve_", "_candidates")
     _learned = (
         "n_features_in_",
         "inertia_",
@@ -175,11 +195,15 @@ class ClAM(
         clamp: bool = True,
         learning_rate: float | None = None,
         select: str = "silhouette",
-        inertia_guard: float | None = 1.1,
+        inertia_guard: float | None = 1.05,
+        min_cluster_size: float = 1,
+        am_share: float = 0.5,
+        search_rows: int = 100_000,
         precision: str | None = None,
         device: str = "auto",
         random_state: Any = None,
         verbose: int = 0,
+        callbacks: Any = None,
     ) -> None:
         self.n_clusters = n_clusters
         self.recipe = recipe
@@ -195,22 +219,50 @@ class ClAM(
         self.learning_rate = learning_rate
         self.select = select
         self.inertia_guard = inertia_guard
+        self.min_cluster_size = min_cluster_size
+        self.am_share = am_share
+        self.search_rows = search_rows
         self.precision = precision
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
+        self.callbacks = callbacks
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    @property
+    def candidates_(self) -> dict[str, np.ndarray]:
+        """Every replica each time it was scored, by columns."""
+        rows = np.asarray(self._candidates)
+        table = dict(zip(COLUMNS, rows.T, strict=True))
+        squared = 2 * self._frame.unit
+        for name, power in (("beta", -squared), ("loss", squared), ("inertia", squared)):
+            table[name] = np.ldexp(table[name], power)
+        for name in ("round", "replica", "clusters_used"):
+            table[name] = table[name].astype(np.int64)
+        table["role"] = np.array(ROLES)[table["role"].astype(np.int64)]
+        table["chosen"] = table["counts"] == 2
+        table["counts"] = table["counts"] > 0
+        return table
 
     # ---- fitting -------------------------------------------------------------------------------
 
     @keeps_state_on_failure
-    def fit(self, X: Any, y: Any = None) -> ClAM:
-        """Train the memories on X [N, D].
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> ClAM:
+        """Find the memories of X [N, D].
 
         Parameters
         ----------
         X : array-like or Tensor [N, D]
-            Finite values.
+            Finite values, NaN for a missing entry; every column needs an observed one. A
+            memory-mapped or read-only array is read block by block.
         y : ignored
+        sample_weight : array-like [N], >= 0, optional
+            How often each row counts.
 
         Returns
         -------
@@ -220,42 +272,53 @@ class ClAM(
         Raises
         ------
         ValueError
-            X has NaN or inf (the message names the first), fewer rows than clusters, no feature.
+            X has inf (the message names the first) or a column without observed entry, fewer rows
+            than clusters, no feature; a parameter or a weight does not fit.
+        TypeError
+            n_clusters is True, a callback is none, X is sparse.
+        BackendUnavailableError
+            The device is not there.
         """
-        self._validate_params()
-        data = read(self, X, reset=True)
-        x = data.values
-        if len(x) < self.n_clusters:
-            raise ValueError(f"n_samples={len(x)} should be >= n_clusters={self.n_clusters}.")
-        if isinstance(self.n_clusters, bool):
-            raise TypeError("n_clusters: expected an int >= 1, got True")
+        self._check_parameters()
+        rows = read_rows(self, X, reset=True)
+        if len(rows) < self.n_clusters:
+            raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
+        weight = read_weight(sample_weight, rows)
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        frame = Frame.of(x)
-        z = frame.states(x, x.dtype)
-        chosen, epochs = search(self, z, frame, data, seed, self._progress())
-        self._store(data, frame, z, chosen, epochs)
+        frame = Frame.of(rows, weight)
+        points = sampled(self, rows, weight, frame, seed)
+        listeners = _callbacks.each(self.callbacks)
+        _callbacks.call(listeners, "on_fit_begin", self)
+        with Progress(self, listeners) as progress:
+            found = search(self, points, frame, X, seed, progress)
+        if len(points) < len(rows):
+            found = through_all(self, found, rows, weight, frame)
+        self._store(rows, weight, frame, points, found)
+        _callbacks.call(listeners, "on_fit_end", self)
         return self
 
-    def _store(self, data: Data, frame: Frame, z: Tensor, chosen: Candidate, epochs: int) -> None:
-        """Learned state from the candidate kept; labels are those that predict gives."""
+    def _check_parameters(self) -> None:
+        self._validate_params()
+        if isinstance(self.n_clusters, bool):
+            raise TypeError("n_clusters: expected an int >= 1, got True")
+        _callbacks.check(self.callbacks)
+
+    def _store(
+        self, rows: Rows, weight: Tensor | None, frame: Frame, points: Points, found: Found
+    ) -> None:
+        """Learned state; labels are those that predict gives."""
         squared = 2 * frame.unit  # exponent of a squared length
-        centers = frame.data(chosen.memories).to(data.values.dtype)
-        self.cluster_centers_ = data.give(centers)
+        self.cluster_centers_ = rows.give(frame.data(found.memories).to(rows.dtype))
         self._frame = frame
-        gap = gap_of(z, chosen.memories[None], 0)
-        beta = chosen.beta if self.recipe == "paper" or self.beta is not None else 3.0 / gap
-        # beta and 1/gap in the frame: in units of the data they may be past the ends of the floats
-        self._sharpness = [beta, 1.0 / gap]
+        gap = gap_of(points, found.memories[None], 0)
+        beta = found.beta if self.recipe == "paper" or self.beta is not None else 3.0 / gap
+        # both betas in the frame: in units of the data they may be past the ends of the floats
+        self._sharpness = [beta, COMPLETION / gap]
         self.gap_, self.beta_ = rescaled(gap, squared), rescaled(beta, -squared)
-        self.loss_curve_ = np.array([rescaled(loss, squared) for loss in chosen.losses])
-        self.n_iter_ = epochs
-        self.device_ = str(data.values.device)
-        self.backend_ = explain("am_recursion", data.values).split(": ")[1].split(" at ")[0]
-        self._n_features_out = self.n_clusters
-        labels, sqdist = self._nearest(data)
-        self.labels_ = data.give_labels(labels)
-        self.inertia_ = rescaled(float(sqdist.double().sum()), squared)
-        self.n_clusters_used_ = len(labels.unique())
+        self.loss_curve_ = np.array([rescaled(loss, squared) for loss in found.curve])
+        self._candidates = found.table
+        self.n_iter_ = len(found.curve)
+        self._store_labels(rows, weight)
         if self.n_clusters_used_ < self.n_clusters:
             warnings.warn(
                 f"{self.n_clusters_used_} of n_clusters={self.n_clusters} clusters are used:"
@@ -264,191 +327,12 @@ class ClAM(
                 stacklevel=4,
             )
 
-    def _progress(self) -> Callable[[Iterable[int]], Iterable[int]]:
-        if not self.verbose:
-            return lambda epochs: epochs
-        from tqdm.auto import tqdm
-
-        return lambda epochs: tqdm(epochs, desc="ClAM", unit="epoch", leave=False)
-
-    # ---- using ---------------------------------------------------------------------------------
-
-    def _centers(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The memories in the frame."""
-        centers = self.cluster_centers_
-        if not isinstance(centers, Tensor):
-            centers = torch.from_numpy(np.require(centers, requirements=["C", "W"]))
-        return self._frame.states(centers.to(device), dtype)
-
-    def _by_chunks(self, data: Data, function: Callable[[Tensor, Tensor], Any]) -> list[Any]:
-        """`function(states, memories)` for each chunk of rows, without gradients."""
-        dtype = torch.float64 if data.values.dtype == torch.float64 else self._dtype()
-        results = []
-        with torch.inference_mode():
-            for part in chunks(data.values):
-                z = self._frame.states(part, dtype)
-                results.append(function(z, self._centers(z.dtype, z.device)))
-        return results
-
-    def _recalled(self, z: Tensor, centers: Tensor) -> Tensor:
-        """States whose nearest memory gives the label: the paper's are those after the
-        recursion.
-        """
-        if self.recipe != "paper":
-            return z
-        steps, step = resolved(self, "steps"), float(resolved(self, "step"))
-        return am_recursion(z, centers, self._beta(), steps, step=step, precision=self.precision)
-
-    def _dtype(self) -> torch.dtype:
-        name = str(self.cluster_centers_.dtype).removeprefix("torch.")
-        return torch.float64 if name == "float64" else torch.float32
-
-    def _beta(self) -> float:
-        """beta_ in the frame."""
-        return self._sharpness[0]
-
-    def _nearest(self, data: Data) -> tuple[Tensor, Tensor]:
-        """(labels, squared distances in the frame from the rows to the memory of their label)."""
-
-        def label(z: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-            recalled = self._recalled(z, centers)
-            return assigned(z, recalled, centers, self.precision)
-
-        labels, sqdist = zip(*self._by_chunks(data, label), strict=True)
-        return torch.cat(labels), torch.cat(sqdist)
-
-    def _distances(self, data: Data) -> Tensor:
-        """Distances [N, K] in the frame, by direct differences."""
-
-        def measured(z: Tensor, centers: Tensor) -> Tensor:
-            mode = "donot_use_mm_for_euclid_dist"
-            return torch.cdist(self._recalled(z, centers), centers, compute_mode=mode)
-
-        return torch.cat(self._by_chunks(data, measured))
-
-    def predict(self, X: Any) -> Any:
-        """Label of each row: its nearest memory (paper: that of the row after the recursion).
-
-        Parameters
-        ----------
-        X : array-like or Tensor [N, D]
-
-        Returns
-        -------
-        array [N], int32, or for a tensor Tensor [N], int64, on its device
-        """
-        check_is_fitted(self)
-        data = read(self, X, reset=False)
-        return data.give_labels(self._nearest(data)[0])
-
-    def predict_proba(self, X: Any) -> Any:
-        """softmax_k(-beta_ |x - rho_k|^2) of each row (paper: of the row after the recursion).
-
-        Parameters
-        ----------
-        X : array-like or Tensor [N, D]
-
-        Returns
-        -------
-        array or Tensor [N, K]
-            Rows sum to 1; the largest entry is at the row's label.
-        """
-        check_is_fitted(self)
-        data = read(self, X, reset=False)
-        labels = self._nearest(data)[0][:, None]
-        p = torch.softmax(self._distances(data).square_().mul_(-self._beta()), -1)
-        # two memories so close that their weights round to the same number: the label's is the
-        # larger
-        top = p.amax(-1, keepdim=True)
-        tied = p.argmax(-1, keepdim=True) != labels
-        raised = torch.nextafter(top, torch.full_like(top, 2.0))
-        return data.give(p.scatter(-1, labels, torch.where(tied, raised, p.gather(-1, labels))))
-
-    def transform(self, X: Any) -> Any:
-        """Distance of each row to each memory (paper: of the row after the recursion).
-
-        Parameters
-        ----------
-        X : array-like or Tensor [N, D]
-
-        Returns
-        -------
-        array or Tensor [N, K], unit |x|
-        """
-        check_is_fitted(self)
-        data = read(self, X, reset=False)
-        return data.give(scaled(self._distances(data), self._frame.unit))
-
-    def score(self, X: Any, y: Any = None) -> float:
-        """Minus the sum of squared distances of the rows to the memory of their label.
-
-        Parameters
-        ----------
-        X : array-like or Tensor [N, D]
-        y : ignored
-
-        Returns
-        -------
-        float
-        """
-        check_is_fitted(self)
-        data = read(self, X, reset=False)
-        inertia = float(self._nearest(data)[1].double().sum())
-        return -rescaled(inertia, 2 * self._frame.unit)
-
-    def energy(self, X: Any) -> Any:
-        """Energy of each row at beta_: -(1/beta_) logsumexp_k(-beta_ |x - rho_k|^2).
-
-        Parameters
-        ----------
-        X : array-like or Tensor [N, D]
-
-        Returns
-        -------
-        array or Tensor [N], unit |x|^2
-            Low where a row is close to a memory.
-        """
-        check_is_fitted(self)
-        data = read(self, X, reset=False)
-        beta = self._beta()
-        parts = self._by_chunks(data, lambda z, c: am_energy(z, c, beta, precision=self.precision))
-        return data.give(scaled(torch.cat(parts), 2 * self._frame.unit))
-
-    def complete(
-        self, X: Any, *, beta: float | None = None, steps: int = RECALL_STEPS, step: float = 1.0
-    ) -> Any:
-        """X with its NaN entries recalled from the memories; every other entry keeps its bits.
-
-        Parameters
-        ----------
-        X : array-like or Tensor [N, D]
-            NaN stands for a missing entry.
-        beta : float > 0, unit 1/|x|^2, default 1 / gap_
-            Sharpness of the recall.
-        steps : int, default 10
-        step : float, default 1.0
-
-        Returns
-        -------
-        array or Tensor [N, D]
-        """
-        check_is_fitted(self)
-        data = read(self, X, reset=False, allow_nan=True)
-        squared = 2 * self._frame.unit
-        sharp = self._sharpness[1] if beta is None else rescaled(beta, squared)
-        rows = []
-        with torch.inference_mode():
-            for part in chunks(data.values):
-                hidden = part.isnan()
-                z = self._frame.states(part, part.dtype).masked_fill(hidden, 0.0)
-                out = am_recursion(
-                    z,
-                    self._centers(z.dtype, z.device),
-                    sharp,
-                    steps,
-                    step=step,
-                    update_mask=hidden,
-                    precision=self.precision,
-                )
-                rows.append(torch.where(hidden, self._frame.data(out).to(part.dtype), part))
-        return data.give(torch.cat(rows))
+    def _store_labels(self, rows: Rows, weight: Tensor | None) -> None:
+        self.device_ = str(rows.device)
+        probe = torch.zeros(1, rows.features, dtype=rows.dtype, device=rows.device)
+        self.backend_ = explain("am_recursion", probe).split(": ")[1].split(" at ")[0]
+        self._n_features_out = self.n_clusters
+        labels, sqdist = self._nearest(rows)
+        self.labels_ = rows.give_labels(labels)
+        self.inertia_ = rescaled(total(sqdist, weight), 2 * self._frame.unit)
+        self.n_clusters_used_ = len(labels.unique())

@@ -24,10 +24,15 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from clam_kernels import ClAM
-from clam_kernels.estimators import _completion, clam
+from clam_kernels.estimators import _completion, _points, clam
 from clam_kernels.exceptions import BackendUnavailableError
 
 QUICK = {"n_init": 2, "max_iter": 4, "random_state": 0}
+
+
+def _expected_failures(estimator: ClAM) -> dict[str, str]:
+    why = "a row of weight 2 draws k-means++ starts otherwise than two shuffled rows do"
+    return {f"check_sample_weight_equivalence_on_{kind}_data": why for kind in ("dense", "sparse")}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,10 @@ def fitted(iris: np.ndarray) -> ClAM:
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@parametrize_with_checks([ClAM(n_init=2, max_iter=3), ClAM(n_init=2, max_iter=3, recipe="paper")])
+@parametrize_with_checks(
+    [ClAM(n_init=2, max_iter=3), ClAM(n_init=2, max_iter=3, recipe="paper")],
+    expected_failed_checks=_expected_failures,
+)
 def test_scikit_learn_checks(estimator: ClAM, check: object) -> None:
     check(estimator)
 
@@ -93,8 +101,8 @@ def test_paper_schedule_is_in_the_units_of_the_data(
     plain = ClAM(3, **settings).fit(iris)
     given = clam.Frame.of
 
-    def other(x: torch.Tensor) -> clam.Frame:
-        frame = given(x)
+    def other(*rows: object) -> clam.Frame:
+        frame = given(*rows)
         return clam.Frame(frame.mean, frame.range, frame.spread + exponent)
 
     monkeypatch.setattr(clam.Frame, "of", other)
@@ -111,9 +119,11 @@ def test_fit_inside_no_grad(iris: np.ndarray, fitted: ClAM, mode: type) -> None:
 
 
 def test_loss_falls(iris: np.ndarray) -> None:
-    curve = ClAM(3, n_init=1, init="random", random_state=0).fit(iris).loss_curve_
-    assert len(curve) == 60
-    assert np.mean(curve[-5:]) < 0.9 * np.mean(curve[:5])
+    """From k-means centres on: those do not complete best."""
+    model = ClAM(3, n_init=1, max_iter=60, am_share=1.0, random_state=0).fit(iris)
+    curve = model.loss_curve_
+    assert len(curve) == model.n_iter_ == 60
+    assert np.mean(curve[-10:]) < 0.97 * np.mean(curve[:3])
 
 
 def test_attributes_fit_together(iris: np.ndarray, fitted: ClAM) -> None:
@@ -221,9 +231,9 @@ def test_a_replica_does_not_depend_on_how_many_there_are(iris: np.ndarray) -> No
     def train(replicas: int) -> _completion.Trained:
         beta = torch.full((replicas, 1), 0.5, dtype=torch.float64)
         plan = _completion.Plan(beta, 1, 1.0, 0.2, True, 0.05, 32, 3, 1.0, False, None, 0)
-        return _completion.train(z, start[:replicas], plan, lambda epochs: epochs)
+        return _completion.train(_points.points_of(z, None, None), start[:replicas], plan)
 
-    torch.testing.assert_close(train(6).memories[:2], train(2).memories, atol=1e-12, rtol=0)
+    torch.testing.assert_close(train(6).last[:2], train(2).last, atol=1e-12, rtol=0)
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -369,7 +379,7 @@ def test_far_from_the_origin_float32_labels_equal_float64s(iris: np.ndarray) -> 
 @pytest.mark.parametrize(
     ("x", "text"),
     [
-        ([[1.0, np.nan], [2, 3], [4, 5]], r"NaN: 1 bad entry, the first at row 0, column 1"),
+        ([[1.0, np.nan], [2, np.nan], [4, np.nan]], r"in every column, got none in \[1\]"),
         (
             [[1.0, 2], [np.inf, 3], [np.inf, 5]],
             r"infinity: 2 bad entries, the first at row 1, column 0",
@@ -382,7 +392,7 @@ def test_far_from_the_origin_float32_labels_equal_float64s(iris: np.ndarray) -> 
         (np.zeros(5), "Expected 2D"),
         (torch.zeros(5), "Expected 2D"),
         (torch.zeros(0, 2), r"0 sample\(s\)"),
-        (torch.full((4, 2), torch.nan), "NaN: 8 bad entries"),
+        (torch.full((4, 2), torch.nan), r"got none in \[0, 1\]"),
         ([["a", "b"], ["c", "d"], ["e", "f"]], "could not convert string"),
     ],
 )
@@ -496,10 +506,12 @@ def test_training_that_explodes_is_an_error_not_a_model(
     iris: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        _completion, "_loss", lambda x, masks, memories, plan: memories.sum((1, 2)) * np.nan
+        _completion.Batch, "loss", lambda batch, memories, *_: memories.sum((1, 2)) * np.nan
     )
     with pytest.raises(FloatingPointError, match="learning_rate"):
-        ClAM(3, **QUICK).fit(iris)
+        ClAM(3, recipe="paper", **QUICK).fit(iris)
+    # the default recipe has its k-means starts and Lloyd's replicas beside those that train
+    assert np.isfinite(ClAM(3, **QUICK).fit(iris).cluster_centers_).all()
 
 
 # ---- composition ---------------------------------------------------------------------------------

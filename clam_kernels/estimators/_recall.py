@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fitted memories tell of rows: labels, weights, distances, energies, missing entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from ..ops.am import am_assign, am_energy, am_recursion
+from ._frame import Frame, pieces, rescaled, scaled
+from ._points import masked_distances
+from ._rows import Rows, read_rows, read_weight
+from ._search import resolved
+
+# Beta of `complete` in units of 1/gap: of 1, 1.5, 2 and 3 the one that is near the least error on
+# every table of bench/completion.py.
+RECALL_STEPS, COMPLETION = 10, 1.5
+
+
+class Recall(TransformerMixin):
+    """Mixin of an estimator with memories in a frame."""
+
+    recipe: str
+    precision: str | None
+    cluster_centers_: Any
+    _frame: Frame
+    _sharpness: list[float]
+
+    def _read(self, X: Any) -> Rows:
+        check_is_fitted(self, "cluster_centers_")
+        return read_rows(self, X, reset=False)
+
+    def _centers(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The memories in the frame."""
+        centers = self.cluster_centers_
+        if not isinstance(centers, Tensor):
+            centers = torch.from_numpy(np.require(centers, requirements=["C", "W"]))
+        return self._frame.states(centers.to(device), dtype)
+
+    def _by_pieces(self, rows: Rows, function: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+        """`function(states, memories)` for each chunk of rows, without gradients."""
+        name = str(self.cluster_centers_.dtype).removeprefix("torch.")
+        fitted = torch.float64 if name == "float64" else torch.float32
+        dtype = torch.float64 if rows.dtype == torch.float64 else fitted
+        results = []
+        with torch.inference_mode():
+            for _, part in pieces(rows):
+                z = self._frame.states(part, dtype)
+                results.append(function(z, self._centers(z.dtype, z.device)))
+        return results
+
+    def _recalled(self, z: Tensor, centers: Tensor) -> Tensor:
+        """States whose nearest memory gives the label: the paper's are those after the recursion,
+        which fills what is missing.
+        """
+        if self.recipe != "paper":
+            return z
+        steps, step = resolved(self, "steps"), float(resolved(self, "step"))
+        start = z.nan_to_num(0.0)
+        return am_recursion(
+            start, centers, self._beta(), steps, step=step, precision=self.precision
+        )
+
+    def _beta(self) -> float:
+        """beta_ in the frame."""
+        return self._sharpness[0]
+
+    def _nearest(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(labels, squared distances in the frame from the rows to the memory of their label)."""
+
+        def label(z: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+            recalled = self._recalled(z, centers)
+            labels, sqdist = am_assign(recalled, centers, precision=self.precision)
+            if recalled is not z:
+                sqdist = (z - centers[labels]).square().sum(-1)
+            if rows.missing:
+                some = z.isnan().any(1).nonzero()[:, 0]
+                far = masked_distances(z[some], centers)
+                if recalled is z:
+                    labels[some] = far.argmin(1)
+                sqdist[some] = far.gather(1, labels[some, None])[:, 0]
+                sqdist[z.isnan().all(1)] = 0.0  # nothing observed, nothing missed
+            return labels, sqdist
+
+        labels, sqdist = zip(*self._by_pieces(rows, label), strict=True)
+        return torch.cat(labels), torch.cat(sqdist)
+
+    def _distances(self, rows: Rows) -> Tensor:
+        """Distances [N, K] in the frame, by direct differences."""
+
+        def measured(z: Tensor, centers: Tensor) -> Tensor:
+            mode = "donot_use_mm_for_euclid_dist"
+            recalled = self._recalled(z, centers)
+            far = torch.cdist(recalled, centers, compute_mode=mode)
+            if rows.missing and recalled is z:
+                some = z.isnan().any(1).nonzero()[:, 0]
+                far[some] = masked_distances(z[some], centers).sqrt_()
+            return far
+
+        return torch.cat(self._by_pieces(rows, measured))
+
+    def predict(self, X: Any) -> Any:
+        """Label of each row: its nearest memory (paper: that of the row after the recursion).
+
+        Parameters
+        ----------
+        X : array-like or Tensor [N, D]
+            NaN stands for a missing entry: the distance is that of the others.
+
+        Returns
+        -------
+        array [N], int32, or for a tensor Tensor [N], int64, on its device
+        """
+        rows = self._read(X)
+        return rows.give_labels(self._nearest(rows)[0])
+
+    def predict_proba(self, X: Any) -> Any:
+        """softmax_k(-beta_ |x - rho_k|^2) of each row (paper: of the row after the recursion).
+
+        Parameters
+        ----------
+        X : array-like or Tensor [N, D]
+            NaN stands for a missing entry.
+
+        Returns
+        -------
+        array or Tensor [N, K]
+            Rows sum to 1; the largest entry is at the row's label.
+        """
+        rows = self._read(X)
+        labels = self._nearest(rows)[0][:, None]
+        p = torch.softmax(self._distances(rows).square_().mul_(-self._beta()), -1)
+        # two memories so close that their weights round to the same number: the label's is the
+        # larger
+        top = p.amax(-1, keepdim=True)
+        tied = p.argmax(-1, keepdim=True) != labels
+        raised = torch.nextafter(top, torch.full_like(top, 2.0))
+        return rows.give(p.scatter(-1, labels, torch.where(tied, raised, p.gather(-1, labels))))
+
+    def transform(self, X: Any) -> Any:
+        """Distance of each row to each memory (paper: of the row after the recursion).
+
+        Parameters
+        ----------
+        X : array-like or Tensor [N, D]
+            NaN stands for a missing entry: the squared distance is that of the others times D /
+            their number.
+
+        Returns
+        -------
+        array or Tensor [N, K], unit |x|
+        """
+        rows = self._read(X)
+        return rows.give(scaled(self._distances(rows), self._frame.unit))
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Minus the weighted sum of squared distances of the rows to the memory of their label.
+
+        Parameters
+        ----------
+        X : array-like or Tensor [N, D]
+            NaN stands for a missing entry.
+        y : ignored
+        sample_weight : array-like [N], optional
+
+        Returns
+        -------
+        float
+        """
+        rows = self._read(X)
+        weight = read_weight(sample_weight, rows)
+        return -rescaled(total(self._nearest(rows)[1], weight), 2 * self._frame.unit)
+
+    def energy(self, X: Any) -> Any:
+        """Energy of each row at beta_: -(1/beta_) logsumexp_k(-beta_ |x - rho_k|^2).
+
+        Parameters
+        ----------
+        X : array-like or Tensor [N, D]
+            NaN stands for a missing entry.
+
+        Returns
+        -------
+        array or Tensor [N], unit |x|^2
+            Low where a row is close to a memory.
+        """
+        rows = self._read(X)
+        beta = self._beta()
+
+        def measured(z: Tensor, centers: Tensor) -> Tensor:
+            energy = am_energy(z, centers, beta, precision=self.precision)
+            if rows.missing:
+                some = z.isnan().any(1).nonzero()[:, 0]
+                logits = masked_distances(z[some], centers).mul_(-beta)
+                energy[some] = logits.logsumexp(1).div_(-beta).to(energy.dtype)
+            return energy
+
+        energies = torch.cat(self._by_pieces(rows, measured))
+        return rows.give(scaled(energies, 2 * self._frame.unit))
+
+    def complete(
+        self, X: Any, *, beta: float | None = None, steps: int = RECALL_STEPS, step: float = 1.0
+    ) -> Any:
+        """X with its NaN entries recalled from the memories; every other entry keeps its bits.
+
+        Parameters
+        ----------
+        X : array-like or Tensor [N, D]
+            NaN stands for a missing entry.
+        beta : float > 0, unit 1/|x|^2, default 1.5 / gap_
+            Sharpness of the recall.
+        steps : int, default 10
+        step : float, default 1.0
+
+        Returns
+        -------
+        array or Tensor [N, D]
+        """
+        rows = self._read(X)
+        squared = 2 * self._frame.unit
+        sharp = self._sharpness[1] if beta is None else rescaled(beta, squared)
+        done = []
+        with torch.inference_mode():
+            for _, part in pieces(rows):
+                hidden = part.isnan()
+                z = self._frame.states(part, part.dtype).masked_fill(hidden, 0.0)
+                out = am_recursion(
+                    z,
+                    self._centers(z.dtype, z.device),
+                    sharp,
+                    steps,
+                    step=step,
+                    update_mask=hidden,
+                    precision=self.precision,
+                )
+                done.append(torch.where(hidden, self._frame.data(out).to(part.dtype), part))
+        return rows.give(torch.cat(done))
+
+
+def total(values: Tensor, weight: Tensor | None) -> float:
+    """Weighted sum in float64."""
+    return float(values.double().sum() if weight is None else values.double() @ weight)

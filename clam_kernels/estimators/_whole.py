@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More rows than are searched: a sample of them for the search, then Lloyd's iterations of what it
+found through all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._frame import Frame, pieces
+from ._lloyd import Rule, lloyd
+from ._points import Points, points_of
+from ._rows import Rows, in_scale
+from ._search import Found
+from ._start import SAMPLE_ROWS_PER_MEMORY
+from ._threads import threads_for
+
+# Lloyd's iterations through all rows: most gain the last per mille of the inertia in so many.
+ITERATIONS, PARTIAL_ITERATIONS = 20, 5
+
+
+def sampled(estimator: Any, rows: Rows, weight: Tensor | None, frame: Frame, seed: int) -> Points:
+    """The rows to search on, in the frame."""
+    limit = estimator.search_rows
+    some = max(limit // 2, SAMPLE_ROWS_PER_MEMORY * estimator.n_clusters)
+    if len(rows) <= max(limit, some):
+        return points_of(frame.all_states(rows), weight, estimator.precision)
+    random = np.random.default_rng([seed, 3])
+    index = torch.from_numpy(np.sort(random.choice(len(rows), some, replace=False)))
+    own = None if weight is None else weight[index.to(weight.device)]
+    return points_of(frame.states(rows.take(index), rows.dtype), own, estimator.precision)
+
+
+def through_all(
+    estimator: Any, found: Found, rows: Rows, weight: Tensor | None, frame: Frame
+) -> Found:
+    """The memories after Lloyd's iterations over all rows."""
+    if rows.missing:
+        memories = _partial(estimator, found.memories, rows, weight, frame)
+        return dataclasses.replace(found, memories=memories)
+    rows.frame()
+    start = in_scale(frame.data(found.memories), rows.exponent).to(rows.dtype)
+    rule = Rule(ITERATIONS, 0.0, "keep", estimator.precision)
+    with threads_for(rows.tile_work(len(start))):
+        (run,) = lloyd(rows, weight, start[None], rule, np.random.RandomState(0))
+    centres = in_scale(run.centres.double(), -rows.exponent)
+    return dataclasses.replace(found, memories=frame.states(centres, found.memories.dtype))
+
+
+def _partial(
+    estimator: Any, memories: Tensor, rows: Rows, weight: Tensor | None, frame: Frame
+) -> Tensor:
+    """The same where entries are missing, block by block."""
+    k, d = memories.shape
+    for _ in range(PARTIAL_ITERATIONS):
+        sums, counts = torch.zeros(2, k, d, dtype=torch.float64, device=memories.device)
+        for part, x in pieces(rows):
+            own = None if weight is None else weight[part]
+            points = points_of(frame.states(x, memories.dtype), own, estimator.precision)
+            more, seen, _ = points.sums(points.assign(memories[None]), k)
+            sums += more[0]
+            counts += seen[0]
+        mean = sums / counts.clamp(min=torch.finfo(torch.float64).tiny)
+        memories = torch.where(counts > 0, mean, memories.double()).to(memories.dtype)
+    return memories
