@@ -26,9 +26,8 @@ ITERATIONS, PARTIAL_ITERATIONS = 20, 5
 
 def sampled(estimator: Any, rows: Rows, weight: Tensor | None, frame: Frame, seed: int) -> Points:
     """The rows to search on, in the frame."""
-    limit = estimator.search_rows
-    some = max(limit // 2, SAMPLE_ROWS_PER_MEMORY * estimator.n_clusters)
-    if len(rows) <= max(limit, some):
+    some = max(estimator.search_rows, SAMPLE_ROWS_PER_MEMORY * estimator.n_clusters)
+    if len(rows) <= some:
         return points_of(frame.all_states(rows), weight, estimator.precision)
     random = np.random.default_rng([seed, 3])
     index = torch.from_numpy(np.sort(random.choice(len(rows), some, replace=False)))

@@ -83,9 +83,9 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         Rows (weight) that a cluster must have to count as used.
     precision : "highest", "high", "medium" or None, default None
         Of the matrix products; None follows torch.
-    search_rows : int >= 1, default 100000
-        Of more rows than this a sample of max(search_rows / 2, 100 K) is searched; the winner then
-        goes through all rows with Lloyd's iterations.
+    search_rows : int >= 1, default 20000
+        Of more rows than this, and than 100 K, a sample of so many is searched; the winner then goes
+        through all rows with Lloyd's iterations.
     device : str, default "auto"
         "auto" is the tensor's device, for arrays a GPU if there is one. A device that is not there
         raises, it never falls back.
@@ -198,7 +198,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         inertia_guard: float | None = 1.05,
         min_cluster_size: float = 1,
         am_share: float = 0.5,
-        search_rows: int = 100_000,
+        search_rows: int = 20_000,
         precision: str | None = None,
         device: str = "auto",
         random_state: Any = None,
