@@ -69,7 +69,7 @@ def draw_masks(
         lots = torch.rand(rows, features, generator=generator).masked_fill_(~seen, -1.0)
         pick = lots.argmax(1, keepdim=True)
     masks &= seen
-    one = torch.arange(features) == pick
+    one = (torch.arange(features) == pick) & seen
     masks |= one & ~masks.any(1, keepdim=True)
     return masks & ~(one & (masks == seen).all(1, keepdim=True))
 

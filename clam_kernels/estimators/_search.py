@@ -97,7 +97,7 @@ def _in_rounds(
     cycle = [b / gap for b in RECIPES["default"].betas]
     if estimator.beta is not None:
         cycle = [rescaled(float(estimator.beta), 2 * frame.unit)]
-    plan = _plan(estimator, frame, points, cycle, len(memories), seed)
+    plan = plan_of(estimator, frame, points, cycle, len(memories), seed)
     share = 1.0 if estimator.select == "loss" else estimator.am_share
     rounds = Rounds(points, contest, plan, share, on_epoch)
     count = min(RECIPES["default"].rounds, plan.epochs)
@@ -116,7 +116,7 @@ def _as_published(
 ) -> list[float]:
     given = RECIPES["paper"].betas if estimator.beta is None else (float(estimator.beta),)
     cycle = [rescaled(b, 2 * frame.unit) for b in given]
-    plan = _plan(estimator, frame, points, cycle, len(memories), seed)
+    plan = plan_of(estimator, frame, points, cycle, len(memories), seed)
     count = 0
 
     def seen(losses: Tensor) -> bool:
@@ -160,9 +160,10 @@ def _or_its_means(points: Points, contest: Contest, winner: Candidate) -> Tensor
     return winner.memories if worse or used < winner.used else means[0]
 
 
-def _plan(
+def plan_of(
     estimator: Any, frame: Frame, points: Points, cycle: list[float], replicas: int, seed: int
 ) -> Plan:
+    """How to train so many replicas, whose betas (in the frame) take turns."""
     recipe, z = RECIPES[estimator.recipe], points.z
     size = float((z.double().square().sum(1) @ points.share / points.total / z.shape[1]).sqrt())
     length = rescaled(1.0, -frame.unit) if recipe.authors else size or 1.0

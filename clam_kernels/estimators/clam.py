@@ -18,6 +18,7 @@ from torch import Tensor
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
 from . import _callbacks
+from . import _streaming as streaming
 from ._base import keeps_state_on_failure
 from ._files import ModelFile
 from ._frame import Frame, rescaled
@@ -25,9 +26,10 @@ from ._points import Points
 from ._progress import Progress
 from ._recall import COMPLETION, Recall, total
 from ._rows import Rows, read_rows, read_weight
-from ._search import RECIPES, Found, search
+from ._search import RECIPES, Found, resolved, search
 from ._selection import COLUMNS, ROLES
 from ._start import gap_of
+from ._threads import threads_for
 from ._whole import sampled, through_all
 
 
@@ -84,8 +86,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     precision : "highest", "high", "medium" or None, default None
         Of the matrix products; None follows torch.
     search_rows : int >= 1, default 20000
-        Of more rows than this, and than 100 K, a sample of so many is searched; the winner then goes
-        through all rows with Lloyd's iterations.
+        Of more rows than this, and than 100 K, a sample of so many is searched; the winner then
+        goes through all rows with Lloyd's iterations.
     device : str, default "auto"
         "auto" is the tensor's device, for arrays a GPU if there is one. A device that is not there
         raises, it never falls back.
@@ -297,6 +299,66 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         _callbacks.call(listeners, "on_fit_end", self)
         return self
 
+    @keeps_state_on_failure
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> ClAM:
+        """Train the memories on one more batch X [N, D].
+
+        The first call finds them among its rows, of which it needs as many as clusters; then every
+        `batch_size` rows are one step of two lines, running means of the rows that a memory wins
+        and training by completion; the second is the answer where its silhouette is better and its
+        inertia inside `inertia_guard`. A memory that no batch uses for long jumps to a far row.
+        After `fit` or `load` it goes on from there. `labels_` and `inertia_` are those of the
+        batch, `n_iter_` and `loss_curve_` of all steps.
+
+        Parameters
+        ----------
+        X : array-like or Tensor [N, D]
+            As in `fit`.
+        y : ignored
+        sample_weight : array-like [N], >= 0, optional
+            How often each row counts.
+
+        Returns
+        -------
+        ClAM
+            The estimator.
+
+        Raises
+        ------
+        ValueError, TypeError, BackendUnavailableError
+            As in `fit`; the first batch has fewer rows than clusters.
+        """
+        self._check_parameters()
+        fitted = hasattr(self, "cluster_centers_")
+        rows = read_rows(self, X, reset=not fitted)
+        weight = read_weight(sample_weight, rows)
+        if fitted and len(self.cluster_centers_) != self.n_clusters:
+            raise ValueError(
+                f"n_clusters: expected {len(self.cluster_centers_)}, as it was fitted, got"
+                f" {self.n_clusters}; fit anew"
+            )
+        if not fitted and len(rows) < self.n_clusters:
+            raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
+        stream = getattr(self, "_stream", None)
+        if stream is None and fitted:
+            memories = self._centers(rows.dtype, rows.device)
+            gap = COMPLETION / self._sharpness[1]
+            stream = streaming.resume(self, memories, self._frame, gap)
+        elif stream is None:
+            stream = streaming.begin(self, rows, weight, X)
+        with threads_for(stream.won.numel() * resolved(self, "batch_size")):
+            self._stream, losses = streaming.advance(self, stream, rows, weight)
+        before = list(self.loss_curve_) if fitted else []
+        squared = 2 * self._stream.frame.unit
+        memories = self._stream.answer(self)
+        self._store_memories(rows, self._stream.frame, memories, self._stream.gap)
+        self.loss_curve_ = np.array([*before, *(rescaled(loss, squared) for loss in losses)])
+        self._candidates = np.zeros((0, len(COLUMNS)))
+        self.n_iter_ = len(self.loss_curve_)
+        self._store_labels(rows, weight)
+        self.n_clusters_used_ = self._stream.used(self)
+        return self
+
     def _check_parameters(self) -> None:
         self._validate_params()
         if isinstance(self.n_clusters, bool):
@@ -307,14 +369,10 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self, rows: Rows, weight: Tensor | None, frame: Frame, points: Points, found: Found
     ) -> None:
         """Learned state; labels are those that predict gives."""
+        self.__dict__.pop("_stream", None)
         squared = 2 * frame.unit  # exponent of a squared length
-        self.cluster_centers_ = rows.give(frame.data(found.memories).to(rows.dtype))
-        self._frame = frame
         gap = gap_of(points, found.memories[None], 0)
-        beta = found.beta if self.recipe == "paper" or self.beta is not None else 3.0 / gap
-        # both betas in the frame: in units of the data they may be past the ends of the floats
-        self._sharpness = [beta, COMPLETION / gap]
-        self.gap_, self.beta_ = rescaled(gap, squared), rescaled(beta, -squared)
+        self._store_memories(rows, frame, found.memories, gap, found.beta)
         self.loss_curve_ = np.array([rescaled(loss, squared) for loss in found.curve])
         self._candidates = found.table
         self.n_iter_ = len(found.curve)
@@ -326,6 +384,22 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
                 ConvergenceWarning,
                 stacklevel=4,
             )
+
+    def _store_memories(
+        self, rows: Rows, frame: Frame, memories: Tensor, gap: float, beta: float | None = None
+    ) -> None:
+        """Memories in the frame, and the betas that come of the gap unless one was given."""
+        self.cluster_centers_ = rows.give(frame.data(memories).to(rows.dtype))
+        self._frame = frame
+        squared = 2 * frame.unit
+        if self.recipe != "paper" and self.beta is None:
+            beta = 3.0 / gap
+        elif beta is None:
+            given = RECIPES["paper"].betas[0] if self.beta is None else float(self.beta)
+            beta = rescaled(given, squared)
+        # both betas in the frame: in units of the data they may be past the ends of the floats
+        self._sharpness = [beta, COMPLETION / gap]
+        self.gap_, self.beta_ = rescaled(gap, squared), rescaled(beta, -squared)
 
     def _store_labels(self, rows: Rows, weight: Tensor | None) -> None:
         self.device_ = str(rows.device)

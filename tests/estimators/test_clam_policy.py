@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ClAM's default recipe: candidates and guard, weights, memory maps, callbacks, partial_fit."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score, silhouette_score
+from sklearn.preprocessing import StandardScaler
+
+from clam_kernels import ClAM, metrics
+from clam_kernels.estimators import _points, _selection
+
+QUICK = {"n_init": 4, "max_iter": 6, "random_state": 0}
+
+
+def _scaled(load) -> np.ndarray:
+    return StandardScaler().fit_transform(load().data).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def iris() -> np.ndarray:
+    return _scaled(load_iris)
+
+
+def _blobs(rows: int, k: int = 4, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(k, 3))[rng.integers(k, size=rows)] * 6 + rng.normal(size=(rows, 3))
+
+
+# ---- quality -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [load_iris, load_wine, load_breast_cancer])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_never_below_k_means_chosen_by_inertia(load, seed):
+    x, k = _scaled(load), len(np.unique(load().target))
+    ours = ClAM(k, random_state=seed).fit(x)
+    theirs = KMeans(k, n_init=32, random_state=seed).fit(x)
+    assert ours.n_clusters_used_ == k
+    assert silhouette_score(x, ours.labels_) >= silhouette_score(x, theirs.labels_) - 0.005
+    centres = np.stack([x[ours.labels_ == i].mean(0) for i in range(k)])
+    inertia = np.square(x - centres[ours.labels_]).sum()
+    assert inertia <= 1.05 * theirs.inertia_ * 1.001
+
+
+def test_training_finds_what_lloyd_does_not():
+    """breast_cancer: soft competition finds another kind of partition (am.md section 8)."""
+    x = _scaled(load_breast_cancer)
+    both, off = (ClAM(2, random_state=0, am_share=share).fit(x) for share in (0.5, 0.0))
+    assert silhouette_score(x, both.labels_) > silhouette_score(x, off.labels_) + 0.005
+    assert np.isnan(off.loss_curve_).all()
+    assert set(off.candidates_["role"]) == {"start", "lloyd"}
+
+
+def test_the_guard_keeps_from_outlying_clusters():
+    x = _scaled(load_breast_cancer)
+    free, held = (ClAM(2, random_state=0, inertia_guard=g).fit(x) for g in (None, 1.05))
+    assert silhouette_score(x, free.labels_) > silhouette_score(x, held.labels_)
+    assert np.bincount(free.labels_).min() < np.bincount(held.labels_).min()
+
+
+def test_selections(iris):
+    fits = {
+        s: ClAM(3, select=s, random_state=0).fit(iris) for s in ("silhouette", "inertia", "loss")
+    }
+    best = KMeans(3, n_init=32, random_state=0).fit(iris).inertia_
+    assert fits["inertia"].inertia_ == pytest.approx(best, rel=1e-5)
+    assert set(fits["loss"].candidates_["role"]) == {"start", "am"}
+    chosen = fits["loss"].candidates_["chosen"]
+    losses = fits["loss"].candidates_["loss"]
+    assert losses[chosen] == np.nanmin(losses)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def test_candidates_are_every_replica(iris):
+    model = ClAM(3, n_init=8, max_iter=10, random_state=0).fit(iris)
+    table = model.candidates_
+    assert {len(column) for column in table.values()} == {8 + 5 * (4 + 3 * 4)}
+    assert table["chosen"].sum() == 1
+    row = {name: column[table["chosen"]][0] for name, column in table.items()}
+    assert row["counts"]
+    assert row["clusters_used"] == 3
+    assert row["silhouette"] == pytest.approx(silhouette_score(iris, model.labels_), abs=1e-5)
+    assert row["silhouette"] == pytest.approx(table["silhouette"][table["counts"]].max(), abs=1e-6)
+    full = table["clusters_used"] == 3
+    bound = 1.05 * table["inertia"][full].min()
+    np.testing.assert_array_equal(table["counts"], full & (table["inertia"] <= bound * (1 + 1e-9)))
+    assert set(table["round"][table["role"] == "start"]) == {0}
+    assert model.beta_ == pytest.approx(3 / model.gap_)
+    assert not hasattr(ClAM(3), "candidates_")
+
+
+def test_candidates_survive_a_file(iris, tmp_path):
+    model = ClAM(3, **QUICK).fit(iris)
+    model.save(tmp_path / "m")
+    again = ClAM.load(tmp_path / "m")
+    for name, column in model.candidates_.items():
+        np.testing.assert_array_equal(again.candidates_[name], column)
+
+
+def test_min_cluster_size():
+    x = np.concatenate([_blobs(300), [[60.0, 60, 60]]])
+    with_outlier = ClAM(5, random_state=0).fit(x)
+    assert np.bincount(with_outlier.labels_).min() == 1
+    larger = ClAM(5, random_state=0, min_cluster_size=5).fit(x)
+    assert np.bincount(larger.labels_).min() >= 5
+
+
+def test_silhouettes_of_the_contest_are_exact():
+    x = _scaled(load_wine)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=(5, len(x)))
+    labels[4] = np.where(np.arange(len(x)) == 7, 0, 1 + labels[4] % 2)  # a cluster of one row
+    points = _points.points_of(torch.from_numpy(x), None, None)
+    found = _selection.Silhouettes(points, 0)(torch.from_numpy(labels), 3)
+    want = [silhouette_score(x, own) for own in labels]
+    np.testing.assert_allclose(found, want, atol=2e-6)
+    weight = torch.from_numpy(rng.integers(1, 4, len(x)).astype(float))
+    heavy = _points.points_of(torch.from_numpy(x), weight, None)
+    found = _selection.Silhouettes(heavy, 0)(torch.from_numpy(labels[:2]), 3)
+    repeat = weight.long().numpy()
+    want = [silhouette_score(np.repeat(x, repeat, 0), np.repeat(own, repeat)) for own in labels[:2]]
+    np.testing.assert_allclose(found, want, atol=2e-6)
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def test_a_weight_is_a_repetition(iris):
+    x = iris.astype(np.float64)
+    weight = np.random.default_rng(0).integers(0, 3, len(x))
+    settings = {**QUICK, "init": x[[3, 60, 120]]}
+    heavy = ClAM(3, **settings).fit(x, sample_weight=weight)
+    repeated = ClAM(3, **settings).fit(np.repeat(x, weight, 0))
+    np.testing.assert_array_equal(np.repeat(heavy.labels_, weight), repeated.labels_)
+    np.testing.assert_allclose(heavy.cluster_centers_, repeated.cluster_centers_, atol=1e-9)
+    assert heavy.inertia_ == pytest.approx(repeated.inertia_)
+    assert heavy.gap_ == pytest.approx(repeated.gap_)
+    assert heavy.score(x, sample_weight=weight) == pytest.approx(-heavy.inertia_)
+
+
+def test_rows_without_weight_do_not_count(iris):
+    junk = np.full((5, 4), 1e4, np.float32)
+    weight = np.r_[np.ones(len(iris)), np.zeros(5)]
+    model = ClAM(3, **QUICK).fit(np.concatenate([iris, junk]), sample_weight=weight)
+    plain = ClAM(3, **QUICK).fit(iris)
+    assert adjusted_rand_score(model.labels_[:-5], plain.labels_) == 1.0
+    np.testing.assert_allclose(model.inertia_, plain.inertia_, rtol=1e-3)
+    for wrong, text in (
+        (-weight - 1, "Negative"),
+        (weight[:-1], "expected"),
+        (weight * 0, "non-zero"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ClAM(3, **QUICK).fit(np.concatenate([iris, junk]), sample_weight=wrong)
+
+
+# ---- invariances (am.md section 11, case 15) -----------------------------------------------------
+
+
+def test_far_and_large_data_give_the_same_labels():
+    x = _scaled(load_digits)
+    plain = ClAM(10, random_state=0, n_init=8, max_iter=20).fit(x)
+    for other in (x + np.float32(1e3), x * np.float32(1024)):
+        model = ClAM(10, random_state=0, n_init=8, max_iter=20).fit(other)
+        same = np.mean(model.labels_ == plain.labels_)
+        quality = [metrics.silhouette(x, m.labels_) for m in (model, plain)]
+        assert quality[0] == pytest.approx(quality[1], abs=1e-3)
+        assert same >= 0.995
+
+
+def test_constant_columns_and_duplicates(iris):
+    x = np.concatenate([np.full((150, 1), 7, np.float32), iris], axis=1)
+    plain = ClAM(3, **QUICK).fit(iris)
+    assert adjusted_rand_score(ClAM(3, **QUICK).fit(x).labels_, plain.labels_) > 0.95
+    twice = ClAM(3, **QUICK).fit(np.repeat(iris, 2, 0))
+    np.testing.assert_array_equal(twice.labels_[::2], twice.labels_[1::2])
+
+
+@pytest.mark.parametrize("n_init", [1, 2, 3, 5])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_any_number_of_replicas(iris, n_init, share):
+    model = ClAM(3, n_init=n_init, am_share=share, max_iter=3, random_state=0).fit(iris)
+    assert model.n_clusters_used_ == 3
+    assert model.n_iter_ == 3
+
+
+# ---- many rows -----------------------------------------------------------------------------------
+
+
+def test_more_rows_than_are_searched():
+    x = _blobs(5000)
+    whole, part = (ClAM(4, search_rows=n, **QUICK).fit(x) for n in (20_000, 400))
+    assert adjusted_rand_score(whole.labels_, part.labels_) > 0.99
+    assert part.inertia_ <= 1.001 * KMeans(4, n_init=5, random_state=0).fit(x).inertia_
+    assert len(part.labels_) == 5000
+    gaps = x.copy()
+    gaps[np.random.default_rng(0).random(x.shape) < 0.1] = np.nan
+    holes = ClAM(4, search_rows=400, **QUICK).fit(gaps)
+    assert adjusted_rand_score(holes.labels_, whole.labels_) > 0.9
+
+
+def test_a_memory_map_is_not_read_whole(tmp_path: Path):
+    x = _blobs(3000).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    model = ClAM(4, search_rows=400, **QUICK).fit(mapped)
+    plain = ClAM(4, search_rows=400, **QUICK).fit(x)
+    np.testing.assert_array_equal(model.labels_, plain.labels_)
+    np.testing.assert_array_equal(model.predict(mapped), plain.labels_)
+    np.testing.assert_allclose(model.cluster_centers_, plain.cluster_centers_, atol=1e-5)
+    with pytest.raises(TypeError, match=r"[Ss]parse"):
+        ClAM(4).fit(sparse.csr_array(x))
+
+
+# ---- callbacks -----------------------------------------------------------------------------------
+
+
+def test_callbacks(iris):
+    told: list[object] = []
+
+    class Watch:
+        def on_fit_begin(self, estimator):
+            told.append("begin")
+
+        def on_iteration(self, estimator, info):
+            told.append((info["round"], info["epoch"]))
+            assert info["loss"] > 0
+
+        def on_fit_end(self, estimator):
+            told.append(estimator.n_iter_)
+
+    ClAM(3, n_init=4, max_iter=10, random_state=0, callbacks=Watch()).fit(iris)
+    assert told == ["begin", *((r, e) for r in range(1, 6) for e in range(2)), 10]
+    stopped = ClAM(3, n_init=4, max_iter=10, random_state=0, callbacks=lambda e, info: True).fit(
+        iris
+    )
+    assert stopped.n_iter_ == 1
+    assert stopped.n_clusters_used_ == 3
+
+    def fails(estimator, info):
+        raise KeyError("mine")
+
+    model = ClAM(3, callbacks=fails)
+    with pytest.raises(KeyError, match="mine"):
+        model.fit(iris)
+    assert not hasattr(model, "cluster_centers_")
+    with pytest.raises(TypeError, match="callbacks"):
+        ClAM(3, callbacks=3).fit(iris)
+
+
+# ---- partial_fit ---------------------------------------------------------------------------------
+
+
+def _stream(model, x, size):
+    for start in range(0, len(x), size):
+        model.partial_fit(x[start : start + size])
+    return model
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+def test_partial_fit_is_as_good_as_mini_batch_k_means(size):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(12, 5))[rng.integers(12, size=10_000)] * 3 + rng.normal(size=(10_000, 5))
+    ours = _stream(ClAM(12, random_state=0), x, size)
+    theirs = _stream(MiniBatchKMeans(12, n_init=3, random_state=0), x, size)
+    assert ours.score(x) > 1.02 * theirs.score(x)  # both are below 0
+    assert ours.n_clusters_used_ == 12
+    assert ours.n_iter_ == len(ours.loss_curve_) >= 20
+    assert len(ours.labels_) == size
+    again = _stream(ClAM(12, random_state=0), x, size)
+    np.testing.assert_array_equal(ours.cluster_centers_, again.cluster_centers_)
+
+
+def test_partial_fit_goes_on_from_a_fit_and_from_a_file(iris, tmp_path):
+    x = _blobs(2000)
+    model = ClAM(4, **QUICK).fit(x[:500])
+    inertia = model.score(x)
+    model.save(tmp_path / "m")
+    for one in (model, ClAM.load(tmp_path / "m")):
+        _stream(one, x[500:], 100)
+        assert one.score(x) > 1.01 * inertia
+        assert one.n_clusters_used_ == 4
+    with pytest.raises(ValueError, match="features"):
+        model.partial_fit(iris)
+    model.n_clusters = 5
+    with pytest.raises(ValueError, match="n_clusters: expected 4"):
+        model.partial_fit(x)
+
+
+def test_partial_fit_follows_rows_that_move():
+    x = _blobs(1000)
+    model = _stream(ClAM(4, random_state=0), x, 100)
+    moved = x[:100] + 50
+    for _ in range(60):
+        model.partial_fit(moved)
+    assert model.score(moved) > 2 * KMeans(4, random_state=0, n_init=5).fit(moved).score(moved)
+
+
+def test_partial_fit_with_missing_entries_and_weights():
+    x = _blobs(2000)
+    x[np.random.default_rng(0).random(x.shape) < 0.2] = np.nan
+    x[5] = np.nan
+    weight = np.ones(len(x))
+    weight[:50] = 0
+    model = ClAM(4, random_state=0)
+    for start in range(0, len(x), 200):
+        part = slice(start, start + 200)
+        model.partial_fit(x[part], sample_weight=weight[part])
+    whole = ClAM(4, random_state=0).fit(x)
+    assert adjusted_rand_score(model.predict(x), whole.labels_) > 0.9
+    assert np.isfinite(model.complete(x)).all()
+
+
+def test_partial_fit_refuses_and_keeps_its_state(iris):
+    model = ClAM(3, random_state=0)
+    with pytest.raises(ValueError, match="n_samples=2 should be >= n_clusters=3"):
+        model.partial_fit(iris[:2])
+    assert not hasattr(model, "n_features_in_")
+    model.partial_fit(iris)
+    before = dict(model.__dict__)
+    with pytest.raises(ValueError, match="infinity"):
+        model.partial_fit(np.full((3, 4), np.inf))
+    assert model.__dict__ == before
+    model.partial_fit(iris[:1])  # fewer rows than clusters are fine later
+    fresh = ClAM(3, recipe="paper", n_init=2, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        assert np.isfinite(_stream(fresh, iris, 50).cluster_centers_).all()
