@@ -20,6 +20,7 @@ from .ops.kmeans import kmeans_step as kmeans_step
 from .ops.kmeans import kmeans_update as kmeans_update
 
 if TYPE_CHECKING:
+    from . import nn as nn
     from .estimators import ClAM as ClAM
     from .estimators import KMeans as KMeans
 
@@ -39,11 +40,13 @@ __all__ = [
     "kmeans_update",
     "list_estimators",
     "list_ops",
+    "nn",
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _ESTIMATORS = ("ClAM", "KMeans")
+_ROOMS = ("nn",)
 _LAZY = dict.fromkeys(_ESTIMATORS, ".estimators")
 
 
@@ -62,6 +65,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name], __name__), name)

@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,90 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"ops": ops_table, "bench": bench_table, "gpu": gpu_table}
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+METHODS = ("kmeans", "kmeans_chosen", "clam_without_am", "clam")
+
+
+def quality_table() -> str:
+    """Silhouettes of `bench/quality.py`, means over its seeds."""
+    sets = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))["sets"]
+    lines = [
+        "| table | K | k-means | k-means, chosen | ClAM without AM | ClAM (least of the seeds) |"
+        " NMI: k-means, ClAM | cost |",
+        f"|{' --- |' * 8}",
+    ]
+    totals: dict[str, list[float]] = {method: [] for method in METHODS}
+    for name, runs in sets.items():
+        found = {
+            method: [run["methods"][method]["silhouette"] for run in runs] for method in METHODS
+        }
+        for method in METHODS:
+            totals[method].append(_mean(found[method]))
+        nmi = [_mean(run["methods"][m]["nmi"] for run in runs) for m in ("kmeans", "clam")]
+        cells = [name, str(runs[0]["k"])]
+        cells += [f"{_mean(found[method]):.4f}" for method in METHODS]
+        cells[-1] += f" ({min(found['clam']):.4f})"
+        cells += [f"{nmi[0]:.2f}, {nmi[1]:.2f}", f"{_mean(r['cost'] for r in runs):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    means = {method: _mean(values) for method, values in totals.items()}
+    cells = ["mean", "", *(f"{means[method]:.4f}" for method in METHODS), "", ""]
+    lines.append(f"| {' | '.join(cells)} |")
+    gain = means["clam"] - means["clam_without_am"]
+    lines += ["", f"What the training itself adds, mean over the tables: {gain:+.4f}."]
+    return "\n".join(lines)
+
+
+def completion_table() -> str:
+    """Errors of `bench/completion.py`, means over its masks."""
+    rows = json.loads((RESULTS / "completion.json").read_text(encoding="utf-8"))["rows"]
+    heads = {
+        "clam": "ClAM",
+        "oracle": "its rule, k-means centres of the complete data",
+        "kmeans_mean_filled": "its rule, k-means centres of the mean-filled data",
+        "knn_imputer": "KNNImputer(10)",
+        "mean": "mean",
+    }
+    lines = [f"| table | K | {' | '.join(heads.values())} |", f"|{' --- |' * (2 + len(heads))}"]
+    for row in rows:
+        cells = [row["name"], str(row["k"]), *(f"{row['rmse'][name]:.3f}" for name in heads)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def million_table() -> str:
+    """Fits of `bench/million.py`, means over its seeds."""
+    report = json.loads((RESULTS / "million.json").read_text(encoding="utf-8"))
+    runs = report["runs"]
+    lines = [
+        "| | seconds | memory over the input | inertia | silhouette (10,000 rows) |",
+        f"|{' --- |' * 5}",
+    ]
+    base = _mean(run["kmeans"]["inertia"] for run in runs)
+    for method, name in (("kmeans", "scikit-learn KMeans(n_init=1)"), ("clam", "ClAM")):
+        found = [run[method] for run in runs]
+        cells = [
+            name,
+            f"{_mean(f['seconds'] for f in found):.0f}",
+            _bytes(max(f["extra_bytes"] for f in found)),
+            f"{_mean(f['inertia'] for f in found) / base:.3f}",
+            f"{_mean(f['silhouette'] for f in found):.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "ops": ops_table,
+    "bench": bench_table,
+    "gpu": gpu_table,
+    "quality": quality_table,
+    "completion": completion_table,
+    "million": million_table,
+}
 
 
 def rendered(text: str) -> str:

@@ -95,11 +95,12 @@ class Batch:
     seen: Tensor | None
     weight: Tensor | None  # [B]
 
-    def loss(self, memories: Tensor, plan: Plan, expected: float) -> Tensor:
-        """Loss of each replica [R]: weighted squared error of the masked entries over the number
-        expected of them (the authors': over all entries).
+    def backward(self, memories: Tensor, plan: Plan, expected: float) -> Tensor:
+        """Loss of each replica [R], detached; its gradient is added to that of the memories.
 
-        Where nothing is masked, rows of a single entry, all that is seen evolves and counts.
+        It is the weighted squared error of the masked entries over the number expected of them (the
+        authors': over all entries). Where nothing is masked, rows of a single entry, all that is
+        seen evolves and counts.
         """
         masked = bool(self.masks.any())
         given = torch.ones_like(self.masks) if self.seen is None else self.seen
@@ -114,9 +115,13 @@ class Batch:
             update_mask=hidden if plan.clamp and masked else None,
             precision=plan.precision,
         )
-        error = (out - self.x).square() * counted
-        rows = error.sum(2) if self.weight is None else error.sum(2) * self.weight.to(error.dtype)
         count = self.x.numel() if plan.authors else expected * len(self.x)
+        error = (out.detach() - self.x).mul_(counted)
+        rows, slope = error.square().sum(2), error.mul_(2 / count)
+        if self.weight is not None:
+            rows = rows * self.weight.to(rows.dtype)
+            slope = slope.mul_(self.weight.to(slope.dtype)[:, None])
+        out.backward(slope)
         return rows.sum(1) / count
 
 
@@ -178,9 +183,9 @@ class _Batches:
 
     def __init__(self, points: Points, plan: Plan, generator: torch.Generator) -> None:
         self.points, self.plan, self.generator = points, plan, generator
-        self.whole = len(points) <= plan.batch_size
+        self.count = max(1, round(len(points) / plan.batch_size))
         self.twins: Tensor | None = None
-        if self.whole and not plan.authors:
+        if self.count == 1 and not plan.authors:
             rows = (
                 points.z
                 if points.seen is None
@@ -190,12 +195,13 @@ class _Batches:
 
     def epoch(self, number: int) -> Iterator[Batch]:
         points, device = self.points, self.points.z.device
-        if self.whole and self.twins is not None:
+        if self.twins is not None:
             masks = self._masks_of_twins().to(device)
             yield Batch(points.z, masks, points.seen, points.weight)
             return
         order = torch.randperm(len(points), generator=self.generator)
-        for index in order.split(self.plan.batch_size):
+        by_size = self.plan.authors
+        for index in order.split(self.plan.batch_size) if by_size else order.chunk(self.count):
             at = index.to(device)
             seen = None if points.seen is None else points.seen[at]
             weight = None if points.weight is None else points.weight[at]
@@ -255,9 +261,8 @@ def _epoch(
     rows, device = len(batches.points), batches.points.z.device
     total = torch.zeros(len(plan.beta), dtype=torch.float64, device=device)
     for batch in batches.epoch(epoch):
-        loss = batch.loss(optimiser.memories(), plan, expected)
         optimiser.adam.zero_grad()
-        loss.sum().backward()
+        loss = batch.backward(optimiser.memories(), plan, expected)
         optimiser.adam.step()
-        total += loss.detach().double() * (len(batch.x) / rows)
+        total += loss.double() * (len(batch.x) / rows)
     return total.cpu()

@@ -190,8 +190,9 @@ def _trained(estimator: Any, stream: Stream, points: Points) -> tuple[Stream, fl
     masks = draw_masks(n, d, plan.mask_ratio, generator, seen).to(points.z.device)
     memories = stream.memories[TRAINED].clone().requires_grad_()
     batch = Batch(points.z, masks, points.seen, points.weight)
-    loss = batch.loss(memories[None], plan, expected_masked(points, plan.mask_ratio))
-    (slope,) = torch.autograd.grad(loss.sum(), memories)
+    loss = batch.backward(memories[None], plan, expected_masked(points, plan.mask_ratio))
+    slope = memories.grad
+    assert slope is not None
     first = FIRST * stream.first + (1 - FIRST) * slope
     second = SECOND * stream.second + (1 - SECOND) * slope.square()
     rate = plan.learning_rate / (1 + stream.steps / HALFWAY)
@@ -201,7 +202,7 @@ def _trained(estimator: Any, stream: Stream, points: Points) -> tuple[Stream, fl
     own = gap_of(points, both[:1], stream.seed)
     gap = stream.gap + max(SHARE, 1 / stream.steps) * (own - stream.gap)
     fresh = dataclasses.replace(stream, memories=both, first=first, second=second, gap=gap)
-    return fresh, float(loss.detach())
+    return fresh, float(loss)
 
 
 def _plan(estimator: Any, stream: Stream, points: Points) -> Plan:

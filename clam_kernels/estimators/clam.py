@@ -63,7 +63,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         Share of the replicas of the default recipe that train by completion; the others go on with
         Lloyd's iterations, their limit of beta to infinity.
     batch_size : int, default by recipe (512; paper 8)
-        Rows of a training batch.
+        Rows of a training batch; of the default recipe about, all are of one size.
     beta : float > 0, unit 1/|x|^2, default by recipe
         Inverse temperature of training and of `beta_`. Default: 1, 3 and 10 over the gap of the
         data in turn (paper: .55, .75, .95, 1.2).
@@ -168,6 +168,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     }
 
     _framed = True
+    loss_curve_: np.ndarray[Any, Any]
     _arrays = ("cluster_centers_", "labels_", "loss_curve_", "_candidates")
     _learned = (
         "n_features_in_",
@@ -339,13 +340,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
             )
         if not fitted and len(rows) < self.n_clusters:
             raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
-        stream = getattr(self, "_stream", None)
-        if stream is None and fitted:
-            memories = self._centers(rows.dtype, rows.device)
-            gap = COMPLETION / self._sharpness[1]
-            stream = streaming.resume(self, memories, self._frame, gap)
-        elif stream is None:
-            stream = streaming.begin(self, rows, weight, X)
+        stream = self._stream_so_far(rows, weight, X)
         with threads_for(stream.won.numel() * resolved(self, "batch_size")):
             self._stream, losses = streaming.advance(self, stream, rows, weight)
         before = list(self.loss_curve_) if fitted else []
@@ -358,6 +353,14 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self._store_labels(rows, weight)
         self.n_clusters_used_ = self._stream.used(self)
         return self
+
+    def _stream_so_far(self, rows: Rows, weight: Tensor | None, X: Any) -> streaming.Stream:
+        if hasattr(self, "_stream"):
+            return self._stream
+        if not hasattr(self, "cluster_centers_"):
+            return streaming.begin(self, rows, weight, X)
+        memories = self._centers(rows.dtype, rows.device)
+        return streaming.resume(self, memories, self._frame, COMPLETION / self._sharpness[1])
 
     def _check_parameters(self) -> None:
         self._validate_params()

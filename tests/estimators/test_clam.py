@@ -505,9 +505,12 @@ def test_ctrl_c_leaves_the_estimator_as_it_was(
 def test_training_that_explodes_is_an_error_not_a_model(
     iris: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        _completion.Batch, "loss", lambda batch, memories, *_: memories.sum((1, 2)) * np.nan
-    )
+
+    def explodes(batch: object, memories: torch.Tensor, *_: object) -> torch.Tensor:
+        memories.backward(torch.full_like(memories, torch.nan))
+        return memories.detach().sum((1, 2)) * np.nan
+
+    monkeypatch.setattr(_completion.Batch, "backward", explodes)
     with pytest.raises(FloatingPointError, match="learning_rate"):
         ClAM(3, recipe="paper", **QUICK).fit(iris)
     # the default recipe has its k-means starts and Lloyd's replicas beside those that train

@@ -113,11 +113,13 @@ def test_the_loss_does_not_see_what_is_missing(wine):
     beta = torch.full((1, 1), 0.1, dtype=torch.float64)
     plan = _completion.Plan(beta, 1, 1.0, 0.2, True, 0.1, 512, 1, 1.0, False, None, 0)
     memories = torch.from_numpy(wine[:3])[None].requires_grad_()
-    loss = batch.loss(memories, plan, 1.0)
+    loss = batch.backward(memories, plan, 1.0)
     states = points.z.masked_fill(masks, 0.0)
     p = torch.softmax(-0.1 * torch.cdist(states, memories[0]).square(), 1)
     error = (p @ memories[0] - points.z)[:, 0][masks[:, 0]].square().sum() / len(points)
     assert loss.item() == pytest.approx(error.item(), rel=1e-9)
+    (slope,) = torch.autograd.grad(error, memories)
+    torch.testing.assert_close(memories.grad, slope, atol=1e-9, rtol=0)
 
 
 # ---- the estimator -------------------------------------------------------------------------------

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The associative memory as a layer. Equations: docs/ops/am.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.am import am_assign, am_energy, am_recursion
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SPELLED = "float16, bfloat16, float32 or float64"
+
+
+class AssociativeMemory(nn.Module):
+    """Memories that recall: rows in, what the recursion makes of them out.
+
+        v <- v + step * update_mask * (softmax_k(log_weights_k - beta_k |v - rho_k|^2) @ rho - v),
+        `steps` times; rho are the memories                         (eqs. 1-4 of docs/ops/am.md)
+
+    There is no projection: a layer that holds patterns returns the stored pattern for a damaged
+    one. Projections, heads and normalisation are layers before and after it.
+
+    Parameters
+    ----------
+    n_memories : int, >= 1
+        Number of memories K.
+    n_features : int, >= 1
+        Number of features D.
+    steps : int, >= 0, default 1
+        Number of steps; 0 returns a copy of the rows.
+    step : float, finite, >= 0, default 1.0
+        dt/tau. The energy never rises for 0 <= step <= 2.
+    beta : float or Tensor broadcastable to [K], finite, > 0, unit 1/|v|^2, default 1.0
+        Inverse temperature to start from, weights exp(-beta d^2). A last dim of K is one a memory,
+        a number or a last dim of 1 one for all. Between 1 and 10 divided by the gap (nearest
+        subtracted from second-nearest squared distance, a typical row's) memories compete; far
+        above it each row goes to its nearest memory, far below it to their mean.
+    learn_beta : bool, default True
+        Whether beta is trained.
+    log_weights : bool, default False
+        Whether each memory has a trained log-weight; they start at 0.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products; see `clam_kernels.am_step`. None follows torch, and is "medium"
+        under a half autocast.
+    device : torch.device, str or None, optional
+        Of the parameters, as everywhere in torch.nn.
+    dtype : torch.dtype, optional
+        Of the parameters: float16, bfloat16, float32 or float64.
+
+    Attributes
+    ----------
+    memories : Parameter [K, D]
+        The memories; drawn from the standard normal distribution. `from_patterns` stores given
+        ones, with leading dims if they have any.
+    log_beta : Parameter, shape of the `beta` given
+        Logarithm of beta, so that training keeps beta positive.
+    log_weights : Parameter [K] or None
+        Logarithm of each memory's weight; -inf takes a memory out.
+    steps, step, precision
+        As given; may be changed.
+
+    Raises
+    ------
+    TypeError
+        A type or dtype other than stated.
+    ValueError
+        A value or shape that does not fit.
+
+    Notes
+    -----
+    Memory O(N D + K D), never N x K, forward and backward. Under autocast rows of half precision
+    meet float32 memories in float32, and the result is float32. Parameters that are frozen are
+    still in `state_dict`, so that frozen and trained layers load each other's files.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from clam_kernels.nn import AssociativeMemory
+    >>> layer = AssociativeMemory.from_patterns(torch.eye(3), steps=5, beta=8.0)
+    >>> damaged = torch.tensor([[1.0, 0.0, 0.4]])
+    >>> damaged_entries = torch.tensor([[False, True, True]])
+    >>> layer(damaged, update_mask=damaged_entries).round(decimals=3)
+    tensor([[1., 0., 0.]])
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), AssociativeMemory(16, 4, steps=3))
+    >>> model(torch.zeros(2, 8)).shape
+    torch.Size([2, 4])
+    """
+
+    memories: nn.Parameter
+    log_beta: nn.Parameter
+    log_weights: nn.Parameter | None
+
+    def __init__(
+        self,
+        n_memories: int,
+        n_features: int,
+        *,
+        steps: int = 1,
+        step: float = 1.0,
+        beta: float | Tensor = 1.0,
+        learn_beta: bool = True,
+        log_weights: bool = False,
+        precision: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("n_memories", n_memories), ("n_features", n_features)):
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            _expect(whole, TypeError, name, "an int >= 1", repr(size))
+            _expect(size >= 1, ValueError, name, "an int >= 1", size)
+        for name, flag in (("learn_beta", learn_beta), ("log_weights", log_weights)):
+            _expect(isinstance(flag, bool), TypeError, name, "a bool", type(flag).__name__)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        _expect(dtype in _FLOATS, TypeError, "dtype", _SPELLED, _word(dtype))
+        self.steps, self.step, self.precision = steps, step, precision
+        # reset_parameters may come long after, when a module made on meta is given its memory
+        self._log_beta_start = _log(beta).cpu()
+        memories = torch.empty(n_memories, n_features, device=device, dtype=dtype)
+        self._register(memories, True, learn_beta, log_weights)
+        self.reset_parameters()
+
+    @classmethod
+    def from_patterns(
+        cls,
+        patterns: Tensor,
+        *,
+        steps: int = 1,
+        step: float = 1.0,
+        beta: float | Tensor = 1.0,
+        learn_memories: bool = False,
+        learn_beta: bool = False,
+        log_weights: bool | Tensor = False,
+        precision: str | None = None,
+    ) -> AssociativeMemory:
+        """Layer whose memories are copies of given patterns, of their dtype and on their device.
+
+        Parameters
+        ----------
+        patterns : Tensor [..., K, D], float16, bfloat16, float32 or float64
+            What to store. Leading dims are separate memories (heads, replicas): they broadcast with
+            those of the rows.
+        steps : int, >= 0, default 1
+            Number of steps.
+        step : float, finite, >= 0, default 1.0
+            dt/tau.
+        beta : float or Tensor broadcastable to [..., K], finite, > 0, unit 1/|v|^2, default 1.0
+            Inverse temperature, weights exp(-beta d^2).
+        learn_memories : bool, default False
+            Whether the memories are trained.
+        learn_beta : bool, default False
+            Whether beta is trained.
+        log_weights : bool or Tensor broadcastable to [..., K], default False
+            True: trained log-weights that start at 0. A tensor is where they start.
+        precision : "highest", "high" or "medium", optional
+            Of the matrix products.
+
+        Returns
+        -------
+        AssociativeMemory
+            `reset_parameters` would replace the patterns by random ones.
+
+        Raises
+        ------
+        TypeError
+            A type or dtype other than stated.
+        ValueError
+            A value or shape that does not fit.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from clam_kernels.nn import AssociativeMemory
+        >>> AssociativeMemory.from_patterns(torch.eye(3), beta=20.0)(torch.eye(3))
+        tensor([[1., 0., 0.],
+                [0., 1., 0.],
+                [0., 0., 1.]])
+        """
+        kind = type(patterns).__name__
+        _expect(isinstance(patterns, Tensor), TypeError, "patterns", "a Tensor", kind)
+        word = _word(patterns.dtype)
+        _expect(patterns.dtype in _FLOATS, TypeError, "patterns", f"dtype {_SPELLED}", word)
+        shape = list(patterns.shape)
+        _expect(len(shape) >= 2, ValueError, "patterns", "shape [..., K, D]", shape)
+        _expect(shape[-2] >= 1, ValueError, "patterns", "K >= 1", shape)
+        _expect(shape[-1] >= 1, ValueError, "patterns", "D >= 1", shape)
+        given = log_weights if isinstance(log_weights, Tensor) else None
+        kind = type(learn_memories).__name__
+        _expect(isinstance(learn_memories, bool), TypeError, "learn_memories", "a bool", kind)
+        # on meta, so that storing patterns draws no random numbers
+        layer = cls(
+            shape[-2], shape[-1], steps=steps, step=step, beta=beta, learn_beta=learn_beta,
+            log_weights=given is not None or log_weights,  # type: ignore[arg-type]
+            precision=precision, device="meta", dtype=patterns.dtype,
+        )  # fmt: skip
+        layer._register(patterns.detach().clone(), learn_memories, learn_beta, log_weights)
+        return layer
+
+    def _register(
+        self, memories: Tensor, learn: bool, learn_beta: bool, log_weights: bool | Tensor
+    ) -> None:
+        """The parameters; the op says what does not fit them, before there are rows."""
+        beta = self._log_beta_start.to(memories)
+        weights = None if log_weights is False else memories.new_zeros(memories.shape[:-1])
+        if isinstance(log_weights, Tensor):
+            weights = log_weights.detach().to(memories.device, copy=True)
+        rho, lam = (None if x is None else x.to("meta") for x in (memories, weights))
+        am_recursion(
+            rho, rho, beta.to("meta"), self.steps,  # type: ignore[arg-type]
+            step=self.step, log_weights=lam, precision=self.precision,
+        )  # fmt: skip
+        self.memories = nn.Parameter(memories, requires_grad=learn)
+        self.log_beta = nn.Parameter(beta, requires_grad=learn_beta)
+        learned = None if weights is None else nn.Parameter(weights.to(memories.dtype))
+        self.register_parameter("log_weights", learned)
+
+    @property
+    def n_memories(self) -> int:
+        """Number of memories K."""
+        return self.memories.shape[-2]
+
+    @property
+    def n_features(self) -> int:
+        """Number of features D."""
+        return self.memories.shape[-1]
+
+    @property
+    def beta(self) -> Tensor:
+        """Inverse temperature, > 0, unit 1/|v|^2; assigning a number or a tensor sets it, which
+        outside compiled code is how to sharpen the memory during training.
+        """
+        return self.log_beta.exp()
+
+    @beta.setter
+    def beta(self, value: float | Tensor) -> None:
+        log = _log(value)
+        size = list(self.log_beta.shape)
+        fits = log.ndim <= len(size) and all(
+            a in (1, b) for a, b in zip(log.shape[::-1], size[::-1], strict=False)
+        )
+        _expect(fits, ValueError, "beta", f"shape broadcastable to {size}", list(log.shape))
+        with torch.no_grad():
+            self.log_beta.copy_(log)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the memories anew; beta and log-weights go back to where they started.
+
+        Parameters
+        ----------
+        generator : torch.Generator, optional
+            Of the device of the parameters; None is torch's own.
+        """
+        with torch.no_grad():
+            self.memories.normal_(generator=generator)
+            self.log_beta.copy_(self._log_beta_start)
+            if self.log_weights is not None:
+                self.log_weights.zero_()
+
+    # ---- recall --------------------------------------------------------------------------------
+
+    def forward(
+        self, v: Tensor, update_mask: Tensor | None = None, steps: int | None = None
+    ) -> Tensor:
+        """What the rows become after `steps` steps.
+
+        Parameters
+        ----------
+        v : Tensor [..., N, D], dtype (outside autocast) and device of the memories
+            Rows to recall.
+        update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
+            1 (True): the entry evolves, 0: it is held, bit for bit.
+        steps : int, >= 0, optional
+            Number of steps instead of the layer's.
+
+        Returns
+        -------
+        Tensor [..., N, D], dtype of v (under autocast the wider of v's and the memories')
+        """
+        self._check(v)
+        return am_recursion(
+            v,
+            self.memories,
+            self.beta,
+            self.steps if steps is None else steps,
+            step=self.step,
+            update_mask=update_mask,
+            log_weights=self.log_weights,
+            precision=self.precision,
+        )
+
+    def energy(self, v: Tensor) -> Tensor:
+        """Energy of each row, which no step with 0 <= step <= 2 raises; low near memories.
+
+        Parameters
+        ----------
+        v : Tensor [..., N, D], dtype (outside autocast) and device of the memories
+            Rows. The layer must have one beta for all memories.
+
+        Returns
+        -------
+        Tensor [..., N], float32 (float64 for float64), unit |v|^2
+        """
+        self._check(v)
+        return am_energy(
+            v, self.memories, self.beta, log_weights=self.log_weights, precision=self.precision
+        )
+
+    def assign(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest memory of each row, and its squared distance; no gradient.
+
+        Parameters
+        ----------
+        v : Tensor [..., N, D], dtype (outside autocast) and device of the memories
+            Rows.
+
+        Returns
+        -------
+        labels : Tensor [..., N], int64
+            Lowest index on ties; beta plays no part, of the log-weights only whether they are -inf.
+        sqdist : Tensor [..., N], float32 (float64 for float64), unit |v|^2
+        """
+        self._check(v)
+        return am_assign(v, self.memories, log_weights=self.log_weights, precision=self.precision)
+
+    def weights(self, v: Tensor) -> Tensor:
+        """Weight of each memory in the first step: softmax_k(log_weights_k - beta_k |v - rho_k|^2).
+
+        This is an N x K array, which nothing else in the layer builds; twice differentiable.
+
+        Parameters
+        ----------
+        v : Tensor [..., N, D], device of the memories
+            Rows.
+
+        Returns
+        -------
+        Tensor [..., N, K], float32 (float64 for float64)
+            Rows of sum 1; 0 where a memory is taken out.
+        """
+        self._check(v)
+        wide = torch.float64 if self.memories.dtype == torch.float64 else torch.float32
+        with torch.autocast(v.device.type, enabled=False):
+            rho = self.memories.to(wide)
+            # about the mean of the memories, so that no digits are lost to a common offset
+            centre = rho.detach().mean(-2, keepdim=True)
+            x, rho = v.to(wide) - centre, rho - centre
+            sqdist = x.square().sum(-1, keepdim=True) - 2 * x @ rho.mT
+            sqdist = sqdist + rho.square().sum(-1).unsqueeze(-2)
+            logits = -self.beta.to(wide).reshape(*self._row(self.log_beta)) * sqdist
+            if self.log_weights is not None:
+                lam = self.log_weights.to(wide)
+                logits = logits + lam.reshape(*self._row(lam))
+            return logits.softmax(-1)
+
+    @staticmethod
+    def _row(x: Tensor) -> list[int]:
+        """Shape of [..., K] beside [..., N, K]."""
+        return [*x.shape[:-1], 1, *x.shape[-1:]]
+
+    def _check(self, v: Any) -> None:
+        """What the op would word after `rho`, which a layer's user never passed."""
+        _expect(isinstance(v, Tensor), TypeError, "v", "a Tensor", type(v).__name__)
+        rho = self.memories
+        if v.dtype != rho.dtype and not torch.is_autocast_enabled(v.device.type):
+            match = f"dtype {_word(rho.dtype)} to match memories"
+            _expect(False, TypeError, "v", match, _word(v.dtype))
+        if v.device != rho.device:
+            _expect(False, ValueError, "v", f"device {rho.device} to match memories", v.device)
+        if v.ndim < 2 or v.shape[-1] != rho.shape[-1]:
+            match = f"shape [..., N, {rho.shape[-1]}] to match memories {list(rho.shape)}"
+            _expect(False, ValueError, "v", match, list(v.shape))
+
+    def extra_repr(self) -> str:
+        """Sizes and settings, for `print`."""
+        batch = list(self.memories.shape[:-2])
+        words = [
+            f"{self.n_memories}, {self.n_features}, steps={self.steps}, step={self.step:g}",
+            *([f"batch={batch}"] if batch else []),
+            *(["learn_memories=False"] if not self.memories.requires_grad else []),
+            *(["learn_beta=False"] if not self.log_beta.requires_grad else []),
+            *(["log_weights=True"] if self.log_weights is not None else []),
+            *([f"precision={self.precision!r}"] if self.precision is not None else []),
+        ]
+        return ", ".join(words)
+
+
+def _expect(ok: bool, error: type[Exception], name: str, what: str, got: object) -> None:
+    """An argument error in the wording of the ops."""
+    if not ok:
+        raise error(f"{name}: expected {what}, got {got}")
+
+
+def _word(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _log(beta: float | Tensor) -> Tensor:
+    """Logarithm of a beta that is finite and positive, in float64."""
+    if not isinstance(beta, Tensor):
+        probe = torch.empty(1, 1, device="meta")
+        am_energy(probe, probe, beta)  # words what is wrong with a number
+        return torch.tensor(float(beta), dtype=torch.float64, device="cpu").log()
+    _expect(beta.dtype in _FLOATS, TypeError, "beta", f"dtype {_SPELLED}", _word(beta.dtype))
+    beta = beta.detach().double()
+    bad = beta[~((beta > 0) & beta.isfinite())] if beta.is_cpu else beta[:0].reshape(-1)
+    if len(bad):
+        _expect(False, ValueError, "beta", "finite values > 0", bad[0].item())
+    return beta.log()
