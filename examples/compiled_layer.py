@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An associative-memory layer inside a model: one graph under torch.compile, forward and backward,
-any number of rows without recompiling, and on a GPU captured in a CUDA graph.
+"""An associative-memory layer inside a model, trained in bfloat16 autocast and compiled: one graph,
+forward and backward, any number of rows without recompiling, and on a GPU a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,23 +16,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import clam_kernels  # registers torch.ops.clam
-
-
-class Recall(nn.Module):
-    """Learnable memories; the layer returns what they recall after `steps` steps."""
-
-    def __init__(self, memories: int, features: int, steps: int) -> None:
-        super().__init__()
-        self.memories = nn.Parameter(torch.randn(memories, features))
-        self.log_beta = nn.Parameter(torch.zeros(()))
-        self.steps = steps
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.clam.am_recursion(
-            x, self.memories, self.log_beta.exp(), self.steps, 0.5
-        )
-        return out
+import clam_kernels
+from clam_kernels.nn import AssociativeMemory
 
 
 def parse() -> argparse.Namespace:
@@ -43,6 +28,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def autocast(device: str) -> torch.autocast:
+    """The linear layers compute in bfloat16; states, memories and their gradients stay float32."""
+    return torch.autocast(device, torch.bfloat16)
+
+
 def train(model: Callable[[Tensor], Tensor], parameters: Any, data: Tensor, target: Tensor,
           steps: int) -> list[float]:  # fmt: skip
     """Full batches but for every third, which has other row counts; the loss of each step."""
@@ -50,7 +40,8 @@ def train(model: Callable[[Tensor], Tensor], parameters: Any, data: Tensor, targ
     losses = []
     for step in range(steps):
         rows = len(data) - 7 * step if step % 3 == 2 else len(data)
-        loss = nn.functional.cross_entropy(model(data[:rows]), target[:rows])
+        with autocast(data.device.type):
+            loss = nn.functional.cross_entropy(model(data[:rows]), target[:rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -61,7 +52,8 @@ def train(model: Callable[[Tensor], Tensor], parameters: Any, data: Tensor, targ
 def captured(model: nn.Module, data: Tensor) -> bool:
     """Whether a replayed CUDA graph follows its input, bit for bit."""
     held = data.clone()
-    with torch.no_grad():
+    # no cache of casts: what one call keeps in it would lie in the graph's own memory
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         model(held)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -75,17 +67,27 @@ def captured(model: nn.Module, data: Tensor) -> bool:
 def main() -> None:
     args = parse()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # layers this small gain nothing from more
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, y = load_digits(return_X_y=True)
     data = torch.tensor(x, dtype=torch.float32, device=device) / 16
     target = torch.tensor(y, device=device)
-    model = nn.Sequential(nn.Linear(64, 16), Recall(32, 16, 4), nn.Linear(16, 10)).to(device)
+    memory = AssociativeMemory(32, 16, steps=4, step=0.5)
+    model = nn.Sequential(nn.Linear(64, 16), memory, nn.Linear(16, 10)).to(device)
     counter = CompileCounterWithBackend("inductor" if device == "cuda" else "aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     losses = train(compiled, model.parameters(), data, target, args.steps)
-    correct = compiled(data).argmax(1) == target
+    with autocast(device):
+        correct = compiled(data).argmax(1) == target
+        rows = model[0](data)
+        recalled = memory(rows)
     report = {
-        "backend": clam_kernels.explain("am_recursion", data),
+        # a half autocast asks for "medium" products, which a CPU computes in float32
+        "backend": clam_kernels.explain("am_recursion", data, "medium"),
+        "autocast": "bfloat16",
+        "rows_into_memory": str(rows.dtype).removeprefix("torch."),
+        "rows_out_of_memory": str(recalled.dtype).removeprefix("torch."),
+        "beta": float(memory.beta.detach()),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "accuracy": float(correct.float().mean()),

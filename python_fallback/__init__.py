@@ -8,3 +8,4 @@ chunks, in place, never N x K.
 
 from . import am as am
 from . import kmeans as kmeans
+from . import sinkhorn as sinkhorn

@@ -44,18 +44,24 @@ _MOST_REMEMBERED = 1024
 class Gradient:
     """How an op is differentiated.
 
-    `reference(grad, *arguments without precision, [saved], needs, precision)` returns one gradient
-    for each tensor argument, empty where `needs` says no. `saved` is None where the arguments
-    suffice, else the `(reference, fake)` of `_<name>_forward`, which returns `(output, saved)`.
-    `output_dims` and `saved_dims` count the dims of the two below their batch dims.
+    `reference(*grads, *arguments without precision, [saved], needs, precision)` returns one
+    gradient for each tensor argument, empty where `needs` says no. `saved` is None where the
+    arguments suffice, else the `(reference, fake)` of `_<name>_forward`, which returns `(output,
+    saved)`. `output_dims` and `saved_dims` count the dims of the two below their batch dims; of
+    several outputs the first have a gradient, as many as there are `output_dims`.
     """
 
     reference: Callable[..., tuple[Tensor, ...]]
     kernels: Mapping[str, str] = field(default_factory=dict)
     saved: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-    output_dims: int = 2
+    output_dims: int | tuple[int, ...] = 2
     saved_dims: int = 1
     saved_kernels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Dims below the batch dims of each output that has a gradient."""
+        return self.output_dims if isinstance(self.output_dims, tuple) else (self.output_dims,)
 
 
 @dataclass(frozen=True)
@@ -284,8 +290,11 @@ class _Installation:
         kept = re.sub(r"=[^,]+", "", self.arguments.rpartition(", str? precision")[0])
         saved = "" if gradient.saved is None else "Tensor saved, "
         returns = ", ".join(["Tensor"] * len(self.slots))
+        count = len(gradient.outputs)
+        grads = ["Tensor grad"] if count == 1 else [f"Tensor grad_{i}" for i in range(count)]
         schema = (
-            f"(Tensor grad, {kept}, {saved}bool[] needs, str precision, str backend) -> ({returns})"
+            f"({', '.join(grads)}, {kept}, {saved}bool[] needs, str precision, str backend)"
+            f" -> ({returns})"
         )
         op = _define(name, self.overload, schema)
         part = _Part(name, gradient.reference, gradient.kernels)
@@ -294,9 +303,9 @@ class _Installation:
             *arguments, precision, chosen = a
             return backend.run(part, a[0].device.type, precision, (*arguments, precision), chosen)
 
-        def fake(grad: Tensor, *a: Any) -> tuple[Tensor, ...]:
+        def fake(*a: Any) -> tuple[Tensor, ...]:
             needs = a[-3]
-            given = dict(zip(self.names, a, strict=False))
+            given = dict(zip(self.names, a[count:], strict=False))
             return tuple(
                 torch.empty_like(given[slot], memory_format=torch.contiguous_format)
                 if need
@@ -314,7 +323,7 @@ class _Installation:
         if self.spec.core is not None:
             core = [self.spec.core.get(n, 0) for n in self.names[:-1]]
             extra = [gradient.saved_dims] if saved else []
-            self._vmap_backward(op, [gradient.output_dims, *core, *extra, 0, 0, 0])
+            self._vmap_backward(op, count, [*gradient.outputs, *core, *extra, 0, 0, 0])
         return op
 
     def _autograd(
@@ -375,7 +384,7 @@ class _Installation:
 
         torch.library.register_vmap(name, refuse if core is None else rule, lib=LIBRARY)
 
-    def _vmap_backward(self, op: Any, dims: list[int]) -> None:
+    def _vmap_backward(self, op: Any, count: int, dims: list[int]) -> None:
         """As forward, but every operand is expanded: each problem of the batch has its gradient."""
         name = f"{NAMESPACE}::{_qualified(self.spec.name + '_backward', self.overload)}"
 
@@ -384,10 +393,11 @@ class _Installation:
             put = [_aligned(x, d, c, lead) for x, d, c in zip(a, in_dims, dims, strict=True)]
             put = [x.reshape(1, 1) if isinstance(x, Tensor) and not x.ndim else x for x in put]
             out = op(*(_widened(x, info.batch_size) for x in put))
-            given = dict(zip(self.names, a[1:], strict=False))
+            given = dict(zip(self.names, a[count:], strict=False))
             restored = tuple(
                 g.reshape(
-                    info.batch_size, *_core_shape(given[slot], in_dims[1 + self.names.index(slot)])
+                    info.batch_size,
+                    *_core_shape(given[slot], in_dims[count + self.names.index(slot)]),
                 )
                 if need
                 else g
@@ -507,7 +517,7 @@ def _function(
     """
     spec, names, slots = installed.spec, installed.names, installed.slots
     positions = [names.index(slot) for slot in slots]
-    has_forward = gradient.saved is not None
+    has_forward, count = gradient.saved is not None, len(gradient.outputs)
 
     class Fn(torch.autograd.Function):
         @staticmethod
@@ -524,13 +534,15 @@ def _function(
             ctx.precision = backend.resolve_precision(inputs[-1])
             ctx.backend = backend.choose(spec, device, (*inputs[:-1], ctx.precision))[0]
             ctx.set_materialize_grads(False)
-            if has_forward:
-                ctx.mark_non_differentiable(output[1])
+            if has_forward or count > 1:
+                ctx.mark_non_differentiable(*output[count:])
+                ctx.shapes = [(o.shape, o.dtype) for o in output[:count]]
             return output
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-            if grad is None:
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            upstream = grads[:count]
+            if all(grad is None for grad in upstream):
                 return (None,) * (1 + len(names))
             tensors = ctx.saved_tensors
             arguments = [
@@ -539,7 +551,15 @@ def _function(
             ]
             extra = tensors[len(names) :]
             needs = [ctx.needs_input_grad[1 + i] for i in positions]
-            found = backward_op(grad, *arguments[:-1], *extra, needs, ctx.precision, ctx.backend)
+            if count > 1:
+                like = next(grad for grad in upstream if grad is not None)
+                upstream = tuple(
+                    like.new_zeros(shape, dtype=dtype) if grad is None else grad
+                    for grad, (shape, dtype) in zip(upstream, ctx.shapes, strict=True)
+                )
+            found = backward_op(
+                *upstream, *arguments[:-1], *extra, needs, ctx.precision, ctx.backend
+            )
             result: list[Any] = [None] * (1 + len(names))
             for i, need, value in zip(positions, needs, found, strict=True):
                 result[1 + i] = value if need else None

@@ -65,7 +65,9 @@ def search(
 ) -> Found:
     """The memories kept, and what every replica came to."""
     recipe = RECIPES[estimator.recipe]
-    memories = starts(estimator, recipe.init, points, frame, X, seed, resolved(estimator, "n_init"))
+    with threads_for(points.rows.tile_work(estimator.n_clusters)):
+        n_init = resolved(estimator, "n_init")
+        memories = starts(estimator, recipe.init, points, frame, X, seed, n_init)
     contest = Contest(
         points,
         estimator.n_clusters,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._points import Points
 from ._start import sample_index
+from ._threads import threads_for
 
 SILHOUETTE_ROWS = 2048
 # Score of a candidate that does not count, beside that of one that does.
@@ -132,8 +133,9 @@ class Contest:
 
     def measure(self, memories: Tensor, labels: Tensor) -> list[tuple[float, float, int]]:
         """(silhouette, inertia about the labels' means, clusters used) of each."""
-        means, held = self.points.means(labels, memories)
-        inertia = self.points.inertia(labels, means).tolist()
+        with threads_for(self.points.rows.tile_work(self.k)):
+            means, held = self.points.means(labels, memories)
+            inertia = self.points.inertia(labels, means).tolist()
         used = ((held > 0) & (held >= self.smallest)).sum(1).tolist()
         quality = [-1.0] * len(memories)
         if self.silhouettes is not None:

@@ -3,3 +3,4 @@
 
 from . import am as am
 from . import kmeans as kmeans
+from . import sinkhorn as sinkhorn

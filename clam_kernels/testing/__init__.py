@@ -210,6 +210,12 @@ def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     return found
 
 
+def result_scale(op: str, index: int) -> float:
+    """The size of the terms of a result that is what they leave; 0 where the result has its own."""
+    scales: tuple[float, ...] = getattr(_family(op), "SCALES", ())
+    return scales[index] if scales else 0.0
+
+
 def schemas() -> str:
     """The schemas of all public ops, one a line: the text of docs/schemas.txt."""
     lines = [
@@ -229,6 +235,20 @@ def upstream(outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     ]
 
 
+def _with_gradient(op: str) -> int:
+    """How many of an op's results have a gradient, the first ones."""
+    gradient = spec_of(op).gradient
+    return 0 if gradient is None else len(gradient.outputs)
+
+
+def single(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """An op, or its truth, with one result: those that have a gradient, side by side."""
+    count = _with_gradient(op)
+    if count < 2:
+        return function
+    return lambda *args: torch.cat(function(*args)[:count], -1)
+
+
 def evaluate(
     function: Callable[..., Any],
     sample: Sample,
@@ -246,9 +266,12 @@ def evaluate(
     if not wanted:
         return Values(outputs, {})
     leaves = [args[names.index(name)] for name in wanted]
-    grads = upstream(outputs) if grads is None else grads
+    smooth = outputs[: _with_gradient(sample.op)]
+    grads = upstream(smooth) if grads is None else grads
+    # the truth of one result may be a constant
+    pairs = [(o, g.to(o)) for o, g in zip(smooth, grads, strict=False) if o.requires_grad]
     found = torch.autograd.grad(
-        outputs, leaves, [g.to(o) for g, o in zip(grads, outputs, strict=True)], allow_unused=True
+        [o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True
     )
     # the truth may not depend on an argument at all (beta where T = 0): its gradient is 0
     filled = [

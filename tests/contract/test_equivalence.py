@@ -25,7 +25,8 @@ def _check(spec: Any, calls: list[Any], wanted: tuple[str, ...], backend: Any) -
     for i in range(len(values[0][0].outputs)):
         triples = [tuple(one.outputs[i] for one in row) for row in values]
         eps = backend.sum_eps(triples[0][0], calls[0].args[0].dtype)
-        testing.assert_close_on_average(triples, what=f"output {i}", eps=eps)
+        size = testing.result_scale(spec.name, i)
+        testing.assert_close_on_average(triples, what=f"output {i}", scale=size, eps=eps)
     for name in wanted:
         triples = [tuple(one.gradients[name] for one in row) for row in values]
         testing.assert_close_on_average(triples, what=f"gradient of {name}", scale=1.0)
@@ -83,22 +84,24 @@ def test_precision_modes(spec, backend):
     """
     call = testing.large(spec.name, torch.float32, backend.device)
     wide = call.cast(torch.float64, backend.device)
-    truth, eager = spec.truth(*wide.args), spec.truth(*call.args)
+    ours, exact = (testing.single(spec.name, f) for f in (spec.packet, spec.truth))
+    truth, eager = exact(*wide.args), exact(*call.args)
     scale = float(truth.abs().max())
     for mode, bound in (("high", 2e-3), ("medium", 2e-2)):
-        error = float((spec.packet(*call.args, mode).double() - truth).abs().max())
+        error = float((ours(*call.args, mode).double() - truth).abs().max())
         assert error <= bound * scale, mode
-    testing.assert_close(spec.packet(*call.args, "highest"), truth, eager)
+    testing.assert_close(ours(*call.args, "highest"), truth, eager)
 
 
 @pytest.mark.contract(gradient=True)
 def test_highest_means_float32_whatever_torch_is_set_to(spec, backend):
     call = testing.large(spec.name, torch.float32, backend.device)
-    want = spec.packet(*call.args, "highest")
+    ours = testing.single(spec.name, spec.packet)
+    want = ours(*call.args, "highest")
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        got = spec.packet(*call.args, "highest")
+        got = ours(*call.args, "highest")
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(got, want)

@@ -51,12 +51,15 @@ def internal_calls(spec: Any, args: tuple[Any, ...]) -> list[tuple[Any, tuple[An
         packet = getattr(torch.ops.clam, f"_{spec.name}_forward")
         calls.append((overload_of(packet, full), full))
         saved = (packet(*full)[1],)
-    grad = testing.upstream([spec.packet(*full)])[0]
+    out = spec.packet(*full)
+    grads = testing.upstream(
+        [out] if isinstance(out, Tensor) else out[: len(spec.gradient.outputs)]
+    )
     tensors = {name for words in spec.overloads.values() for name in _tensors(spec, words)}
     names = testing.argument_names(spec.name)
     needs = [isinstance(a, Tensor) for n, a in zip(names, full, strict=True) if n in tensors]
     packet = getattr(torch.ops.clam, f"{spec.name}_backward")
-    call = (grad, *full[:-1], *saved, needs, "highest", "reference")
+    call = (*grads, *full[:-1], *saved, needs, "highest", "reference")
     return [*calls, (overload_of(packet, call), call)]
 
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sinkhorn scaling against logsumexp over whole arrays, and against the linear-domain loop that
+contrastive methods run on their scores."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clam_kernels import testing
+
+SCORES, FEATURES = testing.workloads("sinkhorn"), testing.workloads("sinkhorn_features")
+TIMER = {"timer": time.process_time, "min_rounds": 1}
+
+
+def logsumexp_loop(logits: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+    """The obvious form in the log domain, prototypes first."""
+    n, k = logits.shape
+    f, g = torch.zeros(n), torch.zeros(k)
+    for _ in range(n_iter):
+        g = -torch.tensor(float(k)).log() - (logits + f[:, None]).logsumexp(0)
+        f = -torch.tensor(float(n)).log() - (logits + g).logsumexp(1)
+    return f, g
+
+
+def linear_loop(logits: Tensor, n_iter: int) -> Tensor:
+    """The loop on exp(scores / epsilon), in place on a copy; codes."""
+    n, k = logits.shape
+    q = logits.exp()
+    q /= q.sum()
+    for _ in range(n_iter):
+        q /= q.sum(0, keepdim=True) * k
+        q /= q.sum(1, keepdim=True) * n
+    return q.mul_(n)
+
+
+@pytest.mark.benchmark(**TIMER)
+@pytest.mark.parametrize("workload", [*SCORES, *FEATURES], ids=lambda w: w.name)
+def test_forward(workload: testing.Workload, race: Any) -> None:
+    args = workload.make(0)
+    op = getattr(torch.ops.clam, workload.op)
+    n_iter = next(a for a in args if isinstance(a, int))
+
+    def logits() -> Tensor:
+        return args[0] if workload.op == "sinkhorn" else args[0] @ args[1].T
+
+    rivals = {
+        "logsumexp": lambda: logsumexp_loop(logits(), n_iter),
+        "linear": lambda: linear_loop(logits(), n_iter),
+    }
+    exact = testing.spec_of(workload.op).truth(
+        *(a.double() if isinstance(a, Tensor) else a for a in args)
+    )[1]
+    errors = {
+        name: float((g.double() - exact).abs().max())
+        for name, g in (("ours", op(*args)[1]), ("eager", rivals["logsumexp"]()[1]))
+    }
+    row = race(
+        workload.name,
+        "forward",
+        bytes=workload.bytes,
+        flops=workload.flops,
+        error_vs_float64=errors,
+        peak_extra_bytes={
+            "ours": testing.peak_bytes(lambda: op(*args)),
+            "eager": testing.peak_bytes(rivals["logsumexp"]),
+        },
+    )
+    row.run(lambda: op(*args), rivals)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples and workloads of the sinkhorn family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import DTYPES, Bad, Row, Sample, Workload, given, refusals, zeros
+
+B, N, K, D = 2, 7, 4, 3
+T = 3
+WIDE = (torch.float64, torch.float32)
+SCORES, FEATURES = "sinkhorn", "sinkhorn_features"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of either op; the features form takes z, prototypes and a bias for the logits."""
+
+    name: str
+    logits: Tensor
+    n_iter: int = T
+    log_row: Tensor | None = None
+    log_col: Tensor | None = None
+    init: Tensor | None = None
+    first: bool = True
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    bias: bool = False
+
+    def arguments(self, op: str, draw: _Draw) -> tuple[Any, ...]:
+        rest = (self.log_row, self.log_col, self.init, self.first)
+        if op == SCORES:
+            return (self.logits, self.n_iter, *rest)
+        *batch, n, k = self.logits.shape
+        z, c = draw.normal(*batch, n, D), draw.normal(k, D)
+        if n and bool(self.logits[..., 0, 0].isnan().any()):
+            z[..., 0, 0] = torch.nan
+        return (z, c, self.n_iter, draw.normal(k) if self.bias else None, *rest)
+
+
+class _Draw:
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def masses(self, *shape: int) -> Tensor:
+        """Logarithms of marginals."""
+        return self.normal(*shape).log_softmax(-1)
+
+
+def _calls(draw: _Draw) -> list[_Call]:
+    def x(*shape: int) -> Tensor:
+        return 2 * draw.normal(*shape)
+
+    dead_row, dead_col = draw.masses(N), draw.masses(K)
+    dead_row[2], dead_col[1] = -math.inf, -math.inf
+    lost = x(N, K)
+    lost[0, 0] = torch.nan
+    a, b = draw.masses(N), draw.masses(K)
+    return [
+        _Call("plain", x(N, K)),
+        _Call("no-iterations", x(N, K), 0),
+        _Call("no-iterations-init", x(N, K), 0, init=draw.normal(K)),
+        _Call("one-iteration", x(N, K), 1),
+        _Call("ten-iterations", x(N, K), 10),
+        _Call("rows-first", x(N, K), first=False),
+        _Call("one-column", x(N, 1)),
+        _Call("one-row", x(1, K)),
+        _Call("no-rows", x(0, K)),
+        _Call("wide", x(67, 33)),
+        _Call("row-masses", x(N, K), log_row=a),
+        _Call("column-masses", x(N, K), log_col=b),
+        _Call("masses-rows-first", x(N, K), log_row=a.clone(), log_col=b.clone(), first=False),
+        _Call("masses-batch", x(N, K), log_row=draw.masses(B, N), log_col=draw.masses(K)),
+        _Call("init", x(N, K), init=draw.normal(K)),
+        _Call("init-batch", x(N, K), init=draw.normal(B, K)),
+        _Call("init-rows-first", x(N, K), init=draw.normal(K), first=False),
+        _Call("zero-masses", x(N, K), log_row=dead_row, log_col=dead_col, dtypes=WIDE),
+        _Call("sharp", 8 * x(N, K), dtypes=WIDE),
+        _Call("batch", x(B, N, K)),
+        _Call("batch-crossed", x(B, 1, N, K), log_col=draw.masses(3, K)),
+        _Call("no-batch", x(0, N, K)),
+        _Call("bias", x(N, K), bias=True),
+        _Call("lost", lost, dtypes=WIDE),
+        _Call(
+            "everything", x(B, 1, N, K), 2, draw.masses(N), draw.masses(3, K), draw.normal(K),
+            bias=True,
+        ),
+    ]  # fmt: skip
+
+
+NAMES = {
+    SCORES: ("logits", "n_iter", "log_row", "log_col", "init", "prototype_first"),
+    FEATURES: (
+        "z", "prototypes", "n_iter", "bias", "log_row", "log_col", "init", "prototype_first",
+    ),
+}  # fmt: skip
+# Potentials of these are not finite: no finite difference is.
+BORDERS = ("zero-masses", "lost")
+
+
+def samples(op: str, seed: int) -> list[Sample]:
+    """Calls of an op of this family."""
+    draw = _Draw(seed)
+    found = []
+    for call in _calls(draw):
+        args = call.arguments(op, draw)
+        tensors = tuple(n for n, a in zip(NAMES[op], args, strict=True) if isinstance(a, Tensor))
+        smooth, kinks = ((), tensors) if call.name in BORDERS else (tensors, ())
+        found.append(Sample(op, call.name, args, smooth, kinks, call.dtypes))
+    return found
+
+
+def workloads() -> list[Workload]:
+    """Calls worth timing."""
+    found = []
+    for n, k, d in ((20_000, 300, 128), (4_000, 3000, 128)):
+
+        def scores(seed: int, n: int = n, k: int = k, d: int = d) -> tuple[Any, ...]:
+            z, c = _unit_rows(seed, n, k, d)
+            return z @ c.T, 10, None, None, None, True
+
+        def features(seed: int, n: int = n, k: int = k, d: int = d) -> tuple[Any, ...]:
+            return (*_unit_rows(seed, n, k, d), 10)
+
+        size = f"{n // 1000}k"
+        found += [
+            Workload(f"{SCORES}/{size}-{k}-{k}-T10-fp32", SCORES, scores, 44 * n * k, 40 * n * k),
+            Workload(
+                f"{FEATURES}/{size}-{d}-{k}-T10-fp32", FEATURES, features,
+                44 * (n + k) * d, 11 * n * k * (2 * d + 4),
+            ),
+        ]  # fmt: skip
+    return found
+
+
+def _unit_rows(seed: int, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Unit features, and unit prototypes over epsilon .05."""
+    generator = torch.Generator().manual_seed(seed)
+    z, c = (torch.randn(size, d, generator=generator) for size in (n, k))
+    normal = torch.nn.functional.normalize
+    return normal(z, dim=1), normal(c, dim=1) / 0.05
+
+
+# ---- what the contract asks of this family -------------------------------------------------------
+
+BOTH = (SCORES, FEATURES)
+COUPLED = BOTH
+ROW_ARGUMENTS = ("logits", "z", "log_row")
+# potentials are sums of logarithms, the error a difference of masses of total 1
+SCALES = (1.0, 1.0, 1.0, 0.0)
+SELECTIONS = {
+    "traced": ("plain", "batch-crossed", "rows-first", "init", "everything"),
+    "compiled": ("plain", "masses-batch", "rows-first", "everything"),
+    "exported": ("plain", "row-masses", "init"),
+    "laid": ("plain", "batch", "batch-crossed", "wide", "everything"),
+    "mapped": ("plain", "batch-crossed", "init-rows-first", "bias", "everything"),
+    "nested": ("plain", "init"),
+    "autocast": ("plain", "bias"),
+    "frozen": ("plain", "everything"),
+    "views": ("plain", "batch", "everything"),
+    "differentiated": ("plain", "rows-first", "masses-batch", "bias"),
+    "hessian": ("plain",),
+    "batched gradients": ("plain", "batch-crossed", "bias"),
+    "twice": ("plain", "init", "bias"),
+}
+
+
+def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
+    """Normal logits, or features and prototypes whose products are such."""
+    draw = _Draw(seed)
+    if op == SCORES:
+        return Sample(op, "problem", (draw.normal(n, k), 3))
+    return Sample(op, "problem", (draw.normal(n, d), draw.normal(k, d) / math.sqrt(d), 3))
+
+
+def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
+    """Rows around k prototypes; the offset is one of all logits, or of a feature."""
+    draw = _Draw(seed)
+    z, c = draw.normal(n, d), draw.normal(k, d) / math.sqrt(d)
+    names = NAMES[op]
+    if op == SCORES:
+        args: tuple[Any, ...] = (z @ c.T + offset, 3, None, None, None, True)
+    else:
+        args = (z, c, 3, torch.full((k,), offset, dtype=torch.float64), None, None, None, True)
+    smooth = tuple(n for n, a in zip(names, args, strict=True) if isinstance(a, Tensor))
+    return Sample(op, "large", args, smooth)
+
+
+def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
+    """Potentials and error in float32 unless the rows are float64."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return [wide, wide, wide, torch.int64]
+
+
+# ---- calls that must be refused ------------------------------------------------------------------
+
+_PLAIN: dict[str, Callable[[], Any]] = {
+    "logits": lambda: torch.zeros(5, 4),
+    "z": lambda: torch.zeros(5, 3),
+    "prototypes": lambda: torch.zeros(4, 3),
+    "n_iter": lambda: 3,
+    "bias": lambda: None,
+    "log_row": lambda: None,
+    "log_col": lambda: None,
+    "init": lambda: None,
+    "prototype_first": lambda: True,
+    "precision": lambda: None,
+}
+_FLOATS = "dtype float16, bfloat16, float32 or float64"
+_S, _F = (SCORES,), (FEATURES,)
+_ROWS: list[Row] = [
+    ("logits int", _S, TypeError, f"logits: expected {_FLOATS}, got int64",
+        {"logits": zeros(5, 4, dtype=torch.int64)}),
+    ("logits complex", _S, TypeError, f"logits: expected {_FLOATS}, got complex64",
+        {"logits": zeros(5, 4, dtype=torch.complex64)}),
+    ("logits 1-d", _S, ValueError, "logits: expected shape [..., N, K], got [4]",
+        {"logits": zeros(4)}),
+    ("K 0", _S, ValueError, "logits: expected K >= 1, got [5, 0]", {"logits": zeros(5, 0)}),
+    ("rows' masses", _S, ValueError,
+        "log_row: expected shape [..., 5] to match logits [5, 4], got [4]", {"log_row": zeros(4)}),
+    ("rows' masses 0-d", _S, ValueError,
+        "log_row: expected shape [..., 5] to match logits [5, 4], got []", {"log_row": zeros()}),
+    ("columns' masses", _S, ValueError,
+        "log_col: expected shape [..., 4] to match logits [5, 4], got [5]", {"log_col": zeros(5)}),
+    ("start", _S, ValueError,
+        "init: expected shape [..., 4] to match logits [5, 4], got [1]", {"init": zeros(1)}),
+    ("leading dims", _S, ValueError,
+        "init: expected leading dims that broadcast to match logits [2, 5, 4], got [3, 4]",
+        {"logits": zeros(2, 5, 4), "init": zeros(3, 4)}),
+    ("z int", _F, TypeError, f"z: expected {_FLOATS}, got int64",
+        {"z": zeros(5, 3, dtype=torch.int64)}),
+    ("prototypes float64", _F, TypeError,
+        "prototypes: expected dtype float32 to match z, got float64",
+        {"prototypes": zeros(4, 3, dtype=torch.float64)}),
+    ("z 1-d", _F, ValueError, "z: expected shape [..., N, D], got [3]", {"z": zeros(3)}),
+    ("D 0", _F, ValueError, "z: expected D >= 1, got [5, 0]",
+        {"z": zeros(5, 0), "prototypes": zeros(4, 0)}),
+    ("D differs", _F, ValueError,
+        "prototypes: expected shape [..., K, 3] to match z [5, 3], got [4, 8]",
+        {"prototypes": zeros(4, 8)}),
+    ("no prototype", _F, ValueError, "prototypes: expected K >= 1, got [0, 3]",
+        {"prototypes": zeros(0, 3)}),
+    ("bias", _F, ValueError,
+        "bias: expected shape [..., 4] to match prototypes [4, 3], got [5]", {"bias": zeros(5)}),
+    ("row masses of features", _F, ValueError,
+        "log_row: expected shape [..., 5] to match z [5, 3], got [4]", {"log_row": zeros(4)}),
+    ("masses int", BOTH, TypeError, f"log_col: expected {_FLOATS}, got int64",
+        {"log_col": zeros(4, dtype=torch.int64)}),
+    ("start bool", BOTH, TypeError, f"init: expected {_FLOATS}, got bool",
+        {"init": zeros(4, dtype=torch.bool)}),
+    ("iterations", BOTH, ValueError, "n_iter: expected an int >= 0, got -1", given(n_iter=-1)),
+    ("precision", BOTH, ValueError,
+        "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
+        given(precision="fast")),
+]  # fmt: skip
+_TYPES: list[Row] = [
+    ("logits list", _S, TypeError, "logits: expected a Tensor, got list", given(logits=[[1.0]])),
+    ("z list", _F, TypeError, "z: expected a Tensor, got list", given(z=[[1.0]])),
+    ("n_iter float", BOTH, TypeError, "n_iter: expected an int >= 0, got 2.5", given(n_iter=2.5)),
+    ("n_iter bool", BOTH, TypeError, "n_iter: expected an int >= 0, got True",
+        given(n_iter=True)),
+    ("init number", BOTH, TypeError, "init: expected a Tensor or None, got float",
+        given(init=0.0)),
+    ("order", BOTH, TypeError, "prototype_first: expected a bool, got str",
+        given(prototype_first="yes")),
+    ("precision number", BOTH, TypeError, "precision: expected a str or None, got int",
+        given(precision=3)),
+]  # fmt: skip
+
+
+def bad_calls() -> list[Bad]:
+    """Calls that must be refused."""
+    return refusals(_PLAIN, {"op": _ROWS, "function": _TYPES})

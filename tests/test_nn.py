@@ -1,0 +1,630 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers: values against the ops, gradients, storage, compilation, autocast, errors."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import inspect
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clam_kernels
+import clam_kernels.nn.am
+from clam_kernels.nn import AssociativeMemory
+
+F64 = torch.float64
+
+
+def _draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+
+
+def _full(seed: int = 0, dtype: torch.dtype = F64) -> AssociativeMemory:
+    """A layer that uses every option: four memories of three features, nothing frozen."""
+    layer = AssociativeMemory.from_patterns(
+        _draw(seed, 4, 3, dtype=dtype), steps=3, step=0.7, beta=0.8, learn_memories=True,
+        learn_beta=True, log_weights=0.3 * _draw(seed + 1, 4, dtype=dtype), precision="highest",
+    )  # fmt: skip
+    assert all(p.requires_grad for p in layer.parameters())
+    return layer
+
+
+def _close(a: Tensor, b: Tensor, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def _equal(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# ---- values ------------------------------------------------------------------------------------
+
+
+def test_forward_is_the_recursion():
+    layer, v = _full(), _draw(5, 6, 3)
+    mask = _draw(6, 6, 3) > 0
+    call = {"step": 0.7, "log_weights": layer.log_weights, "precision": "highest"}
+    rho, beta = layer.memories, layer.beta
+    _equal(layer(v), clam_kernels.am_recursion(v, rho, beta, 3, **call))
+    _equal(layer(v, mask), clam_kernels.am_recursion(v, rho, beta, 3, update_mask=mask, **call))
+    _equal(layer(v, steps=1), clam_kernels.am_step(v, rho, beta, **call))
+    _equal(layer(v, mask, 0), v)
+    assert torch.equal(layer(v, mask)[~mask], v[~mask])
+
+
+def test_energy_assign_and_weights_are_those_of_the_ops():
+    layer, v = _full(), _draw(5, 6, 3)
+    rho, lam = layer.memories, layer.log_weights
+    _equal(layer.energy(v), clam_kernels.am_energy(v, rho, layer.beta, log_weights=lam))
+    _equal(layer.assign(v), clam_kernels.am_assign(v, rho, log_weights=lam))
+    _close(layer(v, steps=1), v + 0.7 * (layer.weights(v) @ rho - v))
+    _close(layer.weights(v).sum(-1), torch.ones(6, dtype=F64))
+    assert (layer.energy(layer(v)) <= layer.energy(v)).all()
+
+
+def test_weights_follow_their_equation():
+    """With a beta and a log-weight for each memory, leading dims, and far from the origin."""
+    rho, beta, lam = _draw(0, 2, 4, 3), 0.3 + _draw(1, 4).square(), _draw(2, 2, 4)
+    lam[1, 2] = -math.inf
+    layer = AssociativeMemory.from_patterns(rho, beta=beta, log_weights=lam)
+    v = _draw(3, 5, 3)
+    sqdist = (v[:, None] - rho[:, None]).square().sum(-1)
+    want = (lam[:, None] - beta * sqdist).softmax(-1)
+    _close(layer.weights(v), want)
+    assert (layer.weights(v)[1, :, 2] == 0).all()
+    far = AssociativeMemory.from_patterns((rho + 1e5).float(), beta=beta, log_weights=lam)
+    near = AssociativeMemory.from_patterns((rho + 1e5).float().double(), beta=beta, log_weights=lam)
+    x = (v + 1e5).float()
+    _close(far.weights(x), near.weights(x.double()).float(), 1e-5)
+
+
+def test_weights_in_half_precision_are_float32():
+    layer = AssociativeMemory.from_patterns(_draw(0, 4, 3, dtype=torch.bfloat16))
+    v = _draw(1, 5, 3, dtype=torch.bfloat16)
+    weights = layer.weights(v)
+    assert weights.dtype == torch.float32
+    _close(weights.sum(-1), torch.ones(5), 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        _equal(layer.weights(v), weights)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
+def test_damaged_patterns_are_recalled(beta):
+    """Case 12 of the specification: half of the entries hidden, the others held."""
+    patterns = _draw(0, 5, 64)
+    order = _draw(1, 5, 64).argsort(-1)
+    hidden = order < 32
+    layer = AssociativeMemory.from_patterns(patterns, steps=5, beta=beta)
+    recalled = layer(patterns.masked_fill(hidden, 0.0), hidden)
+    assert (recalled - patterns).abs().max() < 1e-9
+    assert torch.equal(recalled[~hidden], patterns[~hidden])
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
+def test_stored_patterns_return_themselves(beta):
+    patterns = _draw(0, 5, 64)
+    layer = AssociativeMemory.from_patterns(patterns, steps=5, beta=beta)
+    _close(layer(patterns), patterns, 1e-9)
+    _equal(layer.assign(patterns)[0], torch.arange(5))
+
+
+def test_a_memory_taken_out_is_not_recalled():
+    patterns = torch.eye(3, dtype=F64)
+    lam = torch.tensor([0.0, -math.inf, 0.0])
+    layer = AssociativeMemory.from_patterns(patterns, steps=5, beta=30.0, log_weights=lam)
+    query = torch.tensor([[0.1, 1.0, 0.0]], dtype=F64)
+    _close(layer(query), patterns[:1], 1e-4)
+    assert layer.assign(query)[0].tolist() == [0]
+
+
+def test_leading_dims_are_separate_memories():
+    rho, v = _draw(0, 2, 4, 3), _draw(1, 2, 6, 3)
+    beta = torch.tensor([[0.5], [2.0]])
+    layer = AssociativeMemory.from_patterns(rho, steps=2, beta=beta)
+    assert (layer.n_memories, layer.n_features) == (4, 3)
+    for i in range(2):
+        one = AssociativeMemory.from_patterns(rho[i], steps=2, beta=beta[i])
+        _close(layer(v)[i], one(v[i]))
+        _close(layer(v[0])[i], one(v[0]))
+        _close(layer.energy(v)[i], one.energy(v[i]))
+        _close(layer.weights(v)[i], one.weights(v[i]))
+
+
+def test_no_rows():
+    layer = _full()
+    v = torch.empty(0, 3, dtype=F64)
+    assert layer(v).shape == (0, 3)
+    assert layer.weights(v).shape == (0, 4)
+    assert layer.energy(v).shape == layer.assign(v)[0].shape == (0,)
+
+
+# ---- parameters --------------------------------------------------------------------------------
+
+
+def test_parameters_of_a_new_layer():
+    layer = AssociativeMemory(4, 3)
+    names = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert names == {"memories": (4, 3), "log_beta": ()}
+    assert layer.log_weights is None
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in layer.parameters())
+    _equal(layer.beta, torch.tensor(1.0))
+    layer = AssociativeMemory(4, 3, beta=torch.tensor([1.0, 2.0, 3.0, 4.0]), learn_beta=False,
+                              log_weights=True)  # fmt: skip
+    assert not layer.log_beta.requires_grad
+    torch.testing.assert_close(layer.beta, torch.arange(1.0, 5.0))
+    assert layer.log_weights is not None
+    _equal(layer.log_weights, nn.Parameter(torch.zeros(4)))
+    with torch.no_grad():
+        v = torch.randn(6, 3)
+        assert layer(v).shape == (6, 3)
+
+
+def test_patterns_are_copied_and_frozen_unless_asked():
+    patterns, lam = _draw(0, 4, 3), _draw(1, 4)
+    state = torch.get_rng_state()
+    layer = AssociativeMemory.from_patterns(patterns, log_weights=lam)
+    assert torch.equal(torch.get_rng_state(), state), "storing patterns drew random numbers"
+    before = patterns.clone(), lam.clone()
+    patterns.zero_()
+    lam.zero_()
+    _equal(layer.memories.data, before[0])
+    _equal(layer.log_weights.data, before[1])
+    assert not layer.memories.requires_grad
+    assert not layer.log_beta.requires_grad
+    learning = AssociativeMemory.from_patterns(patterns, learn_memories=True, learn_beta=True)
+    assert learning.memories.requires_grad
+    assert learning.log_beta.requires_grad
+    assert AssociativeMemory.from_patterns(patterns, log_weights=True).log_weights.shape == (4,)
+    # patterns that come out of a graph stay out of the layer's
+    grown = AssociativeMemory.from_patterns(_draw(0, 4, 3).requires_grad_() * 2)
+    assert grown.memories.is_leaf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
+def test_dtype(dtype):
+    layer = AssociativeMemory(4, 3, dtype=dtype, log_weights=True, device="cpu")
+    assert all(p.dtype == dtype for p in layer.parameters())
+    assert layer(torch.randn(5, 3).to(dtype)).dtype == dtype
+    stored = AssociativeMemory.from_patterns(_draw(0, 4, 3, dtype=dtype))
+    assert all(p.dtype == dtype for p in stored.parameters())
+
+
+def test_default_dtype_and_conversion():
+    torch.set_default_dtype(F64)
+    try:
+        assert AssociativeMemory(4, 3).memories.dtype == F64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    layer = _full().to(torch.float32)
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    v = _draw(5, 6, 3)
+    torch.testing.assert_close(layer(v.float()), _full()(v).float())
+
+
+def test_meta_and_deferred_initialisation():
+    layer = AssociativeMemory(4, 3, beta=2.0, log_weights=True, device="meta")
+    assert layer(torch.empty(5, 3, device="meta")).shape == (5, 3)
+    layer.to_empty(device="cpu").reset_parameters(torch.Generator().manual_seed(0))
+    plain = AssociativeMemory(4, 3, beta=2.0, log_weights=True)
+    plain.reset_parameters(torch.Generator().manual_seed(0))
+    for a, b in zip(layer.parameters(), plain.parameters(), strict=True):
+        _equal(a, b)
+
+
+def test_reset_parameters_repeats_and_restores():
+    layer = AssociativeMemory(400, 30, beta=2.0, log_weights=True)
+    layer.reset_parameters(torch.Generator().manual_seed(3))
+    first = {k: v.clone() for k, v in layer.state_dict().items()}
+    assert abs(float(first["memories"].mean())) < 0.05
+    assert abs(float(first["memories"].std()) - 1) < 0.05
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(1.0)
+    layer.reset_parameters(torch.Generator().manual_seed(3))
+    _equal(dict(layer.state_dict()), first)
+    torch.manual_seed(7)
+    one = AssociativeMemory(4, 3)
+    torch.manual_seed(7)
+    _equal(one.memories, AssociativeMemory(4, 3).memories)
+
+
+def test_beta_can_be_set():
+    layer = AssociativeMemory(4, 3)
+    layer.beta = 5
+    torch.testing.assert_close(layer.beta, torch.tensor(5.0))
+    layer.beta = torch.tensor(0.25)
+    torch.testing.assert_close(layer.beta, torch.tensor(0.25))
+    assert [name for name, _ in layer.named_parameters()] == ["memories", "log_beta"]
+    each = AssociativeMemory(4, 3, beta=torch.ones(4))
+    each.beta = 2.0
+    torch.testing.assert_close(each.beta, torch.full((4,), 2.0))
+    each.beta = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64)
+    torch.testing.assert_close(each.beta, torch.arange(1.0, 5.0))
+
+
+def test_beta_stays_positive():
+    """A rate that would carry a bare beta far below zero."""
+    layer = AssociativeMemory.from_patterns(_draw(0, 4, 3), learn_beta=True)
+    optimiser = torch.optim.SGD(layer.parameters(), 50.0)
+    v = _draw(1, 20, 3)
+    for _ in range(5):
+        optimiser.zero_grad()
+        (layer(v) - v).square().sum().backward()
+        optimiser.step()
+        assert layer.beta > 0
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def test_gradients_are_those_of_the_op():
+    layer, v = _full(), _draw(5, 6, 3).requires_grad_()
+    weight = _draw(7, 6, 3)
+    (layer(v) * weight).sum().backward()
+    rho, beta, lam = (
+        x.detach().clone().requires_grad_() for x in (layer.memories, layer.beta, layer.log_weights)
+    )
+    x = v.detach().clone().requires_grad_()
+    out = clam_kernels.am_recursion(x, rho, beta, 3, step=0.7, log_weights=lam)
+    (out * weight).sum().backward()
+    _close(v.grad, x.grad)
+    _close(layer.memories.grad, rho.grad)
+    _close(layer.log_weights.grad, lam.grad)
+    _close(layer.log_beta.grad, beta.grad * beta.detach())
+
+
+@pytest.mark.parametrize("method", ["forward", "energy", "weights"])
+def test_gradcheck(method):
+    layer, v = _full(), _draw(5, 5, 3).requires_grad_()
+    names = [name for name, _ in layer.named_parameters()]
+    mask = _draw(6, 5, 3) > 0
+
+    class Method(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, v: Tensor) -> Tensor:
+            return layer(v, mask) if method == "forward" else getattr(self.layer, method)(v)
+
+    module = Method()
+
+    def call(v: Tensor, *values: Tensor) -> Tensor:
+        named = {f"layer.{n}": x for n, x in zip(names, values, strict=True)}
+        return torch.func.functional_call(module, named, (v,))
+
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(call, (v, *values), eps=1e-6, atol=1e-8)
+
+
+def test_frozen_parameters_receive_nothing():
+    layer = AssociativeMemory.from_patterns(_draw(0, 4, 3), steps=2)
+    v = _draw(1, 5, 3).requires_grad_()
+    layer(v).sum().backward()
+    assert v.grad is not None
+    assert all(p.grad is None for p in layer.parameters())
+    assert not layer(v.detach()).requires_grad
+
+
+def test_training_finds_the_centres():
+    """The memories of three blobs whose rows have hidden entries."""
+    centres = 4 * torch.eye(3, dtype=F64)
+    x = (centres[:, None] + 0.1 * _draw(0, 3, 30, 3)).reshape(-1, 3)
+    layer = AssociativeMemory.from_patterns(x[[0, 30, 60]], beta=0.5, learn_memories=True)
+    optimiser = torch.optim.Adam([layer.memories], 0.05)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(80):
+        hidden = torch.rand(x.shape, generator=generator) < 0.3
+        out = layer(x.masked_fill(hidden, x.mean()), hidden)
+        optimiser.zero_grad()
+        (out - x).square().mean().backward()
+        optimiser.step()
+    _close(layer.memories.data, centres, 0.2)
+    _equal(layer.assign(x)[0], torch.arange(3).repeat_interleave(30))
+
+
+# ---- storage -----------------------------------------------------------------------------------
+
+
+def _same(a: AssociativeMemory, b: AssociativeMemory) -> None:
+    v = _draw(5, 6, 3)
+    _equal(a(v), b(v))
+    _equal(dict(a.state_dict()), dict(b.state_dict()))
+    assert (a.steps, a.step, a.precision) == (b.steps, b.step, b.precision)
+    flags = [p.requires_grad for p in a.parameters()]
+    assert flags == [p.requires_grad for p in b.parameters()]
+
+
+def test_state_dict_round_trip():
+    layer, file = _full(), io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = _full(seed=10)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    _same(layer, other)
+    # a trained layer's file in a frozen one, and the other way round
+    frozen = AssociativeMemory.from_patterns(torch.zeros(4, 3, dtype=F64))
+    frozen.load_state_dict(AssociativeMemory(4, 3, dtype=F64).state_dict())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        frozen.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+                         ids=["deepcopy", "pickle"])  # fmt: skip
+def test_copies_are_equal_and_apart(copied):
+    layer = _full()
+    other = copied(layer)
+    _same(layer, other)
+    with torch.no_grad():
+        other.memories.zero_()
+    assert bool(layer.memories.detach().any())
+    other.reset_parameters()
+    torch.testing.assert_close(other.beta.detach(), torch.tensor(0.8, dtype=F64))
+
+
+def test_repr_says_what_the_layer_is():
+    assert repr(AssociativeMemory(4, 3)) == "AssociativeMemory(4, 3, steps=1, step=1)"
+    assert repr(_full()) == (
+        "AssociativeMemory(4, 3, steps=3, step=0.7, log_weights=True, precision='highest')"
+    )
+    stored = AssociativeMemory.from_patterns(torch.zeros(2, 4, 3))
+    assert repr(stored) == (
+        "AssociativeMemory(4, 3, steps=1, step=1, batch=[2], learn_memories=False,"
+        " learn_beta=False)"
+    )
+    repr(AssociativeMemory(4, 3, device="meta"))
+
+
+# ---- compilation, transforms, autocast -----------------------------------------------------------
+
+
+class _Counting:
+    """aot_eager, and how often it was asked to compile."""
+
+    def __init__(self) -> None:
+        self.compiled = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.compiled += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _model(dtype: torch.dtype = F64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 3, dtype=dtype), _full(dtype=dtype),
+                         nn.Linear(3, 2, dtype=dtype))  # fmt: skip
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_compiled_training_is_one_graph_for_all_row_counts():
+    counting = _Counting()
+    model = _model()
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    for rows in (5, 6, 7, 8, 19):
+        x = _draw(rows, rows, 5)
+        got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+        want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        for a, b in zip(got, want, strict=True):
+            _close(a, b)
+    assert counting.compiled <= 2
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("method", ["energy", "assign", "weights"])
+def test_methods_compile(method):
+    layer, v = _full(), _draw(5, 6, 3)
+    compiled = torch.compile(lambda x: getattr(layer, method)(x), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(v), getattr(layer, method)(v))
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_a_beta_that_is_set_does_not_recompile():
+    counting, layer, v = _Counting(), _full(), _draw(5, 6, 3)
+    compiled = torch.compile(layer, backend=counting, fullgraph=True)
+    for beta in (0.5, 1.0, 2.0):
+        layer.beta = beta
+        _close(compiled(v), layer(v))
+    assert counting.compiled == 1
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_our_message_survives_compilation():
+    compiled = torch.compile(_full(), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"v: expected shape \[\.\.\., N, 3\] to match memories"):
+        compiled(_draw(0, 6, 2))
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_export_with_a_symbolic_row_count():
+    layer = _full()
+    shapes = ({0: torch.export.Dim("n", min=2)},)
+    program = torch.export.export(layer, (_draw(0, 4, 3),), dynamic_shapes=shapes, strict=False)
+    _equal(program.module()(_draw(1, 9, 3)), layer(_draw(1, 9, 3)))
+
+
+def test_stacked_layers_run_under_vmap():
+    layers = [_full(seed) for seed in (0, 10, 20)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    base = copy.deepcopy(layers[0]).to("meta")
+
+    def call(p: Any, b: Any, v: Tensor) -> Tensor:
+        return torch.func.functional_call(base, (p, b), (v,))
+
+    v = _draw(5, 6, 3)
+    got = torch.vmap(call, in_dims=(0, 0, None))(parameters, buffers, v)
+    for a, layer in zip(got, layers, strict=True):
+        _close(a, layer(v))
+
+
+def test_per_sample_gradients():
+    layer, v = _full(), _draw(5, 6, 3)
+    parameters = {k: p.detach() for k, p in layer.named_parameters()}
+
+    def loss(p: Any, row: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, p, (row[None],)).square().sum()
+
+    got = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, v)
+    layer(v).square().sum().backward()
+    for name, p in layer.named_parameters():
+        _close(got[name].sum(0), p.grad)
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast(compiled):
+    """Half rows meet float32 memories; the state is never rounded to half."""
+    model = _model(torch.float32)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    x = _draw(0, 6, 5, dtype=torch.float32)
+    seen = []
+    handle = model[1].register_forward_hook(lambda m, i, o: seen.append((i[0].dtype, o.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    handle.remove()
+    assert seen == [(torch.bfloat16, torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(x)
+        loss = out.float().square().mean()
+    loss.backward()
+    assert out.dtype == torch.bfloat16
+    for p in model.parameters():
+        assert p.grad is not None
+        assert p.grad.dtype == torch.float32
+        assert bool(p.grad.isfinite().all())
+    torch.testing.assert_close(out.float(), model(x), rtol=0.05, atol=0.05)
+
+
+def test_autocast_of_the_methods():
+    layer = _full(dtype=torch.float32)
+    v = _draw(0, 6, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = v.bfloat16()
+        torch.testing.assert_close(layer.energy(half), layer.energy(half.float()))
+        assert torch.equal(layer.assign(half)[0], layer.assign(half.float())[0])
+        torch.testing.assert_close(layer.weights(half), layer.weights(half.float()))
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+def _new(**options: Any) -> Any:
+    return lambda: AssociativeMemory(**{"n_memories": 3, "n_features": 4, **options})
+
+
+def _stored(patterns: Any = None, **options: Any) -> Any:
+    given = torch.zeros(3, 4) if patterns is None else patterns
+    return lambda: AssociativeMemory.from_patterns(given, **options)
+
+
+def _called(*args: Any, method: str = "forward", **options: Any) -> Any:
+    beta = options.pop("beta", 1.0)
+    return lambda: getattr(AssociativeMemory(3, 4, beta=beta), method)(*args, **options)
+
+
+def _set(value: Any, beta: Any = 1.0) -> Any:
+    return lambda: setattr(AssociativeMemory(3, 4, beta=beta), "beta", value)
+
+
+FLOATS = "float16, bfloat16, float32 or float64"
+WORDS = "'highest', 'high', 'medium' or None"
+V = torch.zeros(2, 4)
+ERRORS = [
+    (_new(n_memories=0), ValueError, "n_memories: expected an int >= 1, got 0"),
+    (_new(n_memories=True), TypeError, "n_memories: expected an int >= 1, got True"),
+    (_new(n_memories="3"), TypeError, "n_memories: expected an int >= 1, got '3'"),
+    (_new(n_features=0), ValueError, "n_features: expected an int >= 1, got 0"),
+    (_new(n_features=2.0), TypeError, "n_features: expected an int >= 1, got 2.0"),
+    (_new(steps=-1), ValueError, "steps: expected an int >= 0, got -1"),
+    (_new(steps=1.5), TypeError, "steps: expected an int >= 0, got 1.5"),
+    (_new(step=-0.5), ValueError, "step: expected a finite number >= 0, got -0.5"),
+    (_new(step=V), TypeError, "step: expected a number, got Tensor"),
+    (_new(beta=0.0), ValueError, "beta: expected a finite number > 0, got 0.0"),
+    (_new(beta=math.inf), ValueError, "beta: expected a finite number > 0, got inf"),
+    (_new(beta=math.nan), ValueError, "beta: expected a finite number > 0, got nan"),
+    (_new(beta="1"), TypeError, "beta: expected a number or a Tensor, got str"),
+    (_new(beta=torch.tensor([1.0, -1.0, 0.0])), ValueError,
+     "beta: expected finite values > 0, got -1.0"),
+    (_new(beta=torch.ones(3, dtype=torch.int64)), TypeError,
+     f"beta: expected dtype {FLOATS}, got int64"),
+    (_new(beta=torch.ones(4)), ValueError,
+     "beta: expected shape broadcastable to [..., 3] (K) to match rho [3, 4], got [4]"),
+    (_new(learn_beta=1), TypeError, "learn_beta: expected a bool, got int"),
+    (_new(log_weights=None), TypeError, "log_weights: expected a bool, got NoneType"),
+    (_new(precision="low"), ValueError, f"precision: expected {WORDS}, got 'low'"),
+    (_new(precision=32), TypeError, "precision: expected a str or None, got int"),
+    (_new(dtype=torch.int64), TypeError, f"dtype: expected {FLOATS}, got int64"),
+    (_stored([[1.0]]), TypeError, "patterns: expected a Tensor, got list"),
+    (_stored(torch.zeros(3, 4, dtype=torch.int64)), TypeError,
+     f"patterns: expected dtype {FLOATS}, got int64"),
+    (_stored(torch.zeros(4)), ValueError, "patterns: expected shape [..., K, D], got [4]"),
+    (_stored(torch.zeros(0, 4)), ValueError, "patterns: expected K >= 1, got [0, 4]"),
+    (_stored(torch.zeros(3, 0)), ValueError, "patterns: expected D >= 1, got [3, 0]"),
+    (_stored(learn_memories=1), TypeError, "learn_memories: expected a bool, got int"),
+    (_stored(steps=-1), ValueError, "steps: expected an int >= 0, got -1"),
+    (_stored(log_weights=torch.zeros(2)), ValueError,
+     "log_weights: expected shape broadcastable to [..., 3] (K) to match rho [3, 4], got [2]"),
+    (_stored(log_weights=torch.zeros(3, dtype=torch.int64)), TypeError,
+     f"log_weights: expected dtype {FLOATS}, got int64"),
+    (_set(-1.0), ValueError, "beta: expected a finite number > 0, got -1.0"),
+    (_set(torch.tensor(math.nan)), ValueError, "beta: expected finite values > 0, got nan"),
+    (_set(torch.ones(3)), ValueError, "beta: expected shape broadcastable to [], got [3]"),
+    (_set(torch.ones(2), torch.ones(3)), ValueError,
+     "beta: expected shape broadcastable to [3], got [2]"),
+    (_called([1.0]), TypeError, "v: expected a Tensor, got list"),
+    (_called(V.double()), TypeError, "v: expected dtype float32 to match memories, got float64"),
+    (_called(V.to("meta")), ValueError, "v: expected device cpu to match memories, got meta"),
+    (_called(V[0]), ValueError,
+     "v: expected shape [..., N, 4] to match memories [3, 4], got [4]"),
+    (_called(V[:, :3], method="weights"), ValueError,
+     "v: expected shape [..., N, 4] to match memories [3, 4], got [2, 3]"),
+    (_called(V, V[:, :3]), ValueError,
+     "update_mask: expected shape broadcastable to [..., 2, 4] (N, D) to match v [2, 4],"
+     " got [2, 3]"),
+    (_called(V, [1.0]), TypeError, "update_mask: expected a Tensor or None, got list"),
+    (_called(V, steps=-1), ValueError, "steps: expected an int >= 0, got -1"),
+    (_called(V, method="energy", beta=torch.ones(3)), ValueError,
+     "beta: expected shape [] or [..., 1] (one for all memories), got [3]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "text"), ERRORS, ids=[text for *_, text in ERRORS])
+def test_errors_verbatim(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
+
+
+# ---- documentation -----------------------------------------------------------------------------
+
+
+def test_examples_run():
+    result = doctest.testmod(clam_kernels.nn.am)
+    assert not result.failed
+    assert result.attempted
+
+
+def test_docstring_names_every_argument():
+    for function, text in (
+        (AssociativeMemory.__init__, AssociativeMemory.__doc__),
+        (AssociativeMemory.from_patterns, AssociativeMemory.from_patterns.__doc__),
+        (AssociativeMemory.forward, AssociativeMemory.forward.__doc__),
+    ):
+        for name in inspect.signature(function).parameters:
+            assert name == "self" or f"\n        {name} : " in text or f"\n    {name} : " in text
