@@ -18,6 +18,9 @@ from .ops.am import am_step as am_step
 from .ops.kmeans import kmeans_assign as kmeans_assign
 from .ops.kmeans import kmeans_step as kmeans_step
 from .ops.kmeans import kmeans_update as kmeans_update
+from .transport import sela_labels as sela_labels
+from .transport import sinkhorn as sinkhorn
+from .transport import swav_codes as swav_codes
 
 if TYPE_CHECKING:
     from . import nn as nn
@@ -41,6 +44,9 @@ __all__ = [
     "list_estimators",
     "list_ops",
     "nn",
+    "sela_labels",
+    "sinkhorn",
+    "swav_codes",
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -26,12 +26,10 @@ SECTIONS = (
 
 def public_functions() -> list[Any]:
     """The ops' functions and what else the package exports as a function."""
-    functions = {spec.function.__name__: spec.function for spec in clam_kernels.all_ops()}
-    for name in clam_kernels.__all__:
-        value = vars(clam_kernels).get(name)
-        if inspect.isfunction(value):
-            functions[name] = value
-    return list(functions.values())
+    functions = [spec.function for spec in clam_kernels.all_ops()]
+    exported = [vars(clam_kernels).get(name) for name in clam_kernels.__all__]
+    functions += [f for f in exported if inspect.isfunction(f) and f not in functions]
+    return functions
 
 
 def sections(text: str) -> dict[str, list[str]]:

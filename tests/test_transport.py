@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sinkhorn` and its presets: codes, labels, values, tolerance, refusals."""
+
+from __future__ import annotations
+
+import doctest
+import warnings
+
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+import clam_kernels
+from clam_kernels import sela_labels, sinkhorn, swav_codes, testing, transport
+
+
+def _scores(seed: int = 0, n: int = 120, k: int = 9, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, k, generator=generator, dtype=torch.float64).mul(2).sub(1).to(dtype)
+
+
+def _features(seed: int = 0, n: int = 60, k: int = 7, d: int = 5):
+    generator = torch.Generator().manual_seed(seed)
+    z, c = (torch.randn(size, d, generator=generator, dtype=torch.float64) for size in (n, k))
+    return tuple(torch.nn.functional.normalize(t, dim=1) for t in (z, c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n_iter", [1, 3, 7])
+def test_codes_are_those_of_the_linear_loop(dtype, n_iter):
+    """SwAV's: exp, then shares of the prototypes and of the rows in turn."""
+    scores = _scores(dtype=dtype)
+    q = (scores.double() / 0.05).exp()
+    q /= q.sum()
+    for _ in range(n_iter):
+        q /= q.sum(0, keepdim=True) * q.shape[1]
+        q /= q.sum(1, keepdim=True) * q.shape[0]
+    want = q * len(q)
+    found = swav_codes(scores, n_iter=n_iter)
+    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found.double(), want, atol=bound, rtol=0)
+
+
+def test_features_and_scores_agree():
+    z, c = _features()
+    by_features, by_scores = sinkhorn((z, c)), sinkhorn(z @ c.T)
+    torch.testing.assert_close(by_features.codes(), by_scores.codes(), atol=1e-12, rtol=0)
+    assert torch.equal(by_features.labels(), by_scores.codes().argmax(1))
+    bias = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    one, two = sinkhorn((z, c), bias=bias), sinkhorn(z @ c.T + 0.05 * bias)
+    torch.testing.assert_close(one.codes(), two.codes(), atol=1e-12, rtol=0)
+
+
+def test_parts_of_a_result_fit_together():
+    scores = _scores()
+    found = sinkhorn(scores, tol=1e-10, max_iter=5000)
+    codes, plan = found.codes(), found.plan()
+    assert bool(found.converged)
+    torch.testing.assert_close(plan.sum(1), torch.full((120,), 1 / 120, dtype=torch.float64))
+    torch.testing.assert_close(plan.sum(0), torch.full((9,), 1 / 9, dtype=torch.float64))
+    torch.testing.assert_close(codes, plan * 120)
+    assert torch.equal(found.counts(), torch.bincount(found.labels(), minlength=9))
+    values, indices = found.topk(2)
+    torch.testing.assert_close(values, codes.topk(2, 1).values)
+    assert torch.equal(indices[:, 0], found.labels())
+    divergence = (plan * (plan * 120 * 9).log()).sum()
+    value = -(plan * scores).sum() + 0.05 * divergence
+    assert float(found.value()) == pytest.approx(float(value), abs=1e-9)
+    entropy = -(codes * codes.log()).sum(1).mean()
+    assert float(found.entropy()) == pytest.approx(float(entropy), abs=1e-9)
+    rows = slice(5, 12)
+    assert torch.equal(found.codes(rows), codes[rows])
+    torch.testing.assert_close(found.assign(scores[rows]), codes[rows])
+
+
+def test_any_tile_gives_the_same(monkeypatch):
+    found = sinkhorn(_scores())
+    want = found.labels(), found.value(), found.topk(3)[1]
+    monkeypatch.setattr(transport, "TILE_ENTRIES", 50)
+    assert torch.equal(found.labels(), want[0])
+    torch.testing.assert_close(found.value(), want[1])
+    assert torch.equal(found.topk(3)[1], want[2])
+
+
+@pytest.mark.parametrize(("n", "k"), [(300, 10), (305, 10), (60, 60), (7, 3), (5, 9)])
+def test_strict_labels_fill_every_share(n, k):
+    found = sinkhorn(_scores(1, n, k), epsilon=0.04, tol=1e-3, warn=False, max_iter=400)
+    labels = found.labels(strict=True)
+    counts = torch.bincount(labels, minlength=k)
+    assert counts.max() <= -(-n // k)
+    assert counts.min() >= n // k
+    extra = counts - n // k
+    assert extra[: n % k].all()  # the first prototypes have one more
+    moved = (labels != found.labels()).double().mean()
+    assert moved < 0.1 or n <= 2 * k
+
+
+def test_strict_labels_are_near_the_exact_assignment():
+    from scipy.optimize import linear_sum_assignment
+
+    scores = _scores(2, 90, 9)
+    found = sinkhorn(scores, epsilon=0.04, tol=1e-4, max_iter=2000)
+    labels = found.labels(strict=True)
+    seats = scores.repeat_interleave(10, 1).numpy()
+    best = seats[linear_sum_assignment(-seats)].sum()
+    ours = float(scores[torch.arange(90), labels].sum())
+    assert ours >= 0.995 * best
+
+
+def test_masks_and_marginals():
+    scores = _scores()
+    mask = torch.arange(120) < 70
+    hostile = scores.clone()
+    hostile[70:] = torch.nan
+    found, few = sinkhorn(hostile, row_mask=mask), sinkhorn(scores[:70])
+    torch.testing.assert_close(found.codes()[:70], few.codes(), atol=1e-12, rtol=0)
+    assert not found.codes()[70:].any()
+    assert bool((found.labels()[70:] == -1).all())
+    shares = torch.arange(1.0, 10.0, dtype=torch.float64)
+    found = sinkhorn(scores, col_marginal=shares / shares.sum(), tol=1e-6, max_iter=5000)
+    torch.testing.assert_close(found.plan().sum(0), shares / 45, atol=1e-6, rtol=0)
+    counts = torch.bincount(found.labels(strict=True), minlength=9)
+    assert int((counts - (shares * 120 / 45).round()).abs().max()) <= 1
+
+
+def test_tolerance_is_that_of_plain_iterations():
+    scores = _scores()
+    found = sinkhorn(scores, tol=1e-5)
+    assert found.n_iter % 16 == 0
+    assert float(found.err) <= 1e-5
+    plain = sinkhorn(scores, n_iter=found.n_iter)
+    torch.testing.assert_close(found.codes(), plain.codes(), atol=1e-12, rtol=0)
+    assert float(sinkhorn(scores, n_iter=found.n_iter - 16).err) > 1e-5
+    warm = sinkhorn(scores, tol=1e-5, init=found)
+    assert warm.n_iter == 16
+    # each problem of a batch stops by itself
+    both = sinkhorn(torch.stack([scores, 4 * scores]), tol=1e-3, max_iter=3000)
+    alone = sinkhorn(scores, tol=1e-3, max_iter=3000)
+    assert torch.equal(both.g[0], alone.g)
+    assert both.status.tolist() == [0, 0]
+
+
+def test_what_did_not_converge_says_so_once():
+    with pytest.warns(ConvergenceWarning, match=r"max_iter=16 iterations, tol=1e-09") as caught:
+        found = sinkhorn(_scores(), tol=1e-9, max_iter=16)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert int(found.status) == transport.NOT_CONVERGED
+    assert bool((found.labels() >= 0).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sinkhorn(_scores(), tol=1e-9, max_iter=16, warn=False)
+        sinkhorn(_scores())
+
+
+def test_gradients():
+    z, c = (t.requires_grad_() for t in _features(3, 8, 3, 2))
+    epsilon = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def codes(z, c, epsilon):
+        return sinkhorn((z, c), epsilon=epsilon, gradient="unrolled").codes()
+
+    assert torch.autograd.gradcheck(codes, (z, c, epsilon))
+    assert not sinkhorn((z, c), epsilon=epsilon).codes().requires_grad
+    assert not swav_codes(z @ c.T).requires_grad
+    with torch.no_grad():
+        assert not codes(z, c, epsilon).requires_grad
+
+
+def test_self_labels():
+    logits = torch.randn(400, 10, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] -= 6
+    log_p = logits.log_softmax(1)
+    counts = torch.bincount(sela_labels(log_p), minlength=10)
+    assert int((counts - 40).abs().max()) <= 3
+    assert torch.bincount(sela_labels(log_p, strict=True)).tolist() == [40] * 10
+
+
+def test_failed_problems_give_no_label():
+    scores = torch.stack([_scores(), _scores(1)])
+    scores[1, 3, 3] = torch.nan
+    found = sinkhorn(scores)
+    assert found.status.tolist() == [0, 2]
+    assert bool((found.labels()[1] == -1).all())
+    assert bool((found.labels()[0] >= 0).all())
+    assert bool(found.codes()[1].isnan().all())
+    assert not found.counts()[1].any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        ({"epsilon": 0.0}, ValueError, "epsilon: expected a finite number > 0, got 0.0"),
+        ({"epsilon": -1}, ValueError, "epsilon: expected a finite number > 0, got -1"),
+        ({"tol": 0.0}, ValueError, "tol: expected a finite number > 0, got 0.0"),
+        ({"n_iter": -1}, ValueError, "n_iter: expected an int >= 0, got -1"),
+        ({"gradient": "all"}, ValueError, "gradient: expected 'stop' or 'unrolled', got 'all'"),
+        ({"gradient": "unrolled", "tol": 1e-3}, ValueError, "gradient: expected 'stop' with tol"),
+        ({"row_mask": torch.ones(120)}, TypeError, "row_mask: expected dtype bool, got float32"),
+        ({"row_mask": torch.ones(9) > 0}, ValueError, r"row_mask: expected shape \[..., 120\]"),
+        ({"col_marginal": -torch.ones(9)}, ValueError, "col_marginal: expected finite values >= 0"),
+        ({"scores": [[1.0]]}, TypeError, "scores: expected a Tensor or a tuple of two"),
+        (
+            {"scores": torch.zeros(3)},
+            ValueError,
+            r"logits: expected shape \[..., N, K\], got \[3\]",
+        ),
+    ],
+    ids=str,
+)
+def test_refusals(wrong, error, text):
+    call = {"scores": _scores(), **wrong}
+    with pytest.raises(error, match=text):
+        sinkhorn(call.pop("scores"), **call)
+
+
+def test_labels_take_no_array_of_all_entries():
+    z = torch.randn(40_000, 4, generator=torch.Generator().manual_seed(0))
+    c = torch.randn(500, 4, generator=torch.Generator().manual_seed(1))
+    peak = testing.peak_bytes(lambda: sinkhorn((z, c), epsilon=1.0).labels())
+    assert peak < 60e6  # the scores would be 80 MB
+
+
+def test_examples_run():
+    result = doctest.testmod(transport)
+    assert result.attempted >= 3
+    assert not result.failed
+    assert {"sinkhorn", "swav_codes", "sela_labels"} <= set(clam_kernels.__all__)
