@@ -174,7 +174,9 @@ def _use(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[s
     else:
         from . import plots
 
-        drawn = plots.plot_clusters(x, model.predict(x), model.cluster_centers_)
+        labels = model.predict(x)
+        x = model.complete(x) if hasattr(model, "complete") else x
+        drawn = plots.plot_clusters(x, labels, model.cluster_centers_)
         plots.save(drawn, options.output)
     return facts
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 
 # float64 distances that are held at once: 32 MB.
 TILE_ENTRIES = 1 << 22
+# Differences up to which distances are taken from them: exact, and slower than from products.
+DIRECT_WORK = 1 << 29
 
 
 def silhouette(
@@ -53,7 +56,7 @@ def silhouette(
     x = _matrix(X)
     found = _names(labels, len(x)).to(x.device)
     if sample_size is not None:
-        whole = isinstance(sample_size, int) and not isinstance(sample_size, bool)
+        whole = isinstance(sample_size, Integral) and not isinstance(sample_size, bool)
         if not whole or not 3 <= sample_size <= len(x):
             raise ValueError(f"sample_size: expected 3 to {len(x)} rows, got {sample_size!r}")
         drawn = np.random.default_rng(random_state).choice(len(x), sample_size, replace=False)
@@ -100,17 +103,22 @@ def _widths(x: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
     order = torch.sort(cluster, stable=True).indices
     own = cluster[order]
     values = x[order].double()
-    values = values - values.mean(0)
+    # not the mean: one far row would take all the others from the origin
+    values = values - values.median(0).values
     top = values.abs().max()
     values = values / torch.where(top > 0, top, 1.0)  # squares neither overflow nor vanish
     norms = values.square().sum(1)
     sizes = counts.tolist()
     widths = torch.empty(len(values), dtype=torch.float64, device=x.device)
     step = max(1, TILE_ENTRIES // len(values))
+    direct = len(values) ** 2 * values.shape[1] <= DIRECT_WORK
     for start in range(0, len(values), step):
         part = slice(start, min(start + step, len(values)))
-        far = torch.addmm(norms, values[part], values.T, alpha=-2).add_(norms[part, None])
-        far = far.clamp_(min=0).sqrt_()
+        if direct:
+            far = torch.cdist(values[part], values, compute_mode="donot_use_mm_for_euclid_dist")
+        else:
+            far = torch.addmm(norms, values[part], values.T, alpha=-2).add_(norms[part, None])
+            far = far.clamp_(min=0).sqrt_()
         at = torch.arange(part.start, part.stop, device=x.device)
         far[at - part.start, at] = 0.0
         sums = torch.stack([one.sum(1) for one in far.split(sizes, 1)], 1)

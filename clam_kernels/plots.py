@@ -77,6 +77,12 @@ def plot_clusters(
     """
     ax = _axes(ax, (6.0, 4.5))
     x, labels = np.asarray(X, dtype=np.float64), np.asarray(labels)
+    if embedding is None and not np.isfinite(x).all():
+        row, column = np.argwhere(~np.isfinite(x))[0]
+        raise ValueError(
+            f"X: expected finite values, got {x[row, column]} at row {row}, column {column};"
+            " `ClAM.complete` fills what is missing"
+        )
     pick = np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int)
     mean, axes = _two_axes(x[pick])
     points = np.asarray(embedding)[pick] if embedding is not None else (x[pick] - mean) @ axes

@@ -39,6 +39,18 @@ def test_any_size_of_value(size):
     assert metrics.silhouette(data.data * size, data.target) == pytest.approx(want, rel=1e-9)
 
 
+@pytest.mark.parametrize(("rows", "far"), [(30, 1e9), (3000, 1e9)])
+def test_a_row_far_from_all_others(rows, far):
+    x = np.random.default_rng(0).normal(size=(rows, 20))
+    x[rows // 2 :] += 4
+    x[-1] = far
+    labels = np.r_[np.arange(rows - 1) * 2 // rows, 2]
+    want = silhouette_score(x[:-1], labels[:-1])
+    # the far row is a cluster of its own, nobody's next one: it scores 0
+    found = metrics.silhouette(x, labels)
+    assert found == pytest.approx(want * (rows - 1) / rows, abs=1e-6)
+
+
 def test_names_singletons_and_duplicates():
     x = np.array([[0.0], [0.0], [5.0], [5.0], [90.0]])
     labels = np.array([7, 7, -3, -3, 40])

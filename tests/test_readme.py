@@ -20,7 +20,9 @@ EXAMPLES = re.findall(
 )
 
 
-@pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=["estimator", "k-means", "op"])
+@pytest.mark.parametrize(
+    ("code", "printed"), EXAMPLES, ids=["estimator", "gaps", "k-means", "op", "layer"]
+)
 def test_an_example_prints_what_it_says(code: str, printed: str) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False

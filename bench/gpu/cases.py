@@ -156,6 +156,11 @@ def families() -> tuple[Family, ...]:
     return tuple(module.FAMILY for module in modules)
 
 
+def with_kernels() -> list[str]:
+    """Ops that have something of their own to run on a GPU."""
+    return [spec.name for spec in clam_kernels.all_ops() if spec.kernels]
+
+
 def family_of(op: str) -> Family:
     """The family of an op; an op that no file here knows is an error, not a gap."""
     spec = next(s for s in clam_kernels.all_ops() if s.name == op)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import clam_kernels
 from clam_kernels import testing
 
 from .cases import (
@@ -25,6 +24,7 @@ from .cases import (
     poison,
     refusal,
     same_bits,
+    with_kernels,
 )
 from .setting import Setting
 
@@ -119,7 +119,7 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], list[str]] | str
     """(label, check, or why the backend refuses the call); the large calls of all ops first: they
     are where an order of summation may vary.
     """
-    device, ops = setting.device, [s.name for s in clam_kernels.all_ops()]
+    device, ops = setting.device, with_kernels()
     for op in ops:
         for backend, call in fitted(op, family_of(op).large, setting):
             for word, check in (("large", unequal), ("split", unequal_parts)):

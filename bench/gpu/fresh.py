@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-import clam_kernels
 from clam_kernels import testing
 
-from .cases import backends, forced, refusal
+from .cases import backends, forced, refusal, with_kernels
 
 DRAWS = 6
 
@@ -74,7 +73,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--most", type=int, default=sys.maxsize, help="stop after so many")
-    ops = [spec.name for spec in clam_kernels.all_ops()]
+    ops = with_kernels()
     parser.add_argument("--ops", nargs="+", choices=ops, help="all by default")
     given = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import clam_kernels
-
-from .cases import Invocation, differentiable, family_of, fitted, forced, same_bits
+from .cases import Invocation, differentiable, family_of, fitted, forced, same_bits, with_kernels
 from .clock import Clock, Contestant, peak_bytes, tidy
 from .setting import Setting
 
@@ -110,7 +108,7 @@ def run(setting: Setting) -> dict[str, Any]:
     clock = Clock(setting.device)
     found: list[dict[str, Any]] = []
     left_out: list[str] = []
-    plan = [(part, s.name) for part in ("held", "wide") for s in clam_kernels.all_ops()]
+    plan = [(part, op) for part in ("held", "wide") for op in with_kernels()]
     for part, op in plan:
         if setting.left() < 3:
             left_out.append(f"{op} {part}")

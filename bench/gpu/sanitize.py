@@ -13,9 +13,7 @@ import warnings
 
 import torch
 
-import clam_kernels
-
-from .cases import Invocation, backends, differentiable, family_of, forced, refusal
+from .cases import Invocation, backends, differentiable, family_of, forced, refusal, with_kernels
 
 
 def moved(call: Invocation, device: str) -> Invocation:
@@ -42,7 +40,7 @@ def outcome(call: Invocation, backend: str, device: str) -> str | None:
 
 
 def main() -> int:
-    ops = [spec.name for spec in clam_kernels.all_ops()]
+    ops = with_kernels()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--device", default="cuda")

@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import clam_kernels
-
+from .cases import with_kernels
 from .pool import Job, cores, work_off
 from .setting import Setting
 
@@ -36,7 +35,7 @@ def parts(setting: Setting) -> dict[str, list[str]]:
     """The ops of each process by its label: one a process, for compiling takes the time; two
     processes in a dry run, for importing does.
     """
-    ops = [spec.name for spec in clam_kernels.all_ops()]
+    ops = with_kernels()
     if setting.dry_run:
         return {"even": ops[::2], "odd": ops[1::2]}
     return {op: [op] for op in ops}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 EVENTS = ("on_fit_begin", "on_iteration", "on_fit_end")
@@ -32,6 +32,8 @@ def call(callbacks: list[Any], event: str, *arguments: Any) -> bool:
 
 def check(callbacks: Any) -> None:
     """TypeError for what is no callback."""
+    if isinstance(callbacks, Iterator):
+        raise TypeError("callbacks: expected a callback or a list of them, got an iterator")
     for callback in each(callbacks):
         if not callable(callback) and not any(hasattr(callback, name) for name in EVENTS):
             raise TypeError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Frame:
     spread: int
 
     @classmethod
-    def of(cls, rows: Rows, weight: Tensor | None = None) -> Frame:
+    def of(cls, rows: Rows, weight: Tensor | None = None, names: Any = None) -> Frame:
         """Frame of a data matrix, centred on the means of what is observed.
 
         ValueError if a feature has no observed entry (in a row that counts).
@@ -82,7 +82,8 @@ class Frame:
             held += (seen * share).sum(0)
         lost = (held == 0).nonzero()[:, 0].tolist()
         if lost:
-            raise ValueError(f"X: expected an observed entry in every column, got none in {lost}")
+            which = lost if names is None else [str(names[i]) for i in lost]
+            raise ValueError(f"X: expected an observed entry in every column, got none in {which}")
         mean = total / held
         top = 0.0
         for _, x in pieces(rows):

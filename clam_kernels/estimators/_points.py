@@ -23,7 +23,10 @@ TILE_ENTRIES = 1 << 22
 
 
 def points_of(z: Tensor, weight: Tensor | None, precision: str | None) -> Points:
-    """The rows that count, as points: those with a weight and something observed."""
+    """The rows that count, as points: those with a weight and something observed.
+
+    A weight is a number of rows; where the least is below 1 it is the unit.
+    """
     seen = ~z.isnan()
     counts = seen.any(1)
     if weight is not None:
@@ -31,6 +34,8 @@ def points_of(z: Tensor, weight: Tensor | None, precision: str | None) -> Points
     if not bool(counts.all()):
         z, seen = z[counts], seen[counts]
         weight = None if weight is None else weight[counts]
+    if weight is not None and len(weight):
+        weight = weight / weight.min().clamp(max=1.0)
     if bool(seen.all()):
         return Points(z, weight, precision)
     return PartialPoints(z.masked_fill(~seen, 0.0), seen, weight, precision)
@@ -132,8 +137,9 @@ class PartialPoints(Points):
         self.seen = seen
         self.mask = seen.to(z.dtype)
         self.scale = z.shape[1] / self.mask.sum(1)
-        self.both = torch.cat([self.mask, -2 * z], 1)  # a score is both . (rho^2, rho)
-        self.square = z.square().sum(1)
+        wide = z.double()  # a score is a difference of much larger terms
+        self.both = torch.cat([seen.double(), -2 * wide], 1)  # and is both . (rho^2, rho)
+        self.square = wide.square().sum(1)
 
     def part(self, index: Tensor) -> Points:
         weight = None if self.weight is None else self.weight[index]
@@ -150,7 +156,7 @@ class PartialPoints(Points):
         return memories, labels
 
     def assign(self, memories: Tensor) -> Tensor:
-        flat = memories.reshape(-1, memories.shape[-1])
+        flat = memories.reshape(-1, memories.shape[-1]).double()
         table = torch.cat([flat.square(), flat], 1).mT.contiguous()
         count, k, _ = memories.shape
         step = max(1, TILE_ENTRIES // (count * k))
@@ -172,8 +178,10 @@ class PartialPoints(Points):
         return torch.cat(parts) * self.scale
 
     def distances(self, memories: Tensor) -> Tensor:
-        scores = self.both @ torch.cat([memories.square(), memories], 1).mT
-        return scores.add_(self.square[:, None]).clamp_(min=0).mul_(self.scale[:, None])
+        wide = memories.double()
+        scores = self.both @ torch.cat([wide.square(), wide], 1).mT
+        far = scores.add_(self.square[:, None]).clamp_(min=0).mul_(self.scale[:, None])
+        return far.to(self.z.dtype)
 
     def completed(self, index: int, memories: Tensor) -> Tensor:
         """The row with its missing entries from the nearest of the memories."""

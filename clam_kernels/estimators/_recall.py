@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..ops.am import am_assign, am_energy, am_recursion
+from ..ops.am import am_energy, am_recursion
+from ..ops.kmeans import kmeans_assign
 from ._frame import Frame, pieces, rescaled, scaled
 from ._points import masked_distances
 from ._rows import Rows, read_rows, read_weight
@@ -76,7 +79,7 @@ class Recall(TransformerMixin):
 
         def label(z: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
             recalled = self._recalled(z, centers)
-            labels, sqdist = am_assign(recalled, centers, precision=self.precision)
+            labels, sqdist = kmeans_assign(recalled, centers, precision=self.precision)
             if recalled is not z:
                 sqdist = (z - centers[labels]).square().sum(-1)
             if rows.missing:
@@ -223,6 +226,11 @@ class Recall(TransformerMixin):
         array or Tensor [N, D]
         """
         rows = self._read(X)
+        for name, value, most in (("beta", beta, math.inf), ("step", step, 2.0)):
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= most):
+                bound = "a number in (0, 2]" if most == 2 else "a number > 0"
+                raise ValueError(f"{name}: expected {bound}, got {value!r}")
         squared = 2 * self._frame.unit
         sharp = self._sharpness[1] if beta is None else rescaled(beta, squared)
         done = []

@@ -69,9 +69,11 @@ class Rounds:
 
     def _train(self, stage: int, epochs: int) -> None:
         if not self.trained:
-            self.curve += [float("nan")] * epochs
             for epoch in range(epochs):
+                self.curve.append(float("nan"))
                 self.stopped |= self.on_epoch(stage, epoch, torch.zeros(0), self.contest)
+                if self.stopped:
+                    return
             return
         plan = dataclasses.replace(
             self.plan,

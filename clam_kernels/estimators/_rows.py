@@ -204,16 +204,35 @@ def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
     if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
         raise ValueError("X: expected an array without masked entries, got a masked array")
     narrow = str(getattr(x, "dtype", "")) in NARROW
-    return validate_data(
-        estimator,
-        x,
-        reset=reset,
-        accept_sparse="csr" if get_tags(estimator).input_tags.sparse else False,
-        accept_large_sparse=False,
-        dtype=np.float32 if narrow else [np.float64, np.float32],
-        order="C",
-        ensure_all_finite=False,
-    )
+    try:
+        return validate_data(
+            estimator,
+            x,
+            reset=reset,
+            accept_sparse="csr" if get_tags(estimator).input_tags.sparse else False,
+            accept_large_sparse=False,
+            dtype=np.float32 if narrow else [np.float64, np.float32],
+            order="C",
+            ensure_all_finite=False,
+        )
+    except ValueError as error:
+        column = _text_column(x) if "could not convert" in str(error) else None
+        if column is None:
+            raise
+        raise ValueError(f"X: expected numbers in column {column!r}: {error}") from None
+
+
+def _text_column(x: Any) -> Any:
+    """The first column of a data frame that holds something else than numbers."""
+    return next((name for name in getattr(x, "columns", ()) if not _is_numeric(x[name])), None)
+
+
+def _is_numeric(column: Any) -> bool:
+    try:
+        np.asarray(column, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:

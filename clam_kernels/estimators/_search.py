@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.am import am_assign, am_recursion
+from ..ops.am import am_recursion
+from ..ops.kmeans import kmeans_assign
 from ._completion import Plan, train
 from ._frame import Frame, rescaled
 from ._points import Points
 from ._rounds import START_ITERATIONS, OnEpoch, Rounds
-from ._selection import RESOLUTION, Candidate, Contest
+from ._selection import Candidate, Contest
 from ._start import gap_of, starts
 from ._threads import threads_for
 
@@ -42,6 +43,10 @@ RECIPES = {
     # beta: half of the example grid of the authors' code, whose weights are exp(-beta d^2 / 2)
     "paper": Recipe("normal", 4, 200, 8, (0.55, 0.75, 0.95, 1.2), 10, 0.1, 0.2, 0.01, 1, True),
 }
+
+
+# Silhouettes that far apart are as good as each other.
+AS_GOOD = 1e-3
 
 
 @dataclass(frozen=True)
@@ -146,19 +151,19 @@ def _as_published(
 def recalled_labels(z: Tensor, memories: Tensor, beta: float, plan: Plan) -> Tensor:
     """Labels as published: the memory nearest to the state after the recursion."""
     states = am_recursion(z, memories, beta, plan.steps, step=plan.step, precision=plan.precision)
-    return am_assign(states, memories, precision=plan.precision)[0]
+    return kmeans_assign(states, memories, distances=False, precision=plan.precision)[0]
 
 
 def _or_its_means(points: Points, contest: Contest, winner: Candidate) -> Tensor:
-    """The memories kept, or the means of their rows if those are as good: memories trained on
-    hidden entries may stand beyond their rows.
+    """The memories kept, or the means of their rows if those score as well but for what a sample
+    cannot tell: memories trained on hidden entries stand beyond their rows.
     """
     if contest.select == "loss":
         return winner.memories
     memories = winner.memories[None]
     means = points.means(points.assign(memories), memories)[0].to(memories.dtype)
     ((quality, _, used),) = contest.measure(means, points.assign(means))
-    worse = contest.select == "silhouette" and -quality > winner.key + 2 * RESOLUTION
+    worse = contest.select == "silhouette" and -quality > winner.key + AS_GOOD
     return winner.memories if worse or used < winner.used else means[0]
 
 

@@ -45,8 +45,9 @@ class Silhouettes:
         part = points if index is None else points.part(index)
         # a sample is drawn by weight
         share = part.share if index is None else torch.ones_like(part.share)
-        self.unit = min(1.0, float(share.min()))
-        self.share, self.weights = share, share.float()
+        top = float(share.max())
+        self.unit = 1.0 / top  # one row
+        self.share, self.weights = share, (share / top).float()
         self.far = part.between().float()
 
     def __call__(self, labels: Tensor, k: int) -> Tensor:
@@ -65,15 +66,21 @@ class Silhouettes:
         held = weighted.sum(0).view(count, 1, k)
         mine = own[..., None]
         size = held.expand(-1, n, -1).gather(2, mine)[..., 0]
-        inside = sums.gather(2, mine)[..., 0] / (size - 1).clamp(min=self.unit)
+        alone = self.unit * (1 + 1e-5)
+        inside = sums.gather(2, mine)[..., 0] / (size - self.unit).clamp(min=1e-30)
         means = torch.where(held > 0, sums / held.clamp(min=1e-30), torch.inf)
         outside = means.scatter(2, mine, torch.inf).amin(2)
         most = torch.maximum(inside, outside)
         width = (outside - inside) / torch.where(most > 0, most, 1.0)
-        width = torch.where(size > self.unit, width, 0.0).double()
+        width = torch.where(size > alone, width, 0.0).double()
         used = (held[:, 0] > 0).sum(1)
-        defined = (used > 1) & (held[:, 0] > self.unit).any(1)
+        defined = (used > 1) & (held[:, 0] > alone).any(1)
         return torch.where(defined, width @ self.share / self.share.sum(), -1.0)
+
+
+def _rounded(inertia: float) -> float:
+    """What the order of a sum cannot change."""
+    return float(f"{inertia:.9e}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,6 @@ class Contest:
     def __post_init__(self) -> None:
         score = self.select == "silhouette" and self.k > 1
         self.silhouettes = Silhouettes(self.points, self.seed) if score else None
-        self.scale = float(self.points.z.double().square().sum()) or 1.0
 
     def enter(
         self,
@@ -149,9 +155,7 @@ class Contest:
             "loss": math.inf if math.isnan(row[4]) else row[4],
         }
         used = min(int(row[7]), self.required)
-        new = Candidate(
-            memories, len(self.table) - 1, used, keys[self.select], round(row[6] / self.scale, 9)
-        )
+        new = Candidate(memories, len(self.table) - 1, used, keys[self.select], _rounded(row[6]))
         if not any(old.covers(new) for old in self.front):
             self.front = [old for old in self.front if not new.covers(old)]
             kept = Candidate(memories.clone(), new.number, new.used, new.key, new.inertia)
@@ -187,7 +191,8 @@ class Contest:
         marked by 2.
         """
         rows = np.array(self.table, dtype=np.float64)
-        inside = np.round(rows[:, 6] / self.scale, 9) <= self._bound(self.required)
+        bound = self._bound(self.required)
+        inside = np.array([_rounded(inertia) <= bound for inertia in rows[:, 6]])
         rows[:, 8] = (rows[:, 7] >= self.required) & inside
         rows[winner.number, 8] = 2
         return rows

@@ -75,7 +75,7 @@ class Stream:
 
 def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
     """Memories from the first batch: the best of several starts after Lloyd's iterations."""
-    frame = Frame.of(rows, weight)
+    frame = Frame.of(rows, weight, getattr(estimator, "feature_names_in_", None))
     points = points_of(frame.all_states(rows), weight, estimator.precision)
     init, count, seed = (
         RECIPES[estimator.recipe].init,
@@ -93,9 +93,7 @@ def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
 
 def resume(estimator: Any, memories: Tensor, frame: Frame, gap: float) -> Stream:
     """From a fitted estimator."""
-    labels = torch.as_tensor(np.asarray(estimator.labels_), dtype=torch.int64)
-    rows = torch.bincount(labels, minlength=len(memories)).double()[:, None]
-    won = rows.expand(memories.shape).to(memories.device).clone()
+    won = torch.from_numpy(np.array(estimator._held)).to(memories.device)
     return _at(_seed(estimator), frame, memories, won, gap)
 
 
@@ -202,6 +200,10 @@ def _trained(estimator: Any, stream: Stream, points: Points) -> tuple[Stream, fl
     own = gap_of(points, both[:1], stream.seed)
     gap = stream.gap + max(SHARE, 1 / stream.steps) * (own - stream.gap)
     fresh = dataclasses.replace(stream, memories=both, first=first, second=second, gap=gap)
+    if not (bool(both.isfinite().all()) and math.isfinite(gap)):
+        raise FloatingPointError(
+            "the memories became NaN or infinite: X is of another magnitude than the batches before"
+        )
     return fresh, float(loss)
 
 

@@ -24,15 +24,35 @@ from ._threads import threads_for
 ITERATIONS, PARTIAL_ITERATIONS = 20, 5
 
 
-def sampled(estimator: Any, rows: Rows, weight: Tensor | None, frame: Frame, seed: int) -> Points:
-    """The rows to search on, in the frame."""
+def sampled(
+    estimator: Any, rows: Rows, weight: Tensor | None, frame: Frame, seed: int
+) -> tuple[Points, bool]:
+    """(the rows to search on, in the frame; whether those are all that count)."""
+    index = _counting(rows, weight)
+    total = len(rows) if index is None else len(index)
+    if total == 0:
+        raise ValueError("X: expected a row with a weight and an observed entry, got none")
     some = max(estimator.search_rows, SAMPLE_ROWS_PER_MEMORY * estimator.n_clusters)
-    if len(rows) <= some:
-        return points_of(frame.all_states(rows), weight, estimator.precision)
-    random = np.random.default_rng([seed, 3])
-    index = torch.from_numpy(np.sort(random.choice(len(rows), some, replace=False)))
+    if total > some:
+        random = np.random.default_rng([seed, 3])
+        chosen = torch.from_numpy(np.sort(random.choice(total, some, replace=False)))
+        index = chosen if index is None else index[chosen]
+    if index is None:
+        return points_of(frame.all_states(rows), weight, estimator.precision), True
     own = None if weight is None else weight[index.to(weight.device)]
-    return points_of(frame.states(rows.take(index), rows.dtype), own, estimator.precision)
+    z = frame.states(rows.take(index), rows.dtype)
+    return points_of(z, own, estimator.precision), total <= some
+
+
+def _counting(rows: Rows, weight: Tensor | None) -> Tensor | None:
+    """Index of the rows that have a weight and something observed; None for all of them."""
+    counts = torch.ones(len(rows), dtype=torch.bool)
+    if weight is not None:
+        counts &= (weight > 0).cpu()
+    if rows.missing:
+        for part, x in pieces(rows):
+            counts[part] &= (~x.isnan()).any(1).cpu()
+    return None if bool(counts.all()) else counts.nonzero()[:, 0]
 
 
 def through_all(

@@ -169,7 +169,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
 
     _framed = True
     loss_curve_: np.ndarray[Any, Any]
-    _arrays = ("cluster_centers_", "labels_", "loss_curve_", "_candidates")
+    _arrays = ("cluster_centers_", "labels_", "loss_curve_", "_candidates", "_held")
     _learned = (
         "n_features_in_",
         "inertia_",
@@ -288,13 +288,13 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
             raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
         weight = read_weight(sample_weight, rows)
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        frame = Frame.of(rows, weight)
-        points = sampled(self, rows, weight, frame, seed)
+        frame = Frame.of(rows, weight, getattr(self, "feature_names_in_", None))
+        points, whole = sampled(self, rows, weight, frame, seed)
         listeners = _callbacks.each(self.callbacks)
         _callbacks.call(listeners, "on_fit_begin", self)
         with Progress(self, listeners) as progress:
             found = search(self, points, frame, X, seed, progress)
-        if len(points) < len(rows):
+        if not whole:
             found = through_all(self, found, rows, weight, frame)
         self._store(rows, weight, frame, points, found)
         _callbacks.call(listeners, "on_fit_end", self)
@@ -351,6 +351,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self._candidates = np.zeros((0, len(COLUMNS)))
         self.n_iter_ = len(self.loss_curve_)
         self._store_labels(rows, weight)
+        self._held = self._stream.won.cpu().numpy()
         self.n_clusters_used_ = self._stream.used(self)
         return self
 
@@ -382,8 +383,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self._store_labels(rows, weight)
         if self.n_clusters_used_ < self.n_clusters:
             warnings.warn(
-                f"{self.n_clusters_used_} of n_clusters={self.n_clusters} clusters are used:"
-                " X has too few distinct rows, or n_clusters is too large for it.",
+                f"{self.n_clusters_used_} of n_clusters={self.n_clusters} clusters are used: X has"
+                " too few distinct rows, or no partition that was tried uses more.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -411,5 +412,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self._n_features_out = self.n_clusters
         labels, sqdist = self._nearest(rows)
         self.labels_ = rows.give_labels(labels)
+        share = np.ones(len(rows)) if weight is None else weight.cpu().numpy()
+        won = np.bincount(labels.cpu().numpy(), share, minlength=self.n_clusters)
+        self._held = np.repeat(won[:, None], rows.features, axis=1)
         self.inertia_ = rescaled(total(sqdist, weight), 2 * self._frame.unit)
         self.n_clusters_used_ = len(labels.unique())

@@ -204,6 +204,25 @@ def test_few_features(features):
     assert adjusted_rand_score(truth[seen], labels[seen]) == 1.0
 
 
+def test_tight_groups_far_apart_in_float32():
+    rng = np.random.RandomState(0)
+    x = np.concatenate([rng.randn(50, 4) * 0.01 + c for c in (0, 0.2, 1000)])
+    x[rng.rand(*x.shape) < 0.2] = np.nan
+    single, double = (ClAM(3, random_state=0).fit(x.astype(t)) for t in (np.float32, np.float64))
+    assert single.inertia_ == pytest.approx(double.inertia_, rel=0.1)
+    np.testing.assert_array_equal(single.transform(x.astype("f4")).argmin(1), single.labels_)
+
+
+def test_settings_of_complete_are_checked(wine, model):
+    for wrong, text in (
+        ({"beta": -1}, "beta: expected a number > 0, got -1"),
+        ({"beta": "x"}, "beta: expected a number > 0, got 'x'"),
+        ({"step": 5.0}, r"step: expected a number in \(0, 2\], got 5.0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            model.complete(wine, **wrong)
+
+
 def test_the_papers_recipe_takes_missing_entries():
     x = _scaled(load_iris)
     gaps, gone = _hidden(x, 0.1)

@@ -166,6 +166,55 @@ def test_rows_without_weight_do_not_count(iris):
             ClAM(3, **QUICK).fit(np.concatenate([iris, junk]), sample_weight=wrong)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"select": "loss"}, {"recipe": "paper", "max_iter": 10}], ids=str
+)
+def test_a_row_that_does_not_count_changes_nothing(iris, settings):
+    x = iris.astype(np.float64)
+    plain = ClAM(3, n_init=4, random_state=0, **settings).fit(x)
+    more = ClAM(3, n_init=4, random_state=0, **settings).fit(np.vstack([x, [[np.nan] * 4]]))
+    np.testing.assert_array_equal(more.labels_[:-1], plain.labels_)
+    assert more.inertia_ == pytest.approx(plain.inertia_)
+    light = ClAM(3, n_init=4, random_state=0, **settings)
+    light.fit(np.vstack([x, x[:1]]), sample_weight=np.r_[np.ones(150), 0])
+    np.testing.assert_array_equal(light.labels_[:-1], plain.labels_)
+
+
+@pytest.mark.parametrize("unit", [0.5, 0.01, 1 / 150, 1e-300])
+def test_weights_below_one_are_numbers_of_rows_all_the_same(iris, unit):
+    plain = ClAM(3, **QUICK).fit(iris)
+    light = ClAM(3, **QUICK).fit(iris, sample_weight=np.full(150, unit))
+    np.testing.assert_array_equal(light.labels_, plain.labels_)
+    assert light.candidates_["counts"].sum() == plain.candidates_["counts"].sum()
+    assert light.inertia_ == pytest.approx(unit * plain.inertia_, rel=1e-5)
+    large = ClAM(3, **QUICK).fit(iris, sample_weight=np.full(150, 1e300))
+    assert large.candidates_["silhouette"].max() > 0.4
+
+
+def test_few_rows_with_a_weight_among_many():
+    x = np.random.default_rng(0).normal(size=(30_000, 3))
+    weight = np.zeros(len(x))
+    weight[:40] = 1
+    model = ClAM(5, search_rows=1000, **QUICK).fit(x, sample_weight=weight)
+    alone = ClAM(5, **QUICK).fit(x[:40])
+    assert model.n_clusters_used_ == 5
+    assert model.inertia_ == pytest.approx(alone.inertia_, rel=0.2)
+    with pytest.raises(ValueError, match="expected a"):
+        ClAM(2).fit(np.where(weight[:, None] > 0, np.nan, x), sample_weight=weight)
+
+
+def test_the_guard_and_the_labels_hold_beside_a_far_row(iris):
+    for dtype, far in ((np.float64, 1e6), (np.float64, 1e8), (np.float32, 1e4)):
+        x = np.vstack([iris, np.full((1, 4), far)]).astype(dtype)
+        model = ClAM(4, random_state=0, n_init=8, max_iter=10).fit(x)
+        table = model.candidates_
+        full = table["clusters_used"] == 4
+        least = table["inertia"][full].min()
+        assert table["inertia"][table["chosen"]][0] <= 1.05 * least * (1 + 1e-6)
+        np.testing.assert_array_equal(model.transform(x).argmin(1), model.labels_)
+        np.testing.assert_allclose(model.predict_proba(x).sum(1), 1, atol=1e-5)
+
+
 # ---- invariances (am.md section 11, case 15) -----------------------------------------------------
 
 
@@ -249,6 +298,12 @@ def test_callbacks(iris):
     assert stopped.n_iter_ == 1
     assert stopped.n_clusters_used_ == 3
 
+    seen: list[object] = []
+    ClAM(3, am_share=0.0, callbacks=lambda e, info: seen.append(info) or True, **QUICK).fit(iris)
+    assert len(seen) == 1
+    with pytest.raises(TypeError, match="got an iterator"):
+        ClAM(3, callbacks=iter([print])).fit(iris)
+
     def fails(estimator, info):
         raise KeyError("mine")
 
@@ -289,9 +344,15 @@ def test_partial_fit_goes_on_from_a_fit_and_from_a_file(iris, tmp_path):
     inertia = model.score(x)
     model.save(tmp_path / "m")
     for one in (model, ClAM.load(tmp_path / "m")):
-        _stream(one, x[500:], 100)
+        _stream(one, x[500:1500], 100)
         assert one.score(x) > 1.01 * inertia
         assert one.n_clusters_used_ == 4
+    # a file keeps how much the memories weigh: one strange batch does not carry them off
+    model.save(tmp_path / "n")
+    for one in (model, ClAM.load(tmp_path / "n")):
+        before = one.score(x)
+        one.partial_fit(x[:100] + 3)
+        assert one.score(x) > 1.1 * before
     with pytest.raises(ValueError, match="features"):
         model.partial_fit(iris)
     model.n_clusters = 5
@@ -332,6 +393,9 @@ def test_partial_fit_refuses_and_keeps_its_state(iris):
     before = dict(model.__dict__)
     with pytest.raises(ValueError, match="infinity"):
         model.partial_fit(np.full((3, 4), np.inf))
+    assert model.__dict__ == before
+    with pytest.raises(FloatingPointError, match="another magnitude"):
+        model.partial_fit(iris * np.float32(1e37))
     assert model.__dict__ == before
     model.partial_fit(iris[:1])  # fewer rows than clusters are fine later
     fresh = ClAM(3, recipe="paper", n_init=2, random_state=0)
