@@ -22,7 +22,7 @@ from .kmeans import problems
 # What became of a problem; NOT_CONVERGED is for callers that go on to a tolerance.
 FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 # Entries of a tile of rows, and least rows of one.
-TILE_ENTRIES, MIN_ROWS = 1 << 18, 16
+TILE_ENTRIES, MIN_ROWS = 1 << 17, 16
 # A column's mass below this has lost digits: its logarithm is taken anew.
 LEAST = 2.0**-100
 # A potential above this has lost more than 2^-19 in float32.
@@ -225,21 +225,23 @@ class Problem:
             x.masked_fill_(self.dead_row[part, None], 0.0).masked_fill_(self.dead_col, 0.0)
         return x
 
-    def rows(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """(f, mass of every column) after the rows' step at g, in one pass."""
+    def rows(self, g: Tensor, potential: bool = True) -> tuple[Tensor, Tensor]:
+        """(f, mass of every column) after the rows' step at g, in one pass; two reductions less
+        without f, which is then empty.
+        """
         f, mass = torch.empty_like(self.log_a), torch.zeros_like(self.log_b)
         shift = parts(g, self.dtype)
         for part in self.tiles():
             x = add(self.tile(part), shift)
-            top = x.amax(1)
+            top = x.amax(1) if potential else None
             p = softmax_(x)
-            # the largest weight is exp(top - lse)
-            f[part] = self.log_a[part] - top.double() + p.amax(1).double().log()
+            if top is not None:  # the largest weight is exp(top - lse)
+                f[part] = self.log_a[part] - top.double() + p.amax(1).double().log()
             mass += self.a[part] @ p
         lost = not bool(mass.isfinite().all())
         if lost or bool(((mass == 0) & ~self.dead_col).any()):
             self.status = self.diagnosis() or (NOT_FINITE if lost else FINE)
-        return torch.where(self.dead_row, -torch.inf, f), mass
+        return torch.where(self.dead_row, -torch.inf, f) if potential else f[:0], mass
 
     def columns(self, f: Tensor) -> Tensor:
         """Logarithm of sum_i exp(logits + f) of every column, by a running maximum."""
@@ -264,6 +266,7 @@ class Problem:
         """The columns' step after the rows' at g, from its masses alone."""
         moved = g + self.log_b - mass.log()
         if bool(((mass < LEAST) & ~self.dead_col).any()):
+            f = f if len(f) == self.n else self.rows(g)[0]
             return torch.where(mass < LEAST, self.step_columns(f), self._put(moved))
         return self._put(moved)
 
@@ -271,19 +274,22 @@ class Problem:
         return torch.where(self.dead_col, -torch.inf, g)
 
     def solve(
-        self, n_iter: int, init: Tensor | None, prototype_first: bool
+        self, n_iter: int, init: Tensor | None, prototype_first: bool, history: bool = False
     ) -> tuple[list[HalfStep], Tensor]:
-        """(every half-step, err); stops where the problem fails."""
+        """(every half-step, err); stops where the problem fails. Without a history the rows'
+        potential is that of their last step alone.
+        """
         self.judge(init)
         g = torch.zeros_like(self.log_b) if init is None else init.double()
         g, f = self._put(g), torch.where(self.dead_row, -torch.inf, 0.0).double()
         done: list[HalfStep] = []
         mass: Tensor | None = None
-        for side in half_steps(n_iter, prototype_first, init is not None):
+        steps = half_steps(n_iter, prototype_first, init is not None)
+        for at, side in enumerate(steps):
             if self.status != FINE:
                 break
             if side == "row":
-                f, mass = self.rows(g)
+                f, mass = self.rows(g, history or "row" not in steps[at + 1 :])
                 done.append(HalfStep(side, g, f))
                 continue
             g_new = self.step_columns(f) if mass is None else self.next_columns(g, f, mass)
@@ -406,7 +412,8 @@ class _Case:
         for at, problem, init in self.problems(form):
             done, error = problem.solve(n_iter, init, prototype_first)
             start = torch.zeros_like(problem.log_b) if init is None else init.double()
-            f[at] = next((s.found for s in reversed(done) if s.side == "row"), problem.log_a)
+            last = next((s.found for s in reversed(done) if s.side == "row"), problem.log_a)
+            f[at] = last if len(last) == n else problem.log_a  # NaN in the end if it failed before
             g[at] = next(
                 (s.found for s in reversed(done) if s.side == "column"), problem._put(start)
             )
@@ -433,7 +440,7 @@ class _Case:
             for i, ((operand, core), need) in enumerate(zip(self.operands, needs, strict=True))
         ]
         for at, problem, init in self.problems(form):
-            done, _ = problem.solve(steps[0], init, steps[1])
+            done, _ = problem.solve(steps[0], init, steps[1], history=True)
             back = _Backward(problem, done, grads[0][at], grads[1][at])
             if problem.status != FINE:
                 back.stop()

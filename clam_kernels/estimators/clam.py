@@ -82,7 +82,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         See `select`: it keeps a choice by silhouette from small clusters of outliers. None turns it
         off. The paper's recipe has none.
     min_cluster_size : int or float > 0, default 1
-        Rows (weight) that a cluster must have to count as used.
+        Rows (weight; in units of the least one if that is below 1) that a cluster must have to
+        count as used.
     precision : "highest", "high", "medium" or None, default None
         Of the matrix products; None follows torch.
     search_rows : int >= 1, default 20000
@@ -104,7 +105,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     Attributes
     ----------
     cluster_centers_ : array [K, D]
-        The memories.
+        The memories: the means of their rows, or, where those would score worse, memories that
+        stand beyond their rows (docs/clam.md).
     labels_ : array [N]
         Label of each training row.
     inertia_ : float
