@@ -100,3 +100,10 @@ def test_memory_is_bounded():
     x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     labels = (x[:, 0] > 0).long()
     assert testing.peak_bytes(lambda: metrics.silhouette(x, labels)) < 150e6
+
+
+@pytest.mark.slow
+def test_memory_of_a_hundred_thousand_rows():
+    x = torch.randn(100_000, 16, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0)
+    assert testing.peak_bytes(lambda: metrics.silhouette(x, labels)) < 500e6
