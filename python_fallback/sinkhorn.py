@@ -451,7 +451,9 @@ class _Case:
             for view, found in zip(views[count:], vectors, strict=True):
                 if view is not None:
                     view += found
-        return tuple(grads[0].new_empty(0) if t is None else t.result() for t in totals)
+        first = self.operands[0][0]
+        assert first is not None
+        return tuple(first.new_empty(0) if t is None else t.result() for t in totals)
 
 
 # ---- gradients -----------------------------------------------------------------------------------

@@ -201,7 +201,9 @@ def test_every_op_is_watched_by_the_sanitizer(part, tmp_path):
     whole = part("setting").Setting(tmp_path, 1, 60.0)
     for setting in (whole, part("setting").Setting(tmp_path, 1, 60.0, dry_run=True)):
         ops = part("sanitizer").parts(setting).values()
-        assert sorted(itertools.chain(*ops)) == sorted(spec.name for spec in testing.all_ops())
+        assert sorted(itertools.chain(*ops)) == sorted(
+            spec.name for spec in testing.all_ops() if spec.kernels
+        )
 
 
 def test_bits_of_one_entry_whatever_its_stride(part):

@@ -309,7 +309,7 @@ class _Installation:
             return tuple(
                 torch.empty_like(given[slot], memory_format=torch.contiguous_format)
                 if need
-                else a[0].new_empty(0)
+                else a[count].new_empty(0)
                 for slot, need in zip(self.slots, needs, strict=True)
             )
 
