@@ -23,10 +23,7 @@ TILE_ENTRIES = 1 << 22
 
 
 def points_of(z: Tensor, weight: Tensor | None, precision: str | None) -> Points:
-    """The rows that count, as points: those with a weight and something observed.
-
-    A weight is a number of rows; where the least is below 1 it is the unit.
-    """
+    """The rows that count, as points: those with a weight and something observed."""
     seen = ~z.isnan()
     counts = seen.any(1)
     if weight is not None:
@@ -34,8 +31,6 @@ def points_of(z: Tensor, weight: Tensor | None, precision: str | None) -> Points
     if not bool(counts.all()):
         z, seen = z[counts], seen[counts]
         weight = None if weight is None else weight[counts]
-    if weight is not None and len(weight):
-        weight = weight / weight.min().clamp(max=1.0)
     if bool(seen.all()):
         return Points(z, weight, precision)
     return PartialPoints(z.masked_fill(~seen, 0.0), seen, weight, precision)

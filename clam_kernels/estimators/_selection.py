@@ -46,7 +46,7 @@ class Silhouettes:
         # a sample is drawn by weight
         share = part.share if index is None else torch.ones_like(part.share)
         top = float(share.max())
-        self.unit = 1.0 / top  # one row
+        self.unit = min(1.0, float(share.min())) / top  # one row
         self.share, self.weights = share, (share / top).float()
         self.far = part.between().float()
 

@@ -27,8 +27,13 @@ ITERATIONS, PARTIAL_ITERATIONS = 20, 5
 def sampled(
     estimator: Any, rows: Rows, weight: Tensor | None, frame: Frame, seed: int
 ) -> tuple[Points, bool]:
-    """(the rows to search on, in the frame; whether those are all that count)."""
+    """(the rows to search on, in the frame; whether those are all that count).
+
+    A weight is a number of rows; where the least is below 1 it is the unit.
+    """
     index = _counting(rows, weight)
+    if weight is not None:  # one unit for all rows, whatever is drawn of them
+        weight = weight / weight[weight > 0].min().clamp(max=1.0)
     total = len(rows) if index is None else len(index)
     if total == 0:
         raise ValueError("X: expected a row with a weight and an observed entry, got none")

@@ -384,6 +384,27 @@ def test_partial_fit_with_missing_entries_and_weights():
     assert np.isfinite(model.complete(x)).all()
 
 
+def test_weights_of_batches_have_one_unit():
+    """A batch that weighs a thousandth moves the means by as much, whatever its least weight."""
+    x = _blobs(1000)
+    model = _stream(ClAM(4, random_state=0), x, 100)
+    before = model.cluster_centers_.copy()
+    model.partial_fit(x[:100] + 3, sample_weight=np.full(100, 1e-3))
+    assert np.abs(model.cluster_centers_ - before).max() < 1e-3
+
+
+def test_blocks_of_a_large_table_have_one_unit(monkeypatch):
+    from clam_kernels.estimators import _frame
+
+    x = _blobs(3000)
+    x[::7, 0] = np.nan
+    weight = np.where(np.arange(3000) < 1500, 1e-3, 1.0)
+    whole = ClAM(4, search_rows=500, **QUICK).fit(x, sample_weight=weight)
+    monkeypatch.setattr(_frame, "CHUNK_ENTRIES", 3 * 300)
+    parts = ClAM(4, search_rows=500, **QUICK).fit(x, sample_weight=weight)
+    np.testing.assert_allclose(parts.cluster_centers_, whole.cluster_centers_, atol=1e-9)
+
+
 def test_partial_fit_refuses_and_keeps_its_state(iris):
     model = ClAM(3, random_state=0)
     with pytest.raises(ValueError, match="n_samples=2 should be >= n_clusters=3"):
