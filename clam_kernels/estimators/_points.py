@@ -109,6 +109,16 @@ class Points:
         exact = "donot_use_mm_for_euclid_dist"
         return torch.cdist(self.z, memories, compute_mode=exact).square_()
 
+    def far_row(self, memories: Tensor, labels: Tensor, lot: float) -> Tensor | None:
+        """A place for a memory: the row that a lot in [0, 1) draws by weight and squared distance;
+        None where every row lies on its memory.
+        """
+        mass = (self.distances_to(memories, labels).double() * self.share).cumsum(0)
+        if float(mass[-1]) <= 0:
+            return None
+        index = torch.searchsorted(mass, lot * float(mass[-1])).clamp(max=len(mass) - 1)
+        return self.completed(int(index), memories)
+
     def completed(self, index: int, memories: Tensor) -> Tensor:
         """A row as a place for a memory."""
         return self.z[index]

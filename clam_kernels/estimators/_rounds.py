@@ -147,9 +147,7 @@ class Rounds:
 
     def _jump(self, copy: Tensor, parent: Tensor, labels: Tensor) -> None:
         """Move one memory to a point drawn by its squared distance, in place."""
-        mass = (self.points.distances_to(parent, labels).double() * self.points.share).cumsum(0)
         k, lot = self.random.integers(len(copy)), self.random.random()
-        if float(mass[-1]) <= 0:
-            return
-        index = int(torch.searchsorted(mass, lot * float(mass[-1])).clamp(max=len(mass) - 1))
-        copy[k] = self.points.completed(index, parent)
+        row = self.points.far_row(parent, labels, lot)
+        if row is not None:
+            copy[k] = row

@@ -77,11 +77,8 @@ def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
     """Memories from the first batch: the best of several starts after Lloyd's iterations."""
     frame = Frame.of(rows, weight, getattr(estimator, "feature_names_in_", None))
     points = points_of(frame.all_states(rows), weight, estimator.precision)
-    init, count, seed = (
-        RECIPES[estimator.recipe].init,
-        resolved(estimator, "n_init"),
-        _seed(estimator),
-    )
+    init, count = RECIPES[estimator.recipe].init, resolved(estimator, "n_init")
+    seed = _seed(estimator)
     found, labels = points.lloyd(
         starts(estimator, init, points, frame, X, seed, count), START_ITERATIONS
     )
@@ -238,13 +235,11 @@ def _revived(stream: Stream, points: Points) -> tuple[Stream, Tensor]:
     )  # fmt: skip
     random = np.random.default_rng([stream.seed, stream.steps])
     for line, k in dead:
-        before = stream.memories[line]
-        far = points.distances_to(before, labels[line]).double() * points.share
-        mass = far.cumsum(0)
-        lot = random.random() * float(mass[-1])
-        row = int(torch.searchsorted(mass, lot).clamp(max=len(mass) - 1))
-        fresh.memories[line, k] = points.completed(row, before)
+        row = points.far_row(stream.memories[line], labels[line], random.random())
         idle[line, k] = 0
+        if row is None:
+            continue
+        fresh.memories[line, k] = row
         if line == MEANS:
             fresh.won[k] = 0.0
         else:

@@ -48,9 +48,9 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         What the arguments below that are None stand for. "default" searches without labels: k-means
         starts, rounds of training and of Lloyd's iterations, choice by silhouette among partitions
         that use all clusters and are nearly as compact as the most compact one. "paper" is the
-        published procedure
-        (normal random start, 10 steps of .1, batches of 8, its learning-rate schedule, labels by
-        the recursion), with its numbers in absolute units: standardise the features.
+        published procedure (normal random start, 10 steps of .1, batches of 8, its learning-rate
+        schedule, labels by the recursion), with its numbers in absolute units: standardise the
+        features.
     init : "k-means++", "random", "normal", array [K, D] or callable, default by recipe
         Start: k-means++ seeding, random rows, the paper's normal(.1, .1) around the mean, given
         memories, or `init(X, n_clusters, random_state)`.
