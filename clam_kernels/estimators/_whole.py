@@ -38,6 +38,7 @@ def sampled(
     if total == 0:
         raise ValueError("X: expected a row with a weight and an observed entry, got none")
     some = max(estimator.search_rows, SAMPLE_ROWS_PER_MEMORY * estimator.n_clusters)
+    some = total if estimator.recipe == "paper" else some  # published without a sample
     if total > some:
         random = np.random.default_rng([seed, 3])
         chosen = torch.from_numpy(np.sort(random.choice(total, some, replace=False)))

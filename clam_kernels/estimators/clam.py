@@ -87,8 +87,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     precision : "highest", "high", "medium" or None, default None
         Of the matrix products; None follows torch.
     search_rows : int >= 1, default 20000
-        Of more rows than this, and than 100 K, a sample of so many is searched; the winner then
-        goes through all rows with Lloyd's iterations.
+        Of more rows than this, and than 100 K, the default recipe searches a sample of so many; the
+        winner then goes through all rows with Lloyd's iterations.
     device : str, default "auto"
         "auto" is the tensor's device, for arrays a GPU if there is one. A device that is not there
         raises, it never falls back.

@@ -260,6 +260,13 @@ def test_more_rows_than_are_searched():
     assert adjusted_rand_score(holes.labels_, whole.labels_) > 0.9
 
 
+def test_the_papers_recipe_takes_no_sample():
+    x = _blobs(600)
+    settings = {"recipe": "paper", "n_init": 2, "max_iter": 3, "random_state": 0}
+    few, whole = (ClAM(4, search_rows=n, **settings).fit(x) for n in (1, 1000))
+    np.testing.assert_array_equal(few.cluster_centers_, whole.cluster_centers_)
+
+
 def test_a_memory_map_is_not_read_whole(tmp_path: Path):
     x = _blobs(3000).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
