@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import python_fallback.sinkhorn as fallback
+from python_fallback import _scaling as scaling
 from clam_kernels.ops.sinkhorn import sinkhorn, sinkhorn_features
 
 L6 = torch.tensor(
@@ -158,7 +159,7 @@ def test_batches_forms_and_starts_agree():
 def test_any_tile_gives_the_same(monkeypatch):
     logits = _draw(0, 500, 9, size=4)
     whole = sinkhorn(logits, 6)
-    monkeypatch.setattr(fallback, "TILE_ENTRIES", 150)
+    monkeypatch.setattr(scaling, "TILE_ENTRIES", 150)
     for a, b in zip(sinkhorn(logits, 6), whole, strict=True):
         _close(a, b, 1e-12)
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinkhorn scaling: sinkhorn, sinkhorn_features. Equations: docs/ops/sinkhorn.md."""
+"""Sinkhorn scaling: sinkhorn and sinkhorn_pass, and both of features. Equations:
+docs/ops/sinkhorn.md.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,16 @@ def _check_vectors(
         checks.shape(name, value, f"[..., {size}]", ok, match)
 
 
-def _check_rest(n_iter: Any, precision: str | None) -> None:
-    checks.at_least("n_iter", n_iter, 0)
+def _check_scores(logits: Tensor, vectors: dict[str, Tensor | None], precision: str | None) -> None:
+    checks.floating("logits", logits)
+    checks.device("logits", logits)
+    checks.shape("logits", logits, "[..., N, K]", logits.ndim >= 2)
+    checks.non_empty("logits", logits, -1, "K")
+    match = f"logits {checks.spell(*logits.shape)}"
+    n, k = logits.shape[-2:]
+    sized = [(name, v, n if name == "log_row" else k, match) for name, v in vectors.items()]
+    _check_vectors("logits", logits, sized)
+    _batch(logits, **vectors)
     checks.one_of("precision", precision, PRECISIONS)
 
 
@@ -48,35 +58,20 @@ def _check_sinkhorn(
     prototype_first: bool,
     precision: str | None,
 ) -> None:
-    checks.floating("logits", logits)
-    checks.device("logits", logits)
-    checks.shape("logits", logits, "[..., N, K]", logits.ndim >= 2)
-    checks.non_empty("logits", logits, -1, "K")
-    match = f"logits {checks.spell(*logits.shape)}"
-    n, k = logits.shape[-2:]
-    vectors = [("log_row", log_row, n, match), ("log_col", log_col, k, match)]
-    _check_vectors("logits", logits, [*vectors, ("init", init, k, match)])
-    _batch(logits, log_row, log_col, init)
-    _check_rest(n_iter, precision)
+    _check_scores(logits, {"log_row": log_row, "log_col": log_col, "init": init}, precision)
+    checks.at_least("n_iter", n_iter, 0)
 
 
-def _batch(
-    logits: Tensor, log_row: Tensor | None, log_col: Tensor | None, init: Tensor | None
-) -> list[Any]:
-    vectors = [("log_row", log_row, 1), ("log_col", log_col, 1), ("init", init, 1)]
-    return checks.broadcast([("logits", logits, 2), *vectors])
+def _check_pass(logits: Tensor, g: Tensor, log_row: Tensor | None, precision: str | None) -> None:
+    _check_scores(logits, {"g": g, "log_row": log_row}, precision)
 
 
-def _check_features(
-    z: Tensor,
-    prototypes: Tensor,
-    n_iter: Any,
-    bias: Tensor | None,
-    log_row: Tensor | None,
-    log_col: Tensor | None,
-    init: Tensor | None,
-    prototype_first: bool,
-    precision: str | None,
+def _batch(logits: Tensor, **vectors: Tensor | None) -> list[Any]:
+    return checks.broadcast([("logits", logits, 2), *((n, v, 1) for n, v in vectors.items())])
+
+
+def _check_both(
+    z: Tensor, prototypes: Tensor, vectors: dict[str, Tensor | None], precision: str | None
 ) -> None:
     for name, x in (("z", z), ("prototypes", prototypes)):
         checks.floating(name, x)
@@ -93,16 +88,44 @@ def _check_features(
     checks.shape("prototypes", prototypes, f"[..., K, {z.shape[-1]}]", same, rows)
     checks.non_empty("prototypes", prototypes, -2, "K")
     n, k = z.shape[-2], prototypes.shape[-2]
-    vectors = [("bias", bias, k, columns), ("log_row", log_row, n, rows)]
-    vectors += [("log_col", log_col, k, columns), ("init", init, k, columns)]
-    _check_vectors("z", z, vectors)
-    _batch_features(z, prototypes, bias, log_row, log_col, init)
-    _check_rest(n_iter, precision)
+    sized = [
+        (name, v, n, rows) if name == "log_row" else (name, v, k, columns)
+        for name, v in vectors.items()
+    ]
+    _check_vectors("z", z, sized)
+    _batch_features(z, prototypes, **vectors)
+    checks.one_of("precision", precision, PRECISIONS)
 
 
-def _batch_features(z: Tensor, prototypes: Tensor, *vectors: Tensor | None) -> list[Any]:
-    names = ("bias", "log_row", "log_col", "init")
-    given = [(name, v, 1) for name, v in zip(names, vectors, strict=True)]
+def _check_features(
+    z: Tensor,
+    prototypes: Tensor,
+    n_iter: Any,
+    bias: Tensor | None,
+    log_row: Tensor | None,
+    log_col: Tensor | None,
+    init: Tensor | None,
+    prototype_first: bool,
+    precision: str | None,
+) -> None:
+    vectors = {"bias": bias, "log_row": log_row, "log_col": log_col, "init": init}
+    _check_both(z, prototypes, vectors, precision)
+    checks.at_least("n_iter", n_iter, 0)
+
+
+def _check_features_pass(
+    z: Tensor,
+    prototypes: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    log_row: Tensor | None,
+    precision: str | None,
+) -> None:
+    _check_both(z, prototypes, {"g": g, "bias": bias, "log_row": log_row}, precision)
+
+
+def _batch_features(z: Tensor, prototypes: Tensor, **vectors: Tensor | None) -> list[Any]:
+    given = [(name, v, 1) for name, v in vectors.items()]
     return checks.broadcast([("z", z, 2), ("prototypes", prototypes, 2), *given])
 
 
@@ -120,7 +143,9 @@ def _fake_sinkhorn(
     init: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    return _results(logits, _batch(logits, log_row, log_col, init), *logits.shape[-2:])
+    return _results(
+        logits, _batch(logits, log_row=log_row, log_col=log_col, init=init), *logits.shape[-2:]
+    )
 
 
 def _fake_features(
@@ -133,8 +158,31 @@ def _fake_features(
     init: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    batch = _batch_features(z, prototypes, bias, log_row, log_col, init)
+    batch = _batch_features(z, prototypes, bias=bias, log_row=log_row, log_col=log_col, init=init)
     return _results(z, batch, z.shape[-2], prototypes.shape[-2])
+
+
+def _pass_results(like: Tensor, batch: list[Any], n: Any, k: Any) -> tuple[Tensor, ...]:
+    f, log_mass, _, status = _results(like, batch, n, k)
+    return f, log_mass, status
+
+
+def _fake_pass(
+    logits: Tensor, g: Tensor, log_row: Tensor | None, precision: str | None
+) -> tuple[Tensor, ...]:
+    return _pass_results(logits, _batch(logits, g=g, log_row=log_row), *logits.shape[-2:])
+
+
+def _fake_features_pass(
+    z: Tensor,
+    prototypes: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    log_row: Tensor | None,
+    precision: str | None,
+) -> tuple[Tensor, ...]:
+    batch = _batch_features(z, prototypes, g=g, bias=bias, log_row=log_row)
+    return _pass_results(z, batch, z.shape[-2], prototypes.shape[-2])
 
 
 # ---- the documented functions ------------------------------------------------------------------
@@ -290,6 +338,122 @@ def sinkhorn_features(
     return f, g, err, status
 
 
+def sinkhorn_pass(
+    logits: Tensor, g: Tensor, *, log_row: Tensor | None = None, precision: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of the rows and the masses of the columns after it: all that an iteration, plain,
+    accelerated or over several machines, needs of the N x K entries.
+
+        f_i = log_row_i - logsumexp_j(logits_ij + g_j)               (eq. 2 of docs/ops/sinkhorn.md)
+        log_mass_j = g_j + logsumexp_i(logits_ij + f_i)                                      (eq. 5)
+
+    Parameters
+    ----------
+    logits : Tensor [..., N, K], float16, bfloat16, float32 or float64
+        Scores over epsilon. Leading dims of all arguments broadcast.
+    g : Tensor [..., K], any float dtype
+        Potentials of the prototypes; -inf: the column takes no part, whatever it holds.
+    log_row : Tensor [..., N], any float dtype, optional
+        Logarithm of each row's mass; -inf: the row takes no part. 1/N each unless given.
+    precision : "highest", "high" or "medium", optional
+        There is no matrix product: the same in all.
+
+    Returns
+    -------
+    f : Tensor [..., N], float32 (float64 for float64)
+        -inf where the row takes no part.
+    log_mass : Tensor [..., K], float32 (float64 for float64)
+        Logarithm of each column's sum of exp(logits + f + g); -inf where there is none. Sinkhorn's
+        step of the prototypes is g + log_col - log_mass.
+    status : Tensor [...], int64
+        0 fine, 2 a NaN or +inf among what takes part, 3 a row with mass and no pair, 4 no row; f
+        and log_mass of 2 and 3 are NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `sinkhorn`.
+
+    Notes
+    -----
+    One read and one exponential an entry. Differentiable by hand for logits, g and log_row.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from clam_kernels.ops.sinkhorn import sinkhorn_pass
+    >>> f, log_mass, status = sinkhorn_pass(torch.zeros(2, 2), torch.tensor([0.0, 1.0]))
+    >>> log_mass.exp()
+    tensor([0.2689, 0.7311])
+    """
+    checks.tensor("logits", logits)
+    _check_tensors(precision, g=g, log_row=log_row)
+    f, log_mass, status = torch.ops.clam.sinkhorn_pass(logits, g, log_row, precision)
+    return f, log_mass, status
+
+
+def sinkhorn_features_pass(
+    z: Tensor,
+    prototypes: Tensor,
+    g: Tensor,
+    *,
+    bias: Tensor | None = None,
+    log_row: Tensor | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sinkhorn_pass` of z @ prototypes^T + bias, whose entries are made anew tile by tile.
+
+        logits_ij = z_i . prototypes_j + bias_j                      (eq. 4 of docs/ops/sinkhorn.md)
+
+    Parameters
+    ----------
+    z : Tensor [..., N, D], float16, bfloat16, float32 or float64
+        Features. Leading dims of all arguments broadcast.
+    prototypes : Tensor [..., K, D], dtype and device of z
+        Prototypes over epsilon.
+    g : Tensor [..., K], any float dtype
+        Potentials of the prototypes.
+    bias : Tensor [..., K], any float dtype, optional
+        Added to the logits of each prototype.
+    log_row : Tensor [..., N], any float dtype, optional
+        Logarithm of each row's mass.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products; None follows torch.get_float32_matmul_precision().
+
+    Returns
+    -------
+    f, log_mass, status : Tensors
+        As of `sinkhorn_pass`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `sinkhorn_features`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from clam_kernels.ops.sinkhorn import sinkhorn_features_pass
+    >>> f, log_mass, status = sinkhorn_features_pass(torch.eye(2), torch.eye(2), torch.zeros(2))
+    >>> log_mass.exp()
+    tensor([0.5000, 0.5000])
+    """
+    checks.tensor("z", z)
+    checks.tensor("prototypes", prototypes)
+    checks.tensor("bias", bias, optional=True)
+    _check_tensors(precision, g=g, log_row=log_row)
+    f, log_mass, status = torch.ops.clam.sinkhorn_features_pass(
+        z, prototypes, g, bias, log_row, precision
+    )
+    return f, log_mass, status
+
+
+def _check_tensors(precision: object, g: object, log_row: object) -> None:
+    checks.tensor("g", g)
+    checks.tensor("log_row", log_row, optional=True)
+    checks.text("precision", precision)
+
+
 def _check_types(
     n_iter: object,
     log_row: object,
@@ -317,7 +481,7 @@ _REST = (
     "Tensor? log_row=None, Tensor? log_col=None, Tensor? init=None, bool prototype_first=True,"
     " str? precision=None"
 )
-_VECTORS = {"bias": 1, "log_row": 1, "log_col": 1, "init": 1}
+_VECTORS = {"bias": 1, "log_row": 1, "log_col": 1, "init": 1, "g": 1}
 
 SINKHORN = op(
     name="sinkhorn",
@@ -342,6 +506,34 @@ SINKHORN_FEATURES = op(
     reference=_truth.sinkhorn_features_forward,
     function=sinkhorn_features,
     gradient=Gradient(reference=_truth.sinkhorn_features_backward, output_dims=(1, 1)),
+    same_dtype=("z", "prototypes"),
+    core={"z": 2, "prototypes": 2, **_VECTORS},
+)
+
+SINKHORN_PASS = op(
+    name="sinkhorn_pass",
+    arguments="Tensor logits, Tensor g, Tensor? log_row=None, str? precision=None",
+    returns="(Tensor, Tensor, Tensor)",
+    check=_check_pass,
+    fake=_fake_pass,
+    truth=_truth.sinkhorn_pass,
+    reference=_truth.sinkhorn_pass_forward,
+    function=sinkhorn_pass,
+    gradient=Gradient(reference=_truth.sinkhorn_pass_backward, output_dims=(1, 1)),
+    core={"logits": 2, **_VECTORS},
+)
+
+SINKHORN_FEATURES_PASS = op(
+    name="sinkhorn_features_pass",
+    arguments="Tensor z, Tensor prototypes, Tensor g, Tensor? bias=None, Tensor? log_row=None,"
+    " str? precision=None",
+    returns="(Tensor, Tensor, Tensor)",
+    check=_check_features_pass,
+    fake=_fake_features_pass,
+    truth=_truth.sinkhorn_features_pass,
+    reference=_truth.sinkhorn_features_pass_forward,
+    function=sinkhorn_features_pass,
+    gradient=Gradient(reference=_truth.sinkhorn_features_pass_backward, output_dims=(1, 1)),
     same_dtype=("z", "prototypes"),
     core={"z": 2, "prototypes": 2, **_VECTORS},
 )

@@ -17,11 +17,14 @@ B, N, K, D = 2, 7, 4, 3
 T = 3
 WIDE = (torch.float64, torch.float32)
 SCORES, FEATURES = "sinkhorn", "sinkhorn_features"
+SCORES_PASS, FEATURES_PASS = "sinkhorn_pass", "sinkhorn_features_pass"
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of either op; the features form takes z, prototypes and a bias for the logits."""
+    """A call of an op; the features form takes z, prototypes and a bias for the logits. That of a
+    pass has no number of iterations, and starts at `init`.
+    """
 
     name: str
     logits: Tensor
@@ -37,11 +40,16 @@ class _Call:
         rest = (self.log_row, self.log_col, self.init, self.first)
         if op == SCORES:
             return (self.logits, self.n_iter, *rest)
+        if op == SCORES_PASS:
+            return (self.logits, self.init, self.log_row)
         *batch, n, k = self.logits.shape
         z, c = draw.normal(*batch, n, D), draw.normal(k, D)
         if n and bool(self.logits[..., 0, 0].isnan().any()):
             z[..., 0, 0] = torch.nan
-        return (z, c, self.n_iter, draw.normal(k) if self.bias else None, *rest)
+        bias = draw.normal(k) if self.bias else None
+        if op == FEATURES_PASS:
+            return (z, c, self.init, bias, self.log_row)
+        return (z, c, self.n_iter, bias, *rest)
 
 
 class _Draw:
@@ -97,24 +105,56 @@ def _calls(draw: _Draw) -> list[_Call]:
     ]  # fmt: skip
 
 
+def _passes(draw: _Draw) -> list[_Call]:
+    def call(name: str, *shape: int, g: Tensor | None = None, **rest: Any) -> _Call:
+        start = draw.normal(shape[-1]) if g is None else g
+        return _Call(name, 2 * draw.normal(*shape), init=start, **rest)
+
+    lost = call("lost", N, K, dtypes=WIDE)
+    lost.logits[0, 0] = torch.nan
+    dead_row, dead_g = draw.masses(N), draw.normal(K)
+    dead_row[2], dead_g[1] = -math.inf, -math.inf
+    return [
+        call("plain", N, K),
+        call("one-column", N, 1),
+        call("one-row", 1, K),
+        call("no-rows", 0, K),
+        call("no-batch", 0, N, K),
+        lost,
+        call("sharp-start", N, K, g=30 * draw.normal(K), dtypes=WIDE),
+        call("wide", 67, 33),
+        call("row-masses", N, K, log_row=draw.masses(N)),
+        call("heavy-rows", N, K, log_row=20 * draw.normal(N), dtypes=WIDE),
+        call("zero-masses", N, K, g=dead_g, log_row=dead_row, dtypes=WIDE),
+        call("batch", B, N, K),
+        call("batch-crossed", B, 1, N, K, g=draw.normal(3, K)),
+        call("bias", N, K, bias=True),
+        call("everything", B, 1, N, K, g=draw.normal(3, K), log_row=draw.masses(N), bias=True),
+    ]
+
+
 NAMES = {
+    SCORES_PASS: ("logits", "g", "log_row"),
+    FEATURES_PASS: ("z", "prototypes", "g", "bias", "log_row"),
     SCORES: ("logits", "n_iter", "log_row", "log_col", "init", "prototype_first"),
     FEATURES: (
         "z", "prototypes", "n_iter", "bias", "log_row", "log_col", "init", "prototype_first",
     ),
 }  # fmt: skip
-# Potentials of these are not finite: no finite difference is.
+# Potentials or masses of these are not finite: no finite difference is.
 BORDERS = ("zero-masses", "lost")
+BORDERS_OF_PASSES = (*BORDERS, "no-rows")
 
 
 def samples(op: str, seed: int) -> list[Sample]:
     """Calls of an op of this family."""
     draw = _Draw(seed)
     found = []
-    for call in _calls(draw):
+    borders = BORDERS_OF_PASSES if op in PASSES else BORDERS
+    for call in _passes(draw) if op in PASSES else _calls(draw):
         args = call.arguments(op, draw)
         tensors = tuple(n for n, a in zip(NAMES[op], args, strict=True) if isinstance(a, Tensor))
-        smooth, kinks = ((), tensors) if call.name in BORDERS else (tensors, ())
+        smooth, kinks = ((), tensors) if call.name in borders else (tensors, ())
         found.append(Sample(op, call.name, args, smooth, kinks, call.dtypes))
     return found
 
@@ -131,12 +171,25 @@ def workloads() -> list[Workload]:
         def features(seed: int, n: int = n, k: int = k, d: int = d) -> tuple[Any, ...]:
             return (*_unit_rows(seed, n, k, d), 10)
 
+        def scores_pass(seed: int, n: int = n, k: int = k, d: int = d) -> tuple[Any, ...]:
+            z, c = _unit_rows(seed, n, k, d)
+            return z @ c.T, torch.zeros(k)
+
+        def features_pass(seed: int, n: int = n, k: int = k, d: int = d) -> tuple[Any, ...]:
+            return (*_unit_rows(seed, n, k, d), torch.zeros(k))
+
         size = f"{n // 1000}k"
         found += [
             Workload(f"{SCORES}/{size}-{k}-{k}-T10-fp32", SCORES, scores, 44 * n * k, 40 * n * k),
             Workload(
                 f"{FEATURES}/{size}-{d}-{k}-T10-fp32", FEATURES, features,
                 44 * (n + k) * d, 11 * n * k * (2 * d + 4),
+            ),
+            Workload(f"{SCORES_PASS}/{size}-{k}-{k}-fp32", SCORES_PASS, scores_pass,
+                4 * (n * k + k * k + n), 4 * n * k),
+            Workload(
+                f"{FEATURES_PASS}/{size}-{d}-{k}-fp32", FEATURES_PASS, features_pass,
+                4 * ((n + k) * d + n), n * k * (2 * d + 4),
             ),
         ]  # fmt: skip
     return found
@@ -152,8 +205,8 @@ def _unit_rows(seed: int, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 
 # ---- what the contract asks of this family -------------------------------------------------------
 
-BOTH = (SCORES, FEATURES)
-COUPLED = BOTH
+BOTH, PASSES = (SCORES, FEATURES), (SCORES_PASS, FEATURES_PASS)
+COUPLED = (*BOTH, *PASSES)
 ROW_ARGUMENTS = ("logits", "z", "log_row")
 # potentials are sums of logarithms, the error a difference of masses of total 1
 SCALES = (1.0, 1.0, 1.0, 0.0)
@@ -177,9 +230,10 @@ SELECTIONS = {
 def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
     """Normal logits, or features and prototypes whose products are such."""
     draw = _Draw(seed)
-    if op == SCORES:
-        return Sample(op, "problem", (draw.normal(n, k), 3))
-    return Sample(op, "problem", (draw.normal(n, d), draw.normal(k, d) / math.sqrt(d), 3))
+    more = draw.normal(k) if op in PASSES else 3
+    if op in (SCORES, SCORES_PASS):
+        return Sample(op, "problem", (draw.normal(n, k), more))
+    return Sample(op, "problem", (draw.normal(n, d), draw.normal(k, d) / math.sqrt(d), more))
 
 
 def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
@@ -187,10 +241,13 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
     draw = _Draw(seed)
     z, c = draw.normal(n, d), draw.normal(k, d) / math.sqrt(d)
     names = NAMES[op]
-    if op == SCORES:
-        args: tuple[Any, ...] = (z @ c.T + offset, 3, None, None, None, True)
-    else:
-        args = (z, c, 3, torch.full((k,), offset, dtype=torch.float64), None, None, None, True)
+    shift = torch.full((k,), offset, dtype=torch.float64)
+    args: tuple[Any, ...] = {
+        SCORES: (z @ c.T + offset, 3, None, None, None, True),
+        FEATURES: (z, c, 3, shift, None, None, None, True),
+        SCORES_PASS: (z @ c.T + offset, torch.zeros_like(shift), None),
+        FEATURES_PASS: (z, c, torch.zeros_like(shift), shift, None),
+    }[op]
     smooth = tuple(n for n, a in zip(names, args, strict=True) if isinstance(a, Tensor))
     return Sample(op, "large", args, smooth)
 
@@ -198,7 +255,7 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
 def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     """Potentials and error in float32 unless the rows are float64."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return [wide, wide, wide, torch.int64]
+    return [wide, wide, *(() if op in PASSES else (wide,)), torch.int64]
 
 
 # ---- calls that must be refused ------------------------------------------------------------------
@@ -208,6 +265,7 @@ _PLAIN: dict[str, Callable[[], Any]] = {
     "z": lambda: torch.zeros(5, 3),
     "prototypes": lambda: torch.zeros(4, 3),
     "n_iter": lambda: 3,
+    "g": lambda: torch.zeros(4),
     "bias": lambda: None,
     "log_row": lambda: None,
     "log_col": lambda: None,
@@ -216,7 +274,8 @@ _PLAIN: dict[str, Callable[[], Any]] = {
     "precision": lambda: None,
 }
 _FLOATS = "dtype float16, bfloat16, float32 or float64"
-_S, _F = (SCORES,), (FEATURES,)
+_S, _F = (SCORES, SCORES_PASS), (FEATURES, FEATURES_PASS)
+_STARTED, _WITH_START = (SCORES,), (FEATURES,)
 _ROWS: list[Row] = [
     ("logits int", _S, TypeError, f"logits: expected {_FLOATS}, got int64",
         {"logits": zeros(5, 4, dtype=torch.int64)}),
@@ -231,15 +290,15 @@ _ROWS: list[Row] = [
         {"logits": zeros(5, 4, dtype=torch.bool)}),
     ("logits 0-d", _S, ValueError, "logits: expected shape [..., N, K], got []",
         {"logits": zeros()}),
-    ("start of another K", _S, ValueError,
+    ("start of another K", _STARTED, ValueError,
         "init: expected shape [..., 4] to match logits [5, 4], got [5]", {"init": zeros(5)}),
     ("rows' masses 0-d", _S, ValueError,
         "log_row: expected shape [..., 5] to match logits [5, 4], got []", {"log_row": zeros()}),
-    ("columns' masses", _S, ValueError,
+    ("columns' masses", _STARTED, ValueError,
         "log_col: expected shape [..., 4] to match logits [5, 4], got [5]", {"log_col": zeros(5)}),
-    ("start", _S, ValueError,
+    ("start", _STARTED, ValueError,
         "init: expected shape [..., 4] to match logits [5, 4], got [1]", {"init": zeros(1)}),
-    ("leading dims", _S, ValueError,
+    ("leading dims", _STARTED, ValueError,
         "init: expected leading dims that broadcast to match logits [2, 5, 4], got [3, 4]",
         {"logits": zeros(2, 5, 4), "init": zeros(3, 4)}),
     ("z int", _F, TypeError, f"z: expected {_FLOATS}, got int64",
@@ -255,7 +314,7 @@ _ROWS: list[Row] = [
     ("leading dims of prototypes", _F, ValueError,
         "prototypes: expected leading dims that broadcast to match z [2, 5, 3], got [7, 4, 3]",
         {"z": zeros(2, 5, 3), "prototypes": zeros(7, 4, 3)}),
-    ("start of features", _F, ValueError,
+    ("start of features", _WITH_START, ValueError,
         "init: expected shape [..., 4] to match prototypes [4, 3], got [5]", {"init": zeros(5)}),
     ("z 1-d", _F, ValueError, "z: expected shape [..., N, D], got [3]", {"z": zeros(3)}),
     ("D 0", _F, ValueError, "z: expected D >= 1, got [5, 0]",
@@ -274,7 +333,16 @@ _ROWS: list[Row] = [
     ("start bool", BOTH, TypeError, f"init: expected {_FLOATS}, got bool",
         {"init": zeros(4, dtype=torch.bool)}),
     ("iterations", BOTH, ValueError, "n_iter: expected an int >= 0, got -1", given(n_iter=-1)),
-    ("precision", BOTH, ValueError,
+    ("g of another K", (SCORES_PASS,), ValueError,
+        "g: expected shape [..., 4] to match logits [5, 4], got [5]", {"g": zeros(5)}),
+    ("g of features of another K", (FEATURES_PASS,), ValueError,
+        "g: expected shape [..., 4] to match prototypes [4, 3], got [5]", {"g": zeros(5)}),
+    ("g int", PASSES, TypeError, f"g: expected {_FLOATS}, got int64",
+        {"g": zeros(4, dtype=torch.int64)}),
+    ("leading dims of g", (SCORES_PASS,), ValueError,
+        "g: expected leading dims that broadcast to match logits [2, 5, 4], got [3, 4]",
+        {"logits": zeros(2, 5, 4), "g": zeros(3, 4)}),
+    ("precision", COUPLED, ValueError,
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
         given(precision="fast")),
 ]  # fmt: skip
@@ -284,11 +352,12 @@ _TYPES: list[Row] = [
     ("n_iter float", BOTH, TypeError, "n_iter: expected an int >= 0, got 2.5", given(n_iter=2.5)),
     ("n_iter bool", BOTH, TypeError, "n_iter: expected an int >= 0, got True",
         given(n_iter=True)),
+    ("g number", PASSES, TypeError, "g: expected a Tensor, got float", given(g=0.0)),
     ("init number", BOTH, TypeError, "init: expected a Tensor or None, got float",
         given(init=0.0)),
     ("order", BOTH, TypeError, "prototype_first: expected a bool, got str",
         given(prototype_first="yes")),
-    ("precision number", BOTH, TypeError, "precision: expected a str or None, got int",
+    ("precision number", COUPLED, TypeError, "precision: expected a str or None, got int",
         given(precision=3)),
 ]  # fmt: skip
 

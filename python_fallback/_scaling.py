@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Sinkhorn problem in row chunks: one read and one exponential an entry and iteration, and the
+way back through its half-steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._chunk import row_chunks
+from ._score import softmax_
+
+# What became of a problem; NOT_CONVERGED is for callers that go on to a tolerance.
+FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
+# Entries of a tile of rows, and least rows of one.
+TILE_ENTRIES, MIN_ROWS = 1 << 17, 16
+# A column's mass below this has lost digits: its logarithm is taken anew.
+LEAST = 2.0**-100
+# A potential above this has lost more than 2^-19 in float32.
+LARGE = 32.0
+
+
+def half_steps(n_iter: int, prototype_first: bool, warm: bool) -> list[str]:
+    """The sides that are made exact, in order; f starts at 0, g at 0 or where the caller says."""
+    if n_iter == 0:
+        return ["row"]
+    steps = (["column", "row"] if prototype_first else ["row", "column"]) * n_iter
+    return ["row", *steps] if prototype_first and warm else steps
+
+
+class Scores(NamedTuple):
+    """Logits [N, K] as they lie in memory."""
+
+    x: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.x.shape[0], self.x.shape[1]
+
+    def tile(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows, to work on."""
+        return self.x[part].to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+class Features(NamedTuple):
+    """Logits z @ prototypes^T + bias, made anew for every tile."""
+
+    z: Tensor
+    prototypes: Tensor
+    bias: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.z.shape[0], self.prototypes.shape[0]
+
+    def tile(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows, to work on."""
+        z, c = self.z[part].to(dtype), self.prototypes.to(dtype)
+        return z @ c.mT if self.bias is None else torch.addmm(self.bias.to(dtype), z, c.mT)
+
+
+class HalfStep(NamedTuple):
+    """One side made exact: `used` is the other side's potential, `found` its own."""
+
+    side: str
+    used: Tensor
+    found: Tensor
+
+
+def parts(potential: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """A potential as a sum of values of a dtype: large ones cancel large logits, and their own
+    rounding would be a common factor of a whole row or column.
+    """
+    high = potential.to(dtype)
+    size = high.abs()
+    if dtype == torch.float64 or not bool((size[size.isfinite()] > LARGE).any()):
+        return [high]
+    low = torch.where(high.isfinite(), potential - high.double(), 0.0)
+    return [high, low.to(dtype)]
+
+
+def _size(potential: Tensor) -> float:
+    size = potential.abs()
+    return float(torch.where(size.isfinite(), size, 0.0).amax()) if len(size) else 0.0
+
+
+def add(x: Tensor, potential: list[Tensor]) -> Tensor:
+    """The logits with a potential added, in place."""
+    for part in potential:
+        x.add_(part)
+    return x
+
+
+class Problem:
+    """One problem. Potentials and masses are float64, tiles of the compute dtype."""
+
+    def __init__(
+        self,
+        entries: Scores | Features,
+        log_a: Tensor,
+        log_b: Tensor,
+        dtype: torch.dtype,
+        covered: bool = True,
+    ) -> None:
+        self.entries, self.dtype, self.covered = entries, dtype, covered
+        self.n, self.k = entries.shape
+        self.log_a, self.log_b = log_a.double(), log_b.double()
+        self.dead_row, self.dead_col = self.log_a == -torch.inf, self.log_b == -torch.inf
+        self.some_dead = bool(self.dead_row.any() | self.dead_col.any())
+        self.a, self.b = self.log_a.exp().to(dtype), self.log_b.exp()
+        self.status = FINE
+
+    def tiles(self) -> list[slice]:
+        return list(row_chunks(self.n, max(MIN_ROWS, TILE_ENTRIES // self.k)))
+
+    def tile(self, part: slice) -> Tensor:
+        """Some rows of the logits, 0 where a marginal is."""
+        x = self.entries.tile(part, self.dtype)
+        if self.some_dead:
+            x.masked_fill_(self.dead_row[part, None], 0.0).masked_fill_(self.dead_col, 0.0)
+        return x
+
+    def rows(
+        self, g: Tensor, potential: bool = True, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(f, mass of every column) after the rows' step at g, in one pass; two reductions less
+        without f, which is then empty. The masses are over exp(scale).
+        """
+        a = self.a if scale is None else (self.log_a - scale).exp().to(self.dtype)
+        f, mass = torch.empty_like(self.log_a), torch.zeros_like(self.log_b)
+        shift = parts(g, self.dtype)
+        for part in self.tiles():
+            x = add(self.tile(part), shift)
+            top = x.amax(1) if potential else None
+            p = softmax_(x)
+            if top is not None:  # the largest weight is exp(top - lse)
+                f[part] = self.log_a[part] - top.double() + p.amax(1).double().log()
+            mass += a[part] @ p
+        lost = not bool(mass.isfinite().all())
+        if lost or bool(((mass == 0) & ~self.dead_col).any()):
+            self.status = self.diagnosis() or (NOT_FINITE if lost else FINE)
+        return torch.where(self.dead_row, -torch.inf, f) if potential else f[:0], mass
+
+    def columns(self, f: Tensor) -> Tensor:
+        """Logarithm of sum_i exp(logits + f) of every column, by a running maximum."""
+        top = torch.full_like(self.log_b, -torch.inf)
+        total = torch.zeros_like(self.log_b)
+        for part in self.tiles():
+            x = add(self.tile(part), parts(f[part, None], self.dtype))
+            new = torch.maximum(top, x.amax(0).double())
+            at = torch.where(new == -torch.inf, 0.0, new)
+            total = total * (top - at).exp() + x.sub_(at.to(self.dtype)).exp_().sum(0).double()
+            top = new
+        return torch.where(top == -torch.inf, 0.0, top) + total.log()
+
+    def step_columns(self, f: Tensor) -> Tensor:
+        """The columns' step from f, exactly."""
+        found = self.columns(f)
+        if not bool(found[~self.dead_col].isfinite().all()):
+            self.status = self.diagnosis() or NOT_FINITE
+        return self.put(self.log_b - found)
+
+    def next_columns(self, g: Tensor, f: Tensor, mass: Tensor) -> Tensor:
+        """The columns' step after the rows' at g, from its masses alone."""
+        moved = g + self.log_b - mass.log()
+        if bool(((mass < LEAST) & ~self.dead_col).any()):
+            f = f if len(f) == self.n else self.rows(g)[0]
+            return torch.where(mass < LEAST, self.step_columns(f), self.put(moved))
+        return self.put(moved)
+
+    def one_pass(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, logarithm of every column's mass) after the rows' step at g; rows of any mass."""
+        top = self.log_a.max()
+        f, mass = self.rows(self.put(g), scale=top)
+        if self.status == FINE and bool(((mass < LEAST) & ~self.dead_col).any()):
+            exact = self.put(g) + self.columns(f)
+            return f, torch.where(mass < LEAST, exact, mass.log() + top)
+        return f, mass.log() + top
+
+    def put(self, g: Tensor) -> Tensor:
+        return torch.where(self.dead_col, -torch.inf, g)
+
+    def solve(
+        self, n_iter: int, init: Tensor | None, prototype_first: bool, history: bool = False
+    ) -> tuple[list[HalfStep], Tensor]:
+        """(every half-step, err); stops where the problem fails. Without a history the rows'
+        potential is that of their last step alone.
+        """
+        self.judge(init)
+        g = torch.zeros_like(self.log_b) if init is None else init.double()
+        g, f = self.put(g), torch.where(self.dead_row, -torch.inf, 0.0).double()
+        done: list[HalfStep] = []
+        mass: Tensor | None = None
+        steps = half_steps(n_iter, prototype_first, init is not None)
+        for at, side in enumerate(steps):
+            if self.status != FINE:
+                break
+            if side == "row":
+                f, mass = self.rows(g, history or "row" not in steps[at + 1 :])
+                done.append(HalfStep(side, g, f))
+                continue
+            g_new = self.step_columns(f) if mass is None else self.next_columns(g, f, mass)
+            done.append(HalfStep(side, f, g_new))
+            g = g_new
+        return done, self._error(f, g, mass, prototype_first or n_iter == 0)
+
+    def diagnosis(self) -> int:
+        """Whether the logits are finite enough, and every row and column has an open entry."""
+        open_column = torch.zeros_like(self.dead_col)
+        stuck = False
+        for part in self.tiles():
+            x = self.tile(part)
+            if bool((x.isnan() | (x == torch.inf)).any()):
+                return NOT_FINITE
+            some = (x > -torch.inf) & ~self.dead_row[part, None] & ~self.dead_col
+            stuck |= bool((~some.any(1) & ~self.dead_row[part]).any())
+            open_column |= some.any(0)
+        stuck |= self.covered and bool((~open_column & ~self.dead_col).any())
+        return INFEASIBLE if stuck else FINE
+
+    def judge(self, init: Tensor | None) -> None:
+        """Status of the marginals and the start."""
+        vectors = [self.log_a, self.log_b]
+        if init is not None:
+            vectors.append(torch.where(self.dead_col, 0.0, init.double()))
+        if bool(self.dead_row.all()):
+            self.status = EMPTY
+        elif any(bool((v.isnan() | (v == torch.inf)).any()) for v in vectors):
+            self.status = NOT_FINITE
+        elif bool(self.dead_col.all()):
+            self.status = INFEASIBLE
+
+    def _error(self, f: Tensor, g: Tensor, mass: Tensor | None, columns: bool) -> Tensor:
+        """L1 error of the side that was not made exact last."""
+        if self.status != FINE or mass is None:
+            return self.log_b.new_zeros(())
+        if columns:
+            return (mass - self.b).abs().sum()
+        exact, _ = self.rows(g)
+        gap = torch.where(self.dead_row, 0.0, f - exact)
+        return (torch.expm1(gap).abs() * self.log_a.exp()).sum()
+
+
+class Backward:
+    """Adjoints of one problem, half-step by half-step back."""
+
+    def __init__(self, problem: Problem, done: list[HalfStep], f: Tensor, g: Tensor) -> None:
+        self.problem = problem
+        self.log_a, self.log_b = torch.zeros_like(problem.log_a), torch.zeros_like(problem.log_b)
+        self.f = torch.where(problem.dead_row, 0.0, f.double())
+        self.g = torch.where(problem.dead_col, 0.0, g.double())
+        self.columns = torch.zeros_like(problem.log_b)  # column sums of the logits' gradient
+        self.weighed: list[tuple[HalfStep, Tensor]] = []
+        for step in reversed(done):
+            if step.side == "row":
+                self._row(step)
+            else:
+                self._column(step)
+
+    def _row(self, step: HalfStep) -> None:
+        """Back through f = log a - lse_j(x + g)."""
+        adjoint, self.f = self.f, torch.zeros_like(self.f)
+        self.log_a += adjoint
+        self.weighed.append((step, adjoint))
+        passed = torch.zeros_like(self.g)
+        for part in self.problem.tiles():
+            share = self.share(step, part)
+            passed += adjoint[part].to(share.dtype) @ share
+        self.g -= passed
+        self.columns -= passed
+
+    def _column(self, step: HalfStep) -> None:
+        adjoint, self.g = self.g, torch.zeros_like(self.g)
+        self.log_b += adjoint
+        self.columns -= adjoint  # its weights sum to 1 down each column
+        self.weighed.append((step, adjoint))
+        for part in self.problem.tiles():
+            share = self.share(step, part)
+            self.f[part] -= share @ adjoint.to(share.dtype)
+
+    def stop(self) -> None:
+        """No gradient: the results of a problem that failed are NaN, whatever the arguments."""
+        for vector in (self.log_a, self.log_b, self.g, self.columns):
+            vector.zero_()
+        self.weighed = []
+
+    def share(self, step: HalfStep, part: slice) -> Tensor:
+        """Softmax weights of a half-step for some rows: along each row, or down each column."""
+        problem = self.problem
+        x = problem.tile(part)
+        if step.side == "row":
+            return softmax_(add(x, parts(step.used, x.dtype)))
+        down = torch.where(problem.dead_col, -torch.inf, step.found - problem.log_b)
+        across = step.used[part, None]
+        if _size(down) > _size(across):  # the larger first: it is what cancels large logits
+            return add(add(x, parts(down, x.dtype)), parts(across, x.dtype)).exp_()
+        return add(add(x, parts(across, x.dtype)), parts(down, x.dtype)).exp_()
+
+    def tile(self, part: slice) -> Tensor:
+        """Gradient of some rows of the logits."""
+        total = torch.zeros_like(self.problem.tile(part))
+        for step, adjoint in self.weighed:
+            weight = adjoint[part, None] if step.side == "row" else adjoint
+            total.addcmul_(self.share(step, part), weight.to(total.dtype), value=-1)
+        live = ~(self.problem.dead_row[part, None] | self.problem.dead_col)
+        return total.mul_(live) if self.problem.some_dead else total
