@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What processes exchange: small vectors, put together in the order of the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gathered(x: Tensor, group: Any) -> Tensor:
+    """A tensor of every process of a group, stacked in the order of their ranks.
+
+    Parameters
+    ----------
+    x : Tensor [...]
+        The same shape, dtype and kind of device on all of them.
+    group : torch.distributed.ProcessGroup
+        All of its processes call.
+
+    Returns
+    -------
+    Tensor [ranks, ...]
+        The same bits on all of them, so that what is computed from it is too.
+    """
+    import torch.distributed as dist
+
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, x.contiguous(), group=group)
+    return torch.stack(found)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of the rows and what all columns weigh after it, on one process or over several."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ._problem import Calls
+
+FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
+
+
+class Pass(NamedTuple):
+    """f [..., N] of this process's rows; of all rows the logarithms of the columns' masses
+    [..., K] float64, the status [...], and sum_i a_i f_i [...] float64.
+    """
+
+    f: Tensor
+    log_mass: Tensor
+    status: Tensor
+    row_value: Tensor
+
+
+class Passes:
+    """The passes of a problem, batched; g in and out is float64."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+        given = calls.problem
+        self.device, k = given.first.device, self.n_prototypes
+        even = torch.full((k,), -math.log(k), dtype=torch.float64, device=self.device)
+        self.log_b = even if given.log_col is None else given.log_col.double()
+        self.log_row = given.log_row
+        self.dead = self.log_b == -torch.inf
+
+    @property
+    def n_prototypes(self) -> int:
+        scores = self.calls.problem.scores
+        return scores.shape[-1] if isinstance(scores, Tensor) else scores[1].shape[-2]
+
+    def put(self, g: Tensor) -> Tensor:
+        """-inf where a column has no mass."""
+        return torch.where(self.dead, -torch.inf, g.double())
+
+    def start(self, prototype_first: bool) -> Tensor:
+        """The g before the first pass: the columns' step from f = 0, or 0."""
+        if not prototype_first:
+            return self.put(torch.zeros_like(self.log_b))
+        return self.put(self.calls.iterated(1, None, True)[1])
+
+    def step(self, g: Tensor) -> Pass:
+        """The pass at g."""
+        f, log_mass, status = self.calls.one_pass(g, self.log_row)
+        return Pass(f, log_mass.double(), self.judged(log_mass, status), self.row_value(f))
+
+    def judged(self, log_mass: Tensor, status: Tensor) -> Tensor:
+        """Infeasible where a column with mass has none."""
+        stuck = ((log_mass == -torch.inf) & ~self.dead).any(-1) | self.dead.all(-1)
+        return torch.where((status == FINE) & stuck, INFEASIBLE, status)
+
+    def row_value(self, f: Tensor) -> Tensor:
+        if self.log_row is None:
+            return f.double().mean(-1)
+        mass = self.log_row.double().exp()
+        return torch.where(mass > 0, mass * f.double(), 0.0).sum(-1)
+
+    def row_error(self, f: Tensor, exact: Tensor) -> Tensor:
+        """L1 error of the sums of rows whose potential is f where `exact` would be."""
+        gap = torch.expm1(f.double() - exact.double()).abs()
+        if self.log_row is None:
+            return gap.mean(-1) if gap.shape[-1] else gap.sum(-1)
+        mass = self.log_row.double().exp()
+        return torch.where(mass > 0, mass * gap, 0.0).sum(-1)
+
+    def column_error(self, log_mass: Tensor) -> Tensor:
+        """L1 error of the columns' sums."""
+        return (log_mass.exp() - self.log_b.exp()).abs().sum(-1)
+
+    def residual(self, log_mass: Tensor) -> Tensor:
+        """What the columns' step adds to g."""
+        return torch.where(self.dead, 0.0, self.log_b - log_mass)
+
+
+class Sharded(Passes):
+    """Rows spread over the processes of a group, prototypes on all: each pass exchanges K + 2
+    numbers. What is decided is decided from the same bits everywhere.
+    """
+
+    def __init__(self, calls: Calls, group: Any) -> None:
+        super().__init__(calls)
+        self.group = group
+        first = calls.problem.first
+        if calls.problem.log_row is None:
+            count = torch.tensor([first.shape[-2]], device=self.device)
+            total = max(1, int(distributed.gathered(count, group).sum()))
+            rows = torch.full((first.shape[-2],), -math.log(total), dtype=torch.float64)
+            self.log_row = rows.to(self.device)
+
+    def start(self, prototype_first: bool) -> Tensor:
+        if not prototype_first:
+            return super().start(False)
+        # rows as heavy as their sums have f = 0: their columns' step is that from f = 0
+        assert self.log_row is not None
+        dead = self.log_row == -torch.inf
+        zero = torch.zeros_like(self.log_b)
+        f, _, _ = self.calls.one_pass(zero, torch.where(dead, -torch.inf, 0.0))
+        _, log_mass, status = self.calls.one_pass(zero, torch.where(dead, -torch.inf, -f.double()))
+        merged, _, _ = self.merged(log_mass, status, self.row_value(f))
+        return self.put(self.residual(merged))
+
+    def step(self, g: Tensor) -> Pass:
+        f, log_mass, status = self.calls.one_pass(g, self.log_row)
+        merged, status, value = self.merged(log_mass, status, self.row_value(f))
+        return Pass(f, merged, self.judged(merged, status), value)
+
+    def merged(
+        self, log_mass: Tensor, status: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masses, status and value of all rows."""
+        mine = torch.cat([log_mass.double(), status[..., None].double(), value[..., None]], -1)
+        found = distributed.gathered(mine, self.group)
+        masses, statuses, values = found[..., :-2], found[..., -2], found[..., -1]
+        some = torch.where(statuses == EMPTY, 0.0, statuses).amax(0)
+        status = torch.where((statuses == EMPTY).all(0), EMPTY, some).long()
+        alive = (statuses == FINE)[..., None]
+        merged = torch.where(alive, masses, -torch.inf).logsumexp(0)
+        merged = torch.where((some > 0)[..., None], torch.nan, merged)
+        return merged, status, torch.where(statuses == EMPTY, 0.0, values).sum(0)
+
+    def row_error(self, f: Tensor, exact: Tensor) -> Tensor:
+        return distributed.gathered(super().row_error(f, exact), self.group).sum(0)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `sinkhorn` found, and what is read off it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ._gradients import semi_dual
+from ._passes import FINE, NOT_CONVERGED
+from ._problem import Problem, Scores
+from ._strict import evened
+
+
+@dataclass(frozen=True)
+class Sinkhorn:
+    """What `sinkhorn` found.
+
+    Attributes
+    ----------
+    f, g : Tensor [..., N], [..., K]
+        Potentials: the plan is exp(scores / epsilon + bias + f + g).
+    err : Tensor [...]
+        L1 error of the sums of the side that was not made exact last.
+    status : Tensor [...], int64
+        0 fine, 1 not converged to `tol`, 2 not finite, 3 infeasible, 4 no row.
+    n_iter : int
+        Iterations run, of the problem that took most.
+    """
+
+    f: Tensor
+    g: Tensor
+    err: Tensor
+    status: Tensor
+    n_iter: int
+    problem: Problem
+    envelope: bool = False
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether each problem is fine."""
+        return self.status == FINE
+
+    def codes(self, rows: slice = slice(None)) -> Tensor:
+        """The plan's rows over their sums, softmax_j(logits + g).
+
+        Parameters
+        ----------
+        rows : slice
+            Rows to give; all unless given.
+
+        Returns
+        -------
+        Tensor [..., N, K]
+            0 in rows that take no part, NaN in problems that failed.
+        """
+        p = torch.softmax(self._still().logits(rows) + self.g[..., None, :], -1)
+        out = self.problem.out(rows)
+        return p if out is None else p.masked_fill(out[..., None], 0.0)
+
+    def plan(self, rows: slice = slice(None)) -> Tensor:
+        """exp(logits + f + g) [..., N, K], of some rows or all."""
+        x = self._still().logits(rows) + self.g[..., None, :] + self.f[..., rows, None]
+        return x.exp()
+
+    def _still(self) -> Problem:
+        """The problem as far as codes and plan are differentiated by it."""
+        return self.problem.detached() if self.envelope else self.problem
+
+    def labels(self, strict: bool = False) -> Tensor:
+        """The prototype of each row's largest code, without an N x K array.
+
+        Parameters
+        ----------
+        strict : bool
+            Whether no prototype gets more rows than its mass is worth (rounded, the rest to the
+            largest remainders, lowest index on ties): rows move where that costs least.
+
+        Returns
+        -------
+        Tensor [..., N], int64
+            -1 for rows that take no part and for problems that failed.
+        """
+        problem, g = self.problem.detached(), self.g.detach()
+        found = torch.empty(self.f.shape, dtype=torch.int64, device=self.f.device)
+        for part, x in problem.tiles(g):
+            best = x.argmax(-1)
+            out = problem.out(part)
+            found[..., part] = best if out is None else best.masked_fill(out, -1)
+        found[self.status > NOT_CONVERGED] = -1
+        return evened(problem, g, found) if strict else found
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest codes of each row.
+
+        Parameters
+        ----------
+        k : int
+            How many.
+
+        Returns
+        -------
+        values, indices : Tensor [..., N, k]
+        """
+        values, indices = [], []
+        for _, x in self._still().tiles(self.g):
+            top = torch.softmax(x, -1).topk(k, -1)
+            values.append(top.values)
+            indices.append(top.indices)
+        return torch.cat(values, -2), torch.cat(indices, -2)
+
+    def counts(self) -> Tensor:
+        """Rows of each label [..., K], int64."""
+        labels, k = self.labels(), self.g.shape[-1]
+        flat = labels.reshape(-1, labels.shape[-1])
+        rows = [torch.bincount(row[row >= 0], minlength=k) for row in flat]
+        return torch.stack(rows).reshape(self.g.shape) if rows else torch.zeros_like(self.g).long()
+
+    def value(self) -> Tensor:
+        """<plan, -scores - epsilon bias> + epsilon KL(plan | a b^T) of the optimum [...] float64,
+        up to the square of err: epsilon (sum a (f - log a) + sum b (g - log b)).
+
+        With gradient="envelope" this alone has a gradient: minus the plan for the scores.
+        """
+        problem, f = self.problem, self.f
+        if self.envelope:
+            f = semi_dual(problem, self.g)
+        n, k = f.shape[-1], self.g.shape[-1]
+        sides = ((f, problem.log_row, n), (self.g, problem.log_col, k))
+        rows, columns = (_side(x, log_mass, size) for x, log_mass, size in sides)
+        return (rows + columns) * problem.epsilon
+
+    def entropy(self) -> Tensor:
+        """Mean entropy of the codes of the rows [...], in nats."""
+        total = torch.zeros_like(self.err, dtype=torch.float64)
+        rows = torch.zeros_like(total)
+        for part, x in self.problem.detached().tiles(self.g.detach()):
+            p = torch.softmax(x, -1)
+            one = torch.special.entr(p).sum(-1).double()
+            out = self.problem.out(part)
+            weight = torch.ones_like(one) if out is None else (~out).double()
+            total, rows = total + (one * weight).sum(-1), rows + weight.sum(-1)
+        return total / rows.clamp(min=1)
+
+    def assign(self, scores: Scores) -> Tensor:
+        """Codes of other rows at these potentials.
+
+        Parameters
+        ----------
+        scores : Tensor [..., M, K] or (z [..., M, D], prototypes [..., K, D])
+            As `sinkhorn` takes them.
+
+        Returns
+        -------
+        Tensor [..., M, K]
+        """
+        return replace(self, problem=self.problem.of(scores)).codes()
+
+
+def _side(potential: Tensor, log_mass: Tensor | None, size: int) -> Tensor:
+    """The sum of a (f - log a); nothing of what has no mass."""
+    x = potential.double()
+    if log_mass is None:
+        return x.sum(-1) / max(size, 1) + (math.log(size) if size else 0.0)
+    alive = log_mass > -torch.inf
+    log_a = torch.where(alive, log_mass.double(), 0.0)
+    return torch.where(alive, log_a.exp() * (torch.where(alive, x, 0.0) - log_a), 0.0).sum(-1)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sinkhorn` and its presets."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from .._core import checks
+from ._gradients import implicit
+from ._iterate import Found, iterate
+from ._passes import FINE, NOT_CONVERGED, Passes, Sharded
+from ._problem import Problem, Scores
+from ._result import Sinkhorn
+
+GRADIENTS = ("stop", "unrolled", "implicit", "envelope")
+
+
+def sinkhorn(
+    scores: Scores,
+    *,
+    epsilon: float | Tensor = 0.05,
+    bias: Tensor | None = None,
+    n_iter: int = 3,
+    tol: float | None = None,
+    max_iter: int = 1000,
+    row_marginal: Tensor | None = None,
+    col_marginal: Tensor | None = None,
+    prototype_first: bool = True,
+    row_mask: Tensor | None = None,
+    init: Tensor | Sinkhorn | None = None,
+    accelerate: str | None = None,
+    gradient: str = "stop",
+    process_group: Any = None,
+    warn: bool = True,
+    precision: str | None = None,
+) -> Sinkhorn:
+    """Equal (or given) shares of prototypes for rows by entropic optimal transport.
+
+        max <plan, scores> + epsilon H(plan), with the given row and column sums: the plan is
+        exp(scores / epsilon + bias + f + g)                        (docs/ops/sinkhorn.md)
+
+    Parameters
+    ----------
+    scores : Tensor [..., N, K], or (z [..., N, D], prototypes [..., K, D])
+        Scores of rows for prototypes, higher is closer; or features whose products are such and are
+        never stored. Any float dtype; potentials are float32 (float64 for float64).
+    epsilon : float or Tensor [], > 0, in units of the scores
+        Softness of the plan.
+    bias : Tensor [..., K], optional
+        Added to scores / epsilon.
+    n_iter : int, >= 0
+        Iterations, where `tol` is None.
+    tol : float, > 0, optional
+        L1 error of the marginals to go on to. Not below 1e-6 in float32.
+    max_iter : int, >= 1
+        Most iterations with `tol`.
+    row_marginal : Tensor [..., N], >= 0, optional
+        Masses of the rows; 1/N each unless given. 0: the row takes no part.
+    col_marginal : Tensor [..., K], >= 0, optional
+        Masses of the prototypes, of the same total; 1/K each unless given.
+    prototype_first : bool
+        Which side is made exact first in an iteration; with few iterations another result.
+    row_mask : Tensor [..., N], bool, optional
+        False: the row takes no part, whatever it holds.
+    init : Tensor [..., K] or an earlier result, optional
+        A g to start from.
+    accelerate : "anderson", optional
+        Fewer iterations to `tol`, prototypes first: each g is combined of the last ones.
+    gradient : "stop", "unrolled", "implicit" or "envelope"
+        None; through all of `n_iter` iterations; those of the fixed point, after `tol`; those of
+        `value()` alone, after `tol`. Of scores, features, prototypes, bias, epsilon and marginals.
+    process_group : torch.distributed.ProcessGroup, optional
+        Rows are spread over its processes, any number on each; all call, with the same prototypes.
+        Masses of rows, where given, have their total over all of them. No gradient but "stop".
+    warn : bool
+        Whether a ConvergenceWarning says that `tol` was not reached.
+    precision : "highest", "high" or "medium", optional
+        Of the matrix products of the features form; None follows torch.
+
+    Returns
+    -------
+    Sinkhorn
+        Potentials, error, status; `codes`, `labels`, `plan`, `topk`, `counts`, `value`, `entropy`,
+        `assign`.
+
+    Raises
+    ------
+    TypeError
+        A dtype or type other than stated.
+    ValueError
+        A shape, device or value that does not fit.
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.0], [0.6, 0.5]])
+    >>> clam_kernels.sinkhorn(scores, tol=1e-6).labels()
+    tensor([0, 1, 0, 1])
+    """
+    first = scores if isinstance(scores, Tensor) else _pair(scores)[0]
+    _check_rule(epsilon, n_iter, tol, max_iter, accelerate, prototype_first)
+    _check_gradient(gradient, tol, process_group)
+    log_row = _log_mass("row_marginal", row_marginal)
+    if row_mask is not None:
+        log_row = _masked(log_row, row_mask, first, process_group)
+    log_col = _log_mass("col_marginal", col_marginal)
+    problem = Problem(scores, epsilon, bias, log_row, log_col, precision)
+    start = init.g if isinstance(init, Sinkhorn) else init
+    if gradient == "unrolled":
+        found = problem.calls().iterated(n_iter, start, prototype_first)
+        return Sinkhorn(*found, n_iter, problem)
+    still = problem.detached()
+    with torch.no_grad():
+        if tol is None and process_group is None:
+            fixed = still.calls().iterated(n_iter, start, prototype_first)
+            return Sinkhorn(*fixed, n_iter, still)
+        calls = still.calls()
+        passes = Passes(calls) if process_group is None else Sharded(calls, process_group)
+        most = n_iter if tol is None else max_iter
+        state = iterate(passes, start, most, tol, prototype_first, accelerate is not None)
+        result = _finished(state, still, tol, max_iter, warn)
+    if gradient == "implicit":
+        f, g = implicit(problem, result.g)
+        return replace(result, f=f, g=g, problem=problem)
+    if gradient == "envelope":
+        return replace(result, problem=problem, envelope=True)
+    return result
+
+
+def swav_codes(
+    scores: Scores,
+    *,
+    epsilon: float = 0.05,
+    n_iter: int = 3,
+    row_mask: Tensor | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """Codes of a batch as swapped prediction (SwAV) has them: few iterations, no gradient.
+
+    Parameters
+    ----------
+    scores : Tensor [..., N, K], or (z, prototypes)
+        Cosines of features and prototypes; both of unit norm in the second form.
+    epsilon : float, > 0
+        Softness.
+    n_iter : int, >= 0
+        Iterations, prototypes first.
+    row_mask : Tensor [..., N], bool, optional
+        False: the row takes no part.
+    process_group : torch.distributed.ProcessGroup, optional
+        The batch is spread over its processes, any number of rows on each.
+
+    Returns
+    -------
+    Tensor [..., N, K]
+        Rows sum to 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sinkhorn`.
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> clam_kernels.swav_codes(torch.tensor([[1.0, 0.9], [1.0, 0.5]])).argmax(1)
+    tensor([1, 0])
+    """
+    found = sinkhorn(
+        scores, epsilon=epsilon, n_iter=n_iter, row_mask=row_mask, process_group=process_group
+    )
+    return found.codes()
+
+
+def sela_labels(
+    log_probabilities: Tensor,
+    *,
+    lam: float = 25.0,
+    tol: float = 1e-3,
+    max_iter: int = 1000,
+    init: Tensor | Sinkhorn | None = None,
+    strict: bool = False,
+    warn: bool = True,
+) -> Tensor:
+    """Labels of a data set as self-labelling (SeLa) has them: equal shares of the labels.
+
+    Parameters
+    ----------
+    log_probabilities : Tensor [N, K]
+        log softmax of a head.
+    lam : float, > 0
+        Sharpness, 1 / epsilon.
+    tol : float, > 0
+        L1 error of the label shares.
+    max_iter : int, >= 1
+        Most iterations.
+    init : Tensor [K] or an earlier result, optional
+        A g to start from, that of the labels before.
+    strict : bool
+        Whether shares are exact.
+    warn : bool
+        Whether a ConvergenceWarning says that `tol` was not reached.
+
+    Returns
+    -------
+    Tensor [N], int64
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sinkhorn`.
+
+    Examples
+    --------
+    >>> import torch, clam_kernels
+    >>> logits = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0], [4.0, 0.0]])
+    >>> clam_kernels.sela_labels(logits.log_softmax(1))
+    tensor([1, 0, 1, 0])
+    """
+    checks.number("lam", lam, 0.0, finite=True, strict=True)
+    found = sinkhorn(
+        log_probabilities, epsilon=1.0 / lam, tol=tol, max_iter=max_iter, init=init, warn=warn,
+        accelerate="anderson",
+    )  # fmt: skip
+    return found.labels(strict)
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def _pair(scores: Any) -> tuple[Tensor, Tensor]:
+    two = isinstance(scores, tuple) and len(scores) == 2
+    ok = two and all(isinstance(t, Tensor) for t in scores)
+    text = "a Tensor or a tuple of two (z, prototypes)"
+    checks.type_error(ok, lambda: checks.wording("scores", text, type(scores).__name__))
+    return scores[0], scores[1]
+
+
+def _expect(ok: bool, name: str, expected: str, got: object) -> None:
+    checks.value_error(ok, lambda: checks.wording(name, expected, repr(got)))
+
+
+def _check_rule(
+    epsilon: Any, n_iter: Any, tol: Any, max_iter: Any, accelerate: Any, prototype_first: Any
+) -> None:
+    if isinstance(epsilon, Tensor):
+        checks.shape("epsilon", epsilon, "[]", epsilon.ndim == 0)
+        checks.values("epsilon", epsilon, 0.0, finite=True, strict=True)
+    else:
+        checks.number("epsilon", epsilon, 0.0, finite=True, strict=True)
+    whole = isinstance(n_iter, int | torch.SymInt) and not isinstance(n_iter, bool)
+    checks.type_error(whole, lambda: checks.wording("n_iter", "an int >= 0", repr(n_iter)))
+    checks.at_least("n_iter", n_iter, 0)
+    if tol is not None:
+        checks.number("tol", tol, 0.0, finite=True, strict=True)
+        whole = isinstance(max_iter, int) and not isinstance(max_iter, bool)
+        checks.type_error(whole, lambda: checks.wording("max_iter", "an int >= 1", repr(max_iter)))
+        checks.at_least("max_iter", max_iter, 1)
+    _expect(accelerate in (None, "anderson"), "accelerate", "None or 'anderson'", accelerate)
+    if accelerate is not None:
+        _expect(tol is not None, "accelerate", "None without tol", accelerate)
+        text = "None where the rows come first"
+        _expect(bool(prototype_first), "accelerate", text, accelerate)
+
+
+def _check_gradient(gradient: Any, tol: Any, group: Any) -> None:
+    words = ", ".join(repr(word) for word in GRADIENTS[:-1])
+    _expect(gradient in GRADIENTS, "gradient", f"{words} or {GRADIENTS[-1]!r}", gradient)
+    if tol is None:
+        text = "'stop' or 'unrolled' without tol"
+        _expect(gradient in GRADIENTS[:2], "gradient", text, gradient)
+    else:
+        _expect(gradient != "unrolled", "gradient", "not 'unrolled' with tol", gradient)
+    if group is not None:
+        _expect(gradient == "stop", "gradient", "'stop' with process_group", gradient)
+
+
+def _log_mass(name: str, mass: Tensor | None) -> Tensor | None:
+    """Logarithms; -inf, without a gradient, of 0."""
+    if mass is None:
+        return None
+    checks.tensor(name, mass)
+    checks.values(name, mass, 0.0, finite=True)
+    some = mass > 0
+    return torch.where(some, torch.where(some, mass, 1.0).log(), -torch.inf)
+
+
+def _masked(log_row: Tensor | None, mask: Tensor, like: Tensor, group: Any) -> Tensor:
+    """Logarithms of the rows' masses with -inf outside the mask."""
+    checks.tensor("row_mask", mask)
+    got = str(mask.dtype).removeprefix("torch.")
+    ok = mask.dtype == torch.bool
+    checks.type_error(ok, lambda: checks.wording("row_mask", "dtype bool", got))
+    n = like.shape[-2] if like.ndim > 1 else 0
+    checks.shape("row_mask", mask, f"[..., {n}]", mask.ndim >= 1 and mask.shape[-1] == n)
+    if log_row is None:
+        count = mask.sum(-1, keepdim=True)
+        if group is not None:
+            count = distributed.gathered(count, group).sum(0)
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        log_row = -count.to(wide).clamp(min=1).log()
+    return torch.where(mask, log_row, -torch.inf)
+
+
+def _finished(
+    state: Found, problem: Problem, tol: float | None, max_iter: int, warn: bool
+) -> Sinkhorn:
+    """The result, failed problems NaN; a warning where `tol` was not reached."""
+    f, g, err, status, count = state
+    failed = status > FINE
+    late = torch.zeros_like(failed) if tol is None else ~failed & ~(err <= tol)
+    if warn and bool(late.any()):
+        from sklearn.exceptions import ConvergenceWarning
+
+        warnings.warn(
+            f"sinkhorn: the error of the marginals is {float(err[late].max()):.3g} after"
+            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter or epsilon",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    status = torch.where(late, NOT_CONVERGED, status)
+    dtype = problem.dtype
+    n_iter = int(count.max()) if count.numel() else 0
+    return Sinkhorn(f.to(dtype), g.to(dtype), err.to(dtype), status, n_iter, problem)
