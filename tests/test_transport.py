@@ -140,6 +140,88 @@ def test_tolerance_is_that_of_plain_iterations():
     assert both.status.tolist() == [0, 0]
 
 
+def test_rows_first_to_a_tolerance():
+    scores = _scores()
+    found = sinkhorn(scores, tol=1e-5, prototype_first=False)
+    plain = sinkhorn(scores, n_iter=found.n_iter, prototype_first=False)
+    torch.testing.assert_close(found.plan(), plain.plan(), atol=1e-14, rtol=0)
+    assert float(found.err) <= 1e-5
+    torch.testing.assert_close(found.err, plain.err, atol=1e-14, rtol=0)
+    before = sinkhorn(scores, n_iter=found.n_iter - 1, prototype_first=False)
+    assert float(before.err) > 1e-5
+    both = sinkhorn(torch.stack([4 * scores, scores]), tol=1e-5, prototype_first=False,
+        max_iter=3000)  # fmt: skip
+    torch.testing.assert_close(both.plan()[1], found.plan(), atol=1e-15, rtol=0)
+
+
+def _self_labelling(sd: float, dtype: torch.dtype, k: int = 50) -> torch.Tensor:
+    logits = torch.randn(2000, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (sd * logits).log_softmax(1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sd", [1.0, 2.0, 6.0])
+def test_acceleration(sd, dtype):
+    scores = _self_labelling(sd, dtype)
+    rule = {"epsilon": 1 / 25, "tol": 1e-4, "max_iter": 5000}
+    plain, fast = sinkhorn(scores, **rule), sinkhorn(scores, accelerate="anderson", **rule)
+    assert plain.n_iter >= 5 * fast.n_iter
+    assert float(fast.err) <= 1e-4
+    columns = fast.plan().double().sum(0)
+    assert float((columns - 1 / 50).abs().sum()) <= 1.01e-4
+    assert float((fast.labels() != plain.labels()).double().mean()) <= 1e-3
+
+
+def test_acceleration_of_a_batch_is_that_of_each():
+    scores = torch.stack([_self_labelling(sd, torch.float64, 20) for sd in (1.0, 3.0, 2.0)])
+    scores[2, 5, 7] = torch.nan
+    rule = {"epsilon": 1 / 25, "tol": 1e-6, "max_iter": 500, "accelerate": "anderson"}
+    both = sinkhorn(scores, **rule)
+    assert both.status.tolist() == [0, 0, 2]
+    alone = [sinkhorn(scores[i], **rule) for i in range(2)]
+    for i in range(2):
+        # the Gram matrix of the last steps is nearly singular: rounding shows at 1e-10
+        torch.testing.assert_close(both.g[i], alone[i].g, atol=1e-8, rtol=0)
+    assert both.n_iter == max(x.n_iter for x in alone)
+
+
+def test_acceleration_where_it_is_hard():
+    """A prototype far below the others, one row for itself, clusters of very unequal size."""
+    scores = _self_labelling(2.0, torch.float32, 20)
+    scores[:, 3] -= 12
+    scores[0, 4:] -= 40
+    scores[400:, 0] += 3
+    found = sinkhorn(scores, epsilon=1 / 25, tol=1e-3, accelerate="anderson", max_iter=300)
+    assert bool(found.converged)
+    exact = sinkhorn(scores.double(), epsilon=1 / 25, tol=1e-3, max_iter=20_000)
+    assert bool(exact.converged)
+    assert float((found.labels() != exact.labels()).double().mean()) <= 2e-3
+
+
+def test_strict_labels_of_a_batch():
+    scores = torch.stack([_scores(i, 40, 4) for i in range(6)]).reshape(2, 3, 40, 4)
+    shares = torch.tensor([[0.25] * 4, [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    found = sinkhorn(scores, col_marginal=shares, tol=1e-3, max_iter=3000)
+    labels = found.labels(strict=True)
+    for i in range(2):
+        for j in range(3):
+            counts = torch.bincount(labels[i, j], minlength=4)
+            assert counts.tolist() == [round(40 * float(x)) for x in shares[j]]
+            alone = sinkhorn(scores[i, j], col_marginal=shares[j], tol=1e-3, max_iter=3000)
+            assert torch.equal(labels[i, j], alone.labels(strict=True))
+
+
+def test_starts_from_an_earlier_result():
+    scores = _self_labelling(2.0, torch.float64, 20)
+    rule = {"epsilon": 1 / 25, "tol": 1e-4, "max_iter": 5000}
+    first = sinkhorn(scores, **rule)
+    moved = (scores + 0.01 * _scores(3, 2000, 20)).log_softmax(1)
+    cold, warm = sinkhorn(moved, **rule), sinkhorn(moved, init=first, **rule)
+    assert warm.n_iter < 0.7 * cold.n_iter
+    fast = sinkhorn(moved, init=first, accelerate="anderson", **rule)
+    assert fast.n_iter <= sinkhorn(moved, accelerate="anderson", **rule).n_iter
+
+
 def test_what_did_not_converge_says_so_once():
     with pytest.warns(ConvergenceWarning, match=r"max_iter=16 iterations, tol=1e-09") as caught:
         found = sinkhorn(_scores(), tol=1e-9, max_iter=16)

@@ -114,6 +114,9 @@ class Calls:
         self.entries: tuple[Tensor, ...]
         if isinstance(scores, Tensor):
             x = scores if scores.dtype == torch.float64 or plain else scores.float()
+            learnt = isinstance(epsilon, Tensor) and epsilon.requires_grad
+            if learnt and problem.log_row is not None:  # NaN there would be epsilon's gradient too
+                x = torch.where(problem.log_row[..., None] == -torch.inf, 0.0, x)
             x = x if plain else x / epsilon
             self.entries = (x if bias is None else x + bias[..., None, :],)
             self.ops = ops.sinkhorn, ops.sinkhorn_pass
