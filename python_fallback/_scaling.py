@@ -5,20 +5,23 @@ way back through its half-steps.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._chunk import row_chunks
-from ._score import softmax_
 
 # What became of a problem; NOT_CONVERGED is for callers that go on to a tolerance.
 FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 # Entries of a tile of rows, and least rows of one.
 TILE_ENTRIES, MIN_ROWS = 1 << 17, 16
-# A column's mass below this has lost digits: its logarithm is taken anew.
-LEAST = 2.0**-100
+# Weights below exp of these, of the largest of their row or column, are 0: exp takes ten times as
+# long where it underflows, and so does what is computed with denormal numbers.
+FLOOR = {torch.float32: -80.0, torch.float64: -650.0}
+# A column's mass below this share of all has lost digits: its logarithm is taken anew.
+LEAST = 2.0**-90
 # A potential above this has lost more than 2^-19 in float32.
 LARGE = 32.0
 
@@ -94,6 +97,12 @@ def add(x: Tensor, potential: list[Tensor]) -> Tensor:
     return x
 
 
+def exp_(x: Tensor) -> Tensor:
+    """exp(x) in place, 0 below the floor; NaN stays."""
+    low = FLOOR[x.dtype]
+    return torch.threshold_(x.clamp_(min=low).exp_(), math.exp(low) * (1 + 1e-5), 0.0)
+
+
 class Problem:
     """One problem. Potentials and masses are float64, tiles of the compute dtype."""
 
@@ -110,7 +119,12 @@ class Problem:
         self.log_a, self.log_b = log_a.double(), log_b.double()
         self.dead_row, self.dead_col = self.log_a == -torch.inf, self.log_b == -torch.inf
         self.some_dead = bool(self.dead_row.any() | self.dead_col.any())
-        self.a, self.b = self.log_a.exp().to(dtype), self.log_b.exp()
+        self.b = self.log_b.exp()
+        # masses of the rows over the largest
+        alive = not bool(self.dead_row.all())
+        self.top = self.log_a.max() if alive else self.log_a.new_zeros(())
+        self.a = (self.log_a - self.top).exp().to(dtype)
+        self.least = LEAST * self.a.double().sum()
         self.status = FINE
 
     def tiles(self) -> list[slice]:
@@ -123,26 +137,21 @@ class Problem:
             x.masked_fill_(self.dead_row[part, None], 0.0).masked_fill_(self.dead_col, 0.0)
         return x
 
-    def rows(
-        self, g: Tensor, potential: bool = True, scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(f, mass of every column) after the rows' step at g, in one pass; two reductions less
-        without f, which is then empty. The masses are over exp(scale).
-        """
-        a = self.a if scale is None else (self.log_a - scale).exp().to(self.dtype)
+    def rows(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, mass of every column over exp(top)) after the rows' step at g, in one pass."""
         f, mass = torch.empty_like(self.log_a), torch.zeros_like(self.log_b)
         shift = parts(g, self.dtype)
         for part in self.tiles():
             x = add(self.tile(part), shift)
-            top = x.amax(1) if potential else None
-            p = softmax_(x)
-            if top is not None:  # the largest weight is exp(top - lse)
-                f[part] = self.log_a[part] - top.double() + p.amax(1).double().log()
-            mass += a[part] @ p
+            top = x.amax(1)
+            p = exp_(x.sub_(top[:, None]))
+            total = p.sum(1)
+            f[part] = self.log_a[part] - top.double() - total.double().log()
+            mass += (self.a[part] / total) @ p
         lost = not bool(mass.isfinite().all())
         if lost or bool(((mass == 0) & ~self.dead_col).any()):
             self.status = self.diagnosis() or (NOT_FINITE if lost else FINE)
-        return torch.where(self.dead_row, -torch.inf, f) if potential else f[:0], mass
+        return torch.where(self.dead_row, -torch.inf, f), mass
 
     def columns(self, f: Tensor) -> Tensor:
         """Logarithm of sum_i exp(logits + f) of every column, by a running maximum."""
@@ -152,7 +161,7 @@ class Problem:
             x = add(self.tile(part), parts(f[part, None], self.dtype))
             new = torch.maximum(top, x.amax(0).double())
             at = torch.where(new == -torch.inf, 0.0, new)
-            total = total * (top - at).exp() + x.sub_(at.to(self.dtype)).exp_().sum(0).double()
+            total = total * (top - at).exp() + exp_(x.sub_(at.to(self.dtype))).sum(0).double()
             top = new
         return torch.where(top == -torch.inf, 0.0, top) + total.log()
 
@@ -165,47 +174,48 @@ class Problem:
 
     def next_columns(self, g: Tensor, f: Tensor, mass: Tensor) -> Tensor:
         """The columns' step after the rows' at g, from its masses alone."""
-        moved = g + self.log_b - mass.log()
-        if bool(((mass < LEAST) & ~self.dead_col).any()):
-            f = f if len(f) == self.n else self.rows(g)[0]
-            return torch.where(mass < LEAST, self.step_columns(f), self.put(moved))
+        moved = g + self.log_b - self.top - mass.log()
+        if self._lost(mass):
+            return torch.where(mass < self.least, self.step_columns(f), self.put(moved))
         return self.put(moved)
+
+    def _lost(self, mass: Tensor) -> bool:
+        return bool(((mass < self.least) & ~self.dead_col).any())
 
     def one_pass(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """(f, logarithm of every column's mass) after the rows' step at g; rows of any mass."""
-        top = self.log_a.max()
-        f, mass = self.rows(self.put(g), scale=top)
-        if self.status == FINE and bool(((mass < LEAST) & ~self.dead_col).any()):
+        f, mass = self.rows(self.put(g))
+        if self.status == FINE and self._lost(mass):
             exact = self.put(g) + self.columns(f)
-            return f, torch.where(mass < LEAST, exact, mass.log() + top)
-        return f, mass.log() + top
+            return f, torch.where(mass < self.least, exact, mass.log() + self.top)
+        return f, mass.log() + self.top
 
     def put(self, g: Tensor) -> Tensor:
         return torch.where(self.dead_col, -torch.inf, g)
 
     def solve(
-        self, n_iter: int, init: Tensor | None, prototype_first: bool, history: bool = False
-    ) -> tuple[list[HalfStep], Tensor]:
-        """(every half-step, err); stops where the problem fails. Without a history the rows'
-        potential is that of their last step alone.
-        """
+        self,
+        n_iter: int,
+        init: Tensor | None,
+        prototype_first: bool,
+        history: list[HalfStep] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(f, g, err); stops where the problem fails. Every half-step goes to the history."""
         self.judge(init)
         g = torch.zeros_like(self.log_b) if init is None else init.double()
         g, f = self.put(g), torch.where(self.dead_row, -torch.inf, 0.0).double()
-        done: list[HalfStep] = []
         mass: Tensor | None = None
-        steps = half_steps(n_iter, prototype_first, init is not None)
-        for at, side in enumerate(steps):
+        for side in half_steps(n_iter, prototype_first, init is not None):
             if self.status != FINE:
                 break
             if side == "row":
-                f, mass = self.rows(g, history or "row" not in steps[at + 1 :])
-                done.append(HalfStep(side, g, f))
-                continue
-            g_new = self.step_columns(f) if mass is None else self.next_columns(g, f, mass)
-            done.append(HalfStep(side, f, g_new))
-            g = g_new
-        return done, self._error(f, g, mass, prototype_first or n_iter == 0)
+                f, mass = self.rows(g)
+            else:
+                g = self.step_columns(f) if mass is None else self.next_columns(g, f, mass)
+            if history is not None:
+                used, found = (g, f) if side == "row" else (f, g)
+                history.append(HalfStep(side, used, found))
+        return f, g, self._error(f, g, mass, prototype_first or n_iter == 0)
 
     def diagnosis(self) -> int:
         """Whether the logits are finite enough, and every row and column has an open entry."""
@@ -238,7 +248,7 @@ class Problem:
         if self.status != FINE or mass is None:
             return self.log_b.new_zeros(())
         if columns:
-            return (mass - self.b).abs().sum()
+            return (mass * self.top.exp() - self.b).abs().sum()
         exact, _ = self.rows(g)
         gap = torch.where(self.dead_row, 0.0, f - exact)
         return (torch.expm1(gap).abs() * self.log_a.exp()).sum()
@@ -292,12 +302,14 @@ class Backward:
         problem = self.problem
         x = problem.tile(part)
         if step.side == "row":
-            return softmax_(add(x, parts(step.used, x.dtype)))
+            add(x, parts(step.used, x.dtype))
+            p = exp_(x.sub_(x.amax(1, keepdim=True)))
+            return p.div_(p.sum(1, keepdim=True))
         down = torch.where(problem.dead_col, -torch.inf, step.found - problem.log_b)
         across = step.used[part, None]
         if _size(down) > _size(across):  # the larger first: it is what cancels large logits
-            return add(add(x, parts(down, x.dtype)), parts(across, x.dtype)).exp_()
-        return add(add(x, parts(across, x.dtype)), parts(down, x.dtype)).exp_()
+            return exp_(add(add(x, parts(down, x.dtype)), parts(across, x.dtype)))
+        return exp_(add(add(x, parts(across, x.dtype)), parts(down, x.dtype)))
 
     def tile(self, part: slice) -> Tensor:
         """Gradient of some rows of the logits."""

@@ -288,14 +288,8 @@ class _Case:
         err = like.new_empty(self.batch)
         status = torch.empty(self.batch, dtype=torch.int64, device=self.device)
         for at, problem, init in self.problems(form):
-            done, error = problem.solve(n_iter, init, prototype_first)
-            start = torch.zeros_like(problem.log_b) if init is None else init.double()
-            last = next((s.found for s in reversed(done) if s.side == "row"), problem.log_a)
-            f[at] = last if len(last) == n else problem.log_a  # NaN in the end if it failed before
-            g[at] = next(
-                (s.found for s in reversed(done) if s.side == "column"), problem.put(start)
-            )
-            err[at], status[at] = error, problem.status
+            f[at], g[at], err[at] = problem.solve(n_iter, init, prototype_first)
+            status[at] = problem.status
         return _results(f, g, err, status)
 
     def one_pass(self, form: Form) -> tuple[Tensor, Tensor, Tensor]:
@@ -379,7 +373,8 @@ def _add_features(back: Backward, part: slice, totals: list[Tensor | None]) -> N
 
 def _through_all(n_iter: int, prototype_first: bool) -> Callable[..., Backward]:
     def back_through(problem: Problem, init: Tensor | None, f: Tensor, g: Tensor) -> Backward:
-        done, _ = problem.solve(n_iter, init, prototype_first, history=True)
+        done: list[HalfStep] = []
+        problem.solve(n_iter, init, prototype_first, done)
         return Backward(problem, done, f, g)
 
     return back_through
