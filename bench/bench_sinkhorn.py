@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinkhorn scaling against logsumexp over whole arrays, and against the linear-domain loop that
-contrastive methods run on their scores."""
+"""Sinkhorn scaling against logsumexp over whole arrays, against the linear-domain loop that
+contrastive methods run on their scores, and against POT's log-domain solver where it is installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from clam_kernels import testing
 
 SCORES, FEATURES = testing.workloads("sinkhorn"), testing.workloads("sinkhorn_features")
+# Entries of the largest problem that POT, ten times slower, is given.
+MOST_OF_POT = 20_000 * 300
 TIMER = {"timer": time.process_time, "min_rounds": 1}
 
 
@@ -38,6 +42,19 @@ def linear_loop(logits: Tensor, n_iter: int) -> Tensor:
     return q.mul_(n)
 
 
+def pot(logits: Tensor, n_iter: int) -> Tensor:
+    """POT's log-domain solver on torch tensors, of as many iterations; it tests none of them."""
+    import ot
+
+    n, k = logits.shape
+    a, b = torch.full((n,), 1 / n), torch.full((k,), 1 / k)
+    return ot.bregman.sinkhorn_log(a, b, -logits, 1.0, numItermax=n_iter, stopThr=0, warn=False)
+
+
+def has_pot() -> bool:
+    return importlib.util.find_spec("ot") is not None
+
+
 @pytest.mark.benchmark(**TIMER)
 @pytest.mark.parametrize("workload", [*SCORES, *FEATURES], ids=lambda w: w.name)
 def test_forward(workload: testing.Workload, race: Any) -> None:
@@ -52,6 +69,8 @@ def test_forward(workload: testing.Workload, race: Any) -> None:
         "logsumexp": lambda: logsumexp_loop(logits(), n_iter),
         "linear": lambda: linear_loop(logits(), n_iter),
     }
+    if workload.op == "sinkhorn" and logits().numel() <= MOST_OF_POT and has_pot():
+        rivals["POT"] = lambda: pot(logits(), n_iter)
     exact = testing.spec_of(workload.op).truth(
         *(a.double() if isinstance(a, Tensor) else a for a in args)
     )[1]

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from ._chunk import KEPT_ENTRIES, Cell, GradientSum, cells, chunk_rows, lift, take
 from ._score import (
+    FLOOR_OF_SOFTMAX,
     alive_memories,
     centred,
     compute_dtype,
@@ -63,6 +64,7 @@ class Side(NamedTuple):
     keys: Tensor  # [n, D, K]
     shift: Tensor | None  # [b, 1, K], the log-weights
     alive: Tensor | None  # [b, 1, 1], 0 where no memory takes part
+    sharp: bool  # whether weights underflow where the rows lie among the memories
 
     @property
     def per_memory(self) -> bool:
@@ -78,10 +80,19 @@ class Side(NamedTuple):
         """Softmax over the memories of x, one-hot if hard."""
         self.logits(x, out)
         if self.beta is not None:
-            return softmax_(out)
+            return softmax_(out, self.sharp)
         top, index = first_max_(out)
         # a row that is not finite stays visible
         return out.zero_().scatter_(-1, index.clamp(max=out.shape[-1] - 1), top * 0 + 1)
+
+
+def _is_sharp(norms: Tensor, scale: float | Tensor) -> bool:
+    """Whether logits of a row at one memory reach below the floor, from the memories alone: a row
+    has the same bits in any company. On a GPU nothing is read back.
+    """
+    if not norms.is_cpu or norms.numel() == 0:
+        return False
+    return bool((4 * norms * scale > -FLOOR_OF_SOFTMAX[norms.dtype]).any())
 
 
 class Problem:
@@ -141,7 +152,7 @@ class Problem:
             )
         factors = (rho, flipped, flipped * (2 * scale))
         rho, flipped, keys = (t.expand(cell.size, -1, -1) for t in factors)
-        return Side(c, rho, flipped, norms, beta, bias, keys, shift, some)
+        return Side(c, rho, flipped, norms, beta, bias, keys, shift, some, _is_sharp(norms, scale))
 
     def tile(self, cell: Cell, rows: int, width: int) -> Tensor:
         """Scratch [problems of the cell, padded rows, width], not initialised."""

@@ -5,21 +5,18 @@ way back through its half-steps.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._chunk import row_chunks
+from ._score import FLOOR, FLOOR_OF_SOFTMAX, exp_, softmax_
 
 # What became of a problem; NOT_CONVERGED is for callers that go on to a tolerance.
 FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 # Entries of a tile of rows, and least rows of one.
 TILE_ENTRIES, MIN_ROWS = 1 << 17, 16
-# Weights below exp of these, of the largest of their row or column, are 0: exp takes ten times as
-# long where it underflows, and so does what is computed with denormal numbers.
-FLOOR = {torch.float32: -80.0, torch.float64: -650.0}
 # A column's mass below this share of all has lost digits: its logarithm is taken anew.
 LEAST = 2.0**-90
 # A potential above this has lost more than 2^-19 in float32.
@@ -97,12 +94,6 @@ def add(x: Tensor, potential: list[Tensor]) -> Tensor:
     return x
 
 
-def exp_(x: Tensor) -> Tensor:
-    """exp(x) in place, 0 below the floor; NaN stays."""
-    low = FLOOR[x.dtype]
-    return torch.threshold_(x.clamp_(min=low).exp_(), math.exp(low) * (1 + 1e-5), 0.0)
-
-
 class Problem:
     """One problem. Potentials and masses are float64, tiles of the compute dtype."""
 
@@ -144,7 +135,7 @@ class Problem:
         for part in self.tiles():
             x = add(self.tile(part), shift)
             top = x.amax(1)
-            p = exp_(x.sub_(top[:, None]))
+            p = exp_(x.sub_(top[:, None]), FLOOR[self.dtype])
             total = p.sum(1)
             f[part] = self.log_a[part] - top.double() - total.double().log()
             mass += (self.a[part] / total) @ p
@@ -161,7 +152,10 @@ class Problem:
             x = add(self.tile(part), parts(f[part, None], self.dtype))
             new = torch.maximum(top, x.amax(0).double())
             at = torch.where(new == -torch.inf, 0.0, new)
-            total = total * (top - at).exp() + exp_(x.sub_(at.to(self.dtype))).sum(0).double()
+            total = (
+                total * (top - at).exp()
+                + exp_(x.sub_(at.to(self.dtype)), FLOOR[self.dtype]).sum(0).double()
+            )
             top = new
         return torch.where(top == -torch.inf, 0.0, top) + total.log()
 
@@ -302,14 +296,14 @@ class Backward:
         problem = self.problem
         x = problem.tile(part)
         if step.side == "row":
-            add(x, parts(step.used, x.dtype))
-            p = exp_(x.sub_(x.amax(1, keepdim=True)))
-            return p.div_(p.sum(1, keepdim=True))
+            return softmax_(add(x, parts(step.used, x.dtype)), sharp=True)
         down = torch.where(problem.dead_col, -torch.inf, step.found - problem.log_b)
         across = step.used[part, None]
         if _size(down) > _size(across):  # the larger first: it is what cancels large logits
-            return exp_(add(add(x, parts(down, x.dtype)), parts(across, x.dtype)))
-        return exp_(add(add(x, parts(across, x.dtype)), parts(down, x.dtype)))
+            add(add(x, parts(down, x.dtype)), parts(across, x.dtype))
+        else:
+            add(add(x, parts(across, x.dtype)), parts(down, x.dtype))
+        return exp_(x, FLOOR_OF_SOFTMAX[x.dtype])
 
     def tile(self, part: slice) -> Tensor:
         """Gradient of some rows of the logits."""

@@ -285,7 +285,7 @@ def am_energy_forward(
             x, z = (tile[:, : padded(n, ROWS)] for tile in tiles)
             p.load(cell, rows, side, x)
             top = side.logits(x, z).amax(-1, keepdim=True)
-            lse = top - softmax_(z).amax(-1, keepdim=True).log_()
+            lse = top - softmax_(z, side.sharp).amax(-1, keepdim=True).log_()
             energy = x.square().sum(-1, keepdim=True) - lse / side.beta
             take(lifted, cell, rows).copy_(torch.maximum(energy, lowest)[:, :n])
     return out[..., 0]
