@@ -16,7 +16,7 @@ from ._score import FLOOR, FLOOR_OF_SOFTMAX, exp_, softmax_
 # What became of a problem; NOT_CONVERGED is for callers that go on to a tolerance.
 FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 # Entries of a tile of rows, and least rows of one.
-TILE_ENTRIES, MIN_ROWS = 1 << 17, 16
+TILE_ENTRIES, MIN_ROWS = 1 << 18, 16
 # A column's mass below this share of all has lost digits: its logarithm is taken anew.
 LEAST = 2.0**-90
 # A potential above this has lost more than 2^-19 in float32.
@@ -40,9 +40,12 @@ class Scores(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.x.shape[0], self.x.shape[1]
 
-    def tile(self, part: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows, to work on."""
-        return self.x[part].to(dtype, copy=True, memory_format=torch.contiguous_format)
+    def tile(self, part: slice, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+        """Some rows, to work on, with a shift added."""
+        x = self.x[part]
+        if shift is None:
+            return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return torch.add(x, shift, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
 class Features(NamedTuple):
@@ -56,10 +59,11 @@ class Features(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.z.shape[0], self.prototypes.shape[0]
 
-    def tile(self, part: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows, to work on."""
+    def tile(self, part: slice, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+        """Some rows, to work on, with a shift added."""
         z, c = self.z[part].to(dtype), self.prototypes.to(dtype)
-        return z @ c.mT if self.bias is None else torch.addmm(self.bias.to(dtype), z, c.mT)
+        x = z @ c.mT if self.bias is None else torch.addmm(self.bias.to(dtype), z, c.mT)
+        return x if shift is None else x.add_(shift)
 
 
 class HalfStep(NamedTuple):
@@ -128,12 +132,18 @@ class Problem:
             x.masked_fill_(self.dead_row[part, None], 0.0).masked_fill_(self.dead_col, 0.0)
         return x
 
+    def shifted(self, part: slice, potential: list[Tensor]) -> Tensor:
+        """Some rows of the logits with a potential added."""
+        if self.some_dead:
+            return add(self.tile(part), potential)
+        return add(self.entries.tile(part, self.dtype, potential[0]), potential[1:])
+
     def rows(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """(f, mass of every column over exp(top)) after the rows' step at g, in one pass."""
         f, mass = torch.empty_like(self.log_a), torch.zeros_like(self.log_b)
         shift = parts(g, self.dtype)
         for part in self.tiles():
-            x = add(self.tile(part), shift)
+            x = self.shifted(part, shift)
             top = x.amax(1)
             p = exp_(x.sub_(top[:, None]), FLOOR[self.dtype])
             total = p.sum(1)
@@ -149,7 +159,7 @@ class Problem:
         top = torch.full_like(self.log_b, -torch.inf)
         total = torch.zeros_like(self.log_b)
         for part in self.tiles():
-            x = add(self.tile(part), parts(f[part, None], self.dtype))
+            x = self.shifted(part, parts(f[part, None], self.dtype))
             new = torch.maximum(top, x.amax(0).double())
             at = torch.where(new == -torch.inf, 0.0, new)
             total = (
