@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -371,10 +372,13 @@ def peak_bytes(call: Callable[[], object]) -> int:
     what an op allocates inside.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    # without acc_events torch 2.10 and 2.11 warn of cycles even where there is one
-    given: dict[str, Any] = {"profile_memory": True, "acc_events": True}
-    with torch.profiler.profile(activities=activities, **given) as profile:
-        result = call()
+    with warnings.catch_warnings():
+        # torch 2.10 and 2.11 warn of cycles even where there is one; acc_events, which stops that,
+        # builds a tree of all events and takes ten times as long as the call
+        warnings.filterwarnings("ignore", ".*acc_events", UserWarning)
+        profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        with profile:
+            result = call()
     del result
     results: Any = profile.profiler.kineto_results
     events = [e for e in results.events() if re.fullmatch(r"\[memory\]", e.name())]
