@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from . import nn as nn
     from .estimators import ClAM as ClAM
     from .estimators import KMeans as KMeans
+    from .estimators import SeLa as SeLa
 
 __version__ = "0.1.0"
 __all__ = [
     "ClAM",
     "KMeans",
+    "SeLa",
     "all_ops",
     "am_assign",
     "am_energy",
@@ -51,7 +53,7 @@ __all__ = [
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-_ESTIMATORS = ("ClAM", "KMeans")
+_ESTIMATORS = ("ClAM", "KMeans", "SeLa")
 _ROOMS = ("nn",)
 _LAZY = dict.fromkeys(_ESTIMATORS, ".estimators")
 

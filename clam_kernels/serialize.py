@@ -25,6 +25,8 @@ from .exceptions import ModelFileError
 
 FORMAT = 1
 CLASSES = ("ClAM", "KMeans")
+# Training runs to go on with, which are no models.
+CHECKPOINTS = ("SeLa checkpoint",)
 MAX_HEADER_BYTES = 1 << 20
 _KEYS = {"format", "class", "package", "parameters", "learned"}
 
@@ -172,7 +174,8 @@ def load(
         newer = int(metadata["format"]) > FORMAT
         expect(not newer, f"written by clam_kernels {metadata['package']}, this is {__version__}")
         found = metadata["class"]
-        expect(found in CLASSES and found == kind, f"holds a {found}, not a {kind}")
+        known = found in (*CLASSES, *CHECKPOINTS)
+        expect(known and found == kind, f"holds a {found}, not a {kind}")
         parameters = json.loads(metadata["parameters"])
         learned = json.loads(metadata["learned"])
         expect(isinstance(parameters, dict) and isinstance(learned, dict), "damaged metadata")

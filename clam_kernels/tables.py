@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from .serialize import write_atomically
 # A member of an .npz that claims to unpack to more than this many times its stored size is refused.
 MAX_EXPANSION = 1000
 KINDS = "a file of numbers as .npy, .npz, CSV, TSV or Parquet"
+ARRAYS = "a file of numbers as .npy or .npz"
+NPY, NPZ = b"\x93NUM", b"PK\x03\x04"
 
 
 def read(path: str | Path, key: str | None = None) -> tuple[np.ndarray, list[str] | None]:
@@ -53,20 +57,84 @@ def read(path: str | Path, key: str | None = None) -> tuple[np.ndarray, list[str
     (2, 2)
     """
     path = Path(path)
+    with _reading(path, KINDS):
+        magic = _magic(path)
+        if magic in (NPY, NPZ):
+            return _matrix(path, _array(path, magic, key)), None
+        return _arrow(path, parquet=magic == b"PAR1")
+
+
+def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
+    """Numbers of any shape from an .npy (memory-mapped) or .npz file.
+
+    Parameters
+    ----------
+    path : str or Path
+    key : str, optional
+        Array of an .npz that holds several; "x" unless given.
+
+    Returns
+    -------
+    array [N, ...]
+
+    Raises
+    ------
+    DataFileError
+        The file is damaged, of another kind, or holds something else than numbers.
+
+    Examples
+    --------
+    >>> import os, tempfile, numpy as np
+    >>> from clam_kernels import tables
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "x.npz")
+    ...     np.savez(file, x=np.zeros((2, 8, 8)), y=np.arange(2))
+    ...     tables.read_array(file).shape
+    (2, 8, 8)
+    """
+    path = Path(path)
+    with _reading(path, ARRAYS):
+        magic = _magic(path)
+        if magic not in (NPY, NPZ):
+            raise DataFileError(f"{path}: expected {ARRAYS}")
+        if key is None and magic == NPZ:
+            key = _only(path)
+        return _numbers(path, _array(path, magic, key))
+
+
+def _only(path: Path) -> str:
+    """The array of an .npz that holds one, or the one called x."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if len(names) != 1 and "x" not in names:
+        raise DataFileError(f"{path}: holds {', '.join(names) or 'nothing'}, and none is called x")
+    return names[0] if len(names) == 1 else "x"
+
+
+@contextlib.contextmanager
+def _reading(path: Path, expected: str) -> Iterator[None]:
+    """Whatever a damaged file makes numpy stumble over becomes a DataFileError."""
+    try:
+        yield
+    except DataFileError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, struct.error) as error:
+        raise DataFileError(f"{path}: {error} (expected {expected})") from error
+
+
+def _magic(path: Path) -> bytes:
+    """First bytes of a file, which tell what it is."""
     if not path.is_file():
         raise DataFileError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     with path.open("rb") as file:
-        magic = file.read(6)
-    try:
-        if magic == b"\x93NUMPY":
-            return _numeric(path, np.load(path, mmap_mode="r", allow_pickle=False)), None
-        if magic[:4] == b"PK\x03\x04":
-            return _numeric(path, _npz(path, key)), None
-        return _arrow(path, parquet=magic[:4] == b"PAR1")
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, struct.error) as error:
-        if isinstance(error, DataFileError):
-            raise
-        raise DataFileError(f"{path}: {error} (expected {KINDS})") from error
+        return file.read(4)
+
+
+def _array(path: Path, magic: bytes, key: str | None) -> np.ndarray:
+    if magic == NPZ:
+        return _npz(path, key)
+    found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return found
 
 
 def _npz(path: Path, key: str | None) -> np.ndarray:
@@ -84,10 +152,14 @@ def _npz(path: Path, key: str | None) -> np.ndarray:
     return found
 
 
-def _numeric(path: Path, array: np.ndarray) -> np.ndarray:
+def _numbers(path: Path, array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "fiub":
         raise DataFileError(f"{path}: expected numbers, got dtype {array.dtype}")
-    if array.ndim != 2:
+    return array
+
+
+def _matrix(path: Path, array: np.ndarray) -> np.ndarray:
+    if _numbers(path, array).ndim != 2:
         raise DataFileError(f"{path}: expected a matrix, got shape {array.shape}")
     return array
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scikit-learn estimators built on the ops."""
+"""Estimators built on the ops: scikit-learn's kind, and trainers of an encoder."""
 
 from .clam import ClAM as ClAM
 from .kmeans import KMeans as KMeans
+from .sela import SeLa as SeLa

@@ -2,5 +2,7 @@
 """Layers that stand on the ops."""
 
 from .am import AssociativeMemory as AssociativeMemory
+from .self_labeller import Relabelling as Relabelling
+from .self_labeller import SelfLabeller as SelfLabeller
 
-__all__ = ["AssociativeMemory"]
+__all__ = ["AssociativeMemory", "Relabelling", "SelfLabeller"]

@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-labelling (SeLa) as a layer: heads, their labels of a whole data set, and relabelling.
+
+Equations: docs/sela.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .._core import checks
+from ..transport import NOT_CONVERGED, Scores, Sinkhorn, sinkhorn
+
+# Entries of [N, K] above which `relabel_features` keeps no such array: 256 MB of float32.
+DENSE_ENTRIES = 1 << 26
+_WHY = {2: "not finite", 3: "infeasible", 4: "without a row"}
+
+
+@dataclass(frozen=True)
+class Relabelling:
+    """What happened when the labels of one head were found anew.
+
+    Attributes
+    ----------
+    head : int
+        Which.
+    n_iter : int
+        Iterations of Sinkhorn scaling.
+    err : float
+        L1 error of the label shares.
+    converged : bool
+        Whether that is within `tol`; labels are of use even where it is not.
+    changed : float
+        Share of the rows whose label is another one.
+    counts : Tensor [K], int64
+        Rows of each label.
+    """
+
+    head: int
+    n_iter: int
+    err: float
+    converged: bool
+    changed: float
+    counts: Tensor
+
+
+class SelfLabeller(nn.Module):
+    """Linear heads on shared features, each with labels of its own for every row of a data set.
+
+        loss = mean_h -log softmax(features W_h^T + b_h)[label_h],
+        labels_h = argmax_k(lam log p_h + g_h), with g_h such that all labels have equal shares
+                                                                                (docs/sela.md)
+
+    In a training loop of one's own: `loss` for each batch, and now and then `relabel` or
+    `relabel_features` for each head.
+
+    Parameters
+    ----------
+    in_features : int, >= 1
+        Number of features D.
+    n_clusters : int, >= 1
+        Number of labels K.
+    n_rows : int, >= 1
+        Rows of the data set N.
+    n_heads : int, >= 1
+        Number of heads H.
+    lam : float, > 0
+        Sharpness of the plan, 1 / epsilon; the larger, the nearer to the best equal partition.
+    tol : float, > 0
+        L1 error of the label shares at which a relabelling ends.
+    max_iter : int, >= 1
+        Iterations after which it ends in any case.
+    col_marginal : Tensor [K], finite, > 0, optional
+        Shares of the labels, in any unit; equal unless given.
+    row_marginal : Tensor [N], finite, > 0, optional
+        Masses of the rows in the shares, in any unit; equal unless given. The loss has no part in
+        them.
+    strict : bool
+        Whether counts are the shares rounded to whole rows; see `Sinkhorn.labels`.
+    start : "balanced" or Tensor [H, N] or [N], int64
+        Labels before the first relabelling: i mod K in an order drawn for each head, or given.
+    generator : torch.Generator, optional
+        Of the draws, on the CPU; None is torch's own.
+    device : torch.device, str or None, optional
+        Of all parameters and buffers.
+    dtype : torch.dtype, optional
+        Of the parameters: a float.
+
+    Attributes
+    ----------
+    weight : Parameter [H, K, D]
+    bias : Parameter [H, K]
+    labels : buffer [H, N], int64
+        Current labels.
+    g : buffer [H, K], float64
+        Potentials of each head's last relabelling, where the next one starts; 0 before.
+
+    Raises
+    ------
+    TypeError
+        A type or dtype other than stated.
+    ValueError
+        A value or shape that does not fit.
+
+    Notes
+    -----
+    Labels and potentials are in `state_dict`: a loop that is saved, loaded and continued is the
+    uninterrupted one. No [H, N, K] array ever exists.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from clam_kernels.nn import SelfLabeller
+    >>> x = torch.tensor([[0.0, 1.0], [0.1, 0.9], [1.0, 0.0], [0.9, 0.2]])
+    >>> heads = SelfLabeller(2, 2, n_rows=4, n_heads=3, generator=torch.Generator().manual_seed(0))
+    >>> optimiser = torch.optim.SGD(heads.parameters(), 1.0)
+    >>> for _ in range(20):
+    ...     done = [heads.relabel_features(x, head) for head in range(3)]
+    ...     loss = heads.loss(x, torch.arange(4))
+    ...     optimiser.zero_grad()
+    ...     loss.backward()
+    ...     optimiser.step()
+    >>> [bool(row[0] == row[1] != row[2] == row[3]) for row in heads.labels]
+    [True, True, True]
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    labels: Tensor
+    g: Tensor
+    col_marginal: Tensor | None
+    row_marginal: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        n_clusters: int,
+        n_rows: int,
+        n_heads: int = 10,
+        *,
+        lam: float = 25.0,
+        tol: float = 1e-3,
+        max_iter: int = 400,
+        col_marginal: Tensor | None = None,
+        row_marginal: Tensor | None = None,
+        strict: bool = False,
+        start: str | Tensor = "balanced",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"in_features": in_features, "n_clusters": n_clusters, "n_rows": n_rows}
+        for name, size in {**sizes, "n_heads": n_heads, "max_iter": max_iter}.items():
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            checks.type_error(whole, lambda: checks.wording(name, "an int >= 1", repr(size)))  # noqa: B023
+            checks.at_least(name, size, 1)
+        for name, number in (("lam", lam), ("tol", tol)):
+            checks.number(name, number, 0.0, finite=True, strict=True)
+        kind = type(strict).__name__
+        checks.type_error(
+            isinstance(strict, bool), lambda: checks.wording("strict", "a bool", kind)
+        )
+        self.n_rows, self.lam, self.tol, self.max_iter = n_rows, lam, tol, max_iter
+        self.strict = strict
+        self.weight = nn.Parameter(torch.empty(n_heads, n_clusters, in_features, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n_heads, n_clusters, dtype=dtype))
+        self.register_buffer("g", torch.zeros(n_heads, n_clusters, dtype=torch.float64))
+        self.register_buffer("labels", torch.empty(n_heads, n_rows, dtype=torch.int64))
+        masses = (
+            ("col_marginal", col_marginal, n_clusters),
+            ("row_marginal", row_marginal, n_rows),
+        )
+        for name, mass, size in masses:
+            self.register_buffer(name, _shares(name, mass, size), persistent=False)
+        self._trusted: tuple[int, int] | None = None
+        self.reset_parameters(generator)
+        if not (isinstance(start, str) and start == "balanced"):
+            self.labels.copy_(_given(start, n_heads, n_rows, n_clusters))
+        self.to(device)
+
+    @property
+    def n_heads(self) -> int:
+        """Number of heads H."""
+        return self.weight.shape[0]
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of labels K."""
+        return self.weight.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Number of features D."""
+        return self.weight.shape[2]
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw heads as `torch.nn.Linear` does, and balanced random labels; potentials are 0.
+
+        Parameters
+        ----------
+        generator : torch.Generator, optional
+            Of the draws, on the CPU; None is torch's own.
+        """
+        bound = 1.0 / math.sqrt(self.in_features)
+        with torch.no_grad():
+            # drawn on the CPU, so that a seed means the same on every device
+            for part in (self.weight, self.bias):
+                drawn = torch.empty(part.shape, dtype=part.dtype)
+                part.copy_(drawn.uniform_(-bound, bound, generator=generator))
+            for row in self.labels:
+                row.copy_(torch.randperm(self.n_rows, generator=generator) % self.n_clusters)
+            self.g.zero_()
+
+    # ---- training ------------------------------------------------------------------------------
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of every head.
+
+        Parameters
+        ----------
+        features : Tensor [B, D], dtype (outside autocast) and device of the heads
+
+        Returns
+        -------
+        Tensor [H, B, K]
+        """
+        self._check_features(features)
+        # one product for all heads
+        flat = functional.linear(features, self.weight.flatten(0, 1), self.bias.flatten())
+        return flat.unflatten(-1, self.bias.shape).transpose(0, 1)
+
+    def loss(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Cross entropy with the current labels, mean over rows and heads.
+
+        Parameters
+        ----------
+        features : Tensor [B, D], dtype (outside autocast) and device of the heads
+        rows : Tensor [B], int64
+            Which rows of the data set they are, 0 <= row < N.
+
+        Returns
+        -------
+        Tensor []
+
+        Raises
+        ------
+        ValueError
+            A shape that does not fit, or labels below 0 or above K - 1, which nobody may train on.
+        """
+        checks.tensor("rows", rows)
+        checks.type_error(
+            rows.dtype == torch.int64,
+            lambda: checks.wording("rows", "dtype int64", str(rows.dtype).removeprefix("torch.")),
+        )
+        self._check_labels()
+        logits = self(features)
+        size = logits.shape[1]
+        checks.shape("rows", rows, f"[{size}]", list(rows.shape) == [size], "features")
+        targets = self.labels[:, rows.to(self.labels.device)]
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    # ---- relabelling -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_probabilities(self, features: Tensor, head: int) -> Tensor:
+        """Logarithms of the softmax of one head, without gradient.
+
+        Parameters
+        ----------
+        features : Tensor [B, D]
+        head : int
+            Which, 0 <= head < H.
+
+        Returns
+        -------
+        Tensor [B, K], float32 (float64 for float64)
+        """
+        self._check_head(head)
+        self._check_features(features)
+        logits = functional.linear(features, self.weight[head], self.bias[head])
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return logits.to(wide).log_softmax(-1)
+
+    @torch.no_grad()
+    def relabel(
+        self, log_probabilities: Tensor | Callable[[int], Tensor], head: int
+    ) -> Relabelling:
+        """New labels of one head, with the shares asked for; it starts from its last potentials.
+
+        Parameters
+        ----------
+        log_probabilities : Tensor [N, K], or a callable that gives them for a head
+            log softmax of the head for every row of the data set in its order, averaged over
+            augmented draws if there are any. A constant for each row changes nothing.
+        head : int
+            Which, 0 <= head < H.
+
+        Returns
+        -------
+        Relabelling
+            What happened. Labels and potentials are in the buffers.
+
+        Raises
+        ------
+        TypeError
+            A type or dtype other than stated.
+        ValueError
+            A shape or device that does not fit.
+        FloatingPointError
+            NaN or +inf among the log-probabilities, or no plan; labels stay as they were.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from clam_kernels.nn import SelfLabeller
+        >>> heads = SelfLabeller(5, 2, n_rows=4, n_heads=1)
+        >>> logits = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0], [4.0, 0.0]])
+        >>> done = heads.relabel(logits.log_softmax(1), 0)
+        >>> heads.labels, done.counts
+        (tensor([[1, 0, 1, 0]]), tensor([2, 2]))
+        """
+        self._check_head(head)
+        given = log_probabilities(head) if callable(log_probabilities) else log_probabilities
+        checks.tensor("log_probabilities", given)
+        shape = [self.n_rows, self.n_clusters]
+        spelled = checks.spell(*shape)
+        checks.shape("log_probabilities", given, spelled, list(given.shape) == shape)
+        checks.same_device("log_probabilities", given, "the heads", self.labels)
+        return self._keep(head, self._solved(given.detach(), None, head))
+
+    @torch.no_grad()
+    def relabel_features(self, features: Tensor, head: int) -> Relabelling:
+        """`relabel` from features of all rows.
+
+        The mean of log softmax(W phi + b) over augmented draws phi is W mean(phi) + b up to a
+        constant for each row, so features averaged over draws are all that is needed.
+
+        Parameters
+        ----------
+        features : Tensor [N, D]
+            Of every row of the data set in its order.
+        head : int
+            Which, 0 <= head < H.
+
+        Returns
+        -------
+        Relabelling
+
+        Raises
+        ------
+        TypeError, ValueError, FloatingPointError
+            As `relabel`.
+        """
+        self._check_head(head)
+        self._check_features(features)
+        rows = [self.n_rows, self.in_features]
+        checks.shape("features", features, checks.spell(*rows), list(features.shape) == rows)
+        if self.n_rows * self.n_clusters <= DENSE_ENTRIES:
+            return self.relabel(self.log_probabilities(features, head), head)
+        pair = (features.detach(), self.weight[head].detach().to(features.dtype))
+        return self._keep(head, self._solved(pair, self.lam * self.bias[head].detach(), head))
+
+    def _solved(self, scores: Scores, bias: Tensor | None, head: int) -> Sinkhorn:
+        found = sinkhorn(
+            scores, epsilon=1.0 / self.lam, bias=bias, tol=self.tol, max_iter=self.max_iter,
+            row_marginal=self.row_marginal, col_marginal=self.col_marginal, init=self.g[head],
+            accelerate="anderson", warn=False,
+        )  # fmt: skip
+        status = int(found.status)
+        if status > NOT_CONVERGED:
+            raise FloatingPointError(
+                f"head {head}: its log-probabilities are {_WHY[status]}, so they give no labels;"
+                " the labels are those of before"
+            )
+        return found
+
+    def _keep(self, head: int, found: Sinkhorn) -> Relabelling:
+        labels = found.labels(strict=self.strict)
+        changed = float((labels != self.labels[head]).double().mean())
+        counts = torch.bincount(labels, minlength=self.n_clusters)
+        self.labels[head] = labels
+        self.g[head] = found.g
+        ok = bool(found.converged)
+        return Relabelling(head, found.n_iter, float(found.err), ok, changed, counts)
+
+    @torch.no_grad()
+    def assign(self, features: Tensor, head: int = 0) -> Tensor:
+        """Labels of any rows at a head's potentials: what relabelling would give a row that does
+        not move them.
+
+        Parameters
+        ----------
+        features : Tensor [B, D]
+        head : int
+            Which, 0 <= head < H.
+
+        Returns
+        -------
+        Tensor [B], int64
+            argmax_k(lam log p_k + g_k), lowest index on ties.
+        """
+        scores = self.lam * self.log_probabilities(features, head)
+        return (scores + self.g[head].to(scores.dtype)).argmax(-1)
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def _check_features(self, features: Any) -> None:
+        checks.tensor("features", features)
+        d = self.in_features
+        fits = features.ndim == 2 and features.shape[-1] == d
+        checks.shape("features", features, f"[B, {d}]", fits)
+        checks.same_device("features", features, "the heads", self.weight)
+        if not torch.is_autocast_enabled(features.device.type):
+            checks.same_dtype("features", features, "the heads", self.weight)
+
+    def _check_head(self, head: Any) -> None:
+        whole = isinstance(head, int) and not isinstance(head, bool)
+        checks.type_error(whole, lambda: checks.wording("head", "an int", repr(head)))
+        text = f"an int from 0 to {self.n_heads - 1}"
+        checks.value_error(0 <= head < self.n_heads, lambda: checks.wording("head", text, head))
+
+    def _check_labels(self) -> None:
+        """Labels out of range raise, before a loss of them; read again only when they changed."""
+        if torch.compiler.is_compiling():
+            return
+        now = None
+        if not self.labels.is_inference():
+            now = (self.labels.data_ptr(), self.labels._version)
+        if now is not None and now == self._trusted:
+            return
+        bad = ((self.labels < 0) | (self.labels >= self.n_clusters)).nonzero()[:1].tolist()
+        if bad:
+            head, row = bad[0]
+            got = int(self.labels[head, row])
+            text = f"values from 0 to {self.n_clusters - 1}"
+            raise ValueError(
+                checks.wording("labels", text, f"{got} for row {row} of head {head}; relabel first")
+            )
+        self._trusted = now
+
+    def extra_repr(self) -> str:
+        """Sizes and settings, for `print`."""
+        sizes = f"{self.in_features}, {self.n_clusters}, n_rows={self.n_rows}"
+        words = [f"{sizes}, n_heads={self.n_heads}, lam={self.lam:g}, tol={self.tol:g}"]
+        return ", ".join(words + (["strict=True"] if self.strict else []))
+
+
+def _shares(name: str, mass: Any, size: int) -> Tensor | None:
+    """A marginal of sum 1 in float64."""
+    if mass is None:
+        return None
+    checks.tensor(name, mass)
+    checks.floating(name, mass)
+    checks.shape(name, mass, f"[{size}]", list(mass.shape) == [size])
+    wide = mass.detach().cpu().double()
+    checks.values(name, wide, 0.0, finite=True, strict=True)
+    return wide / wide.sum()
+
+
+def _given(start: Any, heads: int, rows: int, clusters: int) -> Tensor:
+    """Labels to start from."""
+    words = f"'balanced' or an int64 Tensor [{heads}, {rows}]"
+    got = repr(start) if isinstance(start, str) else type(start).__name__
+    ok = isinstance(start, Tensor) and start.dtype == torch.int64
+    error = ValueError if isinstance(start, str) else TypeError
+    if not ok:
+        raise error(checks.wording("start", words, got))
+    fits = list(start.shape) in ([heads, rows], [rows])
+    checks.shape("start", start, f"[{heads}, {rows}]", fits)
+    inside = bool(((start >= 0) & (start < clusters)).all())
+    checks.value_error(
+        inside,
+        lambda: checks.wording("start", f"labels from 0 to {clusters - 1}", "others"),
+    )
+    return start

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small SeLa: data, encoder, augmentation, and what equal runs are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clam_kernels import SeLa
+
+N, D, K, H = 100, 6, 4, 3
+RANDOM = np.random.default_rng(0)
+Y = np.arange(N) % K
+X = (3 * np.eye(D)[Y] + RANDOM.normal(size=(N, D))).astype(np.float32)
+QUICK = {"n_heads": H, "n_epochs": 4, "batch_size": 33, "n_relabels": 4, "max_iter": 4000}
+
+
+def encoder() -> nn.Module:
+    """With what makes resuming hard: BatchNorm's buffers and dropout from the global generator."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        layers = (nn.Linear(D, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
+        return nn.Sequential(*layers)
+
+
+def noisy(batch: Tensor, generator: torch.Generator) -> Tensor:
+    return batch + 0.3 * torch.randn(batch.shape, generator=generator, device=batch.device)
+
+
+def sela(**rest: Any) -> SeLa:
+    return SeLa(encoder(), K, **{"augment": noisy, "random_state": 0, **QUICK, **rest})
+
+
+def same(a: SeLa, b: SeLa) -> None:
+    """Labels, weights, potentials and history, bit for bit."""
+    assert np.array_equal(np.asarray(a.labels_), np.asarray(b.labels_))
+    for one, other in ((a.encoder_, b.encoder_), (a.heads_, b.heads_)):
+        left, right = one.state_dict(), other.state_dict()
+        assert list(left) == list(right)
+        for name in left:
+            assert torch.equal(left[name], right[name]), name
+    assert a.history_["loss"] == b.history_["loss"]
+    for name, column in a.history_["relabellings"].items():
+        np.testing.assert_array_equal(column, b.history_["relabellings"][name])
+    assert a.n_steps_ == b.n_steps_
+
+
+def kill_case(path: str | None = None) -> SeLa:
+    """A run of a second or so with a checkpoint after each batch."""
+    model = sela(n_epochs=12, n_relabels=8, batch_size=20)
+    rest = {"checkpoint": path, "checkpoint_every": 1, "resume": True} if path else {}
+    return model.fit(X, **rest)
