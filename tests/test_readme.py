@@ -21,7 +21,7 @@ EXAMPLES = re.findall(
 
 
 @pytest.mark.parametrize(
-    ("code", "printed"), EXAMPLES, ids=["estimator", "gaps", "k-means", "op", "layer"]
+    ("code", "printed"), EXAMPLES, ids=["estimator", "gaps", "k-means", "op", "layer", "sela"]
 )
 def test_an_example_prints_what_it_says(code: str, printed: str) -> None:
     run = subprocess.run(

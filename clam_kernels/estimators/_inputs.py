@@ -114,7 +114,7 @@ class OfImages(Inputs):
             import PIL  # noqa: F401
         except ImportError:
             raise ImportError(
-                f"{folder}: reading images needs Pillow: pip install Pillow"
+                f"{folder}: reading images needs Pillow: pip install pillow"
             ) from None
         found = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
         named = [p.as_posix() for p in found if not any(part[0] == "." for part in p.parts)]

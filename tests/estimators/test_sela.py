@@ -273,7 +273,7 @@ def test_bad_folders_and_files(tmp_path, monkeypatch):
     with pytest.raises(DataFileError, match="pickle"):
         sela().fit(tmp_path / "pickled.npy")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match="reading images needs Pillow: pip install Pillow"):
+    with pytest.raises(ImportError, match="reading images needs Pillow: pip install pillow"):
         sela().fit(tmp_path)
 
 
