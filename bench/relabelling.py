@@ -122,6 +122,7 @@ def apart(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Time and memory over the input against the number of rows."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for method in RUNS:
@@ -132,8 +133,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes[0].set(xlabel="rows", ylabel="CPU seconds", title="time to the labels, one thread")
     axes[1].set(xlabel="rows", ylabel="MB", title="memory over the input")
     axes[0].legend(frameon=False)
+    counts = sorted({point["rows"] for point in report["growth"]})
     for axis in axes:
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=0.3, which="both")
+        axis.set_xticks(counts, [f"{count / 1000:.0f}k" for count in counts])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -300,11 +300,44 @@ def test_refusals(wrong, error, text):
         sinkhorn(call.pop("scores"), **call)
 
 
-def test_labels_take_no_array_of_all_entries():
-    z = torch.randn(40_000, 4, generator=torch.Generator().manual_seed(0))
-    c = torch.randn(500, 4, generator=torch.Generator().manual_seed(1))
-    peak = testing.peak_bytes(lambda: sinkhorn((z, c), epsilon=1.0).labels())
-    assert peak < 60e6  # the scores would be 80 MB
+@pytest.mark.parametrize("stored", [False, True])
+def test_labels_take_no_array_of_all_entries(stored):
+    n, k = (50_000, 500) if stored else (200_000, 1000)
+    z = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
+    c = torch.randn(k, 4, generator=torch.Generator().manual_seed(1))
+    scores = z @ c.T if stored else (z, c)
+    peak = testing.peak_bytes(lambda: sinkhorn(scores, epsilon=1.0, n_iter=1).labels())
+    assert peak < 32e6  # the scores are 100 and 800 MB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 2, 65_536, 131_072])
+def test_any_number_of_prototypes(k, dtype):
+    generator = torch.Generator().manual_seed(0)
+    scores = (2 * torch.rand(6, k, generator=generator, dtype=torch.float64) - 1).to(dtype)
+    found = sinkhorn(scores)
+    q = (scores.double() / 0.05 - 20).exp()
+    for _ in range(3):
+        q /= q.sum(0, keepdim=True) * k
+        q /= q.sum(1, keepdim=True) * 6
+    torch.testing.assert_close(found.codes().double(), 6 * q, atol=1e-5, rtol=0)
+    assert int(found.status) == 0
+    assert bool((sinkhorn(scores, tol=1e-3, accelerate="anderson").labels() < k).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-2, 1.0, 1e3])
+def test_any_epsilon(epsilon, dtype):
+    found = sinkhorn(_scores(dtype=dtype), epsilon=epsilon)
+    exact = sinkhorn(_scores(), epsilon=epsilon)
+    for x in (found.f, found.g, found.err):
+        assert bool(x.isfinite().all())
+    # potentials of 2000 are known to 1e-4 in float32, and codes to as much
+    torch.testing.assert_close(found.codes().double(), exact.codes(), atol=1e-3, rtol=0)
+    late = sinkhorn(_scores(dtype=dtype), epsilon=epsilon, tol=1e-2, max_iter=300, warn=False,
+        accelerate="anderson")  # fmt: skip
+    assert bool(late.err.isfinite())
+    assert int(late.counts().sum()) == 120
 
 
 def test_examples_run():

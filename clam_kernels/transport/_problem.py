@@ -14,7 +14,7 @@ from ..ops import sinkhorn as ops
 
 Scores = Tensor | tuple[Tensor, Tensor]
 # Logits that are held at once where only labels or sums are asked for.
-TILE_ENTRIES = 1 << 22
+TILE_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)

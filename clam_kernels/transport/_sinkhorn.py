@@ -96,6 +96,11 @@ def sinkhorn(
     ValueError
         A shape, device or value that does not fit.
 
+    Notes
+    -----
+    scores / epsilon is an array of its own unless epsilon is 1: hand over what is scaled already, or
+    features, where memory is short. Nothing else is as large as the scores.
+
     Examples
     --------
     >>> import torch, clam_kernels
