@@ -595,6 +595,33 @@ def test_energy_far_from_the_origin(am, offset):
     torch.testing.assert_close(am.am_energy(v, rho, 0.5).double(), exact, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("k", [3, 8, 16, 40])
+@pytest.mark.parametrize("beta", [0.02, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_weights_that_underflow(am, k, beta, dtype):
+    """Soft to hard memories, where most exponentials are none; each row on its own."""
+    v, rho = (3 * x for x in _draw(33, (60, 8), (k, 8)))
+    v, rho, up = v.to(dtype), rho.to(dtype), _draw(34, (60, 8))[0]
+
+    def call(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (v, rho)]
+        out = function(*leaves, torch.tensor(beta, dtype=dtype), 3)
+        return [out, *torch.autograd.grad((out * up.to(dtype)).sum(), leaves)]
+
+    found = call(am.am_recursion, dtype)
+    exact = call(python_fallback.am.am_recursion, F64)
+    bound = 1e-12 if dtype == F64 else 2e-6 * max(1.0, beta)
+    for ours, theirs in zip(found, exact, strict=True):
+        gap = (ours.detach().double() - theirs.detach()).abs() / (1 + theirs.detach().abs())
+        assert float(gap.max()) <= 20 * bound
+    energy = am.am_energy(v, rho, beta).double()
+    truth = python_fallback.am.am_energy(v.double(), rho.double(), beta)
+    torch.testing.assert_close(energy, truth, rtol=1e-5, atol=1e-4)
+    op = torch.ops.clam.am_recursion
+    parts = [op(x, rho, beta, 3) for x in (v[:7], v[7:40], v[40:])]
+    assert torch.equal(torch.cat(parts), op(v, rho, beta, 3))
+
+
 def test_energy_is_never_below_its_bound(am):
     """No distance is below 0, so E >= -logsumexp(log w)/beta, also for a state on its memory."""
     (rho,) = _draw(30, (20, 64), dtype=torch.float32)
