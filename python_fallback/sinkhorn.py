@@ -72,7 +72,7 @@ def sinkhorn_features(
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sinkhorn` of z @ prototypes^T + bias."""
-    logits = _logits(z, prototypes, bias)
+    logits = _logits(z, prototypes, bias, log_row, log_col)
     return sinkhorn(logits, n_iter, log_row, log_col, init, prototype_first, precision)
 
 
@@ -101,13 +101,21 @@ def sinkhorn_features_pass(
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sinkhorn_pass` of z @ prototypes^T + bias."""
-    return sinkhorn_pass(_logits(z, prototypes, bias), g, log_row, precision)
+    return sinkhorn_pass(_logits(z, prototypes, bias, log_row, g), g, log_row, precision)
 
 
-def _logits(z: Tensor, prototypes: Tensor, bias: Tensor | None) -> Tensor:
+def _logits(
+    z: Tensor, prototypes: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None
+) -> Tensor:
+    """Logits; of what a vector of rows or columns has at -inf, 0, and no gradient."""
     wide = compute_dtype(z)
-    logits = z.to(wide) @ prototypes.to(wide).mT
+    z, prototypes = _alive(z.to(wide), rows), _alive(prototypes.to(wide), columns)
+    logits = z @ prototypes.mT
     return logits if bias is None else logits + bias.to(wide)[..., None, :]
+
+
+def _alive(x: Tensor, vector: Tensor | None) -> Tensor:
+    return x if vector is None else torch.where((vector == -torch.inf)[..., None], 0.0, x)
 
 
 def _operands(
@@ -363,12 +371,18 @@ def _add_scores(back: Backward, part: slice, totals: list[Tensor | None]) -> Non
 
 
 def _add_features(back: Backward, part: slice, totals: list[Tensor | None]) -> None:
-    slope, entries = back.tile(part), back.problem.entries
-    assert isinstance(entries, Features)
+    slope, problem = back.tile(part), back.problem
+    assert isinstance(problem.entries, Features)
+    z, prototypes = (
+        x.to(slope.dtype) for x in (problem.entries.z[part], problem.entries.prototypes)
+    )
+    if problem.some_dead:  # they may hold anything
+        z = z.masked_fill(problem.dead_row[part, None], 0.0)
+        prototypes = prototypes.masked_fill(problem.dead_col[:, None], 0.0)
     if totals[0] is not None:
-        totals[0][part] += slope @ entries.prototypes.to(slope.dtype)
+        totals[0][part] += slope @ prototypes
     if totals[1] is not None:
-        totals[1] += slope.mT @ entries.z[part].to(slope.dtype)
+        totals[1] += slope.mT @ z
 
 
 def _through_all(n_iter: int, prototype_first: bool) -> Callable[..., Backward]:

@@ -380,8 +380,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
         with profile:
             result = call()
     del result
-    results: Any = profile.profiler.kineto_results
-    events = [e for e in results.events() if re.fullmatch(r"\[memory\]", e.name())]
+    profiler: Any = profile.profiler
+    events = [e for e in profiler.kineto_results.events() if re.fullmatch(r"\[memory\]", e.name())]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()

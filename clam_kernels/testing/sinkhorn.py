@@ -46,6 +46,8 @@ class _Call:
         z, c = draw.normal(*batch, n, D), draw.normal(k, D)
         if n and bool(self.logits[..., 0, 0].isnan().any()):
             z[..., 0, 0] = torch.nan
+        if self.name == "zero-masses":
+            z[2], c[1] = torch.nan, torch.inf
         bias = draw.normal(k) if self.bias else None
         if op == FEATURES_PASS:
             return (z, c, self.init, bias, self.log_row)
@@ -73,6 +75,8 @@ def _calls(draw: _Draw) -> list[_Call]:
     lost = x(N, K)
     lost[0, 0] = torch.nan
     a, b = draw.masses(N), draw.masses(K)
+    buried = x(N, K)
+    buried[2], buried[:, 1] = math.nan, math.inf
     return [
         _Call("plain", x(N, K)),
         _Call("no-iterations", x(N, K), 0),
@@ -91,7 +95,7 @@ def _calls(draw: _Draw) -> list[_Call]:
         _Call("init", x(N, K), init=draw.normal(K)),
         _Call("init-batch", x(N, K), init=draw.normal(B, K)),
         _Call("init-rows-first", x(N, K), init=draw.normal(K), first=False),
-        _Call("zero-masses", x(N, K), log_row=dead_row, log_col=dead_col, dtypes=WIDE),
+        _Call("zero-masses", buried, log_row=dead_row, log_col=dead_col, dtypes=WIDE),
         _Call("sharp", 8 * x(N, K), dtypes=WIDE),
         _Call("batch", x(B, N, K)),
         _Call("batch-crossed", x(B, 1, N, K), log_col=draw.masses(3, K)),
@@ -114,7 +118,10 @@ def _passes(draw: _Draw) -> list[_Call]:
     lost.logits[0, 0] = torch.nan
     dead_row, dead_g = draw.masses(N), draw.normal(K)
     dead_row[2], dead_g[1] = -math.inf, -math.inf
+    buried = call("zero-masses", N, K, g=dead_g, log_row=dead_row, dtypes=WIDE)
+    buried.logits[2], buried.logits[:, 1] = math.nan, math.inf
     return [
+        buried,
         call("plain", N, K),
         call("one-column", N, 1),
         call("one-row", 1, K),
@@ -125,7 +132,6 @@ def _passes(draw: _Draw) -> list[_Call]:
         call("wide", 67, 33),
         call("row-masses", N, K, log_row=draw.masses(N)),
         call("heavy-rows", N, K, log_row=20 * draw.normal(N), dtypes=WIDE),
-        call("zero-masses", N, K, g=dead_g, log_row=dead_row, dtypes=WIDE),
         call("batch", B, N, K),
         call("batch-crossed", B, 1, N, K, g=draw.normal(3, K)),
         call("bias", N, K, bias=True),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._anderson import Anderson
-from ._passes import FINE, Pass, Passes
+from ._passes import EMPTY, FINE, Pass, Passes
 
 # Passes between two looks at a GPU's error; a CPU's is looked at after each.
 BLOCK = 16
@@ -91,8 +91,9 @@ def iterate(
     count = torch.zeros((), dtype=torch.int64, device=g.device)
     for at in range(most + before):
         found = passes.step(g)
-        err = side.error(found, done)
+        err = torch.where(found.status == EMPTY, 0.0, side.error(found, done))
         count = torch.where(done, count, at + 1 - before)
+        count = torch.where(found.status == EMPTY, 0, count)
         done = done | (found.status != FINE)
         done = done if tol is None else done | (err <= tol)
         last = at + 1 == most + before

@@ -32,26 +32,26 @@ class Passes:
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
         given = calls.problem
-        self.device, k = given.first.device, self.n_prototypes
+        self.device, k = given.first.device, given.n_prototypes
         even = torch.full((k,), -math.log(k), dtype=torch.float64, device=self.device)
         self.log_b = even if given.log_col is None else given.log_col.double()
         self.log_row = given.log_row
         self.dead = self.log_b == -torch.inf
-
-    @property
-    def n_prototypes(self) -> int:
-        scores = self.calls.problem.scores
-        return scores.shape[-1] if isinstance(scores, Tensor) else scores[1].shape[-2]
+        self.begun: Tensor | None = None  # status of the start
 
     def put(self, g: Tensor) -> Tensor:
-        """-inf where a column has no mass."""
-        return torch.where(self.dead, -torch.inf, g.double())
+        """-inf where a column has no mass, and only there."""
+        g = g.double()
+        least = torch.where(g.isfinite(), g, torch.inf).amin(-1, keepdim=True)
+        least = torch.where(least.isfinite(), least, 0.0)
+        return torch.where(self.dead, -torch.inf, torch.where(g == -torch.inf, least, g))
 
     def start(self, prototype_first: bool) -> Tensor:
         """The g before the first pass: the columns' step from f = 0, or 0."""
         if not prototype_first:
             return self.put(torch.zeros_like(self.log_b))
-        return self.put(self.calls.iterated(1, None, True)[1])
+        _, g, _, self.begun = self.calls.iterated(1, None, True)
+        return self.put(g)
 
     def step(self, g: Tensor) -> Pass:
         """The pass at g."""
@@ -59,9 +59,12 @@ class Passes:
         return Pass(f, log_mass.double(), self.judged(log_mass, status), self.row_value(f))
 
     def judged(self, log_mass: Tensor, status: Tensor) -> Tensor:
-        """Infeasible where a column with mass has none."""
+        """Infeasible where a column with mass has none; what the start was that failed."""
         stuck = ((log_mass == -torch.inf) & ~self.dead).any(-1) | self.dead.all(-1)
-        return torch.where((status == FINE) & stuck, INFEASIBLE, status)
+        status = torch.where((status == FINE) & stuck, INFEASIBLE, status)
+        if self.begun is None:
+            return status
+        return torch.where((self.begun > FINE) & (status != EMPTY), self.begun, status)
 
     def row_value(self, f: Tensor) -> Tensor:
         if self.log_row is None:
@@ -110,7 +113,8 @@ class Sharded(Passes):
         zero = torch.zeros_like(self.log_b)
         f, _, _ = self.calls.one_pass(zero, torch.where(dead, -torch.inf, 0.0))
         _, log_mass, status = self.calls.one_pass(zero, torch.where(dead, -torch.inf, -f.double()))
-        merged, _, _ = self.merged(log_mass, status, self.row_value(f))
+        merged, status, _ = self.merged(log_mass, status, self.row_value(f))
+        self.begun = self.judged(merged, status)
         return self.put(self.residual(merged))
 
     def step(self, g: Tensor) -> Pass:

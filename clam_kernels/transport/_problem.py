@@ -33,9 +33,19 @@ class Problem:
         return self.scores if isinstance(self.scores, Tensor) else self.scores[0]
 
     @property
+    def n_prototypes(self) -> int:
+        scores = self.scores
+        return scores.shape[-1] if isinstance(scores, Tensor) else scores[1].shape[-2]
+
+    @property
     def dtype(self) -> torch.dtype:
         """That of the potentials."""
         return torch.float64 if self.first.dtype == torch.float64 else torch.float32
+
+    @property
+    def learnt(self) -> bool:
+        """Whether epsilon has a gradient."""
+        return isinstance(self.epsilon, Tensor) and self.epsilon.requires_grad
 
     def detached(self) -> Problem:
         """The same without gradients."""
@@ -74,15 +84,54 @@ class Problem:
         """Other rows, uniform, for the same prototypes."""
         return replace(self, scores=scores, log_row=None)
 
-    def logits(self, rows: slice) -> Tensor:
-        """Logits of some rows in the dtype of the potentials."""
+    # ---- logits ----------------------------------------------------------------------------------
+
+    def out(self, rows: slice | Tensor = slice(None)) -> Tensor | None:
+        """Which of some rows take no part [..., N]."""
+        return None if self.log_row is None else self.log_row[..., rows] == -torch.inf
+
+    def out_columns(self) -> Tensor | None:
+        """Which prototypes take no part [..., K]."""
+        return None if self.log_col is None else self.log_col == -torch.inf
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """(z, prototypes / epsilon) as they are multiplied. The quotient keeps their dtype, but for
+        float16, whose range it leaves: that is float32.
+        """
+        z, prototypes = self.scores
+        prototypes = _without(prototypes, self.out_columns(), -1)
+        if z.dtype == torch.float16:
+            z, prototypes = z.float(), prototypes.float()
+        if _is_one(self.epsilon):
+            return z, prototypes
+        return z, (prototypes / self.epsilon).to(prototypes.dtype)
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """Logits of some rows in the dtype of the potentials, 0 where nothing takes part."""
+        out, columns = self.out(rows), self.out_columns()
         if isinstance(self.scores, Tensor):
-            x = self.scores[..., rows, :].to(self.dtype)
-        else:
-            z, prototypes = (t.to(self.dtype) for t in self.scores)
-            x = z[..., rows, :] @ prototypes.mT
-        x = x / self.epsilon
-        return x if self.bias is None else x + self.bias.to(x.dtype)[..., None, :]
+            return self.scaled(self.scores[..., rows, :].to(self.dtype), out, columns)
+        z, prototypes = (x.to(self.dtype) for x in self.features())
+        # not only after the product: 0 times NaN would be a gradient
+        x = _without(z[..., rows, :], out, -1) @ prototypes.mT
+        return self._biased(x, columns)
+
+    def scaled(self, x: Tensor, out: Tensor | None, columns: Tensor | None) -> Tensor:
+        """Scores over epsilon, plus the bias; 0 where nothing takes part."""
+        x = _without(_without(x, out, -1), columns, -2)
+        if not self.learnt:
+            x = x if _is_one(self.epsilon) else x / self.epsilon
+            return self._biased(x, columns)
+        shut = x == -torch.inf  # infinite over epsilon has no gradient
+        x = (x.masked_fill(shut, 0.0) / self.epsilon).masked_fill(shut, -torch.inf)
+        return self._biased(x, columns)
+
+    def _biased(self, x: Tensor, columns: Tensor | None) -> Tensor:
+        if self.bias is None:
+            return x
+        bias = self.bias.to(x.dtype)
+        bias = bias if columns is None else torch.where(columns, 0.0, bias)
+        return x + bias[..., None, :]
 
     def tiles(self, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits + g) in chunks."""
@@ -93,13 +142,18 @@ class Problem:
             part = slice(start, min(start + step, n))
             yield part, self.logits(part) + g[..., None, :]
 
-    def out(self, rows: slice) -> Tensor | None:
-        """Which of some rows take no part."""
-        return None if self.log_row is None else self.log_row[..., rows] == -torch.inf
-
     def calls(self) -> Calls:
         """The ops on this problem."""
         return Calls(self)
+
+
+def _is_one(epsilon: float | Tensor) -> bool:
+    return not isinstance(epsilon, Tensor) and epsilon == 1
+
+
+def _without(x: Tensor, out: Tensor | None, dim: int) -> Tensor:
+    """0 where an entry of `out` says so, which lacks a dim of x."""
+    return x if out is None else torch.where(out.unsqueeze(dim), 0.0, x)
 
 
 class Calls:
@@ -107,23 +161,19 @@ class Calls:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        scores, epsilon, bias = problem.scores, problem.epsilon, problem.bias
-        plain = isinstance(epsilon, (int, float)) and epsilon == 1
         self.rest: dict[str, Any] = {"precision": problem.precision}
         self.ops: tuple[Any, Any]
         self.entries: tuple[Tensor, ...]
+        scores = problem.scores
         if isinstance(scores, Tensor):
-            x = scores if scores.dtype == torch.float64 or plain else scores.float()
-            learnt = isinstance(epsilon, Tensor) and epsilon.requires_grad
-            if learnt and problem.log_row is not None:  # NaN there would be epsilon's gradient too
-                x = torch.where(problem.log_row[..., None] == -torch.inf, 0.0, x)
-            x = x if plain else x / epsilon
-            self.entries = (x if bias is None else x + bias[..., None, :],)
+            # the ops leave out what takes no part; epsilon's gradient sees it
+            out = (problem.out(), problem.out_columns()) if problem.learnt else (None, None)
+            half = scores.dtype not in (torch.float32, torch.float64)
+            x = scores.float() if half and not _is_one(problem.epsilon) else scores
+            self.entries = (problem.scaled(x, *out),)
             self.ops = ops.sinkhorn, ops.sinkhorn_pass
         else:
-            z, prototypes = scores
-            scaled = prototypes if plain else (prototypes / epsilon).to(z.dtype)
-            self.entries, self.rest["bias"] = (z, scaled), bias
+            self.entries, self.rest["bias"] = problem.features(), problem.bias
             self.ops = ops.sinkhorn_features, ops.sinkhorn_features_pass
 
     def iterated(

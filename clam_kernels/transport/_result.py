@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .._core import checks
 from ._gradients import semi_dual
 from ._passes import FINE, NOT_CONVERGED
 from ._problem import Problem, Scores
@@ -41,7 +43,7 @@ class Sinkhorn:
 
     @property
     def converged(self) -> Tensor:
-        """Whether each problem is fine."""
+        """Whether each problem is fine: without fault, and within `tol` where that was given."""
         return self.status == FINE
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
@@ -104,20 +106,29 @@ class Sinkhorn:
         Returns
         -------
         values, indices : Tensor [..., N, k]
+            Values 0 in rows that take no part.
         """
-        values, indices = [], []
-        for _, x in self._still().tiles(self.g):
+        most = self.g.shape[-1]
+        whole = isinstance(k, int) and 1 <= k <= most
+        checks.value_error(whole, lambda: checks.wording("k", f"an int from 1 to {most}", repr(k)))
+        values = [self.g.new_empty((*self.f.shape[:-1], 0, k))]
+        indices = [values[0].long()]
+        for part, x in self._still().tiles(self.g):
             top = torch.softmax(x, -1).topk(k, -1)
-            values.append(top.values)
+            out = self.problem.out(part)
+            best = top.values if out is None else top.values.masked_fill(out[..., None], 0.0)
+            values.append(best)
             indices.append(top.indices)
         return torch.cat(values, -2), torch.cat(indices, -2)
 
     def counts(self) -> Tensor:
         """Rows of each label [..., K], int64."""
         labels, k = self.labels(), self.g.shape[-1]
-        flat = labels.reshape(-1, labels.shape[-1])
-        rows = [torch.bincount(row[row >= 0], minlength=k) for row in flat]
-        return torch.stack(rows).reshape(self.g.shape) if rows else torch.zeros_like(self.g).long()
+        found = torch.zeros(self.g.shape, dtype=torch.int64, device=labels.device)
+        for at in itertools.product(*map(range, labels.shape[:-1])):
+            row = labels[at]
+            found[at] = torch.bincount(row[row >= 0], minlength=k)
+        return found
 
     def value(self) -> Tensor:
         """<plan, -scores - epsilon bias> + epsilon KL(plan | a b^T) of the optimum [...] float64,
@@ -134,7 +145,7 @@ class Sinkhorn:
         return (rows + columns) * problem.epsilon
 
     def entropy(self) -> Tensor:
-        """Mean entropy of the codes of the rows [...], in nats."""
+        """Mean entropy of the codes of the rows [...], in nats; without gradient."""
         total = torch.zeros_like(self.err, dtype=torch.float64)
         rows = torch.zeros_like(total)
         for part, x in self.problem.detached().tiles(self.g.detach()):
@@ -142,7 +153,8 @@ class Sinkhorn:
             one = torch.special.entr(p).sum(-1).double()
             out = self.problem.out(part)
             weight = torch.ones_like(one) if out is None else (~out).double()
-            total, rows = total + (one * weight).sum(-1), rows + weight.sum(-1)
+            one = torch.where(weight > 0, one, 0.0)
+            total, rows = total + one.sum(-1), rows + weight.sum(-1)
         return total / rows.clamp(min=1)
 
     def assign(self, scores: Scores) -> Tensor:
@@ -157,7 +169,11 @@ class Sinkhorn:
         -------
         Tensor [..., M, K]
         """
-        return replace(self, problem=self.problem.of(scores)).codes()
+        other = self.problem.of(scores)
+        wide, k = isinstance(scores, Tensor) and scores.ndim < 2, self.g.shape[-1]
+        same = not wide and other.n_prototypes == k
+        checks.shape("scores", other.first, f"[..., M, {k}]", same, "the result")
+        return replace(self, problem=other).codes()
 
 
 def _side(potential: Tensor, log_mass: Tensor | None, size: int) -> Tensor:

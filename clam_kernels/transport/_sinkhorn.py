@@ -14,10 +14,16 @@ from .. import distributed
 from .._core import checks
 from ._gradients import implicit
 from ._iterate import Found, iterate
-from ._passes import FINE, NOT_CONVERGED, Passes, Sharded
+from ._passes import FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
 from ._problem import Problem, Scores
 from ._result import Sinkhorn
 
+# How far the total of a marginal may be from 1: a float16's sum of many.
+TOTAL = 1e-3
+FAULTS = {
+    NOT_FINITE: "hold NaN or +inf where something takes part",
+    INFEASIBLE: "have a row or prototype with mass and without an open pair",
+}
 GRADIENTS = ("stop", "unrolled", "implicit", "envelope")
 
 
@@ -61,13 +67,13 @@ def sinkhorn(
     max_iter : int, >= 1
         Most iterations with `tol`.
     row_marginal : Tensor [..., N], >= 0, optional
-        Masses of the rows; 1/N each unless given. 0: the row takes no part.
+        Masses of the rows, of total 1; 1/N each unless given. 0: the row takes no part.
     col_marginal : Tensor [..., K], >= 0, optional
-        Masses of the prototypes, of the same total; 1/K each unless given.
+        Masses of the prototypes, of total 1; 1/K each unless given. 0: it takes no part.
     prototype_first : bool
         Which side is made exact first in an iteration; with few iterations another result.
     row_mask : Tensor [..., N], bool, optional
-        False: the row takes no part, whatever it holds.
+        False: the row takes no part, whatever it holds; masses of the others are scaled to total 1.
     init : Tensor [..., K] or an earlier result, optional
         A g to start from.
     accelerate : "anderson", optional
@@ -79,7 +85,7 @@ def sinkhorn(
         Rows are spread over its processes, any number on each; all call, with the same prototypes.
         Masses of rows, where given, have their total over all of them. No gradient but "stop".
     warn : bool
-        Whether a ConvergenceWarning says that `tol` was not reached.
+        Whether a ConvergenceWarning says that `tol` was not reached, or that a problem failed.
     precision : "highest", "high" or "medium", optional
         Of the matrix products of the features form; None follows torch.
 
@@ -98,8 +104,10 @@ def sinkhorn(
 
     Notes
     -----
-    scores / epsilon is an array of its own unless epsilon is 1: hand over what is scaled already, or
-    features, where memory is short. Nothing else is as large as the scores.
+    scores / epsilon + bias is an array of its own unless epsilon is 1 and there is no bias: hand
+    over what is scaled already, or features, where memory is short. Nothing else is as large as the
+    scores. Half features are multiplied as they are, prototypes / epsilon in their dtype (float16:
+    in float32).
 
     Examples
     --------
@@ -108,13 +116,15 @@ def sinkhorn(
     >>> clam_kernels.sinkhorn(scores, tol=1e-6).labels()
     tensor([0, 1, 0, 1])
     """
-    first = scores if isinstance(scores, Tensor) else _pair(scores)[0]
+    first, columns = _operands(scores)
     _check_rule(epsilon, n_iter, tol, max_iter, accelerate, prototype_first)
     _check_gradient(gradient, tol, process_group)
-    log_row = _log_mass("row_marginal", row_marginal)
+    if bias is not None:
+        _check_vector("bias", bias, columns, first)
+    log_row = _log_mass("row_marginal", row_marginal, first.shape[-2], first, process_group)
     if row_mask is not None:
         log_row = _masked(log_row, row_mask, first, process_group)
-    log_col = _log_mass("col_marginal", col_marginal)
+    log_col = _log_mass("col_marginal", col_marginal, columns, first)
     problem = Problem(scores, epsilon, bias, log_row, log_col, precision)
     start = init.g if isinstance(init, Sinkhorn) else init
     if gradient == "unrolled":
@@ -164,7 +174,7 @@ def swav_codes(
     Returns
     -------
     Tensor [..., N, K]
-        Rows sum to 1.
+        Rows sum to 1; NaN where scores hold NaN or +inf, which is read on no device.
 
     Raises
     ------
@@ -219,7 +229,7 @@ def sela_labels(
     Raises
     ------
     TypeError, ValueError
-        As `sinkhorn`.
+        As `sinkhorn`; NaN, +inf, or a row or label that is forbidden altogether.
 
     Examples
     --------
@@ -233,10 +243,31 @@ def sela_labels(
         log_probabilities, epsilon=1.0 / lam, tol=tol, max_iter=max_iter, init=init, warn=warn,
         accelerate="anderson",
     )  # fmt: skip
+    words = FAULTS.get(int(found.status), "")
+    checks.value_error(not words, lambda: f"log_probabilities: they {words}")
     return found.labels(strict)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
+
+
+def _operands(scores: Any) -> tuple[Tensor, int]:
+    """(what has the rows, number of prototypes)."""
+    if not isinstance(scores, Tensor):
+        z, prototypes = _pair(scores)
+        checks.shape("z", z, "[..., N, D]", z.ndim >= 2)
+        checks.shape("prototypes", prototypes, "[..., K, D]", prototypes.ndim >= 2)
+        return z, prototypes.shape[-2]
+    checks.floating("scores", scores)
+    checks.shape("scores", scores, "[..., N, K]", scores.ndim >= 2)
+    return scores, scores.shape[-1]
+
+
+def _check_vector(name: str, x: Any, size: int, like: Tensor) -> None:
+    checks.tensor(name, x)
+    checks.floating(name, x)
+    checks.shape(name, x, f"[..., {size}]", x.ndim >= 1 and x.shape[-1] == size)
+    checks.same_device(name, x, "scores", like)
 
 
 def _pair(scores: Any) -> tuple[Tensor, Tensor]:
@@ -267,6 +298,8 @@ def _check_rule(
         whole = isinstance(max_iter, int) and not isinstance(max_iter, bool)
         checks.type_error(whole, lambda: checks.wording("max_iter", "an int >= 1", repr(max_iter)))
         checks.at_least("max_iter", max_iter, 1)
+    ok, got = isinstance(prototype_first, bool), type(prototype_first).__name__
+    checks.type_error(ok, lambda: checks.wording("prototype_first", "a bool", got))
     _expect(accelerate in (None, "anderson"), "accelerate", "None or 'anderson'", accelerate)
     if accelerate is not None:
         _expect(tol is not None, "accelerate", "None without tol", accelerate)
@@ -286,12 +319,18 @@ def _check_gradient(gradient: Any, tol: Any, group: Any) -> None:
         _expect(gradient == "stop", "gradient", "'stop' with process_group", gradient)
 
 
-def _log_mass(name: str, mass: Tensor | None) -> Tensor | None:
+def _log_mass(
+    name: str, mass: Tensor | None, size: int, like: Tensor, group: Any = None
+) -> Tensor | None:
     """Logarithms; -inf, without a gradient, of 0."""
     if mass is None:
         return None
-    checks.tensor(name, mass)
+    _check_vector(name, mass, size, like)
     checks.values(name, mass, 0.0, finite=True)
+    if mass.is_cpu and size and group is None:  # other devices are not read
+        total = mass.detach().double().sum(-1)
+        worst = float(total.flatten()[(total - 1).abs().argmax()]) if total.numel() else 1.0
+        _expect(abs(worst - 1) <= TOTAL, name, "masses of total 1", worst)
     some = mass > 0
     return torch.where(some, torch.where(some, mass, 1.0).log(), -torch.inf)
 
@@ -304,13 +343,23 @@ def _masked(log_row: Tensor | None, mask: Tensor, like: Tensor, group: Any) -> T
     checks.type_error(ok, lambda: checks.wording("row_mask", "dtype bool", got))
     n = like.shape[-2] if like.ndim > 1 else 0
     checks.shape("row_mask", mask, f"[..., {n}]", mask.ndim >= 1 and mask.shape[-1] == n)
-    if log_row is None:
-        count = mask.sum(-1, keepdim=True)
-        if group is not None:
-            count = distributed.gathered(count, group).sum(0)
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        log_row = -count.to(wide).clamp(min=1).log()
-    return torch.where(mask, log_row, -torch.inf)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    mass = mask.to(wide) if log_row is None else torch.where(mask, log_row.exp(), 0.0)
+    total = mass.sum(-1, keepdim=True)
+    if group is not None:
+        total = distributed.gathered(total, group).sum(0)
+    log_mass = torch.zeros_like(mass) if log_row is None else log_row
+    return torch.where(mask, log_mass - torch.where(total > 0, total, 1.0).log(), -torch.inf)
+
+
+def _warn_of_faults(status: Tensor, warn: bool) -> None:
+    for fault, words in FAULTS.items():
+        count = int((status == fault).sum()) if warn else 0
+        if count:
+            from sklearn.exceptions import ConvergenceWarning
+
+            text = f"sinkhorn: {count} of {status.numel()} problems {words}"
+            warnings.warn(text, ConvergenceWarning, stacklevel=4)
 
 
 def _finished(
@@ -320,6 +369,7 @@ def _finished(
     f, g, err, status, count = state
     failed = status > FINE
     late = torch.zeros_like(failed) if tol is None else ~failed & ~(err <= tol)
+    _warn_of_faults(status, warn)
     if warn and bool(late.any()):
         from sklearn.exceptions import ConvergenceWarning
 
