@@ -170,12 +170,35 @@ SLOW_INTERPRETED = {
 }
 
 
+# A call of these families is a dozen launches or more, each as long as there are problems: `slow`
+# are all but these samples, unless it is to be right once in float32, the longest even then, and
+# all but the first in float16, which is one load more.
+FEW_INTERPRETED = {"sinkhorn": ("plain", "bias")}
+LONG_INTERPRETED = ("batch-crossed", "ten-iterations")
+
+
+def _is_one_of_many(params: dict[str, Any], test: str) -> bool:
+    spec, sample = params.get("spec"), params.get("sample")
+    few = FEW_INTERPRETED.get(spec.family) if spec is not None else None
+    if few is None:
+        return False
+    if params.get("dtype") == torch.float16 and getattr(sample, "name", None) != few[0]:
+        return True
+    if sample is None or sample.name in few:
+        return False
+    return test != "test_samples" or sample.name in LONG_INTERPRETED
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         given = getattr(item, "callspec", None)
         one = given.params.get("backend") if given else None
         kept = SLOW_INTERPRETED.get(getattr(item, "originalname", ""))
-        if not isinstance(one, Backend) or not one.interpreted or kept is None:
+        if not isinstance(one, Backend) or not one.interpreted:
+            continue
+        if _is_one_of_many(given.params, getattr(item, "originalname", "")):
+            item.add_marker(pytest.mark.slow)
+        if kept is None:
             continue
         layout, samples = given.params.get("layout"), kept[1]
         sample = getattr(given.params.get("sample"), "name", None)

@@ -33,7 +33,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clam_kernels.kernels import _launch, am, am_backward, kmeans, kmeans_fused
+from clam_kernels.kernels import (
+    _launch,
+    am,
+    am_backward,
+    kmeans,
+    kmeans_fused,
+    sinkhorn,
+    sinkhorn_backward,
+)
 
 # Compute capability to compile for -> row of the table that serves it; sm_86's rows are sm_80's.
 ARCHS = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
@@ -42,13 +50,19 @@ DIMS = (16, 32, 64, 128, 200)
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.uint8: "*u8",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
 # Kernels without a matrix product are the same in all modes.
 PLAIN = (
     "memories_kernel", "memory_halves_kernel", "origin_kernel", "norms_kernel", "halves_kernel",
-    "settle_kernel", "pieces_kernel", "sums_kernel",
+    "settle_kernel", "pieces_kernel", "sums_kernel", "pass_kernel", "merge_kernel", "rescue_kernel",
+    "finish_kernel",
 )  # fmt: skip
+# Variants of a kernel within one call: constant, its value, what they are called.
+WORDS = {
+    "KEEP": (2, "kept"), "STARTED": (True, "started"), "BY_ROWS": (True, "rows"),
+    "USED": (True, "used"), "FUSED": (True, "fused"), "COVERED": (False, "pass"),
+}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -94,6 +108,9 @@ def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "energy", partial(am_backward.am_energy_backward, *energy)
     yield "hard", partial(am.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
     yield from of_kmeans(mode, v, rho)
+    yield from of_features(mode, v, rho)
+    if mode == MODES[0] and d == DIMS[0]:  # scores have neither a mode nor a width
+        yield from of_scores()
 
 
 def of_kmeans(
@@ -112,6 +129,32 @@ def of_kmeans(
         )
     yield "segments", partial(kmeans.kmeans_update, x, labels, 1000, None, None)
     yield "segments-full", partial(kmeans.kmeans_update, half, labels, 1000, weight, shift)
+
+
+def of_features(
+    mode: str, z: torch.Tensor, c: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    none, g, needs = (None, None, None, None), c[:, 0], [True] * 6
+    half, full = (z.bfloat16(), c.bfloat16()), (g, z[:, 0], g, g)
+    few = torch.zeros(64, z.shape[1])  # so that no product of torch is worth mentioning
+    backward = partial(sinkhorn_backward.sinkhorn_features_backward, few[:, 0], g, few, c)
+    yield "features", partial(sinkhorn.sinkhorn_features, z, c, 1, *none, True, mode)
+    yield "features-full", partial(sinkhorn.sinkhorn_features, *half, 2, *full, False, mode)
+    yield "features-backward", partial(backward, 1, *none, True, needs, mode)
+
+
+def of_scores() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every width of a row that registers hold, and beyond; how K divides decides the loads."""
+    plain, needs = (None, None, None, True), [True] * 4
+    for label, k in (("", 3000), *((f"-{k}", k) for k in (16, 32, 64, 128, 256, 512, 1000, 2048))):
+        yield f"scores{label}", partial(sinkhorn.sinkhorn, torch.zeros(4096, k), 2, *plain, "high")
+    yield "scores-5000", partial(sinkhorn.sinkhorn, torch.zeros(64, 5000), 2, *plain, "high")
+    x, odd = torch.zeros(256, 3000), torch.zeros(256, 3001).half()
+    row, column = odd[:, 0], odd[0]
+    backward = partial(sinkhorn_backward.sinkhorn_backward, x[:, 0], x[0])
+    yield "scores-full", partial(sinkhorn.sinkhorn, odd, 2, row, column, column, False, "high")
+    yield "scores-full", partial(sinkhorn.sinkhorn_pass, odd, column, row, "high")
+    yield "scores-backward", partial(backward, x, 1, *plain, needs, "high")
 
 
 def of_recursion(
@@ -220,8 +263,9 @@ def cases(
                         seen.add(key)
                         which = "any" if one.name in PLAIN else mode
                         words = [one.name.removesuffix("_kernel"), which]
-                        if one.options.get("KEEP") == 2:
-                            words[0] += "-kept"
+                        words[0] += "".join(
+                            f"-{w}" for n, (v, w) in WORDS.items() if one.options.get(n) == v
+                        )
                         yield "/".join([f"sm_{arch}", *words, str(d), label]), arch, one
 
 

@@ -32,6 +32,8 @@ KERNELS = {
     "am_assign": ("assign_kernel", "assign_kernel"),
     "kmeans_assign": ("kmeans_assign_kernel", "kmeans_assign_kernel"),
     "kmeans_step": ("kmeans_step_kernel", "kmeans_step_kernel"),
+    "sinkhorn": ("rows_kernel", "columns_kernel", "weigh_kernel"),
+    "sinkhorn_slopes": ("slopes_kernel",),
 }
 # What a block may have of shared memory, less what a driver keeps.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -21,6 +21,8 @@ from .clock import Contestant
 from .setting import Setting
 
 GPU_BACKENDS = ("triton", "cuda")
+# Rows of a large call of a coupled op, which are the same again after so many.
+PERIOD = 256
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Invocation:
         for i, leaf in zip(self.wanted, leaves, strict=True):
             args[i] = leaf
         out = Invocation(self.op, tuple(args), self.rows).forward()
-        grads = torch.autograd.grad(out, leaves, upstream or [torch.ones_like(o) for o in out])
+        some = [o for o in out if o.requires_grad]
+        grads = torch.autograd.grad(some, leaves, upstream or [torch.ones_like(o) for o in some])
         return (*(o.detach() for o in out), *grads)
 
 
@@ -130,7 +133,8 @@ class Family:
     `make(op, shape, device, seed)` draws a call. Shapes: `tiny` for the sanitizer, `large` for
     determinism and memory, `wide` with over 2^31 entries, the later ones for backends that refuse
     the first; `small` in place of both on a CPU.
-    `allowance(call, backward)` is the most bytes a call may hold beside its arguments.
+    Of `coupled` ops a row's results depend on the other rows; large calls of them repeat PERIOD
+    rows. `allowance(call, backward)` is the most bytes a call may hold beside its arguments.
     """
 
     name: str
@@ -143,6 +147,7 @@ class Family:
     allowance: Callable[[Invocation, bool], int]
     captured: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
+    coupled: tuple[str, ...] = ()
     sums: tuple[str, ...] = ()  # ops among whose results are sums over the rows
 
 

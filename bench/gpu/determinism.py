@@ -122,7 +122,8 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], list[str]] | str
     device, ops = setting.device, with_kernels()
     for op in ops:
         for backend, call in fitted(op, family_of(op).large, setting):
-            for word, check in (("large", unequal), ("split", unequal_parts)):
+            apart = [] if op in family_of(op).coupled else [("split", unequal_parts)]
+            for word, check in [("large", unequal), *apart]:
                 told = call if isinstance(call, str) else under(backend, check, call, device)
                 yield f"{op} {backend} {word}", told
     for op in ops:

@@ -62,7 +62,8 @@ class Module(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = getattr(torch.ops.clam, self.op)(2.0 * x, *self.rest)
-        return (out[-1] if isinstance(out, tuple) else out) + 1.0
+        found = [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
+        return found[-1] + 1.0
 
 
 def traced(setting: Setting, family: Family, op: str) -> Callable[[], tuple[bool, str]]:

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Invocation, differentiable, family_of, fitted, forced, same_bits, with_kernels
+from .cases import (
+    PERIOD,
+    Invocation,
+    differentiable,
+    family_of,
+    fitted,
+    forced,
+    same_bits,
+    with_kernels,
+)
 from .clock import Clock, Contestant, peak_bytes, tidy
 from .setting import Setting
 
@@ -55,6 +64,8 @@ def compare(call: Invocation, at: Tensor) -> tuple[bool, bool]:
     close = exact = True
     if call.op in family_of(call.op).sums:
         return sums_agree(call, at)
+    if call.op in family_of(call.op).coupled:
+        return repeats(call, at)
     small = call.part(at)
     pairs = list(zip(call.forward(), small.forward(), strict=True))
     if call.wanted:
@@ -69,6 +80,21 @@ def compare(call: Invocation, at: Tensor) -> tuple[bool, bool]:
         exact &= same_bits(rows, few)
         scale = max(float(few.double().abs().max()), 1.0)
         close &= float((rows.double() - few.double()).abs().max()) <= CLOSE * scale
+    return close, exact
+
+
+def repeats(call: Invocation, at: Tensor) -> tuple[bool, bool]:
+    """As `compare` where a row's results depend on all rows: equal rows have equal results."""
+    found = list(call.backward()) if call.wanted else list(call.forward())
+    close = exact = True
+    for out in found:
+        if call.n not in out.shape:
+            continue
+        dim = list(out.shape).index(call.n)
+        rows, first = out.index_select(dim, at), out.index_select(dim, at % PERIOD)
+        exact &= same_bits(rows, first)
+        scale = max(float(first.double().abs().max()), 1.0)
+        close &= float((rows.double() - first.double()).abs().max()) <= CLOSE * scale
     return close, exact
 
 

@@ -481,6 +481,8 @@ _REST = (
     "Tensor? log_row=None, Tensor? log_col=None, Tensor? init=None, bool prototype_first=True,"
     " str? precision=None"
 )
+_KERNELS = "clam_kernels.kernels.sinkhorn"
+_LIMITS = {"triton": "clam_kernels.kernels._launch:why_not"}
 _VECTORS = {"bias": 1, "log_row": 1, "log_col": 1, "init": 1, "g": 1}
 
 SINKHORN = op(
@@ -492,7 +494,13 @@ SINKHORN = op(
     truth=_truth.sinkhorn,
     reference=_truth.sinkhorn_forward,
     function=sinkhorn,
-    gradient=Gradient(reference=_truth.sinkhorn_backward, output_dims=(1, 1)),
+    kernels={"triton": f"{_KERNELS}:sinkhorn"},
+    limits=_LIMITS,
+    gradient=Gradient(
+        reference=_truth.sinkhorn_backward,
+        kernels={"triton": f"{_KERNELS}_backward:sinkhorn_backward"},
+        output_dims=(1, 1),
+    ),
     core={"logits": 2, **_VECTORS},
 )
 
@@ -505,7 +513,13 @@ SINKHORN_FEATURES = op(
     truth=_truth.sinkhorn_features,
     reference=_truth.sinkhorn_features_forward,
     function=sinkhorn_features,
-    gradient=Gradient(reference=_truth.sinkhorn_features_backward, output_dims=(1, 1)),
+    kernels={"triton": f"{_KERNELS}:sinkhorn_features"},
+    limits=_LIMITS,
+    gradient=Gradient(
+        reference=_truth.sinkhorn_features_backward,
+        kernels={"triton": f"{_KERNELS}_backward:sinkhorn_features_backward"},
+        output_dims=(1, 1),
+    ),
     same_dtype=("z", "prototypes"),
     core={"z": 2, "prototypes": 2, **_VECTORS},
 )
@@ -519,7 +533,13 @@ SINKHORN_PASS = op(
     truth=_truth.sinkhorn_pass,
     reference=_truth.sinkhorn_pass_forward,
     function=sinkhorn_pass,
-    gradient=Gradient(reference=_truth.sinkhorn_pass_backward, output_dims=(1, 1)),
+    kernels={"triton": f"{_KERNELS}:sinkhorn_pass"},
+    limits=_LIMITS,
+    gradient=Gradient(
+        reference=_truth.sinkhorn_pass_backward,
+        kernels={"triton": f"{_KERNELS}_backward:sinkhorn_pass_backward"},
+        output_dims=(1, 1),
+    ),
     core={"logits": 2, **_VECTORS},
 )
 
@@ -533,7 +553,13 @@ SINKHORN_FEATURES_PASS = op(
     truth=_truth.sinkhorn_features_pass,
     reference=_truth.sinkhorn_features_pass_forward,
     function=sinkhorn_features_pass,
-    gradient=Gradient(reference=_truth.sinkhorn_features_pass_backward, output_dims=(1, 1)),
+    kernels={"triton": f"{_KERNELS}:sinkhorn_features_pass"},
+    limits=_LIMITS,
+    gradient=Gradient(
+        reference=_truth.sinkhorn_features_pass_backward,
+        kernels={"triton": f"{_KERNELS}_backward:sinkhorn_features_pass_backward"},
+        output_dims=(1, 1),
+    ),
     same_dtype=("z", "prototypes"),
     core={"z": 2, "prototypes": 2, **_VECTORS},
 )

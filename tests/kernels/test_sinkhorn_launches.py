@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of Sinkhorn scaling through the interpreter: both ways to a step, chunks,
+columns that their masses cannot tell, what takes no part, problems that fail. Every buffer lies
+between guard bands.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKENDS
+from torch import Tensor
+
+from clam_kernels import testing
+from python_fallback import sinkhorn as truth
+
+pytest.importorskip("triton", reason="triton is missing")
+INTERPRETED = next(one for one in BACKENDS if one.interpreted)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1 here"
+    ),
+    pytest.mark.parametrize("backend", [INTERPRETED], indirect=True, ids=["interpreted"]),
+]
+ROOT = Path(__file__).parents[2]
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture
+def kernels():
+    return importlib.import_module("clam_kernels.kernels.sinkhorn")
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _masses(*shape: int, seed: int = 0) -> Tensor:
+    return _random(*shape, seed=seed).log_softmax(-1)
+
+
+def _double(args: tuple[Any, ...]) -> list[Any]:
+    return [a.double() if isinstance(a, Tensor) else a for a in args]
+
+
+def _agrees(op: str, *args: Any, atol: float = 4e-6) -> tuple[Tensor, ...]:
+    """Results and gradients of a call, against the equations in float64."""
+    wanted = tuple(
+        n for n, a in zip(testing.argument_names(op), args, strict=False) if isinstance(a, Tensor)
+    )
+    call = testing.Sample(op, "call", args, wanted)
+    found = testing.evaluate(testing.spec_of(op).packet, call, wanted)
+    grads = testing.upstream(found.outputs)
+    exact = testing.Sample(op, "exact", tuple(_double(args)), wanted)
+    want = testing.evaluate(testing.spec_of(op).truth, exact, wanted, grads)
+    for i, (a, b) in enumerate(zip(found.outputs, want.outputs, strict=True)):
+        said = f"output {i}: {{}}".format
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=1e-6, atol=atol, equal_nan=True, msg=said
+        )
+    for name in wanted:
+        a, b = found.gradients[name].double(), want.gradients[name]
+        scale = max(1.0, float(b.abs().max()) if b.numel() else 0.0)
+        assert float((a - b).abs().max()) <= 2 * atol * scale, name
+    again = testing.evaluate(testing.spec_of(op).packet, call, wanted)
+    for a, b in zip(found.outputs, again.outputs, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    return found.outputs
+
+
+def _small(monkeypatch: pytest.MonkeyPatch, kernels: Any, rows: int = 16) -> None:
+    """Tiles of so many rows and columns, chunks of few tiles."""
+    tile, whole = kernels.Entries.tile, kernels.pass_tile
+    monkeypatch.setattr(kernels.Entries, "tile", lambda *a: tile(*a) | {"HELD": 16, "SWEPT": 16})
+    monkeypatch.setattr(kernels, "pass_tile", lambda *a: whole(*a) | {"ROWS": rows})
+    monkeypatch.setattr(kernels, "MOST_ROWS", rows)
+    monkeypatch.setattr(kernels, "CHUNKS", 2)
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 1)
+    monkeypatch.setattr(kernels, "SWEPT_ROWS", 16)
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+
+
+# ---- tiles and chunks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(37, 45), (16, 16)])
+def test_rows_longer_than_registers(backend, kernels, monkeypatch, n, k, first):
+    """The path of K above 4096: each side by itself, in tiles that do not divide it."""
+    _small(monkeypatch, kernels)
+    monkeypatch.setattr(kernels, "MOST", 8)
+    args = (3 * _random(n, k), 2, _masses(n), _masses(k, seed=1), _random(k, seed=2), first)
+    _agrees("sinkhorn", *args)
+
+
+@pytest.mark.parametrize("n", [1, 16, 17, 70])
+def test_chunks_of_rows(backend, kernels, monkeypatch, n):
+    """Of one row, of whole tiles, and one row more or less."""
+    _small(monkeypatch, kernels)
+    _agrees("sinkhorn", 2 * _random(n, 5), 2, None, None, None, True)
+    _agrees("sinkhorn_features_pass", _random(n, 3), _random(5, 3), _random(5, seed=1), None, None)
+
+
+def test_a_chunk_of_many_rows(backend, kernels, monkeypatch):
+    """More rows than are finished together."""
+    monkeypatch.setattr(kernels, "CHUNKS", 1)
+    _agrees("sinkhorn_pass", _random(600, 3), _random(3, seed=1), _masses(600))
+
+
+@pytest.mark.parametrize("d", [150, 300])
+def test_features_too_wide_for_registers(backend, d):
+    z, c = _random(40, d), _random(9, d, seed=1) / math.sqrt(d)
+    _agrees("sinkhorn_features", z, c, 2, _random(9), None, None, None, True, atol=2e-5)
+
+
+def test_chunks_are_of_n_and_k_alone(backend, kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 16)  # as on a GPU
+    for n, k in ((1, 1), (4096, 3000), (1_281_167, 3000), (50_000, 16)):
+        rows = kernels.chunk_of(n, k)
+        assert rows % kernels.tile_rows(k) == 0
+        assert -(-n // rows) <= kernels.CHUNKS
+        assert kernels.tile_rows(k) * k <= 2 * kernels.TILE
+    assert -(-4096 // kernels.chunk_of(4096, 3000)) >= 256
+
+
+def test_tiles_of_the_table_divide_chunks(backend, kernels):
+    launch = importlib.import_module("clam_kernels.kernels._launch")
+    for name, row in launch.table()["sinkhorn_pass"].items():
+        k = int(name.rpartition("/")[2])
+        assert kernels.tile_rows(k) % row["ROWS"] == 0, name
+
+
+# ---- columns that their masses cannot tell -------------------------------------------------------
+
+
+def _low(k: int = 5) -> Tensor:
+    x = _random(20, k)
+    x[:, 2] -= 300.0
+    return x
+
+
+@pytest.mark.parametrize(("init", "first"), [(None, False), (torch.zeros(5), True)])
+def test_a_prototype_far_below(backend, kernels, monkeypatch, init, first):
+    """Its mass underflows where no exact step of the columns went before."""
+    args = (_low(), 2, None, None, init, first)
+    _, g, _, status = _agrees("sinkhorn", *args, atol=4e-5)
+    assert int(status) == 0
+    assert float(g[2]) > 250
+    monkeypatch.setattr(kernels.Solver, "rescue", lambda *_: None)
+    assert not bool(torch.ops.clam.sinkhorn(*args)[1].isfinite().all())
+
+
+def test_its_mass_in_a_pass(backend):
+    _, log_mass, _ = _agrees("sinkhorn_pass", _low(), torch.zeros(5), None, atol=4e-5)
+    assert float(log_mass[2]) < -290
+
+
+def test_masses_too_small_for_float32(backend):
+    """Rows and columns of 1e-60: no step may lose them."""
+    a, b = _masses(9), _masses(4, seed=1)
+    a[3] = b[1] = -140.0
+    _agrees("sinkhorn", _random(9, 4), 3, a, b, None, True, atol=2e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_large_potentials(backend, first):
+    """Logits and potentials of a thousand: the side made exact last is exact all the same."""
+    x = _random(30, 6) + torch.tensor([0.0, 1000.0, -700.0, 0.0, 256.0, 0.0])
+    f, g, _, _ = torch.ops.clam.sinkhorn(x, 3, None, None, None, first)
+    want = truth.sinkhorn(x.double(), 3, None, None, None, first)
+    for found, exact in ((f, want[0]), (g, want[1])):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-7, atol=2e-4)
+    plan = (x.double() + f.double()[:, None] + g.double()).exp()
+    sums = plan.sum(1) * 30 if first else plan.sum(0) * 6
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-3)
+
+
+# ---- what takes no part, and what fails ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("most", [4096, 2])
+def test_dead_rows_and_columns_may_hold_anything(backend, kernels, monkeypatch, most, first):
+    monkeypatch.setattr(kernels, "MOST", most)
+    x, a, b = _random(9, 6), _masses(9), _masses(6, seed=1)
+    a[4] = b[2] = -INF
+    want = _agrees("sinkhorn", x, 2, a, b, None, first)
+    x[4], x[:, 2], x[4, 1] = NAN, INF, -INF
+    for got, value in zip(torch.ops.clam.sinkhorn(x, 2, a, b, None, first), want, strict=True):
+        assert torch.equal(got, value)
+
+
+@pytest.mark.parametrize("most", [4096, 2])
+def test_forbidden_pairs(backend, kernels, monkeypatch, most):
+    monkeypatch.setattr(kernels, "MOST", most)
+    x = _random(6, 4)
+    x[0, 0] = x[3, 1] = x[3, 2] = x[3, 3] = -INF
+    f, g, _, status = torch.ops.clam.sinkhorn(x, 3, None, None, None, True)
+    want = truth.sinkhorn(x.double(), 3)
+    torch.testing.assert_close(f.double(), want[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(g.double(), want[1], rtol=0, atol=2e-6)
+    assert int(status) == 0
+    assert torch.softmax(x + g, 1)[3].tolist() == [1, 0, 0, 0]
+
+
+def _failures() -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(logits, log_row, log_col, start)."""
+    found = {}
+    for name, place, value in (
+        ("nan", (1, 2), NAN), ("inf", (1, 2), INF), ("row", (1,), -INF),
+        ("column", (slice(None), 2), -INF), ("fine", (1, 2), -INF),
+    ):  # fmt: skip
+        x = _random(7, 4)
+        x[place] = value
+        found[name] = (x, _masses(7), _masses(4, seed=1), torch.zeros(4))
+    for name, vector, value in (
+        ("nan mass of a row", 1, NAN), ("inf mass of a row", 1, INF), ("no row", 1, -INF),
+        ("nan mass of a column", 2, NAN), ("inf mass of a column", 2, INF), ("no column", 2, -INF),
+        ("nan start", 3, NAN), ("inf start", 3, INF),
+    ):  # fmt: skip
+        parts = (_random(7, 4), _masses(7), _masses(4, seed=1), torch.zeros(4))
+        if name.startswith("no "):
+            parts[vector].fill_(value)
+        else:
+            parts[vector][1] = value
+        found[name] = parts
+    return found
+
+
+FAILURES = _failures()
+
+
+@pytest.mark.parametrize("most", [4096, 2])
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures_are_those_of_the_equations(backend, kernels, monkeypatch, name, most):
+    """Status, and NaN or what stands for nothing; every order, none and some iterations."""
+    monkeypatch.setattr(kernels, "MOST", most)
+    x, a, b, start = FAILURES[name]
+    for n_iter, first in ((0, True), (1, True), (1, False)):
+        given = None if n_iter and "start" not in name else start
+        got = torch.ops.clam.sinkhorn(x, n_iter, a, b, given, first)
+        want = truth.sinkhorn(*_double((x, n_iter, a, b, given, first)))
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(
+                one.double(), other.double(), rtol=1e-5, atol=4e-6, equal_nan=True
+            )
+    got = torch.ops.clam.sinkhorn_pass(x, b, a)
+    for one, other in zip(got, truth.sinkhorn_pass(*_double((x, b, a))), strict=True):
+        torch.testing.assert_close(
+            one.double(), other.double(), rtol=1e-5, atol=4e-6, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize(("value", "status"), [(NAN, 2), (INF, 2), (-INF, 3)])
+def test_a_bias_is_a_logit_of_its_column(backend, value, status):
+    z, c, bias = _random(7, 3), _random(4, 3, seed=1), _random(4, seed=2)
+    bias[1] = value
+    for n_iter, first in ((0, True), (1, True), (1, False)):
+        got = torch.ops.clam.sinkhorn_features(z, c, n_iter, bias, None, None, None, first)
+        assert int(got[3]) == status
+        assert bool(got[0].isnan().all() & got[1].isnan().all() & got[2].isnan())
+    out = torch.zeros(4).log_softmax(0)
+    out[1] = -INF  # and takes no part if that does not
+    got = torch.ops.clam.sinkhorn_features(z, c, 2, bias, None, out, None, True)
+    want = truth.sinkhorn_features(*_double((z, c, 2, bias, None, out)))
+    assert int(got[3]) == 0
+    torch.testing.assert_close(got[1].double(), want[1], rtol=0, atol=4e-6)
+
+
+def test_a_problem_that_fails_spoils_no_other(backend):
+    x = _random(3, 7, 4)
+    x[1, 2, 2] = NAN
+    got = torch.ops.clam.sinkhorn(x, 2, None, None, None, True)
+    assert got[3].tolist() == [0, 2, 0]
+    for at in (0, 2):
+        alone = torch.ops.clam.sinkhorn(x[at], 2, None, None, None, True)
+        assert all(torch.equal(a[at], b) for a, b in zip(got, alone, strict=True))
+
+
+# ---- launches and addresses ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    launch = importlib.import_module("clam_kernels.kernels._launch")
+    real, seen = launch.launch, []
+
+    def note(kernel: Any, *args: Any, **options: Any) -> None:
+        seen.append(kernel.fn.__name__.removesuffix("_kernel"))
+        real(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "launch", note)
+    return seen
+
+
+def test_launches(backend, launched):
+    """Two an iteration, one more that ends at once where masses may be lost; codes of three
+    iterations are nine launches, and twelve from features, whatever the batch.
+    """
+    step = ["pass", "merge"]
+    x = _random(2, 20, 6)
+    torch.ops.clam.sinkhorn(x, 3, None, None, None, True)
+    assert launched == ["columns", "merge", *3 * step, "finish"]
+    launched.clear()
+    torch.ops.clam.sinkhorn(x, 2, None, None, torch.zeros(6), True)
+    assert launched == [*2 * [*step, "rescue"], *step, "finish"]
+    launched.clear()
+    torch.ops.clam.sinkhorn_features(x[..., :3], x[0, :6, :3], 3, None, None, None, None, True)
+    assert launched == ["columns", "merge", *3 * ["rows", "columns", "merge"], "finish"]
+
+
+def test_offsets_are_64_bits_wide(backend):
+    """Strides of rows and of the batch past 2^31 reach the right entries."""
+    far = (1 << 31) + 64
+    try:
+        buffer = torch.empty(2 * far + 12)
+    except RuntimeError:
+        pytest.skip("no 17 GB of address space here")
+    x = buffer.as_strided((3, 4), (far, 1))
+    x.copy_(_random(3, 4))
+    got = torch.ops.clam.sinkhorn(x, 2, None, None, None, True)
+    want = torch.ops.clam.sinkhorn(x.clone(), 2, None, None, None, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    z, c = buffer.as_strided((2, 3, 4), (far, 4, 1)), _random(5, 4, seed=1)
+    z.copy_(_random(2, 3, 4))
+    got = torch.ops.clam.sinkhorn_features(z, c, 1, None, None, None, None, True)
+    want = torch.ops.clam.sinkhorn_features(z.clone(), c, 1, None, None, None, None, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_one_row_many_times(backend):
+    """Stride 0 along the rows is read as it is: g has a closed form."""
+    row = _random(1, 6)
+    _, g, _, _ = torch.ops.clam.sinkhorn(row.expand(50, 6), 1, None, None, None, True)
+    torch.testing.assert_close(g, -math.log(6) - row[0] - math.log(50), rtol=1e-6, atol=1e-6)
+
+
+def test_few_shapes_are_compiled_anew(backend):
+    """Thirty sizes of one width are a handful of specialisations."""
+    code = (
+        "import sys; sys.path.insert(0, 'tools')\n"
+        "import torch, resources\n"
+        "from clam_kernels.kernels import sinkhorn\n"
+        "keys = {}\n"
+        "for i in range(30):\n"
+        "    x = torch.zeros(*([3] if i % 5 == 0 else []), 1000 + 37 * i, 70 + i)\n"
+        "    z, c = torch.zeros(500 + 37 * i, 16), torch.zeros(70 + 13 * i, 16)\n"
+        "    def call():\n"
+        "        sinkhorn.sinkhorn(x, 2, None, None, None, True, 'highest')\n"
+        "        sinkhorn.sinkhorn_features(z, c, 2, *[None] * 4, True, 'highest')\n"
+        "    for one in resources.record('sm_90', call):\n"
+        "        words = ('FORM', 'STARTED', 'FUSED', 'USED')\n"
+        "        name = one.name, *(one.options.get(w) for w in words)\n"
+        "        keys.setdefault(name, set()).add(repr(resources.signature(one)))\n"
+        "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[0]) <= 4, done.stdout
