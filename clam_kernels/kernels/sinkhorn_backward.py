@@ -313,10 +313,14 @@ def _of_features(
                 part = slice(first, min(first + size, n))
                 slope = scratch[: part.stop - first]
                 back.slopes(slope[None], problem, first)
+                # what is out of play may hold NaN, of which 0 times is NaN
+                rows, columns = (out[problem][:, None] for out in back.dead)
                 if sums[0] is not None:
-                    sums[0].view[at][part].add_(slope @ prototypes[at].float())
+                    c = torch.where(columns, 0.0, prototypes[at].float())
+                    sums[0].view[at][part].add_(slope @ c)
                 if sums[1] is not None:
-                    sums[1].view[at].add_(slope.mT @ z[at][part].float())
+                    x = torch.where(rows[part], 0.0, z[at][part].float())
+                    sums[1].view[at].add_(slope.mT @ x)
     return [operands[0].new_empty(0) if s is None else s.result() for s in sums]
 
 
