@@ -27,7 +27,8 @@ FORMAT = 1
 CLASSES = ("ClAM", "KMeans")
 # Training runs to go on with, which are no models.
 CHECKPOINTS = ("SeLa checkpoint",)
-MAX_HEADER_BYTES = 1 << 20
+# A checkpoint's header names every tensor of an encoder and its optimiser.
+MAX_HEADER_BYTES, MAX_CHECKPOINT_HEADER_BYTES = 1 << 20, 1 << 26
 _KEYS = {"format", "class", "package", "parameters", "learned"}
 
 
@@ -67,7 +68,9 @@ def save(
     learned: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write a model. Parameters that are no data (callables, RandomState) raise TypeError."""
+    """Write a model. Parameters that are no data (callables, RandomState) raise TypeError, and a
+    file that `load` would refuse for its size is not written: ModelFileError.
+    """
     from safetensors.torch import save as to_bytes
 
     from . import __version__
@@ -81,6 +84,9 @@ def save(
         "learned": json.dumps({name: _plain(value) for name, value in learned.items()}),
     }
     payload = to_bytes({k: v.detach().contiguous().clone() for k, v in tensors.items()}, metadata)
+    length, most = struct.unpack("<Q", payload[:8])[0], _most(kind)
+    got = f"expected names and settings of at most {most} bytes, got {length}"
+    expect(length <= most, f"{path}: {got}: the file could not be read again")
     write_atomically(Path(path), payload)
 
 
@@ -132,7 +138,12 @@ def expect(ok: bool, text: str) -> None:
         raise ModelFileError(text)
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _most(kind: str) -> int:
+    """Bytes that the header of such a file may have."""
+    return MAX_CHECKPOINT_HEADER_BYTES if kind in CHECKPOINTS else MAX_HEADER_BYTES
+
+
+def _header(path: Path, most: int) -> dict[str, Any]:
     """The JSON header, read with bounds."""
     expect(path.is_file(), "not a regular file")
     size = path.stat().st_size
@@ -140,7 +151,7 @@ def _header(path: Path) -> dict[str, Any]:
         start = file.read(8)
         expect(len(start) == 8, f"truncated: {size} bytes")
         length = struct.unpack("<Q", start)[0]
-        fits = length <= min(MAX_HEADER_BYTES, size - 8)
+        fits = length <= min(most, size - 8)
         expect(fits, "truncated or no model file: its header is longer than it may be")
         header = json.loads(file.read(length).decode("utf-8"))
     expect(isinstance(header, dict) and isinstance(header.get("__metadata__"), dict), "no metadata")
@@ -150,7 +161,7 @@ def _header(path: Path) -> dict[str, Any]:
 def class_of(path: str | PathLike[str]) -> str:
     """Class of the model in a file; the first of `CLASSES` where that cannot be read."""
     try:
-        found = _header(Path(path)).get("class")
+        found = _header(Path(path), MAX_HEADER_BYTES).get("class")
     except (OSError, ValueError, ModelFileError):
         found = None
     return found if found in CLASSES else CLASSES[0]
@@ -169,7 +180,7 @@ def load(
     if not path.exists():
         raise FileNotFoundError(2, "No such file or directory", str(path))
     with reading(path):
-        metadata = _header(path)
+        metadata = _header(path, _most(kind))
         expect(set(metadata) == _KEYS, f"unknown metadata {sorted(set(metadata) ^ _KEYS)}")
         newer = int(metadata["format"]) > FORMAT
         expect(not newer, f"written by clam_kernels {metadata['package']}, this is {__version__}")

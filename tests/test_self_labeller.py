@@ -305,6 +305,31 @@ def test_copies_and_conversion():
     assert half.relabel_features(_draw(1, N, D, dtype=torch.bfloat16), 0).counts.sum() == N
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+def test_casts_round_no_potentials_and_no_marginals(cast):
+    shares = {"col_marginal": torch.rand(K) + 1, "row_marginal": torch.rand(N) + 1}
+    heads = _heads(**shares)
+    heads.relabel(_draw(2, N, K).log_softmax(1), 0)
+    before = {name: getattr(heads, name).clone() for name in ("g", *shares)}
+    assert getattr(heads, cast)() is heads
+    for name, kept in before.items():
+        assert getattr(heads, name).dtype == F64
+        assert torch.equal(getattr(heads, name), kept), name
+    dtype = getattr(torch, cast)
+    assert heads.weight.dtype == dtype
+    heads.relabel_features(_draw(1, N, D, dtype=dtype), 0)
+    heads.to("meta", torch.float16)  # moved and cast at once
+    assert all(t.is_meta for t in heads.state_dict().values())
+    assert [getattr(heads, name).dtype for name in before] == [F64] * 3
+
+
+def test_sizes_of_numpy():
+    sizes = [np.int64(D), np.int32(K), np.uint8(N), np.int64(H)]
+    heads = SelfLabeller(*sizes, max_iter=np.int64(50))
+    assert repr(heads) == repr(_heads())
+    assert [type(size) for size in (heads.n_rows, heads.max_iter)] == [int, int]
+
+
 def test_compiled_loss_is_one_graph():
     torch._dynamo.reset()
     heads, x, rows = _heads(), _draw(1, 8, D), torch.arange(8)
@@ -361,6 +386,21 @@ def test_refused_settings(change, error, text):
             lambda h: h.loss(torch.zeros(3, D), torch.arange(3).int()),
             TypeError,
             "rows: expected dtype int64, got int32",
+        ),
+        (
+            lambda h: h.loss(torch.zeros(0, D), torch.arange(0)),
+            ValueError,
+            r"rows: expected B >= 1, got \[0\]",
+        ),
+        (
+            lambda h: h.loss(torch.zeros(3, D), torch.tensor([0, -1, 2])),
+            ValueError,
+            "rows: expected values from 0 to 59, got -1",
+        ),
+        (
+            lambda h: h.loss(torch.zeros(2, D), torch.tensor([59, 60])),
+            ValueError,
+            "rows: expected values from 0 to 59, got 60",
         ),
         (
             lambda h: h.relabel(torch.zeros(N, K), H),

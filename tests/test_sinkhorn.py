@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import python_fallback.sinkhorn as fallback
-from python_fallback import _scaling as scaling
 from clam_kernels.ops.sinkhorn import sinkhorn, sinkhorn_features
+from python_fallback import _scaling as scaling
 
 L6 = torch.tensor(
     [[2, 0, 1], [1, 3, 0], [0, 1, 0], [2, 2, 2], [0, 0, 4], [1, 0, 0]], dtype=torch.float64

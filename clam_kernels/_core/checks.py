@@ -144,7 +144,7 @@ def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = Fa
         value_error(value > low if strict else value >= low, lambda: wording(name, bound, value))
         return
     ok = (value > low if strict else value >= low) and not (finite and math.isinf(value))
-    value_error(ok, lambda: wording(name, bound, value))
+    value_error(bool(ok), lambda: wording(name, bound, value))
 
 
 def at_least(name: str, value: Any, low: int) -> None:

@@ -65,13 +65,33 @@ class Checkpoint:
 
 
 def of_module(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    state = module.state_dict()
+    """Parameters, buffers and extra state by name; buffers that are not persistent too, since a
+    forward may change them.
+    """
+    state = {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict()}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise TypeError(f"{prefix}: its state_dict has a {kind} as {name}; expected tensors")
     return {f"{prefix}.{name}": value for name, value in state.items()}
+
+
+def restore_module(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put a state back."""
+    known = module.state_dict().keys()
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    parts = dict(module.named_modules(remove_duplicate=False))
+    module.load_state_dict({name: t for name, t in tensors.items() if name in known})
+    for name in sorted((tensors.keys() | buffers.keys()) - known):
+        serialize.expect(name in tensors, f"no buffer {name}")
+        owner, _, leaf = name.rpartition(".")
+        held = parts[owner]._buffers
+        serialize.expect(leaf in held, f"unknown buffer {name}")
+        old, new = held[leaf], tensors[name]
+        if old is None or old.shape != new.shape or old.dtype != new.dtype:
+            held[leaf] = new.to(device if old is None else old.device)
+        elif not torch.equal(old, new.to(old.device)):  # constants may be views of one entry
+            old.copy_(new)  # in place: modules may share it
 
 
 def of_optimiser(optimiser: torch.optim.Optimizer) -> State:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import tables
+from .._core import checks
 from ..exceptions import DataFileError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 KINDS = "a Tensor, an array, a path to .npy, .npz or a folder of images, or a map-style Dataset"
+GREY = ("1", "L", "LA")
+ITEMS = "a Dataset whose items are, or are tuples that begin with, a Tensor or an array of numbers"
 # Rows whose content tells one data set from another.
 PROBES = 64
 
@@ -28,6 +32,7 @@ class Inputs:
 
     count: int
     files: list[str] | None = None
+    images: tuple[str, int | None] | None = None  # mode and side that images are brought to
     origin: torch.device | None = None
     static = True  # whether a row is the same each time
     known = False  # whether all rows were found finite: looking again would wait for the device
@@ -39,13 +44,14 @@ class Inputs:
         """Some rows as they are kept; rows are int64 on the CPU."""
         raise NotImplementedError
 
-    def like(self, dtype: torch.dtype) -> torch.dtype | None:
-        """What a batch is turned into for an encoder of this dtype; None leaves it."""
+    def like(self, found: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        """What a batch of the dtype found is turned into for an encoder of another."""
         return dtype
 
     def take(self, rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A batch of rows on a device; NaN and infinity raise with their place."""
-        batch = self.raw(rows).to(device=device, dtype=self.like(dtype))
+        batch = self.raw(rows)
+        batch = batch.to(device=device, dtype=self.like(batch.dtype, dtype))
         look = batch.is_floating_point() and not (self.known and self.static)
         if look and not bool(batch.sum().isfinite()):
             _refuse(batch, rows)
@@ -109,7 +115,7 @@ class OfArray(Inputs):
 class OfImages(Inputs):
     """A folder of images; class folders only name them."""
 
-    def __init__(self, folder: Path, size: int | None) -> None:
+    def __init__(self, folder: Path, size: int | None, mode: str | None) -> None:
         try:
             import PIL  # noqa: F401
         except ImportError:
@@ -122,9 +128,9 @@ class OfImages(Inputs):
         self.count = len(self.files)
         if not self.files:
             raise DataFileError(f"{folder}: expected images ({', '.join(IMAGES)}), got none")
-        with self._open(self.files[0]) as first:
-            # a grey first image means grey images
-            self.mode = "L" if first.mode in ("1", "L", "LA") else "RGB"
+        if mode is None:
+            mode = "L" if all(map(self._is_grey, self.files)) else "RGB"
+        self.mode, self.images = mode, (mode, size)
         self.shape = self._image(self.files[0]).shape
 
     def _open(self, name: str) -> Any:
@@ -134,6 +140,10 @@ class OfImages(Inputs):
             return PIL.Image.open(self.folder / name)
         except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise DataFileError(f"{self.folder / name}: {error}") from error
+
+    def _is_grey(self, name: str) -> bool:
+        with self._open(name) as image:
+            return image.mode in GREY
 
     def _image(self, name: str) -> Tensor:
         """[C, H, W] in [0, 1]."""
@@ -180,8 +190,8 @@ class OfDataset(Inputs):
         self.items = items
         self.count = _rows([len(items)])
 
-    def like(self, dtype: torch.dtype) -> torch.dtype | None:
-        return None  # a dataset knows what its encoder takes
+    def like(self, found: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        return dtype if found.is_floating_point else found  # whole numbers may be indices
 
     def raw(self, rows: Tensor) -> Tensor:
         return torch.stack([self._one(row) for row in rows.tolist()])
@@ -189,17 +199,32 @@ class OfDataset(Inputs):
     def _one(self, row: int) -> Tensor:
         item = self.items[row]
         item = item[0] if isinstance(item, tuple | list) else item
-        return item.detach() if isinstance(item, Tensor) else torch.as_tensor(np.asarray(item))
+        if isinstance(item, Tensor):
+            return item.detach()
+        kind = type(item).__name__
+        # numpy makes an array of anything: of a dict one of objects, of an image one of bytes
+        checks.type_error(
+            hasattr(item, "__array__") or isinstance(item, Real),
+            lambda: checks.wording("data", ITEMS, f"{kind} in row {row}"),
+        )
+        found = np.asarray(item)
+        checks.type_error(
+            found.dtype.kind in "fiub",
+            lambda: checks.wording("data", ITEMS, f"{kind} of dtype {found.dtype} in row {row}"),
+        )
+        return torch.as_tensor(found)
 
     def mark(self) -> list[Any]:
         return [self.count, list(self._one(0).shape)]
 
 
-def inputs_of(data: Any, image_size: int | None = None) -> Inputs:
-    """The rows of what was given to `fit`."""
+def inputs_of(data: Any, image_size: int | None = None, mode: str | None = None) -> Inputs:
+    """The rows of what was given to `fit`; mode is that of images, None to see what they are."""
     if isinstance(data, str | os.PathLike):
         path = Path(data)
-        return OfImages(path, image_size) if path.is_dir() else OfArray(tables.read_array(path))
+        if path.is_dir():
+            return OfImages(path, image_size, mode)
+        return OfArray(tables.read_array(path))
     if isinstance(data, Tensor):
         return OfTensor(data)
     if isinstance(data, torch.utils.data.IterableDataset):

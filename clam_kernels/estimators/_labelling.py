@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from dataclasses import dataclass
 from numbers import Integral
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import serialize
+from .._core import checks
 from ..nn.self_labeller import Relabelling, SelfLabeller
 from . import _callbacks
 from ._checkpoint import Checkpoint, State, of_module
@@ -117,29 +119,27 @@ class Training:
             return torch.optim.SGD(
                 learning, sela.learning_rate, momentum=sela.momentum, weight_decay=decay
             )
-        found = sela.optimizer(learning)
-        if not isinstance(found, torch.optim.Optimizer):
-            kind = type(found).__name__
-            raise TypeError(f"optimizer: expected it to return a torch Optimizer, got {kind}")
-        return found
+        return _stepping(sela.optimizer(learning))
 
     # ---- the run ---------------------------------------------------------------------------------
 
     def go(self) -> None:
         """From wherever the run stands to its end."""
         run = self.run
+        if run.over and self.due == len(self.times):
+            return  # it was at its end when it was written: the file stays as it is
         with Bar(self.sela.verbose, "SeLa", run) as bar:
             for rows in run.batches():
                 if self.due < len(self.times) and self.times[self.due] <= run.seen:
                     self.relabel()
                 self._step(rows)
-                over = run.batch == 0
-                if self.kept is not None and run.steps % self.kept.every == 0:
-                    self.kept.file.write(self.state())
-                if over:
+                if run.batch == 0:
                     bar.epoch(loss=run.losses[-1], changed=self.changed)
-                    if self._told():
-                        break
+                    run.stopped = self._told()
+                # only now: what the callbacks answer is part of the state
+                kept = self.kept
+                if kept is not None and (run.stopped or run.steps % kept.every == 0):
+                    kept.file.write(self.state())
             if self.due < len(self.times):
                 self.relabel()
         if self.kept is not None:
@@ -248,6 +248,19 @@ class Training:
             found[name] = found[name].astype(np.int64)
         found["converged"] = found["converged"].astype(bool)
         return found
+
+
+def _stepping(found: Any) -> torch.optim.Optimizer:
+    """What a function made for an optimiser, if it is one that steps on the gradients it finds."""
+    kind = type(found).__name__
+    if not isinstance(found, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected it to return a torch Optimizer, got {kind}")
+    try:
+        inspect.signature(found.step).bind()
+    except TypeError:
+        words = "it to return an Optimizer whose step needs no closure"
+        raise TypeError(checks.wording("optimizer", words, kind)) from None
+    return found
 
 
 def _row(seen: int, one: Relabelling) -> tuple[float, ...]:

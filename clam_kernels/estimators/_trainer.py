@@ -152,6 +152,7 @@ class Run:
         }
         self.base = [float(group["lr"]) for group in optimiser.param_groups]
         self.epoch, self.batch, self.seen, self.steps = 0, 0, 0, 0
+        self.stopped = False  # whether a callback ended it
         self.order: Tensor | None = None
         self.losses: list[float] = []  # means of the epochs
         self.sum = 0.0  # of this epoch's losses
@@ -159,11 +160,11 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether the last epoch is."""
-        return self.epoch >= self.plan.epochs
+        """Whether there is nothing left to train."""
+        return self.stopped or self.epoch >= self.plan.epochs
 
     def batches(self) -> Iterator[Tensor]:
-        """Rows of each batch until the last epoch is over."""
+        """Rows of each batch until the run is over."""
         while not self.over:
             if self.order is None:
                 self.order = torch.randperm(self.plan.rows, generator=self.generators["batches"])
@@ -229,14 +230,16 @@ class Run:
             tensors["order"] = self.order
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         at = [self.epoch, self.batch, self.seen, self.steps]
-        return tensors, {"optimizer": numbers, "at": at, "sum": self.sum}
+        ends = {"sum": self.sum, "stopped": self.stopped}
+        return tensors, {"optimizer": numbers, "at": at, **ends}
 
     def restore(self, state: State) -> None:
         """Go on from a state."""
         tensors, numbers = state
         try:
             for name, module in self.modules.items():
-                module.load_state_dict(checkpoints.under(name, tensors))
+                part = checkpoints.under(name, tensors)
+                checkpoints.restore_module(module, part, self.device)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
         checkpoints.restore_optimiser(self.optimiser, (tensors, numbers["optimizer"]))
@@ -254,7 +257,7 @@ class Run:
         place = self.epoch * self.plan.steps_per_epoch + self.batch
         inside = 0 <= self.batch < self.plan.steps_per_epoch and 0 <= self.epoch <= self.plan.epochs
         serialize.expect(inside and place == self.steps, "its place in the run is none")
-        self.sum = float(numbers["sum"])
+        self.sum, self.stopped = float(numbers["sum"]), bool(numbers["stopped"])
 
 
 class Bar:

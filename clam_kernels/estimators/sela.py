@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import serialize, tables
 from .._core import checks
+from ..exceptions import DataFileError
 from . import _callbacks
 from ._base import choose_device, keeps_state_on_failure
 from ._inputs import Inputs, inputs_of
@@ -28,6 +29,7 @@ from ._labelling import RECIPES, Training, resolved
 from ._trainer import SCHEDULES, batches_of, dtype_of, encoded, own_random, seed_of
 
 Schedule = str | Callable[[float], float]
+EXPORTS = (".npz", ".npy", ".csv", ".tsv", ".parquet")
 
 
 class SeLa(BaseEstimator):
@@ -66,10 +68,11 @@ class SeLa(BaseEstimator):
     schedule : "cosine", "steps", "constant" or callable, default by recipe (cosine; paper steps)
         Factor of the learning rate; a callable gets the progress in [0, 1).
     optimizer : callable, optional
-        `optimizer(parameters) -> torch.optim.Optimizer` instead of SGD; `schedule` still applies.
+        `optimizer(parameters) -> torch.optim.Optimizer` instead of SGD, one that steps without a
+        closure; `schedule` still applies.
     n_relabels : int, >= 1, default by recipe (12; paper 100)
         Relabellings of all heads: at (n_epochs + 1.01) N linspace(0, 1, n_relabels)^2 rows seen,
-        and what falls past the end, the last one, at the end.
+        and what falls past the end, the last one, at the end. 1 is the one before the first step.
     n_augment : int, >= 1, default by recipe (4; paper 1)
         Augmented draws of each row that a relabelling averages.
     lam : float, > 0
@@ -89,8 +92,8 @@ class SeLa(BaseEstimator):
     device : str
         "auto" is the tensor's device, for other data a GPU if there is one.
     random_state : int, RandomState or None
-        An int repeats a run, to the bit on the CPU, on a GPU as far as the encoder's layers do. No
-        global generator is touched.
+        An int repeats a run, to the bit on the CPU with the same number of threads, on a GPU as
+        far as the encoder's layers do. No global generator is touched.
     verbose : int
         1 shows a bar over epochs on stderr (needs tqdm).
     writer : object, optional
@@ -167,6 +170,7 @@ class SeLa(BaseEstimator):
         "writer": "no_validation",  # type: ignore[dict-item]
         "callbacks": "no_validation",  # type: ignore[dict-item]
     }
+    _images: tuple[str, int | None] | None = None  # mode and side of the fit's images
 
     def __init__(
         self,
@@ -240,17 +244,20 @@ class SeLa(BaseEstimator):
         ----------
         data : Tensor or array [N, ...], path, or map-style Dataset
             Rows. A path is an .npy (memory-mapped), an .npz with one array or one called x, or a
-            folder of images (needs Pillow), read as they are asked for, as [C, H, W] in [0, 1].
-            Items of a Dataset are inputs, or tuples that begin with one, and go to the encoder in
-            their dtype, all else in the encoder's.
+            folder of images (needs Pillow), read as they are asked for. Images of a folder are
+            [C, H, W] in [0, 1], grey (C = 1) if all of them are, else colour (C = 3); arrays, files
+            of them and tensors are taken as they are, not scaled. Items of a Dataset are tensors or
+            arrays, or tuples that begin with one. All go to the encoder in its dtype, but for whole
+            numbers of a Dataset, which keep theirs.
         checkpoint : str or PathLike, optional
             File that all state of the run is written to, whole or not at all.
         checkpoint_every : int, >= 1, optional
             Batches between two writes; an epoch's unless given.
         resume : bool
-            Go on from the file if it is there. On the CPU the result is, bit for bit, that of a fit
-            that was never interrupted. What only the interrupted process had is lost: the state of
-            a Dataset with random items of its own generator.
+            Go on from the file if it is there; a finished run is given back. On the CPU, with the
+            same number of threads, the result is, bit for bit, that of a fit that was never
+            interrupted. What only the interrupted process had is lost: the state of callbacks, and
+            of a Dataset with random items of its own generator.
 
         Returns
         -------
@@ -266,7 +273,7 @@ class SeLa(BaseEstimator):
         FileExistsError
             The checkpoint is there already, without `resume`.
         ModelFileError
-            The checkpoint is damaged.
+            The checkpoint is damaged, or an encoder has more tensors than one can hold.
         """
         self._validate_params()
         _callbacks.check(self.callbacks)
@@ -291,6 +298,7 @@ class SeLa(BaseEstimator):
         self.device_, self.n_steps_ = str(training.device), training.run.steps
         table = training.table()
         self.history_ = {"loss": list(training.run.losses), "relabellings": table}
+        self._images = training.inputs.images
         self.__dict__.pop("files_", None)
         if training.inputs.files is not None:
             self.files_ = training.inputs.files
@@ -320,7 +328,7 @@ class SeLa(BaseEstimator):
             As the data is.
         """
         check_is_fitted(self, "encoder_")
-        inputs = inputs_of(data, self.image_size)
+        inputs = self._inputs(data)
         return inputs.give(self._features(inputs))
 
     def predict(self, data: Any, head: int = 0) -> Any:
@@ -328,7 +336,8 @@ class SeLa(BaseEstimator):
 
         argmax_k(lam log p_k + g_k): what that relabelling would have given a row that did not move
         the potentials; shares of new rows are what they are. Training rows get their `labels_`
-        again but for what augmented draws and `strict` changed.
+        again but for what changed them: augmented draws, `strict`, and the training mode of the
+        encoder. BatchNorm has the statistics of each batch there and its running ones here.
 
         Parameters
         ----------
@@ -342,8 +351,13 @@ class SeLa(BaseEstimator):
             As the data is.
         """
         check_is_fitted(self, "encoder_")
-        inputs = inputs_of(data, self.image_size)
+        inputs = self._inputs(data)
         return inputs.give(self.heads_.assign(self._features(inputs), head))
+
+    def _inputs(self, data: Any) -> Inputs:
+        """New rows; images of a folder are brought to what those of `fit` were."""
+        mode, size = self._images or (None, self.image_size)
+        return inputs_of(data, size, mode)
 
     def _features(self, inputs: Inputs) -> Tensor:
         before = self.encoder_.training
@@ -376,6 +390,10 @@ class SeLa(BaseEstimator):
         """
         check_is_fitted(self, "heads_")
         path = Path(path)
+        if path.suffix not in (*EXPORTS, ""):
+            *most, last = EXPORTS
+            listed = f"{', '.join(most)} or {last}"
+            raise DataFileError(f"expected an output {listed}, got {path.suffix!r}")
         labels = self.heads_.labels.cpu().numpy().astype(np.int32)
         if path.suffix == ".npz":
             out = io.BytesIO()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ class SelfLabeller(nn.Module):
     labels : buffer [H, N], int64
         Current labels.
     g : buffer [H, K], float64
-        Potentials of each head's last relabelling, where the next one starts; 0 before.
+        Potentials of each head's last relabelling, where the next one starts; 0 before. They and
+        the marginals stay float64 where the module is cast.
 
     Raises
     ------
@@ -159,32 +161,39 @@ class SelfLabeller(nn.Module):
         super().__init__()
         sizes = {"in_features": in_features, "n_clusters": n_clusters, "n_rows": n_rows}
         for name, size in {**sizes, "n_heads": n_heads, "max_iter": max_iter}.items():
-            whole = isinstance(size, int) and not isinstance(size, bool)
+            whole = isinstance(size, Integral) and not isinstance(size, bool)
             checks.type_error(whole, lambda: checks.wording(name, "an int >= 1", repr(size)))  # noqa: B023
-            checks.at_least(name, size, 1)
+            checks.at_least(name, int(size), 1)
         for name, number in (("lam", lam), ("tol", tol)):
             checks.number(name, number, 0.0, finite=True, strict=True)
-        kind = type(strict).__name__
-        checks.type_error(
-            isinstance(strict, bool), lambda: checks.wording("strict", "a bool", kind)
-        )
-        self.n_rows, self.lam, self.tol, self.max_iter = n_rows, lam, tol, max_iter
-        self.strict = strict
+        words = checks.wording("strict", "a bool", type(strict).__name__)
+        checks.type_error(isinstance(strict, bool), lambda: words)
+        in_features, n_clusters, n_rows = int(in_features), int(n_clusters), int(n_rows)
+        n_heads, self.max_iter = int(n_heads), int(max_iter)
+        self.n_rows, self.lam, self.tol, self.strict = n_rows, lam, tol, strict
         self.weight = nn.Parameter(torch.empty(n_heads, n_clusters, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(n_heads, n_clusters, dtype=dtype))
         self.register_buffer("g", torch.zeros(n_heads, n_clusters, dtype=torch.float64))
         self.register_buffer("labels", torch.empty(n_heads, n_rows, dtype=torch.int64))
-        masses = (
-            ("col_marginal", col_marginal, n_clusters),
-            ("row_marginal", row_marginal, n_rows),
-        )
-        for name, mass, size in masses:
-            self.register_buffer(name, _shares(name, mass, size), persistent=False)
+        shares = _shares("col_marginal", col_marginal, n_clusters)
+        self.register_buffer("col_marginal", shares, persistent=False)
+        shares = _shares("row_marginal", row_marginal, n_rows)
+        self.register_buffer("row_marginal", shares, persistent=False)
         self._trusted: tuple[int, int] | None = None
         self.reset_parameters(generator)
         if not (isinstance(start, str) and start == "balanced"):
             self.labels.copy_(_given(start, n_heads, n_rows, n_clusters))
         self.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfLabeller:
+        """Casts, moves: potentials and marginals go along, but are not rounded."""
+        before = {name: t for name, t in self._buffers.items() if t is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in before.items():
+            found = getattr(self, name)
+            if found.dtype != kept.dtype:
+                self._buffers[name] = kept.to(found.device)
+        return self
 
     @property
     def n_heads(self) -> int:
@@ -253,7 +262,8 @@ class SelfLabeller(nn.Module):
         Raises
         ------
         ValueError
-            A shape that does not fit, or labels below 0 or above K - 1, which nobody may train on.
+            A shape that does not fit, no rows, rows below 0 or above N - 1 (on a CPU; values on a
+            GPU are not read), or labels below 0 or above K - 1, which nobody may train on.
         """
         checks.tensor("rows", rows)
         checks.type_error(
@@ -264,6 +274,7 @@ class SelfLabeller(nn.Module):
         logits = self(features)
         size = logits.shape[1]
         checks.shape("rows", rows, f"[{size}]", list(rows.shape) == [size], "features")
+        self._check_rows(rows)
         targets = self.labels[:, rows.to(self.labels.device)]
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -427,6 +438,13 @@ class SelfLabeller(nn.Module):
         text = f"an int from 0 to {self.n_heads - 1}"
         checks.value_error(0 <= head < self.n_heads, lambda: checks.wording("head", text, head))
 
+    def _check_rows(self, rows: Tensor) -> None:
+        checks.non_empty("rows", rows, 0, "B")
+        if rows.is_cpu and not torch.compiler.is_compiling():
+            bad = rows[(rows < 0) | (rows >= self.n_rows)][:1].tolist()
+            text = f"values from 0 to {self.n_rows - 1}"
+            checks.value_error(not bad, lambda: checks.wording("rows", text, bad[0]))
+
     def _check_labels(self) -> None:
         """Labels out of range raise, before a loss of them; read again only when they changed."""
         if torch.compiler.is_compiling():
@@ -476,8 +494,6 @@ def _given(start: Any, heads: int, rows: int, clusters: int) -> Tensor:
     fits = list(start.shape) in ([heads, rows], [rows])
     checks.shape("start", start, f"[{heads}, {rows}]", fits)
     inside = bool(((start >= 0) & (start < clusters)).all())
-    checks.value_error(
-        inside,
-        lambda: checks.wording("start", f"labels from 0 to {clusters - 1}", "others"),
-    )
+    words = f"labels from 0 to {clusters - 1}"
+    checks.value_error(inside, lambda: checks.wording("start", words, "others"))
     return start

@@ -208,6 +208,49 @@ def test_the_same_rows_in_any_form_give_the_same_labels(model, tmp_path):
     same(found, model)
 
 
+class Items:
+    """What a function makes of each row."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, row: int) -> Any:
+        return self.make(X[row])
+
+
+def test_items_go_in_the_dtype_of_the_encoder(model):
+    for dtype in (np.float64, np.float32):
+        same(sela().fit(Items(lambda x, dtype=dtype: x.astype(dtype))), model)
+    same(sela().fit(Items(lambda x: torch.from_numpy(x).double())), model)
+    table = nn.Sequential(nn.Embedding(9, 4), nn.Flatten())  # takes whole numbers only
+    words = Items(lambda x: (x > 0).astype(np.int64))
+    assert SeLa(table, K, random_state=0, **QUICK).fit(words).transform(words).shape == (N, 4 * D)
+
+
+def _picture(x: np.ndarray) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(x[None].astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda x: {"x": x}, "dict in row 0"),
+        (lambda x: ({"x": x}, 1), "dict in row 0"),
+        (lambda x: "text", "str in row 0"),
+        (lambda x: x.astype(object), "ndarray of dtype object in row 0"),
+        (_picture, "Image in row 0"),
+    ],
+)
+def test_items_that_are_no_numbers(make, got):
+    with pytest.raises(TypeError, match=f"data: expected a Dataset whose items are, .* got {got}"):
+        sela().fit(Items(make))
+
+
 def test_float64_and_whole_numbers():
     wide = SeLa(encoder().double(), K, augment=noisy, random_state=0, **QUICK).fit(X)
     assert wide.transform(X).dtype == np.float64
@@ -244,6 +287,29 @@ def test_a_folder_of_images(tmp_path, mode):
     model.export_labels(tmp_path / "labels.npz")
     with np.load(tmp_path / "labels.npz") as arrays:
         assert arrays["files"].tolist() == model.files_
+
+
+def test_a_folder_is_grey_only_if_every_image_is(tmp_path):
+    _images(tmp_path / "a", "L", 6)
+    pixels = _images(tmp_path / "b", "RGB", 6)
+    small = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
+    model = SeLa(small, 2, random_state=0, **QUICK).fit(tmp_path)
+    assert model.files_[0].startswith("a/")
+    array = pixels[::2].transpose(0, 3, 1, 2) / np.float32(255)
+    np.testing.assert_array_equal(
+        model.transform(tmp_path / "b" / "class0"), model.transform(array)
+    )
+
+
+def test_another_folder_is_brought_to_what_the_fit_had(tmp_path):
+    _images(tmp_path / "grey", "L", 6, 10)
+    _images(tmp_path / "colour", "RGB", 6, 10)
+    for fitted, other, channels in (("grey", "colour", 1), ("colour", "grey", 3)):
+        small = nn.Sequential(nn.Flatten(), nn.Linear(channels * 16, 8))
+        model = SeLa(small, 2, image_size=4, **QUICK).fit(tmp_path / fitted)
+        model.set_params(image_size=5)  # of the next fit
+        assert model.predict(tmp_path / other).shape == (6,)
+        assert model.transform(tmp_path / other).shape == (6, 8)
 
 
 def test_images_of_several_sizes(tmp_path):
@@ -291,8 +357,9 @@ def test_exported_labels(model, tmp_path, suffix):
         values, names = clam_kernels.tables.read(path)
         assert names == ["head_0", "head_1", "head_2"]
         np.testing.assert_array_equal(values, model.labels_.T)
-    with pytest.raises(DataFileError, match="expected an output"):
-        model.export_labels(tmp_path / "labels.xyz")
+    text = r"expected an output \.npz, \.npy, \.csv, \.tsv or \.parquet, got '\.txt'"
+    with pytest.raises(DataFileError, match=text):
+        model.export_labels(tmp_path / "labels.txt")
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
 
 
@@ -313,6 +380,11 @@ def test_exported_labels(model, tmp_path, suffix):
         ({"col_marginal": [1.0]}, ValueError, r"col_marginal: expected shape \[4\], got \[1\]"),
         ({"row_marginal": -np.ones(N)}, ValueError, "row_marginal: expected finite values > 0"),
         ({"optimizer": lambda p: 3}, TypeError, "optimizer: expected it to return a torch Optim"),
+        (
+            {"optimizer": torch.optim.LBFGS},
+            TypeError,
+            "Optimizer whose step needs no closure, got L",
+        ),
         ({"augment": lambda b, g: 3}, TypeError, "augment: expected it to return a Tensor, got in"),
         ({"augment": lambda b, g: b[1:]}, ValueError, "augment: expected a batch of 33 rows from"),
         ({"encoder": nn.Unflatten(1, (2, 3))}, ValueError, r"encoder: expected features \[2, D\]"),
@@ -352,11 +424,7 @@ def _with(value: float) -> np.ndarray:
         (torch.eye(3).to_sparse(), TypeError, "data: expected a dense tensor, got one of layout"),
         (torch.eye(3) + 1j, ValueError, "data: expected real numbers, got a complex tensor"),
         (3, TypeError, "data: expected a Tensor, an array, a path to .* got int"),
-        (
-            Stream(),
-            TypeError,
-            "got an iterable dataset, which has no row",
-        ),
+        (Stream(), TypeError, "got an iterable dataset, which has no row"),
     ],
 )
 def test_refused_data(data, error, text):

@@ -5,6 +5,7 @@ that are refused.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _sela_case import D, K, X, kill_case, noisy, same, sela
+from _sela_case import D, K, X, encoder, kill_case, noisy, same, sela
 from torch import Tensor, nn
 
 import clam_kernels
@@ -103,6 +104,69 @@ def test_interrupted_and_resumed_is_uninterrupted(model, tmp_path, at, every):
     same(model, resumed)
     done = sela(augment=Interrupting(0)).fit(X, resume=True, **rest)
     same(model, done)
+
+
+def _in_epoch_1(estimator: SeLa, info: dict[str, float]) -> bool:
+    return info["epoch"] == 1
+
+
+# draws 30 to 41 are of the relabelling after the stop
+@pytest.mark.parametrize(("at", "every"), [(28, 1), (30, None), (41, None), (35, 5)])
+def test_a_run_that_a_callback_ended_stays_ended(tmp_path, at, every):
+    whole = sela(callbacks=_in_epoch_1).fit(X)
+    rest = {"checkpoint": tmp_path / "run", "checkpoint_every": every}
+    with pytest.raises(KeyboardInterrupt):
+        sela(callbacks=_in_epoch_1, augment=Interrupting(at)).fit(X, **rest)
+    told = _in_epoch_1 if at < 30 else None  # once it has ended the run nobody need ask again
+    same(whole, sela(callbacks=told).fit(X, resume=True, **rest))
+    content = (tmp_path / "run").read_bytes()
+    same(whole, sela().fit(X, resume=True, **rest))
+    assert (tmp_path / "run").read_bytes() == content
+
+
+def test_what_a_callback_draws_is_in_the_checkpoint(tmp_path):
+    def drawing(estimator: SeLa, info: dict[str, float]) -> None:
+        torch.rand(3)
+
+    whole = sela(callbacks=drawing).fit(X)
+    with pytest.raises(KeyboardInterrupt):
+        sela(callbacks=drawing, augment=Interrupting(28)).fit(X, checkpoint=tmp_path / "run")
+    same(whole, sela(callbacks=drawing).fit(X, checkpoint=tmp_path / "run", resume=True))
+
+
+class Centred(nn.Module):
+    """Buffers that no state_dict has: a running mean, one of the first batch, a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(D), persistent=False)
+        self.register_buffer("first", None, persistent=False)
+        self.register_buffer("ones", torch.ones(1).expand(D), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.mean(0), 0.1)
+            if self.first is None:
+                self.first = x[0].clone()
+        return x * self.ones - self.mean - (0 if self.first is None else self.first)
+
+
+def test_buffers_that_are_not_persistent_are_resumed(tmp_path):
+    layers = nn.Sequential(Centred(), encoder())
+    assert not any(name.startswith("0.") for name in layers.state_dict())
+    whole = sela().set_params(encoder=layers).fit(X)
+    rest = {"checkpoint": tmp_path / "run", "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        sela(augment=Interrupting(40)).set_params(encoder=layers).fit(X, **rest)
+    resumed = sela().set_params(encoder=layers).fit(X, resume=True, **rest)
+    same(whole, resumed)
+    for name, buffer in whole.encoder_.named_buffers():
+        assert torch.equal(buffer, resumed.encoder_.get_buffer(name)), name
+    settings, learned, tensors = serialize.load(tmp_path / "run", "SeLa checkpoint")
+    del tensors["encoder.0.mean"]
+    serialize.save(tmp_path / "run", "SeLa checkpoint", settings, learned, tensors)
+    with pytest.raises(ModelFileError, match=r"run: no buffer 0\.mean"):
+        sela().set_params(encoder=layers).fit(X, resume=True, **rest)
 
 
 def test_the_state_of_other_optimisers_is_resumed(tmp_path):
@@ -267,6 +331,23 @@ def test_damaged_and_foreign_files(written, tmp_path):
         sela().fit(X, checkpoint=path, resume=True)
     with pytest.raises(ModelFileError, match="holds a SeLa checkpoint, not a KMeans"):
         clam_kernels.KMeans.load(written)
+
+
+def test_names_beyond_those_of_a_model_are_read(tmp_path):
+    """As long as those of an encoder of thousands of layers."""
+    deep = encoder()
+    deep.register_parameter("w" * serialize.MAX_HEADER_BYTES, nn.Parameter(torch.zeros(1)))
+    model = sela(n_epochs=1).set_params(encoder=deep)
+    whole = copy.copy(model).fit(X, checkpoint=tmp_path / "run")
+    same(whole, model.fit(X, checkpoint=tmp_path / "run", resume=True))
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(serialize, "MAX_CHECKPOINT_HEADER_BYTES", 1000)
+    text = r"run: expected names and settings of at most 1000 bytes, got \d+: the file could not"
+    with pytest.raises(ModelFileError, match=text):
+        sela().fit(X, checkpoint=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_is_not_overwritten_unasked(written, tmp_path):
