@@ -182,7 +182,12 @@ def test_what_failed_is_said():
     scores = _draw(0, 6, 3)
     scores[:, 2] = SHUT
     for rule in ({"tol": 1e-3}, {"tol": 1e-3, "prototype_first": False}, {"n_iter": 3}):
-        assert int(sinkhorn(scores, warn=False, **rule).status) == 3
+        found = sinkhorn(scores, warn=False, **rule)
+        assert int(found.status) == 3
+        for x in (found.f, found.g, found.err, found.codes(), found.value()):
+            assert bool(x.isnan().all())
+        assert found.labels().tolist() == [-1] * 6
+        assert found.labels(strict=True).tolist() == [-1] * 6
     with pytest.warns(ConvergenceWarning, match="have a row or prototype with mass and without"):
         sinkhorn(scores, tol=1e-3)
 

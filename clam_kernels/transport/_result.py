@@ -46,12 +46,12 @@ class Sinkhorn:
         """Whether each problem is fine: without fault, and within `tol` where that was given."""
         return self.status == FINE
 
-    def codes(self, rows: slice = slice(None)) -> Tensor:
+    def codes(self, rows: slice | None = None) -> Tensor:
         """The plan's rows over their sums, softmax_j(logits + g).
 
         Parameters
         ----------
-        rows : slice
+        rows : slice, optional
             Rows to give; all unless given.
 
         Returns
@@ -59,12 +59,14 @@ class Sinkhorn:
         Tensor [..., N, K]
             0 in rows that take no part, NaN in problems that failed.
         """
+        rows = slice(None) if rows is None else rows
         p = torch.softmax(self._still().logits(rows) + self.g[..., None, :], -1)
         out = self.problem.out(rows)
         return p if out is None else p.masked_fill(out[..., None], 0.0)
 
-    def plan(self, rows: slice = slice(None)) -> Tensor:
+    def plan(self, rows: slice | None = None) -> Tensor:
         """exp(logits + f + g) [..., N, K], of some rows or all."""
+        rows = slice(None) if rows is None else rows
         x = self._still().logits(rows) + self.g[..., None, :] + self.f[..., rows, None]
         return x.exp()
 

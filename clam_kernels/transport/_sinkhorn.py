@@ -14,7 +14,7 @@ from .. import distributed
 from .._core import checks
 from ._gradients import implicit
 from ._iterate import Found, iterate
-from ._passes import FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
+from ._passes import EMPTY, FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
 from ._problem import Problem, Scores
 from ._result import Sinkhorn
 
@@ -379,7 +379,9 @@ def _finished(
             ConvergenceWarning,
             stacklevel=3,
         )
+    lost = failed & (status != EMPTY)
+    f, g = (torch.where(lost[..., None], torch.nan, x.to(problem.dtype)) for x in (f, g))
+    err = torch.where(lost, torch.nan, err.to(problem.dtype))
     status = torch.where(late, NOT_CONVERGED, status)
-    dtype = problem.dtype
     n_iter = int(count.max()) if count.numel() else 0
-    return Sinkhorn(f.to(dtype), g.to(dtype), err.to(dtype), status, n_iter, problem)
+    return Sinkhorn(f, g, err, status, n_iter, problem)
