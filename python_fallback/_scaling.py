@@ -19,8 +19,9 @@ FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 TILE_ENTRIES, MIN_ROWS = 1 << 18, 16
 # A column's mass below this share of all has lost digits: its logarithm is taken anew.
 LEAST = 2.0**-90
-# A potential above this has lost more than 2^-19 in float32.
-LARGE = 32.0
+# A potential above this has lost more than 2^-19 in float32; in gradients, where differences of
+# weights are left, 2^-24.
+LARGE, LARGE_OF_GRADIENTS = 32.0, 1.0
 
 
 def half_steps(n_iter: int, prototype_first: bool, warm: bool) -> list[str]:
@@ -74,13 +75,13 @@ class HalfStep(NamedTuple):
     found: Tensor
 
 
-def parts(potential: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def parts(potential: Tensor, dtype: torch.dtype, large: float = LARGE) -> list[Tensor]:
     """A potential as a sum of values of a dtype: large ones cancel large logits, and their own
     rounding would be a common factor of a whole row or column.
     """
     high = potential.to(dtype)
     size = high.abs()
-    if dtype == torch.float64 or not bool((size[size.isfinite()] > LARGE).any()):
+    if dtype == torch.float64 or not bool((size[size.isfinite()] > large).any()):
         return [high]
     low = torch.where(high.isfinite(), potential - high.double(), 0.0)
     return [high, low.to(dtype)]
@@ -306,13 +307,12 @@ class Backward:
         problem = self.problem
         x = problem.tile(part)
         if step.side == "row":
-            return softmax_(add(x, parts(step.used, x.dtype)), sharp=True)
+            return softmax_(add(x, parts(step.used, x.dtype, LARGE_OF_GRADIENTS)), sharp=True)
         down = torch.where(problem.dead_col, -torch.inf, step.found - problem.log_b)
         across = step.used[part, None]
-        if _size(down) > _size(across):  # the larger first: it is what cancels large logits
-            add(add(x, parts(down, x.dtype)), parts(across, x.dtype))
-        else:
-            add(add(x, parts(across, x.dtype)), parts(down, x.dtype))
+        both = sorted((down, across), key=_size, reverse=True)
+        for potential in both:  # the larger first: it is what cancels large logits
+            add(x, parts(potential, x.dtype, LARGE_OF_GRADIENTS))
         return exp_(x, FLOOR_OF_SOFTMAX[x.dtype])
 
     def tile(self, part: slice) -> Tensor:
