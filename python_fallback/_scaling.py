@@ -41,12 +41,13 @@ class Scores(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.x.shape[0], self.x.shape[1]
 
-    def tile(self, part: slice, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
-        """Some rows, to work on, with a shift added."""
-        x = self.x[part]
-        if shift is None:
-            return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        return torch.add(x, shift, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+    def tile(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows, to work on."""
+        return self.x[part].to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def shifted(self, part: slice, shift: Tensor, out: Tensor) -> Tensor:
+        """Some rows with a shift added, in scratch."""
+        return torch.add(self.x[part], shift, out=out)
 
 
 class Features(NamedTuple):
@@ -60,11 +61,16 @@ class Features(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.z.shape[0], self.prototypes.shape[0]
 
-    def tile(self, part: slice, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
-        """Some rows, to work on, with a shift added."""
+    def tile(self, part: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Some rows, to work on, in scratch if there is any."""
         z, c = self.z[part].to(dtype), self.prototypes.to(dtype)
-        x = z @ c.mT if self.bias is None else torch.addmm(self.bias.to(dtype), z, c.mT)
-        return x if shift is None else x.add_(shift)
+        if self.bias is None:
+            return torch.mm(z, c.mT, out=out)
+        return torch.addmm(self.bias.to(dtype), z, c.mT, out=out)
+
+    def shifted(self, part: slice, shift: Tensor, out: Tensor) -> Tensor:
+        """Some rows with a shift added, in scratch."""
+        return self.tile(part, out.dtype, out).add_(shift)
 
 
 class HalfStep(NamedTuple):
@@ -122,6 +128,7 @@ class Problem:
         self.a = (self.log_a - self.top).exp().to(dtype)
         self.least = LEAST * self.a.double().sum()
         self.status = FINE
+        self.scratch: Tensor | None = None
 
     def tiles(self) -> list[slice]:
         return list(row_chunks(self.n, max(MIN_ROWS, TILE_ENTRIES // self.k)))
@@ -134,10 +141,14 @@ class Problem:
         return x
 
     def shifted(self, part: slice, potential: list[Tensor]) -> Tensor:
-        """Some rows of the logits with a potential added."""
+        """Some rows of the logits with a potential added, until the next are asked for."""
         if self.some_dead:
             return add(self.tile(part), potential)
-        return add(self.entries.tile(part, self.dtype, potential[0]), potential[1:])
+        if self.scratch is None:  # a tile of its own each time would be new pages each time
+            most = max(part.stop - part.start for part in self.tiles())
+            self.scratch = self.log_b.new_empty((most, self.k), dtype=self.dtype)
+        out = self.scratch[: part.stop - part.start]
+        return add(self.entries.shifted(part, potential[0], out), potential[1:])
 
     def rows(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """(f, mass of every column over exp(top)) after the rows' step at g, in one pass."""
