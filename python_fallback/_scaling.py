@@ -17,10 +17,12 @@ from ._score import FLOOR, FLOOR_OF_SOFTMAX, exp_, softmax_
 FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 # Entries of a tile of rows, and least rows of one.
 TILE_ENTRIES, MIN_ROWS = 1 << 18, 16
+# Rows of a sum in the dtype of the tiles.
+RUN = 256
 # A column's mass below this share of all has lost digits: its logarithm is taken anew.
 LEAST = 2.0**-90
 # A potential above this has lost more than 2^-19 in float32; in gradients, where differences of
-# weights are left, 2^-24.
+# weights are left, and in passes on the way to a tolerance, 2^-24.
 LARGE, LARGE_OF_GRADIENTS = 32.0, 1.0
 
 
@@ -105,6 +107,15 @@ def add(x: Tensor, potential: list[Tensor]) -> Tensor:
     return x
 
 
+def weighed(weight: Tensor, p: Tensor) -> Tensor:
+    """The product weight @ p in float64 but for runs of rows: a tolerance would end at the rounding
+    of one long float32 sum.
+    """
+    whole = len(p) - len(p) % RUN
+    runs = torch.bmm(weight[:whole].view(-1, 1, RUN), p[:whole].view(-1, RUN, p.shape[1]))
+    return runs.double().sum((0, 1)) + (weight[whole:] @ p[whole:]).double()
+
+
 class Problem:
     """One problem. Potentials and masses are float64, tiles of the compute dtype."""
 
@@ -150,17 +161,17 @@ class Problem:
         out = self.scratch[: part.stop - part.start]
         return add(self.entries.shifted(part, potential[0], out), potential[1:])
 
-    def rows(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, g: Tensor, large: float = LARGE) -> tuple[Tensor, Tensor]:
         """(f, mass of every column over exp(top)) after the rows' step at g, in one pass."""
         f, mass = torch.empty_like(self.log_a), torch.zeros_like(self.log_b)
-        shift = parts(g, self.dtype)
+        shift = parts(g, self.dtype, large)
         for part in self.tiles():
             x = self.shifted(part, shift)
             top = x.amax(1)
             p = exp_(x.sub_(top[:, None]), FLOOR[self.dtype])
             total = p.sum(1)
             f[part] = self.log_a[part] - top.double() - total.double().log()
-            mass += (self.a[part] / total) @ p
+            mass += weighed(self.a[part] / total, p)
         lost = not bool(mass.isfinite().all())
         if lost or bool(((mass == 0) & ~self.dead_col).any()):
             self.status = self.diagnosis() or (NOT_FINITE if lost else FINE)
@@ -200,7 +211,7 @@ class Problem:
 
     def one_pass(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """(f, logarithm of every column's mass) after the rows' step at g; rows of any mass."""
-        f, mass = self.rows(self.put(g))
+        f, mass = self.rows(self.put(g), LARGE_OF_GRADIENTS)
         if self.status == FINE and self._lost(mass):
             exact = self.put(g) + self.columns(f)
             return f, torch.where(mass < self.least, exact, mass.log() + self.top)

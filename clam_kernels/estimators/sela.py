@@ -233,6 +233,7 @@ class SeLa(BaseEstimator):
     def fit(
         self,
         data: Any,
+        y: Any = None,
         *,
         checkpoint: str | PathLike[str] | None = None,
         checkpoint_every: int | None = None,
@@ -249,6 +250,8 @@ class SeLa(BaseEstimator):
             of them and tensors are taken as they are, not scaled. Items of a Dataset are tensors or
             arrays, or tuples that begin with one. All go to the encoder in its dtype, but for whole
             numbers of a Dataset, which keep theirs.
+        y : object, optional
+            Not used: there for pipelines.
         checkpoint : str or PathLike, optional
             File that all state of the run is written to, whole or not at all.
         checkpoint_every : int, >= 1, optional
@@ -277,6 +280,9 @@ class SeLa(BaseEstimator):
         """
         self._validate_params()
         _callbacks.check(self.callbacks)
+        told, kind = self.writer, type(self.writer).__name__
+        if told is not None and not callable(getattr(told, "add_scalar", None)):
+            raise TypeError(checks.wording("writer", "an object with add_scalar", kind))
         inputs = inputs_of(data, self.image_size)
         _check_fit(len(inputs), self.n_clusters, checkpoint, checkpoint_every, resume)
         device = choose_device(self.device, inputs.origin)
@@ -381,7 +387,8 @@ class SeLa(BaseEstimator):
         ----------
         path : str or PathLike
             .npz (arrays labels [H, N], g [H, K] and, of a folder, files [N]), .npy (labels), or
-            .csv, .tsv, .parquet (a row for each row of the data, a column head_h for each head).
+            .csv, .tsv, .parquet (a row for each row of the data, a column head_h for each head and
+            before them, of a folder, one called file).
 
         Raises
         ------
@@ -405,7 +412,19 @@ class SeLa(BaseEstimator):
         elif path.suffix == ".npy":
             tables.write(path, labels, [])
         else:
-            tables.write(path, labels.T, [f"head_{h}" for h in range(len(labels))])
+            names = [f"head_{h}" for h in range(len(labels))]
+            if not hasattr(self, "files_"):
+                tables.write(path, labels.T, names)
+                return
+            files = self.files_ if path.suffix == ".parquet" else [_quoted(f) for f in self.files_]
+            columns = [np.array(files, dtype=object)[:, None], labels.T.astype(object)]
+            tables.write(path, np.concatenate(columns, 1), ["file", *names])
+
+
+def _quoted(name: str) -> str:
+    """A name as a cell of a CSV."""
+    plain = not any(mark in name for mark in ',"\t\n\r')
+    return name if plain else '"' + name.replace('"', '""') + '"'
 
 
 def _check_fit(count: int, clusters: int, checkpoint: Any, every: Any, resume: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class Sinkhorn:
     err: Tensor
     status: Tensor
     n_iter: int
-    problem: Problem
-    envelope: bool = False
+    problem: Problem = field(repr=False)
+    envelope: bool = field(default=False, repr=False)
 
     @property
     def converged(self) -> Tensor:
@@ -123,9 +123,20 @@ class Sinkhorn:
             indices.append(top.indices)
         return torch.cat(values, -2), torch.cat(indices, -2)
 
-    def counts(self) -> Tensor:
-        """Rows of each label [..., K], int64."""
-        labels, k = self.labels(), self.g.shape[-1]
+    def counts(self, strict: bool = False) -> Tensor:
+        """Rows of each label. Shares of the plan are equal; counts of its labels are nearly so, the
+        nearer the harder the plan, or `strict`.
+
+        Parameters
+        ----------
+        strict : bool
+            As of `labels`.
+
+        Returns
+        -------
+        Tensor [..., K], int64
+        """
+        labels, k = self.labels(strict), self.g.shape[-1]
         found = torch.zeros(self.g.shape, dtype=torch.int64, device=labels.device)
         for at in itertools.product(*map(range, labels.shape[:-1])):
             row = labels[at]

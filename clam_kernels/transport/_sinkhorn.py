@@ -63,7 +63,7 @@ def sinkhorn(
     n_iter : int, >= 0
         Iterations, where `tol` is None.
     tol : float, > 0, optional
-        L1 error of the marginals to go on to. Not below 1e-6 in float32.
+        L1 error of the marginals to go on to; float32 reaches about 5e-7.
     max_iter : int, >= 1
         Most iterations with `tol`.
     row_marginal : Tensor [..., N], >= 0, optional
@@ -85,7 +85,8 @@ def sinkhorn(
         Rows are spread over its processes, any number on each; all call, with the same prototypes.
         Masses of rows, where given, have their total over all of them. No gradient but "stop".
     warn : bool
-        Whether a ConvergenceWarning says that `tol` was not reached, or that a problem failed.
+        With `tol`, whether a ConvergenceWarning says that it was not reached, or that a problem
+        failed. Without, `status` alone tells: nothing is read back.
     precision : "highest", "high" or "medium", optional
         Of the matrix products of the features form; None follows torch.
 
@@ -158,6 +159,8 @@ def swav_codes(
 ) -> Tensor:
     """Codes of a batch as swapped prediction (SwAV) has them: few iterations, no gradient.
 
+    Their shares are nearly equal: the `err` of `sinkhorn` says how nearly.
+
     Parameters
     ----------
     scores : Tensor [..., N, K], or (z, prototypes)
@@ -174,7 +177,8 @@ def swav_codes(
     Returns
     -------
     Tensor [..., N, K]
-        Rows sum to 1; NaN where scores hold NaN or +inf, which is read on no device.
+        Rows sum to 1, those outside the mask to 0. All NaN if scores hold NaN or +inf: nothing is
+        read back that could raise.
 
     Raises
     ------
@@ -311,10 +315,11 @@ def _check_gradient(gradient: Any, tol: Any, group: Any) -> None:
     words = ", ".join(repr(word) for word in GRADIENTS[:-1])
     _expect(gradient in GRADIENTS, "gradient", f"{words} or {GRADIENTS[-1]!r}", gradient)
     if tol is None:
-        text = "'stop' or 'unrolled' without tol"
+        text = "'stop' or 'unrolled' without tol (the others need it)"
         _expect(gradient in GRADIENTS[:2], "gradient", text, gradient)
     else:
-        _expect(gradient != "unrolled", "gradient", "not 'unrolled' with tol", gradient)
+        text = "'stop', 'implicit' or 'envelope' with tol"
+        _expect(gradient != "unrolled", "gradient", text, gradient)
     if group is not None:
         _expect(gradient == "stop", "gradient", "'stop' with process_group", gradient)
 
@@ -375,7 +380,8 @@ def _finished(
 
         warnings.warn(
             f"sinkhorn: the error of the marginals is {float(err[late].max()):.3g} after"
-            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter or epsilon",
+            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or pass"
+            " float64 scores",
             ConvergenceWarning,
             stacklevel=3,
         )
