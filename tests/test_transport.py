@@ -273,6 +273,23 @@ def test_self_labels():
     assert torch.bincount(sela_labels(log_p, strict=True)).tolist() == [40] * 10
 
 
+@pytest.mark.parametrize("form", ["scores", "features", "masked", "unrolled"])
+def test_in_a_compiled_step(form):
+    z, c = (x.float() for x in _features())
+    mask = torch.arange(len(z)) < 50
+
+    def codes(z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        if form == "features":
+            return swav_codes((z, c))
+        if form == "unrolled":
+            return sinkhorn(z @ c.T, gradient="unrolled").codes()
+        return swav_codes(z @ c.T, row_mask=mask if form == "masked" else None)
+
+    compiled = torch.compile(codes, fullgraph=True, backend="aot_eager")
+    z.requires_grad_(form == "unrolled")
+    torch.testing.assert_close(compiled(z, c), codes(z, c), atol=1e-6, rtol=0)
+
+
 def test_failed_problems_give_no_label():
     scores = torch.stack([_scores(), _scores(1)])
     scores[1, 3, 3] = torch.nan
