@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import clam_kernels
 import clam_kernels.nn.self_labeller as module
+from clam_kernels import testing
 from clam_kernels.nn import SelfLabeller
 
 N, D, K, H = 60, 6, 5, 3
@@ -222,15 +223,12 @@ def test_memory_is_that_of_one_head():
     for count in (1, 8):
         heads = SelfLabeller(D, 50, 4000, count)
         x = _draw(0, 4000, D)
-        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen:  # noqa: E501  # fmt: skip
-            for head in range(count):
+
+        def relabel(heads: SelfLabeller = heads, x: Tensor = x) -> None:
+            for head in range(heads.n_heads):
                 heads.relabel_features(x, head)
-        held = top = 0
-        for event in seen.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                top = max(top, held)
-        peaks.append(top)
+
+        peaks.append(testing.peak_bytes(relabel))
     assert peaks[0] > 4000 * 50 * 4
     assert peaks[1] < 1.1 * peaks[0]
 

@@ -290,6 +290,18 @@ def test_in_a_compiled_step(form):
     torch.testing.assert_close(compiled(z, c), codes(z, c), atol=1e-6, rtol=0)
 
 
+def test_a_number_of_iterations_that_changes_does_not_recompile():
+    scores = _scores(dtype=torch.float32)
+    compiled = torch.compile(
+        lambda x, n: sinkhorn(x, n_iter=n).codes(),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    for n in (3, 4, 5):
+        torch.testing.assert_close(compiled(scores, n), sinkhorn(scores, n_iter=n).codes())
+
+
 def test_failed_problems_give_no_label():
     scores = torch.stack([_scores(), _scores(1)])
     scores[1, 3, 3] = torch.nan

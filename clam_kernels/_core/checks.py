@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -143,8 +144,16 @@ def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = Fa
     if isinstance(value, torch.SymFloat | torch.SymInt):
         value_error(value > low if strict else value >= low, lambda: wording(name, bound, value))
         return
-    ok = (value > low if strict else value >= low) and not (finite and math.isinf(value))
+    ok = (value > low if strict else value >= low) and not (finite and value == math.inf)
     value_error(bool(ok), lambda: wording(name, bound, value))
+
+
+def whole(name: str, value: Any, low: int) -> None:
+    """TypeError unless the argument is an int, and no bool; `at_least` looks at its value, which
+    dynamo cannot trace where it is symbolic: that is left to the op.
+    """
+    ok = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+    type_error(ok, lambda: wording(name, f"an int >= {low}", repr(value)))
 
 
 def at_least(name: str, value: Any, low: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ ITEMS = "a Dataset whose items are, or are tuples that begin with, a Tensor or a
 PROBES = 64
 
 
-class Inputs:
+class Inputs(ABC):
     """Rows [N, ...] of a data set."""
 
     count: int
@@ -40,9 +41,9 @@ class Inputs:
     def __len__(self) -> int:
         return self.count
 
+    @abstractmethod
     def raw(self, rows: Tensor) -> Tensor:
         """Some rows as they are kept; rows are int64 on the CPU."""
-        raise NotImplementedError
 
     def like(self, found: torch.dtype, dtype: torch.dtype) -> torch.dtype:
         """What a batch of the dtype found is turned into for an encoder of another."""
@@ -57,9 +58,9 @@ class Inputs:
             _refuse(batch, rows)
         return batch
 
+    @abstractmethod
     def mark(self) -> list[Any]:
         """What tells this data from other data, as JSON."""
-        raise NotImplementedError
 
     def give(self, result: Tensor) -> Any:
         """A result as users of such data expect it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -161,8 +160,7 @@ class SelfLabeller(nn.Module):
         super().__init__()
         sizes = {"in_features": in_features, "n_clusters": n_clusters, "n_rows": n_rows}
         for name, size in {**sizes, "n_heads": n_heads, "max_iter": max_iter}.items():
-            whole = isinstance(size, Integral) and not isinstance(size, bool)
-            checks.type_error(whole, lambda: checks.wording(name, "an int >= 1", repr(size)))  # noqa: B023
+            checks.whole(name, size, 1)
             checks.at_least(name, int(size), 1)
         for name, number in (("lam", lam), ("tol", tol)):
             checks.number(name, number, 0.0, finite=True, strict=True)

@@ -463,8 +463,7 @@ def _check_types(
     precision: object,
 ) -> None:
     """The types the dispatcher would refuse in words of its own."""
-    whole = isinstance(n_iter, (int, torch.SymInt)) and not isinstance(n_iter, bool)
-    checks.type_error(whole, lambda: checks.wording("n_iter", "an int >= 0", repr(n_iter)))
+    checks.whole("n_iter", n_iter, 0)
     for name, value in (("log_row", log_row), ("log_col", log_col), ("init", init)):
         checks.tensor(name, value, optional=True)
     checks.type_error(

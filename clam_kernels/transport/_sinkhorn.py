@@ -136,6 +136,7 @@ def sinkhorn(
         if tol is None and process_group is None:
             fixed = still.calls().iterated(n_iter, start, prototype_first)
             return Sinkhorn(*fixed, n_iter, still)
+        checks.at_least("n_iter", n_iter, 0)
         calls = still.calls()
         passes = Passes(calls) if process_group is None else Sharded(calls, process_group)
         most = n_iter if tol is None else max_iter
@@ -294,14 +295,11 @@ def _check_rule(
         checks.values("epsilon", epsilon, 0.0, finite=True, strict=True)
     else:
         checks.number("epsilon", epsilon, 0.0, finite=True, strict=True)
-    whole = isinstance(n_iter, int | torch.SymInt) and not isinstance(n_iter, bool)
-    checks.type_error(whole, lambda: checks.wording("n_iter", "an int >= 0", repr(n_iter)))
-    checks.at_least("n_iter", n_iter, 0)
+    checks.whole("n_iter", n_iter, 0)
     if tol is not None:
         checks.number("tol", tol, 0.0, finite=True, strict=True)
-        whole = isinstance(max_iter, int) and not isinstance(max_iter, bool)
-        checks.type_error(whole, lambda: checks.wording("max_iter", "an int >= 1", repr(max_iter)))
-        checks.at_least("max_iter", max_iter, 1)
+        checks.whole("max_iter", max_iter, 1)
+        checks.at_least("max_iter", int(max_iter), 1)
     ok, got = isinstance(prototype_first, bool), type(prototype_first).__name__
     checks.type_error(ok, lambda: checks.wording("prototype_first", "a bool", got))
     _expect(accelerate in (None, "anderson"), "accelerate", "None or 'anderson'", accelerate)
