@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunked machinery of a softmax over memories: the centred memories of a cell, the problem with
-its batch dims spelled out, one chunk's trajectory and the sums that the gradients need.
+"""Chunked machinery of a softmax over memories: the centred memories of a cell, and the problem
+with its batch dims spelled out.
 
 Everything works in place on 3-D tiles [problems, rows, .] of `_chunk`; nothing is N x K. Tiles are
 padded (rows to ROWS, D and K to 4) and a product's second factor is contiguous: CPU libraries take
@@ -10,24 +10,16 @@ batch. Padding rows and features are 0, padding memories have logits of -inf.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._chunk import KEPT_ENTRIES, Cell, GradientSum, cells, chunk_rows, lift, take
-from ._score import (
-    FLOOR_OF_SOFTMAX,
-    alive_memories,
-    centred,
-    compute_dtype,
-    first_max_,
-    softmax_,
-    softmax_backward_,
-)
+from ._chunk import Cell, cells, chunk_rows, lift, take
+from ._exact import HOTTEST, ExactRows, Watch, are_apart
+from ._score import FLOOR_OF_SOFTMAX, alive_memories, centred, compute_dtype, softmax_
 
 Beta = float | Tensor
 # Rows of a tile are a multiple of this: of 16 for the library's kernels, of 32 so that no product
@@ -59,34 +51,52 @@ class Side(NamedTuple):
     rho: Tensor  # [n, K, D]; memories that take no part are 0
     flipped: Tensor  # [n, D, K], rho transposed
     norms: Tensor  # [b, 1, K]
-    beta: Tensor | None  # [b, 1, K or 1]; None: hard assignment
+    beta: Tensor  # [b, 1, K or 1]
     bias: Tensor  # [b, 1, K]
     keys: Tensor  # [n, D, K]
     shift: Tensor | None  # [b, 1, K], the log-weights
     alive: Tensor | None  # [b, 1, 1], 0 where no memory takes part
     sharp: bool  # whether weights underflow where the rows lie among the memories
+    watch: Watch  # finds the rows that must be computed from differences
 
     @property
     def per_memory(self) -> bool:
-        return self.beta is not None and self.beta.shape[-1] > 1
+        return self.beta.shape[-1] > 1
 
     def logits(self, x: Tensor, out: Tensor) -> Tensor:
         torch.baddbmm(self.bias, x, self.keys, out=out)
         if self.per_memory:
-            out.addcmul_(x.square().sum(-1, keepdim=True), self.beta, value=-1)  # type: ignore[arg-type]
+            out.addcmul_(x.square().sum(-1, keepdim=True), self.beta, value=-1)
         return out
 
     def weights(self, x: Tensor, out: Tensor) -> Tensor:
-        """Softmax over the memories of x, one-hot if hard."""
-        self.logits(x, out)
-        if self.beta is not None:
-            return softmax_(out, self.sharp)
-        top, index = first_max_(out)
-        # a row that is not finite stays visible
-        return out.zero_().scatter_(-1, index.clamp(max=out.shape[-1] - 1), top * 0 + 1)
+        """Softmax over the memories of x."""
+        return softmax_(self.logits(x, out), self.sharp)
 
 
-def _is_sharp(norms: Tensor, scale: float | Tensor) -> bool:
+class Gauge:
+    """Measures rows against what they recall; scratch for one cell."""
+
+    def __init__(self, p: Problem, cell: Cell, limit: int) -> None:
+        self.scratch = p.tile(cell, limit, p.narrow)
+        self.thin = [p.tile(cell, limit, 1) for _ in range(2)]
+        self.ones = self.scratch.new_ones(cell.size, p.narrow, 1)
+
+    def __call__(self, x: Tensor, recalled: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """(|x|^2 + |recalled|^2, <x, recalled>), [cell, n, 1] each."""
+        scratch, *thin = (tile[:, : x.shape[1]] for tile in (self.scratch, *self.thin))
+        torch.mul(x, x, out=scratch).addcmul_(recalled, recalled)
+        size = torch.bmm(scratch, self.ones, out=thin[0])
+        along = torch.bmm(torch.mul(x, recalled, out=scratch), self.ones, out=thin[1])
+        return size[:, :n], along[:, :n]
+
+    def norms(self, x: Tensor, n: int) -> Tensor:
+        """|x|^2, [cell, n, 1]."""
+        scratch, thin = (tile[:, : x.shape[1]] for tile in (self.scratch, self.thin[0]))
+        return torch.bmm(torch.mul(x, x, out=scratch), self.ones, out=thin)[:, :n]
+
+
+def _is_sharp(norms: Tensor, scale: Tensor) -> bool:
     """Whether logits of a row at one memory reach below the floor, from the memories alone: a row
     has the same bits in any company. On a GPU nothing is read back.
     """
@@ -129,30 +139,90 @@ class Problem:
         weights = None if self.log_weights is None else take(self.log_weights, cell).to(self.dtype)
         alive = alive_memories(weights)
         rho, c = centred(take(self.rho, cell).to(self.dtype), alive)
-        more_features, more = self.narrow - self.features, self.wide - self.size
-        rho = pad(rho, (0, more_features, 0, more))
-        norms, flipped = rho.square().sum(-1)[:, None, :], rho.mT.contiguous()
-        beta: Tensor | None = None
-        if isinstance(self.beta, Tensor):
-            beta = take(self.beta, cell).to(self.dtype)[:, None, :]
-            beta = pad(beta, (0, more)) if beta.shape[-1] > 1 else beta
-        elif not math.isinf(self.beta):
-            beta = rho.new_full((1, 1, 1), self.beta)
-        scale = 1.0 if beta is None else beta
-        bias, shift, some = norms * -scale, None, None
+        beta, poison = self._betas(cell, rho, alive)
+        norms, largest = rho.square().sum(-1)[:, None, :], beta.amax(-1, keepdim=True)
+        watch = Watch(largest, are_apart(rho, norms, alive, largest))
+        more = self.wide - self.size
+        rho = pad(rho, (0, self.narrow - self.features, 0, more))
+        norms, beta = pad(norms, (0, more)), pad(beta, (0, more)) if beta.shape[-1] > 1 else beta
+        # finite, so that a row of zeros has weights; and rounded once, for the error of a bias is
+        # the same for all rows and moves borders and fixed points
+        most = torch.finfo(self.dtype).max / 4
+        bias = (rho.double().square().sum(-1)[:, None, :] * -beta.double()).clamp(min=-most)
+        # a memory this far has weight 0 for all rows but those that are computed from differences
+        reached = norms < HOTTEST[self.dtype]
+        norms, rho = torch.where(reached, norms, 0.0), torch.where(reached.mT, rho, 0.0)
+        flipped = rho.mT.contiguous()
+        keys, shift, some = (flipped * (2 * beta)).clamp(-most, most), None, None
         if weights is not None and alive is not None:
             some = alive.any(-1)[:, None, None]
-            given = weights if beta is not None else torch.where(alive, 0.0, -torch.inf)
-            shift = given.expand(-1, self.size)[:, None, :]
-            shift = pad(shift, (0, more), value=-torch.inf)
+            shift = pad(weights.expand(-1, self.size)[:, None, :], (0, more), value=-torch.inf)
             bias, some = torch.where(some, bias + shift, 0.0), some.to(self.dtype)
+            poison = poison + torch.where(alive, weights * 0, 0.0).sum(-1)[:, None, None]
+        bias = bias.to(self.dtype)
         if more:
-            bias = bias.index_fill(
-                -1, torch.arange(self.size, self.wide, device=rho.device), -torch.inf
-            )
-        factors = (rho, flipped, flipped * (2 * scale))
-        rho, flipped, keys = (t.expand(cell.size, -1, -1) for t in factors)
-        return Side(c, rho, flipped, norms, beta, bias, keys, shift, some, _is_sharp(norms, scale))
+            padding = torch.arange(self.size, self.wide, device=rho.device)
+            bias = bias.index_fill(-1, padding, -torch.inf)
+        sharp = _is_sharp(norms, beta)
+        rho, flipped, keys = (t.expand(cell.size, -1, -1) for t in (rho, flipped, keys))
+        return Side(c + poison, rho, flipped, norms, beta, bias, keys, shift, some, sharp, watch)
+
+    def _betas(self, cell: Cell, rho: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(beta [b, 1, K or 1], 0 or NaN [b, 1, 1]): a beta that is not finite makes all rows NaN,
+        unless its memory takes no part.
+        """
+        if not isinstance(self.beta, Tensor):  # a number may be finite in float64 alone
+            wide = rho.new_full((1, 1, 1), self.beta, dtype=torch.float64)
+            return wide.to(self.dtype), rho.new_zeros(1, 1, 1)
+        beta = take(self.beta, cell).to(self.dtype)[:, None, :]
+        if alive is not None and beta.shape[-1] > 1:
+            beta = torch.where(alive[:, None, :], beta, 0.0)
+        return beta, (beta * 0).sum(-1, keepdim=True)
+
+    def exact(self, cell: Cell, index: int) -> ExactRows:
+        """One problem of a cell, for the rows that are computed from differences."""
+        rho = problem_of(take(self.rho, cell), index)
+        if isinstance(self.beta, Tensor):
+            beta = problem_of(take(self.beta, cell), index)
+        else:
+            beta = torch.full((1,), self.beta, dtype=torch.float64, device=rho.device)
+        weights = self.log_weights
+        if weights is not None:
+            weights = problem_of(take(weights, cell), index)
+        return ExactRows(rho, beta, weights)
+
+    def doubted(
+        self, cell: Cell, rows: slice, doubt: Tensor, step: float
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | float]]:
+        """(problem of the cell, rows of the chunk, those rows [m, D] and their gain in float64)."""
+        block = take(self.v, cell, rows)
+        mask = None if self.mask is None else take(self.mask, cell, rows)
+        for index in doubt.any(1).nonzero()[:, 0].tolist():
+            places = doubt[index].nonzero()[:, 0]
+            x = problem_of(block, index)[places].double()
+            gain: Tensor | float = step
+            if mask is not None:
+                own = problem_of(mask, index)
+                own = own[places] if len(own) > 1 else own
+                gain = (own.double() * step).expand_as(x)
+            yield index, places, x, gain
+
+    def regular(self, cell: Cell, rows: slice, side: Side, doubt: Tensor) -> Tensor | None:
+        """The rows in doubt that are finite and have finite memories; None if there are none."""
+        finite = ((take(self.v, cell, rows) - side.centre) * 0).sum(-1) == 0
+        doubt = doubt & finite
+        if side.alive is not None:
+            doubt = doubt & (side.alive[..., 0] > 0)
+        return doubt if bool(doubt.any()) else None
+
+    def distances(self, cell: Cell, block: Tensor, place: Tensor) -> Tensor:
+        """|v_n - rho_k|^2 from differences, [cell, n, 1], for the memory of each row at `place`."""
+        rho = take(self.rho, cell).to(self.dtype)
+        if len(rho) > 1:
+            place = place + torch.arange(0, len(rho) * self.size, self.size)[:, None, None]
+        chosen = rho.reshape(-1, self.features).index_select(0, place.flatten())
+        gap = block - chosen.view(*place.shape[:2], self.features)
+        return gap.square_().sum(-1, keepdim=True)
 
     def tile(self, cell: Cell, rows: int, width: int) -> Tensor:
         """Scratch [problems of the cell, padded rows, width], not initialised."""
@@ -186,198 +256,27 @@ def padded(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
+def problem_of(part: Tensor, index: int) -> Tensor:
+    """One problem's part of what `take` returns; all problems share a single one."""
+    return part[index if len(part) > 1 else 0]
+
+
+def either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """`a | b`, where None stands for all False."""
+    return b if a is None else a if b is None else a | b
+
+
 def advance(
-    x: Tensor,
-    into: Tensor,
-    n: int,
-    side: Side,
-    weights: Tensor,
-    step: float,
-    gain: Tensor | None,
-    xb: Tensor,
+    x: Tensor, recalled: Tensor, into: Tensor, n: int, step: float, gain: Tensor | None
 ) -> None:
-    """`into = x + gain * (weights @ rho - x)`; into may be x, its rows past n are padding and xb is
-    scratch.
+    """`into = x + gain * (recalled - x)`; into may be x or recalled, and recalled is scratch. Its
+    rows past n are padding.
     """
-    if gain is None and step == 1:
-        torch.bmm(weights, side.rho, out=into)
+    if gain is None:
+        if step != 1:
+            torch.lerp(x, recalled, step, out=into)
+        elif into is not recalled:
+            into.copy_(recalled)
         return
     # x stays out of the product: summed onto it there, the increment would lose digits
-    torch.bmm(weights, side.rho, out=xb)
-    if gain is None:
-        torch.lerp(x, xb, step, out=into)
-        return
-    torch.addcmul(x[:, :n], xb.sub_(x)[:, :n], gain, out=into[:, :n])
-
-
-class Sums:
-    """What the gradients of the memories' side sum over rows: within a chunk, then in float64."""
-
-    def __init__(self, p: Problem, cell: Cell) -> None:
-        # h^T w, x^T gz, 1^T gz, (|x|^2)^T gz, each [b, ., K]: products run faster this way round
-        heights = (p.narrow, p.narrow, 1, 1)
-        self.chunk = [
-            p.rho.new_zeros((cell.size, height, p.wide), dtype=p.dtype) for height in heights
-        ]
-        self.total = [torch.zeros_like(part, dtype=torch.float64) for part in self.chunk]
-        self.warmth = p.rho.new_zeros((cell.size, 1), dtype=torch.float64)  # of a shared beta
-
-    def fold(self) -> None:
-        for part, total in zip(self.chunk, self.total, strict=True):
-            total += part
-            part.zero_()
-
-    def gradients(self, side: Side) -> tuple[Tensor, Tensor, Tensor]:
-        """(rho [b, K, D], beta [b, K], log_weights [b, K])."""
-        pull, cross, mass, spread = self.total
-        if side.beta is None:
-            return pull.mT, mass[:, 0], mass[:, 0]
-        rho, norms = side.flipped.double(), side.norms.double()
-        lean = 2 * side.beta.double() * (cross - mass * rho)
-        beta = self.warmth
-        if side.per_memory:
-            beta = (2 * (rho * cross).sum(1, keepdim=True) - norms * mass - spread)[:, 0]
-        return (pull + lean).mT, beta, mass[:, 0]
-
-
-class Trajectory:
-    """One chunk's states and weights, rebuilt from v and then walked back."""
-
-    def __init__(
-        self, p: Problem, cell: Cell, side: Side, limit: int, steps: int, step: float, warms: bool
-    ) -> None:
-        self.p, self.cell, self.side, self.steps, self.step = p, cell, side, steps, step
-        self.warms = warms and side.beta is not None and not side.per_memory
-        self.sums = Sums(p, cell)
-        self.keep = keeps_weights(p, steps)
-        held = max(steps if self.keep else 1, 1)
-        self.narrow = [p.tile(cell, limit, p.narrow) for _ in range(5 + max(steps, 1))]
-        self.wide = [p.tile(cell, limit, p.wide) for _ in range(1 + held)]
-        self.thin = [p.tile(cell, limit, 1) for _ in range(2)]
-        self.norms = side.norms.mT.expand(cell.size, -1, -1)
-        self.ones = torch.ones_like(self.norms)
-        self.returns = side.keys.mT.contiguous() if side.per_memory else 2 * side.rho
-        self.height = 0
-
-    def run(self, rows: slice) -> None:
-        """Forward over one chunk."""
-        self.rows, self.n = rows, rows.stop - rows.start
-        self._shape(padded(self.n, ROWS))
-        self.p.load(self.cell, rows, self.side, self.states[0])
-        self.gain = self.p.gain(self.cell, rows, self.side, self.step)
-        for t in range(self.steps):
-            weights = self.side.weights(self.states[t], self.kept[t])
-            if t + 1 < self.steps:
-                now, following = self.states[t : t + 2]
-                following[:, self.n :].zero_()  # a gain leaves them as they were
-                advance(now, following, self.n, self.side, weights, self.step, self.gain, self.xb)
-
-    def _shape(self, height: int) -> None:
-        """Views of the tiles for a chunk of this many rows; most chunks have the same."""
-        if height == self.height:
-            return
-        self.height = height
-        self.row, self.cold = (tile[:, :height] for tile in self.thin)
-        self.g, self.h, self.xb, self.pulled, self.heat, *self.states = (
-            tile[:, :height] for tile in self.narrow
-        )
-        self.scores, *self.kept = (tile[:, :height] for tile in self.wide)
-        if not self.keep:
-            self.kept = self.kept * self.steps
-
-    def back(self, grad: Tensor, mask_total: GradientSum | None) -> Tensor:
-        """Gradient of the chunk's rows of v; the sums and the mask's gradient grow."""
-        g, h, n = self.g, self.h, self.n
-        self.p.fill(g, take(grad, self.cell, self.rows))
-        if self.warms:
-            self.heat.zero_()
-            self.cold.zero_()
-        for t in reversed(range(self.steps)):
-            x, weights = self.states[t], self.kept[t]
-            if not self.keep:
-                self.side.weights(x, weights)
-            if mask_total is not None:
-                torch.bmm(weights, self.side.rho, out=self.xb)
-                pull = self.xb.sub_(x).mul_(g)[:, :n, : self.p.features]
-                live = self.step if self.side.alive is None else self.step * self.side.alive
-                mask_total.add(self.cell, pull * live, self.rows)
-            if self.gain is not None:
-                h.copy_(g)[:, :n].mul_(self.gain)
-            elif self.step != 1:
-                torch.mul(g, self.step, out=h)
-            self._step_back(x, weights, g if self.gain is None and self.step == 1 else h)
-        self.sums.fold()
-        if self.warms:
-            rows = self.heat.sum(-1, dtype=torch.float64) - self.cold[..., 0]
-            self.sums.warmth += rows.sum(-1, keepdim=True)
-        return g[:, :n, : self.p.features]
-
-    def _step_back(self, x: Tensor, weights: Tensor, h: Tensor) -> None:
-        """Take g and the sums through one step whose input is x; h = gain * g, g itself if 1."""
-        g, side, scores, pulled = self.g, self.side, self.scores, self.pulled
-        pull, cross, mass, spread = self.sums.chunk
-        pull.baddbmm_(h.mT, weights)
-        if side.beta is None:
-            g.sub_(h)
-            return
-        torch.bmm(h, side.flipped, out=scores)
-        softmax_backward_(scores, weights)
-        cross.baddbmm_(x.mT, scores)
-        mass.add_(scores.sum(1, keepdim=True))
-        torch.bmm(scores, self.returns, out=pulled)
-        if side.per_memory:
-            g.sub_(h).add_(pulled).addcmul_(scores @ side.beta.mT, x, value=-2)
-            spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
-            return
-        if h is g:
-            torch.mul(pulled, side.beta, out=g)
-        else:
-            g.sub_(h).addcmul_(pulled, side.beta)
-        if self.warms:
-            # -gz |x - rho|^2 row by row: a row of gz sums to 0, and what its distances share
-            # must go before rows add up
-            torch.bmm(scores, self.ones, out=self.row)
-            self.heat.addcmul_(pulled.addcmul_(x, self.row, value=-1), x)
-            self.cold.baddbmm_(scores, self.norms)
-
-
-def keeps_weights(p: Problem, steps: int) -> bool:
-    """Whether the weights of all steps are kept for a chunk, rather than computed again."""
-    return steps * p.wide * 16 <= KEPT_ENTRIES
-
-
-def totals_of(p: Problem, needs: Sequence[bool]) -> list[GradientSum | None]:
-    """One sum for each of v, rho, beta, update_mask, log_weights that needs a gradient."""
-    lifted = (p.v, p.rho, p.beta, p.mask, p.log_weights)
-    widths = (p.dtype, torch.float64, torch.float64, p.dtype, torch.float64)
-    return [
-        GradientSum(t, like, width)
-        if need and isinstance(t, Tensor) and isinstance(like, Tensor)
-        else None
-        for t, like, width, need in zip(p.operands, lifted, widths, needs, strict=True)
-    ]
-
-
-def results(p: Problem, totals: Sequence[GradientSum | None]) -> tuple[Tensor, ...]:
-    return tuple(p.v.new_empty(0) if total is None else total.result() for total in totals)
-
-
-def spread(
-    p: Problem,
-    totals: Sequence[GradientSum | None],
-    cell: Cell,
-    gradients: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Add a cell's gradients of (rho, beta, log_weights), less their padding, to the totals."""
-    rho, beta, weights = gradients
-    trimmed = (rho[:, : p.size, : p.features], beta[:, : p.size], weights[:, : p.size])
-    for total, value in zip((totals[1], totals[2], totals[4]), trimmed, strict=True):
-        if total is not None:
-            total.add(cell, value)
-
-
-def extended(rows: Tensor, problems: int, height: int, value: float) -> Tensor:
-    """[b, n, 1] as [problems, height, 1], filled up with `value`."""
-    full = rows.new_full((problems, height, 1), value)
-    full[:, : rows.shape[1]] = rows
-    return full
+    torch.addcmul(x[:, :n], recalled.sub_(x)[:, :n], gain, out=into[:, :n])

@@ -10,6 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+# The centre is the mean of the memories whose squared distance from the median of a sample of this
+# size is at most so many times the median of these.
+SAMPLE, NEAR = 31, 16.0
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
@@ -22,27 +26,44 @@ def alive_memories(log_weights: Tensor | None) -> Tensor | None:
 
 
 def centred(rho: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`(rho - c, c)` with c `[..., 1, D]` the mean of the memories that take part, the others set
-    to 0.
+    """`(rho - c, c)` with c `[..., 1, D]` the centre of the memories that take part; the others are
+    set to 0.
 
-    Distances, the step and all gradients do not change under a shift, so c carries no gradient; it
-    is what keeps the expanded distance exact for data far from the origin.
+    Distances, the step and all gradients do not change under a shift, so c carries no gradient. It
+    keeps the expanded distance accurate for data far from the origin.
     """
     fixed = rho.detach()
-    if alive is None:
-        c = fixed.mean(-2, keepdim=True)
-        return rho - c, c
-    keep = alive.expand(*alive.shape[:-1], rho.shape[-2])[..., None]
-    c = torch.where(keep, fixed, 0.0).sum(-2, keepdim=True) / keep.sum(-2, keepdim=True).clamp(
-        min=1
-    )
-    return torch.where(keep, rho - c, 0.0), c
+    keep = None if alive is None else alive.expand(*alive.shape[:-1], rho.shape[-2])[..., None]
+    if keep is not None:
+        fixed = torch.where(keep, fixed, 0.0)
+    c = _centre(fixed, keep)
+    return (rho - c, c) if keep is None else (torch.where(keep, rho - c, 0.0), c)
 
 
-def sqdist(x: Tensor, y: Tensor) -> Tensor:
-    """`|x_n - y_k|^2` in expanded form, `[..., N, K]`; centre x and y first."""
-    norms = y.square().sum(-1)[..., None, :] - 2 * (x @ y.mT)
-    return x.square().sum(-1, keepdim=True) + norms
+def _centre(rho: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean of the memories that stand near the median of a sample: one far memory cannot move it.
+    It is NaN where a memory holds what is not finite, and so is every row then.
+    """
+    middle = _middle(rho, keep)
+    gap = rho - middle
+    far = gap.square().sum(-1, keepdim=True)
+    near = far <= NEAR * _middle(far, keep)
+    near = near if keep is None else near & keep
+    mean = torch.where(near, gap, 0.0).sum(-2, keepdim=True) / near.sum(-2, keepdim=True).clamp(1)
+    return middle + mean + (rho * 0).sum(-2, keepdim=True)
+
+
+def _middle(values: Tensor, keep: Tensor | None) -> Tensor:
+    """Lower median over a sample of at most `SAMPLE` of the memories that take part."""
+    size = values.shape[-2]
+    count = min(size, SAMPLE)
+    places = torch.arange(count, device=values.device)
+    if keep is None:
+        return values[..., places * size // count, :].median(-2, keepdim=True).values
+    first = keep[..., 0].to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    chosen = first.gather(-1, places * keep[..., 0].sum(-1, keepdim=True) // count)[..., None]
+    batch = values.shape[:-2]
+    return values.gather(-2, chosen.expand(*batch, count, values.shape[-1])).median(-2, True).values
 
 
 def first_max_(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,46 +15,61 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._chunk import lift, row_chunks, take
-from ._recall import (
-    ROWS,
-    Beta,
-    Problem,
+from . import kmeans
+from ._chunk import Cell, GradientSum, lift, row_chunks, take
+from ._hard import assign, hard_backward, hard_forward, nearest
+from ._recall import ROWS, Beta, Gauge, Problem, Side, advance, either, padded, result_shape
+from ._score import alive_memories, compute_dtype, first_max_
+from ._trajectory import (
+    ExactParts,
     Sums,
     Trajectory,
-    advance,
     extended,
     keeps_weights,
-    padded,
-    result_shape,
     results,
     spread,
     totals_of,
 )
-from ._score import alive_memories, centred, compute_dtype, first_max_, softmax_, sqdist
 
 # ---- the truth -----------------------------------------------------------------------------------
 
 
-def _logits(x: Tensor, memories: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
-    """`log w_k - beta_k |x_n - rho_k|^2`; the distance itself, negated, at beta = inf."""
-    z = sqdist(x, memories) * -(
-        beta[..., None, :] if isinstance(beta, Tensor) and beta.ndim else beta
-    )
+def _differences(x: Tensor, rho: Tensor, log_weights: Tensor | None) -> Tensor:
+    """`rho_k - x_n`, [..., N, K, D]; 0 for a memory that takes no part, which may hold NaN."""
+    gap = rho[..., None, :, :] - x[..., :, None, :]
+    alive = alive_memories(log_weights)
+    return gap if alive is None else torch.where(alive[..., None, :, None], gap, 0.0)
+
+
+def _logits(far: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
+    """`log w_k - beta_k |x_n - rho_k|^2`, [..., N, K]; 0 where no memory takes part."""
+    z = far * -(beta[..., None, :] if isinstance(beta, Tensor) and beta.ndim else beta)
     if log_weights is None:
         return z
     some = alive_memories(log_weights).any(-1, keepdim=True)[..., None]  # type: ignore[union-attr]
     return torch.where(some, z + torch.atleast_1d(log_weights)[..., None, :], 0.0)
 
 
-def _posterior(x: Tensor, memories: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
-    """`softmax_k(log w_k - beta_k |x - rho_k|^2)`; one-hot at the nearest memory for beta = inf."""
-    if not (isinstance(beta, float) and math.isinf(beta)):
-        return torch.softmax(_logits(x, memories, beta, log_weights), -1)
-    only = None if log_weights is None else torch.where(log_weights == -torch.inf, -torch.inf, 0.0)
-    top = _logits(x.detach(), memories.detach(), 1.0, only).max(-1, keepdim=True)
-    hits = torch.arange(memories.shape[-2], device=x.device) == top.indices
-    return hits.to(x.dtype) + 0.0 * top.values  # a row that is not finite stays visible
+def _is_hard(beta: Beta) -> bool:
+    """Whether each row goes to its nearest memory."""
+    return isinstance(beta, float) and math.isinf(beta)
+
+
+def am_weights(x: Tensor, rho: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
+    """`softmax_k(log w_k - beta_k |x_n - rho_k|^2)`, [..., N, K]; one-hot at the nearest memory for
+    beta = inf, 0 where no memory takes part.
+    """
+    return _weights(x, rho, _differences(x, rho, log_weights), beta, log_weights)
+
+
+def _weights(x: Tensor, rho: Tensor, gap: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
+    if _is_hard(beta):
+        labels = nearest(x.detach(), rho.detach(), log_weights)[..., None]
+        p = (torch.arange(rho.shape[-2], device=x.device) == labels).to(x.dtype)
+        return p + (gap.detach() * 0).sum(-1)  # what is not finite stays visible
+    p = torch.softmax(_logits(gap.square().sum(-1), beta, log_weights), -1)
+    alive = alive_memories(log_weights)
+    return p if alive is None else torch.where(alive[..., None, :], p, 0.0)
 
 
 def am_recursion(
@@ -71,17 +86,14 @@ def am_recursion(
     v)`.
     """
     dtype = compute_dtype(v)
-    beta = beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
+    rho, beta = rho.to(dtype), beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
     log_weights = None if log_weights is None else log_weights.to(dtype)
-    alive = alive_memories(log_weights)
-    memories, c = centred(rho.to(dtype), alive)
     gain = step if update_mask is None else step * update_mask.to(dtype)
-    if alive is not None:
-        gain = gain * alive.any(-1, keepdim=True)[..., None].to(dtype)
     x = v.to(dtype).expand(result_shape(v, rho, beta, update_mask, log_weights)).clone()
     for _ in range(steps):
-        xb = _posterior(x - c, memories, beta, log_weights) @ memories
-        x = x + gain * (xb - (x - c))
+        gap = _differences(x, rho, log_weights)
+        p = _weights(x, rho, gap, beta, log_weights)
+        x = x + gain * (p[..., None, :] @ gap)[..., 0, :]
     return x.to(v.dtype)
 
 
@@ -111,9 +123,9 @@ def am_energy(
     dtype = compute_dtype(v)
     beta = beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
     log_weights = None if log_weights is None else log_weights.to(dtype)
+    far = _differences(v.to(dtype), rho.to(dtype), log_weights).square().sum(-1)
+    energy = -torch.logsumexp(_logits(far, beta, log_weights), -1) / beta
     alive = alive_memories(log_weights)
-    memories, c = centred(rho.to(dtype), alive)
-    energy = -torch.logsumexp(_logits(v.to(dtype) - c, memories, beta, log_weights), -1) / beta
     return energy if alive is None else torch.where(alive.any(-1, keepdim=True), energy, torch.inf)
 
 
@@ -121,48 +133,51 @@ def am_assign(
     v: Tensor, rho: Tensor, log_weights: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Nearest memory with log_weight > -inf, lowest index on ties, and its squared distance; -1
-    for none.
+    for none. Labels are those of `kmeans_assign`.
     """
-    v, rho = v.detach(), rho.detach()
-    dtype = compute_dtype(v)
-    alive = alive_memories(log_weights)
-    memories, c = centred(rho.to(dtype), alive)
-    z = -sqdist(v.to(dtype) - c, memories)
-    top = (z if alive is None else z.masked_fill(~alive[..., None, :], -torch.inf)).max(-1)
-    wide = memories.expand(*top.indices.shape[:-1], *memories.shape[-2:])
-    nearest = torch.take_along_dim(wide, top.indices[..., None], -2)
-    regular = v.isfinite().all(-1)
-    found = regular & ~top.values.isnan()
-    pair = torch.where(regular, (v.to(dtype) - c - nearest).square().sum(-1), torch.nan)
-    if alive is not None:
-        some = alive.any(-1, keepdim=True)
-        found, pair = found & some, torch.where(some, pair, torch.inf)
-    return torch.where(found, top.indices, -1), pair
+    return assign(kmeans.kmeans_assign, v.detach(), rho.detach(), log_weights)
 
 
 # ---- the CPU backend: row chunks, in place -----------------------------------------------------
 
 
 def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> Tensor:
-    out = p.v.new_empty(p.shape)
     if steps == 0 or step == 0:
-        return out.copy_(p.v.reshape(p.v.shape[-len(p.shape) :]))
-    lifted, d = lift(out, len(p.batch), 2), p.features
+        return p.v.new_empty(p.shape).copy_(p.v.reshape(p.v.shape[-len(p.shape) :]))
+    if _is_hard(p.beta):
+        v, rho, _, mask, log_weights = p.operands
+        return hard_forward(v, rho, p.shape, steps, step, mask, log_weights)
+    out = p.v.new_empty(p.shape)
+    lifted = lift(out, len(p.batch), 2)
     for cell, side, limit in p.parts():
         tiles = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
+        exact, gauge = ExactParts(p, cell, step), Gauge(p, cell, limit)
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
             x, xb, weights = (tile[:, : padded(n, ROWS)] for tile in tiles)
             block = p.load(cell, rows, side, x)
             gain = p.gain(cell, rows, side, step)
-            if lse is not None and side.beta is not None:
+            if lse is not None:
                 z = side.logits(x, weights)[:, :n]
                 take(lse, cell, rows).copy_(torch.logsumexp(z, -1, keepdim=True))
+            doubt, sleeps = None, side.watch.sleeps(x)
             for _ in range(steps):
-                advance(x, x, n, side, side.weights(x, weights), step, gain, xb)
-            result = x[:, :n, :d] + side.centre
+                torch.bmm(side.weights(x, weights), side.rho, out=xb)
+                if not sleeps:
+                    found = side.watch.doubts(*gauge(x, xb, n), weights[:, :n])
+                    doubt = either(doubt, found)
+                if gain is None and step == 1:
+                    x, xb = xb, x
+                else:
+                    advance(x, xb, x, n, step, gain)
+            result = x[:, :n, : p.features] + side.centre
+            if doubt is not None:
+                doubt = p.regular(cell, rows, side, doubt)
+            if doubt is not None:
+                exact.forward(rows, doubt, result, steps)
             if gain is not None:  # what is held keeps its bits
-                result = torch.where(gain[..., :d] == 0, block.to(p.dtype), result)
+                held = gain[..., : p.features] == 0
+                result = torch.where(held, block.to(p.dtype), result)
             take(lifted, cell, rows).copy_(result)
     return out
 
@@ -216,15 +231,34 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of (v, rho, beta, update_mask, log_weights); empty where not needed."""
     totals, grad = totals_of(p, needs), lift(grad, len(p.batch), 2)
+    if _is_hard(p.beta):
+        return _hard_backward(grad, p, steps, step, totals)
     kept = p.narrow + (p.wide if keeps_weights(p, steps) else 0)
     for cell, side, limit in p.parts(steps * kept):
         path = Trajectory(p, cell, side, limit, steps, step, needs[2])
+        exact = ExactParts(p, cell, step)
         for rows in row_chunks(p.rows, limit):
             path.run(rows)
             g = path.back(grad, totals[3])
+            if path.doubt is not None:
+                exact.back(rows, path.doubt, grad, g, steps, totals[3])
             if totals[0] is not None:
                 totals[0].add(cell, g, rows)
         spread(p, totals, cell, path.sums.gradients(side))
+        exact.spread(totals)
+    return results(p, totals)
+
+
+def _hard_backward(
+    grad: Tensor, p: Problem, steps: int, step: float, totals: list[GradientSum | None]
+) -> tuple[Tensor, ...]:
+    v, rho, _, mask, log_weights = p.operands
+    if any(total is not None for total in totals):
+        parts = hard_backward(grad.reshape(p.shape), v, rho, steps, step, mask, log_weights)
+        for total, part in zip((totals[0], totals[1], totals[3]), parts, strict=True):
+            if total is not None:
+                wide = lift(part, len(p.batch), 2)
+                total.total += wide.sum_to_size(total.total.shape)
     return results(p, totals)
 
 
@@ -271,23 +305,33 @@ def am_energy_forward(
     log_weights: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """`am_energy` in row chunks; |x|^2 is added last, and no distance is below 0."""
+    """`am_energy` in row chunks: the distance of the likeliest memory from differences, and beside
+    it what the others add.
+    """
     p = Problem(v, rho, beta, log_weights=log_weights)
     out = p.v.new_empty((*p.shape[:-1], 1), dtype=p.dtype)
     lifted = lift(out, len(p.batch), 2)
     for cell, side, limit in p.parts():
-        assert side.beta is not None, "the check of am_energy refuses an infinite beta"
-        shift = side.norms.new_zeros((1, 1, p.size)) if side.shift is None else side.shift
-        lowest = torch.logsumexp(shift, -1, keepdim=True) / -side.beta
         tiles = p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide)
+        exact, gauge = ExactParts(p, cell, 1.0), Gauge(p, cell, limit)
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
-            x, z = (tile[:, : padded(n, ROWS)] for tile in tiles)
-            p.load(cell, rows, side, x)
-            top = side.logits(x, z).amax(-1, keepdim=True)
-            lse = top - softmax_(z, side.sharp).amax(-1, keepdim=True).log_()
-            energy = x.square().sum(-1, keepdim=True) - lse / side.beta
-            take(lifted, cell, rows).copy_(torch.maximum(energy, lowest)[:, :n])
+            x, q = (tile[:, : padded(n, ROWS)] for tile in tiles)
+            block = p.load(cell, rows, side, x).to(p.dtype)
+            top, index = (part[:, :n] for part in first_max_(side.weights(x, q)))
+            place = index.clamp(max=p.size - 1)  # a row that is not finite has none
+            far = p.distances(cell, block, place)
+            size = gauge.norms(x, n) + side.norms.expand(cell.size, -1, -1).mT.gather(1, place)
+            doubt = side.watch.doubts(size, (size - far) / 2, top)
+            energy = far + top.log_() / side.beta
+            if side.shift is not None and side.alive is not None:
+                shift = side.shift.expand(cell.size, -1, -1).mT.gather(1, place)
+                energy = torch.where(side.alive > 0, energy - shift / side.beta, torch.inf)
+            if doubt is not None:
+                doubt = p.regular(cell, rows, side, doubt)
+            if doubt is not None:
+                exact.energy(rows, doubt, energy)
+            take(lifted, cell, rows).copy_(energy)
     return out[..., 0]
 
 
@@ -310,55 +354,61 @@ def am_energy_backward(
     totals = totals_of(p, (need_v, need_rho, need_beta, False, need_weights))
     grad = lift(grad[..., None], dims, 2)
     for cell, side, limit in p.parts():
-        assert side.beta is not None, "the check of am_energy refuses an infinite beta"
-        sums, tiles = Sums(p, cell), (p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide))
-        _, cross, mass, heat = sums.chunk
+        sums, exact, gauge = Sums(p, cell), ExactParts(p, cell, 1.0), Gauge(p, cell, limit)
+        tiles = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
         for rows in row_chunks(p.rows, limit):
-            x, q = (tile[:, : padded(rows.stop - rows.start, ROWS)] for tile in tiles)
-            p.load(cell, rows, side, x)
-            side.weights(x, q)
-            g = extended(take(grad, cell, rows).to(p.dtype), cell.size, x.shape[1], 0.0)
-            g = g if side.alive is None else g * side.alive
-            if totals[2] is not None:
-                surprise = torch.special.entr(q)
-                if side.shift is not None:
-                    surprise.addcmul_(q, side.shift.clamp(min=torch.finfo(p.dtype).min))
-                heat.baddbmm_(g.mT, surprise)
-            q.mul_(g)
-            cross.baddbmm_(x.mT, q)
-            mass.add_(q.sum(1, keepdim=True))
+            x, xb, q = (tile[:, : padded(rows.stop - rows.start, ROWS)] for tile in tiles)
+            gx, doubt = _energy_back(p, cell, side, rows, grad, (x, xb, q), sums, gauge, needs[2])
+            if doubt is not None:
+                exact.energy_back(rows, doubt, grad, gx)
             if totals[0] is not None:
-                gx = (g * x).baddbmm_(q, side.rho, alpha=-1).mul_(2)
-                totals[0].add(cell, gx[:, : rows.stop - rows.start, : p.features], rows)
+                totals[0].add(cell, gx, rows)
             sums.fold()
         _, cross, mass, heat = sums.total
         scale = side.beta.double()
         pulled = 2 * (mass * side.flipped - cross).mT
         spread(p, totals, cell, (pulled, (heat / scale.square())[:, 0], (mass / -scale)[:, 0]))
+        exact.spread(totals)
     return tuple(t for i, t in enumerate(results(p, totals)) if i != 3)
+
+
+def _energy_back(
+    p: Problem,
+    cell: Cell,
+    side: Side,
+    rows: slice,
+    grad: Tensor,
+    tiles: tuple[Tensor, Tensor, Tensor],
+    sums: Sums,
+    gauge: Gauge,
+    warms: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One chunk: the gradient of its rows, and which of them must be computed from differences."""
+    (x, xb, q), n = tiles, rows.stop - rows.start
+    _, cross, mass, heat = sums.chunk
+    p.load(cell, rows, side, x)
+    torch.bmm(side.weights(x, q), side.rho, out=xb)
+    measures = gauge(x, xb, n)
+    doubt = either(side.watch.doubts(*measures, q[:, :n]), side.watch.lost(*measures))
+    doubt = None if doubt is None else p.regular(cell, rows, side, doubt)
+    g = extended(take(grad, cell, rows).to(p.dtype), cell.size, x.shape[1], 0.0)
+    g = g if side.alive is None else g * side.alive
+    if doubt is not None:
+        for tile in (x, xb, q, g):
+            tile[:, :n].masked_fill_(doubt[..., None], 0.0)
+    if warms:
+        surprise = torch.special.entr(q)
+        if side.shift is not None:
+            surprise.addcmul_(q, side.shift.clamp(min=torch.finfo(p.dtype).min))
+        heat.baddbmm_(g.mT, surprise)
+    q.mul_(g)
+    cross.baddbmm_(x.mT, q)
+    mass.add_(q.sum(1, keepdim=True))
+    return x.sub_(xb).mul_(g).mul_(2)[:, :n, : p.features], doubt
 
 
 def am_assign_forward(
     v: Tensor, rho: Tensor, log_weights: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """`am_assign` in row chunks."""
-    p = Problem(v, rho, math.inf, log_weights=log_weights)
-    labels = p.v.new_empty((*p.shape[:-1], 1), dtype=torch.int64)
-    sqdist = p.v.new_empty((*p.shape[:-1], 1), dtype=p.dtype)
-    outs = [lift(out, len(p.batch), 2) for out in (labels, sqdist)]
-    for cell, side, limit in p.parts():
-        tiles = p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide)
-        for rows in row_chunks(p.rows, limit):
-            x, scores = (tile[:, : padded(rows.stop - rows.start, ROWS)] for tile in tiles)
-            p.load(cell, rows, side, x)
-            top, index = first_max_(side.logits(x, scores))
-            # 0 x is NaN for what is not finite; `all` over a short last dim is slower than the rest
-            found = ((x * 0).sum(-1, keepdim=True) == 0) & ~top.isnan()
-            nearest = side.rho.gather(1, torch.where(found, index, 0).expand(-1, -1, x.shape[-1]))
-            pair = (x - nearest).square_().sum(-1, keepdim=True).masked_fill_(~found, torch.nan)
-            if side.alive is not None:
-                found = found & (side.alive > 0)
-                pair = torch.where(side.alive > 0, pair, torch.inf)
-            for out, value in zip(outs, (torch.where(found, index, -1), pair), strict=True):
-                take(out, cell, rows).copy_(value[:, : rows.stop - rows.start])
-    return labels[..., 0], sqdist[..., 0]
+    return assign(kmeans.kmeans_assign_forward, v, rho, log_weights)

@@ -48,6 +48,19 @@ def _equal(a: Any, b: Any) -> None:
 # ---- values ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value", [1e4, float("nan")])
+def test_weights_do_not_see_a_memory_that_is_taken_out(value):
+    rho = torch.cat([torch.randn(5, 4), torch.full((1, 4), value)])
+    out = torch.tensor([0.0] * 5 + [-torch.inf])
+    v = torch.randn(7, 4)
+    layer = AssociativeMemory.from_patterns(rho, log_weights=out)
+    rest = AssociativeMemory.from_patterns(rho[:5])
+    _close(layer.weights(v)[:, :5], rest.weights(v), 1e-6)
+    assert (layer.weights(v)[:, 5] == 0).all()
+    nothing = AssociativeMemory.from_patterns(rho, log_weights=torch.full((6,), -torch.inf))
+    assert (nothing.weights(v) == 0).all()
+
+
 def test_forward_is_the_recursion():
     layer, v = _full(), _draw(5, 6, 3)
     mask = _draw(6, 6, 3) > 0

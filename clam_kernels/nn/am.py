@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.am import am_assign, am_energy, am_recursion
+from ..ops.am import am_assign, am_energy, am_recursion, am_weights
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SPELLED = "float16, bfloat16, float32 or float64"
@@ -328,7 +328,8 @@ class AssociativeMemory(nn.Module):
     def weights(self, v: Tensor) -> Tensor:
         """Weight of each memory in the first step: softmax_k(log_weights_k - beta_k |v - rho_k|^2).
 
-        This is an N x K array, which nothing else in the layer builds; twice differentiable.
+        This holds N x K x D differences, which nothing else in the layer builds; twice
+        differentiable.
 
         Parameters
         ----------
@@ -338,27 +339,13 @@ class AssociativeMemory(nn.Module):
         Returns
         -------
         Tensor [..., N, K], float32 (float64 for float64)
-            Rows of sum 1; 0 where a memory is taken out.
+            Rows of sum 1; 0 where a memory is taken out, and in all of a row where all are.
         """
         self._check(v)
         wide = torch.float64 if self.memories.dtype == torch.float64 else torch.float32
+        lam = None if self.log_weights is None else self.log_weights.to(wide)
         with torch.autocast(v.device.type, enabled=False):
-            rho = self.memories.to(wide)
-            # about the mean of the memories, so that no digits are lost to a common offset
-            centre = rho.detach().mean(-2, keepdim=True)
-            x, rho = v.to(wide) - centre, rho - centre
-            sqdist = x.square().sum(-1, keepdim=True) - 2 * x @ rho.mT
-            sqdist = sqdist + rho.square().sum(-1).unsqueeze(-2)
-            logits = -self.beta.to(wide).reshape(*self._row(self.log_beta)) * sqdist
-            if self.log_weights is not None:
-                lam = self.log_weights.to(wide)
-                logits = logits + lam.reshape(*self._row(lam))
-            return logits.softmax(-1)
-
-    @staticmethod
-    def _row(x: Tensor) -> list[int]:
-        """Shape of [..., K] beside [..., N, K]."""
-        return [*x.shape[:-1], 1, *x.shape[-1:]]
+            return am_weights(v.to(wide), self.memories.to(wide), self.beta.to(wide), lam)
 
     def _check(self, v: Any) -> None:
         """What the op would word after `rho`, which a layer's user never passed."""

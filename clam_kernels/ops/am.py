@@ -242,7 +242,7 @@ def am_step(
     -----
     Memory O(N D + K D), never N x K. Backward is written by hand for v, rho, beta, update_mask and
     log_weights. Double backward raises NotImplementedError; torch.func transforms and forward-mode
-    AD run `python_fallback.am.am_step`, which holds an N x K array. A row of v with NaN or inf
+    AD run `python_fallback.am.am_step`, which holds an N x K x D array. A row of v with NaN or inf
     becomes NaN and touches no other.
 
     Examples
@@ -433,6 +433,13 @@ def am_assign(
     _settings(1.0, precision)
     labels, sqdist = torch.ops.clam.am_assign(v, rho, log_weights, precision)
     return labels, sqdist
+
+
+def am_weights(v: Tensor, rho: Tensor, beta: Tensor, log_weights: Tensor | None) -> Tensor:
+    """Weight [..., N, K] of each memory in a step, from differences; plain torch, and no op. 0 for
+    a memory that takes no part.
+    """
+    return _truth.am_weights(v, rho, beta, log_weights)
 
 
 # ---- the declarations --------------------------------------------------------------------------

@@ -118,6 +118,12 @@ def workloads(op: str | None = None) -> list[Workload]:
     return [w for w in found if op in (None, w.op)]
 
 
+def eager(op: str) -> Callable[..., Any]:
+    """Plain torch as users write it, which the accuracy rule compares with; mostly the truth."""
+    plain: Callable[..., Any] = getattr(_family(op), "EAGER", {}).get(op, spec_of(op).truth)
+    return plain
+
+
 # ---- what the contract asks a family for ---------------------------------------------------------
 
 

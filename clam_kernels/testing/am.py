@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Bad, Row, Sample, Workload, argument_names, given, refusals, spec_of, zeros
+from . import Bad, Row, Sample, Workload, _eager, argument_names, given, refusals, spec_of, zeros
 
 B, N, K, D = 2, 5, 4, 3
 
@@ -255,6 +255,11 @@ EVERY = (*WITH_BETA, "am_assign")
 ROW_ARGUMENTS = ("v",)
 COUPLED = ()
 _DIFFERENTIATED = ("plain", "beta-batch-weights", "everything", "one-dead", "beta-inf-mask")
+EAGER = {
+    "am_step": _eager.am_step,
+    "am_recursion": _eager.am_recursion,
+    "am_energy": _eager.am_energy,
+}
 SELECTIONS = {
     "traced": (
         "plain", "no-rows", "batch-crossed", "one-dead", "beta-batch", "beta-inf", "mask-bool",

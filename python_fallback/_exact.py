@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows the expanded distance cannot serve, and those rows computed from differences.
+
+The fast path computes |x|^2 + |rho|^2 - 2 x.rho of centred data. Its error grows with |x|^2 +
+|rho|^2, not with the distance: it fails where a row and the memories that compete for it lie far
+from the centre and close to each other. `Watch` finds such rows from quantities of the row alone.
+`ExactRows` computes them from rho - x in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._chunk import row_chunks
+
+# A row is in doubt where the squared distance to what the memories recall is below this part of
+# |x|^2 + |recalled|^2, ...
+CANCEL = 1 / 16
+# ... and beta times that sum, times the weight of all memories but the first, is above this: below
+# it the result is off by a few roundings.
+CALM = 4.0
+# Bound on the error of a logit, in units of rounding times beta (|x|^2 + |recalled|^2).
+GROWTH = 8.0
+# The gradient of the energy holds x - rho itself, also for a row of only one memory.
+CANCEL_OF_ENERGY = 2.0**-12
+# Between these |x|^2 + |recalled|^2, and products of three such lengths, stay inside the range of
+# the dtype; so does a logit below the third.
+SMALLEST = {torch.float32: 2.0**-80, torch.float64: 2.0**-640}
+LARGEST = {torch.float32: 2.0**76, torch.float64: 2.0**640}
+HOTTEST = {torch.float32: 2.0**120, torch.float64: 2.0**1000}
+# No two memories are close where their squared distance times this is at least the largest |rho|^2;
+# looked at for up to so many memories.
+APART, MOST_PAIRED = 8.0, 256
+# float64 entries of one tile of differences.
+ENTRIES = 1 << 17
+
+
+def are_apart(rho: Tensor, norms: Tensor, alive: Tensor | None, beta: Tensor) -> Tensor:
+    """[b] bool: whether no two memories [b, K, D] are close beside their distance from the centre,
+    and all are in the range of their dtype. No row can then cancel much: it would have to be close
+    to two of them.
+    """
+    size = rho.shape[-2]
+    if size > MOST_PAIRED:
+        return torch.zeros(len(rho), dtype=torch.bool, device=rho.device)
+    gaps = torch.baddbmm(norms + norms.mT, rho, rho.mT, alpha=-2)
+    gaps.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    if alive is not None:
+        gaps.masked_fill_(~(alive[..., None] & alive[:, None, :]), torch.inf)
+    reach, dtype = norms.amax((1, 2)), rho.dtype
+    inside = (reach > SMALLEST[dtype]) & (reach < LARGEST[dtype] / 8)
+    inside = inside & (reach * beta[:, 0, 0] < HOTTEST[dtype] / 8)
+    return inside & (gaps.amin((1, 2)) * APART >= reach)
+
+
+class Watch:
+    """Finds the rows of a cell whose logits cancel, or that leave the range of their dtype.
+
+    size is |x|^2 + |recalled|^2 and along is <x, recalled>, both [b, n, 1] of centred rows.
+    """
+
+    def __init__(self, beta: Tensor, apart: Tensor) -> None:
+        """Beta [b, 1, 1], the largest of the memories that take part; apart [b] of `are_apart`."""
+        self.beta, self.apart, dtype = beta, apart[:, None], beta.dtype
+        self.limits = (SMALLEST[dtype], LARGEST[dtype], HOTTEST[dtype])
+        self.unit = torch.finfo(dtype).eps / 2
+        on_cpu = beta.is_cpu and beta.numel() > 0
+        self.most = float(beta.amax()) if on_cpu else math.inf
+        self.is_idle = on_cpu and bool(apart.all())
+
+    def sleeps(self, x: Tensor) -> bool:
+        """Whether no row of a chunk, whose centred states are x, can be in doubt in any step."""
+        if not self.is_idle:
+            return False
+        _, largest, hottest = self.limits
+        size = max(abs(float(end)) for end in torch.aminmax(x)) ** 2 * x.shape[-1] * 8
+        return size < largest and size * self.most < hottest
+
+    def doubts(self, size: Tensor, along: Tensor, weights: Tensor) -> Tensor | None:
+        """[b, n] bool, or None: rows whose weights may be wrong. `weights` [b, n, .] may hold the
+        largest alone.
+
+        Where the error of a logit is below 1, the largest weight is right to a factor, and so is
+        what the others have.
+        """
+        if self._is_plain(size, along, CANCEL):
+            return None
+        near, outside, heat = self._split(size, along, CANCEL)
+        some = (near & ~self.apart) | outside
+        heat = heat[some]
+        others = 1 - weights[some].amax(-1)
+        sure = heat * (GROWTH * self.unit) < 1
+        some[some.clone()] = outside[some] | ~(sure & (heat * others <= CALM))
+        return some if bool(some.any()) else None
+
+    def lost(self, size: Tensor, along: Tensor) -> Tensor | None:
+        """As `doubts`, for x - recalled itself: rows too close to what they recall."""
+        if self._is_plain(size, along, CANCEL_OF_ENERGY):
+            return None
+        near, _, _ = self._split(size, along, CANCEL_OF_ENERGY)
+        return near if bool(near.any()) else None
+
+    def _split(self, size: Tensor, along: Tensor, part: float) -> tuple[Tensor, Tensor, Tensor]:
+        """[b, n] each: whether a row cancels, whether it leaves the range, and beta * size."""
+        smallest, largest, hottest = self.limits
+        heat = size * self.beta
+        inside = (size < largest) & (heat < hottest)
+        inside = inside & ((size > smallest) | self.apart[..., None])
+        near = (self._margin(size, along, part) > 0) & (heat > CALM)
+        return near[..., 0], ~inside[..., 0], heat[..., 0]
+
+    @staticmethod
+    def _margin(size: Tensor, along: Tensor, part: float) -> Tensor:
+        """Above 0 where |x - recalled|^2 = size - 2 along is below the part of size."""
+        return along.mul(2 / (1 - part)).sub_(size)
+
+    def _is_plain(self, size: Tensor, along: Tensor, part: float) -> bool:
+        """Whether no row can be in doubt, from the extremes alone: cheap, and mostly so."""
+        if not size.is_cpu:
+            return False
+        smallest, largest, hottest = self.limits
+        low, high = (float(end) for end in torch.aminmax(size))
+        if not (smallest < low and high < largest and high * self.most < hottest):
+            return False
+        return high * self.most <= CALM or float(self._margin(size, along, part).amax()) <= 0
+
+
+class ExactRows:
+    """Rows [m, D] of one problem against its memories, all in float64."""
+
+    def __init__(self, rho: Tensor, beta: Tensor, log_weights: Tensor | None) -> None:
+        """Rho [K, D]; beta and log_weights [K] or [1]."""
+        self.size, features = rho.shape
+        self.beta, self.per_memory = beta.double(), len(beta) > 1
+        self.shift = None if log_weights is None else log_weights.double()
+        self.rho = rho.double()
+        if self.shift is not None:  # a memory that takes no part may hold NaN
+            self.rho = torch.where((self.shift == -torch.inf)[:, None], 0.0, self.rho)
+        # pieces depend on the shape of the memories alone: a row has the same bits in any company
+        width = max(1, ENTRIES // features)
+        self.pieces = list(row_chunks(self.size, width))
+        self.limit = max(1, ENTRIES // (min(self.size, width) * features))
+
+    def gaps(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`rho_k - x_n` as [m, k, D], for one piece of the memories after the other."""
+        for piece in self.pieces:
+            yield piece, self.rho[piece] - x[:, None, :]
+
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(weights, squared distances, logsumexp of the logits): [m, K], [m, K], [m, 1]."""
+        far = torch.cat([gap.square().sum(-1) for _, gap in self.gaps(x)], 1)
+        z = -self.beta * far
+        z = z if self.shift is None else z + self.shift
+        top = z.amax(-1, keepdim=True)
+        p = (z - top).exp_()
+        mass = p.sum(-1, keepdim=True)
+        return p.div_(mass), far, top + mass.log_()
+
+    def moved(self, x: Tensor, p: Tensor, gain: Tensor | float) -> Tensor:
+        """`x + gain * (sum_k p_k rho_k - x)`, exactly the sum at gain 1 and x at gain 0."""
+        return gain * torch.bmm(p[:, None], self.rho.expand(len(x), -1, -1))[:, 0] + (x - gain * x)
+
+    def advance(self, x: Tensor, gain: Tensor | float, steps: int) -> Tensor:
+        """The rows after `steps` steps; gain is a number or [m, D]."""
+        out = torch.empty_like(x)
+        for rows in row_chunks(len(x), self.limit):
+            state = x[rows]
+            own = gain[rows] if isinstance(gain, Tensor) else gain
+            for _ in range(steps):
+                state = self.moved(state, self.weights(state)[0], own)
+            out[rows] = state
+        return out
+
+    def energy(self, x: Tensor) -> Tensor:
+        """`-(1/beta) logsumexp_k(log w_k - beta |x - rho_k|^2)`, [m]."""
+        parts = [self.weights(x[rows])[2][:, 0] for rows in row_chunks(len(x), self.limit)]
+        return torch.cat(parts) / -self.beta
+
+
+class ExactSums:
+    """Gradients of the memories' side of one problem, summed over its exact rows in float64."""
+
+    def __init__(self, exact: ExactRows) -> None:
+        self.exact = exact
+        self.rho = torch.zeros_like(exact.rho)
+        self.beta = exact.rho.new_zeros(exact.size)
+        self.log_weights = exact.rho.new_zeros(exact.size)
+
+    def back(
+        self, x: Tensor, grad: Tensor, gain: Tensor | float, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of the rows x [m, D] before `steps` steps, and of the gain [m, D]."""
+        into, opened = torch.empty_like(x), torch.empty_like(x)
+        for rows in row_chunks(len(x), self.exact.limit):
+            own = gain[rows] if isinstance(gain, Tensor) else gain
+            into[rows], opened[rows] = self._back(x[rows], grad[rows], own, steps)
+        return into, opened
+
+    def _back(
+        self, x: Tensor, g: Tensor, gain: Tensor | float, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        exact, states = self.exact, [x]
+        for _ in range(1, steps):
+            x = states[-1]
+            states.append(exact.moved(x, exact.weights(x)[0], gain))
+        opened = torch.zeros_like(g)
+        for x in reversed(states[: max(steps, 0)]):
+            p, far, _ = exact.weights(x)
+            opened += g * (exact.moved(x, p, 1.0) - x)
+            h = gain * g
+            along = [torch.bmm(gap, h[..., None])[..., 0] for _, gap in exact.gaps(x)]
+            s = torch.cat(along, 1)
+            gz = p * (s - (p * s).sum(-1, keepdim=True))
+            self.rho += p.mT @ h
+            g = g - h + self.spread(x, gz * exact.beta)
+            # one beta for all: a row of gz sums to 0, and what its distances share must go first
+            base = 0.0 if exact.per_memory else far.amin(-1, keepdim=True)
+            self.beta -= (gz * (far - base)).sum(0)
+            self.log_weights += gz.sum(0)
+        return g, opened
+
+    def spread(self, x: Tensor, pulls: Tensor) -> Tensor:
+        """`2 sum_k W_k (rho_k - x)` for W = pulls; its negative goes to each memory."""
+        total = torch.zeros_like(x)
+        for piece, gap in self.exact.gaps(x):
+            own = 2 * pulls[:, piece]
+            total += torch.bmm(own[:, None], gap)[:, 0]
+            self.rho[piece] -= own.mT[:, None, :].matmul(gap.transpose(0, 1))[:, 0]
+        return total
+
+    def energy_back(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the rows x [m, D] for the upstream gradient [m] of their energy."""
+        into, exact = torch.empty_like(x), self.exact
+        for rows in row_chunks(len(x), exact.limit):
+            part, g = x[rows], grad[rows][:, None]
+            p, far, lse = exact.weights(part)
+            q = p * g
+            into[rows] = self.spread(part, -q)
+            self.beta += (q * (far + lse / exact.beta)).sum(0) / exact.beta
+            self.log_weights -= q.sum(0) / exact.beta
+        return into

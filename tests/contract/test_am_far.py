@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The am ops hold to their equations wherever rows and memories stand.
+
+The error against float64 is at most twice the error of plain torch that takes differences in the
+same dtype, plus 4 eps of the scale, as everywhere (`testing.assert_close_on_average`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clam_kernels
+from clam_kernels import testing
+
+Scene = Callable[[Callable[..., Tensor]], tuple[Tensor, Tensor, float]]
+D = 4
+
+
+def _sentinel(size: float) -> Scene:
+    """One far memory among five, as a slot that is filled later."""
+    return lambda n: (n(60, D), torch.cat([n(5, D), torch.full((1, D), size)]), 1.0)
+
+
+def _far_pair(size: float) -> Scene:
+    """Two far memories close to each other, rows beside them, and ordinary rows and memories."""
+
+    def scene(n: Callable[..., Tensor]) -> tuple[Tensor, Tensor, float]:
+        gap = size / 1024
+        v = torch.cat([n(40, D), size + gap * n(20, D)])
+        return v, torch.cat([n(5, D), size + gap * n(2, D)]), 1 / gap**2
+
+    return scene
+
+
+def _groups(size: float, count: int) -> Scene:
+    """Groups of memories and rows far from each other, each on an axis."""
+
+    def scene(n: Callable[..., Tensor]) -> tuple[Tensor, Tensor, float]:
+        places = torch.cat([torch.zeros(1, D), size * torch.eye(D)])[:count]
+        rho = torch.cat([n(5, D) + place for place in places])
+        return torch.cat([n(30, D) + place for place in places]), rho, 0.7
+
+    return scene
+
+
+def _scaled(size: float, beta: float) -> Scene:
+    return lambda n: (size * n(60, D), size * n(6, D), beta)
+
+
+def _offset(size: float) -> Scene:
+    return lambda n: (size + n(60, D), size + n(8, D), 0.7)
+
+
+SCENES: dict[str, Scene] = {
+    **{f"sentinel-{size:g}": _sentinel(size) for size in (1e3, 1e4, 1e5, 1e10, 1e15)},
+    **{f"far-pair-{size:g}": _far_pair(size) for size in (1e4, 1e10, 1e15)},
+    "two-groups-1e4": _groups(1e4, 2),
+    "two-groups-1e6": _groups(1e6, 2),
+    "four-groups-1e5": _groups(1e5, 4),
+    "offset-1e6": _offset(1e6),
+    "scale-1e15": _scaled(1e15, 1e-30),
+    "scale-1e19": _scaled(1e19, 1e-38),
+    "scale-1e-30": _scaled(1e-30, 1e38),
+    "beta-1e10": _scaled(1.0, 1e10),
+    "beta-1e38": _scaled(1.0, 1e38),
+}
+
+
+def _draw(name: str, seed: int, device: str) -> tuple[Tensor, Tensor, float]:
+    generator = torch.Generator().manual_seed(seed)
+    v, rho, beta = SCENES[name](lambda *size: torch.randn(size, generator=generator))
+    return v.to(device), rho.to(device), beta
+
+
+def _differences(v: Tensor, rho: Tensor) -> Tensor:
+    return rho[None] - v[:, None]
+
+
+def _logits(v: Tensor, rho: Tensor, beta: Tensor) -> Tensor:
+    return -beta * _differences(v, rho).square().sum(-1)
+
+
+def _recursion(v: Tensor, rho: Tensor, beta: Tensor, steps: int, step: float) -> Tensor:
+    for _ in range(steps):
+        v = v + step * (torch.softmax(_logits(v, rho, beta), -1) @ rho - v)
+    return v
+
+
+def _energy(v: Tensor, rho: Tensor, beta: Tensor) -> Tensor:
+    return -torch.logsumexp(_logits(v, rho, beta), -1) / beta
+
+
+def _results(function: Callable[..., Tensor], call: tuple[Any, ...], dtype: torch.dtype) -> list:
+    """The result and the gradients of v, rho and beta."""
+    v, rho, beta, *rest = call
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in (v, rho)]
+    beta = torch.tensor(beta, dtype=torch.float32, device=v.device)
+    leaves.append(beta.to(dtype, copy=True).requires_grad_())
+    out = function(*leaves, *rest)
+    grad = testing.upstream([out])[0].to(dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def _assert_held(ours: Callable[..., Tensor], plain: Callable[..., Tensor], calls: list) -> None:
+    triples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], [], [], []]
+    for call in calls:
+        got = _results(ours, call, torch.float32)
+        want = _results(plain, call, torch.float64)
+        rival = _results(plain, call, torch.float32)
+        for row, a, b, c in zip(triples, got, want, rival, strict=True):
+            rounded = b.float()
+            # where float32 cannot hold the value, or plain torch fails, rounding is the rival
+            b = torch.where(rounded.isfinite(), b, rounded.double())
+            row.append((a, b, torch.where(c.isfinite(), c, rounded)))
+    for name, row in zip(("result", "grad v", "grad rho", "grad beta"), triples, strict=True):
+        testing.assert_close_on_average(row, what=name)
+
+
+@pytest.mark.contract(ops=("am_recursion",))
+@pytest.mark.parametrize(("steps", "step"), [(1, 1.0), (5, 0.5), (5, 1.0)])
+@pytest.mark.parametrize("name", SCENES)
+def test_recursion(spec, backend, name, steps, step):
+    calls = [(*_draw(name, seed, backend.device), steps, step) for seed in range(4)]
+    with clam_kernels.backend(backend.name):
+        _assert_held(torch.ops.clam.am_recursion, _recursion, calls)
+
+
+@pytest.mark.contract(ops=("am_energy",))
+@pytest.mark.parametrize("name", SCENES)
+def test_energy(spec, backend, name):
+    calls = [_draw(name, seed, backend.device) for seed in range(4)]
+    with clam_kernels.backend(backend.name):
+        _assert_held(torch.ops.clam.am_energy, _energy, calls)
+
+
+@pytest.mark.contract(ops=("am_assign",))
+@pytest.mark.parametrize("name", SCENES)
+def test_nearest(spec, backend, name):
+    """Labels of float64; a step at beta = inf goes to the same memory."""
+    v, rho, _ = _draw(name, 0, backend.device)
+    far = _differences(v.double(), rho.double()).square().sum(-1)
+    want = far.argmin(-1)
+    with clam_kernels.backend(backend.name):
+        labels, sqdist = torch.ops.clam.am_assign(v, rho)
+        moved = torch.ops.clam.am_step(v, rho, math.inf)
+    assert torch.equal(labels, want)
+    assert torch.equal(moved, rho[want])
+    torch.testing.assert_close(sqdist, far.amin(-1).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.contract(ops=("am_assign",))
+def test_the_lowest_index_wins_a_tie(spec, backend, dtype):
+    rho = torch.tensor([[0.5, -2.0], [-0.5, 2.0], [0.5, -2.0]], dtype=dtype, device=backend.device)
+    v = torch.zeros(2, 2, dtype=dtype, device=backend.device)
+    with clam_kernels.backend(backend.name):
+        assert torch.ops.clam.am_assign(v, rho)[0].tolist() == [0, 0]
+        assert torch.equal(torch.ops.clam.am_step(v, rho, math.inf), rho[[0, 0]])
+
+
+@pytest.mark.contract(ops=("am_recursion",))
+def test_a_row_has_the_same_bits_in_any_company(spec, backend):
+    """Rows that need differences and rows that do not, alone and together, forward and backward."""
+    v, rho, beta = _draw("two-groups-1e6", 0, backend.device)
+    v = v[::7].clone()
+
+    def run(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.clone().requires_grad_()
+        out = torch.ops.clam.am_recursion(rows, rho, beta, 3, 0.5)
+        return out.detach(), torch.autograd.grad(out, rows, torch.ones_like(out))[0]
+
+    with clam_kernels.backend(backend.name):
+        together = run(v)
+        for n in range(0, len(v), 3):
+            alone = run(v[n : n + 1])
+            assert all(torch.equal(a[0], b[n]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.contract(ops=("am_recursion",))
+def test_masks_weights_and_batches_of_far_rows(spec, backend):
+    """Every option of the recursion on rows that need differences, against the truth."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu").to(backend.device)
+
+    places = 1e6 * torch.eye(D, device=backend.device)[:2]
+    rho = (normal(2, 4, D) + places[:, None]).reshape(1, 8, D) + normal(3, 1, D).round()
+    v = torch.cat([normal(2, 1, 5, D) + place for place in places], -2)
+    lam = normal(3, 8)
+    lam[1, 2] = -math.inf
+    mask = torch.rand((10, D), generator=generator).to(backend.device)
+    betas = normal(3, 8).exp()
+    with clam_kernels.backend(backend.name):
+        for beta in (betas[:, :1], betas):
+            args = [v, rho, beta, 3, 0.8, mask, lam]
+            call = testing.Sample("am_recursion", "far", tuple(args)).cast(torch.float32)
+            wanted = ("v", "rho", "beta", "update_mask", "log_weights")
+            got = testing.evaluate(spec.packet, call, wanted)
+            grads = testing.upstream(got.outputs)
+            exact = testing.evaluate(spec.truth, call.cast(torch.float64), wanted, grads)
+            plain = testing.evaluate(spec.truth, call, wanted, grads)
+            testing.assert_close(got.outputs[0], exact.outputs[0], plain.outputs[0])
+            for name in wanted:
+                parts = (one.gradients[name] for one in (got, exact, plain))
+                testing.assert_close(*parts, what=name, scale=1.0)
