@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clam_kernels import testing
 from clam_kernels.kernels import am_small
 from python_fallback import am
 
@@ -415,21 +416,25 @@ def agrees(got: Tensor, args: tuple[Any, ...], scale: float) -> None:
     """
     wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
     truth = am.am_recursion(*wide)
-    eager, error = ((x - truth).abs().amax(-1) for x in (am.am_recursion(*args), got))
+    plain = testing.eager("am_recursion")(*args)
+    eager, error = ((x - truth).abs().amax(-1) for x in (plain, got))
     rounding = 4 * torch.finfo(torch.float32).eps * scale
     assert error.quantile(0.9) <= 2 * eager.quantile(0.9) + rounding
     assert error.max() <= 1e-3 * scale
 
 
 def gradients(grad: Tensor, args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor | None]:
-    """Autograd's, of the reference in this dtype: v, rho, beta, update_mask, log_weights."""
+    """Autograd's gradients of v, rho, beta, update_mask, log_weights: of the truth in float64, of
+    plain torch in float32.
+    """
+    function = am.am_recursion if dtype == torch.float64 else testing.eager("am_recursion")
     v, rho, beta, steps, step, mask, weights = args
     leaves = [
         x.to(dtype).requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
         for x in (v, rho, beta, mask, weights)
     ]
     v, rho, beta, mask, weights = leaves
-    out = am.am_recursion(v, rho, beta, steps, step, mask, weights)
+    out = function(v, rho, beta, steps, step, mask, weights)
     tracked = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     found = iter(torch.autograd.grad(out, tracked, grad.to(dtype), allow_unused=True))
     return [
