@@ -123,8 +123,13 @@ class Table(NamedTuple):
     centred: Tensor  # [K, D], less the origin; 0 where not alive
     half: Tensor  # [K]: |centred|^2 / 2 (+ origin . centred where rows stay as they are), or inf
     origin: Tensor | None  # [D] that is subtracted from rows, if anything is
-    reach: float  # the largest |centred|
+    reach: float  # the largest |centred|, -1 where no centroid is alive
     lean: float  # |origin| where it is not subtracted
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether no centroid can win."""
+        return self.reach < 0
 
     def slack(self, size: float, unit: float) -> float:
         """Twice the error of a score of rows of norm `size`, and the width of a tie."""
@@ -158,7 +163,8 @@ def tables_of(
     origin = middle if shift is None else shift.double()
     origin = torch.where(origin.isfinite(), origin, 0.0).to(dtype).double()
     centred = torch.where(alive[..., None], exact - origin[:, None], 0.0)
-    reach, lean = centred.norm(dim=-1).amax(1).tolist(), origin.norm(dim=-1).tolist()
+    sizes = torch.where(alive, centred.norm(dim=-1), -1.0)
+    reach, lean = sizes.amax(1).tolist(), origin.norm(dim=-1).tolist()
     far = [away > 4 * size for size, away in zip(reach, lean, strict=True)]
     half = centred.square().sum(-1) / 2
     near = half + (centred @ origin[..., None])[..., 0]
@@ -255,6 +261,9 @@ class Scorer:
 
     def run(self) -> None:
         """Label every row."""
+        if self.table.is_dead:
+            self.out.fill_(-1)
+            return
         for part in row_chunks(len(self.x), self.rows):
             self._fill(part)
         self.open.settle()
@@ -301,7 +310,7 @@ class Scorer:
         undecided = code.div_(self.base).floor_().ne_(1) != 0
         some = (undecided if held is None else undecided & held).nonzero()[:, 0]
         candidates = near[:, some] != 0
-        candidates |= ~candidates.any(0)  # no centroid is alive
+        candidates |= ~candidates.any(0)  # scores that are NaN decide nothing
         self.open.add(some + start, candidates)
 
 
@@ -354,7 +363,9 @@ def _assign_together(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
     for start in range(0, count, step):
         found = labels[start : start + step]
         tables = tables_of(centroids[start : start + step], None, None, x)
-        plain = size == size and all(t.origin is None and size < t.cap for t in tables)
+        plain = size == size and all(
+            t.origin is None and not t.is_dead and size < t.cap for t in tables
+        )
         undecided = torch.ones_like(found, dtype=torch.bool)
         if plain:
             half = torch.cat([t.half for t in tables])[:, None]
@@ -440,13 +451,13 @@ def kmeans_update_forward(
 
 def _update_together(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sums of several labellings [P, N] of the same few rows, in the order of the rows."""
-    count, n = labels.shape
+    (count, n), d = labels.shape, x.shape[-1]
     found = torch.where((labels >= 0) & (labels < k), labels, k)
     place = (found + (k + 1) * torch.arange(count)[:, None]).flatten()
-    total = torch.zeros(count * (k + 1), x.shape[1], dtype=torch.float64)
-    total.index_add_(0, place, x.double().expand(count, n, -1).reshape(count * n, -1))
+    total = torch.zeros(count * (k + 1), d, dtype=torch.float64)
+    total.index_add_(0, place, x.double().expand(count, n, d).reshape(count * n, d))
     held = torch.bincount(place, minlength=len(total))
-    sums, counts = total.view(count, k + 1, -1)[:, :k], held.view(count, k + 1)[:, :k]
+    sums, counts = total.view(count, k + 1, d)[:, :k], held.view(count, k + 1)[:, :k]
     return sums.contiguous(), counts.contiguous()
 
 

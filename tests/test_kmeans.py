@@ -122,6 +122,31 @@ def test_one_centroid(kmeans):
     assert float(sqdist[0]) == 0
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_centroid_that_is_not_finite_never_wins(kmeans, k, bad):
+    x, centroids = torch.zeros(2, 3), torch.full((k, 3), bad)
+    labels, sqdist = kmeans.kmeans_assign(x, centroids)
+    assert labels.tolist() == [-1, -1]
+    assert sqdist.tolist() == [math.inf, math.inf]
+    restarts = torch.stack([centroids, torch.zeros(k, 3)])
+    assert kmeans.kmeans_assign(x, restarts, distances=False)[0].tolist() == [[-1, -1], [0, 0]]
+    labels, sums, counts = kmeans.kmeans_step(x + 1, restarts)
+    assert labels.tolist() == [[-1, -1], [0, 0]]
+    assert (sums.sum(), counts.sum()) == (6, 2)
+
+
+@pytest.mark.parametrize("restarts", [2, 0])
+def test_without_rows_or_problems_sums_are_zero(kmeans, restarts):
+    """Several labellings of the same rows, where there are no rows or no labellings."""
+    rows = torch.zeros(0 if restarts else 5, 3)
+    labels, sums, counts = kmeans.kmeans_step(rows, torch.randn(restarts, 4, 3))
+    assert labels.shape == (restarts, len(rows))
+    for found in ((sums, counts), kmeans.kmeans_update(rows, labels, 4)):
+        assert [tuple(x.shape) for x in found] == [(restarts, 4, 3), (restarts, 4)]
+        assert not any(x.any() for x in found)
+
+
 def test_without_distances(kmeans):
     x, centroids = _draw(3, (3, 20, 4), (5, 4))
     labels, none = kmeans.kmeans_assign(x, centroids, distances=False)

@@ -215,7 +215,7 @@ def kmeans_assign(
     (outer, inner), rows = a.problems, a.views[0].shape[2]
     n = x.shape[-2]
     labels = _launch.empty((*a.batch, n), torch.int64, x.device)
-    sqdist = _launch.empty((*a.batch, n) if distances else (0,), torch.float32, x.device)
+    sqdist = _launch.empty((*a.batch, n if distances else 0), torch.float32, x.device)
     blocks = triton.cdiv(rows, a.chosen["ROWS"])
     count = centroids.shape[-2]
     _launch.launch(

@@ -31,6 +31,8 @@ def _assigned(seed: int) -> dict[str, tuple[Any, ...]]:
     lost, gone = rows(N, D), rows(K, D)
     lost[2, 1], lost[4, 0] = torch.nan, torch.inf
     gone[1, 0] = torch.nan
+    none_finite = torch.full((K, D), torch.inf, dtype=torch.float64)
+    none_finite[::2, 0] = torch.nan
     pairs = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.5, 3.0]], dtype=torch.float64)
     return {
         "plain": (rows(N, D), rows(K, D), None, None, True),
@@ -56,6 +58,16 @@ def _assigned(seed: int) -> dict[str, tuple[Any, ...]]:
         "lost-centroid": (rows(N, D), gone, None, None, True),
         "labels-alone": (rows(N, D), rows(K, D), None, None, False),
         "everything": (rows(B, 1, N, D), rows(3, K, D), rows(3, D), some, True),
+        "no-rows-restarts": (rows(0, D), rows(B, K, D), None, None, True),
+        "no-rows-batch": (rows(B, 0, D), rows(K, D), None, some, True),
+        "no-restarts": (rows(N, D), rows(0, K, D), None, None, True),
+        "one-lost-centroid": (rows(N, D), none_finite[:1].clone(), None, None, True),
+        "lost-centroids": (lost.clone(), none_finite.clone(), rows(D), None, True),
+        "lost-or-masked": (rows(N, D), gone.clone(), None, ~some, True),
+        "lost-restart": (rows(N, D), torch.stack([gone[1:2], gone[:1]]), None, None, True),
+        "labels-alone-batch": (rows(B, N, D), rows(K, D), None, None, False),
+        "labels-alone-no-rows": (rows(0, D), rows(B, K, D), None, None, False),
+        "labels-alone-lost": (rows(N, D), torch.stack([gone[1:2], gone[:1]]), None, None, False),
     }
 
 
@@ -102,6 +114,11 @@ def _updated(seed: int) -> dict[str, tuple[Any, ...]]:
         "batch-crossed": (rows(B, 1, N, D), labels(3, N), K, None, None),
         "no-batch": (rows(0, N, D), labels(N), K, None, None),
         "everything": (rows(B, 1, N, D), labels(3, N, low=-1), K, weight(N), rows(3, D)),
+        "no-rows-restarts": (rows(0, D), labels(B, 0), K, None, None),
+        "no-rows-weight": (rows(0, D), labels(0), K, weight(B, 0), None),
+        "no-rows-shift": (rows(B, 0, D), labels(0), K, None, rows(D)),
+        "no-restarts": (rows(N, D), labels(0, N), K, None, None),
+        "weights-0": (rows(N, D), labels(N), K, torch.zeros(N, dtype=torch.float64), None),
     }
 
 
@@ -125,6 +142,8 @@ def _stepped(seed: int) -> dict[str, tuple[Any, ...]]:
         "weight": (*found["plain"][:2], weight(N), None, None),
         "weight-batch": (*found["plain"][:2], weight(B, N), None, None),
         "everything": (x, centroids, weight(N), shift, mask),
+        "no-rows-weight": (*found["no-rows"][:2], weight(B, 0), None, None),
+        "weights-0": (*found["plain"][:2], torch.zeros(N, dtype=torch.float64), None, None),
     }
 
 
@@ -199,7 +218,8 @@ SELECTIONS = {
     ),
     "mapped": (
         "plain", "batch-crossed", "restarts", "mask", "mask-batch", "shift", "shift-batch",
-        "labels-alone", "weight", "weight-batch", "no-rows", "everything",
+        "labels-alone", "weight", "weight-batch", "no-rows", "no-rows-restarts", "lost-restart",
+        "everything",
     ),
     "nested": ("plain", "restarts"),
     "autocast": ("plain", "mask", "weight", "shift"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clam_kernels import testing
+from clam_kernels._core.backend import implementation
 
 ASSIGN, UPDATE, STEP = ("kmeans_assign",), ("kmeans_update",), ("kmeans_step",)
 
@@ -86,6 +87,28 @@ def test_a_centroid_that_cannot_win_harms_nobody(spec, backend, bad):
         labels, sqdist = spec.packet(x, torch.full_like(centroids, bad))
         assert bool((labels == -1).all())
         assert bool((sqdist == math.inf).all())
+
+
+@pytest.mark.contract(ops=ASSIGN + STEP)
+@pytest.mark.parametrize("k", [1, 2, 70])
+def test_nothing_wins_where_every_centroid_is_masked(spec, backend, k):
+    """The op refuses such a mask on a CPU; on a GPU it does not read the mask, and a kernel gets
+    it.
+    """
+    named = backend.name != "reference"
+    kernel = implementation(spec.kernels[backend.name]) if named else spec.reference
+    x, centroids = testing.problem(spec.name, 20, k, 5, device=backend.device).args
+    mask = torch.zeros(2, k, dtype=torch.bool, device=backend.device)
+    mask[1] = True
+    if spec.name in ASSIGN:
+        labels, sqdist = kernel(x, centroids, None, mask, True, "highest")
+        assert bool((sqdist[1] == math.inf).all())
+        assert bool(sqdist[0].isfinite().all())
+    else:
+        labels, sums, counts = kernel(x, centroids, None, None, mask, "highest")
+        assert not bool(sums[1].any() | counts[1].any())
+    assert bool((labels[1] == -1).all())
+    _equal(labels[0], spec.truth(x, centroids)[0])
 
 
 @pytest.mark.contract(ops=ASSIGN)

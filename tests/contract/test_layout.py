@@ -135,7 +135,9 @@ def test_upstream_gradients_of_sum_and_cat(spec, sample):
 # -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.contract(samples=("no-rows", "no-batch"))
+@pytest.mark.contract(
+    samples=("no-rows", "no-batch", "no-rows-restarts", "no-rows-batch", "no-restarts")
+)
 def test_no_rows(spec, sample, backend):
     for dtype in backend.dtypes:
         call = sample.cast(dtype, backend.device)
