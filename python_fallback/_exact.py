@@ -90,11 +90,9 @@ class Watch:
         if self._is_plain(size, along, CANCEL):
             return None
         near, outside, heat = self._split(size, along, CANCEL)
-        some = (near & ~self.apart) | outside
-        heat = heat[some]
-        others = 1 - weights[some].amax(-1)
-        sure = heat * (GROWTH * self.unit) < 1
-        some[some.clone()] = outside[some] | ~(sure & (heat * others <= CALM))
+        others = 1 - weights.amax(-1)
+        safe = (heat * (GROWTH * self.unit) < 1) & (heat * others <= CALM)
+        some = outside | (near & ~self.apart & ~safe)
         return some if bool(some.any()) else None
 
     def lost(self, size: Tensor, along: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._chunk import row_chunks
+from ._chunk import cells, lift, row_chunks, take
 from ._score import compute_dtype
 
 # Squared distances this close, relative to the smaller one, are a tie.
@@ -27,8 +27,8 @@ TINY, MOST = (
     {t: getattr(torch.finfo(t), word) for t in (torch.float32, torch.float64)}
     for word in ("tiny", "max")
 )
-# float64 entries that are worked on at once.
-WIDE_ENTRIES = 1 << 18
+# float64 entries that are worked on at once, and N x K x D entries of a small problem.
+WIDE_ENTRIES, FEW_ENTRIES = 1 << 18, 1 << 15
 
 
 # ---- the equations -------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def kmeans_assign(
 ) -> tuple[Tensor, Tensor]:
     """The equation of `clam_kernels.kmeans_assign`, from N x K x D differences in float64."""
     gap = x.double()[..., :, None, :] - centroids.double()[..., None, :, :]
-    far = gap.square().sum(-1)
+    far = gap.square_().sum(-1)
     far = torch.where(far.isfinite() & centroids.isfinite().all(-1)[..., None, :], far, torch.inf)
     if mask is not None:
         far = torch.where(mask[..., None, :], torch.inf, far)
@@ -327,6 +327,9 @@ def kmeans_assign_forward(
     rows, dtype = x.shape[-2], compute_dtype(x)
     labels = x.new_empty((*batch, rows), dtype=torch.int64)
     sqdist = x.new_empty((*batch, rows if distances else 0), dtype=dtype)
+    if 0 < x.numel() and x.shape[-2:].numel() * centroids.shape[-2] <= FEW_ENTRIES:
+        _assign_few(x, centroids, mask, labels, sqdist)
+        return labels, sqdist
     if not distances and shift is mask is None and _is_small(x, centroids):
         _assign_together(x, centroids, labels)
         return labels, sqdist
@@ -341,6 +344,24 @@ def kmeans_assign_forward(
             pair = pair_distances(rows_of[part].to(dtype), narrow, found[part])
             sqdist[at][part] = pair
     return labels, sqdist
+
+
+def _assign_few(
+    x: Tensor, centroids: Tensor, mask: Tensor | None, labels: Tensor, sqdist: Tensor
+) -> None:
+    """Labels and distances of problems so small that the equation itself is the fastest way."""
+    dims, (rows, features) = labels.ndim - 1, x.shape[-2:]
+    xs, cs = lift(x, dims, 2), lift(centroids, dims, 2)
+    masks = None if mask is None else lift(mask, dims, 1)
+    outs = [lift(out[..., None], dims, 2) for out in (labels, sqdist)]
+    dtype, entries = sqdist.dtype, rows * features * centroids.shape[-2]
+    for cell in cells(labels.shape[:-1], entries, FEW_ENTRIES, 1):
+        own, centres = take(xs, cell), take(cs, cell)
+        gone = None if masks is None else take(masks, cell)
+        found = kmeans_assign(own, centres, None, gone, False)[0].expand(cell.size, -1)
+        take(outs[0], cell)[..., 0] = found
+        if sqdist.numel():
+            take(outs[1], cell)[..., 0] = pair_distances(own.to(dtype), centres.to(dtype), found)
 
 
 def _is_small(x: Tensor, centroids: Tensor) -> bool:
@@ -386,9 +407,13 @@ def _assign_together(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
 
 def pair_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
     """|x_n - c_label|^2 from differences; for a label of -1 NaN if the row is not finite, or
-    inf.
+    inf. Rows [N, D] of one problem, or [P, N, D] of several.
     """
-    found = (x - centroids[labels.clamp(min=0)]).square_().sum(-1)
+    place, (size, features) = labels.clamp(min=0), centroids.shape[-2:]
+    if centroids.ndim > 2 and len(centroids) > 1:
+        place = place + torch.arange(0, len(centroids) * size, size, device=place.device)[:, None]
+    chosen = centroids.reshape(-1, features).index_select(0, place.flatten())
+    found = (x - chosen.view(*labels.shape, features)).square_().sum(-1)
     lost = labels < 0
     if bool(lost.any()):
         finite = x.isfinite().all(-1)
