@@ -35,6 +35,8 @@ HOTTEST = {torch.float32: 2.0**120, torch.float64: 2.0**1000}
 # No two memories are close where their squared distance times this is at least the largest |rho|^2;
 # looked at for up to so many memories.
 APART, MOST_PAIRED = 8.0, 256
+# A memory is small beside the centre where its squared length times this is below the centre's.
+BARE = 256.0
 # float64 entries of one tile of differences.
 ENTRIES = 1 << 17
 
@@ -63,14 +65,18 @@ class Watch:
     size is |x|^2 + |recalled|^2 and along is <x, recalled>, both [b, n, 1] of centred rows.
     """
 
-    def __init__(self, beta: Tensor, apart: Tensor) -> None:
-        """Beta [b, 1, 1], the largest of the memories that take part; apart [b] of `are_apart`."""
-        self.beta, self.apart, dtype = beta, apart[:, None], beta.dtype
+    def __init__(self, beta: Tensor, apart: Tensor, centre: Tensor, bare: Tensor) -> None:
+        """Beta [b, 1, 1] is the largest of the memories that take part, apart [b] comes from
+        `are_apart`. bare [b] says that some memory is small beside the centre [b, 1, D].
+        """
+        self.beta, self.apart, dtype = beta, (apart & ~bare)[:, None], beta.dtype
+        self.centre, self.bare = centre, bare[:, None]
         self.limits = (SMALLEST[dtype], LARGEST[dtype], HOTTEST[dtype])
         self.unit = torch.finfo(dtype).eps / 2
         on_cpu = beta.is_cpu and beta.numel() > 0
         self.most = float(beta.amax()) if on_cpu else math.inf
-        self.is_idle = on_cpu and bool(apart.all())
+        self.is_idle = on_cpu and bool(self.apart.all())
+        self.has_bare = not on_cpu or bool(bare.any())
 
     def sleeps(self, x: Tensor) -> bool:
         """Whether no row of a chunk, whose centred states are x, can be in doubt in any step."""
@@ -80,20 +86,30 @@ class Watch:
         size = max(abs(float(end)) for end in torch.aminmax(x)) ** 2 * x.shape[-1] * 8
         return size < largest and size * self.most < hottest
 
-    def doubts(self, size: Tensor, along: Tensor, weights: Tensor) -> Tensor | None:
-        """[b, n] bool, or None: rows whose weights may be wrong. `weights` [b, n, .] may hold the
-        largest alone.
+    def doubts(
+        self, size: Tensor, along: Tensor, weights: Tensor, recalled: Tensor | None = None
+    ) -> Tensor | None:
+        """[b, n] bool, or None: rows whose weights or states may be wrong. `weights` [b, n, .] may
+        hold the largest alone.
 
         Where the error of a logit is below 1, the largest weight is right to a factor, and so is
-        what the others have.
+        what the others have. What a row recalls [b, n, .] loses digits where it is small beside
+        the centre.
         """
-        if self._is_plain(size, along, CANCEL):
+        lost = self._lost_digits(recalled) if self.has_bare and recalled is not None else None
+        if lost is None and self._is_plain(size, along, CANCEL):
             return None
         near, outside, heat = self._split(size, along, CANCEL)
         others = 1 - weights.amax(-1)
         safe = (heat * (GROWTH * self.unit) < 1) & (heat * others <= CALM)
         some = outside | (near & ~self.apart & ~safe)
+        some = some if lost is None else some | lost
         return some if bool(some.any()) else None
+
+    def _lost_digits(self, recalled: Tensor) -> Tensor:
+        """[b, n] bool: rows that recall what is small beside the centre of their memories."""
+        back = recalled[..., : self.centre.shape[-1]] + self.centre
+        return (back.square().sum(-1) * BARE < recalled.square().sum(-1)) & self.bare
 
     def lost(self, size: Tensor, along: Tensor) -> Tensor | None:
         """As `doubts`, for x - recalled itself: rows too close to what they recall."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ._chunk import Cell, cells, chunk_rows, lift, take
-from ._exact import HOTTEST, ExactRows, Watch, are_apart
+from ._exact import BARE, HOTTEST, ExactRows, Watch, are_apart
 from ._score import FLOOR_OF_SOFTMAX, alive_memories, centred, compute_dtype, softmax_
 
 Beta = float | Tensor
@@ -141,7 +141,9 @@ class Problem:
         rho, c = centred(take(self.rho, cell).to(self.dtype), alive)
         beta, poison = self._betas(cell, rho, alive)
         norms, largest = rho.square().sum(-1)[:, None, :], beta.amax(-1, keepdim=True)
-        watch = Watch(largest, are_apart(rho, norms, alive, largest))
+        bare = (rho + c).square().sum(-1) * BARE < c.square().sum(-1)
+        bare = (bare if alive is None else bare & alive).any(-1)
+        watch = Watch(largest, are_apart(rho, norms, alive, largest), c, bare)
         more = self.wide - self.size
         rho = pad(rho, (0, self.narrow - self.features, 0, more))
         norms, beta = pad(norms, (0, more)), pad(beta, (0, more)) if beta.shape[-1] > 1 else beta

@@ -54,16 +54,26 @@ def _centre(rho: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _middle(values: Tensor, keep: Tensor | None) -> Tensor:
-    """Lower median over a sample of at most `SAMPLE` of the memories that take part."""
+    """Lower median over a sample of at most `SAMPLE` of the memories that take part; 0 if none
+    does.
+    """
     size = values.shape[-2]
     count = min(size, SAMPLE)
     places = torch.arange(count, device=values.device)
     if keep is None:
         return values[..., places * size // count, :].median(-2, keepdim=True).values
-    first = keep[..., 0].to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    chosen = first.gather(-1, places * keep[..., 0].sum(-1, keepdim=True) // count)[..., None]
-    batch = values.shape[:-2]
-    return values.gather(-2, chosen.expand(*batch, count, values.shape[-1])).median(-2, True).values
+    alive = keep[..., 0]
+    total = alive.sum(-1, keepdim=True)
+    first = alive.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    chosen = first.gather(-1, torch.where(total > count, places * total // count, places))[
+        ..., None
+    ]
+    shape = (*values.shape[:-2], count, values.shape[-1])
+    sample = values.gather(-2, chosen.expand(shape))
+    sample = sample.masked_fill((places >= total)[..., None], torch.inf).sort(-2).values
+    middle = (total.clamp(1, count) - 1)[..., None] // 2
+    lower = sample.gather(-2, middle.expand(*shape[:-2], 1, shape[-1]))
+    return torch.where(total[..., None] > 0, lower, 0.0)
 
 
 def first_max_(z: Tensor) -> tuple[Tensor, Tensor]:

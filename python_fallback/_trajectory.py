@@ -81,7 +81,8 @@ class Trajectory:
             torch.bmm(weights, self.side.rho, out=recalled)
             if not sleeps:
                 measures = self.gauge(now, recalled, self.n)
-                found = self.side.watch.doubts(*measures, weights[:, : self.n])
+                tiles = weights[:, : self.n], recalled[:, : self.n]
+                found = self.side.watch.doubts(*measures, *tiles)
                 self.doubt = either(self.doubt, found)
             if not last:
                 following = self.states[t + 1]
@@ -157,15 +158,16 @@ class Trajectory:
             g.sub_(h).add_(pulled).addcmul_(scores @ side.beta.mT, x, value=-2)
             spread.baddbmm_(x.square().sum(-1, keepdim=True).mT, scores)
             return
+        # a row of gz sums to 0 but for rounding, and that times |rho| is much where rho - x is not
+        torch.bmm(scores, self.ones, out=self.row)
+        pulled.addcmul_(x, self.row, value=-2)
         if h is g:
             torch.mul(pulled, side.beta, out=g)
         else:
             g.sub_(h).addcmul_(pulled, side.beta)
         if self.warms:
-            # -gz |x - rho|^2 row by row: a row of gz sums to 0, and what its distances share
-            # must go before rows add up
-            torch.bmm(scores, self.ones, out=self.row)
-            self.heat.addcmul_(pulled.addcmul_(x, self.row, value=-1), x)
+            # -gz |x - rho|^2 row by row: what its distances share must go before rows add up
+            self.heat.addcmul_(pulled.addcmul_(x, self.row), x)
             self.cold.baddbmm_(scores, self.norms)
 
 

@@ -164,7 +164,7 @@ def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> 
             for _ in range(steps):
                 torch.bmm(side.weights(x, weights), side.rho, out=xb)
                 if not sleeps:
-                    found = side.watch.doubts(*gauge(x, xb, n), weights[:, :n])
+                    found = side.watch.doubts(*gauge(x, xb, n), weights[:, :n], xb[:, :n])
                     doubt = either(doubt, found)
                 if gain is None and step == 1:
                     x, xb = xb, x

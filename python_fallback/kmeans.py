@@ -327,7 +327,7 @@ def kmeans_assign_forward(
     rows, dtype = x.shape[-2], compute_dtype(x)
     labels = x.new_empty((*batch, rows), dtype=torch.int64)
     sqdist = x.new_empty((*batch, rows if distances else 0), dtype=dtype)
-    if 0 < x.numel() and x.shape[-2:].numel() * centroids.shape[-2] <= FEW_ENTRIES:
+    if x.numel() > 0 and x.shape[-2:].numel() * centroids.shape[-2] <= FEW_ENTRIES:
         _assign_few(x, centroids, mask, labels, sqdist)
         return labels, sqdist
     if not distances and shift is mask is None and _is_small(x, centroids):
