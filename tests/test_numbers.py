@@ -164,7 +164,6 @@ def _models(name: str, whole: Any, real: Any) -> tuple[Any, Any]:
     return kind(**given, **words), kind(**ints, **floats, **words)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("whole", "real"), [(np.int64, np.float64), (np.uint8, np.float16)])
 @pytest.mark.parametrize("name", MODELS)
 def test_estimators(name, whole, real, tmp_path):
@@ -191,7 +190,6 @@ def test_estimators(name, whole, real, tmp_path):
     assert np.array_equal(again.predict(data), plain.predict(data))
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("whole", "real"), [(np.int64, np.float64), (np.uint8, np.float16)])
 def test_partial_fit(whole, real):
     model, plain = _models("ClAM", whole, real)
