@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import clam_kernels
 import clam_kernels.nn.am
 from clam_kernels.nn import AssociativeMemory
 
 F64 = torch.float64
+HALVES = [torch.float16, torch.bfloat16]
 
 
 def _draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
@@ -165,10 +167,10 @@ def test_no_rows():
 def test_parameters_of_a_new_layer():
     layer = AssociativeMemory(4, 3)
     names = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    assert names == {"memories": (4, 3), "log_beta": ()}
+    assert names == {"memories": (4, 3), "log_beta": (1,)}
     assert layer.log_weights is None
     assert all(p.requires_grad and p.dtype == torch.float32 for p in layer.parameters())
-    _equal(layer.beta, torch.tensor(1.0))
+    _equal(layer.beta, torch.ones(1))
     layer = AssociativeMemory(4, 3, beta=torch.tensor([1.0, 2.0, 3.0, 4.0]), learn_beta=False,
                               log_weights=True)  # fmt: skip
     assert not layer.log_beta.requires_grad
@@ -204,10 +206,12 @@ def test_patterns_are_copied_and_frozen_unless_asked():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
 def test_dtype(dtype):
     layer = AssociativeMemory(4, 3, dtype=dtype, log_weights=True, device="cpu")
-    assert all(p.dtype == dtype for p in layer.parameters())
+    assert layer.memories.dtype == layer.log_weights.dtype == dtype
     assert layer(torch.randn(5, 3).to(dtype)).dtype == dtype
     stored = AssociativeMemory.from_patterns(_draw(0, 4, 3, dtype=dtype))
-    assert all(p.dtype == dtype for p in stored.parameters())
+    assert stored.memories.dtype == dtype
+    wide = F64 if dtype == F64 else torch.float32
+    assert layer.log_beta.dtype == stored.log_beta.dtype == wide
 
 
 def test_default_dtype_and_conversion():
@@ -252,9 +256,9 @@ def test_reset_parameters_repeats_and_restores():
 def test_beta_can_be_set():
     layer = AssociativeMemory(4, 3)
     layer.beta = 5
-    torch.testing.assert_close(layer.beta, torch.tensor(5.0))
+    torch.testing.assert_close(layer.beta, torch.tensor([5.0]))
     layer.beta = torch.tensor(0.25)
-    torch.testing.assert_close(layer.beta, torch.tensor(0.25))
+    torch.testing.assert_close(layer.beta, torch.tensor([0.25]))
     assert [name for name, _ in layer.named_parameters()] == ["memories", "log_beta"]
     each = AssociativeMemory(4, 3, beta=torch.ones(4))
     each.beta = 2.0
@@ -273,6 +277,140 @@ def test_beta_stays_positive():
         (layer(v) - v).square().sum().backward()
         optimiser.step()
         assert layer.beta > 0
+
+
+# ---- beta: half precision, its limits, parametrizations ----------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("beta", [100.0, 1e5, 1e30])
+def test_a_half_layer_has_the_beta_that_was_asked_for(dtype, beta):
+    """1e5 is inf in float16, and 100 is 98.8 in bfloat16 after a logarithm."""
+    layer = AssociativeMemory.from_patterns(torch.eye(3, dtype=dtype), beta=beta, learn_beta=True)
+    torch.testing.assert_close(layer.beta, torch.tensor([beta]), rtol=1e-5, atol=0)
+    v = torch.eye(3, dtype=dtype) * 0.75
+    out = layer(v)
+    _equal(out, torch.eye(3, dtype=dtype))
+    out.sum().backward()
+    assert layer.log_beta.grad.dtype == torch.float32
+    layer.beta = 2 * beta
+    torch.testing.assert_close(layer.beta, torch.tensor([2 * beta]), rtol=1e-5, atol=0)
+    assert bool(layer(v).isfinite().all())
+
+
+CONVERSIONS = {
+    "half": lambda x: x.half(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "to": lambda x: x.to(torch.float16),
+    "to-like": lambda x: x.to(torch.zeros(1, dtype=torch.bfloat16)),
+    "back": lambda x: x.half().float(),
+    "in-a-model": lambda x: nn.Sequential(x).bfloat16()[0],
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_converted_layer_keeps_its_beta(convert, dtype):
+    layer = AssociativeMemory(4, 3, beta=1e5, dtype=dtype, log_weights=True)
+    layer(torch.zeros(2, 3, dtype=dtype)).sum().backward()
+    before = layer.beta.detach().float()
+    layer = convert(layer)
+    assert layer.log_beta.dtype == layer.log_beta.grad.dtype == torch.float32
+    assert layer.memories.dtype == layer.log_weights.dtype == layer.memories.grad.dtype
+    torch.testing.assert_close(layer.beta, before)
+    assert isinstance(layer.log_beta, nn.Parameter)
+    assert layer(torch.zeros(2, 3, dtype=layer.memories.dtype)).dtype == layer.memories.dtype
+    torch.testing.assert_close(layer.double().beta.float(), before)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e38), (torch.float32, 1e38),
+                                             (F64, 1e308)])  # fmt: skip
+def test_training_cannot_carry_beta_out_of_its_range(dtype, most):
+    """A logarithm whose exponential is 0 or inf gives the limit, and no gradient."""
+    layer = AssociativeMemory(4, 3, dtype=dtype)
+    for log, limit in ((1e4, most), (-1e4, 10 / most)):
+        with torch.no_grad():
+            layer.log_beta.fill_(log)
+        assert layer.beta.item() == pytest.approx(limit, rel=1e-4)
+        layer.beta.sum().backward()
+        assert float(layer.log_beta.grad) == 0
+    assert bool(layer.energy(torch.zeros(2, 3, dtype=dtype)).isfinite().all())
+    assert bool(layer(torch.zeros(2, 3, dtype=dtype)).isfinite().all())
+
+
+class _Shifted(nn.Module):
+    """The parameter is one more than what is stored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x - 1
+
+
+class _OneWay(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+@pytest.mark.parametrize("beta", [2.0, torch.tensor(2.0), torch.tensor([2.0], dtype=F64)])
+def test_a_parametrized_beta_can_be_set(beta):
+    layer = AssociativeMemory(4, 3)
+    nn.utils.parametrize.register_parametrization(layer, "log_beta", _Shifted())
+    layer.beta = beta
+    torch.testing.assert_close(layer.beta, torch.tensor([2.0]))
+    stored = layer.parametrizations.log_beta.original
+    torch.testing.assert_close(stored.detach(), torch.tensor([math.log(2.0) - 1]))
+    assert isinstance(stored, nn.Parameter)
+
+
+def test_parametrized_parameters_are_reset():
+    layer = AssociativeMemory(4, 3, beta=2.0, log_weights=True)
+    for name in ("memories", "log_beta", "log_weights"):
+        nn.utils.parametrize.register_parametrization(layer, name, _Shifted())
+    layer.beta = 7.0
+    layer.reset_parameters(torch.Generator().manual_seed(3))
+    plain = AssociativeMemory(4, 3, beta=2.0, log_weights=True)
+    plain.reset_parameters(torch.Generator().manual_seed(3))
+    for name in ("memories", "log_beta", "log_weights"):
+        torch.testing.assert_close(getattr(layer, name).detach(), getattr(plain, name).detach())
+
+
+class _Same(_OneWay):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    right_inverse = forward
+
+
+def test_a_parametrized_parameter_has_memory_of_its_own():
+    """torch stores the very tensor that right_inverse returns."""
+    layer = AssociativeMemory(4, 3, beta=torch.ones(4), dtype=F64)
+    nn.utils.parametrize.register_parametrization(layer, "log_beta", _Same())
+    stored = layer.parametrizations.log_beta.original
+    for change in (lambda: setattr(layer, "beta", 2.0), layer.reset_parameters):
+        change()
+        with torch.no_grad():
+            stored[0] += 1.0
+        assert stored[1] == stored[2] != stored[0]
+    layer.reset_parameters()
+    _equal(layer.beta.detach(), torch.ones(4, dtype=F64))
+
+
+def test_a_parametrization_without_an_inverse_is_named():
+    """What cannot be set is refused: a value that is written to a computed tensor is lost."""
+    layer = AssociativeMemory(4, 3)
+    nn.utils.parametrize.register_parametrization(layer, "log_beta", _OneWay())
+    text = "log_beta: expected a parameter, or a parametrization with right_inverse, got "
+    for change in (lambda: setattr(layer, "beta", 2.0), layer.reset_parameters):
+        with pytest.raises(RuntimeError) as caught:
+            change()
+        assert str(caught.value) == f"{text}_OneWay"
+    pruned = AssociativeMemory(4, 3)
+    prune.identity(pruned, "log_beta")
+    with pytest.raises(RuntimeError) as caught:
+        pruned.beta = 2.0
+    assert str(caught.value) == f"{text}a computed tensor"
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -370,6 +508,32 @@ def test_state_dict_round_trip():
         frozen.load_state_dict(layer.state_dict())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_file_with_a_scalar_beta_loads(assign, nested):
+    """Earlier versions wrote one beta, and one log-weight, for all memories without a dim."""
+    layer = AssociativeMemory.from_patterns(_draw(0, 4, 3), log_weights=torch.zeros(1, dtype=F64))
+    old = {"memories": _draw(1, 4, 3), "log_beta": torch.tensor(2.0, dtype=F64).log(),
+           "log_weights": torch.tensor(-0.5, dtype=F64)}  # fmt: skip
+    given = {f"1.{name}": x for name, x in old.items()} if nested else old
+    module = nn.Sequential(nn.Identity(), layer) if nested else layer
+    module.load_state_dict(given, assign=assign)
+    assert layer.log_beta.shape == layer.log_weights.shape == (1,)
+    torch.testing.assert_close(layer.beta.detach(), torch.tensor([2.0], dtype=F64))
+    _equal(layer.log_weights.detach(), torch.tensor([-0.5], dtype=F64))
+    assert all(x.ndim == 0 for name, x in given.items() if "log" in name)
+
+
+def test_a_file_of_a_half_layer_loads():
+    old = {"memories": torch.eye(3, dtype=torch.bfloat16), "log_beta": torch.tensor(1.5).bfloat16()}
+    layer = AssociativeMemory.from_patterns(torch.zeros(3, 3, dtype=torch.bfloat16))
+    layer.load_state_dict(old)
+    assert layer.log_beta.dtype == torch.float32
+    torch.testing.assert_close(layer.beta.detach(), torch.tensor([1.5]).exp())
+    layer.load_state_dict(old, assign=True)
+    torch.testing.assert_close(layer.beta.detach(), torch.tensor([1.5]).exp())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
                          ids=["deepcopy", "pickle"])  # fmt: skip
 def test_copies_are_equal_and_apart(copied):
@@ -380,7 +544,7 @@ def test_copies_are_equal_and_apart(copied):
         other.memories.zero_()
     assert bool(layer.memories.detach().any())
     other.reset_parameters()
-    torch.testing.assert_close(other.beta.detach(), torch.tensor(0.8, dtype=F64))
+    torch.testing.assert_close(other.beta.detach(), torch.tensor([0.8], dtype=F64))
 
 
 def test_repr_says_what_the_layer_is():
@@ -534,6 +698,65 @@ def test_autocast_of_the_methods():
         torch.testing.assert_close(layer.weights(half), layer.weights(half.float()))
 
 
+# ---- layers spread over processes ----------------------------------------------------------------
+
+
+def test_every_parameter_has_a_dim():
+    """fully_shard splits a parameter along its first dim and refuses one without."""
+    layers = [
+        AssociativeMemory(4, 3, beta=beta, log_weights=True)
+        for beta in (2, torch.tensor(2.0), torch.ones(1), torch.ones(4))
+    ]
+    layers.append(AssociativeMemory.from_patterns(torch.eye(3), log_weights=torch.tensor(0.5)))
+    layers.append(AssociativeMemory.from_patterns(torch.zeros(2, 3, 3), beta=torch.ones(2, 1)))
+    assert all(p.ndim for layer in layers for p in layer.parameters())
+
+
+@pytest.fixture
+def mesh():
+    """A group of this process alone."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("torch has no gloo")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("beta", [0.8, torch.tensor([0.5, 1.0, 1.5, 2.0])], ids=["one", "each"])
+def test_fully_shard(mesh, beta):
+    from torch.distributed.fsdp import fully_shard
+
+    plain = AssociativeMemory(4, 3, steps=3, beta=beta, log_weights=True)
+    layer, v = copy.deepcopy(plain), _draw(0, 6, 3, dtype=torch.float32)
+    fully_shard(layer, mesh=mesh)
+    for _ in range(2):
+        for one in (layer, plain):
+            one.zero_grad()
+            one(v).square().sum().backward()
+        for a, b in zip(layer.parameters(), plain.parameters(), strict=True):
+            _equal(a.grad.full_tensor(), b.grad)
+        layer.beta = plain.beta = 2.0
+        _equal(layer.log_beta.full_tensor(), plain.log_beta)
+    layer.beta = plain.beta = torch.full((len(plain.log_beta),), 3.0)
+    _equal(layer.log_beta.full_tensor(), plain.log_beta)
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
+def test_a_layer_made_on_meta_is_sharded_and_then_filled(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    layer = AssociativeMemory(4, 3, beta=2.0, log_weights=True, device="meta")
+    fully_shard(layer, mesh=mesh)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    torch.testing.assert_close(layer.beta.full_tensor(), torch.tensor([2.0]))
+    assert not bool(layer.log_weights.full_tensor().any())
+    assert bool(layer(torch.zeros(2, 3)).isfinite().all())
+
+
 # ---- errors ------------------------------------------------------------------------------------
 
 
@@ -597,7 +820,13 @@ ERRORS = [
      f"log_weights: expected dtype {FLOATS}, got int64"),
     (_set(-1.0), ValueError, "beta: expected a finite number > 0, got -1.0"),
     (_set(torch.tensor(math.nan)), ValueError, "beta: expected finite values > 0, got nan"),
-    (_set(torch.ones(3)), ValueError, "beta: expected shape broadcastable to [], got [3]"),
+    (_set(torch.ones(3)), ValueError, "beta: expected shape broadcastable to [1], got [3]"),
+    (_set(1e39), ValueError, "beta: expected a number from 1e-37 to 1e+38, got 1e+39"),
+    (_set(torch.tensor([1e-40])), ValueError,
+     f"beta: expected values from 1e-37 to 1e+38, got {torch.tensor(1e-40).item()}"),
+    (_new(beta=1e-40), ValueError, "beta: expected a number from 1e-37 to 1e+38, got 1e-40"),
+    (_new(beta=1e308, dtype=torch.float16), ValueError,
+     "beta: expected a number from 1e-37 to 1e+38, got 1e+308"),
     (_set(torch.ones(2), torch.ones(3)), ValueError,
      "beta: expected shape broadcastable to [3], got [2]"),
     (_called([1.0]), TypeError, "v: expected a Tensor, got list"),

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# A tuple: isinstance of a union would build it anew at every call.
+_INTS = (int, torch.SymInt)
+_NUMBERS = (*_INTS, float, torch.SymFloat)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda", "meta")
 Sizes = Sequence[Any]
@@ -148,12 +151,23 @@ def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = Fa
     value_error(bool(ok), lambda: wording(name, bound, value))
 
 
-def whole(name: str, value: Any, low: int) -> None:
-    """TypeError unless the argument is an int, and no bool; `at_least` looks at its value, which
-    dynamo cannot trace where it is symbolic: that is left to the op.
+def whole(name: str, value: Any, low: int) -> Any:
+    """An int, also of another library (numpy's), as Python's; TypeError for anything else, a bool
+    too. `at_least` looks at its value, which dynamo cannot trace where it is symbolic: that is left
+    to the op.
     """
-    ok = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+    ok = isinstance(value, (*_INTS, Integral)) and not isinstance(value, bool)
     type_error(ok, lambda: wording(name, f"an int >= {low}", repr(value)))
+    return value if isinstance(value, _INTS) else int(value)
+
+
+def real(name: str, value: Any) -> Any:
+    """A number, also of another library (numpy's), as Python's; TypeError for anything else, a bool
+    or a Tensor too.
+    """
+    ok = isinstance(value, (*_NUMBERS, Real)) and not isinstance(value, bool)
+    type_error(ok, lambda: wording(name, "a number", type(value).__name__))
+    return value if isinstance(value, _NUMBERS) else float(value)
 
 
 def at_least(name: str, value: Any, low: int) -> None:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,21 +90,37 @@ def choose_device(wanted: str, origin: torch.device | None) -> torch.device:
     return device
 
 
+def _python_numbers(estimator: Any) -> dict[str, int | float]:
+    """The parameters that are numpy's numbers, by name, as Python's."""
+    return {
+        name: int(value) if isinstance(value, np.integer) else float(value)
+        for name, value in estimator.__dict__.items()
+        if isinstance(value, np.integer | np.floating) and not name.endswith("_")
+    }
+
+
 def keeps_state_on_failure(fit: F) -> F:
     """Whatever ends a fit early, Ctrl-C too, leaves the estimator as it was before.
 
-    A fit inside `torch.no_grad()` or `inference_mode()` trains all the same.
+    A fit inside `torch.no_grad()` or `inference_mode()` trains all the same. While it runs, numbers
+    of numpy among the parameters are Python's: torch refuses some, and a uint8 overflows.
     """
 
     @functools.wraps(fit)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = dict(self.__dict__)
+        numbers = _python_numbers(self)
+        self.__dict__.update(numbers)
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                return fit(self, *args, **kwargs)
+                result = fit(self, *args, **kwargs)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
+        for name, number in numbers.items():
+            if self.__dict__.get(name) is number:  # a callback may have set another
+                self.__dict__[name] = before[name]
+        return result
 
     return wrapped  # type: ignore[return-value]

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._core import checks
 from ..ops.am import am_assign, am_energy, am_recursion, am_weights
+from ._parameters import as_vector, write
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SPELLED = "float16, bfloat16, float32 or float64"
+# Smallest and largest beta by the dtype of its logarithm.
+_LIMITS = {torch.float32: (1e-37, 1e38), torch.float64: (1e-307, 1e308)}
 
 
 class AssociativeMemory(nn.Module):
@@ -32,12 +38,14 @@ class AssociativeMemory(nn.Module):
     steps : int, >= 0, default 1
         Number of steps; 0 returns a copy of the rows.
     step : float, finite, >= 0, default 1.0
-        dt/tau. The energy never rises for 0 <= step <= 2.
-    beta : float or Tensor broadcastable to [K], finite, > 0, unit 1/|v|^2, default 1.0
+        dt/tau. The energy never rises for 0 <= step <= 2. It is a Python number, never a tensor:
+        inside torch.compile a step that changes recompiles.
+    beta : float or Tensor broadcastable to [K], 1e-37 to 1e38, unit 1/|v|^2, default 1.0
         Inverse temperature to start from, weights exp(-beta d^2). A last dim of K is one a memory,
-        a number or a last dim of 1 one for all. Between 1 and 10 divided by the gap (nearest
-        subtracted from second-nearest squared distance, a typical row's) memories compete; far
-        above it each row goes to its nearest memory, far below it to their mean.
+        a number or a last dim of 1 one for all. A float64 layer takes 1e-307 to 1e308. Between 1
+        and 10 divided by the gap (nearest subtracted from second-nearest squared distance, a
+        typical row's) memories compete; far above it each row goes to its nearest memory, far
+        below it to their mean.
     learn_beta : bool, default True
         Whether beta is trained.
     log_weights : bool, default False
@@ -55,8 +63,11 @@ class AssociativeMemory(nn.Module):
     memories : Parameter [K, D]
         The memories; drawn from the standard normal distribution. `from_patterns` stores given
         ones, with leading dims if they have any.
-    log_beta : Parameter, shape of the `beta` given
-        Logarithm of beta, so that training keeps beta positive.
+    log_beta : Parameter, shape of `beta` ([1] for a number), float32 (float64 for float64)
+        Logarithm of beta, so that training keeps beta positive. It stays float32 in a layer of half
+        precision, after `layer.half()` too: bfloat16 would turn a beta of 100 into 98.8.
+    beta : Tensor, shape and dtype of `log_beta`
+        exp(log_beta), or the nearest value in its range. `layer.beta = 2.0` sets it.
     log_weights : Parameter [K] or None
         Logarithm of each memory's weight; -inf takes a memory out.
     steps, step, precision
@@ -74,6 +85,11 @@ class AssociativeMemory(nn.Module):
     Memory O(N D + K D), never N x K, forward and backward. Under autocast rows of half precision
     meet float32 memories in float32, and the result is float32. Parameters that are frozen are
     still in `state_dict`, so that frozen and trained layers load each other's files.
+
+    `torch.distributed.fsdp.fully_shard` takes the layer. It wants one dtype for all parameters that
+    are trained: shard a float32 layer, with a `MixedPrecisionPolicy` for half precision. It gathers
+    the parameters in `forward` alone; `register_fsdp_forward_method(layer, "energy")` does so for
+    another method.
 
     Examples
     --------
@@ -108,18 +124,19 @@ class AssociativeMemory(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        shape = []
         for name, size in (("n_memories", n_memories), ("n_features", n_features)):
-            whole = isinstance(size, int) and not isinstance(size, bool)
-            _expect(whole, TypeError, name, "an int >= 1", repr(size))
-            _expect(size >= 1, ValueError, name, "an int >= 1", size)
+            shape.append(checks.whole(name, size, 1))
+            checks.at_least(name, shape[-1], 1)
         for name, flag in (("learn_beta", learn_beta), ("log_weights", log_weights)):
             _expect(isinstance(flag, bool), TypeError, name, "a bool", type(flag).__name__)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         _expect(dtype in _FLOATS, TypeError, "dtype", _SPELLED, _word(dtype))
-        self.steps, self.step, self.precision = steps, step, precision
+        self.steps, self.step = checks.whole("steps", steps, 0), checks.real("step", step)
+        self.precision = precision
         # reset_parameters may come long after, when a module made on meta is given its memory
-        self._log_beta_start = _log(beta).cpu()
-        memories = torch.empty(n_memories, n_features, device=device, dtype=dtype)
+        self._log_beta_start = as_vector(_log(beta, _wide(dtype)).cpu())
+        memories = torch.empty(shape, device=device, dtype=dtype)
         self._register(memories, True, learn_beta, log_weights)
         self.reset_parameters()
 
@@ -147,8 +164,9 @@ class AssociativeMemory(nn.Module):
             Number of steps.
         step : float, finite, >= 0, default 1.0
             dt/tau.
-        beta : float or Tensor broadcastable to [..., K], finite, > 0, unit 1/|v|^2, default 1.0
-            Inverse temperature, weights exp(-beta d^2).
+        beta : float or Tensor broadcastable to [..., K], unit 1/|v|^2, default 1.0
+            Inverse temperature, weights exp(-beta d^2), from 1e-37 to 1e38 (float64: 1e-307 to
+            1e308).
         learn_memories : bool, default False
             Whether the memories are trained.
         learn_beta : bool, default False
@@ -203,10 +221,10 @@ class AssociativeMemory(nn.Module):
         self, memories: Tensor, learn: bool, learn_beta: bool, log_weights: bool | Tensor
     ) -> None:
         """The parameters; the op says what does not fit them, before there are rows."""
-        beta = self._log_beta_start.to(memories)
+        beta = self._log_beta_start.to(memories.device, _wide(memories.dtype))
         weights = None if log_weights is False else memories.new_zeros(memories.shape[:-1])
         if isinstance(log_weights, Tensor):
-            weights = log_weights.detach().to(memories.device, copy=True)
+            weights = as_vector(log_weights.detach().to(memories.device, copy=True))
         rho, lam = (None if x is None else x.to("meta") for x in (memories, weights))
         am_recursion(
             rho, rho, beta.to("meta"), self.steps,  # type: ignore[arg-type]
@@ -229,21 +247,25 @@ class AssociativeMemory(nn.Module):
 
     @property
     def beta(self) -> Tensor:
-        """Inverse temperature, > 0, unit 1/|v|^2; assigning a number or a tensor sets it, which
-        outside compiled code is how to sharpen the memory during training.
+        """Inverse temperature, unit 1/|v|^2; assigning a number or a tensor sets it, which outside
+        compiled code is how to sharpen the memory during training.
         """
-        return self.log_beta.exp()
+        log: Tensor = self.log_beta
+        if log.dtype not in _LIMITS:  # a caller's own, or FSDP's under a MixedPrecisionPolicy
+            log = log.float()
+        low, high = _LIMITS[log.dtype]
+        return log.clamp(math.log(low), math.log(high)).exp()
 
     @beta.setter
     def beta(self, value: float | Tensor) -> None:
-        log = _log(value)
+        log = _log(value, _wide(self.log_beta.dtype))
         size = list(self.log_beta.shape)
         fits = log.ndim <= len(size) and all(
             a in (1, b) for a, b in zip(log.shape[::-1], size[::-1], strict=False)
         )
         _expect(fits, ValueError, "beta", f"shape broadcastable to {size}", list(log.shape))
         with torch.no_grad():
-            self.log_beta.copy_(log)
+            write(self, "log_beta", log)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the memories anew; beta and log-weights go back to where they started.
@@ -254,10 +276,34 @@ class AssociativeMemory(nn.Module):
             Of the device of the parameters; None is torch's own.
         """
         with torch.no_grad():
-            self.memories.normal_(generator=generator)
-            self.log_beta.copy_(self._log_beta_start)
+            write(self, "memories", torch.empty_like(self.memories).normal_(generator=generator))
+            write(self, "log_beta", self._log_beta_start)
             if self.log_weights is not None:
-                self.log_weights.zero_()
+                write(self, "log_weights", torch.zeros_like(self.log_weights))
+
+    # ---- conversion and loading ----------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AssociativeMemory:
+        """What `half`, `to` and their like go through: log_beta stays float32 at least."""
+        log = self._parameters.get("log_beta")
+        kept = () if log is None else (log, log.grad)
+
+        def wide(x: Tensor) -> Tensor:
+            out = fn(x)
+            if any(x is one for one in kept) and out.dtype != _wide(out.dtype):
+                out = x.to(out.device, _wide(out.dtype))
+            return out
+
+        super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Files of earlier versions hold one beta for all memories as a scalar."""
+        for name in ("log_beta", "log_weights"):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):
+                state_dict[prefix + name] = as_vector(value)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # ---- recall --------------------------------------------------------------------------------
 
@@ -384,15 +430,25 @@ def _word(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _log(beta: float | Tensor) -> Tensor:
-    """Logarithm of a beta that is finite and positive, in float64."""
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of log_beta in a layer of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _log(beta: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Logarithm of a beta that log_beta can hold in a dtype, in float64."""
+    low, high = _LIMITS[dtype]
+    limits = f"from {low:g} to {high:g}"
     if not isinstance(beta, Tensor):
         probe = torch.empty(1, 1, device="meta")
         am_energy(probe, probe, beta)  # words what is wrong with a number
-        return torch.tensor(float(beta), dtype=torch.float64, device="cpu").log()
+        beta = float(beta)
+        _expect(low <= beta <= high, ValueError, "beta", f"a number {limits}", beta)
+        return torch.tensor(beta, dtype=torch.float64, device="cpu").log()
     _expect(beta.dtype in _FLOATS, TypeError, "beta", f"dtype {_SPELLED}", _word(beta.dtype))
     beta = beta.detach().double()
-    bad = beta[~((beta > 0) & beta.isfinite())] if beta.is_cpu else beta[:0].reshape(-1)
-    if len(bad):
-        _expect(False, ValueError, "beta", "finite values > 0", bad[0].item())
+    if beta.is_cpu:
+        checks.values("beta", beta, 0.0, finite=True, strict=True)
+        for far in beta[(beta < low) | (beta > high)][:1].tolist():
+            _expect(False, ValueError, "beta", f"values {limits}", far)
     return beta.log()

@@ -172,11 +172,11 @@ def _tensors(
     checks.tensor("log_weights", log_weights, optional=True)
 
 
-def _settings(step: object, precision: object) -> None:
-    """Types of what is never a tensor."""
-    plain = isinstance(step, _NUMBERS) and not isinstance(step, bool)
-    checks.type_error(plain, lambda: checks.wording("step", "a number", type(step).__name__))
+def _settings(step: object, precision: object) -> Any:
+    """The step as a Python number; types of what is never a tensor."""
+    number = checks.real("step", step)
     checks.text("precision", precision)
+    return number
 
 
 def _plain(beta: Any) -> Any:
@@ -218,7 +218,8 @@ def am_step(
         number assigns to the nearest memory (in a tensor it gives NaN). A tensor receives a
         gradient; inside torch.compile pass a beta that changes as a tensor, a number recompiles.
     step : float, finite, >= 0
-        dt/tau. The energy never rises for 0 <= step <= 2.
+        dt/tau. The energy never rises for 0 <= step <= 2. It is a Python number, never a tensor:
+        inside torch.compile a step that changes recompiles.
     update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
         1 (True): the entry evolves, 0: it is held, bit for bit. Other values are not refused.
     log_weights : Tensor broadcastable to [..., K], optional
@@ -253,7 +254,7 @@ def am_step(
     tensor([[0.1846, 0.0000]])
     """
     _tensors(v, rho, beta, update_mask, log_weights)
-    _settings(step, precision)
+    step = _settings(step, precision)
     beta = _plain(beta)
     call = _overload(torch.ops.clam.am_step, beta)
     out: Tensor = call(v, rho, beta, step, update_mask, log_weights, precision)
@@ -289,7 +290,8 @@ def am_recursion(
     steps : int, >= 0
         Number of steps; 0 returns a copy of v.
     step : float, finite, >= 0
-        dt/tau.
+        dt/tau. It is a Python number, never a tensor: inside torch.compile a step that changes
+        recompiles.
     update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
         1 (True): the entry evolves, 0: it is held, bit for bit. Other values are not refused.
     log_weights : Tensor broadcastable to [..., K], optional
@@ -324,9 +326,8 @@ def am_recursion(
     tensor([[1., 0., 0.]])
     """
     _tensors(v, rho, beta, update_mask, log_weights)
-    _settings(step, precision)
-    whole = isinstance(steps, (int, torch.SymInt)) and not isinstance(steps, bool)
-    checks.type_error(whole, lambda: checks.wording("steps", "an int >= 0", repr(steps)))
+    step = _settings(step, precision)
+    steps = checks.whole("steps", steps, 0)
     beta = _plain(beta)
     call = _overload(torch.ops.clam.am_recursion, beta)
     out: Tensor = call(v, rho, beta, steps, step, update_mask, log_weights, precision)

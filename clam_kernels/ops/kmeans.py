@@ -317,8 +317,7 @@ def kmeans_update(
     checks.tensor("labels", labels)
     checks.tensor("weight", weight, optional=True)
     checks.tensor("shift", shift, optional=True)
-    whole = isinstance(k, (int, torch.SymInt)) and not isinstance(k, bool)
-    checks.type_error(whole, lambda: checks.wording("k", "an int >= 1", repr(k)))
+    k = checks.whole("k", k, 1)
     sums, counts = torch.ops.clam.kmeans_update(x, labels, k, weight, shift)
     return sums, counts
 

@@ -465,6 +465,13 @@ _TYPES: list[Row] = [
             f"steps: expected an int >= 0, got {value!r}", given(steps=value))
         for value in (3.0, "3", True)
     ),
+    *(
+        (f"step {type(value).__name__}", STEP_LIKE, TypeError,
+            f"step: expected a number, got {type(value).__name__}", given(step=value))
+        for value in ("1", None, True, [1.0])
+    ),
+    ("step Tensor", STEP_LIKE, TypeError, "step: expected a number, got Tensor",
+        {"step": lambda: torch.tensor(0.5)}),
 ]  # fmt: skip
 
 

@@ -31,7 +31,10 @@ def noisy(batch: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def sela(**rest: Any) -> SeLa:
-    return SeLa(encoder(), K, **{"augment": noisy, "random_state": 0, **QUICK, **rest})
+    return SeLa(
+        encoder(),
+        **{"n_clusters": K, "augment": noisy, "random_state": 0, **QUICK, **rest},
+    )
 
 
 def same(a: SeLa, b: SeLa) -> None:

@@ -49,3 +49,16 @@ def test_labels_of_a_folder_go_by_the_names_of_its_files(tmp_path, suffix):
     for head in range(2):
         found = [int(row[f"head_{head}"]) for row in rows]
         assert found == model.labels_[head].tolist()
+
+
+@pytest.mark.parametrize(("whole", "real"), [(np.int64, np.float64), (np.uint8, np.float16)])
+def test_numbers_of_numpy_give_the_same_run(whole, real):
+    """While a fit runs they are Python's: a uint8 would overflow."""
+    ints = {"n_heads": 3, "n_epochs": 3, "batch_size": 33, "n_relabels": 4, "max_iter": 200,
+            "n_augment": 2, "random_state": 0}  # fmt: skip
+    floats = {"learning_rate": 0.0625, "momentum": 0.5, "weight_decay": 0.25, "lam": 25.0}
+    given = {n: whole(x) for n, x in ints.items()} | {n: real(x) for n, x in floats.items()}
+    model = sela(n_clusters=whole(4), **given).fit(X)
+    same(model, sela(n_clusters=4, **ints, **floats).fit(X))
+    assert type(model.n_clusters) is whole
+    assert type(model.lam) is real
