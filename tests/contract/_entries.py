@@ -300,6 +300,16 @@ def noisy(batch: Tensor, random: torch.Generator) -> Tensor:
     return batch + 0.1 * noise
 
 
+class Pairs(torch.utils.data.Dataset):
+    """Rows as a map-style dataset has them, each with a label that nobody reads."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, row: int) -> Any:
+        return X[row], LABELS[row]
+
+
 def sela(x: Any = X, **rest: Any) -> Any:
     """A fit, what it says, and the same fit taken up again from its file."""
     settings = {"n_heads": 2, "n_epochs": 3, "batch_size": 16, "n_relabels": 3, "max_iter": 4000}
@@ -340,10 +350,12 @@ def estimators() -> Calls:
         "ClAM, paper, with gaps": lambda: _clam(GAPS, recipe="paper", max_iter=2),
         "ClAM, random start": lambda: _clam(init="random", select="loss"),
         "ClAM, normal start": lambda: _clam(init="normal", select="inertia"),
+        "ClAM, given start": lambda: _clam(init=X[:K], n_init=1),
         "ClAM searching a part": lambda: _clam(search_rows=30),
         "ClAM in parts": _streamed,
         "SeLa": sela,
         "SeLa of a tensor": lambda: sela(x, strict=True),
+        "SeLa of a dataset": lambda: sela(Pairs()),
         "SeLa with marginals": lambda: sela(col_marginal=SHARES, row_marginal=list(WEIGHTS)),
     }
 
