@@ -119,8 +119,7 @@ def _widths(x: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
         else:
             far = torch.addmm(norms, values[part], values.T, alpha=-2).add_(norms[part, None])
             far = far.clamp_(min=0).sqrt_()
-        at = torch.arange(part.start, part.stop, device=x.device)
-        far[at - part.start, at] = 0.0
+        far[:, part].fill_diagonal_(0.0)
         sums = torch.stack([one.sum(1) for one in far.split(sizes, 1)], 1)
         widths[part] = _width(sums, own[part], counts)
     return widths

@@ -52,7 +52,7 @@ def kmeans_assign(
     far = far.expand(*batch, *far.shape[-2:])
     best = far.detach().amin(-1, keepdim=True)
     size = far.shape[-1]
-    index = torch.arange(size, device=x.device)
+    index = torch.arange(size, dtype=torch.int64, device=x.device)
     first = torch.where(far.detach() <= best * (1 + TIE), index, size).amin(-1)
     regular = x.isfinite().all(-1)
     lost = ~regular | ~best[..., 0].isfinite()
@@ -71,7 +71,7 @@ def kmeans_update(
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The equation of `clam_kernels.kmeans_update`, from an N x K x D array in float64."""
-    chosen = labels[..., None] == torch.arange(k, device=x.device)
+    chosen = labels[..., None] == torch.arange(k, dtype=torch.int64, device=x.device)
     rows = x.double() if shift is None else x.double() - shift.double()[..., None, :]
     held = chosen.double()
     if weight is not None:
@@ -168,7 +168,7 @@ def tables_of(
     far = [away > 4 * size for size, away in zip(reach, lean, strict=True)]
     half = centred.square().sum(-1) / 2
     near = half + (centred @ origin[..., None])[..., 0]
-    half = torch.where(torch.tensor(far, device=half.device)[:, None], half, near)
+    half = torch.where(alive.new_tensor(far)[:, None], half, near)
     half = torch.where(alive, half, torch.inf).to(dtype)
     narrow, origin = centred.to(dtype), origin.to(dtype)
     return [
@@ -392,8 +392,8 @@ def _assign_together(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
             half = torch.cat([t.half for t in tables])[:, None]
             score = torch.addmm(half, torch.cat([t.centred for t in tables]), rows.mT, alpha=-1)
             score = score.view(len(tables), k, len(x))
-            slack = torch.tensor([t.slack(size, unit) for t in tables], dtype=dtype)
-            least = score.amin(1, keepdim=True) + slack.to(x.device)[:, None, None]
+            slack = score.new_tensor([t.slack(size, unit) for t in tables])
+            least = score.amin(1, keepdim=True) + slack[:, None, None]
             code = torch.matmul(codes, score.le_(least))
             found.copy_(code)
             undecided = (found < base) | (found >= 2 * base)
@@ -417,7 +417,7 @@ def pair_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
     lost = labels < 0
     if bool(lost.any()):
         finite = x.isfinite().all(-1)
-        found = torch.where(lost, torch.where(finite, torch.inf, torch.nan), found)
+        found = found.masked_fill(lost, torch.nan).masked_fill(lost & finite, torch.inf)
     return found
 
 
@@ -478,8 +478,9 @@ def _update_together(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]
     """Sums of several labellings [P, N] of the same few rows, in the order of the rows."""
     (count, n), d = labels.shape, x.shape[-1]
     found = torch.where((labels >= 0) & (labels < k), labels, k)
-    place = (found + (k + 1) * torch.arange(count)[:, None]).flatten()
-    total = torch.zeros(count * (k + 1), d, dtype=torch.float64)
+    index = torch.arange(count, dtype=torch.int64, device=x.device)
+    place = (found + (k + 1) * index[:, None]).flatten()
+    total = torch.zeros((count * (k + 1), d), dtype=torch.float64, device=x.device)
     total.index_add_(0, place, x.double().expand(count, n, d).reshape(count * n, d))
     held = torch.bincount(place, minlength=len(total))
     sums, counts = total.view(count, k + 1, d)[:, :k], held.view(count, k + 1)[:, :k]
@@ -493,7 +494,8 @@ def add_grouped_(
     own additions by index have none, a product has.
     """
     if values.is_cuda:
-        chosen = (torch.arange(len(total), device=labels.device)[:, None] == labels).double()
+        index = torch.arange(len(total), dtype=torch.int64, device=labels.device)
+        chosen = (index[:, None] == labels).double()
         total.addmm_(chosen, values)
         held += (chosen.sum(1) if weight is None else chosen @ weight).to(held.dtype)
         return

@@ -48,7 +48,8 @@ def sinkhorn(
     x = torch.where(dead_row[..., None] | dead_col[..., None, :], 0.0, x)
     status = _status(x, log_a, log_b, g, dead_row, dead_col)
     x = torch.where((status > FINE)[..., None, None], 0.0, x)
-    f, g = torch.where(dead_row, -torch.inf, 0.0), torch.where(dead_col, -torch.inf, g)
+    f = torch.where(dead_row, -torch.inf, 0.0).to(x.dtype)
+    g = torch.where(dead_col, -torch.inf, g)
     for side in half_steps(n_iter, prototype_first, init is not None):
         if side == "row":
             f = torch.where(dead_row, -torch.inf, log_a - _logsumexp(x + g[..., None, :], -1))
@@ -84,7 +85,7 @@ def sinkhorn_pass(
     log_a, _, g = _operands(x, log_row, None, g)
     dead_row, dead_col = (m.detach() == -torch.inf for m in (log_a, g))
     x = torch.where(dead_row[..., None] | dead_col[..., None, :], 0.0, x)
-    masses = torch.where(dead_col, -torch.inf, 0.0)
+    masses = torch.where(dead_col, -torch.inf, 0.0).to(x.dtype)
     status = _status(x, log_a, masses, g, dead_row, dead_col, covered=False)
     x = torch.where((status > FINE)[..., None, None], 0.0, x)
     f = torch.where(dead_row, -torch.inf, log_a - _logsumexp(x + g[..., None, :], -1))

@@ -168,7 +168,6 @@ def test_shares(strict):
     off = (done.counts - share / 10 * rows).abs().max()
     assert off < 1 if strict else off <= 2
     assert int(done.counts.sum()) == rows
-    assert "col_marginal" not in heads.state_dict()
 
 
 def test_heavy_rows_count_more():
@@ -265,6 +264,68 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been():
         assert torch.equal(other.state_dict()[name], value), name
 
 
+MARGINALS = {"col_marginal": K, "row_marginal": N}
+
+
+def _masses(seed: int = 3) -> dict[str, Tensor]:
+    return {name: _draw(seed, size, dtype=F64).exp() for name, size in MARGINALS.items()}
+
+
+def test_a_state_has_the_marginals():
+    x, heads, other = _draw(5, N, D), _heads(**_masses()), _heads(seed=9, **_masses(4))
+    heads.relabel_features(x, 0)
+    state = heads.state_dict()
+    assert set(state) == {"weight", "bias", "labels", "g", *MARGINALS}
+    other.load_state_dict(state)
+    one, two = (layer.relabel_features(x, 1) for layer in (heads, other))
+    assert torch.equal(one.counts, two.counts)
+    for name, value in heads.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("name", MARGINALS)
+def test_a_state_with_a_marginal_does_not_load_into_a_layer_without(name):
+    layers = {
+        "with": nn.ModuleList([_heads(**{name: _masses()[name]})]),
+        "without": nn.ModuleList([_heads()]),
+    }
+    size = MARGINALS[name]
+    none = f"0.{name}: expected none in the state dict to match this layer, got [{size}]"
+    some = f"0.{name}: expected shape [{size}] in the state dict to match this layer, got none"
+    for words, source, target in ((none, "with", "without"), (some, "without", "with")):
+        state = layers[source].state_dict()
+        with pytest.raises(RuntimeError) as caught:
+            layers[target].load_state_dict(state)
+        assert str(caught.value).splitlines()[1:] == [f"\t{words}: make the layer {source} {name}"]
+    heads = {part: state[f"0.{part}"] for part in ("weight", "bias")}
+    lost = layers["with"][0].load_state_dict(heads, strict=False)  # no labels of other shares
+    assert set(lost.missing_keys) == {"labels", "g", name}
+
+
+@pytest.mark.parametrize("start", ["balanced", "given"])
+def test_a_layer_made_on_meta_is_complete_after_a_reset(start):
+    given = {"start": torch.arange(N).flip(0) % K} if start == "given" else {}
+    plain = _heads(**_masses(), **given)
+    before = torch.get_rng_state()
+    heads = SelfLabeller(D, K, N, H, device="meta", **_masses(), **given)
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn on meta"
+    assert all(t.is_meta for t in heads.state_dict().values())
+    heads.to_empty(device="cpu")
+    for t in heads.state_dict().values():
+        t.detach().fill_(-7)
+    heads.reset_parameters(torch.Generator().manual_seed(0))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(heads.state_dict()[name], value), name
+
+
+def test_the_default_device_is_that_of_the_layer():
+    masses = _masses()
+    with torch.device("meta"):
+        heads, here = SelfLabeller(D, K, N, **masses), SelfLabeller(D, K, N, device="cpu", **masses)
+    assert all(t.is_meta for t in heads.state_dict().values())
+    assert all(t.is_cpu for t in here.state_dict().values())
+
+
 def test_labels_out_of_range_are_never_trained_on():
     heads, x, rows = _heads(), _draw(1, 2, D), torch.tensor([0, 1])
     heads.loss(x, rows)
@@ -325,6 +386,9 @@ def test_sizes_of_numpy():
     sizes = [np.int64(D), np.int32(K), np.uint8(N), np.int64(H)]
     heads = SelfLabeller(*sizes, max_iter=np.int64(50))
     assert repr(heads) == repr(_heads())
+    done = heads.relabel_features(_draw(1, N, D), np.int64(1))
+    assert done.head == 1
+    assert type(done.head) is int
     assert [type(size) for size in (heads.n_rows, heads.max_iter)] == [int, int]
 
 

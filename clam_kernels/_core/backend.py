@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an op, at which precision, and why.
 
-Order: `with backend(name)`, then the environment's CLAM_BACKEND, then `auto`. The choice is a flag
-of the process, not a context variable: CUDA backward runs on autograd's own threads, which inherit
-no context. A forced backend that cannot run raises; it never falls back.
+Order: `with backend(name)`, then the environment's CLAM_BACKEND, then `auto`. Blocks are known to
+the whole process, not to a context variable: CUDA backward runs on autograd's own threads, which
+inherit no context. A forced backend that cannot run raises; it never falls back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ PRECISIONS = ("highest", "high", "medium")
 
 # Called with (op, backend) before every run; tests see here what really ran.
 observers: list[Callable[[str, str], None]] = []
-_forced: str | None = None
 _fallback_told = threading.Lock()
 
 
@@ -44,20 +43,40 @@ class Runnable(Protocol):
     def limits(self) -> Mapping[str, str]: ...
 
 
+class _Block:
+    """One `with backend(name)` that has not ended, and the thread that entered it."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name, self.thread = name, threading.get_ident()
+
+
+# Blocks of all threads in the order of their start. One append or remove needs no lock.
+_blocks: list[_Block] = []
+
+
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Force one backend for every op called inside the block, in all threads.
+    """Force one backend for every op that is called inside the block.
+
+    The block rules in its own thread, and in each thread that is in no block itself: the threads in
+    which autograd runs the backward of CUDA tensors are such. Of several blocks in one thread the
+    innermost rules. Where several threads are in blocks, each has its own choice, and a thread
+    without a block follows the block that began last. The end of a block ends its choice in every
+    thread, in whatever order the blocks end. A backward runs on the backend of its forward.
 
     Parameters
     ----------
     name : "reference", "triton", "cuda" or None
-        None goes back to the automatic choice.
+        None goes back to the automatic choice, or to that of the environment's CLAM_BACKEND.
 
     Raises
     ------
     ValueError
         The name is none of these. An op that the backend cannot run raises RuntimeError when
         called.
+    RuntimeError
+        The block stands inside a function that torch.compile compiles as one graph. There it has no
+        effect: put it around the call of the compiled function.
 
     Examples
     --------
@@ -66,29 +85,49 @@ def backend(name: str | None) -> Iterator[None]:
     ...     clam_kernels.am_assign(torch.zeros(1, 2), torch.eye(2))[0]
     tensor([0])
     """
-    global _forced
     checks.one_of("backend", name, BACKENDS)
-    before, _forced = _forced, name
+    if torch.compiler.is_compiling():  # the ops choose when the graph runs, after the trace
+        raise RuntimeError("backend: expected a block around the compiled call, got one inside it")
+    block = _Block(name)
+    _blocks.append(block)
     try:
         yield
     finally:
-        _forced = before
+        _blocks.remove(block)
+
+
+def _forced() -> str | None:
+    """What the blocks of this thread say, or else those of the others."""
+    if not _blocks:
+        return None
+    thread, blocks = threading.get_ident(), _blocks[::-1]
+    own = [block for block in blocks if block.thread == thread]
+    return next((block.name for block in own or blocks), None)
 
 
 def requested() -> str:
     """The backend asked for: a name, or "auto"."""
-    name = _forced or os.environ.get("CLAM_BACKEND") or "auto"
+    name = _forced() or os.environ.get("CLAM_BACKEND") or "auto"
     if name != "auto":
         checks.one_of("CLAM_BACKEND", name, BACKENDS)
     return name
 
 
-def default_precision() -> str:
-    """Torch's own float32 matmul precision: "highest", "high" or "medium"."""
+def _torch_precision() -> str:
+    """Torch's float32 matmul precision now: "highest", "high" or "medium"."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # the user speaks the newer fp32_precision
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
+def default_precision() -> str:
+    """Torch's float32 matmul precision as the user set it: "highest", "high" or "medium"."""
+    while True:
+        before = _products.user
+        found = before[0] or _torch_precision()
+        if _products.user is before:  # no other thread changed torch's mode meanwhile
+            return found
 
 
 def resolve_precision(precision: str | None) -> str:
@@ -172,19 +211,71 @@ def _tell_fallback(spec: Runnable, reason: str) -> None:
         )
 
 
+class _Products:
+    """Torch's mode of float32 products, which all threads share, and how many threads need float32
+    now. The first of them sets the mode, the last one puts the user's back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.changed: list[tuple[Any, str]] = []  # switches, and what the user had set
+        self.word = ""  # torch's own word for the mode that is set here
+        # The user's precision while the mode is not theirs. Each change puts a new list here, by
+        # which `default_precision` sees that there was one.
+        self.user: list[str | None] = [None]
+
+    def enter(self) -> None:
+        """Products of float32 are such from now on."""
+        with self.lock:
+            if not self.inside:
+                self.user = [_torch_precision()]
+                try:
+                    self._set()
+                except BaseException:
+                    self._put_back()
+                    raise
+            self.inside += 1
+
+    def leave(self) -> None:
+        """Products are the user's again, as far as this thread goes."""
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self._put_back()
+
+    def _set(self) -> None:
+        mkldnn: Any = torch.backends.mkldnn
+        for switch in (torch.backends.cuda.matmul, mkldnn.matmul):
+            mode = switch.fp32_precision
+            if mode not in ("ieee", "none"):
+                switch.fp32_precision = "none"  # a switch of "none" follows torch's general one
+                follows = switch.fp32_precision == mode
+                self.changed.append((switch, "none" if follows else mode))
+                switch.fp32_precision = "ieee"
+        self.word = _torch_precision()
+
+    def _put_back(self) -> None:
+        """The user's mode, unless the user has set another one meanwhile."""
+        same = _torch_precision() == self.word
+        for switch, mode in self.changed:
+            if same and switch.fp32_precision == "ieee":
+                switch.fp32_precision = mode
+        self.changed.clear()
+        self.user = [None]
+
+
+_products = _Products()
+
+
 @contextlib.contextmanager
 def _float32_products() -> Iterator[None]:
-    """Hold torch's own matrix products at float32."""
-    mkldnn: Any = torch.backends.mkldnn
-    switches = (torch.backends.cuda.matmul, mkldnn.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
+    """Compute torch's own products of float32 matrices in float32 inside the block."""
+    _products.enter()
     try:
         yield
     finally:
-        for switch, mode in zip(switches, before, strict=True):
-            switch.fp32_precision = mode
+        _products.leave()
 
 
 def run(

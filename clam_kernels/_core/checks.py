@@ -31,7 +31,7 @@ def wording(name: str, expected: str, got: object, match: str = "") -> str:
 
 def spell(*sizes: object) -> str:
     """A shape as text: symbolic dims bare, sizes as ints."""
-    return f"[{', '.join(map(str, sizes))}]"
+    return f"[{', '.join(f'{size}' for size in sizes)}]"  # dynamo has no str of a symbolic size
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -46,8 +46,16 @@ def type_error(ok: bool, text: Callable[[], str]) -> None:
 
 def value_error(ok: bool, text: Callable[[], str]) -> None:
     """ValueError with `text()` unless ok; ok may be symbolic."""
-    if ok is not True:  # torch's function takes microseconds to find that nothing is wrong
-        torch._check_value(ok, text)
+    if ok is True:  # torch's function takes microseconds to find that nothing is wrong
+        return
+    if torch.compiler.is_dynamo_compiling():  # which takes no message that names a symbolic size
+        from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+        if not guard_or_true(ok):
+            raise ValueError(text())
+        torch._check_value(ok)  # sizes that are known only when the graph runs
+        return
+    torch._check_value(ok, text)
 
 
 def tensor(name: str, value: object, optional: bool = False) -> None:
@@ -86,9 +94,18 @@ def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None
     )
 
 
-def shape(name: str, value: Tensor, pattern: str, ok: bool, match: str = "") -> None:
-    """The shape fits `pattern`, as `ok` says."""
-    value_error(ok, lambda: wording(name, f"shape {pattern}", spell(*value.shape), match))
+def shape(
+    name: str, value: Tensor, pattern: str | Callable[[], str], ok: bool, match: str = ""
+) -> None:
+    """The shape fits `pattern`, as `ok` says. A pattern that names a symbolic size is a callable:
+    a text that is made while dynamo traces would fix the size.
+    """
+
+    def text() -> str:
+        expected = pattern() if callable(pattern) else pattern
+        return wording(name, f"shape {expected}", spell(*value.shape), match)
+
+    value_error(ok, text)
 
 
 def non_empty(name: str, value: Tensor, dim: int, letter: str) -> None:
@@ -176,8 +193,10 @@ def at_least(name: str, value: Any, low: int) -> None:
 
 
 def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
-    """Every entry of a CPU tensor >= low (> low if strict); other devices are not read."""
-    if not value.is_cpu or value.numel() == 0:
+    """Every entry of a CPU tensor >= low (> low if strict). Other devices are not read, and no
+    tensor is while torch.compile traces.
+    """
+    if not value.is_cpu or torch.compiler.is_compiling() or value.numel() == 0:
         return
     if value.numel() == 1:  # a number costs less than the reductions below
         one = value.item()

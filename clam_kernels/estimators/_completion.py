@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,15 +62,17 @@ def draw_masks(
 
     A single entry is not masked: nothing would be left to complete it from.
     """
-    masks = torch.rand(rows, features, generator=generator) < ratio
+    place = generator.device
+    lots: dict[str, Any] = {"generator": generator, "device": place, "dtype": torch.float32}
+    masks = torch.rand(rows, features, **lots) < ratio
     if seen is None:
-        pick = torch.randint(features, (rows, 1), generator=generator)
-        seen = torch.ones(rows, features, dtype=torch.bool)
+        pick = torch.randint(features, (rows, 1), generator=generator, device=place)
+        seen = torch.ones(rows, features, dtype=torch.bool, device=place)
     else:
-        lots = torch.rand(rows, features, generator=generator).masked_fill_(~seen, -1.0)
-        pick = lots.argmax(1, keepdim=True)
+        drawn = torch.rand(rows, features, **lots).masked_fill_(~seen, -1.0)
+        pick = drawn.argmax(1, keepdim=True)
     masks &= seen
-    one = (torch.arange(features) == pick) & seen
+    one = (torch.arange(features, dtype=torch.int64, device=place) == pick) & seen
     masks |= one & ~masks.any(1, keepdim=True)
     return masks & ~(one & (masks == seen).all(1, keepdim=True))
 
@@ -199,7 +202,7 @@ class _Batches:
             masks = self._masks_of_twins().to(device)
             yield Batch(points.z, masks, points.seen, points.weight)
             return
-        order = torch.randperm(len(points), generator=self.generator)
+        order = torch.randperm(len(points), generator=self.generator, device="cpu")
         by_size = self.plan.authors
         for index in order.split(self.plan.batch_size) if by_size else order.chunk(self.count):
             at = index.to(device)
@@ -221,7 +224,8 @@ class _Batches:
         count = int(self.twins.max()) + 1
         seen = None
         if self.points.seen is not None:
-            seen = torch.empty(count, self.points.z.shape[1], dtype=torch.bool)
+            size = count, self.points.z.shape[1]
+            seen = torch.empty(size, dtype=torch.bool, device="cpu")
             seen[self.twins] = self.points.seen.cpu()
         return self._masks(count, False, seen)[self.twins]
 
@@ -237,7 +241,7 @@ def train(
     optimiser = _Optimiser(start, plan)
     expected = expected_masked(points, plan.mask_ratio)
     best, middle = torch.full_like(start, torch.nan), start.clone()
-    lowest = torch.full((len(start),), math.inf, dtype=torch.float64)
+    lowest = torch.full((len(start),), math.inf, dtype=torch.float64, device="cpu")
     curve = []
     for epoch in range(plan.epochs):
         loss = _epoch(batches, optimiser, plan, epoch, expected)

@@ -43,7 +43,8 @@ class ModelFile:
         """Check the restored state, and finish it."""
         k, d = self.n_clusters, self.n_features_in_
         centres, labels = self.cluster_centers_, self.labels_
-        mean = self._frame.mean if self._framed else torch.zeros(d)
+        none = torch.zeros(d, dtype=torch.float64, device="cpu")
+        mean = self._frame.mean if self._framed else none
         fits = centres.shape == (k, d) and mean.shape == (d,)
         serialize.expect(fits, "shapes do not fit the header")
         known = labels.dtype in (np.int32, np.int64) and bool(((labels >= 0) & (labels < k)).all())

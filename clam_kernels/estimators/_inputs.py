@@ -213,7 +213,7 @@ class OfDataset(Inputs):
             found.dtype.kind in "fiub",
             lambda: checks.wording("data", ITEMS, f"{kind} of dtype {found.dtype} in row {row}"),
         )
-        return torch.as_tensor(found)
+        return torch.as_tensor(found, device="cpu")
 
     def mark(self) -> list[Any]:
         return [self.count, list(self._one(0).shape)]
@@ -244,7 +244,8 @@ def _rows(shape: Any) -> int:
 
 
 def _probes(count: int) -> Tensor:
-    return torch.linspace(0, count - 1, min(count, PROBES), dtype=torch.float64).long()
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    return torch.linspace(0, count - 1, min(count, PROBES), **wide).long()
 
 
 def digest(content: bytes) -> str:

@@ -21,7 +21,17 @@ from ..nn.self_labeller import Relabelling, SelfLabeller
 from . import _callbacks
 from ._checkpoint import Checkpoint, State, of_module
 from ._inputs import Inputs, digest
-from ._trainer import SCHEDULES, Bar, Plan, Run, augmented, batches_of, dtype_of, encoded
+from ._trainer import (
+    SCHEDULES,
+    Bar,
+    OwnRandom,
+    Plan,
+    Run,
+    augmented,
+    batches_of,
+    dtype_of,
+    encoded,
+)
 
 # What arguments that are None stand for.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -73,17 +83,20 @@ class Training:
 
     def __init__(self, sela: Any, inputs: Inputs, device: torch.device, seed: int) -> None:
         self.sela, self.inputs, self.device, self.seed = sela, inputs, device, seed
+        self.random = OwnRandom(seed, device)
         self.encoder: nn.Module = copy.deepcopy(sela.encoder).to(device)
         self.dtype = dtype_of(self.encoder)
         tol = resolved(sela, "tol")
         self.tol = max(0.1 / len(inputs), LEAST_TOL) if tol is None else float(tol)
-        self.heads = self._heads()
+        with self.random.turn():
+            self.heads = self._heads()
+            optimiser = self._optimiser()
         epochs = resolved(sela, "n_epochs")
         schedule = resolved(sela, "schedule")
         schedule = SCHEDULES.get(schedule, schedule) if isinstance(schedule, str) else schedule
         plan = Plan(len(inputs), resolved(sela, "batch_size"), epochs, schedule)
         modules = {"encoder": self.encoder, "heads": self.heads}
-        self.run = Run(modules, self._optimiser(), plan, seed, device, sela.writer, "sela")
+        self.run = Run(modules, optimiser, plan, seed, self.random, sela.writer, "sela")
         times = np.linspace(0.0, 1.0, resolved(sela, "n_relabels")) ** 2
         self.times = (epochs + 1.01) * len(inputs) * times
         self.due = 0  # index of the next of these times
@@ -96,10 +109,12 @@ class Training:
         sela, count = self.sela, len(self.inputs)
         self.encoder.eval()
         with torch.no_grad():
-            probe = self.inputs.take(torch.arange(min(2, count)), self.device, self.dtype)
+            first = torch.arange(min(2, count), dtype=torch.int64, device="cpu")
+            probe = self.inputs.take(first, self.device, self.dtype)
             features = encoded(self.encoder, probe)
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         masses = {
-            name: None if mass is None else torch.as_tensor(mass, dtype=torch.float64)
+            name: None if mass is None else torch.as_tensor(mass, **wide)
             for name, mass in (("col", sela.col_marginal), ("row", sela.row_marginal))
         }
         return SelfLabeller(
@@ -147,8 +162,9 @@ class Training:
 
     def _step(self, rows: Tensor) -> None:
         self.encoder.train()
-        loss = self.heads.loss(self._draw(rows), rows.to(self.device))
-        self.run.step(loss, rows)
+        with self.random.turn():
+            loss = self.heads.loss(self._draw(rows), rows.to(self.device))
+            self.run.step(loss, rows)
 
     def _draw(self, rows: Tensor) -> Tensor:
         """Features of an augmented draw of some rows."""
@@ -190,9 +206,10 @@ class Training:
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros(len(self.inputs), weight.shape[2], dtype=wide, device=self.device)
         for _ in range(draws):
-            order = torch.randperm(len(self.inputs), generator=self.run.generators["batches"])
+            order = self.run.permutation()
             for rows in batches_of(order, size):
-                total[rows.to(self.device)] += self._draw(rows)
+                with self.random.turn():
+                    total[rows.to(self.device)] += self._draw(rows)
         self.inputs.known = True  # each row has been taken
         return total.div_(draws).to(weight.dtype)
 
@@ -231,7 +248,7 @@ class Training:
     def state(self) -> State:
         """All that changes, as a checkpoint holds it."""
         tensors, numbers = self.run.state()
-        tensors["relabellings"] = torch.tensor(self.rows, dtype=torch.float64)
+        tensors["relabellings"] = torch.tensor(self.rows, dtype=torch.float64, device="cpu")
         return tensors, {**numbers, "due": self.due, "changed": self.changed}
 
     def _restore(self, state: State) -> None:

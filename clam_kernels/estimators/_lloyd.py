@@ -88,7 +88,8 @@ class _Fit:
         self.relocated = [0] * len(starts)
         self.runs: list[Run | None] = [None] * len(starts)
         self.place = list(range(len(starts)))
-        self.labels = torch.full((len(starts), len(rows)), -1, device=rows.device)
+        size = len(starts), len(rows)
+        self.labels = torch.full(size, -1, dtype=torch.int64, device=rows.device)
         self.shift = None if rows.unit_norm else rows.shift
         self.kept: list[tuple[Tensor, Tensor]] = []  # sums and weights of the labels before
         self.fresh: tuple[Tensor, Tensor] | None = None  # those of the labels now, if known
@@ -240,8 +241,8 @@ class _Fit:
                 continue  # no cluster has a row to give
             giver = int(self.random.choice(len(share), p=share / share.sum()))
             self.relocated[self.place[a]] += 1
-            sign = 1 - 2 * (torch.arange(centres.shape[-1], device=centres.device) % 2)
-            nudge = sign.to(centres.dtype) / 1024
+            nudge = centres.new_full(centres.shape[-1:], 1.0 / 1024)
+            nudge[1::2] *= -1
             centre = centres[a, giver].clone()
             centres[a, k], centres[a, giver] = centre * (1 + nudge), centre * (1 - nudge)
             held[a, k] = held[a, giver] = held[a, giver] / 2

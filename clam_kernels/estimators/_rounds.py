@@ -71,7 +71,8 @@ class Rounds:
         if not self.trained:
             for epoch in range(epochs):
                 self.curve.append(float("nan"))
-                self.stopped |= self.on_epoch(stage, epoch, torch.zeros(0), self.contest)
+                none = self.memories.new_zeros(0)
+                self.stopped |= self.on_epoch(stage, epoch, none, self.contest)
                 if self.stopped:
                     return
             return

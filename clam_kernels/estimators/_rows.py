@@ -31,6 +31,10 @@ TILE_ENTRIES = 1 << 18
 SAFE = {torch.float32: (-40, 40), torch.float64: (-400, 400)}
 
 
+def _no_features() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
+
+
 @dataclass
 class Rows:
     """A matrix [N, D] of float32 or float64, scaled by 2**exponent, on a device."""
@@ -45,7 +49,7 @@ class Rows:
     exponent: int = 0
     top: float = 0.0  # the largest magnitude
     missing: bool = False  # whether some entries are NaN
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0))  # [D] float64, scaled
+    mean: Tensor = field(default_factory=_no_features)  # [D] float64, scaled
     variance: float = 0.0  # mean over the features, scaled
 
     def __len__(self) -> int:
@@ -116,7 +120,7 @@ class Rows:
         """Choose the scale, and learn mean and variance in one pass."""
         self.choose_scale(self.top)
         wide: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
-        first = self.take(torch.zeros(1, dtype=torch.int64))[0]
+        first = self.take(torch.zeros(1, dtype=torch.int64, device="cpu"))[0]
         total, square = torch.zeros(2, self.features, **wide).unbind()
         for _, block in self.blocks():
             for x in block.split(max(1, (BLOCK_ENTRIES >> 6) // self.features)):

@@ -31,15 +31,15 @@ def plus_plus(rows: Rows, weight: Tensor | None, k: int, random: np.random.Rando
     """Greedy k-means++ [K, D]: D^2 sampling, of some candidates the one of least potential."""
     n, trials = len(rows), trials_of(k)
     share = _shares(rows, weight)
-    chosen = [int(random.choice(n, p=share))]
+    chosen = int(random.choice(n, p=share))
     draws = torch.from_numpy(random.uniform(size=(k - 1, trials))).to(rows.device)
-    centres = [rows.take(torch.tensor(chosen))[0]]
+    centres = [rows.take(_index(chosen))[0]]
     nearest = _sqdist(rows, centres[0][None])[0]
     for draw in draws:
         mass = nearest if weight is None else nearest * weight
         ladder = mass.cumsum(0)
         # where every row lies on a centre all are as good
-        ladder = torch.where(ladder[-1] > 0, ladder, torch.arange(1.0, n + 1, device=rows.device))
+        ladder = torch.where(ladder[-1] > 0, ladder, torch.ones_like(ladder).cumsum(0))
         candidates = torch.searchsorted(ladder, draw * ladder[-1]).clamp(max=n - 1)
         found = rows.take(candidates)
         closer = torch.minimum(_sqdist(rows, found), nearest)
@@ -48,6 +48,11 @@ def plus_plus(rows: Rows, weight: Tensor | None, k: int, random: np.random.Rando
         nearest = closer[best]
         centres.append(found[best])
     return torch.stack(centres)
+
+
+def _index(row: int) -> Tensor:
+    """One row, as `Rows.take` takes it."""
+    return torch.tensor([row], dtype=torch.int64, device="cpu")
 
 
 def _shares(rows: Rows, weight: Tensor | None) -> np.ndarray[Any, Any]:
@@ -70,7 +75,7 @@ def _sqdist(rows: Rows, centres: Tensor) -> Tensor:
 def parallel(rows: Rows, weight: Tensor | None, k: int, random: np.random.RandomState) -> Tensor:
     """k-means|| [K, D]: rows join in rounds, then weighted k-means++ and Lloyd among those."""
     n = len(rows)
-    chosen = torch.tensor([int(random.choice(n, p=_shares(rows, weight)))])
+    chosen = _index(int(random.choice(n, p=_shares(rows, weight))))
     nearest = _sqdist(rows, rows.take(chosen))[0]
     mass = nearest if weight is None else nearest * weight
     potential = float(mass.sum())

@@ -70,7 +70,7 @@ def _random(points: Points, k: int, random: np.random.RandomState) -> Tensor:
 
 def _given(init: Any, frame: Frame, like: Tensor, shape: tuple[int, int]) -> Tensor:
     """An array of starting memories, in the frame."""
-    x = torch.as_tensor(np.array(init)) if not isinstance(init, Tensor) else init
+    x = torch.as_tensor(np.array(init), device="cpu") if not isinstance(init, Tensor) else init
     if tuple(x.shape) != shape:
         raise ValueError(
             f"The shape of the initial centers {tuple(x.shape)} does not match the number of"

@@ -115,7 +115,8 @@ def advance(
     losses = []
     size = resolved(estimator, "batch_size")
     for start in range(0, len(rows), size):
-        index = torch.arange(start, min(start + size, len(rows)))
+        stop = min(start + size, len(rows))
+        index = torch.arange(start, stop, dtype=torch.int64, device="cpu")
         own = None if weight is None else weight[index.to(weight.device)]
         stream, points = _centred(stream, rows.take(index), own, estimator.precision)
         if len(points):

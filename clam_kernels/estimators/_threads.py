@@ -18,12 +18,35 @@ SMALL_PRODUCT = 1 << 26
 
 
 class _Single:
-    """How many fits run single-threaded now, and the number of threads to go back to."""
+    """How many threads compute on one thread of torch now.
+
+    Torch keeps a number of threads for each thread of the process, and one more, the last that any
+    thread set, with which a new thread begins.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.inside = 0
-        self.before = 1
+        self.outside = 1  # the number of the first thread that entered
+        self.own = threading.local()
+
+    def enter(self) -> int:
+        """One thread from now on; the number that this thread goes back to."""
+        with self.lock:
+            before = torch.get_num_threads()
+            if self.inside == 0:
+                self.outside = before
+            elif before == 1:  # it has begun since the first one entered, with the 1 of that
+                before = self.outside
+            self.inside += 1
+            torch.set_num_threads(1)
+            return before
+
+    def leave(self, before: int) -> None:
+        """The number of before, for this thread and for new ones."""
+        with self.lock:
+            self.inside -= 1
+            torch.set_num_threads(before)
 
 
 _single = _Single()
@@ -33,20 +56,16 @@ _single = _Single()
 def threads_for(product: int) -> Iterator[None]:
     """Run the block on one thread if its products are small.
 
-    The last fit to leave restores torch's number of threads.
+    After it each thread that was in such a block has its own number of threads again. Only a thread
+    that begins meanwhile, and runs no such block, stays at one: torch tells nobody its number.
     """
-    if product >= SMALL_PRODUCT:
+    if product >= SMALL_PRODUCT or getattr(_single.own, "inside", False):
         yield
         return
-    with _single.lock:
-        if _single.inside == 0:
-            _single.before = torch.get_num_threads()
-            torch.set_num_threads(1)
-        _single.inside += 1
+    before = _single.enter()
+    _single.own.inside = True
     try:
         yield
     finally:
-        with _single.lock:
-            _single.inside -= 1
-            if _single.inside == 0:
-                torch.set_num_threads(_single.before)
+        _single.own.inside = False
+        _single.leave(before)

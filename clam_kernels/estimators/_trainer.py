@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,18 +34,50 @@ def seed_of(random_state: Any) -> int:
     return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
 
 
-@contextlib.contextmanager
-def own_random(seed: int, device: torch.device) -> Iterator[None]:
-    """Layers that draw from torch's global generator (dropout) draw from the seed inside the block,
-    and the caller's global generator does not notice.
+# Torch has one global generator a device for all threads: runs take turns with them.
+_turn = threading.RLock()
+
+
+class OwnRandom:
+    """States of torch's global generators that belong to one run.
+
+    Layers draw from these generators (dropout), and cannot be given others. In its turn a run finds
+    them as its last turn left them, and the caller never notices. Other runs wait meanwhile, so
+    that each of several threads has the draws that it would have alone.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # not torch.manual_seed, which seeds all the GPUs
-        torch.default_generator.manual_seed(seed)
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
+        places = {"global": torch.device("cpu")}
         if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+            places["device"] = device
+        self.states = {
+            name: torch.Generator(place).manual_seed(seed).get_state()
+            for name, place in places.items()
+        }
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The global generators are this run's inside the block."""
+        with _turn:
+            before = self._read()
+            self._set(self.states)
+            try:
+                yield
+            finally:
+                self.states = self._read()
+                self._set(before)
+
+    def _read(self) -> dict[str, Tensor]:
+        states = {"global": torch.get_rng_state()}
+        if "device" in self.states:
+            states["device"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _set(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states["global"])
+        if "device" in states:
+            torch.cuda.set_rng_state(states["device"], self.device)
 
 
 def constant(progress: float) -> float:
@@ -140,15 +173,15 @@ class Run:
         optimiser: torch.optim.Optimizer,
         plan: Plan,
         seed: int,
-        device: torch.device,
+        random: OwnRandom,
         writer: Any = None,
         name: str = "run",
     ) -> None:
-        self.modules, self.optimiser, self.plan, self.device = modules, optimiser, plan, device
+        self.modules, self.optimiser, self.plan, self.random = modules, optimiser, plan, random
         self.writer, self.name = writer, name
         self.generators = {
             "batches": torch.Generator().manual_seed(seed),
-            "augment": torch.Generator(device).manual_seed(seed + 1),
+            "augment": torch.Generator(random.device).manual_seed(seed + 1),
         }
         self.base = [float(group["lr"]) for group in optimiser.param_groups]
         self.epoch, self.batch, self.seen, self.steps = 0, 0, 0, 0
@@ -167,10 +200,15 @@ class Run:
         """Rows of each batch until the run is over."""
         while not self.over:
             if self.order is None:
-                self.order = torch.randperm(self.plan.rows, generator=self.generators["batches"])
+                self.order = self.permutation()
             start = self.batch * self.plan.batch_size
             last = self.batch == self.plan.steps_per_epoch - 1
             yield self.order[start : None if last else start + self.plan.batch_size]
+
+    def permutation(self) -> Tensor:
+        """All rows in a random order."""
+        generator = self.generators["batches"]
+        return torch.randperm(self.plan.rows, generator=generator, device="cpu")
 
     def step(self, loss: Tensor, rows: Tensor) -> None:
         """One step of the optimiser, and on to the next batch."""
@@ -223,12 +261,11 @@ class Run:
             tensors |= checkpoints.of_module(name, module)
         for name, generator in self.generators.items():
             tensors[f"generator.{name}"] = generator.get_state()
-        tensors["generator.global"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["generator.device"] = torch.cuda.get_rng_state(self.device)
+        for name, kept in self.random.states.items():
+            tensors[f"generator.{name}"] = kept
         if self.order is not None:
             tensors["order"] = self.order
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
         at = [self.epoch, self.batch, self.seen, self.steps]
         ends = {"sum": self.sum, "stopped": self.stopped}
         return tensors, {"optimizer": numbers, "at": at, **ends}
@@ -239,17 +276,16 @@ class Run:
         try:
             for name, module in self.modules.items():
                 part = checkpoints.under(name, tensors)
-                checkpoints.restore_module(module, part, self.device)
+                checkpoints.restore_module(module, part, self.random.device)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
         checkpoints.restore_optimiser(self.optimiser, (tensors, numbers["optimizer"]))
         for name, generator in self.generators.items():
             generator.set_state(tensors[f"generator.{name}"])
-        torch.set_rng_state(tensors["generator.global"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["generator.device"], self.device)
+        for name in self.random.states:
+            self.random.states[name] = tensors[f"generator.{name}"]
         self.order = tensors.get("order")
-        everyone = torch.arange(self.plan.rows)
+        everyone = torch.arange(self.plan.rows, dtype=torch.int64, device="cpu")
         fits = self.order is None or torch.equal(self.order.sort().values, everyone)
         serialize.expect(fits, "order of the rows does not fit the data")
         self.losses = tensors["losses"].tolist()

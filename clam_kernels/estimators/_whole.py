@@ -52,7 +52,7 @@ def sampled(
 
 def _counting(rows: Rows, weight: Tensor | None) -> Tensor | None:
     """Index of the rows that have a weight and something observed; None for all of them."""
-    counts = torch.ones(len(rows), dtype=torch.bool)
+    counts = torch.ones(len(rows), dtype=torch.bool, device="cpu")
     if weight is not None:
         counts &= (weight > 0).cpu()
     if rows.missing:

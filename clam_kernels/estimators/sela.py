@@ -26,7 +26,7 @@ from . import _callbacks
 from ._base import choose_device, keeps_state_on_failure
 from ._inputs import Inputs, inputs_of
 from ._labelling import RECIPES, Training, resolved
-from ._trainer import SCHEDULES, batches_of, dtype_of, encoded, own_random, seed_of
+from ._trainer import SCHEDULES, batches_of, dtype_of, encoded, seed_of
 
 Schedule = str | Callable[[float], float]
 EXPORTS = (".npz", ".npy", ".csv", ".tsv", ".parquet")
@@ -93,7 +93,7 @@ class SeLa(BaseEstimator):
         "auto" is the tensor's device, for other data a GPU if there is one.
     random_state : int, RandomState or None
         An int repeats a run, to the bit on the CPU with the same number of threads, on a GPU as
-        far as the encoder's layers do. No global generator is touched.
+        far as the encoder's layers do. The caller's global generators are left as they were.
     verbose : int
         1 shows a bar over epochs on stderr (needs tqdm).
     writer : object, optional
@@ -127,6 +127,12 @@ class SeLa(BaseEstimator):
     bytes of labels. The encoder stays in training mode, in random batches, while features for
     relabelling are taken, as in the published code: on digits labels from eval mode made features
     that cluster worse (docs/sela.md).
+
+    Dropout draws from torch's global generators, which all threads share. In each step a fit puts
+    its own states there, and the caller's back at the end of the step. Fits in several threads take
+    turns step by step, and each repeats as it does alone. A thread that is no fit must not draw
+    from these generators while a fit runs: its draws could be the fit's. Give it a generator of its
+    own.
 
     Examples
     --------
@@ -288,11 +294,10 @@ class SeLa(BaseEstimator):
         device = choose_device(self.device, inputs.origin)
         seed = seed_of(self.random_state)
         _callbacks.call(_callbacks.each(self.callbacks), "on_fit_begin", self)
-        with own_random(seed, device):
-            training = Training(self, inputs, device, seed)
-            if checkpoint is not None:
-                training.keep(checkpoint, checkpoint_every, resume)
-            training.go()
+        training = Training(self, inputs, device, seed)
+        if checkpoint is not None:
+            training.keep(checkpoint, checkpoint_every, resume)
+        training.go()
         self._store(training)
         _callbacks.call(_callbacks.each(self.callbacks), "on_fit_end", self)
         return self
@@ -371,7 +376,7 @@ class SeLa(BaseEstimator):
         try:
             with torch.no_grad():
                 device, dtype = self.heads_.weight.device, dtype_of(self.encoder_)
-                rows = torch.arange(len(inputs))
+                rows = torch.arange(len(inputs), dtype=torch.int64, device="cpu")
                 parts = [
                     encoded(self.encoder_, inputs.take(some, device, dtype))
                     for some in batches_of(rows, resolved(self, "batch_size"))

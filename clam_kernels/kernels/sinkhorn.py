@@ -352,7 +352,8 @@ class Solver:
         kinds = count if self.keeps else min(count, 2)
         made = [self.new(self.problems, 2, size) for _ in range(kinds)]
         if first is None and filled:
-            first = torch.zeros(self.problems, 2, size, device=self.device)
+            shape = self.problems, 2, size
+            first = torch.zeros(shape, dtype=torch.float32, device=self.device)
         return [self.mass if first is None else first, *(made[i % kinds] for i in range(count))]
 
     def one_pass(self, g: Tensor) -> tuple[Tensor, Tensor]:

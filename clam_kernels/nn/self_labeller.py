@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,38 +17,13 @@ from torch.nn import functional
 
 from .._core import checks
 from ..transport import NOT_CONVERGED, Scores, Sinkhorn, sinkhorn
+from ._labels import Relabelling as Relabelling
+from ._labels import shares_of, start_of
 
 # Entries of [N, K] above which `relabel_features` keeps no such array: 256 MB of float32.
 DENSE_ENTRIES = 1 << 26
+MARGINALS = ("col_marginal", "row_marginal")
 _WHY = {2: "not finite", 3: "infeasible", 4: "without a row"}
-
-
-@dataclass(frozen=True)
-class Relabelling:
-    """What happened when the labels of one head were found anew.
-
-    Attributes
-    ----------
-    head : int
-        Which.
-    n_iter : int
-        Iterations of Sinkhorn scaling.
-    err : float
-        L1 error of the label shares.
-    converged : bool
-        Whether that is within `tol`; labels are of use even where it is not.
-    changed : float
-        Share of the rows whose label is another one.
-    counts : Tensor [K], int64
-        Rows of each label.
-    """
-
-    head: int
-    n_iter: int
-    err: float
-    converged: bool
-    changed: float
-    counts: Tensor
 
 
 class SelfLabeller(nn.Module):
@@ -89,7 +64,7 @@ class SelfLabeller(nn.Module):
     generator : torch.Generator, optional
         Of the draws, on the CPU; None is torch's own.
     device : torch.device, str or None, optional
-        Of all parameters and buffers.
+        Of all parameters and buffers; None is torch's default device.
     dtype : torch.dtype, optional
         Of the parameters: a float.
 
@@ -102,6 +77,9 @@ class SelfLabeller(nn.Module):
     g : buffer [H, K], float64
         Potentials of each head's last relabelling, where the next one starts; 0 before. They and
         the marginals stay float64 where the module is cast.
+    col_marginal : buffer [K] or None, float64
+    row_marginal : buffer [N] or None, float64
+        Marginals of total 1, where they were given.
 
     Raises
     ------
@@ -112,8 +90,9 @@ class SelfLabeller(nn.Module):
 
     Notes
     -----
-    Labels and potentials are in `state_dict`: a loop that is saved, loaded and continued is the
-    uninterrupted one. No [H, N, K] array ever exists.
+    Labels, potentials and marginals are in `state_dict`: a loop that is saved, loaded and continued
+    is the uninterrupted one. The state of a layer with a marginal loads only into a layer that was
+    made with one, whose values it replaces. No [H, N, K] array ever exists.
 
     Examples
     --------
@@ -169,19 +148,31 @@ class SelfLabeller(nn.Module):
         in_features, n_clusters, n_rows = int(in_features), int(n_clusters), int(n_rows)
         n_heads, self.max_iter = int(n_heads), int(max_iter)
         self.n_rows, self.lam, self.tol, self.strict = n_rows, lam, tol, strict
-        self.weight = nn.Parameter(torch.empty(n_heads, n_clusters, in_features, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(n_heads, n_clusters, dtype=dtype))
-        self.register_buffer("g", torch.zeros(n_heads, n_clusters, dtype=torch.float64))
-        self.register_buffer("labels", torch.empty(n_heads, n_rows, dtype=torch.int64))
-        shares = _shares("col_marginal", col_marginal, n_clusters)
-        self.register_buffer("col_marginal", shares, persistent=False)
-        shares = _shares("row_marginal", row_marginal, n_rows)
-        self.register_buffer("row_marginal", shares, persistent=False)
+        # Buffers of these begin as copies. A module that was made on meta lost its own, and
+        # `reset_parameters` puts them back.
+        self._begin = {
+            "col_marginal": shares_of("col_marginal", col_marginal, n_clusters),
+            "row_marginal": shares_of("row_marginal", row_marginal, n_rows),
+            "labels": start_of(start, n_heads, n_rows, n_clusters),
+        }
+        shape = n_heads, n_clusters, in_features
+        self._register(shape, torch.get_default_device() if device is None else device, dtype)
         self._trusted: tuple[int, int] | None = None
         self.reset_parameters(generator)
-        if not (isinstance(start, str) and start == "balanced"):
-            self.labels.copy_(_given(start, n_heads, n_rows, n_clusters))
-        self.to(device)
+
+    def _register(
+        self, shape: tuple[int, int, int], device: torch.device | str, dtype: torch.dtype | None
+    ) -> None:
+        """Parameters and buffers, without values but for the marginals."""
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(shape[:2], dtype=dtype, device=device))
+        self.register_buffer("g", torch.zeros(shape[:2], **wide))
+        self.register_buffer("labels", torch.empty(shape[0], self.n_rows, **whole))
+        for name in MARGINALS:
+            mass = self._begin[name]
+            self.register_buffer(name, None if mass is None else mass.to(device, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfLabeller:
         """Casts, moves: potentials and marginals go along, but are not rounded."""
@@ -209,22 +200,56 @@ class SelfLabeller(nn.Module):
         return self.weight.shape[2]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw heads as `torch.nn.Linear` does, and balanced random labels; potentials are 0.
+        """Draw heads as `torch.nn.Linear` does, and balanced random labels where no `start` was
+        given; potentials are 0, and marginals and labels that were given are those again.
+
+        A module that was made on the device "meta" is complete after `to_empty` and this call. On
+        meta nothing is drawn.
 
         Parameters
         ----------
         generator : torch.Generator, optional
             Of the draws, on the CPU; None is torch's own.
         """
+        if self.weight.is_meta:
+            return
         bound = 1.0 / math.sqrt(self.in_features)
         with torch.no_grad():
             # drawn on the CPU, so that a seed means the same on every device
             for part in (self.weight, self.bias):
-                drawn = torch.empty(part.shape, dtype=part.dtype)
+                drawn = torch.empty(part.shape, dtype=part.dtype, device="cpu")
                 part.copy_(drawn.uniform_(-bound, bound, generator=generator))
             for row in self.labels:
-                row.copy_(torch.randperm(self.n_rows, generator=generator) % self.n_clusters)
+                order = torch.randperm(self.n_rows, generator=generator, device="cpu")
+                row.copy_(order % self.n_clusters)
+            for name, given in self._begin.items():
+                if given is not None:
+                    getattr(self, name).copy_(given)
             self.g.zero_()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """Torch's own, and an error where a layer has a marginal and a state with labels has none,
+        or the reverse: such labels and potentials are of other shares. `strict=False` cannot let it
+        pass, as torch tells no module of it.
+        """
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        for name in MARGINALS:
+            key, own = prefix + name, getattr(self, name)
+            if key in unexpected:
+                unexpected.remove(key)
+                got = checks.spell(*state_dict[key].shape)
+                words = checks.wording(key, "none in the state dict", got, "this layer")
+                errors.append(f"{words}: make the layer with {name}")
+            elif key in missing and prefix + "labels" in state_dict:
+                missing.remove(key)
+                expected = f"shape {checks.spell(*own.shape)} in the state dict"
+                words = checks.wording(key, expected, "none", "this layer")
+                errors.append(f"{words}: make the layer without {name}")
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -271,7 +296,7 @@ class SelfLabeller(nn.Module):
         self._check_labels()
         logits = self(features)
         size = logits.shape[1]
-        checks.shape("rows", rows, f"[{size}]", list(rows.shape) == [size], "features")
+        checks.shape("rows", rows, lambda: f"[{size}]", list(rows.shape) == [size], "features")
         self._check_rows(rows)
         targets = self.labels[:, rows.to(self.labels.device)]
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -292,7 +317,7 @@ class SelfLabeller(nn.Module):
         -------
         Tensor [B, K], float32 (float64 for float64)
         """
-        self._check_head(head)
+        head = self._head(head)
         self._check_features(features)
         logits = functional.linear(features, self.weight[head], self.bias[head])
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -336,7 +361,7 @@ class SelfLabeller(nn.Module):
         >>> heads.labels, done.counts
         (tensor([[1, 0, 1, 0]]), tensor([2, 2]))
         """
-        self._check_head(head)
+        head = self._head(head)
         given = log_probabilities(head) if callable(log_probabilities) else log_probabilities
         checks.tensor("log_probabilities", given)
         shape = [self.n_rows, self.n_clusters]
@@ -368,7 +393,7 @@ class SelfLabeller(nn.Module):
         TypeError, ValueError, FloatingPointError
             As `relabel`.
         """
-        self._check_head(head)
+        head = self._head(head)
         self._check_features(features)
         rows = [self.n_rows, self.in_features]
         checks.shape("features", features, checks.spell(*rows), list(features.shape) == rows)
@@ -430,11 +455,15 @@ class SelfLabeller(nn.Module):
         if not torch.is_autocast_enabled(features.device.type):
             checks.same_dtype("features", features, "the heads", self.weight)
 
-    def _check_head(self, head: Any) -> None:
-        whole = isinstance(head, int) and not isinstance(head, bool)
+    def _head(self, head: Any) -> int:
+        """The number of a head, as an int of Python's."""
+        whole = isinstance(head, int | Integral) and not isinstance(head, bool)
         checks.type_error(whole, lambda: checks.wording("head", "an int", repr(head)))
         text = f"an int from 0 to {self.n_heads - 1}"
-        checks.value_error(0 <= head < self.n_heads, lambda: checks.wording("head", text, head))
+        checks.value_error(
+            bool(0 <= head < self.n_heads), lambda: checks.wording("head", text, head)
+        )
+        return head if isinstance(head, int) else int(head)
 
     def _check_rows(self, rows: Tensor) -> None:
         checks.non_empty("rows", rows, 0, "B")
@@ -467,31 +496,3 @@ class SelfLabeller(nn.Module):
         sizes = f"{self.in_features}, {self.n_clusters}, n_rows={self.n_rows}"
         words = [f"{sizes}, n_heads={self.n_heads}, lam={self.lam:g}, tol={self.tol:g}"]
         return ", ".join(words + (["strict=True"] if self.strict else []))
-
-
-def _shares(name: str, mass: Any, size: int) -> Tensor | None:
-    """A marginal of sum 1 in float64."""
-    if mass is None:
-        return None
-    checks.tensor(name, mass)
-    checks.floating(name, mass)
-    checks.shape(name, mass, f"[{size}]", list(mass.shape) == [size])
-    wide = mass.detach().cpu().double()
-    checks.values(name, wide, 0.0, finite=True, strict=True)
-    return wide / wide.sum()
-
-
-def _given(start: Any, heads: int, rows: int, clusters: int) -> Tensor:
-    """Labels to start from."""
-    words = f"'balanced' or an int64 Tensor [{heads}, {rows}]"
-    got = repr(start) if isinstance(start, str) else type(start).__name__
-    ok = isinstance(start, Tensor) and start.dtype == torch.int64
-    error = ValueError if isinstance(start, str) else TypeError
-    if not ok:
-        raise error(checks.wording("start", words, got))
-    fits = list(start.shape) in ([heads, rows], [rows])
-    checks.shape("start", start, f"[{heads}, {rows}]", fits)
-    inside = bool(((start >= 0) & (start < clusters)).all())
-    words = f"labels from 0 to {clusters - 1}"
-    checks.value_error(inside, lambda: checks.wording("start", words, "others"))
-    return start

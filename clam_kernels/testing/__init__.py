@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import re
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from .._core.registry import OpSpec, all_ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,18 @@ def _family(op: str) -> Any:
     return importlib.import_module(f"{__name__}.{spec_of(op).family}")
 
 
+def _on_cpu(make: Callable[P, T]) -> Callable[P, T]:
+    """What a family makes lies on the CPU, whatever torch's default device is."""
+
+    @functools.wraps(make)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return wrapped
+
+
+@_on_cpu
 def samples(op: str, seed: int = 0) -> list[Sample]:
     """Calls of an op that between them reach every branch; float64, on the CPU, new at every call.
 
@@ -127,6 +142,7 @@ def eager(op: str) -> Callable[..., Any]:
 # ---- what the contract asks a family for ---------------------------------------------------------
 
 
+@_on_cpu
 def problem(
     op: str,
     n: int,
@@ -141,6 +157,7 @@ def problem(
     return found.cast(dtype, device)
 
 
+@_on_cpu
 def large(
     op: str,
     dtype: torch.dtype = torch.float64,
@@ -233,6 +250,7 @@ def schemas() -> str:
     return "\n".join(lines) + "\n"
 
 
+@_on_cpu
 def upstream(outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """A gradient for each output, the same for equal shapes, dtypes and seeds."""
     generator = torch.Generator().manual_seed(seed)

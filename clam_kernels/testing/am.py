@@ -30,7 +30,7 @@ class _Draw:
         return low + (high - low) * share
 
     def bits(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator) < 0.5
+        return torch.rand(shape, generator=self.generator, dtype=torch.float32) < 0.5
 
 
 class _Call:
@@ -209,9 +209,10 @@ def _points(n: int, d: int, k: int) -> Callable[[int], tuple[Tensor, Tensor, flo
 
     def make(seed: int) -> tuple[Tensor, Tensor, float]:
         generator = torch.Generator().manual_seed(seed)
-        rho = torch.randn(k, d, generator=generator)
+        rho = torch.randn(k, d, generator=generator, dtype=torch.float32)
         near = torch.randint(k, (n,), generator=generator)
-        return rho[near] + 0.5 * torch.randn(n, d, generator=generator), rho, 3.0 / d
+        noise = torch.randn(n, d, generator=generator, dtype=torch.float32)
+        return rho[near] + 0.5 * noise, rho, 3.0 / d
 
     return make
 
@@ -290,7 +291,9 @@ SELECTIONS = {
 def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
     """Normal states and memories; beta is a number."""
     generator = torch.Generator().manual_seed(seed)
-    rho, v = (torch.randn(rows, d, generator=generator).double() for rows in (k, n))
+    rho, v = (
+        torch.randn(rows, d, generator=generator, dtype=torch.float32).double() for rows in (k, n)
+    )
     rest = {"beta": 1.5 / d, "steps": 3}
     args = (v, rho, *(rest[name] for name in argument_names(op) if name in rest))
     return Sample(op, "problem", args, ("v", "rho") if spec_of(op).gradient else ())

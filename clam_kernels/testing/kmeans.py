@@ -163,8 +163,8 @@ def samples(op: str, seed: int) -> list[Sample]:
 def _blobs(seed: int, n: int, d: int, k: int) -> tuple[Tensor, Tensor]:
     """Rows around k centres, and k of the rows as centroids."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(k, d, generator=generator)
-    x = torch.randn(n, d, generator=generator).mul_(0.7)
+    centres = torch.randn(k, d, generator=generator, dtype=torch.float32)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float32).mul_(0.7)
     x += centres[torch.randint(k, (n,), generator=generator)]
     return x, x[torch.randperm(n, generator=generator)[:k]].clone()
 

@@ -204,7 +204,7 @@ def workloads() -> list[Workload]:
 def _unit_rows(seed: int, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     """Unit features, and unit prototypes over epsilon .05."""
     generator = torch.Generator().manual_seed(seed)
-    z, c = (torch.randn(size, d, generator=generator) for size in (n, k))
+    z, c = (torch.randn(size, d, generator=generator, dtype=torch.float32) for size in (n, k))
     normal = torch.nn.functional.normalize
     return normal(z, dim=1), normal(c, dim=1) / 0.05
 

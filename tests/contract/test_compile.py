@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from _compiling import Counting
 from torch import Tensor
 
 from clam_kernels import testing
@@ -22,19 +23,6 @@ def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-class _Counting:
-    """aot_eager, and how often it was asked to compile."""
-
-    def __init__(self) -> None:
-        self.compiled = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        from torch._dynamo.backends.debugging import aot_eager
-
-        self.compiled += 1
-        return aot_eager(graph, inputs)
 
 
 def _around(spec: Any) -> Any:
@@ -83,7 +71,7 @@ ROW_COUNTS = (5, 6, 7, 8, 19)
 
 
 def test_third_row_count_does_not_recompile(spec):
-    counting = _Counting()
+    counting = Counting()
     compiled = torch.compile(_around(spec), backend=counting, fullgraph=True)
     for rows in ROW_COUNTS:
         args = testing.problem(spec.name, rows, 4, 3, torch.float64).args
@@ -93,7 +81,7 @@ def test_third_row_count_does_not_recompile(spec):
 
 @pytest.mark.contract(gradient=True, samples=("plain",))
 def test_third_row_count_does_not_recompile_backward(spec, sample):
-    counting = _Counting()
+    counting = Counting()
     compiled = torch.compile(_around(spec), backend=counting, fullgraph=True)
     for rows in ROW_COUNTS:
         v = torch.randn(rows, *sample.args[0].shape[1:], dtype=torch.float64, requires_grad=True)
@@ -111,7 +99,7 @@ def test_third_value_of_an_integer_does_not_recompile(spec):
     large = testing.large(spec.name, torch.float32, n=5, k=4, d=3)
     for place in (i for i, a in enumerate(schema) if str(a.type) in ("int", "SymInt")):
         for call in (spec.packet, spec.function):
-            counting = _Counting()
+            counting = Counting()
 
             def run(value: int, *rest: Any, call: Any = call, place: int = place) -> Any:
                 return call(*rest[:place], value, *rest[place:])
@@ -131,7 +119,7 @@ def test_a_number_as_a_tensor_does_not_recompile(spec):
     for word in next(iter(spec.overloads.values())):
         place = names.index(word)
         args = list(testing.large(spec.name, torch.float32, n=5, k=4, d=3).args)
-        counting = _Counting()
+        counting = Counting()
         compiled = torch.compile(spec.packet, backend=counting, fullgraph=True)
         for value in (0.5, 1.0, 1.5):
             args[place] = torch.tensor(value)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every tensor that the package makes has a device and a dtype of its own: those that torch would
+choose are settings of the user, and of the process.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [
+    path.relative_to(ROOT)
+    for package in ("clam_kernels", "python_fallback")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    # samples of tests that run on "meta" are made there
+    if "testing" not in path.parts
+]
+LEFT_OUT = {
+    Path("clam_kernels/nn/am.py"),
+    Path("clam_kernels/transport/_passes.py"),
+    Path("clam_kernels/transport/_strict.py"),
+    Path("python_fallback/_recall.py"),
+    Path("python_fallback/am.py"),
+}
+FILES = [path for path in FILES if path not in LEFT_OUT]
+# Functions of torch that make a tensor on the default device, and of the default dtype where what
+# they are given has none.
+BOTH = {
+    "arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones",
+    "rand", "randn", "range", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+DEVICE_ALONE = {"as_tensor", "asarray", "randint", "randperm", "tril_indices", "triu_indices"}
+CASTS = {"double", "float", "to"}
+
+
+def _is_of_torch(call: ast.AST, names: set[str]) -> bool:
+    return (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id == "torch"
+        and call.func.attr in names
+    )
+
+
+def _is_number(node: ast.AST) -> bool:
+    """A literal, or the name of an infinity or a NaN."""
+    node = node.operand if isinstance(node, ast.UnaryOp) else node
+    named = isinstance(node, ast.Attribute) and node.attr in ("inf", "nan", "pi")
+    return named or isinstance(node, ast.Constant)
+
+
+def faults(source: str) -> Iterator[str]:
+    """Line and call of each tensor that is left to torch's settings."""
+    tree = ast.parse(source)
+    cast = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in CASTS
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {keyword.arg for keyword in node.keywords}
+        wanted = {"device", "dtype"} if _is_of_torch(node, BOTH) else set()
+        wanted |= {"device"} if _is_of_torch(node, DEVICE_ALONE) else set()
+        spread = None in given  # **options, which are written where they are made
+        if not spread and not wanted <= given:
+            lacking = " and ".join(sorted(wanted - given))
+            yield f"line {node.lineno}: {ast.unparse(node)} has no {lacking}"
+        two = _is_of_torch(node, {"where"}) and all(map(_is_number, node.args[1:]))
+        if two and id(node) not in cast:
+            yield f"line {node.lineno}: {ast.unparse(node)} has the default dtype"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_tensors_have_a_device_and_a_dtype(path):
+    assert list(faults((ROOT / path).read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("torch.zeros(3)", "torch.zeros(3) has no device and dtype"),
+        ("torch.full((3,), -1, device=x.device)", "has no dtype"),
+        ("torch.randperm(3, generator=g)", "torch.randperm(3, generator=g) has no device"),
+        ("torch.where(x, 0.0, -torch.inf)", "torch.where(x, 0.0, -torch.inf) has the default"),
+    ],
+)
+def test_a_fault_is_seen(source, words):
+    (line,) = faults(source)
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.zeros(3, **like)",
+        "torch.full((3,), -1, device=x.device, dtype=x.dtype)",
+        "torch.where(x, 0.0, -torch.inf).to(y.dtype)",
+        "torch.where(x, y, 0.0)",
+        "x.new_zeros(3)",
+        "torch.from_numpy(a)",
+    ],
+)
+def test_no_fault_is_seen_where_there_is_none(source):
+    assert list(faults(source)) == []
