@@ -28,7 +28,8 @@ def wording(name: str, expected: str, got: object, match: str = "") -> str:
 
 def spell(*sizes: object) -> str:
     """A shape as text: symbolic dims bare, sizes as ints."""
-    return f"[{', '.join(map(str, sizes))}]"
+    # dynamo traces an f-string of a symbolic size, and no str() of one
+    return f"[{', '.join([f'{size}' for size in sizes])}]"
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -42,9 +43,21 @@ def type_error(ok: bool, text: Callable[[], str]) -> None:
 
 
 def value_error(ok: bool, text: Callable[[], str]) -> None:
-    """ValueError with `text()` unless ok; ok may be symbolic."""
-    if ok is not True:  # torch's function takes microseconds to find that nothing is wrong
+    """ValueError with `text()` unless ok; ok may be symbolic. Sizes are spelled inside `text`, or
+    the text would fix a symbolic size and torch.compile would compile anew for each size.
+    """
+    if ok is True:  # torch's function takes microseconds to find that nothing is wrong
+        return
+    if not torch.compiler.is_dynamo_compiling():
         torch._check_value(ok, text)
+        return
+    # dynamo hands torch's function no text that names sizes: a size with a hint is checked here,
+    # and a size without one where the graph runs
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    if not guard_or_true(ok):
+        raise ValueError(text())
+    torch._check_value(ok)
 
 
 def tensor(name: str, value: object, optional: bool = False) -> None:
@@ -83,9 +96,14 @@ def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None
     )
 
 
-def shape(name: str, value: Tensor, pattern: str, ok: bool, match: str = "") -> None:
-    """The shape fits `pattern`, as `ok` says."""
-    value_error(ok, lambda: wording(name, f"shape {pattern}", spell(*value.shape), match))
+def shape(name: str, value: Tensor, pattern: str | Sizes, ok: bool, match: str = "") -> None:
+    """The shape fits `pattern`, as `ok` says; a pattern with sizes is handed over as their list."""
+
+    def said() -> str:
+        spelled = pattern if isinstance(pattern, str) else spell(*pattern)
+        return wording(name, f"shape {spelled}", spell(*value.shape), match)
+
+    value_error(ok, said)
 
 
 def non_empty(name: str, value: Tensor, dim: int, letter: str) -> None:
@@ -162,8 +180,10 @@ def at_least(name: str, value: Any, low: int) -> None:
 
 
 def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
-    """Every entry of a CPU tensor >= low (> low if strict); other devices are not read."""
-    if not value.is_cpu or value.numel() == 0:
+    """Every entry of a CPU tensor >= low (> low if strict); other devices are not read, and nothing
+    is while torch.compile traces.
+    """
+    if torch.compiler.is_compiling() or not value.is_cpu or value.numel() == 0:
         return
     if value.numel() == 1:  # a number costs less than the reductions below
         one = value.item()
