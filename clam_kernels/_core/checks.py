@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import transforms
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda", "meta")
 Sizes = Sequence[Any]
@@ -166,12 +168,14 @@ def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = Fa
     value_error(bool(ok), lambda: wording(name, bound, value))
 
 
-def whole(name: str, value: Any, low: int) -> None:
-    """TypeError unless the argument is an int, and no bool; `at_least` looks at its value, which
-    dynamo cannot trace where it is symbolic: that is left to the op.
+def whole(name: str, value: Any, low: int) -> Any:
+    """The argument as an int; TypeError unless it is one (of numpy's, a symbolic one) and no bool.
+    `at_least` looks at its value, which dynamo cannot trace where it is symbolic: that is left to
+    the op.
     """
     ok = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
     type_error(ok, lambda: wording(name, f"an int >= {low}", repr(value)))
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
 def at_least(name: str, value: Any, low: int) -> None:
@@ -179,11 +183,16 @@ def at_least(name: str, value: Any, low: int) -> None:
     value_error(value >= low, lambda: wording(name, f"an int >= {low}", value))
 
 
-def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
-    """Every entry of a CPU tensor >= low (> low if strict); other devices are not read, and nothing
-    is while torch.compile traces.
+def readable(value: Tensor) -> bool:
+    """Whether a check may read the values of a tensor: on a CPU, and neither while torch.compile
+    traces nor under torch.func.vmap, which have none.
     """
-    if torch.compiler.is_compiling() or not value.is_cpu or value.numel() == 0:
+    return not torch.compiler.is_compiling() and value.is_cpu and not transforms.maps(value)
+
+
+def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
+    """Every entry >= low (> low if strict), where values are read."""
+    if not readable(value) or value.numel() == 0:
         return
     if value.numel() == 1:  # a number costs less than the reductions below
         one = value.item()
