@@ -29,3 +29,32 @@ def gathered(x: Tensor, group: Any) -> Tensor:
     found = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, x.contiguous(), group=group)
     return torch.stack(found)
+
+
+def gathered_rows(x: Tensor, group: Any) -> tuple[Tensor, int]:
+    """Tensors of all processes of a group, one below the other in the order of their ranks.
+
+    Parameters
+    ----------
+    x : Tensor [rows, ...]
+        Any number of rows on each; else as of `gathered`.
+    group : torch.distributed.ProcessGroup
+        All of its processes call.
+
+    Returns
+    -------
+    whole : Tensor [all rows, ...]
+        The same bits on all of them.
+    first : int
+        Where the rows of this process begin.
+    """
+    import torch.distributed as dist
+
+    counts = gathered(torch.tensor([len(x)], device=x.device), group)[:, 0].tolist()
+    first = sum(counts[: dist.get_rank(group)])
+    if not any(counts):
+        return x, first
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    found = gathered(padded, group)
+    return torch.cat([part[:n] for part, n in zip(found, counts, strict=True)]), first

@@ -35,44 +35,36 @@ def half_steps(n_iter: int, prototype_first: bool, warm: bool) -> list[str]:
 
 
 class Scores(NamedTuple):
-    """Logits [N, K] as they lie in memory."""
+    """Scores [N, K] in memory; logits are their multiple."""
 
     x: Tensor
+    scale: float
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.x.shape[0], self.x.shape[1]
 
-    def tile(self, part: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows, to work on."""
-        return self.x[part].to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-    def shifted(self, part: slice, shift: Tensor, out: Tensor) -> Tensor:
-        """Some rows with a shift added, in scratch."""
-        return torch.add(self.x[part], shift, out=out)
+    def raw(self, part: slice, out: Tensor) -> Tensor:
+        """Some rows of the scores, which may be those in memory; `out` has their shape and the
+        compute dtype.
+        """
+        return self.x[part].to(out.dtype)
 
 
 class Features(NamedTuple):
-    """Logits z @ prototypes^T + bias, made anew for every tile."""
+    """Scores z @ prototypes^T, which every tile computes anew; logits are their multiple."""
 
     z: Tensor
     prototypes: Tensor
-    bias: Tensor | None
+    scale: float
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.z.shape[0], self.prototypes.shape[0]
 
-    def tile(self, part: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Some rows, to work on, in scratch if there is any."""
-        z, c = self.z[part].to(dtype), self.prototypes.to(dtype)
-        if self.bias is None:
-            return torch.mm(z, c.mT, out=out)
-        return torch.addmm(self.bias.to(dtype), z, c.mT, out=out)
-
-    def shifted(self, part: slice, shift: Tensor, out: Tensor) -> Tensor:
-        """Some rows with a shift added, in scratch."""
-        return self.tile(part, out.dtype, out).add_(shift)
+    def raw(self, part: slice, out: Tensor) -> Tensor:
+        """Some rows of the scores, in `out`."""
+        return torch.mm(self.z[part].to(out.dtype), self.prototypes.to(out.dtype).mT, out=out)
 
 
 class HalfStep(NamedTuple):
@@ -117,7 +109,9 @@ def weighed(weight: Tensor, p: Tensor) -> Tensor:
 
 
 class Problem:
-    """One problem. Potentials and masses are float64, tiles of the compute dtype."""
+    """One problem. Potentials and masses are float64, tiles of the compute dtype. A bias is no part
+    of the tiles: it is added to the potentials of the columns, in float64.
+    """
 
     def __init__(
         self,
@@ -125,9 +119,11 @@ class Problem:
         log_a: Tensor,
         log_b: Tensor,
         dtype: torch.dtype,
+        bias: Tensor | None = None,
         covered: bool = True,
     ) -> None:
         self.entries, self.dtype, self.covered = entries, dtype, covered
+        self.bias = None if bias is None else bias.double()
         self.n, self.k = entries.shape
         self.log_a, self.log_b = log_a.double(), log_b.double()
         self.dead_row, self.dead_col = self.log_a == -torch.inf, self.log_b == -torch.inf
@@ -146,7 +142,8 @@ class Problem:
 
     def tile(self, part: slice) -> Tensor:
         """Some rows of the logits, 0 where a marginal is."""
-        x = self.entries.tile(part, self.dtype)
+        out = self.log_b.new_empty((part.stop - part.start, self.k), dtype=self.dtype)
+        x = torch.mul(self.entries.raw(part, out), self.entries.scale, out=out)
         if self.some_dead:
             x.masked_fill_(self.dead_row[part, None], 0.0).masked_fill_(self.dead_col, 0.0)
         return x
@@ -159,12 +156,25 @@ class Problem:
             most = max(part.stop - part.start for part in self.tiles())
             self.scratch = self.log_b.new_empty((most, self.k), dtype=self.dtype)
         out = self.scratch[: part.stop - part.start]
-        return add(self.entries.shifted(part, potential[0], out), potential[1:])
+        x = self.entries.raw(part, out)
+        if self.entries.scale != 1:  # rounded once, to the same bits in all steps
+            x = torch.mul(x, self.entries.scale, out=out)
+        return add(torch.add(x, potential[0], out=out), potential[1:])
+
+    def raw(self, part: slice) -> Tensor:
+        """Some rows of the scores, 0 where they are not finite."""
+        out = self.log_b.new_empty((part.stop - part.start, self.k), dtype=self.dtype)
+        x = self.entries.raw(part, out)
+        return torch.where(x.isfinite(), x, 0.0)
+
+    def biased(self, g: Tensor) -> Tensor:
+        """A potential of the columns with the bias added, -inf where it was."""
+        return g if self.bias is None else torch.where(g == -torch.inf, g, g + self.bias)
 
     def rows(self, g: Tensor, large: float = LARGE) -> tuple[Tensor, Tensor]:
         """(f, mass of every column over exp(top)) after the rows' step at g, in one pass."""
         f, mass = torch.empty_like(self.log_a), torch.zeros_like(self.log_b)
-        shift = parts(g, self.dtype, large)
+        shift = parts(self.biased(g), self.dtype, large)
         for part in self.tiles():
             x = self.shifted(part, shift)
             top = x.amax(1)
@@ -190,7 +200,7 @@ class Problem:
                 + exp_(x.sub_(at.to(self.dtype)), FLOOR[self.dtype]).sum(0).double()
             )
             top = new
-        return torch.where(top == -torch.inf, 0.0, top) + total.log()
+        return self.biased(torch.where(top == -torch.inf, 0.0, top) + total.log())
 
     def step_columns(self, f: Tensor) -> Tensor:
         """The columns' step from f, exactly."""
@@ -247,12 +257,13 @@ class Problem:
     def diagnosis(self) -> int:
         """Whether the logits are finite enough, and every row and column has an open entry."""
         open_column = torch.zeros_like(self.dead_col)
+        shut = self.dead_col if self.bias is None else self.dead_col | (self.bias == -torch.inf)
         stuck = False
         for part in self.tiles():
             x = self.tile(part)
             if bool((x.isnan() | (x == torch.inf)).any()):
                 return NOT_FINITE
-            some = (x > -torch.inf) & ~self.dead_row[part, None] & ~self.dead_col
+            some = (x > -torch.inf) & ~self.dead_row[part, None] & ~shut
             stuck |= bool((~some.any(1) & ~self.dead_row[part]).any())
             open_column |= some.any(0)
         stuck |= self.covered and bool((~open_column & ~self.dead_col).any())
@@ -260,9 +271,8 @@ class Problem:
 
     def judge(self, init: Tensor | None) -> None:
         """Status of the marginals and the start."""
-        vectors = [self.log_a, self.log_b]
-        if init is not None:
-            vectors.append(torch.where(self.dead_col, 0.0, init.double()))
+        started = [v.double() for v in (init, self.bias) if v is not None]
+        vectors = [self.log_a, self.log_b, *(torch.where(self.dead_col, 0.0, v) for v in started)]
         if bool(self.dead_row.all()):
             self.status = EMPTY
         elif any(bool((v.isnan() | (v == torch.inf)).any()) for v in vectors):
@@ -325,23 +335,27 @@ class Backward:
         self.weighed = []
 
     def share(self, step: HalfStep, part: slice) -> Tensor:
-        """Softmax weights of a half-step for some rows: along each row, or down each column."""
+        """Softmax weights of a half-step for some rows, along each row or down each column, until
+        the next are asked for.
+        """
         problem = self.problem
-        x = problem.tile(part)
+        dtype = problem.dtype
         if step.side == "row":
-            return softmax_(add(x, parts(step.used, x.dtype, LARGE_OF_GRADIENTS)), sharp=True)
-        down = torch.where(problem.dead_col, -torch.inf, step.found - problem.log_b)
+            used = parts(problem.biased(step.used), dtype, LARGE_OF_GRADIENTS)
+            return softmax_(problem.shifted(part, used), sharp=True)
+        down = torch.where(problem.dead_col, -torch.inf, problem.biased(step.found - problem.log_b))
         across = step.used[part, None]
-        both = sorted((down, across), key=_size, reverse=True)
-        for potential in both:  # the larger first: it is what cancels large logits
-            add(x, parts(potential, x.dtype, LARGE_OF_GRADIENTS))
-        return exp_(x, FLOOR_OF_SOFTMAX[x.dtype])
+        # the larger first: it is what cancels large logits
+        first, second = sorted((down, across), key=_size, reverse=True)
+        x = problem.shifted(part, parts(first, dtype, LARGE_OF_GRADIENTS))
+        return exp_(add(x, parts(second, dtype, LARGE_OF_GRADIENTS)), FLOOR_OF_SOFTMAX[dtype])
 
     def tile(self, part: slice) -> Tensor:
         """Gradient of some rows of the logits."""
-        total = torch.zeros_like(self.problem.tile(part))
+        problem = self.problem
+        total = problem.log_b.new_zeros((part.stop - part.start, problem.k), dtype=problem.dtype)
         for step, adjoint in self.weighed:
             weight = adjoint[part, None] if step.side == "row" else adjoint
             total.addcmul_(self.share(step, part), weight.to(total.dtype), value=-1)
-        live = ~(self.problem.dead_row[part, None] | self.problem.dead_col)
-        return total.mul_(live) if self.problem.some_dead else total
+        live = ~(problem.dead_row[part, None] | problem.dead_col)
+        return total.mul_(live) if problem.some_dead else total

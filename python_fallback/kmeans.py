@@ -426,7 +426,7 @@ def problems(
 ) -> Iterator[tuple[tuple[int, ...], list[Tensor]]]:
     """Index of every problem of a batch, and each operand's part in it; nothing is copied."""
     wide = [
-        None if o is None else o.expand(*batch, *o.shape[o.ndim - core :]) for o, core in operands
+        None if o is None else o.expand([*batch, *o.shape[o.ndim - core :]]) for o, core in operands
     ]
     for at in product(*map(range, batch)):
         yield at, [None if o is None else o[at] for o in wide]  # type: ignore[misc]

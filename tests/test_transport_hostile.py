@@ -247,8 +247,11 @@ def test_refusals(wrong, error, text, rule):
 
 def test_refusals_of_a_result():
     found = sinkhorn(_draw(0, 6, 3))
-    for k in (0, 4, 1.0):
+    for k in (0, 4):
         with pytest.raises(ValueError, match="k: expected an int from 1 to 3, got"):
+            found.topk(k)
+    for k in (1.0, True):
+        with pytest.raises(TypeError, match="k: expected an int >= 1, got"):
             found.topk(k)
     with pytest.raises(ValueError, match=r"scores: expected shape \[..., M, 3\]"):
         found.assign(_draw(0, 6, 4))

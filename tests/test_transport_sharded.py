@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from clam_kernels import sinkhorn, swav_codes
+from clam_kernels.transport import _strict
 
 N, K = 90, 7
 PARTS = (slice(0, 50), slice(50, 50), slice(50, 90))
@@ -28,6 +31,12 @@ def _scores(dtype: torch.dtype = torch.float64) -> Tensor:
     return (2 * torch.rand(N, K, generator=generator, dtype=torch.float64) - 1).to(dtype)
 
 
+def _features() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    z, c = (torch.randn(s, 4, generator=generator, dtype=torch.float64) for s in (N, K))
+    return z, c
+
+
 def _masses() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.rand(s, generator=generator, dtype=torch.float64) + 0.1 for s in (N, K))
@@ -39,6 +48,52 @@ def _forbidden() -> Tensor:
     scores = _scores()
     scores[:50, 2] = -torch.inf
     return scores
+
+
+def _chained() -> Tensor:
+    """Forbidden pairs that leave no row which may move straight to where there is room: a row has
+    its own prototype and the next, but for some that have the first prototype alone.
+    """
+    own, rows = torch.arange(N) % K, torch.arange(N)
+    open_ = torch.zeros(N, K, dtype=torch.bool)
+    open_[rows, own] = open_[rows, (own + 1) % K] = True
+    open_[[6, 13, 62, 69]] = torch.arange(K) == 0
+    liked = torch.nn.functional.one_hot(own, K)
+    return (_scores() + 3 * liked).masked_fill(~open_, -torch.inf)
+
+
+def _sums(result) -> dict[str, Tensor]:
+    """What is read of all rows, and the labels in exact shares."""
+    return {
+        "value": result.value(), "entropy": result.entropy(), "counts": result.counts(),
+        "strict counts": result.counts(strict=True), "strict labels": result.labels(strict=True),
+    }  # fmt: skip
+
+
+def _sums_of(part: slice | None = None, group: Any = None) -> dict[str, dict[str, Tensor]]:
+    """The sums of several problems, of some rows over a group or of all rows."""
+    part = slice(None) if part is None else part
+    a, b, mask = _masses()
+    both = torch.stack([_scores(), 3 * _scores()])
+    calls = {
+        "plain": ((_scores(),), {}),
+        "float32": ((_scores(torch.float32),), {}),
+        "features": ((_features(),), {"epsilon": 0.3}),
+        "bias": ((_scores(),), {"bias": torch.linspace(-2, 2, K)}),
+        "masses": ((_scores(),), {"row_marginal": a[part], "col_marginal": b}),
+        "mask": ((_scores(),), {"row_mask": mask[part]}),
+        "chained": ((_chained(),), {"n_iter": 0}),
+        "few choices": ((_scores() + torch.arange(K),), {"n_iter": 0}),
+        "batch": ((both,), {"tol": 1e-4, "max_iter": 3000}),
+    }
+    found = {}
+    before = _strict.CHOICES
+    for name, ((scores,), rule) in calls.items():
+        own = (scores[0][part], scores[1]) if isinstance(scores, tuple) else scores[..., part, :]
+        _strict.CHOICES = 1 if name == "few choices" else before
+        found[name] = _sums(sinkhorn(own, process_group=group, **rule))
+    _strict.CHOICES = before
+    return found
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -67,6 +122,10 @@ def _worker(rank: int, folder: str) -> None:
     lost[80, 3] = torch.nan
     keep("lost", sinkhorn(lost[part], process_group=group))
     keep("no rows", sinkhorn(_scores()[:0], process_group=group))
+    found["sums"] = _sums_of(part, group)
+    halves = torch.full((N,), 1 / N, dtype=torch.bfloat16)
+    keep("half masses", sinkhorn(_scores()[part], row_marginal=halves[part], process_group=group))
+    found["no rows, value"] = sinkhorn(_scores()[:0], process_group=group).value()
     found["codes"] = (swav_codes(_scores()[part], process_group=group),)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -131,3 +190,37 @@ def test_a_fault_of_one_process_is_one_of_all(found):
 def test_codes_of_a_batch_spread_over_processes(found):
     codes = torch.cat([rank["codes"][0] for rank in found])
     torch.testing.assert_close(codes, swav_codes(_scores()), atol=1e-12, rtol=0)
+
+
+SUMS = (
+    "plain", "float32", "features", "bias", "masses", "mask", "chained", "few choices", "batch"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_are_those_of_all_rows(found, name):
+    """Every process returns the value, entropy and counts of the one-process run."""
+    want = _sums_of()[name]
+    for rank in found:
+        sums = rank["sums"][name]
+        bound = 1e-6 if name == "float32" else 1e-11
+        for word in ("value", "entropy"):
+            torch.testing.assert_close(sums[word], want[word], atol=bound, rtol=0)
+        for word in ("counts", "strict counts"):
+            assert torch.equal(sums[word], want[word])
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_strict_labels_are_those_of_one_process(found, name):
+    """Shares are exact over all rows, not on each process."""
+    want = _sums_of()[name]["strict labels"]
+    labels = torch.cat([rank["sums"][name]["strict labels"] for rank in found], -1)
+    assert torch.equal(labels, want)
+
+
+def test_equal_masses_in_half_precision(found):
+    _same(_whole(found, "half masses"), sinkhorn(_scores()), 1e-7, 1e-6)
+
+
+def test_the_value_of_no_rows_is_zero(found):
+    assert all(float(rank["no rows, value"]) == 0 for rank in found)

@@ -134,27 +134,32 @@ def of_kmeans(
 def of_features(
     mode: str, z: torch.Tensor, c: torch.Tensor
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    none, g, needs = (None, None, None, None), c[:, 0], [True] * 6
+    none, g, needs = (None, None, None, None), c[:, 0], [True] * 7
+    scale = torch.ones(())
     half, full = (z.bfloat16(), c.bfloat16()), (g, z[:, 0], g, g)
     few = torch.zeros(64, z.shape[1])  # so that no product of torch is worth mentioning
     backward = partial(sinkhorn_backward.sinkhorn_features_backward, few[:, 0], g, few, c)
-    yield "features", partial(sinkhorn.sinkhorn_features, z, c, 1, *none, True, mode)
-    yield "features-full", partial(sinkhorn.sinkhorn_features, *half, 2, *full, False, mode)
-    yield "features-backward", partial(backward, 1, *none, True, needs, mode)
+    yield "features", partial(sinkhorn.sinkhorn_features, z, c, 1, *none, True, None, mode)
+    yield "features-full", partial(sinkhorn.sinkhorn_features, *half, 2, *full, False, scale, mode)
+    yield "features-backward", partial(backward, 1, *none, True, scale, needs, mode)
 
 
 def of_scores() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every width of a row that registers hold, and beyond; how K divides decides the loads."""
-    plain, needs = (None, None, None, True), [True] * 4
+    plain, needs, scale = (None, None, None, True, None), [True] * 6, torch.ones(())
     for label, k in (("", 3000), *((f"-{k}", k) for k in (16, 32, 64, 128, 256, 512, 1000, 2048))):
-        yield f"scores{label}", partial(sinkhorn.sinkhorn, torch.zeros(4096, k), 2, *plain, "high")
-    yield "scores-5000", partial(sinkhorn.sinkhorn, torch.zeros(64, 5000), 2, *plain, "high")
+        yield (
+            f"scores{label}",
+            partial(sinkhorn.sinkhorn, torch.zeros(4096, k), 2, *plain, None, "high"),
+        )
+    yield "scores-5000", partial(sinkhorn.sinkhorn, torch.zeros(64, 5000), 2, *plain, None, "high")
     x, odd = torch.zeros(256, 3000), torch.zeros(256, 3001).half()
     row, column = odd[:, 0], odd[0]
     backward = partial(sinkhorn_backward.sinkhorn_backward, x[:, 0], x[0])
-    yield "scores-full", partial(sinkhorn.sinkhorn, odd, 2, row, column, column, False, "high")
-    yield "scores-full", partial(sinkhorn.sinkhorn_pass, odd, column, row, "high")
-    yield "scores-backward", partial(backward, x, 1, *plain, needs, "high")
+    full = (row, column, column, False, column, scale)
+    yield "scores-full", partial(sinkhorn.sinkhorn, odd, 2, *full, "high")
+    yield "scores-full", partial(sinkhorn.sinkhorn_pass, odd, column, row, column, scale, "high")
+    yield "scores-backward", partial(backward, x, 1, *plain, scale, needs, "high")
 
 
 def of_recursion(

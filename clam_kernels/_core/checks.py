@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import transforms
+
 # A tuple: isinstance of a union would build it anew at every call.
 _INTS = (int, torch.SymInt)
 _NUMBERS = (*_INTS, float, torch.SymFloat)
@@ -31,7 +33,8 @@ def wording(name: str, expected: str, got: object, match: str = "") -> str:
 
 def spell(*sizes: object) -> str:
     """A shape as text: symbolic dims bare, sizes as ints."""
-    return f"[{', '.join(f'{size}' for size in sizes)}]"  # dynamo has no str of a symbolic size
+    # dynamo traces an f-string of a symbolic size, and no str() of one
+    return f"[{', '.join([f'{size}' for size in sizes])}]"
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -45,17 +48,21 @@ def type_error(ok: bool, text: Callable[[], str]) -> None:
 
 
 def value_error(ok: bool, text: Callable[[], str]) -> None:
-    """ValueError with `text()` unless ok; ok may be symbolic."""
+    """ValueError with `text()` unless ok; ok may be symbolic. Sizes are spelled inside `text`, or
+    the text would fix a symbolic size and torch.compile would compile anew for each size.
+    """
     if ok is True:  # torch's function takes microseconds to find that nothing is wrong
         return
-    if torch.compiler.is_dynamo_compiling():  # which takes no message that names a symbolic size
-        from torch.fx.experimental.symbolic_shapes import guard_or_true
-
-        if not guard_or_true(ok):
-            raise ValueError(text())
-        torch._check_value(ok)  # sizes that are known only when the graph runs
+    if not torch.compiler.is_dynamo_compiling():
+        torch._check_value(ok, text)
         return
-    torch._check_value(ok, text)
+    # dynamo hands torch's function no text that names sizes: a size with a hint is checked here,
+    # and a size without one where the graph runs
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    if not guard_or_true(ok):
+        raise ValueError(text())
+    torch._check_value(ok)
 
 
 def tensor(name: str, value: object, optional: bool = False) -> None:
@@ -94,18 +101,14 @@ def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None
     )
 
 
-def shape(
-    name: str, value: Tensor, pattern: str | Callable[[], str], ok: bool, match: str = ""
-) -> None:
-    """The shape fits `pattern`, as `ok` says. A pattern that names a symbolic size is a callable:
-    a text that is made while dynamo traces would fix the size.
-    """
+def shape(name: str, value: Tensor, pattern: str | Sizes, ok: bool, match: str = "") -> None:
+    """The shape fits `pattern`, as `ok` says; a pattern with sizes is handed over as their list."""
 
-    def text() -> str:
-        expected = pattern() if callable(pattern) else pattern
-        return wording(name, f"shape {expected}", spell(*value.shape), match)
+    def said() -> str:
+        spelled = pattern if isinstance(pattern, str) else spell(*pattern)
+        return wording(name, f"shape {spelled}", spell(*value.shape), match)
 
-    value_error(ok, text)
+    value_error(ok, said)
 
 
 def non_empty(name: str, value: Tensor, dim: int, letter: str) -> None:
@@ -192,11 +195,16 @@ def at_least(name: str, value: Any, low: int) -> None:
     value_error(value >= low, lambda: wording(name, f"an int >= {low}", value))
 
 
-def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
-    """Every entry of a CPU tensor >= low (> low if strict). Other devices are not read, and no
-    tensor is while torch.compile traces.
+def readable(value: Tensor) -> bool:
+    """Whether a check may read the values of a tensor: on a CPU, and neither while torch.compile
+    traces nor under torch.func.vmap, which have none.
     """
-    if not value.is_cpu or torch.compiler.is_compiling() or value.numel() == 0:
+    return not torch.compiler.is_compiling() and value.is_cpu and not transforms.maps(value)
+
+
+def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
+    """Every entry >= low (> low if strict), where values are read."""
+    if not readable(value) or value.numel() == 0:
         return
     if value.numel() == 1:  # a number costs less than the reductions below
         one = value.item()

@@ -34,6 +34,9 @@ _DIRECT = frozenset(
     ).raw_repr()
     for key in ("CPU", "CUDA")
 )
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 # What a call that passed its check is remembered by: tensors by their metadata, these by value.
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _VALUES = frozenset({bool, int, float, str, type(None)})
@@ -301,7 +304,10 @@ class _Installation:
 
         def kernel(*a: Any) -> Any:
             *arguments, precision, chosen = a
-            return backend.run(part, a[0].device.type, precision, (*arguments, precision), chosen)
+            # autocast had its say in the forward: a backward inside its block multiplies as outside
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+                device = a[0].device.type
+                return backend.run(part, device, precision, (*arguments, precision), chosen)
 
         def fake(*a: Any) -> tuple[Tensor, ...]:
             needs = a[-3]

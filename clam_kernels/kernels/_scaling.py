@@ -2,10 +2,10 @@
 """Kernels of Sinkhorn scaling: steps of the rows and of the columns over logits that are loaded, or
 made anew from features tile by tile.
 
-Tiles x [HELD, SWEPT] are logits in natural units: a program holds some rows and sweeps columns, or
-the other way round. A vector of potentials is [2, size] float32, two parts of each: large ones
-cancel large logits, and their own rounding would be a common factor of a whole row or column. One
-of -inf: takes no part, whatever the logits hold.
+Tiles x [HELD, SWEPT] are logits, the scores times the scale of their problem: a program holds some
+rows and sweeps columns, or the other way round. A vector of potentials is [2, size] float32, two
+parts of each: large ones cancel large logits, and their own rounding would be a common factor of a
+whole row or column. One of -inf: takes no part, whatever the logits hold.
 
 FORM: "scores" [N, K] in memory, rows `step` UNITs apart; "held" features, a side of which registers
 hold; "wide" features, read DIM at a time. Columns and the strides of scores are counted in UNITs,
@@ -69,11 +69,13 @@ def side_of(MINE, at, known, D: tl.constexpr, DIM: tl.constexpr, FORM: tl.conste
 
 @triton.jit
 def tile_of(
-    MINE, OTHER, mine, step, at, known, w, live,
+    MINE, OTHER, mine, scale, step, at, known, w, live,
     BY_ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
     FORM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Logits [HELD, SWEPT] of what is held (`at`, rows if BY_ROWS) and what is swept (`w`)."""
+    """Logits [HELD, SWEPT] of what is held (`at`, rows if BY_ROWS) and what is swept (`w`): the
+    scores times the scale.
+    """
     if FORM == "scores":
         far = tl.cast(step, tl.int64) * UNIT
         where = at[:, None] * far + w[None, :] if BY_ROWS else at[:, None] + w[None, :] * far
@@ -85,7 +87,13 @@ def tile_of(
         for d0 in range(0, D, DIM):
             one = load_rows(MINE, at, known, d0, D, D, DIM)
             x = dot_onto(one, tl.trans(load_rows(OTHER, w, live, d0, D, D, DIM)), x, PREC)
-    return x
+    return x * scale
+
+
+@triton.jit
+def scale_of(SCALE, problem, HAS_SCALE: tl.constexpr):
+    """What multiplies the scores of a problem."""
+    return tl.load(SCALE + problem) if HAS_SCALE else tl.full((), 1.0, tl.float32)
 
 
 @triton.jit
@@ -109,7 +117,7 @@ def begin_of(
 
 @triton.jit
 def swept(
-    MINE, OTHER, P, step, at, known, begin, end, size,
+    MINE, OTHER, scale, P, step, at, known, begin, end, size,
     BY_ROWS: tl.constexpr, STARTED: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
     UNIT: tl.constexpr, SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
@@ -123,7 +131,7 @@ def swept(
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
         live = w < end
         x = tile_of(
-            MINE, OTHER, mine, step, at, known, w, live, BY_ROWS, D, DIM, UNIT, FORM, PREC
+            MINE, OTHER, mine, scale, step, at, known, w, live, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         if STARTED:
             high, low = parts_of(P, w, size, live)
@@ -170,14 +178,14 @@ def log_row(LOG_ROW, p, row, rows, here, HAS_ROW: tl.constexpr):
 
 
 @triton.jit
-def scale_of(SCALE, problem, rows, HAS_ROW: tl.constexpr):
+def heaviest_of(HEAVIEST, problem, rows, HAS_ROW: tl.constexpr):
     """Logarithm of the largest mass of a row."""
     if HAS_ROW:
-        scale = tl.load(SCALE + problem)
-        scale = tl.where(scale == float("-inf"), 0.0, scale)
+        heaviest = tl.load(HEAVIEST + problem)
+        heaviest = tl.where(heaviest == float("-inf"), 0.0, heaviest)
     else:
-        scale = -tl.log(tl.cast(rows, tl.float64))
-    return scale
+        heaviest = -tl.log(tl.cast(rows, tl.float64))
+    return heaviest
 
 
 # ---- one side after the other --------------------------------------------------------------------
@@ -185,11 +193,11 @@ def scale_of(SCALE, problem, rows, HAS_ROW: tl.constexpr):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def rows_kernel(
-    X, C, G, LOG_ROW, F, WORD,
+    X, C, SCALE, G, LOG_ROW, F, WORD,
     rows, count, inner, blocks, step, x_o, x_i, c_o, c_i,
     D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
     SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
-    HAS_ROW: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ROW: tl.constexpr,
 ):  # fmt: skip
     """The step of HELD rows: F = log_row - logsumexp_j(logits + G); `count` is in UNITs."""
     pid = tl.program_id(0)
@@ -200,7 +208,7 @@ def rows_kernel(
     k = count * UNIT
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
     top, total = swept(
-        mine, other, G + 2 * p * k, step, at, known, 0, k, k,
+        mine, other, scale_of(SCALE, problem, HAS_SCALE), G + 2 * p * k, step, at, known, 0, k, k,
         True, True, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
     )  # fmt: skip
     log_mass = log_row(LOG_ROW, p, at, rows, known, HAS_ROW)
@@ -211,11 +219,11 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def columns_kernel(
-    X, C, F, TOP, SUM,
+    X, C, SCALE, F, TOP, SUM,
     rows, count, inner, blocks, splits, share, step, x_o, x_i, c_o, c_i,
     D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
     SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
-    STARTED: tl.constexpr,
+    HAS_SCALE: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
     """(maximum, sum) of exp(logits + F) down HELD columns, over one chunk of `share` rows."""
     pid = tl.program_id(0)
@@ -227,7 +235,8 @@ def columns_kernel(
     begin, end = split * share, tl.minimum(split * share + share, rows)
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, False, D, UNIT, FORM)
     top, total = swept(
-        mine, other, F + 2 * p * rows, step, at, known, begin, end, rows,
+        mine, other, scale_of(SCALE, problem, HAS_SCALE), F + 2 * p * rows,
+        step, at, known, begin, end, rows,
         False, STARTED, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
     )  # fmt: skip
     slot = (p * splits + split) * k + at
@@ -240,14 +249,14 @@ def columns_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def pass_kernel(
-    X, G, LOG_ROW, SCALE, F, TOP, TOTAL, PART, WORD,
+    X, SCALE, G, LOG_ROW, HEAVIEST, F, TOP, TOTAL, PART, WORD,
     rows, count, inner, splits, share, step, x_o, x_i,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    HAS_ROW: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ROW: tl.constexpr,
 ):  # fmt: skip
     """The rows' step of a chunk, and what its columns then weigh: whole rows are on chip, so one
-    read and one exponential an entry give both. Masses are relative to exp(SCALE), the largest of a
-    row: no weight is over 1.
+    read and one exponential an entry give both. Masses are relative to exp(HEAVIEST), the largest
+    of a row: no weight is over 1.
     """
     pid = tl.program_id(0)
     problem, part = pid // splits, pid % splits
@@ -260,20 +269,24 @@ def pass_kernel(
     TOP += p * rows
     TOTAL += p * rows
     far = tl.cast(step, tl.int64) * UNIT
-    scale = scale_of(SCALE, problem, rows, HAS_ROW)
+    scale = scale_of(SCALE, problem, HAS_SCALE)
+    heaviest = heaviest_of(HEAVIEST, problem, rows, HAS_ROW)
     mass = tl.zeros((COLUMNS,), tl.float32)
     begin = part * share
     end = tl.minimum(begin + share, rows)
     for n0 in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = (n0 + tl.arange(0, ROWS)).to(tl.int64)
         here = row < end
-        x = tl.load(
-            X + row[:, None] * far + k[None, :], mask=here[:, None] & known[None, :], other=0.0
-        ).to(tl.float32)
+        x = (
+            tl.load(
+                X + row[:, None] * far + k[None, :], mask=here[:, None] & known[None, :], other=0.0
+            ).to(tl.float32)
+            * scale
+        )
         weight, live = tl.where(here, 1.0, 0.0), here
         if HAS_ROW:
             log_mass = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
-            weight = tl.exp((log_mass - scale).to(tl.float32))
+            weight = tl.exp((log_mass - heaviest).to(tl.float32))
             live = log_mass != float("-inf")
         out = gone[None, :] | ~live[:, None]
         x = tl.where(out, float("-inf"), (x + high[None, :]) + low[None, :])
@@ -345,7 +358,7 @@ def log_column(LOG_COL, G, at, known, count, HAS_COL: tl.constexpr, COVERED: tl.
 
 @triton.jit(do_not_specialize=NUMBERS)
 def merge_kernel(
-    TOP, SUM, G, LOG_COL, BIAS, SCALE, FOUND, MASS, ERR, NEED, WORD, ROW_WORD,
+    TOP, SUM, G, LOG_COL, BIAS, HEAVIEST, FOUND, MASS, ERR, NEED, WORD, ROW_WORD,
     rows, count, blocks, splits, strip, first,
     COLUMNS: tl.constexpr, FUSED: tl.constexpr, USED: tl.constexpr, HAS_ROW: tl.constexpr,
     HAS_COL: tl.constexpr, HAS_BIAS: tl.constexpr, COVERED: tl.constexpr,
@@ -373,7 +386,7 @@ def merge_kernel(
         g = whole_of(G + 2 * p * count, at, count, known)
         mass = g + lse
         if FUSED:  # the sums are masses already, and what they cannot say is left to the rescue
-            mass = lse + scale_of(SCALE, problem, rows, HAS_ROW)
+            mass = lse + heaviest_of(HEAVIEST, problem, rows, HAS_ROW)
             lse = mass - tl.where(g == float("-inf"), 0.0, g)
             tl.store(NEED + p * count + at, (alive & (total < LEAST)).to(tl.int32), mask=known)
         mass = tl.where(alive & (g != float("-inf")), mass, float("-inf"))
@@ -401,10 +414,10 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def rescue_kernel(
-    X, F, G, LOG_COL, NEED, FOUND, MASS, WORD,
+    X, SCALE, F, G, LOG_COL, NEED, FOUND, MASS, WORD,
     rows, count, inner, blocks, step, x_o, x_i,
-    UNIT: tl.constexpr, COLUMNS: tl.constexpr, SWEPT: tl.constexpr, HAS_COL: tl.constexpr,
-    COVERED: tl.constexpr,
+    UNIT: tl.constexpr, COLUMNS: tl.constexpr, SWEPT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_COL: tl.constexpr, COVERED: tl.constexpr,
 ):  # fmt: skip
     """The step of those columns whose masses were too small for float32, from all logits. Where
     there is none, which is the rule, a program ends at once.
@@ -418,7 +431,8 @@ def rescue_kernel(
     if tl.max(need.to(tl.int32), 0) > 0:
         X += offset(problem, inner, x_o, x_i) * UNIT
         top, total = swept(
-            X, X, F + 2 * p * rows, step, at, need, 0, rows, rows,
+            X, X, scale_of(SCALE, problem, HAS_SCALE), F + 2 * p * rows,
+            step, at, need, 0, rows, rows,
             False, True, 1, 16, UNIT, SWEPT, "scores", "ieee", 1,
         )  # fmt: skip
         log_b = log_column(LOG_COL + p * k, G + 2 * p * k, at, need, k, HAS_COL, COVERED)

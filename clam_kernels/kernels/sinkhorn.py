@@ -10,14 +10,14 @@ one read; otherwise, and for features, each side is swept by itself. Backward is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from . import _launch
-from ._operands import arrange, batch_of, in_rows
+from ._entries import Entries, opened
 from ._scaling import (
     columns_kernel,
     finish_kernel,
@@ -44,86 +44,11 @@ def sides(n_iter: int, prototype_first: bool, warm: bool) -> list[str]:
     return ["row", *steps] if prototype_first and warm else steps
 
 
-class Entries(NamedTuple):
-    """The logits of a batch as the kernels read them: views [O, I, N, K] of scores, or of features
-    [O, I, N, D] and prototypes [O, I, K, D].
-    """
-
-    x: Tensor
-    c: Tensor
-    form: str
-    unit: int
-    shape: tuple[int, int]
-    mode: str
-
-    @property
-    def problems(self) -> int:
-        return int(self.x.shape[0] * self.x.shape[1])
-
-    @property
-    def inner(self) -> int:
-        return int(self.x.shape[1])
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """(of a row, of the batch of x and of c), in UNITs or in rows."""
-        if self.form == "scores":
-            o, i, step = (s // self.unit for s in self.x.stride()[:3])
-            return step, o, i, 0, 0
-        d = self.x.shape[-1]
-        return (0, *in_rows(self.x, d), *in_rows(self.c, d))
-
-    def tile(self, side: str) -> dict[str, Any]:
-        """Tile and options of a kernel that holds rows or columns."""
-        found = tile_of(self.form, self.mode, side, self.x.device, self.x.shape[-1], self.x.dtype)
-        if _launch.INTERPRETED:  # its cost is by the operation, unless tiles are far too large
-            n, k = (min(512, _launch.dim(size)) for size in self.shape)
-            found |= {"HELD": k, "SWEPT": n} if side == "columns" else {"HELD": n, "SWEPT": k}
-        return found | {"UNIT": self.unit}
-
-
-def tile_of(
-    form: str, mode: str, side: str, device: torch.device, d: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Row of the table, with the names that these kernels have."""
-    if form == "scores":
-        found = dict(_launch.table()["sinkhorn_scores"][f"{_launch.arch_of(device)}/any/{side}"])
-        found |= {"D": 1, "DIM": 16, "FORM": form, "PREC": "ieee"}
-    else:
-        # products of bfloat16 are exact in its own units: every mode may use them
-        lowered = dtype == torch.bfloat16 and not _launch.INTERPRETED
-        kernel = "sinkhorn_slopes" if side == "slopes" else "sinkhorn"
-        found = _launch.settings(kernel, device, "medium" if lowered else mode, d)
-        found["FORM"] = "wide" if "DIM" in found else "held"
-        found = {"D": d, "DIM": _launch.dim(d), **found}
-    found.setdefault("STAGES", found["num_stages"])
-    found["HELD"], found["SWEPT"] = found.pop("ROWS"), found.pop("PROTOS")
-    return found
-
-
 def pass_tile(device: torch.device, k: int, rows: int) -> dict[str, Any]:
     """Tile and options of the pass over whole rows."""
     name = f"{_launch.arch_of(device)}/any/{_launch.dim(k)}"
     found = dict(_launch.table()["sinkhorn_pass"][name])
     return found | ({"ROWS": min(512, _launch.dim(rows))} if _launch.INTERPRETED else {})
-
-
-def scores(logits: Tensor, batch: Sequence[int]) -> Entries:
-    """Rows of any stride; entries of a row side by side."""
-    n, k = logits.shape[-2:]
-    x = _launch.plain(logits)
-    if x.stride(-1) != 1 and k > 1:
-        x = x.contiguous()
-    (x,) = arrange(batch, [(_launch.aligned(x), 2)])
-    steps = (k, *x.stride()[:3])
-    unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in steps))
-    return Entries(x, x, "scores", unit, (n, k), "any")
-
-
-def features(z: Tensor, prototypes: Tensor, batch: Sequence[int], mode: str) -> Entries:
-    """Dense rows of both."""
-    x, c = arrange(batch, [(_launch.rows(z), 2), (_launch.rows(prototypes), 2)])
-    return Entries(x, c, "features", 1, (z.shape[-2], prototypes.shape[-2]), mode)
 
 
 def wide(vector: Tensor | None, batch: Sequence[int]) -> Tensor | None:
@@ -181,7 +106,7 @@ class Solver:
         self.n, self.k = entries.shape
         self.device, self.problems = entries.x.device, entries.problems
         self.fused = entries.form == "scores" and self.k <= MOST
-        self.scale = log_row.amax(-1) if log_row is not None and self.fused else None
+        self.heaviest = log_row.amax(-1) if log_row is not None and self.fused else None
         self.blocks = triton.cdiv(self.k, MERGED)
         self.word = self.new(self.problems, self.blocks, dtype=torch.int32)
         self.err = self.new(self.problems, self.blocks, dtype=torch.float64)
@@ -215,7 +140,8 @@ class Solver:
         word = self.new(self.problems, blocks, dtype=torch.int32)
         step, *strides = e.strides
         self._launch(
-            rows_kernel, blocks, e.x, e.c, g, g if self.log_row is None else self.log_row, f, word,
+            rows_kernel, blocks, e.x, e.c, e.scale_or(g), g,
+            g if self.log_row is None else self.log_row, f, word,
             self.n, self.k // e.unit, e.inner, blocks, step, *strides,
             **chosen, HAS_ROW=self.log_row is not None,
         )  # fmt: skip
@@ -232,10 +158,11 @@ class Solver:
         step, x_o, x_i, *_ = e.strides
         top, total = (self.new(self.problems, self.n) for _ in range(2))
         self._launch(
-            pass_kernel, splits, e.x, g, row, g if self.scale is None else self.scale, f,
+            pass_kernel, splits, e.x, e.scale_or(g), g, row,
+            g if self.heaviest is None else self.heaviest, f,
             top, total, part, self.row_word, self.n, self.k // e.unit, e.inner, splits, share,
-            step, x_o, x_i,
-            UNIT=e.unit, COLUMNS=_launch.dim(self.k), HAS_ROW=self.log_row is not None, **chosen,
+            step, x_o, x_i, UNIT=e.unit, COLUMNS=_launch.dim(self.k),
+            HAS_SCALE=e.scale is not None, HAS_ROW=self.log_row is not None, **chosen,
         )  # fmt: skip
         self.parts = (part, part, splits)
 
@@ -249,7 +176,8 @@ class Solver:
         top, total = (self.new(self.problems, splits, self.k) for _ in range(2))
         step, *strides = e.strides
         self._launch(
-            columns_kernel, blocks * splits, e.x, e.c, top if f is None else f, top, total,
+            columns_kernel, blocks * splits, e.x, e.c, e.scale_or(top), top if f is None else f,
+            top, total,
             self.n, self.k // e.unit, e.inner, blocks, splits, share, step, *strides,
             **chosen, STARTED=f is not None,
         )  # fmt: skip
@@ -268,13 +196,13 @@ class Solver:
         given = (
             found if self.log_col is None else self.log_col,
             found if self.bias is None else self.bias,
-            found if self.scale is None else self.scale,
+            found if self.heaviest is None else self.heaviest,
         )
         self._launch(
             merge_kernel, self.blocks, top, total, used, *given, found, self.mass, self.err, need,
             self.word, word, self.n, self.k, self.blocks, splits,
             0 if self.row_word is None else self.row_word.shape[1], int(self.merges == 0),
-            COLUMNS=MERGED, FUSED=fused, USED=g is not None, HAS_ROW=self.scale is not None,
+            COLUMNS=MERGED, FUSED=fused, USED=g is not None, HAS_ROW=self.heaviest is not None,
             HAS_COL=self.log_col is not None, HAS_BIAS=self.bias is not None,
             COVERED=self.covered, num_warps=4, num_stages=1,
         )  # fmt: skip
@@ -289,10 +217,12 @@ class Solver:
         e = self.entries
         step, x_o, x_i, *_ = e.strides
         self._launch(
-            rescue_kernel, self.blocks, e.x, f, g, g if self.log_col is None else self.log_col,
+            rescue_kernel, self.blocks, e.x, e.scale_or(g), f, g,
+            g if self.log_col is None else self.log_col,
             self.need, found, self.mass, self.word, self.n, self.k // e.unit, e.inner, self.blocks,
             step, x_o, x_i, UNIT=e.unit, COLUMNS=MERGED, SWEPT=RESCUED_ROWS,
-            HAS_COL=self.log_col is not None, COVERED=self.covered, num_warps=4, num_stages=1,
+            HAS_SCALE=e.scale is not None, HAS_COL=self.log_col is not None, COVERED=self.covered,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
 
     # ---- all of them ---------------------------------------------------------------------------
@@ -394,12 +324,15 @@ class Solver:
 
 
 def _solved(
-    entries: Entries,
-    batch: Sequence[int],
+    matrices: Sequence[Tensor],
     vectors: tuple[Tensor | None, ...],
     n_iter: int,
     prototype_first: bool,
+    scale: Tensor | None,
+    mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vectors` are bias, log_row, log_col and a start."""
+    entries, batch = opened(matrices, vectors, scale, mode)
     bias, log_row, log_col, init = (wide(v, batch) for v in vectors)
     if entries.shape[0] == 0 or entries.problems == 0:
         return empty(entries, batch)
@@ -420,8 +353,10 @@ def empty(entries: Entries, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
 
 
 def _one_pass(
-    entries: Entries, batch: Sequence[int], vectors: tuple[Tensor | None, ...]
+    matrices: Sequence[Tensor], vectors: tuple[Tensor | None, ...], scale: Tensor | None, mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`vectors` are bias, log_row and g."""
+    entries, batch = opened(matrices, vectors, scale, mode)
     bias, log_row, g = (wide(v, batch) for v in vectors)
     assert g is not None
     if entries.shape[0] == 0 or entries.problems == 0:
@@ -440,12 +375,13 @@ def sinkhorn(
     log_col: Tensor | None,
     init: Tensor | None,
     prototype_first: bool,
+    bias: Tensor | None,
+    scale: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f, g, err and status; two launches a half-step pair, one more that ends at once."""
-    batch = batch_of([(logits, 2), *given(log_row, log_col, init)])
-    vectors = (None, log_row, log_col, init)
-    return _solved(scores(logits, batch), batch, vectors, n_iter, prototype_first)
+    vectors = (bias, log_row, log_col, init)
+    return _solved((logits,), vectors, n_iter, prototype_first, scale, precision)
 
 
 def sinkhorn_features(
@@ -457,20 +393,24 @@ def sinkhorn_features(
     log_col: Tensor | None,
     init: Tensor | None,
     prototype_first: bool,
+    scale: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `sinkhorn`, of logits that are made anew in every pass."""
-    batch = batch_of([(z, 2), (prototypes, 2), *given(bias, log_row, log_col, init)])
-    entries = features(z, prototypes, batch, precision)
-    return _solved(entries, batch, (bias, log_row, log_col, init), n_iter, prototype_first)
+    vectors = (bias, log_row, log_col, init)
+    return _solved((z, prototypes), vectors, n_iter, prototype_first, scale, precision)
 
 
 def sinkhorn_pass(
-    logits: Tensor, g: Tensor, log_row: Tensor | None, precision: str
+    logits: Tensor,
+    g: Tensor,
+    log_row: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """f, the columns' log masses and status."""
-    batch = batch_of([(logits, 2), *given(g, log_row)])
-    return _one_pass(scores(logits, batch), batch, (None, log_row, g))
+    return _one_pass((logits,), (bias, log_row, g), scale, precision)
 
 
 def sinkhorn_features_pass(
@@ -479,13 +419,8 @@ def sinkhorn_features_pass(
     g: Tensor,
     bias: Tensor | None,
     log_row: Tensor | None,
+    scale: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `sinkhorn_pass`, of logits that are made anew."""
-    batch = batch_of([(z, 2), (prototypes, 2), *given(g, bias, log_row)])
-    return _one_pass(features(z, prototypes, batch, precision), batch, (bias, log_row, g))
-
-
-def given(*vectors: Tensor | None) -> list[tuple[Tensor, int]]:
-    """Vectors that are there, for `batch_of`."""
-    return [(v, 1) for v in vectors if v is not None]
+    return _one_pass((z, prototypes), (bias, log_row, g), scale, precision)

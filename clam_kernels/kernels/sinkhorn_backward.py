@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from .._core.backend import _float32_products as float32_products
 from . import _launch
-from ._operands import batch_of
-from ._scaling import begin_of, parts_of, side_of, tile_of
+from ._entries import opened
+from ._scaling import begin_of, parts_of, scale_of, side_of, tile_of
 from ._sweep import NUMBERS
-from .sinkhorn import Solver, features, given, pair, scores, share_of, whole, wide
+from .sinkhorn import Solver, pair, share_of, whole, wide
 
 FINE = 0
 
@@ -42,11 +43,11 @@ def shifted(x, high, low, other, below):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def weigh_kernel(
-    X, C, HELD_P, SWEPT_P, ADJOINT, PART,
+    X, C, SCALE, HELD_P, SWEPT_P, ADJOINT, PART,
     rows, count, inner, blocks, splits, share, step, x_o, x_i, c_o, c_i,
     D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
     SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
-    BY_ROWS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BY_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sum of exp(logits + both potentials) * ADJOINT of the swept side over one chunk of it."""
     pid = tl.program_id(0)
@@ -65,12 +66,13 @@ def weigh_kernel(
     known = at < own
     high, low = parts_of(HELD_P + 2 * p * own, at, own, known)
     side = side_of(mine, at, known, D, DIM, FORM)
+    scale = scale_of(SCALE, problem, HAS_SCALE)
     total = tl.zeros((HELD,), tl.float32)
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
         live = w < end
         x = tile_of(
-            mine, other, side, step, at, known, w, live, BY_ROWS, D, DIM, UNIT, FORM, PREC
+            mine, other, side, scale, step, at, known, w, live, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         beside, below = parts_of(SWEPT_P + 2 * p * far, w, far, live)
         weight = tl.load(ADJOINT + p * far + w, mask=live, other=0.0)
@@ -80,17 +82,18 @@ def weigh_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def slopes_kernel(
-    X, C, F, G, ADJ_F, ADJ_G, OUT,
+    X, C, SCALE, F, G, ADJ_F, ADJ_G, OUT, SLOPE,
     rows, count, inner, blocks, k, steps, first, size, strip, share, splits, step,
     x_o, x_i, c_o, c_i,
     D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
     SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
+    HAS_SCALE: tl.constexpr, ROWS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of logits, all half-steps added: HELD rows of [first, first + size) of the
+    """Gradient of a tile of scores, all half-steps added: HELD rows of [first, first + size) of the
     problems from the `strip`th on. F and G [2, ., P, 2, size] hold the potentials that were begun
     with and those of every step, as they are and less the logarithms of the masses, ADJ_F and ADJ_G
     [., P, size] what each is asked for; `k` is P, `share` and `splits` are how many potentials.
+    SLOPE is each program's sum of its logits times their gradients.
     """
     pid = tl.program_id(0)
     wide = tl.cdiv(count * UNIT, SWEPT)
@@ -104,7 +107,10 @@ def slopes_kernel(
     known, live = near < size, w < kinds
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
     side = side_of(mine, at, known, D, DIM, FORM)
-    x = tile_of(mine, other, side, step, at, known, w, live, True, D, DIM, UNIT, FORM, PREC)
+    scale = scale_of(SCALE, problem, HAS_SCALE)
+    x = tile_of(
+        mine, other, side, scale, step, at, known, w, live, True, D, DIM, UNIT, FORM, PREC
+    )  # fmt: skip
     total = tl.zeros((HELD, SWEPT), tl.float32)
     for h in range(0, steps):
         if ROWS_FIRST:
@@ -130,7 +136,9 @@ def slopes_kernel(
         weight = tl.where(by_row, adj_f, 1.0)[:, None] * tl.where(by_row, 1.0, adj_g)[None, :]
         total -= tl.exp(tl.where(out, float("-inf"), y)) * weight
     where = (local.to(tl.int64) * size + near)[:, None] * kinds + w[None, :]
-    tl.store(OUT + where, total, mask=known[:, None] & live[None, :])
+    tl.store(OUT + where, total * scale, mask=known[:, None] & live[None, :])
+    # what takes no part may be NaN, and a forbidden pair is infinite: neither has a gradient
+    tl.store(SLOPE + pid, tl.sum(tl.sum(tl.where(total == 0.0, 0.0, x * total), 1), 0))
 
 
 class Back:
@@ -203,26 +211,31 @@ class Back:
         step, *strides = e.strides
         _launch.launch(
             weigh_kernel, (solver.problems * blocks * splits,), solver.device, e.x, e.c,
-            held, swept, adjoint, part, solver.n, solver.k // e.unit, e.inner, blocks, splits,
-            share, step, *strides, **chosen, BY_ROWS=by_rows,
+            e.scale_or(adjoint), held, swept, adjoint, part,
+            solver.n, solver.k // e.unit, e.inner, blocks, splits, share, step, *strides,
+            **chosen, BY_ROWS=by_rows,
         )  # fmt: skip
         return part.sum(1, dtype=torch.float64)
 
-    def slopes(self, out: Tensor, problem: int, first: int = 0) -> None:
-        """Gradient of the logits into [problems, rows, K] from a problem and a row on."""
+    def slopes(self, out: Tensor, problem: int, first: int = 0) -> Tensor:
+        """Gradient of the scores into [problems, rows, K] from a problem and a row on; returns the
+        sums of the logits times theirs [problems] float64.
+        """
         solver, e = self.solver, self.solver.entries
         chosen = e.tile("slopes")
         problems, size = out.shape[:2]
         blocks = triton.cdiv(size, chosen["HELD"])
+        part = solver.new(problems, blocks * triton.cdiv(solver.k, chosen["SWEPT"]))
         step, *strides = e.strides
         _launch.launch(
-            slopes_kernel, (problems * blocks * triton.cdiv(solver.k, chosen["SWEPT"]),),
-            solver.device, e.x, e.c, self.fs, self.gs, self.adj_f, self.adj_g,
-            out, solver.n, solver.k // e.unit, e.inner, blocks, solver.problems,
+            slopes_kernel, (part.numel(),), solver.device, e.x, e.c, e.scale_or(self.adj_f),
+            self.fs, self.gs, self.adj_f, self.adj_g, out, part,
+            solver.n, solver.k // e.unit, e.inner, blocks, solver.problems,
             len(self.steps), first, size, problem, self.fs.shape[1], self.gs.shape[1], step,
             *strides,
             **chosen, ROWS_FIRST=self.steps[0] == "row",
         )  # fmt: skip
+        return part.sum(1, dtype=torch.float64)
 
 
 def _pairs(potentials: Tensor) -> Tensor:
@@ -240,10 +253,10 @@ def _less(potential: Tensor, log_mass: Tensor) -> Tensor:
 
 
 def _through_all(
-    solver: Solver,
     n_iter: int,
-    init: Tensor | None,
     prototype_first: bool,
+    solver: Solver,
+    init: Tensor | None,
     grads: tuple[Tensor, Tensor],
 ) -> Back:
     fs, gs, steps, err = solver.solve(n_iter, init, prototype_first, history=True)
@@ -279,73 +292,124 @@ class _Sum:
         return self.total.to(self.dtype)
 
 
-def _of_scores(back: Back, logits: Tensor, batch: Sequence[int]) -> Tensor:
-    n, k = logits.shape[-2:]
-    if logits.shape[:-2].numel() == back.solver.problems:
-        stored = _launch.plain(logits).dtype
-        out = back.solver.new(back.solver.problems, n, k, dtype=stored)
-        back.slopes(out, 0)
-        return out.view(logits.shape).to(logits.dtype)
-    total, out = _Sum(logits, batch), back.solver.new(1, n, k)
-    for problem, at in enumerate(itertools.product(*map(range, batch))):
-        back.slopes(out, problem)
-        total.view[at].add_(out[0])
-    return total.result()
+Tensors = dict[str, Tensor]
+MATRICES = ("logits", "z", "prototypes")
 
 
-def _of_features(
-    back: Back,
-    operands: tuple[Tensor, Tensor],
-    batch: Sequence[int],
-    needs: Sequence[bool],
-    precision: str,
-) -> list[Tensor]:
-    """Rows in chunks of bounded scratch, two products a chunk."""
-    z, prototypes = (x.expand(*batch, *x.shape[-2:]) for x in operands)
-    sums = [_Sum(x, batch) if need else None for x, need in zip(operands, needs, strict=True)]
+def _chunks(
+    back: Back, batch: Sequence[int], sums: Tensor
+) -> Iterator[tuple[int, tuple[int, ...], slice, Tensor]]:
+    """(problem, its place in the batch, rows, gradient of their scores) of all problems in chunks
+    of bounded scratch; `sums` [P] takes in the logits times their gradients.
+    """
     n, k = back.solver.n, back.solver.k
     size = max(1, min(n, _launch.SCRATCH // 4 // k))
     scratch = back.solver.new(size, k)
-    exact = precision == "highest"
+    for problem, at in enumerate(itertools.product(*map(range, batch))):
+        for first in range(0, n, size):
+            part = slice(first, min(first + size, n))
+            slope = scratch[: part.stop - first]
+            sums[problem] += back.slopes(slope[None], problem, first)[0]
+            yield problem, at, part, slope
+
+
+def _of_scores(
+    back: Back, operands: Tensors, batch: Sequence[int], needs: set[str]
+) -> tuple[Tensors, Tensor]:
+    """(gradient of the logits where they need one, sums of all logits times theirs [P])."""
+    (logits,) = operands.values()
+    if needs and logits.shape[:-2].numel() == back.solver.problems:
+        stored = _launch.plain(logits).dtype
+        out = back.solver.new(back.solver.problems, *logits.shape[-2:], dtype=stored)
+        sums = back.slopes(out, 0)
+        return {"logits": out.view(logits.shape).to(logits.dtype)}, sums
+    total = _Sum(logits, batch) if needs else None
+    sums = torch.zeros(back.solver.problems, dtype=torch.float64, device=logits.device)
+    for _, at, part, slope in _chunks(back, batch, sums):
+        if total is not None:
+            total.view[at][part].add_(slope)
+    return {} if total is None else {"logits": total.result()}, sums
+
+
+def _of_features(
+    back: Back, operands: Tensors, batch: Sequence[int], needs: set[str], exact: bool
+) -> tuple[Tensors, Tensor]:
+    """(gradients of features and prototypes that need one, sums of all logits times theirs [P]);
+    two products a chunk.
+    """
+    z, prototypes = (x.expand(*batch, *x.shape[-2:]) for x in operands.values())
+    totals = {name: _Sum(operands[name], batch) for name in needs}
+    sums = torch.zeros(back.solver.problems, dtype=torch.float64, device=z.device)
     with float32_products() if exact else contextlib.nullcontext():
-        for problem, at in enumerate(itertools.product(*map(range, batch))):
-            for first in range(0, n, size):
-                part = slice(first, min(first + size, n))
-                slope = scratch[: part.stop - first]
-                back.slopes(slope[None], problem, first)
-                # what is out of play may hold NaN, of which 0 times is NaN
-                rows, columns = (out[problem][:, None] for out in back.dead)
-                if sums[0] is not None:
-                    c = torch.where(columns, 0.0, prototypes[at].float())
-                    sums[0].view[at][part].add_(slope @ c)
-                if sums[1] is not None:
-                    x = torch.where(rows[part], 0.0, z[at][part].float())
-                    sums[1].view[at].add_(slope.mT @ x)
-    return [operands[0].new_empty(0) if s is None else s.result() for s in sums]
+        for problem, at, part, slope in _chunks(back, batch, sums):
+            # what is out of play may hold NaN, of which 0 times is NaN
+            rows, columns = (out[problem][:, None] for out in back.dead)
+            if "z" in totals:
+                c = torch.where(columns, 0.0, prototypes[at].float())
+                totals["z"].view[at][part].add_(slope @ c)
+            if "prototypes" in totals:
+                x = torch.where(rows[part], 0.0, z[at][part].float())
+                totals["prototypes"].view[at].add_(slope.mT @ x)
+    return {name: total.result() for name, total in totals.items()}, sums
 
 
-def _fit(found: Tensor, operand: Tensor | None, batch: Sequence[int], need: bool) -> Tensor:
-    """A gradient in the shape and dtype of its operand; empty where it is not asked for."""
-    if operand is None or not need:
-        return found.new_empty(0)
-    whole = found.view(*batch, found.shape[-1]).sum_to_size(operand.shape)
+def _fit(found: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
+    """A gradient in the shape and dtype of its operand."""
+    whole = found.view([*batch, *found.shape[1:]]).sum_to_size(operand.shape)
     return whole.to(operand.dtype).contiguous()
 
 
-def _nothing(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Of no row or no problem."""
-    first = next(x for x in operands if x is not None)
-    return tuple(
-        first.new_empty(0) if x is None or not need else torch.zeros_like(x).contiguous()
-        for x, need in zip(operands, needs, strict=True)
-    )
+def _differentiated(
+    operands: dict[str, Tensor | None],
+    needs: Sequence[bool],
+    precision: str,
+    grads: tuple[Tensor, Tensor],
+    through: Callable[..., Back],
+    covered: bool = True,
+) -> tuple[Tensor, ...]:
+    """Gradients of the operands in their order, empty where there is none or none is needed;
+    `through(solver, start, grads)` walks back. A start is named init or g.
+    """
+    there = {name: x for name, x in operands.items() if x is not None}
+    wanted = {n for n, need in zip(operands, needs, strict=True) if need and n in there}
+    matrices = {name: there[name] for name in MATRICES if name in there}
+    names = ("log_row", "log_col", "bias", "init" if covered else "g")
+    vectors, scale = [operands.get(name) for name in names], operands["scale"]
+    entries, batch = opened([*matrices.values()], vectors, scale, precision)
+    found: Tensors = {}
+    if entries.problems * entries.shape[0] == 0:  # of no row or no problem
+        found = {name: torch.zeros_like(there[name]).contiguous() for name in wanted}
+    else:
+        a, b, bias, start = (wide(v, batch) for v in vectors)
+        solver = Solver(entries, a, b, bias, covered)
+        back = through(solver, start, [wide(x, batch) for x in grads])
+        slopes = zip(names, (back.row, back.column, back.down, back.g), strict=True)
+        found = {n: _fit(v, there[n], batch) for n, v in slopes if n in wanted}
+        found |= _of_entries(back, matrices, scale, batch, wanted, precision == "highest")
+    first = next(iter(matrices.values()))
+    return tuple(found[n] if n in found else first.new_empty(0) for n in operands)
 
 
-def _upstream(grads: Sequence[Tensor], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
-    f, g = (wide(x, batch) for x in grads)
-    assert f is not None
-    assert g is not None
-    return f, g
+def _of_entries(
+    back: Back,
+    matrices: Tensors,
+    scale: Tensor | None,
+    batch: Sequence[int],
+    wanted: set[str],
+    exact: bool,
+) -> Tensors:
+    """Gradients of the matrices and the scale, which need one more pass over all entries."""
+    needs = wanted & matrices.keys()
+    if not needs and "scale" not in wanted:
+        return {}
+    if len(matrices) == 1:
+        found, sums = _of_scores(back, matrices, batch, needs)
+    else:
+        found, sums = _of_features(back, matrices, batch, needs, exact)
+    used = back.solver.entries.scale
+    if scale is not None and used is not None and "scale" in wanted:
+        found["scale"] = _fit(sums / used.double(), scale, batch)
+    return found
 
 
 def sinkhorn_backward(
@@ -357,21 +421,18 @@ def sinkhorn_backward(
     log_col: Tensor | None,
     init: Tensor | None,
     prototype_first: bool,
+    bias: Tensor | None,
+    scale: Tensor | None,
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (logits, log_row, log_col, init) through all iterations."""
-    operands = (logits, log_row, log_col, init)
-    batch = batch_of([(logits, 2), *given(log_row, log_col, init)])
-    entries = scores(logits, batch)
-    if entries.problems * entries.shape[0] == 0:
-        return _nothing(operands, needs)
-    a, b, start = (wide(v, batch) for v in operands[1:])
-    solver = Solver(entries, a, b)
-    back = _through_all(solver, n_iter, start, prototype_first, _upstream((grad_f, grad_g), batch))
-    x = _of_scores(back, logits, batch) if needs[0] else logits.new_empty(0)
-    found = zip((back.row, back.column, back.g), operands[1:], needs[1:], strict=True)
-    return (x, *(_fit(v, o, batch, need) for v, o, need in found))
+    """Gradients of (logits, log_row, log_col, init, bias, scale) through all iterations."""
+    operands = {
+        "logits": logits, "log_row": log_row, "log_col": log_col, "init": init, "bias": bias,
+        "scale": scale,
+    }  # fmt: skip
+    through = partial(_through_all, n_iter, prototype_first)
+    return _differentiated(operands, needs, precision, (grad_f, grad_g), through)
 
 
 def sinkhorn_features_backward(
@@ -385,35 +446,17 @@ def sinkhorn_features_backward(
     log_col: Tensor | None,
     init: Tensor | None,
     prototype_first: bool,
+    scale: Tensor | None,
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (z, prototypes, bias, log_row, log_col, init) through all iterations."""
-    operands = (z, prototypes, bias, log_row, log_col, init)
-    batch = batch_of([(z, 2), (prototypes, 2), *given(bias, log_row, log_col, init)])
-    entries = features(z, prototypes, batch, precision)
-    if entries.problems * entries.shape[0] == 0:
-        return _nothing(operands, needs)
-    c, a, b, start = (wide(v, batch) for v in operands[2:])
-    solver = Solver(entries, a, b, c)
-    back = _through_all(solver, n_iter, start, prototype_first, _upstream((grad_f, grad_g), batch))
-    matrices = _matrices(back, (z, prototypes), batch, needs, precision)
-    found = zip(
-        (back.down, back.row, back.column, back.g), operands[2:], needs[2:], strict=True
-    )  # fmt: skip
-    return (*matrices, *(_fit(v, o, batch, need) for v, o, need in found))
-
-
-def _matrices(
-    back: Back,
-    operands: tuple[Tensor, Tensor],
-    batch: Sequence[int],
-    needs: Sequence[bool],
-    precision: str,
-) -> list[Tensor]:
-    if not (needs[0] or needs[1]):
-        return [x.new_empty(0) for x in operands]
-    return _of_features(back, operands, batch, needs[:2], precision)
+    """Gradients of (z, prototypes, bias, log_row, log_col, init, scale) through all iterations."""
+    operands = {
+        "z": z, "prototypes": prototypes, "bias": bias, "log_row": log_row, "log_col": log_col,
+        "init": init, "scale": scale,
+    }  # fmt: skip
+    through = partial(_through_all, n_iter, prototype_first)
+    return _differentiated(operands, needs, precision, (grad_f, grad_g), through)
 
 
 def sinkhorn_pass_backward(
@@ -422,22 +465,15 @@ def sinkhorn_pass_backward(
     logits: Tensor,
     g: Tensor,
     log_row: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (logits, g, log_row)."""
-    operands = (logits, g, log_row)
-    batch = batch_of([(logits, 2), *given(g, log_row)])
-    entries = scores(logits, batch)
-    if entries.problems * entries.shape[0] == 0:
-        return _nothing(operands, needs)
-    start, a = (wide(v, batch) for v in operands[1:])
-    assert start is not None
-    solver = Solver(entries, a, covered=False)
-    back = _through_pass(solver, start, _upstream((grad_f, grad_log_mass), batch))
-    x = _of_scores(back, logits, batch) if needs[0] else logits.new_empty(0)
-    found = zip((back.g, back.row), operands[1:], needs[1:], strict=True)
-    return (x, *(_fit(v, o, batch, need) for v, o, need in found))
+    """Gradients of (logits, g, log_row, bias, scale)."""
+    operands = {"logits": logits, "g": g, "log_row": log_row, "bias": bias, "scale": scale}
+    grads = (grad_f, grad_log_mass)
+    return _differentiated(operands, needs, precision, grads, _through_pass, covered=False)
 
 
 def sinkhorn_features_pass_backward(
@@ -448,19 +484,13 @@ def sinkhorn_features_pass_backward(
     g: Tensor,
     bias: Tensor | None,
     log_row: Tensor | None,
+    scale: Tensor | None,
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (z, prototypes, g, bias, log_row)."""
-    operands = (z, prototypes, g, bias, log_row)
-    batch = batch_of([(z, 2), (prototypes, 2), *given(g, bias, log_row)])
-    entries = features(z, prototypes, batch, precision)
-    if entries.problems * entries.shape[0] == 0:
-        return _nothing(operands, needs)
-    start, c, a = (wide(v, batch) for v in operands[2:])
-    assert start is not None
-    solver = Solver(entries, a, None, c, covered=False)
-    back = _through_pass(solver, start, _upstream((grad_f, grad_log_mass), batch))
-    matrices = _matrices(back, (z, prototypes), batch, needs, precision)
-    found = zip((back.g, back.down, back.row), operands[2:], needs[2:], strict=True)
-    return (*matrices, *(_fit(v, o, batch, need) for v, o, need in found))
+    """Gradients of (z, prototypes, g, bias, log_row, scale)."""
+    operands = {
+        "z": z, "prototypes": prototypes, "g": g, "bias": bias, "log_row": log_row, "scale": scale
+    }  # fmt: skip
+    grads = (grad_f, grad_log_mass)
+    return _differentiated(operands, needs, precision, grads, _through_pass, covered=False)

@@ -296,7 +296,7 @@ class SelfLabeller(nn.Module):
         self._check_labels()
         logits = self(features)
         size = logits.shape[1]
-        checks.shape("rows", rows, lambda: f"[{size}]", list(rows.shape) == [size], "features")
+        checks.shape("rows", rows, [size], list(rows.shape) == [size], "features")
         self._check_rows(rows)
         targets = self.labels[:, rows.to(self.labels.device)]
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ SCORES_PASS, FEATURES_PASS = "sinkhorn_pass", "sinkhorn_features_pass"
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of an op; the features form takes z, prototypes and a bias for the logits. That of a
-    pass has no number of iterations, and starts at `init`.
+    """A call of an op; the features form takes z and prototypes for the logits. That of a pass has
+    no number of iterations, and starts at `init`.
     """
 
     name: str
@@ -35,14 +36,16 @@ class _Call:
     first: bool = True
     dtypes: tuple[torch.dtype, ...] = DTYPES
     bias: bool = False
+    scale: Tensor | None = None
 
     def arguments(self, op: str, draw: _Draw) -> tuple[Any, ...]:
         rest = (self.log_row, self.log_col, self.init, self.first)
-        if op == SCORES:
-            return (self.logits, self.n_iter, *rest)
-        if op == SCORES_PASS:
-            return (self.logits, self.init, self.log_row)
         *batch, n, k = self.logits.shape
+        if op in (SCORES, SCORES_PASS):
+            last = (draw.normal(k) if self.bias else None, self.scale)
+            if op == SCORES:
+                return (self.logits, self.n_iter, *rest, *last)
+            return (self.logits, self.init, self.log_row, *last)
         z, c = draw.normal(*batch, n, D), draw.normal(k, D)
         if n and bool(self.logits[..., 0, 0].isnan().any()):
             z[..., 0, 0] = torch.nan
@@ -50,8 +53,8 @@ class _Call:
             z[2], c[1] = torch.nan, torch.inf
         bias = draw.normal(k) if self.bias else None
         if op == FEATURES_PASS:
-            return (z, c, self.init, bias, self.log_row)
-        return (z, c, self.n_iter, bias, *rest)
+            return (z, c, self.init, bias, self.log_row, self.scale)
+        return (z, c, self.n_iter, bias, *rest, self.scale)
 
 
 class _Draw:
@@ -66,6 +69,11 @@ class _Draw:
         return self.normal(*shape).log_softmax(-1)
 
 
+def scale(value: Any) -> Tensor:
+    """What the scores of a problem, or of each of a batch, are multiplied by."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def _calls(draw: _Draw) -> list[_Call]:
     def x(*shape: int) -> Tensor:
         return 2 * draw.normal(*shape)
@@ -77,6 +85,8 @@ def _calls(draw: _Draw) -> list[_Call]:
     a, b = draw.masses(N), draw.masses(K)
     buried = x(N, K)
     buried[2], buried[:, 1] = math.nan, math.inf
+    shut = x(N, K)
+    shut[0, 1] = shut[3, 2] = -math.inf
     return [
         _Call("plain", x(N, K)),
         _Call("no-iterations", x(N, K), 0),
@@ -95,16 +105,22 @@ def _calls(draw: _Draw) -> list[_Call]:
         _Call("init", x(N, K), init=draw.normal(K)),
         _Call("init-batch", x(N, K), init=draw.normal(B, K)),
         _Call("init-rows-first", x(N, K), init=draw.normal(K), first=False),
-        _Call("zero-masses", buried, log_row=dead_row, log_col=dead_col, dtypes=WIDE),
+        _Call(
+            "zero-masses", buried, log_row=dead_row, log_col=dead_col, dtypes=WIDE, scale=scale(0.8)
+        ),
         _Call("sharp", 8 * x(N, K), dtypes=WIDE),
         _Call("batch", x(B, N, K)),
         _Call("batch-crossed", x(B, 1, N, K), log_col=draw.masses(3, K)),
         _Call("no-batch", x(0, N, K)),
         _Call("bias", x(N, K), bias=True),
-        _Call("lost", lost, dtypes=WIDE),
+        _Call("lost", lost, dtypes=WIDE, scale=scale(0.5)),
+        _Call("scale", x(N, K), scale=scale(0.4)),
+        _Call("scale-rows-first", x(N, K), first=False, scale=scale(2.5)),
+        _Call("scale-batch", x(N, K), scale=scale([0.5, 2.0]), init=draw.normal(K)),
+        _Call("scale-forbidden", shut, scale=scale(1.5), dtypes=WIDE),
         _Call(
             "everything", x(B, 1, N, K), 2, draw.masses(N), draw.masses(3, K), draw.normal(K),
-            bias=True,
+            bias=True, scale=scale([[0.7], [1.3]]),
         ),
     ]  # fmt: skip
 
@@ -118,8 +134,10 @@ def _passes(draw: _Draw) -> list[_Call]:
     lost.logits[0, 0] = torch.nan
     dead_row, dead_g = draw.masses(N), draw.normal(K)
     dead_row[2], dead_g[1] = -math.inf, -math.inf
-    buried = call("zero-masses", N, K, g=dead_g, log_row=dead_row, dtypes=WIDE)
+    buried = call("zero-masses", N, K, g=dead_g, log_row=dead_row, dtypes=WIDE, scale=scale(0.8))
     buried.logits[2], buried.logits[:, 1] = math.nan, math.inf
+    shut = call("scale-forbidden", N, K, scale=scale(1.5), dtypes=WIDE)
+    shut.logits[0, 1] = shut.logits[3, 2] = -math.inf
     return [
         buried,
         call("plain", N, K),
@@ -135,20 +153,36 @@ def _passes(draw: _Draw) -> list[_Call]:
         call("batch", B, N, K),
         call("batch-crossed", B, 1, N, K, g=draw.normal(3, K)),
         call("bias", N, K, bias=True),
-        call("everything", B, 1, N, K, g=draw.normal(3, K), log_row=draw.masses(N), bias=True),
+        call("scale", N, K, scale=scale(0.4)),
+        call("scale-batch", N, K, scale=scale([0.5, 2.0])),
+        shut,
+        call(
+            "everything",
+            B,
+            1,
+            N,
+            K,
+            g=draw.normal(3, K),
+            log_row=draw.masses(N),
+            bias=True,
+            scale=scale([[0.7], [1.3]]),
+        ),
     ]
 
 
 NAMES = {
-    SCORES_PASS: ("logits", "g", "log_row"),
-    FEATURES_PASS: ("z", "prototypes", "g", "bias", "log_row"),
-    SCORES: ("logits", "n_iter", "log_row", "log_col", "init", "prototype_first"),
+    SCORES_PASS: ("logits", "g", "log_row", "bias", "scale"),
+    FEATURES_PASS: ("z", "prototypes", "g", "bias", "log_row", "scale"),
+    SCORES: (
+        "logits", "n_iter", "log_row", "log_col", "init", "prototype_first", "bias", "scale",
+    ),
     FEATURES: (
         "z", "prototypes", "n_iter", "bias", "log_row", "log_col", "init", "prototype_first",
+        "scale",
     ),
 }  # fmt: skip
 # Potentials or masses of these are not finite: no finite difference is.
-BORDERS = ("zero-masses", "lost")
+BORDERS = ("zero-masses", "lost", "scale-forbidden")
 BORDERS_OF_PASSES = (*BORDERS, "no-rows")
 
 
@@ -218,18 +252,18 @@ ROW_ARGUMENTS = ("logits", "z", "log_row")
 SCALES = (1.0, 1.0, 1.0, 0.0)
 SELECTIONS = {
     "traced": ("plain", "batch-crossed", "rows-first", "init", "everything"),
-    "compiled": ("plain", "masses-batch", "rows-first", "everything"),
+    "compiled": ("plain", "masses-batch", "rows-first", "scale", "everything"),
     "exported": ("plain", "row-masses", "init"),
     "laid": ("plain", "batch", "batch-crossed", "wide", "everything"),
-    "mapped": ("plain", "batch-crossed", "init-rows-first", "bias", "everything"),
+    "mapped": ("plain", "batch-crossed", "init-rows-first", "bias", "scale", "everything"),
     "nested": ("plain", "init"),
-    "autocast": ("plain", "bias"),
+    "autocast": ("plain", "bias", "scale"),
     "frozen": ("plain", "everything"),
     "views": ("plain", "batch", "everything"),
-    "differentiated": ("plain", "rows-first", "masses-batch", "bias"),
+    "differentiated": ("plain", "rows-first", "masses-batch", "bias", "scale"),
     "hessian": ("plain",),
-    "batched gradients": ("plain", "batch-crossed", "bias"),
-    "twice": ("plain", "init", "bias"),
+    "batched gradients": ("plain", "batch-crossed", "bias", "scale"),
+    "twice": ("plain", "init", "bias", "scale"),
 }
 
 
@@ -249,10 +283,10 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
     names = NAMES[op]
     shift = torch.full((k,), offset, dtype=torch.float64)
     args: tuple[Any, ...] = {
-        SCORES: (z @ c.T + offset, 3, None, None, None, True),
-        FEATURES: (z, c, 3, shift, None, None, None, True),
-        SCORES_PASS: (z @ c.T + offset, torch.zeros_like(shift), None),
-        FEATURES_PASS: (z, c, torch.zeros_like(shift), shift, None),
+        SCORES: (z @ c.T + offset, 3, None, None, None, True, None, scale(1.25)),
+        FEATURES: (z, c, 3, shift, None, None, None, True, scale(1.25)),
+        SCORES_PASS: (z @ c.T + offset, torch.zeros_like(shift), None, None, scale(1.25)),
+        FEATURES_PASS: (z, c, torch.zeros_like(shift), shift, None, scale(1.25)),
     }[op]
     smooth = tuple(n for n, a in zip(names, args, strict=True) if isinstance(a, Tensor))
     return Sample(op, "large", args, smooth)
@@ -277,6 +311,7 @@ _PLAIN: dict[str, Callable[[], Any]] = {
     "log_col": lambda: None,
     "init": lambda: None,
     "prototype_first": lambda: True,
+    "scale": lambda: None,
     "precision": lambda: None,
 }
 _FLOATS = "dtype float16, bfloat16, float32 or float64"
@@ -332,6 +367,16 @@ _ROWS: list[Row] = [
         {"prototypes": zeros(0, 3)}),
     ("bias", _F, ValueError,
         "bias: expected shape [..., 4] to match prototypes [4, 3], got [5]", {"bias": zeros(5)}),
+    ("bias of scores", _S, ValueError,
+        "bias: expected shape [..., 4] to match logits [5, 4], got [5]", {"bias": zeros(5)}),
+    ("scale int", COUPLED, TypeError, f"scale: expected {_FLOATS}, got int64",
+        {"scale": zeros(dtype=torch.int64)}),
+    ("leading dims of the scale", _S, ValueError,
+        "scale: expected leading dims that broadcast to match logits [2, 5, 4], got [3]",
+        {"logits": zeros(2, 5, 4), "scale": zeros(3)}),
+    ("leading dims of the scale of features", _F, ValueError,
+        "scale: expected leading dims that broadcast to match z [2, 5, 3], got [3]",
+        {"z": zeros(2, 5, 3), "scale": zeros(3)}),
     ("row masses of features", _F, ValueError,
         "log_row: expected shape [..., 5] to match z [5, 3], got [4]", {"log_row": zeros(4)}),
     ("masses int", BOTH, TypeError, f"log_col: expected {_FLOATS}, got int64",
@@ -360,6 +405,11 @@ _ROWS: list[Row] = [
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
         given(precision="fast")),
 ]  # fmt: skip
+_VALUES: list[Row] = [
+    (f"scale {value}", COUPLED, ValueError, f"scale: expected finite values > 0, got {value}",
+        {"scale": partial(torch.tensor, value)})
+    for value in (0.0, -1.0, math.nan, math.inf)
+]  # fmt: skip
 _TYPES: list[Row] = [
     ("logits list", _S, TypeError, "logits: expected a Tensor, got list", given(logits=[[1.0]])),
     ("z list", _F, TypeError, "z: expected a Tensor, got list", given(z=[[1.0]])),
@@ -369,6 +419,8 @@ _TYPES: list[Row] = [
     ("g number", PASSES, TypeError, "g: expected a Tensor, got float", given(g=0.0)),
     ("init number", BOTH, TypeError, "init: expected a Tensor or None, got float",
         given(init=0.0)),
+    ("scale number", COUPLED, TypeError, "scale: expected a Tensor or None, got float",
+        given(scale=20.0)),
     ("order", BOTH, TypeError, "prototype_first: expected a bool, got str",
         given(prototype_first="yes")),
     ("precision number", COUPLED, TypeError, "precision: expected a str or None, got int",
@@ -378,4 +430,4 @@ _TYPES: list[Row] = [
 
 def bad_calls() -> list[Bad]:
     """Calls that must be refused."""
-    return refusals(_PLAIN, {"op": _ROWS, "function": _TYPES})
+    return refusals(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})

@@ -97,12 +97,6 @@ class Sharded(Passes):
     def __init__(self, calls: Calls, group: Any) -> None:
         super().__init__(calls)
         self.group = group
-        first = calls.problem.first
-        if calls.problem.log_row is None:
-            count = torch.tensor([first.shape[-2]], device=self.device)
-            total = max(1, int(distributed.gathered(count, group).sum()))
-            rows = torch.full((first.shape[-2],), -math.log(total), dtype=torch.float64)
-            self.log_row = rows.to(self.device)
 
     def start(self, prototype_first: bool) -> Tensor:
         if not prototype_first:

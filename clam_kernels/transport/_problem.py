@@ -3,23 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._core.backend import default_precision
 from ..ops import sinkhorn as ops
+from ._terms import autocast_off, product, scaled
 
 Scores = Tensor | tuple[Tensor, Tensor]
-# Logits that are held at once where only labels or sums are asked for.
-TILE_ENTRIES = 1 << 20
+# Logits in memory at once where a result is read: few on a CPU, whose cache holds them; many on a
+# GPU, where each tile is a few launches.
+TILE_ENTRIES, TILE_ENTRIES_OF_GPU = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Scores over epsilon plus bias, and logarithms of the marginals (uniform where None)."""
+    """Scores, epsilon and bias, and logarithms of the marginals (uniform where None)."""
 
     scores: Scores
     epsilon: float | Tensor
@@ -42,10 +45,11 @@ class Problem:
         """That of the potentials."""
         return torch.float64 if self.first.dtype == torch.float64 else torch.float32
 
-    @property
-    def learnt(self) -> bool:
-        """Whether epsilon has a gradient."""
-        return isinstance(self.epsilon, Tensor) and self.epsilon.requires_grad
+    def scale(self) -> Tensor:
+        """1 / epsilon [], which multiplies the scores wherever they are read."""
+        if isinstance(self.epsilon, Tensor):
+            return self.epsilon.to(self.first.device, self.dtype).reciprocal()
+        return torch.full((), 1.0 / self.epsilon, dtype=self.dtype, device=self.first.device)
 
     def detached(self) -> Problem:
         """The same without gradients."""
@@ -94,61 +98,75 @@ class Problem:
         """Which prototypes take no part [..., K]."""
         return None if self.log_col is None else self.log_col == -torch.inf
 
-    def features(self) -> tuple[Tensor, Tensor]:
-        """(z, prototypes / epsilon) as they are multiplied. The quotient keeps their dtype, but for
-        float16, whose range it leaves: that is float32.
+    def logits(self, rows: slice | Tensor, g: Tensor) -> Tensor:
+        """Logits of some rows plus g, in the dtype of the potentials; g alone where nothing takes
+        part.
         """
-        z, prototypes = self.scores
-        prototypes = _without(prototypes, self.out_columns(), -1)
-        if z.dtype == torch.float16:
-            z, prototypes = z.float(), prototypes.float()
-        if _is_one(self.epsilon):
-            return z, prototypes
-        return z, (prototypes / self.epsilon).to(prototypes.dtype)
-
-    def logits(self, rows: slice | Tensor) -> Tensor:
-        """Logits of some rows in the dtype of the potentials, 0 where nothing takes part."""
-        out, columns = self.out(rows), self.out_columns()
+        out, columns, scale = self.out(rows), self.out_columns(), self.scale()
         if isinstance(self.scores, Tensor):
-            return self.scaled(self.scores[..., rows, :].to(self.dtype), out, columns)
-        z, prototypes = (x.to(self.dtype) for x in self.features())
-        # not only after the product: 0 times NaN would be a gradient
-        x = _without(z[..., rows, :], out, -1) @ prototypes.mT
-        return self._biased(x, columns)
+            x = _without(self.scores[..., rows, :].to(self.dtype), out, -1)
+            x = scaled(_without(x, columns, -2), scale)
+        else:
+            z, prototypes = (x.to(self.dtype) for x in self.scores)
+            # not only after the product: 0 times NaN would be a gradient
+            z, prototypes = _without(z[..., rows, :], out, -1), _without(prototypes, columns, -1)
+            x = self._product(z, prototypes * scale)
+        if self.bias is not None:  # in float64, where one may cancel the other
+            bias = self.bias.double()
+            bias = bias if columns is None else torch.where(columns, 0.0, bias)
+            g = (g.double() + bias).to(x.dtype)
+        return x + g[..., None, :]
 
-    def scaled(self, x: Tensor, out: Tensor | None, columns: Tensor | None) -> Tensor:
-        """Scores over epsilon, plus the bias; 0 where nothing takes part."""
-        x = _without(_without(x, out, -1), columns, -2)
-        if not self.learnt:
-            x = x if _is_one(self.epsilon) else x / self.epsilon
-            return self._biased(x, columns)
-        shut = x == -torch.inf  # infinite over epsilon has no gradient
-        x = (x.masked_fill(shut, 0.0) / self.epsilon).masked_fill(shut, -torch.inf)
-        return self._biased(x, columns)
+    def _product(self, z: Tensor, prototypes: Tensor) -> Tensor:
+        """The product z @ prototypes^T."""
+        # dynamo cannot ask for torch's own precision, which is a switch of the whole process
+        lower = torch.compiler.is_dynamo_compiling() or default_precision() != "highest"
+        return product(z, prototypes, self.precision == "highest" and lower)
 
-    def _biased(self, x: Tensor, columns: Tensor | None) -> Tensor:
-        if self.bias is None:
-            return x
-        bias = self.bias.to(x.dtype)
-        bias = bias if columns is None else torch.where(columns, 0.0, bias)
-        return x + bias[..., None, :]
+    def runs(self, g: Tensor, rows: slice | None = None) -> list[slice]:
+        """All rows, or some, in runs whose logits are in memory at once: at least one run. It is
+        the only one where autograd keeps the results anyway, and where a compiler finds its own.
+        """
+        if torch.compiler.is_compiling() or self._recorded(g):
+            return [slice(None) if rows is None else rows]
+        entries = TILE_ENTRIES if self.first.is_cpu else TILE_ENTRIES_OF_GPU
+        start, stop, step = (slice(None) if rows is None else rows).indices(self.first.shape[-2])
+        size = max(1, entries // max(1, g.numel())) * step
+        starts = range(start, stop, size) or [start]
+        return [slice(at, min(at + size, max(stop, at)), step) for at in starts]
+
+    def _recorded(self, g: Tensor) -> bool:
+        """Whether autograd records what is read."""
+        scores = (self.scores,) if isinstance(self.scores, Tensor) else self.scores
+        given = (g, *scores, self.epsilon, self.bias)
+        needs = any(isinstance(x, Tensor) and x.requires_grad for x in given)
+        return needs and torch.is_grad_enabled()
 
     def tiles(self, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, logits + g) in chunks."""
-        n, k = self.first.shape[-2], g.shape[-1]
-        problems = max(1, g.numel() // k)
-        step = max(1, TILE_ENTRIES // (k * problems))
-        for start in range(0, n, step):
-            part = slice(start, min(start + step, n))
-            yield part, self.logits(part) + g[..., None, :]
+        """(rows, logits + g) of each run."""
+        return ((part, self.logits(part, g)) for part in self.runs(g))
+
+    def joined(
+        self, g: Tensor, read: Callable[[slice, Tensor], Tensor], rows: slice | None = None
+    ) -> Tensor:
+        """What `read(rows, logits + g)` returns for each run [..., rows, K], in one array."""
+        first, *more = self.runs(g, rows)
+        found = read(first, self.logits(first, g))
+        if not more:
+            return found
+        count = len(range(self.first.shape[-2])[slice(None) if rows is None else rows])
+        whole = found.new_empty((*found.shape[:-2], count, found.shape[-1]))
+        at = found.shape[-2]
+        whole[..., :at, :] = found
+        for part in more:
+            found = read(part, self.logits(part, g))
+            whole[..., at : at + found.shape[-2], :] = found
+            at += found.shape[-2]
+        return whole
 
     def calls(self) -> Calls:
         """The ops on this problem."""
         return Calls(self)
-
-
-def _is_one(epsilon: float | Tensor) -> bool:
-    return not isinstance(epsilon, Tensor) and epsilon == 1
 
 
 def _without(x: Tensor, out: Tensor | None, dim: int) -> Tensor:
@@ -157,24 +175,18 @@ def _without(x: Tensor, out: Tensor | None, dim: int) -> Tensor:
 
 
 class Calls:
-    """The ops on a problem. Scores are scaled once: an array of their own unless epsilon is 1."""
+    """The ops on a problem."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.rest: dict[str, Any] = {"precision": problem.precision}
-        self.ops: tuple[Any, Any]
-        self.entries: tuple[Tensor, ...]
         scores = problem.scores
-        if isinstance(scores, Tensor):
-            # the ops leave out what takes no part; epsilon's gradient sees it
-            out = (problem.out(), problem.out_columns()) if problem.learnt else (None, None)
-            half = scores.dtype not in (torch.float32, torch.float64)
-            x = scores.float() if half and not _is_one(problem.epsilon) else scores
-            self.entries = (problem.scaled(x, *out),)
-            self.ops = ops.sinkhorn, ops.sinkhorn_pass
-        else:
-            self.entries, self.rest["bias"] = problem.features(), problem.bias
-            self.ops = ops.sinkhorn_features, ops.sinkhorn_features_pass
+        stored = isinstance(scores, Tensor)
+        self.entries: tuple[Tensor, ...] = (scores,) if isinstance(scores, Tensor) else scores
+        self.iterations: Any = ops.sinkhorn if stored else ops.sinkhorn_features
+        self.step: Any = ops.sinkhorn_pass if stored else ops.sinkhorn_features_pass
+        self.rest: dict[str, Any] = {
+            "bias": problem.bias, "scale": problem.scale(), "precision": problem.precision
+        }  # fmt: skip
 
     def iterated(
         self, n_iter: int, init: Tensor | None, prototype_first: bool
@@ -182,10 +194,12 @@ class Calls:
         """(f, g, err, status) after a number of iterations."""
         masses = {"log_row": self.problem.log_row, "log_col": self.problem.log_col}
         rest = {**masses, "init": init, "prototype_first": prototype_first, **self.rest}
-        f, g, err, status = self.ops[0](*self.entries, n_iter, **rest)
+        with autocast_off(self.problem.first):
+            f, g, err, status = self.iterations(*self.entries, n_iter, **rest)
         return f, g, err, status
 
     def one_pass(self, g: Tensor, log_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(f, log_mass, status) after the rows' step at g."""
-        f, log_mass, status = self.ops[1](*self.entries, g, log_row=log_row, **self.rest)
+        with autocast_off(self.problem.first):
+            f, log_mass, status = self.step(*self.entries, g, log_row=log_row, **self.rest)
         return f, log_mass, status

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._core import checks
+from .. import distributed
+from .._core import checks, transforms
 from ._gradients import semi_dual
-from ._passes import FINE, NOT_CONVERGED
+from ._passes import EMPTY, FINE, NOT_CONVERGED
 from ._problem import Problem, Scores
 from ._strict import evened
 
@@ -31,6 +31,12 @@ class Sinkhorn:
         0 fine, 1 not converged to `tol`, 2 not finite, 3 infeasible, 4 no row.
     n_iter : int
         Iterations run, of the problem that took most.
+
+    Notes
+    -----
+    With `process_group` f, codes, plan, labels and topk are of the rows of this process;
+    `labels(strict=True)`, `counts`, `value` and `entropy` look at the rows of all processes, which
+    all have to call them.
     """
 
     f: Tensor
@@ -40,6 +46,7 @@ class Sinkhorn:
     n_iter: int
     problem: Problem = field(repr=False)
     envelope: bool = field(default=False, repr=False)
+    group: Any = field(default=None, repr=False)
 
     @property
     def converged(self) -> Tensor:
@@ -59,16 +66,21 @@ class Sinkhorn:
         Tensor [..., N, K]
             0 in rows that take no part, NaN in problems that failed.
         """
-        rows = slice(None) if rows is None else rows
-        p = torch.softmax(self._still().logits(rows) + self.g[..., None, :], -1)
-        out = self.problem.out(rows)
-        return p if out is None else p.masked_fill(out[..., None], 0.0)
+        problem = self._still()
+
+        def read(part: slice, x: Tensor) -> Tensor:
+            p, out = torch.softmax(x, -1), problem.out(part)
+            return p if out is None else p.masked_fill(out[..., None], 0.0)
+
+        return problem.joined(self.g, read, rows)
 
     def plan(self, rows: slice | None = None) -> Tensor:
         """exp(logits + f + g) [..., N, K], of some rows or all."""
-        rows = slice(None) if rows is None else rows
-        x = self._still().logits(rows) + self.g[..., None, :] + self.f[..., rows, None]
-        return x.exp()
+
+        def read(part: slice, x: Tensor) -> Tensor:
+            return (x + self.f[..., part, None]).exp()
+
+        return self._still().joined(self.g, read, rows)
 
     def _still(self) -> Problem:
         """The problem as far as codes and plan are differentiated by it."""
@@ -81,7 +93,8 @@ class Sinkhorn:
         ----------
         strict : bool
             Whether no prototype gets more rows than its mass is worth (rounded, the rest to the
-            largest remainders, lowest index on ties): rows move where that costs least.
+            largest remainders, lowest index on ties): rows move where that costs least. The shares
+            are those of all rows, on whichever process of a group they lie.
 
         Returns
         -------
@@ -89,13 +102,19 @@ class Sinkhorn:
             -1 for rows that take no part and for problems that failed.
         """
         problem, g = self.problem.detached(), self.g.detach()
-        found = torch.empty(self.f.shape, dtype=torch.int64, device=self.f.device)
+        parts = []
         for part, x in problem.tiles(g):
-            best = x.argmax(-1)
-            out = problem.out(part)
-            found[..., part] = best if out is None else best.masked_fill(out, -1)
-        found[self.status > NOT_CONVERGED] = -1
-        return evened(problem, g, found) if strict else found
+            best, out = x.argmax(-1), problem.out(part)
+            parts.append(best if out is None else best.masked_fill(out, -1))
+        found = torch.cat(parts, -1).masked_fill((self.status > NOT_CONVERGED)[..., None], -1)
+        if not strict:
+            return found
+        if transforms.maps(found):
+            raise NotImplementedError(
+                "strict: expected False under torch.func.vmap, which has no values to order rows"
+                " by; pass the problems as leading dims [..., N, K]"
+            )
+        return evened(problem, g, found, self.group)
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest codes of each row.
@@ -110,14 +129,14 @@ class Sinkhorn:
         values, indices : Tensor [..., N, k]
             Values 0 in rows that take no part.
         """
-        most = self.g.shape[-1]
-        whole = isinstance(k, int) and 1 <= k <= most
-        checks.value_error(whole, lambda: checks.wording("k", f"an int from 1 to {most}", repr(k)))
-        values = [self.g.new_empty((*self.f.shape[:-1], 0, k))]
-        indices = [values[0].long()]
-        for part, x in self._still().tiles(self.g):
-            top = torch.softmax(x, -1).topk(k, -1)
-            out = self.problem.out(part)
+        most, k = self.g.shape[-1], checks.whole("k", k, 1)
+        checks.value_error(
+            1 <= k <= most, lambda: checks.wording("k", f"an int from 1 to {most}", f"{k}")
+        )
+        problem = self._still()
+        values, indices = [], []
+        for part, x in problem.tiles(self.g):
+            top, out = torch.softmax(x, -1).topk(k, -1), problem.out(part)
             best = top.values if out is None else top.values.masked_fill(out[..., None], 0.0)
             values.append(best)
             indices.append(top.indices)
@@ -136,12 +155,10 @@ class Sinkhorn:
         -------
         Tensor [..., K], int64
         """
-        labels, k = self.labels(strict), self.g.shape[-1]
-        found = torch.zeros(self.g.shape, dtype=torch.int64, device=labels.device)
-        for at in itertools.product(*map(range, labels.shape[:-1])):
-            row = labels[at]
-            found[at] = torch.bincount(row[row >= 0], minlength=k)
-        return found
+        labels = self.labels(strict)
+        found = torch.zeros_like(self.g, dtype=torch.int64)
+        found = found.scatter_add(-1, labels.clamp(min=0), (labels >= 0).long())
+        return self._of_all(found)
 
     def value(self) -> Tensor:
         """<plan, -scores - epsilon bias> + epsilon KL(plan | a b^T) of the optimum [...] float64,
@@ -152,23 +169,28 @@ class Sinkhorn:
         problem, f = self.problem, self.f
         if self.envelope:
             f = semi_dual(problem, self.g)
-        n, k = f.shape[-1], self.g.shape[-1]
-        sides = ((f, problem.log_row, n), (self.g, problem.log_col, k))
-        rows, columns = (_side(x, log_mass, size) for x, log_mass, size in sides)
-        return (rows + columns) * problem.epsilon
+        rows = self._of_all(_side(f, problem.log_row))
+        whole = (rows + _side(self.g, problem.log_col)) * problem.epsilon
+        return torch.where(self.status == EMPTY, 0.0, whole)
 
     def entropy(self) -> Tensor:
         """Mean entropy of the codes of the rows [...], in nats; without gradient."""
         total = torch.zeros_like(self.err, dtype=torch.float64)
         rows = torch.zeros_like(total)
-        for part, x in self.problem.detached().tiles(self.g.detach()):
+        problem = self.problem.detached()
+        for part, x in problem.tiles(self.g.detach()):
             p = torch.softmax(x, -1)
             one = torch.special.entr(p).sum(-1).double()
-            out = self.problem.out(part)
+            out = problem.out(part)
             weight = torch.ones_like(one) if out is None else (~out).double()
             one = torch.where(weight > 0, one, 0.0)
             total, rows = total + one.sum(-1), rows + weight.sum(-1)
+        total, rows = self._of_all(torch.stack([total, rows]))
         return total / rows.clamp(min=1)
+
+    def _of_all(self, mine: Tensor) -> Tensor:
+        """The sum over the processes of a group, if the rows are spread over one."""
+        return mine if self.group is None else distributed.gathered(mine, self.group).sum(0)
 
     def assign(self, scores: Scores) -> Tensor:
         """Codes of other rows at these potentials.
@@ -185,15 +207,16 @@ class Sinkhorn:
         other = self.problem.of(scores)
         wide, k = isinstance(scores, Tensor) and scores.ndim < 2, self.g.shape[-1]
         same = not wide and other.n_prototypes == k
-        checks.shape("scores", other.first, f"[..., M, {k}]", same, "the result")
+        checks.shape("scores", other.first, ["...", "M", k], same, "the result")
         return replace(self, problem=other).codes()
 
 
-def _side(potential: Tensor, log_mass: Tensor | None, size: int) -> Tensor:
+def _side(potential: Tensor, log_mass: Tensor | None) -> Tensor:
     """The sum of a (f - log a); nothing of what has no mass."""
     x = potential.double()
     if log_mass is None:
-        return x.sum(-1) / max(size, 1) + (math.log(size) if size else 0.0)
+        size = x.shape[-1]  # its logarithm as a tensor's, or each size would be compiled anew
+        return x.sum(-1) / max(size, 1) + x.new_full((), max(size, 1)).log()
     alive = log_mass > -torch.inf
     log_a = torch.where(alive, log_mass.double(), 0.0)
     return torch.where(alive, log_a.exp() * (torch.where(alive, x, 0.0) - log_a), 0.0).sum(-1)

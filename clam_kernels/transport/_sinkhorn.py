@@ -10,21 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distributed
 from .._core import checks
+from . import _arguments as arguments
 from ._gradients import implicit
 from ._iterate import Found, iterate
 from ._passes import EMPTY, FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
 from ._problem import Problem, Scores
 from ._result import Sinkhorn
 
-# How far the total of a marginal may be from 1: a float16's sum of many.
-TOTAL = 1e-3
 FAULTS = {
     NOT_FINITE: "hold NaN or +inf where something takes part",
     INFEASIBLE: "have a row or prototype with mass and without an open pair",
 }
-GRADIENTS = ("stop", "unrolled", "implicit", "envelope")
 
 
 def sinkhorn(
@@ -117,17 +114,25 @@ def sinkhorn(
     >>> clam_kernels.sinkhorn(scores, tol=1e-6).labels()
     tensor([0, 1, 0, 1])
     """
-    first, columns = _operands(scores)
-    _check_rule(epsilon, n_iter, tol, max_iter, accelerate, prototype_first)
-    _check_gradient(gradient, tol, process_group)
+    first, columns = arguments.operands(scores)
+    arguments.check_epsilon(epsilon, first)
+    n_iter, max_iter = arguments.checked_rule(n_iter, tol, max_iter, accelerate, prototype_first)
+    arguments.check_gradient(gradient, tol, process_group)
     if bias is not None:
-        _check_vector("bias", bias, columns, first)
-    log_row = _log_mass("row_marginal", row_marginal, first.shape[-2], first, process_group)
+        arguments.check_vector("bias", bias, columns, first)
+    log_row = arguments.log_mass(
+        "row_marginal", row_marginal, first.shape[-2], first, process_group
+    )
     if row_mask is not None:
-        log_row = _masked(log_row, row_mask, first, process_group)
-    log_col = _log_mass("col_marginal", col_marginal, columns, first)
+        log_row = arguments.masked(log_row, row_mask, first, process_group)
+    elif row_marginal is None and process_group is not None:
+        log_row = arguments.even(first, process_group)
+    log_col = arguments.log_mass("col_marginal", col_marginal, columns, first)
+    scores, precision = arguments.as_autocast(scores, precision)
     problem = Problem(scores, epsilon, bias, log_row, log_col, precision)
     start = init.g if isinstance(init, Sinkhorn) else init
+    if tol is not None:
+        arguments.check_transforms(problem, start, gradient)
     if gradient == "unrolled":
         found = problem.calls().iterated(n_iter, start, prototype_first)
         return Sinkhorn(*found, n_iter, problem)
@@ -147,7 +152,7 @@ def sinkhorn(
         return replace(result, f=f, g=g, problem=problem)
     if gradient == "envelope":
         return replace(result, problem=problem, envelope=True)
-    return result
+    return replace(result, group=process_group)
 
 
 def swav_codes(
@@ -254,105 +259,6 @@ def sela_labels(
 
 
 # ---- parts ---------------------------------------------------------------------------------------
-
-
-def _operands(scores: Any) -> tuple[Tensor, int]:
-    """(what has the rows, number of prototypes)."""
-    if not isinstance(scores, Tensor):
-        z, prototypes = _pair(scores)
-        checks.shape("z", z, "[..., N, D]", z.ndim >= 2)
-        checks.shape("prototypes", prototypes, "[..., K, D]", prototypes.ndim >= 2)
-        return z, prototypes.shape[-2]
-    checks.floating("scores", scores)
-    checks.shape("scores", scores, "[..., N, K]", scores.ndim >= 2)
-    return scores, scores.shape[-1]
-
-
-def _check_vector(name: str, x: Any, size: int, like: Tensor) -> None:
-    checks.tensor(name, x)
-    checks.floating(name, x)
-    checks.shape(name, x, f"[..., {size}]", x.ndim >= 1 and x.shape[-1] == size)
-    checks.same_device(name, x, "scores", like)
-
-
-def _pair(scores: Any) -> tuple[Tensor, Tensor]:
-    two = isinstance(scores, tuple) and len(scores) == 2
-    ok = two and all(isinstance(t, Tensor) for t in scores)
-    text = "a Tensor or a tuple of two (z, prototypes)"
-    checks.type_error(ok, lambda: checks.wording("scores", text, type(scores).__name__))
-    return scores[0], scores[1]
-
-
-def _expect(ok: bool, name: str, expected: str, got: object) -> None:
-    checks.value_error(ok, lambda: checks.wording(name, expected, repr(got)))
-
-
-def _check_rule(
-    epsilon: Any, n_iter: Any, tol: Any, max_iter: Any, accelerate: Any, prototype_first: Any
-) -> None:
-    if isinstance(epsilon, Tensor):
-        checks.shape("epsilon", epsilon, "[]", epsilon.ndim == 0)
-        checks.values("epsilon", epsilon, 0.0, finite=True, strict=True)
-    else:
-        checks.number("epsilon", epsilon, 0.0, finite=True, strict=True)
-    checks.whole("n_iter", n_iter, 0)
-    if tol is not None:
-        checks.number("tol", tol, 0.0, finite=True, strict=True)
-        checks.whole("max_iter", max_iter, 1)
-        checks.at_least("max_iter", int(max_iter), 1)
-    ok, got = isinstance(prototype_first, bool), type(prototype_first).__name__
-    checks.type_error(ok, lambda: checks.wording("prototype_first", "a bool", got))
-    _expect(accelerate in (None, "anderson"), "accelerate", "None or 'anderson'", accelerate)
-    if accelerate is not None:
-        _expect(tol is not None, "accelerate", "None without tol", accelerate)
-        text = "None where the rows come first"
-        _expect(bool(prototype_first), "accelerate", text, accelerate)
-
-
-def _check_gradient(gradient: Any, tol: Any, group: Any) -> None:
-    words = ", ".join(repr(word) for word in GRADIENTS[:-1])
-    _expect(gradient in GRADIENTS, "gradient", f"{words} or {GRADIENTS[-1]!r}", gradient)
-    if tol is None:
-        text = "'stop' or 'unrolled' without tol (the others need it)"
-        _expect(gradient in GRADIENTS[:2], "gradient", text, gradient)
-    else:
-        text = "'stop', 'implicit' or 'envelope' with tol"
-        _expect(gradient != "unrolled", "gradient", text, gradient)
-    if group is not None:
-        _expect(gradient == "stop", "gradient", "'stop' with process_group", gradient)
-
-
-def _log_mass(
-    name: str, mass: Tensor | None, size: int, like: Tensor, group: Any = None
-) -> Tensor | None:
-    """Logarithms; -inf, without a gradient, of 0."""
-    if mass is None:
-        return None
-    _check_vector(name, mass, size, like)
-    checks.values(name, mass, 0.0, finite=True)
-    if mass.is_cpu and size and group is None:  # other devices are not read
-        total = mass.detach().double().sum(-1)
-        worst = float(total.flatten()[(total - 1).abs().argmax()]) if total.numel() else 1.0
-        _expect(abs(worst - 1) <= TOTAL, name, "masses of total 1", worst)
-    some = mass > 0
-    return torch.where(some, torch.where(some, mass, 1.0).log(), -torch.inf)
-
-
-def _masked(log_row: Tensor | None, mask: Tensor, like: Tensor, group: Any) -> Tensor:
-    """Logarithms of the rows' masses with -inf outside the mask."""
-    checks.tensor("row_mask", mask)
-    got = str(mask.dtype).removeprefix("torch.")
-    ok = mask.dtype == torch.bool
-    checks.type_error(ok, lambda: checks.wording("row_mask", "dtype bool", got))
-    n = like.shape[-2] if like.ndim > 1 else 0
-    checks.shape("row_mask", mask, f"[..., {n}]", mask.ndim >= 1 and mask.shape[-1] == n)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    mass = mask.to(wide) if log_row is None else torch.where(mask, log_row.exp(), 0.0)
-    total = mass.sum(-1, keepdim=True)
-    if group is not None:
-        total = distributed.gathered(total, group).sum(0)
-    log_mass = torch.zeros_like(mass) if log_row is None else log_row
-    return torch.where(mask, log_mass - torch.where(total > 0, total, 1.0).log(), -torch.inf)
 
 
 def _warn_of_faults(status: Tensor, warn: bool) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ._problem import TILE_ENTRIES, Problem
 
 # Other prototypes that are kept for a row, best first, until all of them are full; and the share of
@@ -27,22 +30,35 @@ def capacities(total: int, mass: Tensor) -> list[int]:
     return [int(x) for x in whole]
 
 
-def evened(problem: Problem, g: Tensor, labels: Tensor) -> Tensor:
-    """Labels [..., N] of every problem with no prototype above its capacity."""
-    out = labels.clone()
+def evened(problem: Problem, g: Tensor, labels: Tensor, group: Any = None) -> Tensor:
+    """Labels [..., N] of every problem with no prototype above its capacity; of the rows of this
+    process, where the capacities are those of all rows of a group.
+    """
+    out, whole, first = labels.clone(), labels, 0
+    if group is not None:
+        whole, first = distributed.gathered_rows(labels.movedim(-1, 0), group)
+        whole = whole.movedim(0, -1)
+    mine = slice(first, first + labels.shape[-1])
     for at in itertools.product(*map(range, labels.shape[:-1])):
-        row = out[at].cpu()
+        row = whole[at].cpu().clone()
         if bool((row >= 0).any()):
-            _Evening(problem.at(at), g[at], row).run()
-            out[at] = row.to(out.device)
+            _Evening(problem.at(at), g[at], row, mine, group).run()
+            out[at] = row[mine].to(out.device)
     return out
 
 
 class _Evening:
-    """One problem: rows leave prototypes above their capacity, the one of least regret first."""
+    """One problem: rows leave prototypes above their capacity, the one of least regret first.
 
-    def __init__(self, problem: Problem, g: Tensor, labels: Tensor) -> None:
+    `labels` are those of all rows, `mine` which of them this process has. All processes of a group
+    exchange what they know of their rows, and then decide alike.
+    """
+
+    def __init__(
+        self, problem: Problem, g: Tensor, labels: Tensor, mine: slice, group: Any
+    ) -> None:
         self.problem, self.g, self.labels = problem, g, labels
+        self.mine, self.group = mine, group
         k, total = g.shape[-1], int((labels >= 0).sum())
         mass = torch.ones(k) if problem.log_col is None else problem.log_col.double().exp().cpu()
         held = torch.bincount(labels[labels >= 0], minlength=k)
@@ -55,8 +71,7 @@ class _Evening:
     def run(self) -> None:
         """Until no prototype holds too many."""
         if self.over:
-            for part, x in self.problem.tiles(self.g):
-                self._offer(x.cpu(), torch.arange(part.start, part.stop))
+            self._offer((x, self._rows(part)) for part, x in self.problem.tiles(self.g))
         waiting: list[int] = []
         while self.over and (self.heap or waiting):
             if waiting and (not self.heap or len(waiting) > self.over // WAITING):
@@ -85,24 +100,51 @@ class _Evening:
         self.room[target] -= 1
         self.labels[row] = target
 
-    def _offer(self, x: Tensor, rows: Tensor) -> None:
-        """Choices of those of some rows that are too many, among the prototypes that have room."""
+    def _rows(self, part: slice) -> Tensor:
+        """Which of all rows a run of this process's is."""
+        return torch.arange(self.mine.start + part.start, self.mine.start + part.stop)
+
+    def _offer(self, tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Take in the choices of some (logits, rows)."""
+        tables: Iterable[Tensor] = (self._choices(x, rows) for x, rows in tiles)
+        if self.group is not None:  # all processes exchange once, however many tiles each has
+            tables = self._of_all(torch.cat([self._choices(*self._nothing()), *tables])).split(4096)
+        for table in tables:
+            for row, *rest in table.tolist():
+                costs, targets = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+                open_ = sum(cost < torch.inf for cost in costs)
+                if open_:
+                    self.choices[int(row)] = costs[:open_], [int(x) for x in targets[:open_]]
+                    heapq.heappush(self.heap, (costs[0], int(row), 0))
+
+    def _choices(self, x: Tensor, rows: Tensor) -> Tensor:
+        """(row, regrets, prototypes) of those rows that are too many, for the best prototypes that
+        have room; float64.
+        """
         space = torch.tensor(self.room)
         labels = self.labels[rows]
         many = ((labels >= 0) & (space[labels] < 0)).nonzero()[:, 0]
         inside = (space > 0).nonzero()[:, 0]
-        best = x[many][:, inside].topk(min(CHOICES, len(inside)), 1)
-        regrets = (x[many, labels[many]][:, None] - best.values).tolist()
-        found = (rows[many].tolist(), regrets, inside[best.indices].tolist())
-        for row, costs, targets in zip(*found, strict=True):
-            open_ = sum(cost < torch.inf for cost in costs)
-            if open_:
-                self.choices[row] = costs[:open_], targets[:open_]
-                heapq.heappush(self.heap, (costs[0], row, 0))
+        x = x.cpu()[many]
+        best = x[:, inside].topk(min(CHOICES, len(inside)), 1)
+        regrets = x.gather(1, labels[many, None]) - best.values
+        return torch.cat([rows[many, None], regrets, inside[best.indices]], 1).double()
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        """The logits of no row, and no row."""
+        return self.g.new_empty(0, len(self.room)), torch.empty(0, dtype=torch.int64)
+
+    def _of_all(self, mine: Tensor) -> Tensor:
+        """Rows of a table, and below those of the other processes, in the order of the ranks."""
+        if self.group is None:
+            return mine
+        return distributed.gathered_rows(mine.to(self.g.device), self.group)[0].cpu()
 
     def _ask_again(self, waiting: list[int]) -> None:
-        for some in torch.tensor(waiting).split(max(1, TILE_ENTRIES // len(self.room))):
-            self._offer((self.problem.logits(some) + self.g).cpu(), some)
+        rows = torch.tensor(waiting)
+        rows = rows[(rows >= self.mine.start) & (rows < self.mine.stop)]
+        runs = rows.split(max(1, TILE_ENTRIES // len(self.room)))
+        self._offer((self.problem.logits(r - self.mine.start, self.g), r) for r in runs)
         waiting.clear()
 
     def _chain(self) -> None:
@@ -132,16 +174,21 @@ class _Evening:
     def _moves(self) -> tuple[Tensor, Tensor]:
         """(least regret, its row) of moving any row from one prototype to another [K, K]."""
         k = len(self.room)
-        regret = torch.full((k, k), torch.inf, dtype=torch.float64)
-        movers = torch.full((k, k), -1)
+        nothing = torch.full((k, k), torch.inf), torch.full((k, k), -1.0)
+        best = torch.stack(nothing).double()
         for part, tile in self.problem.tiles(self.g):
-            x, labels = tile.cpu().double(), self.labels[part]
+            x, rows = tile.cpu().double(), self._rows(part)
+            labels = self.labels[rows]
             for j in range(k):
-                rows = (labels == j).nonzero()[:, 0]
-                if len(rows):
-                    least = (x[rows, j][:, None] - x[rows]).min(0)
-                    closer = least.values < regret[j]
-                    regret[j] = torch.where(closer, least.values, regret[j])
-                    movers[j] = torch.where(closer, rows[least.indices] + part.start, movers[j])
+                own = (labels == j).nonzero()[:, 0]
+                if len(own):
+                    least = (x[own, j][:, None] - x[own]).min(0)
+                    move = torch.stack([least.values, rows[own[least.indices]].double()])
+                    best[:, j] = torch.where(move[0] < best[0, j], move, best[:, j])
+        first, *others = self._of_all(best[None])
+        for other in others:
+            first = torch.where(other[0] < first[0], other, first)
+        regret, movers = first
         regret.fill_diagonal_(torch.inf)
-        return regret.clamp_(min=0.0), movers  # a row moved before may gain: no cycles
+        # a row moved before may gain: no cycles
+        return regret.clamp_(min=0.0), movers.long()

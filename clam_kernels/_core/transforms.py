@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which transforms of torch.func a call stands in: torch has no public function that says so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def active() -> bool:
+    """Whether the call stands in a transform: grad, vmap, jvp, or one made of them."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def maps(x: object) -> bool:
+    """Whether torch.func.vmap maps over a tensor, in whatever transforms it stands beside."""
+    functorch = torch._C._functorch
+    while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What logits are made of where a result is read: products of features, and scores times a scale.
+Autocast has its say where `sinkhorn` is called, and none here, forward or backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Entries of a product whose sum is a gradient, in memory at once.
+ENTRIES = 1 << 18
+
+
+def autocast_off(like: Tensor) -> Any:
+    """A block in which autocast does nothing on the device of a tensor."""
+    kind = like.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+def product(z: Tensor, prototypes: Tensor, exact: bool) -> Tensor:
+    """The product z @ prototypes^T; `exact` computes it in float64, where torch's own may be lower
+    than float32.
+    """
+    found: Tensor = _Product.apply(z, prototypes, exact)  # type: ignore[no-untyped-call]
+    return found
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """Scores times the scale."""
+    if not scale.requires_grad:
+        return x * scale
+    found: Tensor = _Scaled.apply(x, scale)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _multiplied(a: Tensor, b: Tensor, exact: bool) -> Tensor:
+    with autocast_off(a):
+        return (a.double() @ b.double()).to(a.dtype) if exact else a @ b
+
+
+class _Product(torch.autograd.Function):
+    """Autograd's own gradient of a product would be in autocast's dtype inside its block."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, prototypes: Tensor, exact: bool) -> Tensor:
+        return _multiplied(z, prototypes.mT, exact)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        *pair, ctx.exact = inputs
+        ctx.save_for_backward(*pair)
+        ctx.save_for_forward(*pair)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        z, prototypes = ctx.saved_tensors
+        of_z = of_prototypes = None
+        if ctx.needs_input_grad[0]:
+            of_z = _multiplied(grad, prototypes, ctx.exact).sum_to_size(z.shape)
+        if ctx.needs_input_grad[1]:
+            of_prototypes = _multiplied(grad.mT, z, ctx.exact).sum_to_size(prototypes.shape)
+        return of_z, of_prototypes, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_z: Tensor | None, of_prototypes: Tensor | None, _: None) -> Tensor:
+        z, prototypes = ctx.saved_tensors
+        found = torch.zeros_like(z[..., :1])
+        if of_z is not None:
+            found = found + _multiplied(of_z, prototypes.mT, ctx.exact)
+        if of_prototypes is not None:
+            found = found + _multiplied(z, of_prototypes.mT, ctx.exact)
+        return found
+
+
+class _Scaled(torch.autograd.Function):
+    """A forbidden pair gives the scale no gradient: 0 times infinity would be NaN. Autograd keeps
+    the scores themselves, and no array beside them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, scale = ctx.saved_tensors
+        size = x.shape[-2]
+        if not torch.compiler.is_compiling():  # a compiler has tiles of its own
+            size = max(1, ENTRIES * size // max(1, x.numel()))
+        slope = torch.zeros_like(scale, dtype=torch.float64)
+        for one, other in zip(grad.split(size, -2), x.split(size, -2), strict=True):
+            terms = torch.where(other == -torch.inf, 0.0, one * other)
+            slope = slope + terms.sum(dtype=torch.float64)
+        return grad * scale if ctx.needs_input_grad[0] else None, slope.to(scale.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor | None, of_scale: Tensor | None) -> Tensor:
+        x, scale = ctx.saved_tensors
+        found = torch.zeros_like(x) if of_x is None else of_x * scale
+        return (
+            found if of_scale is None else found + torch.where(x == -torch.inf, 0.0, x * of_scale)
+        )
