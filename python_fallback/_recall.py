@@ -163,7 +163,7 @@ class Problem:
             poison = poison + torch.where(alive, weights * 0, 0.0).sum(-1)[:, None, None]
         bias = bias.to(self.dtype)
         if more:
-            padding = torch.arange(self.size, self.wide, device=rho.device)
+            padding = torch.arange(self.size, self.wide, dtype=torch.int64, device=rho.device)
             bias = bias.index_fill(-1, padding, -torch.inf)
         sharp = _is_sharp(norms, beta)
         rho, flipped, keys = (t.expand(cell.size, -1, -1) for t in (rho, flipped, keys))
@@ -221,7 +221,8 @@ class Problem:
         """|v_n - rho_k|^2 from differences, [cell, n, 1], for the memory of each row at `place`."""
         rho = take(self.rho, cell).to(self.dtype)
         if len(rho) > 1:
-            place = place + torch.arange(0, len(rho) * self.size, self.size)[:, None, None]
+            first = torch.arange(len(rho), dtype=torch.int64, device=rho.device) * self.size
+            place = place + first[:, None, None]
         chosen = rho.reshape(-1, self.features).index_select(0, place.flatten())
         gap = block - chosen.view(*place.shape[:2], self.features)
         return gap.square_().sum(-1, keepdim=True)

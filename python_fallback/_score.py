@@ -59,7 +59,7 @@ def _middle(values: Tensor, keep: Tensor | None) -> Tensor:
     """
     size = values.shape[-2]
     count = min(size, SAMPLE)
-    places = torch.arange(count, device=values.device)
+    places = torch.arange(count, dtype=torch.int64, device=values.device)
     if keep is None:
         return values[..., places * size // count, :].median(-2, keepdim=True).values
     alive = keep[..., 0]

@@ -65,7 +65,8 @@ def am_weights(x: Tensor, rho: Tensor, beta: Beta, log_weights: Tensor | None) -
 def _weights(x: Tensor, rho: Tensor, gap: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
     if _is_hard(beta):
         labels = nearest(x.detach(), rho.detach(), log_weights)[..., None]
-        p = (torch.arange(rho.shape[-2], device=x.device) == labels).to(x.dtype)
+        index = torch.arange(rho.shape[-2], dtype=torch.int64, device=x.device)
+        p = (index == labels).to(x.dtype)
         return p + (gap.detach() * 0).sum(-1)  # what is not finite stays visible
     p = torch.softmax(_logits(gap.square().sum(-1), beta, log_weights), -1)
     alive = alive_memories(log_weights)

@@ -440,7 +440,7 @@ def _log(beta: float | Tensor, dtype: torch.dtype) -> Tensor:
     low, high = _LIMITS[dtype]
     limits = f"from {low:g} to {high:g}"
     if not isinstance(beta, Tensor):
-        probe = torch.empty(1, 1, device="meta")
+        probe = torch.empty(1, 1, dtype=torch.float32, device="meta")
         am_energy(probe, probe, beta)  # words what is wrong with a number
         beta = float(beta)
         _expect(low <= beta <= high, ValueError, "beta", f"a number {limits}", beta)

@@ -143,7 +143,7 @@ def log_mass(
 def even(like: Tensor, group: Any) -> Tensor:
     """Logarithms of equal masses for the rows of all processes."""
     n = like.shape[-2]
-    count = torch.tensor([n], device=like.device)
+    count = torch.tensor([n], dtype=torch.int64, device=like.device)
     total = max(1, int(distributed.gathered(count, group).sum()))
     return torch.full((n,), -math.log(total), dtype=torch.float64, device=like.device)
 

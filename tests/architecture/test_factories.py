@@ -19,14 +19,6 @@ FILES = [
     # samples of tests that run on "meta" are made there
     if "testing" not in path.parts
 ]
-LEFT_OUT = {
-    Path("clam_kernels/nn/am.py"),
-    Path("clam_kernels/transport/_passes.py"),
-    Path("clam_kernels/transport/_strict.py"),
-    Path("python_fallback/_recall.py"),
-    Path("python_fallback/am.py"),
-}
-FILES = [path for path in FILES if path not in LEFT_OUT]
 # Functions of torch that make a tensor on the default device, and of the default dtype where what
 # they are given has none.
 BOTH = {
