@@ -18,6 +18,7 @@ from torch import Tensor
 import clam_kernels
 import python_fallback.kmeans as fallback
 from clam_kernels import testing
+from python_fallback import _nearest
 
 F64 = torch.float64
 BOTH = {"op": clam_kernels, "truth": fallback}
@@ -209,7 +210,7 @@ def test_between_two_centroids(size):
 @pytest.mark.parametrize("slack", [0.0, 1e-9])
 def test_without_the_bound_labels_are_wrong(monkeypatch, slack):
     """The tests above can fail: scores of float32 do not decide these rows."""
-    monkeypatch.setattr(fallback.Table, "slack", lambda *_: slack)
+    monkeypatch.setattr(_nearest.Table, "slack", lambda *_: slack)
     x, centroids = _hard(4000, 50, 16)
     labels = clam_kernels.kmeans_assign(x, centroids)[0]
     assert int((labels != fallback.kmeans_assign(x, centroids)[0]).sum()) > 100
@@ -237,13 +238,13 @@ def test_the_bound_covers_the_error_of_every_score():
 def test_few_rows_are_computed_again(monkeypatch):
     """The bound is not so wide that float64 does the work."""
     counted: list[int] = []
-    kept = fallback.Pairs.add
+    kept = _nearest.Pairs.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         counted.append(len(rows))
         kept(self, rows, near)
 
-    monkeypatch.setattr(fallback.Pairs, "add", add)
+    monkeypatch.setattr(_nearest.Pairs, "add", add)
     x, centroids = (t.float() for t in _blobs(10, 20_000, 32, 16))
     for offset in (0.0, 1e4):
         counted.clear()
@@ -544,13 +545,13 @@ def test_a_lost_row_costs_its_neighbours_nothing(monkeypatch):
     x, centroids = torch.randn(1000, 4), torch.randn(8, 4)
     x[10, 2], x[20, 1] = torch.nan, 3e38
     asked = []
-    real = fallback.Pairs.add
+    real = _nearest.Pairs.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         asked.append(len(rows))
         real(self, rows, near)
 
-    monkeypatch.setattr(fallback.Pairs, "add", add)
+    monkeypatch.setattr(_nearest.Pairs, "add", add)
     labels, _ = clam_kernels.kmeans_assign(x, centroids)
     assert sum(asked) < 20
     assert torch.equal(labels, fallback.kmeans_assign(x, centroids)[0])
