@@ -39,6 +39,25 @@ def lse_fold(state, s, tile, PREC: tl.constexpr):
 
 
 @triton.jit
+def lse_first_init(ROWS: tl.constexpr):
+    """(maximum, its index, sum of weights relative to it) before the first tile."""
+    m, total = lse_init(ROWS)
+    return m, tl.full((ROWS,), -1, tl.int32), total
+
+
+@triton.jit
+def lse_first_fold(state, s, tile, PREC: tl.constexpr):
+    """Logsumexp, and the first memory that has the largest logit."""
+    m, index, total = state
+    here = tl.max(s, 1)
+    k = tl.min(tl.where(s == here[:, None], tile[0][None, :], 2147483647), 1)
+    index = tl.where(here > m, k, index)
+    top = tl.maximum(m, here)
+    safe = finite(top)
+    return top, index, total * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
+
+
+@triton.jit
 def softmax_init(ROWS: tl.constexpr, DIM: tl.constexpr):
     """(maximum, sum of weights, weighted sum of memories) before the first tile."""
     m, total = lse_init(ROWS)
