@@ -92,9 +92,10 @@ class Call:
     def recursion(self, keep: int) -> dict[str, Any]:
         """Of the recursion: options cost registers, so without any there is a tile of its own."""
         plain = keep == 0 and not self.masked and not self.memories.per_memory
-        found = self.settings("am_recursion" if plain else "am_recursion_full")
-        halves = self.memories.hard and found["PREC"] == "f16x3"  # which are for soft weights
-        return self.settings("am_recursion_full") if halves else found
+        if self.memories.hard:  # not the lowest products: what they leave open is expensive
+            mode = "high" if self.mode == "medium" else self.mode
+            return _launch.settings("am_recursion_full", self.device, mode, self.features)
+        return self.settings("am_recursion" if plain else "am_recursion_full")
 
     def tile(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """Constants of a kernel over these operands; DIM holds a whole row unless it is chosen."""

@@ -14,12 +14,10 @@ import triton.language as tl
 
 # A distance below this share of the norms has lost digits.
 CANCEL = tl.constexpr(16.0)
-# The error of a logit: units of 2^-24 of beta times the norms. A logit that is off by less than
-# TOLERATED changes no weight by more than the rounding of float32 does.
+# The error of a logit: units of 2^-24 of beta times the norms. The weights are off by no more than
+# this error times what the largest weight leaves to the others; less than TOLERATED is rounding.
 GROWTH = tl.constexpr(8.0 * 2.0**-24)
 TOLERATED = tl.constexpr(2.0**-18)
-# Where one memory has all the weight but this, a logit that is off by less than 1 changes nothing.
-LEFT_OVER = tl.constexpr(2.0**-22)
 # What the energy may be off by: so many times the rounding of the distance to the first memory.
 ENERGY_CANCEL = tl.constexpr(4.0)
 # Norms and logits beyond LARGE may overflow. A beta beyond SHARPEST may meet squared distances
@@ -30,6 +28,11 @@ SHARPEST = tl.constexpr(2.0**90)
 CENTRED = tl.constexpr(2.0**16)
 # Memories in halves share one scale. Beyond this share of the largest norm few digits are left.
 SHARED_SCALE = tl.constexpr(2.0**-15)
+# Error of a product of rows, relative to the product of their norms, of each kind of product.
+PRODUCTS = {
+    "ieee": 0.0, "bf16x6": 2.0**-21, "tf32x3": 2.0**-19, "f16x3": 2.0**-20, "bf16x3": 2.0**-14,
+    "tf32": 2.0**-9, "bf16": 2.0**-7,
+}  # fmt: skip
 # The largest finite number: in the place of what would be infinite.
 MOST = tl.constexpr(3.0e38)
 # Scale = 2 beta log2(e), as the tables of memories have it.
@@ -77,9 +80,9 @@ def doubted(size, far, total, sharp, floor):
     beta, `floor` the least size that has all its digits.
     """
     error = GROWTH * sharp * size
-    decided = (error < 1.0) & (total - 1.0 <= LEFT_OVER * total)
     # "not >" and "not <": what is not a number is in doubt
-    exact = (far * CANCEL >= size) | (error <= TOLERATED) | decided
+    calm = (error < 1.0) & (error * (total - 1.0) <= TOLERATED * total)
+    exact = (far * CANCEL >= size) | calm
     return ~(exact & fits(size, sharp) & (size >= floor))
 
 
@@ -89,6 +92,12 @@ def step_doubted(x, xb, norm, total, sharp):
     gap = xb - x
     size = norm + tl.sum(xb * xb, 1)
     return doubted(size, tl.sum(gap * gap, 1), total, sharp, 0.0).to(tl.int32)
+
+
+@triton.jit
+def hard_doubted(norm, total):
+    """As `step_doubted` for a hard assignment: `total` is 2 where it is not decided."""
+    return tl.where((total != 2.0) & (norm < LARGE), 0, 1)
 
 
 @triton.jit

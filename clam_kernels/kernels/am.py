@@ -17,11 +17,12 @@ from torch import Tensor
 
 from . import _launch, am_exact
 from ._call import Call
-from ._doubt import SHARED_SCALE, doubted, lost, settled, sharpest
+from ._doubt import PRODUCTS, SHARED_SCALE, doubted, hard_doubted, lost, settled, sharpest
 from ._fold import (
     LIFT,
-    argmax_fold,
-    argmax_init,
+    contest_fold,
+    contest_init,
+    decided,
     finite,
     inverse,
     lse_fold,
@@ -32,6 +33,7 @@ from ._fold import (
 )
 from ._halves import halves, held_halves, load_memory_halves, power, reach_of, unpower
 from ._memories import memory_halves
+from ._nearest import MATRIX_STEPS, slack
 from ._score import (
     centred,
     dot,
@@ -69,26 +71,26 @@ def moved(x, xb, gain):
 
 @triton.jit
 def recalled(
-    x, half, first_tile, table, count,
+    x, half, first_tile, table, count, width,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """(what the memories recall for x, the largest base-2 logit or the index of the nearest, the
-    sum of weights relative to it); x itself, -inf and 0 where no memory takes part.
+    sum of weights relative to it); x itself, -inf and 0 where no memory takes part. The sum of a
+    hard assignment is 2 where the nearest is not further than `width` ahead.
     """
     held = (x, half)
     if HARD:
         state = sweep(
-            argmax_init(ROWS), held, table, count, load_memories, held_inner, argmax_fold,
+            contest_init(ROWS), held, table, count, load_memories, held_inner, contest_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
-        index = state[1]
-        some = index >= 0
+        index, some, total = decided(state, width)
         nearest = tl.minimum(index, count - 1).to(tl.int64)
         xb = load_rows(table[0], nearest, some, 0, D, STRIDE, DIM)
         top = tl.where(some, index.to(tl.float32), float("-inf"))
-        return tl.where(some[:, None], xb, x), top, tl.where(some, 1.0, 0.0)
+        return tl.where(some[:, None], xb, x), top, total
     if RESIDENT:
         inner = held_inner(held, first_tile, count, D, STRIDE, DIM, PREC)
         s = logits(inner, half, first_tile[2], first_tile[3], PER_MEMORY)
@@ -147,7 +149,7 @@ def take_out(
 @triton.jit(do_not_specialize=NUMBERS)
 def recursion_kernel(
     V, RHO, SIDE, CENTRE, U, OUT, FLAG, TOP, TOTAL, PATH, PULL, HALVES,
-    rows, count, inner, steps, step, first, blocks, strip, size,
+    rows, count, inner, steps, step, first, blocks, strip, size, unit,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
@@ -175,8 +177,9 @@ def recursion_kernel(
     poison = tl.sum(given * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
     IN_HALVES: tl.constexpr = PREC == "f16x3"
     table, parts, scale, reach, floor = (RHO, SIDE), (HALVES, SIDE, size), 1.0, 1.0, 0.0
-    sharp = tl.zeros((1,), tl.float32)
-    if not HARD:
+    if HARD:
+        reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
+    else:
         sharp = sharpest(SIDE, count, PROTOS, PER_MEMORY)
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
     if IN_HALVES:
@@ -196,13 +199,17 @@ def recursion_kernel(
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT,
             )  # fmt: skip
         else:
+            width = slack(norm, reach, unit, 0.0, D) if HARD else norm
             xb, top, total = recalled(
-                x, 0.5 * norm, tile, table, count,
+                x, 0.5 * norm, tile, table, count, width,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
             )  # fmt: skip
-        gap = xb - x
-        doubt = doubted(norm + tl.sum(xb * xb, 1), tl.sum(gap * gap, 1), total, sharp, floor)
-        flag |= doubt.to(tl.int32)
+        if HARD:
+            flag |= hard_doubted(norm, total)
+        else:
+            gap = xb - x
+            doubt = doubted(norm + tl.sum(xb * xb, 1), tl.sum(gap * gap, 1), total, sharp, floor)
+            flag |= doubt.to(tl.int32)
         if KEEP == 2:
             here = tl.cast(t, tl.int64) * strip + local
             keep = here[:, None] * STRIDE + d[None, :]
@@ -238,7 +245,7 @@ def recursion_kernel(
 @triton.jit(do_not_specialize=NUMBERS)
 def recursion_wide_kernel(
     V, RHO, SIDE, CENTRE, U, OUT, FLAG, TOP, TOTAL, PATH, PULL, HALVES,
-    rows, count, inner, steps, step, first, blocks, strip, size,
+    rows, count, inner, steps, step, first, blocks, strip, size, unit,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
@@ -273,8 +280,9 @@ def recursion_wide_kernel(
 
     table = (RHO, SIDE)
     top, total = lse_init(ROWS)
-    sharp = tl.zeros((1,), tl.float32)
-    if not HARD:
+    if HARD:
+        reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
+    else:
         sharp = sharpest(SIDE, count, PROTOS, PER_MEMORY)
     flag = tl.zeros((ROWS,), tl.int32)
     for t in range(0, steps):
@@ -288,12 +296,11 @@ def recursion_wide_kernel(
         index = tl.full((ROWS,), 0, tl.int32)
         if HARD:
             state = sweep(
-                argmax_init(ROWS), held, table, count, load_sides, wide_inner, argmax_fold,
+                contest_init(ROWS), held, table, count, load_sides, wide_inner, contest_fold,
                 D, STRIDE, DIM, PROTOS, PREC, False,
             )  # fmt: skip
-            index = state[1]
-            top = tl.where(index >= 0, index.to(tl.float32), float("-inf"))
-            total = tl.where(index >= 0, 1.0, 0.0)
+            index, some, total = decided(state, slack(norm, reach, unit, 0.0, D))
+            top = tl.where(some, index.to(tl.float32), float("-inf"))
         else:
             state = sweep(
                 lse_init(ROWS), held, table, count, load_sides, wide_inner, lse_fold,
@@ -330,7 +337,10 @@ def recursion_wide_kernel(
             if KEEP < 2 or t + 1 < steps:
                 keep = following[:, None] * STRIDE + d[None, :]
                 tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
-        flag |= doubted(norm + recall, far, total, sharp, 0.0).to(tl.int32)
+        if HARD:
+            flag |= hard_doubted(norm, total)
+        else:
+            flag |= doubted(norm + recall, far, total, sharp, 0.0).to(tl.int32)
         tl.debug_barrier()
 
     flag = settled(flag, total, SIDE, count, PROTOS)
@@ -408,7 +418,7 @@ def run(
             recursion_kernel, grid, call.device, *operands, out, flag,
             out if lse is None else lse, out, out, out, parts,
             call.rows, call.memories.size, call.inner, steps, step, 0, blocks, 0,
-            parts.shape[-2], *strides, *u, **flags,
+            parts.shape[-2], unit_of(call, flags), *strides, *u, **flags,
         )  # fmt: skip
         return
     limit = max(1, _launch.SCRATCH // (2 * block * call.memories.stride))
@@ -422,8 +432,13 @@ def run(
             recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, flag_cell,
             lse_cell, path, path, path, path,
             call.rows, call.memories.size, len(cell), steps, step, first, count, rows, 0,
-            *strides, *u, **flags,
+            unit_of(call, flags), *strides, *u, **flags,
         )  # fmt: skip
+
+
+def unit_of(call: Call, flags: dict[str, Any]) -> float:
+    """Bound on the error of a score, relative to the norms, as `_nearest.slack` takes it."""
+    return PRODUCTS[flags["PREC"]] + (MATRIX_STEPS * call.features + 6) * 2.0**-24
 
 
 def flags_of(call: Call, chosen: dict[str, Any], keep: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ._fold import finite, normalised
 from ._memories import LOG2E
 from ._score import dot, held_inner, load_memories, load_rows, load_sides, logits, wide_inner
 from ._sweep import offset, rows_of, sweep
-from .am import flags_of, gain_of, recursion_kernel, recursion_wide_kernel
+from .am import flags_of, gain_of, recursion_kernel, recursion_wide_kernel, unit_of
 
 # Programs that share the rows of one tile of memories: enough for any GPU, and a function of the
 # shape alone, so that sums have the same order on all.
@@ -364,6 +364,7 @@ def cells(call: Call, steps: int, step: float, flag: Tensor) -> Iterator[Cell]:
     limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 3) * block))
     most = max(1, min(MOST_PROBLEMS, _launch.SCRATCH // (call.memories.size * stride)))
     kernel = recursion_wide_kernel if "DIM" in chosen else recursion_kernel
+    flags = flags_of(call, chosen, keep=2)
     parts = list(call.cells(blocks, limit, most))
     rows = max((block * count * (p.stop - p.start) for _, p, _, count in parts), default=0)
     flag = flag.view(call.outer, call.inner, call.rows)
@@ -380,7 +381,7 @@ def cells(call: Call, steps: int, step: float, flag: Tensor) -> Iterator[Cell]:
             kernel, grid, call.device, *operands, path, flag[o, problems],
             top, total, path, pull, path,
             call.rows, call.memories.size, cell.size, steps, step, at, share, strip, 0,
-            *strides, *u, **flags_of(call, chosen, keep=2),
+            unit_of(call, flags), *strides, *u, **flags,
         )  # fmt: skip
         yield cell
 

@@ -333,7 +333,7 @@ class Operands(NamedTuple):
         width = min(64, _launch.dim(self.features))
         tile = {"DIM": width, "ROWS": blocks_of, "PROTOS": TILE // width}
         if _launch.INTERPRETED:  # its cost is by the operation, not by the entry
-            tile = {"DIM": 256, "ROWS": 256, "PROTOS": 256}
+            tile = {"DIM": 256, "ROWS": 256, "PROTOS": min(256, _launch.dim(self.count))}
         tile["DIM"] = min(tile["DIM"], _launch.dim(self.features))
         return {"D": self.features, **tile, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
 

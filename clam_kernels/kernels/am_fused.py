@@ -44,7 +44,7 @@ def walked(
         if t + 1 < steps:
             norm = tl.sum(x * x, 1)
             xb, _, total = recalled(
-                x, 0.5 * norm, table, table, count,
+                x, 0.5 * norm, table, table, count, norm,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, False, False, False,
             )  # fmt: skip
             flag |= step_doubted(x, xb, norm, total, sharp)
