@@ -37,6 +37,7 @@ from clam_kernels.kernels import (
     _launch,
     am,
     am_backward,
+    am_energy,
     kmeans,
     kmeans_fused,
     sinkhorn,
@@ -54,7 +55,8 @@ POINTERS = {
 }  # fmt: skip
 # Kernels without a matrix product are the same in all modes.
 PLAIN = (
-    "memories_kernel", "memory_halves_kernel", "origin_kernel", "norms_kernel", "halves_kernel",
+    "memories_kernel", "memory_halves_kernel", "exact_recursion_kernel", "exact_energy_kernel",
+    "exact_backward_kernel", "exact_energy_backward_kernel", "exact_sums_kernel", "origin_kernel", "norms_kernel", "halves_kernel",
     "settle_kernel", "pieces_kernel", "sums_kernel", "pass_kernel", "merge_kernel", "rescue_kernel",
     "finish_kernel",
 )  # fmt: skip
@@ -103,9 +105,9 @@ def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield from of_recursion("streamed", 1000, mode, d)
     v, rho = torch.zeros(4096, d), torch.zeros(1000, d)
     energy = (v[:, 0], v, rho, 1.0, None, [True] * 4, mode)
-    yield "streamed", partial(am.am_energy, v, rho, 1.0, None, mode)
-    yield "streamed", partial(am.am_assign, v, rho, None, mode)
-    yield "energy", partial(am_backward.am_energy_backward, *energy)
+    yield "streamed", partial(am_energy.am_energy, v, rho, 1.0, None, mode)
+    yield "streamed", partial(am_energy.am_assign, v, rho, None, mode)
+    yield "energy", partial(am_energy.am_energy_backward, *energy)
     yield "hard", partial(am.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
     yield from of_kmeans(mode, v, rho)
     yield from of_features(mode, v, rho)
@@ -194,7 +196,7 @@ def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, An
         elif value == 1 and name not in free:
             constants[(i,)] = 1
         else:
-            types[name] = "i32"
+            types[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
             if value % 16 == 0 and name not in free:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return types, constants, attributes

@@ -29,7 +29,6 @@ KERNELS = {
     "am_memories_backward": ("memories_backward_kernel", "memories_backward_kernel"),
     "am_fused_backward": ("fused_backward_kernel", "fused_backward_kernel"),
     "am_energy": ("energy_kernel", "energy_kernel"),
-    "am_assign": ("assign_kernel", "assign_kernel"),
     "kmeans_assign": ("kmeans_assign_kernel", "kmeans_assign_kernel"),
     "kmeans_step": ("kmeans_step_kernel", "kmeans_step_kernel"),
     "sinkhorn": ("rows_kernel", "columns_kernel", "weigh_kernel"),

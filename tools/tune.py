@@ -28,7 +28,7 @@ if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clam_kernels.kernels import _launch, am, am_backward, kmeans  # noqa: E402
+from clam_kernels.kernels import _launch, am, am_backward, am_energy, kmeans  # noqa: E402
 
 # tools/resources.py switches the interpreter off for what it compiles
 tiles = importlib.import_module("tiles")
@@ -48,9 +48,7 @@ def calls(kernel: str, mode: str, d: int, rows: int, device: str) -> Callable[[]
     make = torch.Generator().manual_seed(0)
     v, rho = (torch.randn(n, d, generator=make).to(device) for n in (rows, k))
     if kernel == "am_energy":
-        return partial(am.am_energy, v, rho, 1.0 / d, None, mode)
-    if kernel == "am_assign":
-        return partial(am.am_assign, v, rho, None, mode)
+        return partial(am_energy.am_energy, v, rho, 1.0 / d, None, mode)
     if kernel == "kmeans_assign":
         return partial(kmeans.kmeans_assign, v, rho, None, None, True, mode)
     if kernel == "am_recursion":

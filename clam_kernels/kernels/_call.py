@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _launch
+from . import _launch, am_exact
 from ._memories import memories
 from ._operands import arrange, batch_of, in_rows
 
@@ -39,6 +39,7 @@ class Call:
         self.shape = (*self.batch, *v.shape[-2:])
         self.features, self.mode, self.device = v.shape[-1], precision, v.device
         self.memories = memories(rho, beta, log_weights)
+        self._given = (v, rho, beta, update_mask, log_weights)
         self.masked = update_mask is not None
         self.v, self.u, *self.tables = self._views(_launch.rows(v), update_mask)
         self.outer, self.inner, self.rows = self.v.shape[:3]
@@ -52,6 +53,10 @@ class Call:
                 shared = [x.reshape(1, 1, *x.shape[-n:]) for x, n in ((table, 2), (side, 2))]
                 return [x[None] for x in flat] + [*shared, centre.reshape(1, 1, -1)]
         return arrange(self.batch, [(v, 2), (u, 2), (table, 2), (side, 2), (centre, 1)])
+
+    def given(self) -> am_exact.Operands:
+        """The arguments as they are, for rows that are computed again."""
+        return am_exact.operands(*self._given)
 
     def settings(self, kernel: str) -> dict[str, Any]:
         """Tile and options of a kernel for this call."""
@@ -87,9 +92,10 @@ class Call:
     def recursion(self, keep: int) -> dict[str, Any]:
         """Of the recursion: options cost registers, so without any there is a tile of its own."""
         plain = keep == 0 and not self.masked and not self.memories.per_memory
-        found = self.settings("am_recursion" if plain else "am_recursion_full")
-        halves = self.memories.hard and found["PREC"] == "f16x3"  # which are for soft weights
-        return self.settings("am_recursion_full") if halves else found
+        if self.memories.hard:  # not the lowest products: what they leave open is expensive
+            mode = "high" if self.mode == "medium" else self.mode
+            return _launch.settings("am_recursion_full", self.device, mode, self.features)
+        return self.settings("am_recursion" if plain else "am_recursion_full")
 
     def tile(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """Constants of a kernel over these operands; DIM holds a whole row unless it is chosen."""

@@ -63,15 +63,21 @@ def origin_kernel(
 
 
 @triton.jit
+def there_of(GONE, at, live, gone_k, MASK: tl.constexpr):
+    """Which centroids are there, finite or not."""
+    there = live
+    if MASK:
+        there = there & (tl.load(GONE + at * gone_k, mask=live, other=1) == 0)
+    return there
+
+
+@triton.jit
 def alive_of(C, GONE, at, live, gone_k, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr):
     """Which centroids are there and finite."""
     poison = tl.zeros((at.shape[0],), tl.float32)
     for d0 in range(0, D, DIM):
         poison += tl.sum(load_rows(C, at, live, d0, D, D, DIM) * 0.0, 1)
-    alive = live & (poison == 0.0)
-    if MASK:
-        alive = alive & (tl.load(GONE + at * gone_k, mask=live, other=1) == 0)
-    return alive
+    return there_of(GONE, at, live & (poison == 0.0), gone_k, MASK)
 
 
 @triton.jit
@@ -87,8 +93,11 @@ def gap_of(C, ORIGIN, at, alive, d0, D: tl.constexpr, DIM: tl.constexpr):
 def norms_kernel(
     C, GONE, ORIGIN, SIDE, count, inner, blocks, size, c_o, c_i, gone_o, gone_i, gone_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, MASK: tl.constexpr,
+    STRICT: tl.constexpr,
 ):  # fmt: skip
-    """Side of PROTOS centroids."""
+    """Side of PROTOS centroids. STRICT: the norm of one that is there and not finite is NaN, and
+    with it the largest norm and every row's result.
+    """
     pid = tl.program_id(0)
     problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
     C += offset(problem, inner, c_o, c_i) * D
@@ -102,7 +111,11 @@ def norms_kernel(
         gap = gap_of(C, ORIGIN, at, alive, d0, D, DIM)
         norm += tl.sum(gap * gap, 1)
     tl.store(SIDE + k, tl.where(alive, -0.5 * norm, DEAD).to(tl.float32))
-    tl.store(SIDE + size + k, tl.where(alive, tl.sqrt(norm), -1.0).to(tl.float32))
+    length = tl.where(alive, tl.sqrt(norm), -1.0)
+    if STRICT:
+        there = there_of(GONE, at, k < count, gone_k, MASK)
+        length = tl.where(there & ~alive, float("nan"), length)
+    tl.store(SIDE + size + k, length.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -146,9 +159,12 @@ def _origin(
     return origin
 
 
-def centroids(given: Tensor, shift: Tensor | None, mask: Tensor | None, width: int) -> Centroids:
+def centroids(
+    given: Tensor, shift: Tensor | None, mask: Tensor | None, width: int, strict: bool = False
+) -> Centroids:
     """Prepare them, in rows of whole pieces of `width` features: a launch for the origin unless the
-    shift is it, one for the norms, one for the parts.
+    shift is it, one for the norms, one for the parts. `strict`: a centroid that takes part and is
+    not finite leaves no row a label.
     """
     given = _launch.rows(given)
     count, d = given.shape[-2:]
@@ -169,7 +185,7 @@ def centroids(given: Tensor, shift: Tensor | None, mask: Tensor | None, width: i
     grid, shape = (c.shape[0] * c.shape[1] * blocks,), (c.shape[1], blocks, size)
     _launch.launch(
         norms_kernel, grid, given.device, c, gone, origin, side, count, *shape,
-        *in_rows(c, d), *lost, **options,
+        *in_rows(c, d), *lost, **options, STRICT=strict,
     )  # fmt: skip
     reach = side[..., 1, :].amax(-1, True)
     del options["MASK"]

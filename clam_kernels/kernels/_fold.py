@@ -39,6 +39,25 @@ def lse_fold(state, s, tile, PREC: tl.constexpr):
 
 
 @triton.jit
+def lse_first_init(ROWS: tl.constexpr):
+    """(maximum, its index, sum of weights relative to it) before the first tile."""
+    m, total = lse_init(ROWS)
+    return m, tl.full((ROWS,), -1, tl.int32), total
+
+
+@triton.jit
+def lse_first_fold(state, s, tile, PREC: tl.constexpr):
+    """Logsumexp, and the first memory that has the largest logit."""
+    m, index, total = state
+    here = tl.max(s, 1)
+    k = tl.min(tl.where(s == here[:, None], tile[0][None, :], 2147483647), 1)
+    index = tl.where(here > m, k, index)
+    top = tl.maximum(m, here)
+    safe = finite(top)
+    return top, index, total * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
+
+
+@triton.jit
 def softmax_init(ROWS: tl.constexpr, DIM: tl.constexpr):
     """(maximum, sum of weights, weighted sum of memories) before the first tile."""
     m, total = lse_init(ROWS)
@@ -69,19 +88,33 @@ def softmax_halves_fold(state, s, tile, PREC: tl.constexpr):
 
 
 @triton.jit
-def argmax_init(ROWS: tl.constexpr):
-    """(best, its index) before the first tile; an index of -1: no memory takes part."""
-    return tl.full((ROWS,), float("-inf"), tl.float32), tl.full((ROWS,), -1, tl.int32)
+def contest_init(ROWS: tl.constexpr):
+    """(best, its index or -1, second best) before the first tile."""
+    none = tl.full((ROWS,), float("-inf"), tl.float32)
+    return none, tl.full((ROWS,), -1, tl.int32), none
 
 
 @triton.jit
-def argmax_fold(state, s, tile, PREC: tl.constexpr):
-    """The highest score, the lowest index on ties."""
-    best, index = state
+def contest_fold(state, s, tile, PREC: tl.constexpr):
+    """The highest score, the lowest index on ties; and the highest of the others."""
+    best, index, second = state
     top = tl.max(s, 1)
-    k = tl.where(s == top[:, None], tile[0][None, :], 2147483647)
+    k = tl.min(tl.where(s == top[:, None], tile[0][None, :], 2147483647), 1)
+    runner = tl.max(tl.where(tile[0][None, :] == k[:, None], float("-inf"), s), 1)
     better = top > best
-    return tl.where(better, top, best), tl.where(better, tl.min(k, 1), index)
+    second = tl.maximum(tl.maximum(second, runner), tl.where(better, best, top))
+    return tl.where(better, top, best), tl.where(better, k, index), second
+
+
+@triton.jit
+def decided(state, width):
+    """(index of the nearest, whether one takes part, 1 where the second best is further than
+    `width`, 2 where it is not, 0 where no memory takes part).
+    """
+    best, index, second = state
+    some = index >= 0
+    apart = (second == float("-inf")) | (best - second > width)  # NaN decides nothing
+    return index, some, tl.where(some, tl.where(apart, 1.0, 2.0), 0.0)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from ._score import logits
 # computed by the same code in every batch.
 NUMBERS = [
     "rows", "count", "inner", "blocks", "first", "steps", "step", "strip", "splits", "share",
-    "size", "keep", "unit", "grain", "k", "pieces", "every", "beta",
+    "size", "keep", "unit", "grain", "k", "pieces", "every", "beta", "beta_bits", "step_bits",
     "v_o", "v_i", "m_o", "m_i", "x_o", "x_i", "c_o", "c_i", "l_o", "l_i", "rho_o", "rho_i",
 ]  # fmt: skip
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Associative memory on a GPU: the recursion with its T loop inside, the energy, the assignment.
+"""Associative memory on a GPU: the recursion with its T loop inside.
 
 Equations: docs/ops/am.md. States stay in float32 registers from the first step to the last (rows of
-more than `WIDEST` features in two strips of scratch); backward is in `am_backward.py`.
+more than `WIDEST` features in two strips of scratch). Rows in doubt are computed again by
+`am_exact.py`; backward is in `am_backward.py`, the energy in `am_energy.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _launch, am_exact
 from ._call import Call
+from ._doubt import PRODUCTS, SHARED_SCALE, doubted, hard_doubted, lost, settled, sharpest
 from ._fold import (
     LIFT,
-    argmax_fold,
-    argmax_init,
+    contest_fold,
+    contest_init,
+    decided,
     finite,
     inverse,
     lse_fold,
@@ -30,10 +33,10 @@ from ._fold import (
 )
 from ._halves import halves, held_halves, load_memory_halves, power, reach_of, unpower
 from ._memories import memory_halves
+from ._nearest import MATRIX_STEPS, slack
 from ._score import (
-    centred_rows,
+    centred,
     dot,
-    given_inner,
     held_inner,
     load_memories,
     load_rows,
@@ -68,26 +71,26 @@ def moved(x, xb, gain):
 
 @triton.jit
 def recalled(
-    x, half, first_tile, table, count,
+    x, half, first_tile, table, count, width,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """(what the memories recall for x, the largest base-2 logit or the index of the nearest, the
-    sum of weights relative to it); x itself, -inf and 0 where no memory takes part.
+    sum of weights relative to it); x itself, -inf and 0 where no memory takes part. The sum of a
+    hard assignment is 2 where the nearest is not further than `width` ahead.
     """
     held = (x, half)
     if HARD:
         state = sweep(
-            argmax_init(ROWS), held, table, count, load_memories, held_inner, argmax_fold,
+            contest_init(ROWS), held, table, count, load_memories, held_inner, contest_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
-        index = state[1]
-        some = index >= 0
+        index, some, total = decided(state, width)
         nearest = tl.minimum(index, count - 1).to(tl.int64)
         xb = load_rows(table[0], nearest, some, 0, D, STRIDE, DIM)
         top = tl.where(some, index.to(tl.float32), float("-inf"))
-        return tl.where(some[:, None], xb, x), top, tl.where(some, 1.0, 0.0)
+        return tl.where(some[:, None], xb, x), top, total
     if RESIDENT:
         inner = held_inner(held, first_tile, count, D, STRIDE, DIM, PREC)
         s = logits(inner, half, first_tile[2], first_tile[3], PER_MEMORY)
@@ -128,10 +131,25 @@ def recalled_in_halves(
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total / LIFT
 
 
+@triton.jit
+def take_out(
+    TOP, PATH, local, flag, steps, strip, d0,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows in doubt, as the kernels of the backward know them: a TOP of inf and states of 0."""
+    d = d0 + tl.arange(0, DIM)
+    lost = flag > 0
+    for t in range(0, steps):
+        here = tl.cast(t, tl.int64) * strip + local
+        tl.store(TOP + here, tl.full((ROWS,), float("inf"), tl.float32), mask=lost)
+        at = PATH + here[:, None] * STRIDE + d[None, :]
+        tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=lost[:, None] & (d < STRIDE)[None, :])
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def recursion_kernel(
-    V, RHO, SIDE, CENTRE, U, OUT, TOP, TOTAL, PATH, PULL, HALVES,
-    rows, count, inner, steps, step, first, blocks, strip, size,
+    V, RHO, SIDE, CENTRE, U, OUT, FLAG, TOP, TOTAL, PATH, PULL, HALVES,
+    rows, count, inner, steps, step, first, blocks, strip, size, unit,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
@@ -153,29 +171,45 @@ def recursion_kernel(
     d = tl.arange(0, DIM)
     live, at = row < rows, row.to(tl.int64)
     inside = live[:, None] & (d < D)[None, :]
-    x = centred_rows(V, CENTRE, at, live, 0, D, DIM)
-    poison = tl.sum(x * 0.0, 1)  # a row that is not finite stays visible, whatever it meets
+    given = load_rows(V, at, live, 0, D, D, DIM)
+    x = centred(given, CENTRE, live, 0, D, DIM)
+    # a row that is not finite stays visible, whatever it meets; so do memories
+    poison = tl.sum(given * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
     IN_HALVES: tl.constexpr = PREC == "f16x3"
-    table, parts, sharp, reach = (RHO, SIDE), (HALVES, SIDE, size), 1.0, 1.0
+    table, parts, scale, reach, floor = (RHO, SIDE), (HALVES, SIDE, size), 1.0, 1.0, 0.0
+    if HARD:
+        reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
+    else:
+        sharp = sharpest(SIDE, count, PROTOS, PER_MEMORY)
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
     if IN_HALVES:
-        sharp, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
+        scale, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
+        floor = reach * SHARED_SCALE
+        floor = floor * floor
         parts = (HALVES + 2 * m * size * DIM, SIDE, size)
         tile = (tile[0], halves(tile[1] * power(reach)), tile[0], tile[3])
     top, total = lse_init(ROWS)
+    flag = tl.zeros((ROWS,), tl.int32)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
+        norm = tl.sum(x * x, 1)
         if IN_HALVES:
             xb, top, total = recalled_in_halves(
-                x, tile, parts, count, sharp, reach,
+                x, tile, parts, count, scale, reach,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT,
             )  # fmt: skip
         else:
-            half = 0.5 * tl.sum(x * x, 1)
+            width = slack(norm, reach, unit, 0.0, D) if HARD else norm
             xb, top, total = recalled(
-                x, half, tile, table, count,
+                x, 0.5 * norm, tile, table, count, width,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
             )  # fmt: skip
+        if HARD:
+            flag |= hard_doubted(norm, total)
+        else:
+            gap = xb - x
+            doubt = doubted(norm + tl.sum(xb * xb, 1), tl.sum(gap * gap, 1), total, sharp, floor)
+            flag |= doubt.to(tl.int32)
         if KEEP == 2:
             here = tl.cast(t, tl.int64) * strip + local
             keep = here[:, None] * STRIDE + d[None, :]
@@ -185,25 +219,33 @@ def recursion_kernel(
             tl.store(TOTAL + here, total)
         x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
 
-    if KEEP < 2:
-        p = problem.to(tl.int64) * rows + at
+    flag = settled(flag, total, SIDE, count, PROTOS)
+    p = problem.to(tl.int64) * rows + at
+    if KEEP == 2:
+        flag = tl.where(poison == 0.0, flag, 0)
+        tl.debug_barrier()
+        take_out(TOP, PATH, local, flag, steps, strip, 0, D, STRIDE, DIM, ROWS)
+    else:
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         out = x + c[None, :] + poison[:, None]
+        given = load_rows(V, at, live, 0, D, D, DIM)
+        flag |= lost(tl.sum(x * x, 1), tl.sum(out * out, 1), tl.sum(given * given, 1))
+        flag = tl.where(poison == 0.0, flag, 0)
         if MASK:  # what is held keeps its bits
-            given = load_rows(V, at, live, 0, D, D, DIM)
             gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
             out = tl.where(gain == 0.0, given, out)
         none = (top == float("-inf")) & (poison == 0.0)
-        out = tl.where(none[:, None], load_rows(V, at, live, 0, D, D, DIM), out)
+        out = tl.where(none[:, None], given, out)
         tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
         if KEEP == 1:
             tl.store(TOP + p, (top + tl.log2(total)) * _LN2 + poison, mask=live)
+    tl.store(FLAG + p, flag.to(tl.uint8), mask=live)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def recursion_wide_kernel(
-    V, RHO, SIDE, CENTRE, U, OUT, TOP, TOTAL, PATH, PULL, HALVES,
-    rows, count, inner, steps, step, first, blocks, strip, size,
+    V, RHO, SIDE, CENTRE, U, OUT, FLAG, TOP, TOTAL, PATH, PULL, HALVES,
+    rows, count, inner, steps, step, first, blocks, strip, size, unit,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
@@ -229,13 +271,20 @@ def recursion_wide_kernel(
     poison = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
-        poison += tl.sum(x * 0.0, 1)
+        given = load_rows(V, at, live, d0, D, D, DIM)
+        x = centred(given, CENTRE, live, d0, D, DIM)
+        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+        poison += tl.sum(given * 0.0, 1) + tl.sum(c * 0.0, 0)
         tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
     tl.debug_barrier()
 
     table = (RHO, SIDE)
     top, total = lse_init(ROWS)
+    if HARD:
+        reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
+    else:
+        sharp = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+    flag = tl.zeros((ROWS,), tl.int32)
     for t in range(0, steps):
         slot = tl.cast(t if KEEP == 2 else t % 2, tl.int64) * strip + local
         following = tl.cast(t + 1 if KEEP == 2 else (t + 1) % 2, tl.int64) * strip + local
@@ -247,12 +296,11 @@ def recursion_wide_kernel(
         index = tl.full((ROWS,), 0, tl.int32)
         if HARD:
             state = sweep(
-                argmax_init(ROWS), held, table, count, load_sides, wide_inner, argmax_fold,
+                contest_init(ROWS), held, table, count, load_sides, wide_inner, contest_fold,
                 D, STRIDE, DIM, PROTOS, PREC, False,
             )  # fmt: skip
-            index = state[1]
-            top = tl.where(index >= 0, index.to(tl.float32), float("-inf"))
-            total = tl.where(index >= 0, 1.0, 0.0)
+            index, some, total = decided(state, slack(norm, reach, unit, 0.0, D))
+            top = tl.where(some, index.to(tl.float32), float("-inf"))
         else:
             state = sweep(
                 lse_init(ROWS), held, table, count, load_sides, wide_inner, lse_fold,
@@ -265,6 +313,7 @@ def recursion_wide_kernel(
             tl.store(TOTAL + slot, total)
         none = top == float("-inf")
 
+        recall, far = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             if HARD:
@@ -278,6 +327,8 @@ def recursion_wide_kernel(
                 xb = xb * inverse(total)[:, None]
             x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
             xb = tl.where(none[:, None], x, xb)
+            recall += tl.sum(xb * xb, 1)
+            far += tl.sum((xb - x) * (xb - x), 1)
             if KEEP == 2:
                 keep = slot[:, None] * STRIDE + d[None, :]
                 tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
@@ -286,26 +337,43 @@ def recursion_wide_kernel(
             if KEEP < 2 or t + 1 < steps:
                 keep = following[:, None] * STRIDE + d[None, :]
                 tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
+        if HARD:
+            flag |= hard_doubted(norm, total)
+        else:
+            flag |= doubted(norm + recall, far, total, sharp, 0.0).to(tl.int32)
         tl.debug_barrier()
 
-    if KEEP < 2:
-        p = problem.to(tl.int64) * rows + at
+    flag = settled(flag, total, SIDE, count, PROTOS)
+    p = problem.to(tl.int64) * rows + at
+    if KEEP == 2:
+        flag = tl.where(poison == 0.0, flag, 0)
+        for d0 in range(0, D, DIM):
+            take_out(TOP, PATH, local, flag, steps, strip, d0, D, STRIDE, DIM, ROWS)
+    else:
         slot = tl.cast(steps % 2, tl.int64) * strip + local
         none = (top == float("-inf")) & (poison == 0.0)
+        norm, result = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+        begun = tl.zeros((ROWS,), tl.float32)
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             inside = live[:, None] & (d < D)[None, :]
             c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-            out = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
-            out = out + c[None, :] + poison[:, None]
+            x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
+            out = x + c[None, :] + poison[:, None]
             given = load_rows(V, at, live, d0, D, D, DIM)
+            norm += tl.sum(x * x, 1)
+            result += tl.sum(out * out, 1)
+            begun += tl.sum(given * given, 1)
             if MASK:
                 gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
                 out = tl.where(gain == 0.0, given, out)
             out = tl.where(none[:, None], given, out)
             tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+        flag |= lost(norm, result, begun)
         if KEEP == 1:
             tl.store(TOP + p, (top + tl.log2(total)) * _LN2 + poison, mask=live)
+    flag = tl.where(poison == 0.0, flag, 0)
+    tl.store(FLAG + p, flag.to(tl.uint8), mask=live)
 
 
 @triton.jit
@@ -326,112 +394,15 @@ def wide_recall(
     return acc
 
 
-# ---- energy and assignment -----------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def energy_kernel(
-    V, RHO, SIDE, CENTRE, OUT,
-    rows, count, inner, blocks, v_o, v_i, m_o, m_i,
-    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Energy of ROWS rows. scale = 2 beta log2(e): the energy is -lse / (scale / 2) + |x|^2."""
-    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
-    CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i) * D
-    live, at = row < rows, row.to(tl.int64)
-    norm = tl.zeros((ROWS,), tl.float32)
-    for d0 in range(0, D, DIM):
-        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
-        norm += tl.sum(x * x, 1)
-    table = (RHO, SIDE)
-    if WIDE:
-        held = ((V, CENTRE, at, live), norm)
-        state = sweep(
-            lse_init(ROWS), held, table, count, load_sides, given_inner, lse_fold,
-            D, STRIDE, DIM, PROTOS, PREC, False,
-        )  # fmt: skip
-    else:
-        held = (centred_rows(V, CENTRE, at, live, 0, D, DIM), norm)
-        state = sweep(
-            lse_init(ROWS), held, table, count, load_memories, held_inner, lse_fold,
-            D, STRIDE, DIM, PROTOS, PREC, False,
-        )  # fmt: skip
-    sharp = 0.5 * tl.load(SIDE)
-    energy = norm - (state[0] + tl.log2(state[1])) / sharp
-    # distances are not below 0, so neither is the energy below that of all of them at 0
-    m_low, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
-    for k0 in range(0, count, PROTOS):
-        k = k0 + tl.arange(0, PROTOS)
-        lift = tl.load(SIDE + 2 * count + k, mask=k < count, other=float("-inf"))[None, :]
-        m_low, total = lse_fold((m_low, total), lift, lift, PREC)
-    lowest = -(m_low + tl.log2(total)) / sharp
-    energy = tl.where(energy < lowest, lowest, energy)
-    energy = tl.where(state[1] == 0.0, float("inf"), energy)
-    p = problem.to(tl.int64) * rows + at
-    tl.store(OUT + p, energy + norm * 0.0, mask=live)
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def assign_kernel(
-    V, RHO, SIDE, CENTRE, LABEL, SQDIST,
-    rows, count, inner, blocks, v_o, v_i, m_o, m_i,
-    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Nearest memory of ROWS rows; the distance is computed anew from the pair."""
-    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
-    CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i) * D
-    live, at = row < rows, row.to(tl.int64)
-    half = tl.zeros((ROWS,), tl.float32)
-    table = (RHO, SIDE)
-    if WIDE:
-        held = ((V, CENTRE, at, live), half)
-        state = sweep(
-            argmax_init(ROWS), held, table, count, load_sides, given_inner, argmax_fold,
-            D, STRIDE, DIM, PROTOS, PREC, False,
-        )  # fmt: skip
-    else:
-        held = (centred_rows(V, CENTRE, at, live, 0, D, DIM), half)
-        state = sweep(
-            argmax_init(ROWS), held, table, count, load_memories, held_inner, argmax_fold,
-            D, STRIDE, DIM, PROTOS, PREC, False,
-        )  # fmt: skip
-    index = state[1]
-    some = index >= 0
-    alive = 0
-    for k0 in range(0, count, PROTOS):
-        k = k0 + tl.arange(0, PROTOS)
-        bias = tl.load(SIDE + count + k, mask=k < count, other=float("-inf"))
-        alive = tl.maximum(alive, tl.max(tl.where(bias == float("-inf"), 0, 1), 0))
-    sqdist, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    for d0 in range(0, D, DIM):
-        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
-        nearest = tl.minimum(index, count - 1).to(tl.int64)
-        gap = x - load_rows(RHO, nearest, some, d0, D, STRIDE, DIM)
-        sqdist += tl.sum(gap * gap, 1)
-        poison += tl.sum(x * 0.0, 1)
-    regular = poison == 0.0
-    sqdist = tl.where(regular, sqdist, float("nan"))
-    sqdist = tl.where(alive == 0, float("inf"), sqdist)
-    p = problem.to(tl.int64) * rows + at
-    tl.store(LABEL + p, tl.where(regular & some, index, -1).to(tl.int64), mask=live)
-    tl.store(SQDIST + p, sqdist, mask=live)
-
-
 # ---- launches ------------------------------------------------------------------------------------
 
 
-def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = None) -> None:
-    """Launch the recursion over all rows; those too wide for registers in cells of scratch."""
+def run(
+    call: Call, steps: int, step: float, out: Tensor, flag: Tensor, lse: Tensor | None = None
+) -> None:
+    """Launch the recursion over all rows; those too wide for registers in cells of scratch. `flag`
+    takes which rows are in doubt.
+    """
     keep = 0 if lse is None else 1
     chosen = call.recursion(keep)
     block, wide = chosen["ROWS"], "DIM" in chosen
@@ -444,9 +415,10 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
         if flags["PREC"] == "f16x3" and not flags["RESIDENT"]:
             parts = memory_halves(call.memories, call.features)
         _launch.launch(
-            recursion_kernel, grid, call.device, *operands, out, out if lse is None else lse,
-            out, out, out, parts, call.rows, call.memories.size, call.inner, steps, step, 0,
-            blocks, 0, parts.shape[-2], *strides, *u, **flags,
+            recursion_kernel, grid, call.device, *operands, out, flag,
+            out if lse is None else lse, out, out, out, parts,
+            call.rows, call.memories.size, call.inner, steps, step, 0, blocks, 0,
+            parts.shape[-2], unit_of(call, flags), *strides, *u, **flags,
         )  # fmt: skip
         return
     limit = max(1, _launch.SCRATCH // (2 * block * call.memories.stride))
@@ -454,13 +426,19 @@ def run(call: Call, steps: int, step: float, out: Tensor, lse: Tensor | None = N
     path = call.new(2, rows, call.memories.stride)
     for o, problems, first, count in call.cells(blocks, limit):
         operands, strides, u = call.at(o, problems)
-        cell = out[o, problems]
+        cell, flag_cell = out[o, problems], flag.view(*out.shape[:3])[o, problems]
         lse_cell = cell if lse is None else lse.view(*out.shape[:3])[o, problems]
         _launch.launch(
-            recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, lse_cell,
-            path, path, path, path, call.rows, call.memories.size, len(cell), steps, step, first,
-            count, rows, 0, *strides, *u, **flags,
+            recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, flag_cell,
+            lse_cell, path, path, path, path,
+            call.rows, call.memories.size, len(cell), steps, step, first, count, rows, 0,
+            unit_of(call, flags), *strides, *u, **flags,
         )  # fmt: skip
+
+
+def unit_of(call: Call, flags: dict[str, Any]) -> float:
+    """Bound on the error of a score, relative to the norms, as `_nearest.slack` takes it."""
+    return PRODUCTS[flags["PREC"]] + (MATRIX_STEPS * call.features + 6) * 2.0**-24
 
 
 def flags_of(call: Call, chosen: dict[str, Any], keep: int) -> dict[str, Any]:
@@ -500,7 +478,9 @@ def _recursion(
         return Result(out.copy_(v), call.new(*call.shape[:-1]).zero_() if saves else out)
     raw = out.float() if _launch.INTERPRETED and v.dtype == torch.bfloat16 else out
     lse = call.new(*call.shape[:-1]) if saves else None
-    run(call, steps, step, raw, lse)
+    flag = call.new(*call.shape[:-1], dtype=torch.uint8)
+    run(call, steps, step, raw, flag, lse)
+    am_exact.recursion(call.given(), steps, step, flag, raw)
     return Result(out.copy_(raw) if raw is not out else out, out if lse is None else lse)
 
 
@@ -514,7 +494,7 @@ def am_recursion(
     log_weights: Tensor | None,
     precision: str,
 ) -> Tensor:
-    """All steps in one launch, after one for the memories."""
+    """All steps in one launch, after one for the memories and before one for rows in doubt."""
     return _recursion(v, rho, beta, steps, step, update_mask, log_weights, precision).out
 
 
@@ -544,35 +524,3 @@ def am_step_saved(
     shared).
     """
     return _recursion(v, rho, beta, 1, step, update_mask, log_weights, precision, saves=True)
-
-
-def _score(call: Call, kernel: Any, name: str, outs: list[Tensor]) -> None:
-    chosen = call.settings(name)
-    blocks = triton.cdiv(call.rows, chosen["ROWS"])
-    (v, table, side, centre, _), strides, _ = call.at()
-    _launch.launch(
-        kernel, (call.outer * call.inner * blocks,), call.device, v, table, side, centre, *outs,
-        call.rows, call.memories.size, call.inner, blocks, *strides,
-        **call.tile(chosen), WIDE="DIM" in chosen,
-    )  # fmt: skip
-
-
-def am_energy(
-    v: Tensor, rho: Tensor, beta: float | Tensor, log_weights: Tensor | None, precision: str
-) -> Tensor:
-    """Energy of every row."""
-    call = Call(v, rho, beta, None, log_weights, precision)
-    out = call.new(*call.shape[:-1])
-    _score(call, energy_kernel, "am_energy", [out])
-    return out
-
-
-def am_assign(
-    v: Tensor, rho: Tensor, log_weights: Tensor | None, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Nearest memory of every row and its squared distance."""
-    call = Call(v, rho, float("inf"), None, log_weights, precision)
-    sqdist = call.new(*call.shape[:-1])
-    labels = call.new(*call.shape[:-1], dtype=torch.int64)
-    _score(call, assign_kernel, "am_assign", [labels, sqdist])
-    return labels, sqdist

@@ -17,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, am_fused
+from . import _launch, am_exact_backward, am_fused
 from ._call import Call, Cell, Totals
+from ._doubt import MOST
 from ._fold import finite, normalised
 from ._memories import LOG2E
 from ._score import dot, held_inner, load_memories, load_rows, load_sides, logits, wide_inner
 from ._sweep import offset, rows_of, sweep
-from .am import flags_of, gain_of, recursion_kernel, recursion_wide_kernel
+from .am import flags_of, gain_of, recursion_kernel, recursion_wide_kernel, unit_of
 
 # Programs that share the rows of one tile of memories: enough for any GPU, and a function of the
 # shape alone, so that sums have the same order on all.
@@ -114,7 +115,7 @@ def rows_backward_kernel(
     RESIDENT: tl.constexpr, MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient g of ROWS rows from the last step to the first; h = gain g takes the place of what
-    was recalled.
+    was recalled. Rows in doubt, whose TOP is inf, have a g of 0 and give nothing to any sum.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
@@ -135,6 +136,7 @@ def rows_backward_kernel(
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
         x = load_rows(PATH, here, every, 0, D, STRIDE, DIM)
         top = tl.load(TOP + here)
+        g = tl.where((top == float("inf"))[:, None], 0.0, g)
         moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
         if MASK_GRAD:
             xb = load_rows(PULL, here, every, 0, D, STRIDE, DIM)
@@ -204,13 +206,14 @@ def rows_backward_wide_kernel(
     for back in range(0, steps):
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
         top = tl.load(TOP + here)
+        doubt = (top == float("inf"))[:, None]
         moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
         norm = tl.zeros((ROWS,), tl.float32)
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             inside = live[:, None] & (d < D)[None, :]
             whole = p[:, None] * D + d[None, :]
-            g = tl.load(OUT + whole, mask=inside, other=0.0)
+            g = tl.where(doubt, 0.0, tl.load(OUT + whole, mask=inside, other=0.0))
             x = load_rows(PATH, here, every, d0, D, STRIDE, DIM)
             if MASK_GRAD:
                 xb = load_rows(PULL, here, every, d0, D, STRIDE, DIM)
@@ -301,7 +304,8 @@ def memories_backward_kernel(
             at = first + n
             # rows past the end weigh exp2(-inf), whatever the biases are
             top = tl.load(TOP + at, mask=live, other=float("inf"))
-            inverse = inverse_of(TOTAL, at, live)
+            sure = top != float("inf")
+            inverse = tl.where(sure, inverse_of(TOTAL, at, live), 0.0)
             delta = tl.load(DELTA + at, mask=live, other=0.0)
             x = load_rows(PATH, at, live, d0, D, STRIDE, DIM)
             norm = tl.sum(x * x, 1)
@@ -337,7 +341,7 @@ def memories_backward_kernel(
                     acc += dot(tl.trans(gz * (tile[2] / _LOG2E)[None, :]), x, PREC)
                     mass += tl.sum(gz, 0)
                     far = own[None, :] + norm[:, None] - 2.0 * inside
-                    heat += tl.sum(gz * tl.maximum(far, 0.0), 0)
+                    heat += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
     d = d0 + tl.arange(0, DIM)
     slot = (problem * tl.num_programs(1) + split).to(tl.int64) * count + k
     where = known[:, None] & (d < STRIDE)[None, :]
@@ -350,19 +354,23 @@ def memories_backward_kernel(
 # ---- launches ------------------------------------------------------------------------------------
 
 
-def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
-    """Run the recursion cell by cell, everything kept; yields the cells."""
+def cells(call: Call, steps: int, step: float, flag: Tensor) -> Iterator[Cell]:
+    """Run the recursion cell by cell, everything kept; yields the cells. `flag` takes which rows
+    are in doubt.
+    """
     chosen, stride = call.recursion(keep=2), call.memories.stride
     block = max(chosen["ROWS"], call.settings("am_rows_backward")["ROWS"])
     blocks = triton.cdiv(call.rows, block)
     limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 3) * block))
     most = max(1, min(MOST_PROBLEMS, _launch.SCRATCH // (call.memories.size * stride)))
     kernel = recursion_wide_kernel if "DIM" in chosen else recursion_kernel
-    cells = list(call.cells(blocks, limit, most))
-    rows = max((block * count * (p.stop - p.start) for _, p, _, count in cells), default=0)
+    flags = flags_of(call, chosen, keep=2)
+    parts = list(call.cells(blocks, limit, most))
+    rows = max((block * count * (p.stop - p.start) for _, p, _, count in parts), default=0)
+    flag = flag.view(call.outer, call.inner, call.rows)
     wide = call.new(2, steps * rows * stride)
     thin = call.new(3, steps * rows)
-    for o, problems, first, count in cells:
+    for o, problems, first, count in parts:
         strip = (problems.stop - problems.start) * count * block
         path, pull = wide[:, : steps * strip * stride].view(2, steps, strip, stride)
         top, total, delta = thin[:, : steps * strip].view(3, steps, strip)
@@ -370,14 +378,15 @@ def _cells(call: Call, steps: int, step: float) -> Iterator[Cell]:
         grid, at, share = cell.grid(chosen["ROWS"])
         operands, strides, u = call.at(o, problems)
         _launch.launch(
-            kernel, grid, call.device, *operands, path, top, total, path, pull, path,
+            kernel, grid, call.device, *operands, path, flag[o, problems],
+            top, total, path, pull, path,
             call.rows, call.memories.size, cell.size, steps, step, at, share, strip, 0,
-            *strides, *u, **flags_of(call, chosen, keep=2),
+            unit_of(call, flags), *strides, *u, **flags,
         )  # fmt: skip
         yield cell
 
 
-def _sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: bool) -> None:
+def sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: bool) -> None:
     """The memories' side of one cell."""
     chosen = call.settings("am_memories_backward")
     memories, wide = call.memories, "DIM" in chosen
@@ -420,14 +429,14 @@ def _walk_back(
     )  # fmt: skip
 
 
-def _fit(found: Tensor, argument: Any, needed: bool, v: Tensor) -> Tensor:
+def fit(found: Tensor, argument: Any, needed: bool, v: Tensor) -> Tensor:
     """A gradient in the shape and dtype of its argument; empty where it is not asked for."""
     if not (needed and isinstance(argument, Tensor)):
         return v.new_empty(0)
     return found.sum_to_size(argument.shape).to(argument.dtype).contiguous()
 
 
-def _whole(grad: Tensor, shape: Sequence[int]) -> Tensor:
+def whole(grad: Tensor, shape: Sequence[int]) -> Tensor:
     """The upstream gradient, dense."""
     return _launch.aligned(_launch.plain(grad).expand(tuple(shape)).contiguous())
 
@@ -451,30 +460,38 @@ def am_recursion_backward(
     """
     call = Call(v, rho, beta, update_mask, log_weights, precision)
     given = (v, rho, beta, update_mask, log_weights)
-    grad, totals = _whole(grad, call.shape), Totals(call)
+    grad, totals = whole(grad, call.shape), Totals(call)
     out = call.new(*call.shape)
     wants = needs[3] and update_mask is not None
+    flag = call.new(*call.shape[:-1], dtype=torch.uint8)
     masked = torch.zeros_like(out) if wants else out
     sums = needs[1] or needs[2] or needs[4]
+    again = None
     if steps == 0 or step == 0:
         out.copy_(grad)
-    elif am_fused.serves(call, wants):
-        am_fused.backward(call, grad, out, steps, step, totals if sums else None)
     else:
-        for cell in _cells(call, steps, step):
-            _walk_back(call, cell, grad, out, masked, step, wants)
-            if sums:
-                _sweep_memories(call, cell, totals, steps, energy=False)
+        if am_fused.serves(call, wants):
+            am_fused.backward(call, grad, out, flag, steps, step, totals if sums else None)
+        else:
+            for cell in cells(call, steps, step, flag):
+                _walk_back(call, cell, grad, out, masked, step, wants)
+                if sums:
+                    sweep_memories(call, cell, totals, steps, energy=False)
+        again = am_exact_backward.recursion_backward(
+            call.given(), grad, steps, step, flag, out, masked if wants else None, sums
+        )
     if not sums:
         found = (out, out, out, masked, out)
-        return tuple(_fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
+        return tuple(fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
     acc, mass, heat = totals.of_batch()
     if not call.memories.hard:
         sharp = beta.double()[..., None] if isinstance(beta, Tensor) and beta.ndim else beta
         pull = call.memories.table[..., : call.features].double() * mass[..., None]
         acc = acc - 2 * (sharp * pull)
+    if again is not None:
+        acc, mass, heat = (x + y for x, y in zip((acc, mass, heat), again.of_batch(), strict=True))
     found = (out, acc, -heat, masked, mass)
-    return tuple(_fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
+    return tuple(fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
 
 
 def am_step_backward(
@@ -493,34 +510,3 @@ def am_step_backward(
     return am_recursion_backward(
         grad, v, rho, beta, 1, step, update_mask, log_weights, needs, precision
     )
-
-
-def am_energy_backward(
-    grad: Tensor,
-    v: Tensor,
-    rho: Tensor,
-    beta: float | Tensor,
-    log_weights: Tensor | None,
-    needs: Sequence[bool],
-    precision: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of (v, rho, beta, log_weights)."""
-    call = Call(v, rho, beta, None, log_weights, precision)
-    totals, out = Totals(call), call.new(*call.shape)
-    grad = _whole(grad, call.shape[:-1]).float().view(call.outer, call.inner, call.rows)
-    outs = out.view(call.outer, call.inner, call.rows, call.features)
-    for cell in _cells(call, 1, 1.0):
-        rows = slice(cell.first * cell.block, (cell.first + cell.blocks) * cell.block)
-        g = grad[cell.o, cell.problems, rows]
-        n = g.shape[1]
-        cell.delta.zero_().view(cell.size, cell.rows)[:, :n] = g
-        x, xb = (t.view(cell.size, cell.rows, -1)[:, :n] for t in (cell.path, cell.pull))
-        here = (2 * g[..., None] * (x - xb))[..., : call.features]
-        outs[cell.o, cell.problems, rows] = here
-        _sweep_memories(call, cell, totals, 1, energy=True)
-    acc, mass, heat = totals.of_batch()
-    sharp = beta.double() if isinstance(beta, Tensor) else beta
-    pull = call.memories.table[..., : call.features].double() * mass[..., None]
-    found = (out, 2 * (pull - acc), heat / LOG2E / sharp**2, -mass / sharp)
-    given = (v, rho, beta, log_weights)
-    return tuple(_fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from . import _launch
 from ._call import Call, Totals
-from ._fold import finite, normalised
+from ._doubt import MOST, settled, sharpest, step_doubted
+from ._fold import finite, inverse, normalised
 from ._memories import LOG2E
-from ._score import centred_rows, dot, held_inner, load_memories, load_rows, logits
+from ._score import centred, dot, held_inner, load_memories, load_rows, logits
 from ._sweep import NUMBERS, offset
 from .am import gain_of, moved, recalled
 
@@ -29,27 +30,31 @@ _LOG2E = tl.constexpr(LOG2E)
 
 @triton.jit
 def walked(
-    PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count,
+    PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Store the state before each step."""
+    """Store the state before each step. Returns 1 for rows in doubt, the last step apart."""
     d = tl.arange(0, DIM)
     keep = tl.arange(0, ROWS)[:, None] * STRIDE + d[None, :]
     gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
+    flag = tl.zeros((ROWS,), tl.int32)
     for t in range(0, steps):
         tl.store(PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep, x, mask=(d < STRIDE)[None, :])
         if t + 1 < steps:
-            found = recalled(
-                x, 0.5 * tl.sum(x * x, 1), table, table, count,
+            norm = tl.sum(x * x, 1)
+            xb, _, total = recalled(
+                x, 0.5 * norm, table, table, count, norm,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, False, False, False,
             )  # fmt: skip
-            x = moved(x, found[0], gain)
+            flag |= step_doubted(x, xb, norm, total, sharp)
+            x = moved(x, xb, gain)
+    return flag
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def fused_backward_kernel(
-    V, RHO, SIDE, CENTRE, U, GRAD, OUT, PATH, PART, SUMS,
+    V, RHO, SIDE, CENTRE, U, GRAD, OUT, FLAG, PATH, PART, SUMS,
     rows, count, inner, steps, step, first, splits, share,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -69,6 +74,7 @@ def fused_backward_kernel(
     PATH += pid.to(tl.int64) * steps * ROWS * STRIDE
 
     table = (RHO, SIDE)
+    sharp = sharpest(SIDE, count, PROTOS, False)
     k = tl.arange(0, PROTOS)
     acc = tl.zeros((PROTOS, DIM), tl.float32)
     mass, heat = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
@@ -81,10 +87,12 @@ def fused_backward_kernel(
         live, at = row < rows, row.to(tl.int64)
         inside = live[:, None] & (d < D)[None, :]
         whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]
-        x = centred_rows(V, CENTRE, at, live, 0, D, DIM)
-        poison = tl.sum(x * 0.0, 1)
-        walked(
-            PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count,
+        given = load_rows(V, at, live, 0, D, D, DIM)
+        x = centred(given, CENTRE, live, 0, D, DIM)
+        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+        poison = tl.sum(given * 0.0, 1) + tl.sum(c * 0.0, 0)
+        flag = walked(
+            PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
         )  # fmt: skip
         tl.debug_barrier()  # the states are read in another layout
@@ -102,23 +110,38 @@ def fused_backward_kernel(
             top = tl.max(s, 1)
             w = tl.exp2(s - finite(top)[:, None] + poison[:, None])
             total = tl.sum(w, 1)
+            if back == 0:
+                xb = dot(w, rho, PREC) * inverse(total)[:, None]
+                flag |= step_doubted(x, xb, norm, total, sharp)
+                flag = settled(flag, total, SIDE, count, PROTOS)
+                flag = tl.where(poison == 0.0, flag, 0)
+                g = tl.where((flag > 0)[:, None], 0.0, g)
+            # rows in doubt give nothing to any sum
+            x = tl.where((flag > 0)[:, None], 0.0, x)
+            norm, inner_x = (
+                tl.where(flag > 0, 0.0, norm),
+                tl.where((flag > 0)[:, None], 0.0, inner_x),
+            )
+            w = tl.where((flag > 0)[:, None], 0.0, w)
+            total = tl.where(flag > 0, 0.0, total)
             moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]
             h = moves * gain * g
             slope = dot(h, tl.trans(rho), PREC)
-            inverse, delta = normalised(total, tl.sum(w * slope, 1))
-            w = tl.where(live[:, None], w * inverse[:, None], 0.0)
+            share, delta = normalised(total, tl.sum(w * slope, 1))
+            w = tl.where(live[:, None], w * share[:, None], 0.0)
             gz = w * (slope - delta[:, None])
             if MEMORIES:
                 mass += tl.sum(gz, 0)
                 own = tl.load(SIDE + 3 * count + k, mask=k < count, other=0.0)
                 far = own[None, :] + norm[:, None] - 2.0 * inner_x
-                heat += tl.sum(gz * tl.maximum(far, 0.0), 0)
+                heat += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
                 acc += dot(tl.trans(w), h, PREC)
             gz *= (scale / _LOG2E)[None, :]
             if MEMORIES:
                 acc += dot(tl.trans(gz), x, PREC)
             g += dot(gz, rho, PREC) - h
         tl.store(OUT + whole, g.to(OUT.dtype.element_ty), mask=inside)
+        tl.store(FLAG + problem.to(tl.int64) * rows + at, flag.to(tl.uint8), mask=live)
         tl.debug_barrier()  # the next block's states take this one's place
     if MEMORIES:
         slot = pid.to(tl.int64) * count + k
@@ -138,9 +161,15 @@ def serves(call: Call, mask_grad: bool) -> bool:
 
 
 def backward(
-    call: Call, grad: Tensor, out: Tensor, steps: int, step: float, totals: Totals | None
+    call: Call,
+    grad: Tensor,
+    out: Tensor,
+    flag: Tensor,
+    steps: int,
+    step: float,
+    totals: Totals | None,
 ) -> None:
-    """Fill `out`; add the memories' side to `totals` if given."""
+    """Fill `out` and `flag`; add the memories' side to `totals` if given."""
     chosen = call.settings("am_fused_backward")
     count, stride = call.memories.size, call.memories.stride
     chosen["PROTOS"] = min(chosen["PROTOS"], _launch.dim(count))
@@ -152,6 +181,7 @@ def backward(
     most = max(1, min(PROGRAMS, _launch.SCRATCH // strip))
     path = call.new(min(most, call.outer * call.inner * splits) * strip)
     grads, outs = (x.view(call.outer, call.inner, call.rows, call.features) for x in (grad, out))
+    flags = flag.view(call.outer, call.inner, call.rows)
     for o, problems, first, run in call.cells(splits, most):
         operands, strides, u = call.at(o, problems)
         size = problems.stop - problems.start
@@ -159,7 +189,7 @@ def backward(
         sums = call.new(size, run, count, 2)
         _launch.launch(
             fused_backward_kernel, (size * run,), call.device, *operands,
-            grads[o, problems], outs[o, problems], path, part, sums,
+            grads[o, problems], outs[o, problems], flags[o, problems], path, part, sums,
             call.rows, count, size, steps, step, first, run, share, *strides, *u,
             **call.tile(chosen), MASK=call.masked, MEMORIES=totals is not None,
         )  # fmt: skip

@@ -49,7 +49,7 @@ def scored(
     """
     at = row.to(tl.int64)
     given = load_rows(X, at, live, 0, D, D, DIM)
-    poison = tl.sum(given * 0.0, 1)
+    poison = tl.sum(given * 0.0, 1) + tl.where(reach == reach, 0.0, float("nan"))
     x = centred(given, ORIGIN, live, 0, D, DIM)
     norm, largest = tl.sum(x * x, 1), tl.max(tl.abs(x), 1)
     if WIDE:
@@ -180,6 +180,7 @@ def arranged(
     mask: Tensor | None,
     precision: str,
     apart: list[tuple[Tensor, int]] | None = None,
+    strict: bool = False,
 ) -> Nearest:
     """Prepare the centroids and choose the tile; `apart` are operands of a kernel that keeps the
     problems of a batch apart.
@@ -188,7 +189,7 @@ def arranged(
     tile = _launch.settings(kernel, x.device, precision, d)
     chosen: dict[str, Any] = {"DIM": _launch.dim(d), **tile, "WIDE": "DIM" in tile}
     chosen["PROTOS"] = min(chosen["PROTOS"], _launch.dim(count))
-    found = prepared(centroids, shift, mask, chosen["DIM"])
+    found = prepared(centroids, shift, mask, chosen["DIM"], strict)
     operands = [(_launch.rows(x), 2), (found.given, 2), (found.halves, 3), (found.side, 2)]
     operands += [(found.origin, 1), (found.reach, 1), *(apart or [])]
     batch = batch_of(operands)
@@ -209,9 +210,10 @@ def kmeans_assign(
     mask: Tensor | None,
     distances: bool,
     precision: str,
+    strict: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Labels, and squared distances or an empty tensor: two launches after those of `prepared`."""
-    a = arranged("kmeans_assign", x, centroids, shift, mask, precision)
+    a = arranged("kmeans_assign", x, centroids, shift, mask, precision, strict=strict)
     (outer, inner), rows = a.problems, a.views[0].shape[2]
     n = x.shape[-2]
     labels = _launch.empty((*a.batch, n), torch.int64, x.device)

@@ -456,9 +456,9 @@ _SMALL_LIMITS = {
 }
 
 
-def _kernels(function: str, backward: bool = False, small: bool = False) -> dict[str, str]:
+def _kernels(function: str, room: str = "am", small: bool = False) -> dict[str, str]:
     """Where a function's Triton kernel is and, if `small`, the CUDA one for few features."""
-    found = {"triton": f"{_ROOM}.am{'_backward' if backward else ''}:{function}"}
+    found = {"triton": f"{_ROOM}.{room}:{function}"}
     return {**found, "cuda": f"{_ROOM}.am_small:{function}"} if small else found
 
 
@@ -477,7 +477,7 @@ AM_STEP = op(
     limits=_SMALL_LIMITS,
     gradient=Gradient(
         reference=_truth.am_step_backward,
-        kernels=_kernels("am_step_backward", backward=True, small=True),
+        kernels=_kernels("am_step_backward", room="am_backward", small=True),
         saved=(_truth.am_step_saved, _fake_step_saved),
         saved_kernels=_kernels("am_step_saved", small=True),
     ),
@@ -500,7 +500,7 @@ AM_RECURSION = op(
     limits=_SMALL_LIMITS,
     gradient=Gradient(
         reference=_truth.am_recursion_backward,
-        kernels=_kernels("am_recursion_backward", backward=True, small=True),
+        kernels=_kernels("am_recursion_backward", room="am_backward", small=True),
     ),
     same_dtype=("v", "rho"),
     core=_CORE,
@@ -517,11 +517,11 @@ AM_ENERGY = op(
     truth=_truth.am_energy,
     reference=_truth.am_energy_forward,
     function=am_energy,
-    kernels=_kernels("am_energy"),
+    kernels=_kernels("am_energy", room="am_energy"),
     limits=_LIMITS,
     gradient=Gradient(
         reference=_truth.am_energy_backward,
-        kernels=_kernels("am_energy_backward", backward=True),
+        kernels=_kernels("am_energy_backward", room="am_energy"),
         output_dims=1,
     ),
     same_dtype=("v", "rho"),
@@ -537,7 +537,7 @@ AM_ASSIGN = op(
     truth=_truth.am_assign,
     reference=_truth.am_assign_forward,
     function=am_assign,
-    kernels=_kernels("am_assign"),
+    kernels=_kernels("am_assign", room="am_energy"),
     limits=_LIMITS,
     same_dtype=("v", "rho"),
     core=_CORE,

@@ -175,7 +175,9 @@ def test_few_features_through_the_two_kernels(monkeypatch, name):
 
 
 def test_the_fused_backward_is_one_launch(monkeypatch):
-    """After the one that prepares the memories; more memories than a program holds take more."""
+    """After the one that prepares the memories, and before two for the rows in doubt: their
+    gradients, and the sums of these. More memories than a program holds take two more.
+    """
     launch = importlib.import_module("clam_kernels.kernels._launch")
     backward = importlib.import_module("clam_kernels.kernels.am_backward").am_recursion_backward
     real, names = launch.launch, []
@@ -186,7 +188,7 @@ def test_the_fused_backward_is_one_launch(monkeypatch):
 
     monkeypatch.setattr(launch, "launch", counted)
     v = _random(70, 4).float()
-    for k, launches in ((64, 2), (65, 4)):
+    for k, launches in ((64, 4), (65, 6)):
         names.clear()
         rho, needs = _random(k, 4, seed=1).float(), [True, True, True, False, True]
         backward(v, v, rho, 1.0, 2, 1.0, None, None, needs, "highest")

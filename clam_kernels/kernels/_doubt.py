@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows the fast kernels of the associative memory may get wrong.
+
+The fast kernels expand distances, |x|^2 + |rho|^2 - 2 x rho, of rows and memories less a centre.
+The expansion loses digits where a row and what it recalls lie far from the centre and near each
+other. A kernel sets the flag of such a row, and `am_exact.py` computes the row again from
+differences in float64. `python_fallback` has the same constants.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A distance below this share of the norms has lost digits.
+CANCEL = tl.constexpr(16.0)
+# The error of a logit: units of 2^-24 of beta times the norms. The weights are off by no more than
+# this error times what the largest weight leaves to the others; less than TOLERATED is rounding.
+GROWTH = tl.constexpr(8.0 * 2.0**-24)
+TOLERATED = tl.constexpr(2.0**-18)
+# What the energy may be off by: so many times the rounding of the distance to the first memory.
+ENERGY_CANCEL = tl.constexpr(4.0)
+# Norms and logits beyond LARGE may overflow. A beta beyond SHARPEST may meet squared distances
+# that are too small for float32.
+LARGE = tl.constexpr(2.0**120)
+SHARPEST = tl.constexpr(2.0**90)
+# The centre costs the digits that it has before those of the result: 2^8 in a norm is too many.
+CENTRED = tl.constexpr(2.0**16)
+# Memories in halves share one scale. Beyond this share of the largest norm few digits are left.
+SHARED_SCALE = tl.constexpr(2.0**-15)
+# Error of a product of rows, relative to the product of their norms, of each kind of product.
+PRODUCTS = {
+    "ieee": 0.0, "bf16x6": 2.0**-21, "tf32x3": 2.0**-19, "f16x3": 2.0**-20, "bf16x3": 2.0**-14,
+    "tf32": 2.0**-9, "bf16": 2.0**-7,
+}  # fmt: skip
+# The largest finite number: in the place of what would be infinite.
+MOST = tl.constexpr(3.0e38)
+# Scale = 2 beta log2(e), as the tables of memories have it.
+_BETA = tl.constexpr(0.34657359027997264)
+
+
+@triton.jit
+def sharpest(SIDE, count, PROTOS: tl.constexpr, PER_MEMORY: tl.constexpr):
+    """The largest beta of the memories that take part; inf beyond SHARPEST."""
+    if PER_MEMORY:
+        scale = tl.zeros((1,), tl.float32)
+        for k0 in range(0, count, PROTOS):
+            k = k0 + tl.arange(0, PROTOS)
+            alive = tl.load(SIDE + 2 * count + k, mask=k < count, other=float("-inf"))
+            here = tl.load(SIDE + k, mask=k < count, other=0.0)
+            here = tl.where(alive == float("-inf"), 0.0, here)
+            scale = tl.maximum(scale, tl.max(here, 0))
+    else:
+        scale = tl.load(SIDE + tl.arange(0, 1))
+    beta = scale * _BETA
+    return tl.where(beta < SHARPEST, beta, float("inf"))
+
+
+@triton.jit
+def some_take_part(SIDE, count, PROTOS: tl.constexpr):
+    """1 if a memory takes part, else 0."""
+    some = tl.zeros((1,), tl.int32)
+    for k0 in range(0, count, PROTOS):
+        k = k0 + tl.arange(0, PROTOS)
+        lift = tl.load(SIDE + 2 * count + k, mask=k < count, other=float("-inf"))
+        some = tl.maximum(some, tl.max(tl.where(lift == float("-inf"), 0, 1), 0))
+    return some
+
+
+@triton.jit
+def fits(size, sharp):
+    """Whether norms and logits are far from an overflow; NaN does not fit."""
+    return (size < LARGE) & (sharp * size < LARGE)
+
+
+@triton.jit
+def doubted(size, far, total, sharp, floor):
+    """Whether one step of a row may be wrong: `size` = |x|^2 + |xb|^2 of the state and of what it
+    recalls, `far` = |xb - x|^2, `total` the weights relative to the largest, `sharp` the largest
+    beta, `floor` the least size that has all its digits.
+    """
+    error = GROWTH * sharp * size
+    # "not >" and "not <": what is not a number is in doubt
+    calm = (error < 1.0) & (error * (total - 1.0) <= TOLERATED * total)
+    exact = (far * CANCEL >= size) | calm
+    return ~(exact & fits(size, sharp) & (size >= floor))
+
+
+@triton.jit
+def step_doubted(x, xb, norm, total, sharp):
+    """As `doubted` for rows in registers, 1 or 0; `norm` = |x|^2."""
+    gap = xb - x
+    size = norm + tl.sum(xb * xb, 1)
+    return doubted(size, tl.sum(gap * gap, 1), total, sharp, 0.0).to(tl.int32)
+
+
+@triton.jit
+def hard_doubted(norm, total):
+    """As `step_doubted` for a hard assignment: `total` is 2 where it is not decided."""
+    return tl.where((total != 2.0) & (norm < LARGE), 0, 1)
+
+
+@triton.jit
+def energy_doubted(size, far, total, sharp):
+    """As `doubted` for the energy: `far` is the distance to the memory of the largest logit, which
+    comes from the pair. Only what the other memories add comes from an expansion, and it is right
+    where the logits say which memory is the first.
+    """
+    others = (total - 1.0) / total
+    first = GROWTH * sharp * size < 1.0
+    exact = first & (others * size <= ENERGY_CANCEL * (far + 1.0 / sharp))
+    return ~((exact | (size <= ENERGY_CANCEL * far)) & fits(size, sharp))
+
+
+@triton.jit
+def settled(flag, total, SIDE, count, PROTOS: tl.constexpr):
+    """The flags after the last step. A row that no memory weighs did not move: it is in doubt only
+    if a memory takes part.
+    """
+    none = total == 0.0
+    if tl.max(none.to(tl.int32), 0) > 0:
+        flag = tl.where(none, some_take_part(SIDE, count, PROTOS), flag)
+    return flag
+
+
+@triton.jit
+def lost(norm, result, given):
+    """1 where the centre had too many digits before those of a result: squared norms of the result
+    less the centre, of the result, and of the row that was given.
+    """
+    kept = norm <= CENTRED * tl.maximum(result, given)
+    return tl.where(kept, 0, 1)
