@@ -140,9 +140,10 @@ class Problem:
     def tiles(self) -> list[slice]:
         return list(row_chunks(self.n, max(MIN_ROWS, TILE_ENTRIES // self.k)))
 
-    def tile(self, part: slice) -> Tensor:
-        """Some rows of the logits, 0 where a marginal is."""
-        out = self.log_b.new_empty((part.stop - part.start, self.k), dtype=self.dtype)
+    def tile(self, part: slice, out: Tensor | None = None) -> Tensor:
+        """Some rows of the logits, 0 where a marginal is; in scratch if there is any."""
+        if out is None:
+            out = self.log_b.new_empty((part.stop - part.start, self.k), dtype=self.dtype)
         x = torch.mul(self.entries.raw(part, out), self.entries.scale, out=out)
         if self.some_dead:
             x.masked_fill_(self.dead_row[part, None], 0.0).masked_fill_(self.dead_col, 0.0)
@@ -150,15 +151,13 @@ class Problem:
 
     def shifted(self, part: slice, potential: list[Tensor]) -> Tensor:
         """Some rows of the logits with a potential added, until the next are asked for."""
-        if self.some_dead:
-            return add(self.tile(part), potential)
         if self.scratch is None:  # a tile of its own each time would be new pages each time
             most = max(part.stop - part.start for part in self.tiles())
             self.scratch = self.log_b.new_empty((most, self.k), dtype=self.dtype)
         out = self.scratch[: part.stop - part.start]
+        if self.some_dead or self.entries.scale != 1:  # rounded alike in all steps
+            return add(self.tile(part, out), potential)
         x = self.entries.raw(part, out)
-        if self.entries.scale != 1:  # rounded once, to the same bits in all steps
-            x = torch.mul(x, self.entries.scale, out=out)
         return add(torch.add(x, potential[0], out=out), potential[1:])
 
     def raw(self, part: slice) -> Tensor:

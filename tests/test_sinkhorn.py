@@ -96,6 +96,79 @@ def test_trivial_shapes():
     assert torch.equal(none[1], torch.zeros(3, dtype=torch.float64))
 
 
+# ---- scale and bias ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scale_and_a_bias_are_those_of_the_logits(first):
+    scores, bias, scale = _draw(0, 2, 30, 6), _draw(1, 6), torch.tensor([0.5, 20.0]).double()
+    start, (a, b) = _draw(2, 6), (_draw(3, 30).log_softmax(0), _draw(4, 6).log_softmax(0))
+    rest = {"log_row": a, "log_col": b, "init": start, "prototype_first": first}
+    want = sinkhorn(scale[:, None, None] * scores + bias, 4, **rest)
+    for x, y in zip(sinkhorn(scores, 4, bias=bias, scale=scale, **rest), want, strict=True):
+        _close(x, y, 1e-11)
+    z, c = _draw(5, 30, 4), _draw(6, 6, 4)
+    want = sinkhorn(scale[:, None, None] * (z @ c.T) + bias, 4, **rest)
+    for x, y in zip(sinkhorn_features(z, c, 4, bias=bias, scale=scale, **rest), want, strict=True):
+        _close(x, y, 1e-11)
+
+
+def test_a_scale_of_epsilon_is_a_division_by_it():
+    """In float32 as in the library's own presets, and of half scores in float32."""
+    scores = _draw(0, 300, 20).clamp(-1, 1)
+    exact = sinkhorn(scores / 0.05, 3)[1]
+    for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
+        found = sinkhorn(scores.to(dtype), 3, scale=torch.tensor(20.0))[1]
+        assert found.dtype == torch.float32
+        _close(found.double(), exact, bound)
+        rounded = sinkhorn(scores.to(dtype).double() * 20, 3)[1]
+        _close(found.double(), rounded, 2e-5)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_a_large_bias_cancels(size):
+    """It is added to the potentials in float64: no logit is rounded to its size."""
+    logits, bias = _draw(0, 200, 6), size * _draw(1, 6)
+    want = sinkhorn(logits, 3)[1] - bias
+    found = sinkhorn(logits.float(), 3, bias=bias)
+    torch.testing.assert_close(found[1].double(), want, atol=1e-5, rtol=1e-6)
+    _close(found[0].double(), sinkhorn(logits, 3)[0], 1e-5)
+
+
+@pytest.mark.parametrize(("value", "status"), [(math.nan, 2), (math.inf, 2), (-math.inf, 3)])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("n_iter", [0, 1, 3])
+def test_a_bias_that_is_not_finite_fails_its_problem(value, status, n_iter, first):
+    bias = torch.zeros(2, 3, dtype=torch.float64)
+    bias[1, 1] = value
+    f, g, err, found = sinkhorn(L6, n_iter, bias=bias, prototype_first=first)
+    assert found.tolist() == [0, status]
+    assert bool(f[1].isnan().all() & g[1].isnan().all() & err[1].isnan())
+    shares = torch.tensor([0.5, 0.0, 0.5]).double().log()  # and takes no part if that does not
+    small = sinkhorn(L6[:, [0, 2]], n_iter, prototype_first=first)
+    _, g, _, found = sinkhorn(L6, n_iter, bias=bias, log_col=shares, prototype_first=first)
+    assert found.tolist() == [0, 0]
+    _close(g[1, [0, 2]], small[1], 1e-12)
+
+
+def test_gradients_of_a_scale_sum_over_its_problem():
+    scores, scale = _draw(0, 3, 20, 5), torch.tensor([[0.5], [2.0]]).double().requires_grad_()
+    weight = _draw(1, 2, 3, 5)
+
+    def loss(scale):
+        return (sinkhorn(scores, 3, scale=scale)[1] * weight).sum()
+
+    (found,) = torch.autograd.grad(loss(scale), scale)
+    step = 1e-6
+    for i in range(2):
+        moved = scale.detach().clone()
+        moved[i, 0] += step
+        near = float(loss(moved))
+        moved[i, 0] -= 2 * step
+        want = (near - float(loss(moved))) / (2 * step)
+        assert float(found[i, 0]) == pytest.approx(want, rel=1e-6)
+
+
 # ---- marginals and invariances -------------------------------------------------------------------
 
 

@@ -125,7 +125,9 @@ def log_mass(
     check_vector(name, mass, size, like)
     checks.values(name, mass, 0.0, finite=True)
     kind, half = torch.finfo(mass.dtype), mass.dtype in (torch.float16, torch.bfloat16)
-    wide = mass.float() if half else mass
+    wide = (
+        mass.to(torch.float64 if like.dtype == torch.float64 else torch.float32) if half else mass
+    )
     total = wide.double().sum(-1, keepdim=True)
     if group is not None:
         total = distributed.gathered(total.detach(), group).sum(0)

@@ -17,7 +17,7 @@ from ._terms import autocast_off, product, scaled
 Scores = Tensor | tuple[Tensor, Tensor]
 # Logits in memory at once where a result is read: few on a CPU, whose cache holds them; many on a
 # GPU, where each tile is a few launches.
-TILE_ENTRIES, TILE_ENTRIES_OF_GPU = 1 << 18, 1 << 24
+TILE_ENTRIES, TILE_ENTRIES_OF_GPU = 1 << 17, 1 << 24
 
 
 @dataclass(frozen=True)

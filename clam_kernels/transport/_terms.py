@@ -25,6 +25,9 @@ def product(z: Tensor, prototypes: Tensor, exact: bool) -> Tensor:
     """The product z @ prototypes^T; `exact` computes it in float64, where torch's own may be lower
     than float32.
     """
+    # dynamo takes no function of autograd with a forward derivative
+    if torch.compiler.is_dynamo_compiling() or not (z.requires_grad or prototypes.requires_grad):
+        return _multiplied(z, prototypes.mT, exact)
     found: Tensor = _Product.apply(z, prototypes, exact)  # type: ignore[no-untyped-call]
     return found
 
@@ -33,6 +36,9 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """Scores times the scale."""
     if not scale.requires_grad:
         return x * scale
+    if torch.compiler.is_dynamo_compiling():  # which tiles and fuses this
+        shut = x == -torch.inf
+        return torch.where(shut, x, torch.where(shut, 0.0, x) * scale)
     found: Tensor = _Scaled.apply(x, scale)  # type: ignore[no-untyped-call]
     return found
 
@@ -97,9 +103,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, scale = ctx.saved_tensors
-        size = x.shape[-2]
-        if not torch.compiler.is_compiling():  # a compiler has tiles of its own
-            size = max(1, ENTRIES * size // max(1, x.numel()))
+        size = max(1, ENTRIES * x.shape[-2] // max(1, x.numel()))
         slope = torch.zeros_like(scale, dtype=torch.float64)
         for one, other in zip(grad.split(size, -2), x.split(size, -2), strict=True):
             terms = torch.where(other == -torch.inf, 0.0, one * other)

@@ -309,6 +309,26 @@ def test_autocast_gradients_come_back_in_the_dtype_of_each_leaf(spec, sample):
             assert leaf.grad.dtype == leaf.dtype
 
 
+@pytest.mark.contract(gradient=True, samples="autocast")
+def test_autocast_does_not_change_a_backward_inside_its_block(spec, sample):
+    call = sample.cast(torch.float32)
+    count = len(testing.argument_names(spec.name))
+    found = []
+    for inside in (False, True):
+        leaves = [
+            a.clone().requires_grad_() if isinstance(a, Tensor) else a
+            for a in (*call.args, *[None] * (count - len(call.args)))
+        ]
+        if spec.precise:
+            leaves[-1] = "highest"
+        loss = testing.single(spec.name, spec.packet)(*leaves).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        found.append([leaf.grad for leaf in leaves if isinstance(leaf, Tensor)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.contract(samples=("plain",))
 def test_no_autocast_means_torchs_precision(spec, sample):
     with _Arguments() as log:
