@@ -50,7 +50,9 @@ def gathered_rows(x: Tensor, group: Any) -> tuple[Tensor, int]:
     """
     import torch.distributed as dist
 
-    counts = gathered(torch.tensor([len(x)], dtype=torch.int64, device=x.device), group)[:, 0].tolist()
+    counts = gathered(torch.tensor([len(x)], dtype=torch.int64, device=x.device), group)[
+        :, 0
+    ].tolist()
     first = sum(counts[: dist.get_rank(group)])
     if not any(counts):
         return x, first

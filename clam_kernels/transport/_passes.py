@@ -105,7 +105,8 @@ class Sharded(Passes):
         assert self.log_row is not None
         dead = self.log_row == -torch.inf
         zero = torch.zeros_like(self.log_b)
-        f, _, _ = self.calls.one_pass(zero, torch.where(dead, -torch.inf, 0.0))
+        rows = torch.zeros_like(self.log_row, dtype=torch.float32).masked_fill(dead, -torch.inf)
+        f, _, _ = self.calls.one_pass(zero, rows)
         _, log_mass, status = self.calls.one_pass(zero, torch.where(dead, -torch.inf, -f.double()))
         merged, status, _ = self.merged(log_mass, status, self.row_value(f))
         self.begun = self.judged(merged, status)

@@ -47,6 +47,11 @@ def evened(problem: Problem, g: Tensor, labels: Tensor, group: Any = None) -> Te
     return out
 
 
+def _whole(numbers: list[int]) -> Tensor:
+    """Integers as a tensor on the CPU, where rows are moved."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 class _Evening:
     """One problem: rows leave prototypes above their capacity, the one of least regret first.
 
@@ -60,9 +65,12 @@ class _Evening:
         self.problem, self.g, self.labels = problem, g, labels
         self.mine, self.group = mine, group
         k, total = g.shape[-1], int((labels >= 0).sum())
-        mass = torch.ones(k) if problem.log_col is None else problem.log_col.double().exp().cpu()
+        if problem.log_col is None:
+            mass = torch.ones(k, dtype=torch.float64, device="cpu")
+        else:
+            mass = problem.log_col.double().exp().cpu()
         held = torch.bincount(labels[labels >= 0], minlength=k)
-        room = torch.tensor(capacities(total, mass)) - held
+        room = _whole(capacities(total, mass)) - held
         self.room: list[int] = room.tolist()
         self.over = -int(room.clamp(max=0).sum())  # rows that are too many
         self.heap: list[tuple[float, int, int]] = []  # (regret, row, which of its choices)
@@ -102,7 +110,8 @@ class _Evening:
 
     def _rows(self, part: slice) -> Tensor:
         """Which of all rows a run of this process's is."""
-        return torch.arange(self.mine.start + part.start, self.mine.start + part.stop)
+        first, last = self.mine.start + part.start, self.mine.start + part.stop
+        return torch.arange(first, last, dtype=torch.int64, device="cpu")
 
     def _offer(self, tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Take in the choices of some (logits, rows)."""
@@ -121,7 +130,7 @@ class _Evening:
         """(row, regrets, prototypes) of those rows that are too many, for the best prototypes that
         have room; float64.
         """
-        space = torch.tensor(self.room)
+        space = _whole(self.room)
         labels = self.labels[rows]
         many = ((labels >= 0) & (space[labels] < 0)).nonzero()[:, 0]
         inside = (space > 0).nonzero()[:, 0]
@@ -132,7 +141,7 @@ class _Evening:
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
         """The logits of no row, and no row."""
-        return self.g.new_empty(0, len(self.room)), torch.empty(0, dtype=torch.int64)
+        return self.g.new_empty(0, len(self.room)), _whole([])
 
     def _of_all(self, mine: Tensor) -> Tensor:
         """Rows of a table, and below those of the other processes, in the order of the ranks."""
@@ -141,7 +150,7 @@ class _Evening:
         return distributed.gathered_rows(mine.to(self.g.device), self.group)[0].cpu()
 
     def _ask_again(self, waiting: list[int]) -> None:
-        rows = torch.tensor(waiting)
+        rows = _whole(waiting)
         rows = rows[(rows >= self.mine.start) & (rows < self.mine.stop)]
         runs = rows.split(max(1, TILE_ENTRIES // len(self.room)))
         self._offer((self.problem.logits(r - self.mine.start, self.g), r) for r in runs)
@@ -153,9 +162,9 @@ class _Evening:
         """
         regret, movers = self._moves()
         k = len(self.room)
-        room = torch.tensor(self.room)
+        room = _whole(self.room)
         cost = torch.where(room < 0, 0.0, torch.inf).double()
-        before = torch.full((k,), -1)
+        before = torch.full_like(room, -1)
         for _ in range(k):  # Bellman and Ford's: no path is longer
             least = (cost[:, None] + regret).min(0)
             shorter = least.values < cost
@@ -174,8 +183,8 @@ class _Evening:
     def _moves(self) -> tuple[Tensor, Tensor]:
         """(least regret, its row) of moving any row from one prototype to another [K, K]."""
         k = len(self.room)
-        nothing = torch.full((k, k), torch.inf), torch.full((k, k), -1.0)
-        best = torch.stack(nothing).double()
+        best = torch.empty((2, k, k), dtype=torch.float64, device="cpu")
+        best[0], best[1] = torch.inf, -1.0
         for part, tile in self.problem.tiles(self.g):
             x, rows = tile.cpu().double(), self._rows(part)
             labels = self.labels[rows]
