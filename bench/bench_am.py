@@ -68,6 +68,38 @@ def errors(workload: testing.Workload, args: tuple[Any, ...]) -> dict[str, float
     return {k: float((pick(out) - pick(exact)).abs().max()) / spread for k, out in found.items()}
 
 
+Trained = Callable[[Callable[..., Tensor]], tuple[Tensor, ...]]
+
+
+def training(args: tuple[Any, ...]) -> Trained:
+    """A function that runs a recursion forward and backward and returns its gradients."""
+    v, rho, beta, *rest = args
+    leaves = [t.detach().requires_grad_() for t in (v, rho, torch.as_tensor(beta, dtype=rho.dtype))]
+    grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
+
+    def trained(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*leaves, *rest), leaves, grad)
+
+    return trained
+
+
+def gradient_errors(workload: testing.Workload, args: tuple[Any, ...]) -> dict[str, float]:
+    """Largest error of each gradient over its largest entry, of a sample of rows; the worst of the
+    gradients.
+    """
+    v, rho, *rest = args
+    rows = v[:SAMPLE_ROWS]
+    exact = training((rows.double(), rho.double(), *rest))(truth.am_recursion)
+    run = training((rows, rho, *rest))
+    found = {"ours": run(op_of(workload)), "eager": run(eager_recursion)}
+    return {
+        name: max(
+            float((g - e).abs().max() / e.abs().max()) for g, e in zip(grads, exact, strict=True)
+        )
+        for name, grads in found.items()
+    }
+
+
 @pytest.mark.benchmark(**TIMER)
 @pytest.mark.parametrize("workload", FORWARD, ids=lambda w: w.name)
 def test_forward(workload: testing.Workload, race: Any) -> None:
@@ -96,17 +128,13 @@ def test_forward(workload: testing.Workload, race: Any) -> None:
 @pytest.mark.benchmark(**TIMER)
 @pytest.mark.parametrize("workload", TRAINED, ids=lambda w: w.name)
 def test_forward_backward(workload: testing.Workload, race: Any) -> None:
-    v, rho, beta, *rest = workload.make(0)
-    leaves = [t.requires_grad_() for t in (v, rho, torch.tensor(beta))]
-    grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
-
-    def trained(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*leaves, *rest), leaves, grad)
-
+    args = workload.make(0)
+    trained = training(args)
     row = race(
         workload.name,
         "forward+backward",
         flops=workload.flops * 7 // 2,
+        error_vs_float64=gradient_errors(workload, args),
         peak_extra_bytes={
             "ours": testing.peak_bytes(lambda: trained(op_of(workload))),
             "eager": testing.peak_bytes(lambda: trained(eager_recursion)),

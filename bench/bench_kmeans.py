@@ -18,7 +18,7 @@ from clam_kernels import KMeans, testing
 ASSIGN, UPDATE = testing.workloads("kmeans_assign"), testing.workloads("kmeans_update")
 STEP = testing.workloads("kmeans_step")
 TIMER = {"timer": time.process_time, "min_rounds": 1}
-ITERATIONS = 10
+ITERATIONS, SAMPLE_ROWS = 10, 4096
 
 
 def eager_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +41,25 @@ def eager_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 PLAIN = {
     "kmeans_assign": eager_assign, "kmeans_update": eager_update, "kmeans_step": eager_step,
 }  # fmt: skip
+
+
+def errors(workload: testing.Workload, args: tuple[Any, ...]) -> dict[str, float]:
+    """Largest error of the distances or sums over the largest of them, against float64 of the same
+    inputs on a sample of rows.
+    """
+    first, second, *rest = args
+    if workload.op == "kmeans_update":
+        second = second[:SAMPLE_ROWS]
+    rows = (first[:SAMPLE_ROWS], second, *rest)
+    place = 0 if workload.op == "kmeans_update" else 1
+    wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in rows)
+    exact = testing.spec_of(workload.op).truth(*wide)[place]
+    op: Any = getattr(torch.ops.clam, workload.op)
+    plain: Any = PLAIN[workload.op]
+    found = {"ours": op(*rows)[place], "eager": plain(*rows)[place]}
+    return {
+        name: float((out - exact).abs().max() / exact.abs().max()) for name, out in found.items()
+    }
 
 
 @pytest.mark.benchmark(**TIMER)
@@ -78,6 +97,7 @@ def test_ops(workload: testing.Workload, race: Any) -> None:
         "forward",
         bytes=workload.bytes,
         flops=workload.flops,
+        error_vs_float64=errors(workload, args),
         peak_extra_bytes={
             "ours": testing.peak_bytes(lambda: op(*args)),
             "eager": testing.peak_bytes(lambda: plain(*args)),

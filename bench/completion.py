@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn
+import record
 import torch
 from quality import load
 from sklearn.cluster import KMeans
 from sklearn.impute import KNNImputer
 
-from clam_kernels import ClAM, __version__, am_recursion
+from clam_kernels import ClAM, am_recursion
 from clam_kernels.estimators._recall import COMPLETION, RECALL_STEPS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "completion.json"
@@ -76,8 +76,7 @@ def main() -> int:
         print(
             f"{name:8s} K {k}  {cells}  ratio {ratio:.3f}  {'met' if met else 'MISSED'}", flush=True
         )
-    versions = {"torch": torch.__version__, "scikit-learn": sklearn.__version__}
-    report = {"rows": rows, "versions": {"clam_kernels": __version__, **versions}}
+    report = {"rows": rows, **record.facts()}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 1 if short else 0

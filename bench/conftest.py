@@ -5,48 +5,26 @@ thread (wall seconds on a GPU), and the error of each against float64 beside its
 from __future__ import annotations
 
 import json
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import record
 import torch
-
-from clam_kernels import __version__
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROUNDS = 7
 
 
-def machine() -> str:
+def folder_name(model: str) -> str:
     """A folder name for this machine: its processor and the threads used."""
-    model = "cpu"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
     capability = torch.backends.cpu.get_cpu_capability()
     return re.sub(r"[^a-z0-9]+", "-", f"{model} {capability} 1 thread".lower()).strip("-")
-
-
-def versions() -> dict[str, str]:
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "clam_kernels": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "git": head.stdout.strip() or "unknown",
-    }
 
 
 @dataclass
@@ -83,19 +61,21 @@ class Race:
 
     def write(self) -> None:
         """Commit the row to its file, and to pytest-benchmark's own record."""
-        record = {
+        where = record.facts()
+        machine = folder_name(where["machine"])
+        row = {
             "name": self.name,
             "mode": self.mode,
             **self.facts,
-            "machine": machine(),
+            "machine": machine,
             "threads": torch.get_num_threads(),
-            "versions": versions(),
+            "versions": where["versions"],
         }
-        self.benchmark.extra_info.update(record)
-        folder = RESULTS / machine()
+        self.benchmark.extra_info.update(row)
+        folder = RESULTS / machine
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{self.name.replace('/', '.')}.{self.mode}.json"
-        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(seconds: list[float]) -> dict[str, float]:

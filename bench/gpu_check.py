@@ -145,6 +145,8 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         "seed": given.seed,
         "asked": given.only,
         "budget_seconds": given.budget,
+        "machine": "not recorded",
+        "versions": "not recorded",
         "stages": {stage.name: dict(blank) for stage in STAGES},
         "rows": [],
     }
@@ -158,6 +160,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
             continue
         result = run(stage, given, seconds_for(stage, waiting, left))
         report["rows"] += result.pop("rows", [])
+        report |= result.pop("where", {})  # each stage that comes to its end says it
         report["stages"][stage.name] = result
         write_json(given.out / REPORT, report)
         print(f"{stage.name}: {result['status']} in {result['seconds']} s", flush=True)

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn
-import torch
+import record
 from sklearn.cluster import KMeans
 
-from clam_kernels import ClAM, __version__, metrics
+from clam_kernels import ClAM, metrics
 
 RESULTS = Path(__file__).resolve().parent / "results" / "million.json"
 K, FEATURES = 64, 16
@@ -81,14 +80,13 @@ def main() -> int:
         run["inertia_ratio"] = run["clam"]["inertia"] / run["kmeans"]["inertia"]
         run["time_ratio"] = run["clam"]["seconds"] / run["kmeans"]["seconds"]
         runs.append(run)
-    versions = {"torch": torch.__version__, "scikit-learn": sklearn.__version__}
     report = {
         "rows": options.rows,
         "features": FEATURES,
         "k": K,
         "input_bytes": options.rows * FEATURES * 4,
         "runs": runs,
-        "versions": {"clam_kernels": __version__, **versions},
+        **record.facts(),
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

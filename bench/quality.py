@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import sklearn
+import record
 import torch
 from sklearn import datasets
 from sklearn.cluster import KMeans
@@ -26,7 +26,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from clam_kernels import ClAM, __version__, metrics
+from clam_kernels import ClAM, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -147,8 +147,7 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     torch.set_num_threads(1)
-    versions = {"torch": torch.__version__, "scikit-learn": sklearn.__version__}
-    report: dict[str, Any] = {"sets": {}, "versions": {"clam_kernels": __version__, **versions}}
+    report: dict[str, Any] = {"sets": {}, **record.facts()}
     short = 0
     with threadpool_limits(1):
         ClAM(2, n_init=2, max_iter=2).fit(load("iris")[0])  # first calls of torch are slow

@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from torch import Tensor
 
-from clam_kernels import __version__, sinkhorn
+from clam_kernels import sinkhorn
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOT = ROOT / "bench/results/relabelling.json", ROOT / "docs/images/relabelling.png"
@@ -180,7 +181,7 @@ def main() -> int:
         "device": device,
         "methods": {method: found[method]["row"] for method in methods},
         "growth": growth,
-        "versions": {"clam_kernels": __version__, "torch": torch.__version__},
+        **record.facts(device),
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ from sklearn.preprocessing import normalize
 from sklearn.semi_supervised import LabelSpreading
 from torch import Tensor, nn
 
-from clam_kernels import SeLa, tables
+from clam_kernels import SeLa, info, tables
 from clam_kernels.nn import SelfLabeller
 
 LABELS, HEADS = 20, 10
@@ -265,7 +265,10 @@ def main() -> None:
         print("\nlinear_all_labels says nothing here: untrained features reach it too")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"seeds": seeds, **means, "runs": runs}
+        facts = info.collect()
+        versions = {name: facts[name] for name in ("clam_kernels", "torch", "python")}
+        where = {"machine": facts["processor"], "versions": versions}
+        report = {"seeds": seeds, **where, **means, "runs": runs}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

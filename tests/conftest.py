@@ -3,21 +3,30 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _children
+import hypothesis
 import pytest
+
+# of the processes that tests start, too: a second thread spins on a shared machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 if not torch.cuda.is_available():  # read when @triton.jit runs: before any import of triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import _slow
 
 import clam_kernels
 from clam_kernels import testing
@@ -39,13 +48,12 @@ class Backend:
 
     def why_not(self, spec: Any) -> str | None:
         """None if this process can run the op so, else the reason."""
-        interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-        if self.name == "triton" and "triton" in spec.kernels and self.interpreted != interpreting:
-            return "TRITON_INTERPRET is " + ("1" if interpreting else "not 1") + " in this process"
-        reason = choice.why_not(spec, self.name, self.device)
-        if reason is None and self.device == "cuda" and not torch.cuda.is_available():
+        if self.device == "cuda" and not torch.cuda.is_available():
             return "no CUDA device"
-        return reason
+        interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+        if self.name == "triton" and self.interpreted != interpreting:
+            return "TRITON_INTERPRET is " + ("1" if interpreting else "not 1") + " in this process"
+        return choice.why_not(spec, self.name, self.device)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -71,7 +79,16 @@ BACKENDS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # a second thread spins on a shared machine and gains nothing here
+    _children.adopt_orphans()
+    # examples are the same in every run, and a slow machine fails none of them
+    hypothesis.settings.register_profile(
+        "suite",
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("suite")
+    torch.set_num_threads(1)
     for line in (
         "contract(gradient, rowwise, samples, ops): only ops with a gradient, ops whose results "
         "have an entry for each row, these samples (or a family's selection by name), these ops",
@@ -93,7 +110,9 @@ PARAMETERS = ("spec", "backend", "sample", "dtype")
 
 
 def _cases(names: list[str], only: dict[str, Any]) -> Iterator[Any]:
-    """One param for each combination that exists; an op that a backend lacks is skipped once."""
+    """One param for each combination that exists. What this process cannot run is skipped once; a
+    backend for which an op declares no kernel has no case of it.
+    """
     chosen, ops = only.get("samples"), only.get("ops")
     for spec in clam_kernels.all_ops():
         if (only.get("gradient") and spec.gradient is None) or (ops and spec.name not in ops):
@@ -103,10 +122,12 @@ def _cases(names: list[str], only: dict[str, Any]) -> Iterator[Any]:
         named = testing.selection(spec.name, chosen) if isinstance(chosen, str) else chosen
         rows = [s for s in testing.samples(spec.name) if named is None or s.name in named]
         for one in BACKENDS if "backend" in names else BACKENDS[:1]:
+            if one.name not in ("reference", *spec.kernels):
+                continue
             why = one.why_not(spec)
             labels = [spec.name, *([one.id] if "backend" in names else [])]
             if why is not None:
-                skip = pytest.mark.skip(reason=f"{spec.name} on {one.id}: {why}")
+                skip = pytest.mark.skip(reason=f"{one.id} on {one.device}: {why}")
                 values = [{"spec": spec, "backend": one}.get(n) for n in names]
                 yield pytest.param(*values, id="-".join(labels), marks=skip)
                 continue
@@ -128,82 +149,51 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(names, cases, indirect=["backend"] if "backend" in names else False)
 
 
-_patched: list[None] = []
-
-
+@functools.cache
 def _patch_once() -> None:
-    """Half of the interpreter's time goes into patching triton's language anew for every call of a
-    jit function inside another; the first call that saw these modules has done it.
+    """Triton's interpreter patches triton's language for every launch and for every call of a jit
+    function inside another, and builds a table for every tensor: half of its time. Here the
+    language is patched once for each file of kernels and stays so, and the table is remembered.
     """
     interpreter = importlib.import_module("triton.runtime.interpreter")
-    real, done = interpreter._patch_lang, set()
+    patch, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
+    patched: dict[int, Any] = {}
+    dtypes: dict[str, Any] = {}
 
     class Scope:
-        def __init__(self, scope: Any) -> None:
-            self.scope = scope
-
         def restore(self) -> None:
-            done.clear()
-            self.scope.restore()
+            """Nothing: the next launch needs it too."""
 
-    def patch(fn: Any) -> Any:
-        language = (interpreter.tl, interpreter.tl.core)
-        modules = {id(x) for x in fn.__globals__.values() if any(x is one for one in language)}
-        if modules <= done:
-            return None  # a device function's, which is never restored
-        done.update(modules)
-        return Scope(real(fn))
+    def patch_lang(fn: Any) -> Any:
+        names = fn.__globals__
+        if id(names) not in patched:
+            patch(fn)
+            patched[id(names)] = names  # as long as it lives no other has its id
+        return Scope()
 
-    interpreter._patch_lang = patch
+    def get_np_dtype(tt_dtype: Any) -> Any:
+        name = tt_dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = dtype_of(tt_dtype)
+        return dtypes[name]
 
-
-# What the interpreter is slow at is `slow`, but for these layouts and samples: `make
-# test-interpreted` runs all of it.
-SLOW_INTERPRETED = {
-    "test_inputs": ("strided", ("plain", "batch-crossed")),
-    "test_upstream_gradients": ("transposed", ("everything", "one-dead")),
-    "test_a_row_has_the_same_bits_wherever_it_stands": (None, ()),
-    "test_op": (None, ("plain", "everything")),
-    "test_far_from_the_origin": (None, ()),
-    "test_narrow_and_wide": (None, ()),
-    "test_huge_and_tiny_scores": (None, ()),
-}
+    interpreter._patch_lang = patch_lang
+    interpreter._get_np_dtype = get_np_dtype
 
 
-# A call of these families is a dozen launches or more, each as long as there are problems: `slow`
-# are all but these samples, unless it is to be right once in float32, the longest even then, and
-# all but the first in float16, which is one load more.
-FEW_INTERPRETED = {"sinkhorn": ("plain", "bias")}
-LONG_INTERPRETED = ("batch-crossed", "ten-iterations")
-
-
-def _is_one_of_many(params: dict[str, Any], test: str) -> bool:
-    spec, sample = params.get("spec"), params.get("sample")
-    few = FEW_INTERPRETED.get(spec.family) if spec is not None else None
-    if few is None:
-        return False
-    if params.get("dtype") == torch.float16 and getattr(sample, "name", None) != few[0]:
-        return True
-    if sample is None or sample.name in few:
-        return False
-    return test != "test_samples" or sample.name in LONG_INTERPRETED
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
+        _patch_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         given = getattr(item, "callspec", None)
         one = given.params.get("backend") if given else None
-        kept = SLOW_INTERPRETED.get(getattr(item, "originalname", ""))
-        if not isinstance(one, Backend) or not one.interpreted:
-            continue
-        if _is_one_of_many(given.params, getattr(item, "originalname", "")):
-            item.add_marker(pytest.mark.slow)
-        if kept is None:
-            continue
-        layout, samples = given.params.get("layout"), kept[1]
-        sample = getattr(given.params.get("sample"), "name", None)
-        if sample not in samples or (kept[0] and layout != kept[0]):
-            item.add_marker(pytest.mark.slow)
+        if isinstance(one, Backend) and one.interpreted:
+            test = getattr(item, "originalname", item.name)
+            if _slow.is_slow(test, given.params):
+                item.add_marker(pytest.mark.slow)
 
 
 class Guard:
@@ -247,8 +237,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The backend under test, forced for every op that the test calls."""
     guard = Guard()
     skip_what_the_limits_refuse(request.param, monkeypatch)
-    if request.param.interpreted and not _patched:
-        _patched.append(_patch_once())
+    if request.param.interpreted:
+        _patch_once()
     # opcheck and its neighbours ask where in its storage an output lies
     guarded = request.node.path.name != "test_opcheck.py"
     if request.param.name == "triton" and guarded:
@@ -257,6 +247,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     with clam_kernels.backend(request.param.name):
         yield request.param
     guard.check()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Any:
+    """A test that leaves a process behind fails, and the process ends."""
+    found = yield
+    if processes := _children.left():
+        for pid, _ in processes:
+            _children.end(pid)
+        commands = "; ".join(command[:200] for _, command in processes)
+        pytest.fail(f"the test left processes behind: {commands}", pytrace=False)
+    return found
 
 
 @pytest.fixture
@@ -272,10 +274,10 @@ def ran() -> Iterator[list[tuple[str, str]]]:
     choice.observers.remove(observe)
 
 
-# ---- a suite that skips everything must not look green
-# -----------------------------------------------
+# ---- a suite that skips everything must not look green ------------------------------------------
 
 _executed: Counter[str] = Counter()
+_skipped: Counter[str] = Counter()
 
 
 def shortfall(executed: Counter[str], minimum: int = MINIMUM) -> list[str]:
@@ -303,7 +305,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     spec = getattr(item, "callspec", None) and item.callspec.params.get("spec")
     if spec and CONTRACT in item.path.parents and report.when == "call" and not report.skipped:
         _executed[spec.name] += 1
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _skipped[str(report.longrepr[2]).removeprefix("Skipped: ")] += 1
     return report
+
+
+def skips(skipped: Counter[str]) -> list[str]:
+    """One line for each reason: how many cases it left out."""
+    counts = sorted(skipped.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [f"skipped: {n} case{'s' * (n > 1)}: {reason}" for reason, n in counts]
 
 
 @pytest.hookimpl(trylast=True)
@@ -313,6 +323,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in skips(_skipped):
+        terminalreporter.write_line(line)
     if _executed:
         ran_cases = ", ".join(f"{op} {count}" for op, count in sorted(_executed.items()))
         terminalreporter.write_line(f"contract cases executed: {ran_cases}")

@@ -647,7 +647,7 @@ PROBLEM = {
     "d": st.integers(1, 8),
     "log_beta": st.floats(-2, 2),
 }
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=25)
 
 
 def _problem(

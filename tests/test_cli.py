@@ -11,12 +11,12 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from _children import ended
 from sklearn.datasets import load_iris
 
 from clam_kernels import ClAM, KMeans, tables
@@ -194,33 +194,33 @@ def test_help_imports_neither_scikit_learn_nor_triton() -> None:
     assert "fit" in run.stdout
 
 
+# A shell starts a background job with SIGINT ignored, and its children inherit that.
+HEARS_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("clam_kernels.cli", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20000, 8)))
-    arguments = [
-        "fit",
-        str(tmp_path / "x.npy"),
-        "-k",
-        "8",
-        "-o",
-        str(tmp_path / "m"),
-        "--epochs",
-        "5000",
-    ]
+    model = tmp_path / "m"
+    arguments = ["fit", tmp_path / "x.npy", "-k", "8", "-o", model, "--epochs", "5000", "-v"]
     run = subprocess.Popen(
-        [sys.executable, "-m", "clam_kernels.cli", *arguments, "-v"],
-        stderr=subprocess.PIPE,
-        start_new_session=True,
+        [sys.executable, "-c", HEARS_CTRL_C, *map(str, arguments)], stderr=subprocess.PIPE
     )
-    assert run.stderr is not None
-    seen = b""
-    while b"epoch" not in seen:  # training has begun
-        seen += os.read(run.stderr.fileno(), 4096)
-        time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    rest = run.communicate(timeout=60)[1]
+    with ended(run):
+        assert run.stderr is not None
+        seen = b""
+        while b"epoch" not in seen:  # training has begun
+            more = os.read(run.stderr.fileno(), 4096)
+            assert more, seen
+            seen += more
+        run.send_signal(signal.SIGINT)
+        rest = run.communicate()[1]
     assert run.returncode == 130
     assert b"Traceback" not in rest
-    assert not (tmp_path / "m").exists()
+    assert not model.exists()
 
 
 def test_info(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_gradients_of_a_scale_sum_over_its_problem():
 # ---- marginals and invariances -------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 9), st.sampled_from([0.1, 3.0, 40.0]),
     st.booleans(),

@@ -132,7 +132,7 @@ def gpu_table() -> str:
     best: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
     for file in sorted(RESULTS.glob("*/targets.json"), key=lambda f: f.parent.name, reverse=True):
         run: dict[tuple[str, str], dict[str, Any]] = {}
-        for row in json.loads(file.read_text(encoding="utf-8")):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
             key = (row["id"], row["mode"])
             if row["ms_median"] and row["ms_median"] < run.get(key, row)["ms_median"] + 1e-9:
                 run[key] = row

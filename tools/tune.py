@@ -2,16 +2,19 @@
 """Times the tiles of tools/tiles.py on the GPU at hand and writes the fastest into the table.
 
     tools/tune.py [--mode high] [--dim 16,64] [--kernel am_recursion] [--rows 262144] [--dry-run]
+                  [--json FILE]
 
 Only tiles without spills are timed, on random data, in rounds that alternate between them; a row is
-replaced where another is faster by more than 3 %. Without a GPU: one line, exit code 3. A dry run
-walks the same way on the CPU through Triton's interpreter, on few rows, and writes nothing.
+replaced where another is faster by more than 3 %. --json writes every time with the error of its
+tile against float64. Without a GPU: one line, exit code 3. A dry run walks the same way on the CPU
+through Triton's interpreter, on few rows, and changes no table.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import statistics
 import sys
@@ -22,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 DRY = "--dry-run" in sys.argv
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import clam_kernels  # noqa: E402
+from bench import record  # noqa: E402
 from clam_kernels.kernels import _launch, am, am_backward, am_energy, kmeans  # noqa: E402
 
 # tools/resources.py switches the interpreter off for what it compiles
@@ -36,26 +42,64 @@ if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
 ROUNDS, GAIN = 15, 0.97
 KERNELS = "am_recursion,am_fused_backward,am_rows_backward,am_memories_backward,kmeans_assign"
+STEPS = 10
+WHAT = f"one run of a launcher, the queue empty before and after, median of {ROUNDS}"
 
 
-def calls(kernel: str, mode: str, d: int, rows: int, device: str) -> Callable[[], object]:
-    """The call whose time a kernel's tile decides."""
-
+def operands(kernel: str, mode: str, d: int, rows: int, device: str) -> tuple[Tensor, Tensor]:
+    """Random rows and memories."""
     k = 256 if d > 16 or kernel in ("am_rows_backward", "am_memories_backward") else 64
     if kernel in tiles.WHOLE:
         where = torch.device(device, 0) if device == "cuda" else torch.device(device)
         k = _launch.settings(kernel, where, mode, d).get("PROTOS", k)
     make = torch.Generator().manual_seed(0)
     v, rho = (torch.randn(n, d, generator=make).to(device) for n in (rows, k))
+    return v, rho
+
+
+def calls(kernel: str, mode: str, v: Tensor, rho: Tensor) -> Callable[[], Any]:
+    """The call whose time a kernel's tile decides."""
+    d = v.shape[-1]
     if kernel == "am_energy":
         return partial(am_energy.am_energy, v, rho, 1.0 / d, None, mode)
     if kernel == "kmeans_assign":
         return partial(kmeans.kmeans_assign, v, rho, None, None, True, mode)
     if kernel == "am_recursion":
-        return partial(am.am_recursion, v, rho, 1.0 / d, 10, 1.0, None, None, mode)
+        return partial(am.am_recursion, v, rho, 1.0 / d, STEPS, 1.0, None, None, mode)
     needs = [True, True, False, False, False]
-    rest = (1.0 / d, 10, 1.0, None, None, needs, mode)
+    rest = (1.0 / d, STEPS, 1.0, None, None, needs, mode)
     return partial(am_backward.am_recursion_backward, v, v, rho, *rest)
+
+
+def exact(kernel: str, v: Tensor, rho: Tensor) -> Any:
+    """What the call computes, by the reference in float64."""
+    d = v.shape[-1]
+    v, rho = (x.double() for x in (v, rho))
+    with clam_kernels.backend("reference"):
+        if kernel == "am_energy":
+            return torch.ops.clam.am_energy(v, rho, 1.0 / d)
+        if kernel == "am_assign":
+            return torch.ops.clam.am_assign(v, rho)
+        if kernel == "kmeans_assign":
+            return torch.ops.clam.kmeans_assign(v, rho)
+        if kernel == "am_recursion":
+            return torch.ops.clam.am_recursion(v, rho, 1.0 / d, STEPS)
+        leaves = v.clone().requires_grad_(), rho.clone().requires_grad_()
+        return torch.autograd.grad(torch.ops.clam.am_recursion(*leaves, 1.0 / d, STEPS), leaves, v)
+
+
+def errors(found: Any, truth: Any) -> dict[str, float]:
+    """Largest error over the largest entry, the worst of the results; the share of wrong labels."""
+    one = isinstance(truth, Tensor)
+    pairs = [(found, truth)] if one else list(zip(found, truth, strict=False))
+    told: dict[str, float] = {}
+    for a, b in pairs:
+        if b.is_floating_point():
+            error = float((a.double() - b).abs().max() / b.abs().max())
+            told["err_vs_f64"] = max(error, told.get("err_vs_f64", 0.0))
+        else:
+            told["wrong_labels"] = float((a != b).double().mean())
+    return told
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
@@ -90,10 +134,10 @@ def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device
     return any(getattr(one, "n_spills", 0) for one in found)
 
 
-def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], object]) -> Callable[[], None]:
+def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], Any]) -> Callable[[], Any]:
     """The call with a tile in place of the table's; an error if it does not launch the kernel."""
 
-    def run() -> None:
+    def run() -> Any:
         real, asked = _launch.settings, []
 
         def settings(name: str, *rest: Any) -> dict[str, Any]:
@@ -104,18 +148,20 @@ def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], object]) -> 
 
         _launch.settings = settings  # type: ignore[assignment]
         try:
-            call()
+            result = call()
         finally:
             _launch.settings = real
         if not asked:
             raise RuntimeError(f"{kernel} has no part in this call")
+        return result
 
     return run
 
 
-def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[tuple[Any, float]]:
-    """(tile, median seconds) of every tile without spills, the table's own first."""
-    call = calls(kernel, mode, d, rows, device)
+def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[dict[str, Any]]:
+    """Time and error of every tile without spills, the table's own first."""
+    v, rho = operands(kernel, mode, d, rows, device)
+    call = calls(kernel, mode, v, rho)
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     arch = int(_launch.arch_of(where).removeprefix("sm_"))
     own = _launch.settings(kernel, where, mode, d)
@@ -133,7 +179,14 @@ def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[tup
     for _ in range(2 if DRY else ROUNDS):
         for tile, taken in zip(clean, times, strict=True):
             taken.append(seconds(with_tile(kernel, tile, call), device))
-    yield from zip(clean, map(statistics.median, times), strict=True)
+    truth = exact(kernel, v, rho)
+    for tile, taken in zip(clean, times, strict=True):
+        yield {
+            "kernel": kernel, "mode": mode, "n": rows, "d": d, "k": len(rho), "dtype": "float32",
+            "steps": STEPS if "assign" not in kernel and kernel != "am_energy" else 0,
+            "tile": tile, "ms_median": 1e3 * statistics.median(taken),
+            **errors(with_tile(kernel, tile, call)(), truth),
+        }  # fmt: skip
 
 
 def main() -> int:
@@ -143,6 +196,7 @@ def main() -> int:
     parser.add_argument("--kernel", default=KERNELS)
     parser.add_argument("--rows", type=int, default=262_144)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
     given = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         print("no CUDA device: tiles are timed on a GPU (tools/tiles.py chooses by compiling)")
@@ -151,6 +205,7 @@ def main() -> int:
         print("rows of sm_80 serve GPUs of less shared memory too: they stay as compiled")
         return 3
     device, rows = ("cpu", 64) if DRY else ("cuda", given.rows)
+    measured: list[dict[str, Any]] = []
     for kernel in given.kernel.split(","):
         for mode in given.mode.split(","):
             for d in map(int, given.dim.split(",")):
@@ -160,13 +215,16 @@ def main() -> int:
                 if not found:
                     print(f"{kernel} {mode} {d}: the wide form serves, nothing is timed")
                     continue
-                (own, before), (best, after) = found[0], min(found, key=lambda pair: pair[1])
-                print(
-                    f"{kernel} {mode} {d}: {1e3 * before:.3f} ms, best {1e3 * after:.3f} ms {best}"
-                )
-                if not DRY and best != own and after < GAIN * before:
+                measured += found
+                own, best = found[0], min(found, key=lambda row: row["ms_median"])
+                before, after = own["ms_median"], best["ms_median"]
+                print(f"{kernel} {mode} {d}: {before:.3f} ms, best {after:.3f} ms {best['tile']}")
+                if not DRY and best["tile"] != own["tile"] and after < GAIN * before:
                     arch = int(_launch.arch_of(torch.device("cuda", 0)).removeprefix("sm_"))
-                    tiles.put(kernel, arch, f"{mode}/{_launch.dim(d)}", best)
+                    tiles.put(kernel, arch, f"{mode}/{_launch.dim(d)}", best["tile"])
+    if given.json:
+        report = {**record.facts(device), "what": WHAT, "dry_run": DRY, "rows": measured}
+        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
+from .. import record
 from .setting import STAGES, Setting
 
 # "env=hang,build=fail": for the tests of gpu_check, which need a stage that misbehaves
@@ -39,7 +40,7 @@ def main() -> None:
     except Exception as error:  # the report must say what no stage foresaw
         traceback.print_exc()
         found = {"status": "fail", "reason": f"{type(error).__name__}: {error}"[:2000]}
-    setting.save({**found, "done": True})
+    setting.save({**found, "where": record.facts(setting.device), "done": True})
 
 
 if __name__ == "__main__":

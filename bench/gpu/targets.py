@@ -9,6 +9,7 @@ import math
 import statistics
 from typing import Any
 
+from .. import record
 from .cases import Bout, Row, Work, backends, families, forced, refusal
 from .clock import Clock, Contestant, Times, peak_bytes, race, tidy
 from .setting import Setting, write_json
@@ -132,10 +133,11 @@ class Table:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.clock = setting, Clock(setting.device)
         self.ceilings, self.measured = ceilings_of(setting)
+        self.where = record.facts(setting.device)
         self.rows: list[dict[str, Any]] = []
 
     def save(self) -> None:
-        write_json(self.setting.out / "targets.json", self.rows)
+        write_json(self.setting.out / "targets.json", {**self.where, "rows": self.rows})
         status = {"status": "timeout", "reason": f"stopped after {len(self.rows)} rows"}
         self.setting.save({**status, "rows": self.rows})
 

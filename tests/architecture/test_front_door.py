@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`import clam_kernels` in a fresh interpreter: quiet, quick, and it brings in nothing heavy."""
+"""`import clam_kernels` in a fresh interpreter: it prints nothing and loads few modules."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("triton", "sklearn", "numpy.testing", "torch._dynamo", "scipy", "matplotlib", "pandas")
+HEAVY = ("triton", "sklearn", "numpy.testing", "torch._dynamo", "torch._inductor", "scipy",
+    "matplotlib", "pandas")  # fmt: skip
+# Parts of the package that the import loads; all others wait until somebody asks for them.
+FIRST = ("_core", "ops", "transport", "distributed")
 FACTS = f"""
-import json, logging, sys, time
+import json, logging, sys
 import torch
 root = logging.getLogger()
 before = (root.level, list(root.handlers), logging.root.manager.disable)
 loaded = set(sys.modules)
-start = time.perf_counter()
 import clam_kernels
-took = time.perf_counter() - start
 facts = {{
-    "seconds": took,
+    "loaded": sorted(set(sys.modules) - loaded),
     "heavy": [name for name in {HEAVY} if name in sys.modules],
-    "estimators": "clam_kernels.estimators" in sys.modules,
     "cuda": torch.cuda.is_initialized(),
     "root": before == (root.level, list(root.handlers), logging.root.manager.disable),
     "handlers": [type(h).__name__ for h in logging.getLogger("clam_kernels").handlers],
-    "threads": torch.get_num_threads(),
 }}
 with open(sys.argv[1], "w") as file:
     json.dump(facts, file)
@@ -44,39 +43,41 @@ def _run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     env["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *args],
-        env=env, capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env=env, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory) -> list[dict[str, Any]]:
-    """Three imports, each in an interpreter of its own; none may print a word."""
-    found = []
-    for i in range(3):
-        path = tmp_path_factory.mktemp("facts") / f"{i}.json"
-        done = _run(FACTS, str(path))
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == ""
-        assert done.stderr == ""
-        found.append(json.loads(path.read_text()))
-    return found
+def facts(tmp_path_factory) -> dict[str, Any]:
+    """Of an import that may not print a word."""
+    path = tmp_path_factory.mktemp("facts") / "facts.json"
+    done = _run(FACTS, str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""
+    return json.loads(path.read_text())
 
 
 def test_import_is_quick(facts):
-    assert min(one["seconds"] for one in facts) < 0.3
+    """Judged by the modules that are loaded, the same on every machine: torch is there already,
+    and beside it the import loads these parts of the package and nothing of anybody else's.
+    """
+    ours = [name for name in facts["loaded"] if name.partition(".")[0] == "clam_kernels"]
+    parts = {name.split(".")[1] for name in ours if "." in name}
+    assert parts <= set(FIRST)
+    roots = {name.partition(".")[0] for name in facts["loaded"]}
+    known = {"clam_kernels", "python_fallback", "torch", *sys.stdlib_module_names}
+    assert roots <= known
 
 
 def test_import_brings_in_nothing_heavy(facts):
-    for one in facts:
-        assert one["heavy"] == []
-        assert not one["estimators"]
-        assert not one["cuda"]
+    assert facts["heavy"] == []
+    assert not facts["cuda"]
 
 
 def test_import_leaves_logging_alone(facts):
-    for one in facts:
-        assert one["root"]
-        assert one["handlers"] == ["NullHandler"]
+    assert facts["root"]
+    assert facts["handlers"] == ["NullHandler"]
 
 
 def test_without_triton_everything_runs():

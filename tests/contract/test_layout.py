@@ -47,6 +47,7 @@ LAYOUTS = {
     "expanded": _expanded,
     "batch-last": _batch_last,
 }
+SAME_VALUES = set(LAYOUTS) - {"expanded"}
 
 
 def _same(a: Tensor, b: Tensor) -> None:
@@ -62,10 +63,11 @@ def test_inputs(spec, sample, backend, layout):
     call = sample.cast(backend.dtypes[0], backend.device)
     lay = LAYOUTS[layout]
     places = [i for i, a in enumerate(call.args) if isinstance(a, Tensor)]
+    kept = _run(spec, call, list(call.args)) if layout in SAME_VALUES else None
     for chosen in [[i] for i in places] + [places]:
         args = [lay(a) if i in chosen else a for i, a in enumerate(call.args)]
         plain = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
-        got, want = (_run(spec, call, x) for x in (args, plain))
+        got, want = _run(spec, call, args), kept or _run(spec, call, plain)
         for a, b in zip(got, want, strict=True):
             _same(a, b)
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,8 +54,38 @@ def same(a: SeLa, b: SeLa) -> None:
     assert a.n_steps_ == b.n_steps_
 
 
+KILL_STEPS = 60
+
+
 def kill_case(path: str | None = None) -> SeLa:
-    """A run of a second or so with a checkpoint after each batch."""
+    """A run of a second or so with a checkpoint after each of its KILL_STEPS batches."""
     model = sela(n_epochs=12, n_relabels=8, batch_size=20)
     rest = {"checkpoint": path, "checkpoint_every": 1, "resume": True} if path else {}
     return model.fit(X, **rest)
+
+
+def die_at(place: str, count: int) -> None:
+    """From here on SIGKILL ends this process when it comes to a place the `count`-th time: "batch"
+    is a draw of an augmented batch, "written" a checkpoint without its name yet, "kept" a
+    checkpoint that has its name. "nowhere" is no place.
+    """
+    left = count
+
+    def dies(call: Callable[..., Any], after: bool) -> Callable[..., Any]:
+        def run(*args: Any, **rest: Any) -> Any:
+            nonlocal left
+            left -= 1
+            found = call(*args, **rest) if after or left else None
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        run.__qualname__ = call.__qualname__  # an augmentation is known by it
+        return run
+
+    if place == "batch":
+        globals()["noisy"] = dies(noisy, after=False)
+    elif place == "written":
+        os.fsync = dies(os.fsync, after=True)
+    elif place == "kept":
+        os.replace = dies(os.replace, after=True)

@@ -13,14 +13,14 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from _sela_case import D, K, X, encoder, kill_case, noisy, same, sela
+from _children import ended
+from _sela_case import KILL_STEPS, D, K, X, encoder, kill_case, noisy, same, sela
 from torch import Tensor, nn
 
 import clam_kernels
@@ -206,62 +206,76 @@ torch.set_num_threads(1)
 import _sela_case
 _sela_case.kill_case()  # so that the children need not import what a first fit does
 for line in sys.stdin:
+    place, count = line.split()
     child = os.fork()
     if child == 0:
+        _sela_case.die_at(place, int(count))
         _sela_case.kill_case(sys.argv[2])
         os._exit(0)
-    print(child, flush=True)
-    sys.stdin.readline()
     print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def _kills(path: Path, most: int, seed: int) -> list[int]:
-    """Processes killed at random moments until one came to its end: steps done at each kill."""
+def _kills(path: Path, places: list[tuple[str, int]]) -> list[int]:
+    """One run, killed in turn at each place and resumed, then to its end: steps done at each kill.
+    A place that lies behind the end of the run kills nothing.
+    """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     nursery = subprocess.Popen(
         [sys.executable, "-c", NURSERY, str(Path(__file__).parent), str(path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
     )  # fmt: skip
-    assert nursery.stdin is not None
-    assert nursery.stdout is not None
-    draw, killed = random.Random(seed), []
-    try:
-        while True:
-            print("go", file=nursery.stdin, flush=True)
-            child = int(nursery.stdout.readline())
-            if len(killed) < most:
-                time.sleep(draw.uniform(0.0, 0.3))
-                os.kill(child, signal.SIGKILL)
-            print("reap", file=nursery.stdin, flush=True)
+    steps: list[int] = []
+    with ended(nursery):
+        assert nursery.stdin is not None
+        assert nursery.stdout is not None
+        for place, count in [*places, ("nowhere", 0)]:
+            print(place, count, file=nursery.stdin, flush=True)
             status = int(nursery.stdout.readline())
             if status == 0:
-                return killed
+                return steps
             assert status == signal.SIGKILL
-            killed.append(0)
-            if path.exists():  # old or new, but whole
-                _, learned, _ = serialize.load(path, "SeLa checkpoint")
-                killed[-1] = json.loads(learned["state"])["at"][-1]
-    finally:
-        nursery.stdin.close()
-        nursery.wait()
-        nursery.stdout.close()
+            steps.append(_steps_in(path))
+    raise AssertionError("the run did not come to its end")
+
+
+def _steps_in(path: Path) -> int:
+    """Steps done when a checkpoint was written, which is old or new, but whole; 0 without one."""
+    if not path.exists():
+        return 0
+    _, learned, _ = serialize.load(path, "SeLa checkpoint")
+    return int(json.loads(learned["state"])["at"][-1])
 
 
 def test_killed_and_resumed_is_uninterrupted(tmp_path):
     path = tmp_path / "run"
-    steps = _kills(path, 5, seed=0)
-    assert any(0 < done < 60 for done in steps), "no run was killed on its way"
+    places = [
+        ("batch", 5),
+        ("written", 1),
+        ("kept", 7),
+        ("batch", 30),
+        ("written", 12),
+        ("kept", 9),
+    ]
+    steps = _kills(path, places)
+    assert steps[:2] == [0, 0], "the first two fell before the first checkpoint"
+    assert len(steps) == len(places)
+    assert steps[2:] == sorted(steps[2:])
+    assert all(0 < done < KILL_STEPS for done in steps[2:])
     same(kill_case(), kill_case(str(path)))
     assert [p.name for p in tmp_path.iterdir()] == ["run"], "strays of killed writes are gone"
 
 
 @pytest.mark.slow
 def test_a_hundred_kills(tmp_path):
-    whole, killed = kill_case(), []
+    whole, draw = kill_case(), random.Random(0)
+    killed: list[int] = []
     for run in itertools.count():
         path = tmp_path / f"run{run}"
-        killed += _kills(path, 8, seed=run)
+        places = [
+            (draw.choice(("batch", "written", "kept")), draw.randint(1, 20)) for _ in range(8)
+        ]
+        killed += _kills(path, places)
         same(whole, kill_case(str(path)))
         if len(killed) >= 100:
             break

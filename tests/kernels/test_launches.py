@@ -6,6 +6,7 @@ registers, how often a GPU would compile. All through the interpreter, on the CP
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import subprocess
@@ -146,9 +147,9 @@ def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d, fu
     monkeypatch.setattr(
         call.Call, "settings", lambda self, name: {**SETTINGS(self, name), "ROWS": 16}
     )
-    n = 37 if d == 5 else 18
-    v, rho = _random(3, 2, n, d), _random(7, d, seed=1)
-    beta = torch.rand(3, 1, 7, dtype=torch.float64) / d
+    lead, n = (3, 37) if d == 5 else (2, 18)
+    v, rho = _random(lead, 2, n, d), _random(7, d, seed=1)
+    beta = torch.rand(lead, 1, 7, dtype=torch.float64) / d
     _agrees("am_recursion", (v, rho, beta, 2, 0.7, None, None))
     if d == 5:
         _agrees("am_recursion", (v, rho, beta.new_tensor(1.0 / d), 2, 0.7, None, None))
@@ -273,7 +274,7 @@ def test_a_forced_backend_says_why_it_cannot(monkeypatch):
         torch.ops.clam.am_step(v, v, 1.0)
 
 
-def test_tuning_needs_a_gpu_and_can_be_rehearsed():
+def test_tuning_needs_a_gpu_and_can_be_rehearsed(tmp_path):
     def tune(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-W", "ignore", "tools/tune.py", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -285,10 +286,20 @@ def test_tuning_needs_a_gpu_and_can_be_rehearsed():
     before = table.read_bytes()
     if not torch.cuda.is_available():
         assert tune().returncode == 3
-    done = tune("--dry-run", "--mode", "high", "--dim", "16", "--kernel", "am_recursion")
+    out = tmp_path / "tiles.json"
+    chosen = ("--mode", "high", "--dim", "16", "--kernel", "kmeans_assign")
+    done = tune("--dry-run", *chosen, "--json", str(out))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("am_recursion high 16: ")
+    assert done.stdout.startswith("kmeans_assign high 16: ")
     assert table.read_bytes() == before
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["machine"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["rows"]
+    for row in report["rows"]:  # beside each time how right its result was
+        assert row["ms_median"] > 0
+        assert row["err_vs_f64"] < 1e-6
+        assert row["wrong_labels"] == 0
 
 
 def test_kernels_that_must_agree_multiply_alike():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -284,13 +286,37 @@ def cuda_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel_in(folder)
 
 
+def content_of_the_library_here(monkeypatch: pytest.MonkeyPatch) -> bytes | None:
+    """The library that `make setup` compiled, if setup.py would compile the same again."""
+    path, noted = ROOT / "clam_kernels/_C.so", ROOT / "clam_kernels/_build.json"
+    if not path.exists() or not noted.exists():
+        return None
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("clam_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    record = json.loads(noted.read_text(encoding="utf-8"))
+    facts = (record["archs"], record["torch"], record["nvcc"])
+    current = ARCH in record["archs"] and record["digest"] == setup.digest_of(*facts)
+    return path.read_bytes() if current else None
+
+
 @pytest.fixture
-def library(cuda_wheel: Path, tmp_path: Path) -> Path:
-    (tmp_path / "_C.so").write_bytes(read(cuda_wheel, "clam_kernels/_C.so"))
+def library(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """With real kernels: to compile them takes a minute, so it is done once."""
+    content = content_of_the_library_here(monkeypatch)
+    if content is None:
+        content = read(request.getfixturevalue("cuda_wheel"), "clam_kernels/_C.so")
+    (tmp_path / "_C.so").write_bytes(content)
     return tmp_path / "_C.so"
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_cuda_wheel(cuda_wheel: Path) -> None:
     assert tag(cuda_wheel) == f"py3-none-{PLATFORM}"
     record = record_of(cuda_wheel)
