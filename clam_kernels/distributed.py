@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What processes exchange: small vectors, put together in the order of the ranks."""
+"""What processes exchange, put together in the order of the ranks."""
 
 from __future__ import annotations
 

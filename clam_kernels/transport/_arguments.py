@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import distributed
 from .._core import checks, transforms
-from ._problem import Problem, Scores
+from ._problem import Problem, Scores, potentials_dtype
 
 # How far the total of a marginal may be from 1.
 TOTAL = 1e-3
@@ -72,12 +72,11 @@ def check_epsilon(epsilon: Any, like: Tensor) -> None:
     """A number > 0 that has an inverse in the dtype of the potentials."""
     if isinstance(epsilon, Tensor):
         checks.shape("epsilon", epsilon, "[]", epsilon.ndim == 0)
-        checks.floating("epsilon", epsilon)
         checks.values("epsilon", epsilon, 0.0, finite=True, strict=True)
         return
     checks.number("epsilon", epsilon, 0.0, finite=True, strict=True)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    least, most = 1 / torch.finfo(wide).max, 1 / torch.finfo(wide).tiny
+    kind = torch.finfo(potentials_dtype(like))
+    least, most = 1 / kind.max, 1 / kind.tiny
     text = f"a number from {least:.2g} to {most:.2g} for {like.dtype} scores"
     ok = least <= epsilon <= most
     checks.value_error(ok, lambda: checks.wording("epsilon", text, epsilon))
@@ -125,9 +124,7 @@ def log_mass(
     check_vector(name, mass, size, like)
     checks.values(name, mass, 0.0, finite=True)
     kind, half = torch.finfo(mass.dtype), mass.dtype in (torch.float16, torch.bfloat16)
-    wide = (
-        mass.to(torch.float64 if like.dtype == torch.float64 else torch.float32) if half else mass
-    )
+    wide = mass.to(potentials_dtype(like)) if half else mass
     total = wide.double().sum(-1, keepdim=True)
     if group is not None:
         total = distributed.gathered(total.detach(), group).sum(0)
@@ -160,10 +157,10 @@ def as_autocast(scores: Scores, precision: str | None) -> tuple[Scores, str | No
         return scores, precision
     if precision is None and torch.get_autocast_dtype(kind) != torch.float32:
         precision = "medium"
-    if not isinstance(scores, Tensor):
-        widest = torch.promote_types(scores[0].dtype, scores[1].dtype)
-        scores = scores[0].to(widest), scores[1].to(widest)
-    return scores, precision
+    if isinstance(scores, Tensor) or not all(x.is_floating_point() for x in scores):
+        return scores, precision
+    widest = torch.promote_types(scores[0].dtype, scores[1].dtype)
+    return (scores[0].to(widest), scores[1].to(widest)), precision
 
 
 def masked(log_row: Tensor | None, mask: Tensor, like: Tensor, group: Any) -> Tensor:
@@ -174,10 +171,13 @@ def masked(log_row: Tensor | None, mask: Tensor, like: Tensor, group: Any) -> Te
     checks.type_error(ok, lambda: checks.wording("row_mask", "dtype bool", got))
     n = like.shape[-2] if like.ndim > 1 else 0
     checks.shape("row_mask", mask, ["...", n], mask.ndim >= 1 and mask.shape[-1] == n)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    mass = mask.to(wide) if log_row is None else torch.where(mask, log_row.exp(), 0.0)
+    mass = (
+        mask.to(potentials_dtype(like))
+        if log_row is None
+        else torch.where(mask, log_row.exp(), 0.0)
+    )
     total = mass.sum(-1, keepdim=True)
     if group is not None:
         total = distributed.gathered(total, group).sum(0)
-    log_mass = torch.zeros_like(mass) if log_row is None else log_row
-    return torch.where(mask, log_mass - torch.where(total > 0, total, 1.0).log(), -torch.inf)
+    given = torch.zeros_like(mass) if log_row is None else log_row
+    return torch.where(mask, given - torch.where(total > 0, total, 1.0).log(), -torch.inf)

@@ -20,6 +20,11 @@ Scores = Tensor | tuple[Tensor, Tensor]
 TILE_ENTRIES, TILE_ENTRIES_OF_GPU = 1 << 17, 1 << 24
 
 
+def potentials_dtype(scores: Tensor) -> torch.dtype:
+    """The dtype of the potentials: float64 for float64, else float32."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Problem:
     """Scores, epsilon and bias, and logarithms of the marginals (uniform where None)."""
@@ -43,7 +48,7 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """That of the potentials."""
-        return torch.float64 if self.first.dtype == torch.float64 else torch.float32
+        return potentials_dtype(self.first)
 
     def scale(self) -> Tensor:
         """1 / epsilon [], which multiplies the scores wherever they are read."""

@@ -54,7 +54,8 @@ def sinkhorn(
         Scores of rows for prototypes, higher is closer; or features whose products are such and are
         never stored. Any float dtype; potentials are float32 (float64 for float64).
     epsilon : float or Tensor [], > 0, in units of the scores
-        Softness of the plan.
+        Softness of the plan. A number that changes from call to call inside torch.compile compiles
+        anew: pass a Tensor there.
     bias : Tensor [..., K], optional
         Added to scores / epsilon.
     n_iter : int, >= 0
@@ -64,9 +65,10 @@ def sinkhorn(
     max_iter : int, >= 1
         Most iterations with `tol`.
     row_marginal : Tensor [..., N], >= 0, optional
-        Masses of the rows, of total 1; 1/N each unless given. 0: the row takes no part.
+        Masses of the rows, of total 1; 1/N each unless given. 0: the row takes no part. In half
+        precision, where each is rounded, they are scaled to that total.
     col_marginal : Tensor [..., K], >= 0, optional
-        Masses of the prototypes, of total 1; 1/K each unless given. 0: it takes no part.
+        Masses of the prototypes, as those of the rows; 1/K each unless given.
     prototype_first : bool
         Which side is made exact first in an iteration; with few iterations another result.
     row_mask : Tensor [..., N], bool, optional
@@ -80,12 +82,15 @@ def sinkhorn(
         `value()` alone, after `tol`. Of scores, features, prototypes, bias, epsilon and marginals.
     process_group : torch.distributed.ProcessGroup, optional
         Rows are spread over its processes, any number on each; all call, with the same prototypes.
-        Masses of rows, where given, have their total over all of them. No gradient but "stop".
+        Masses of rows, where given, have their total over all of them. No gradient but "stop". All
+        call `value`, `entropy`, `counts` and `labels(strict=True)` of the result too, which are of
+        the rows of all processes.
     warn : bool
         With `tol`, whether a ConvergenceWarning says that it was not reached, or that a problem
         failed. Without, `status` alone tells: nothing is read back.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products of the features form; None follows torch.
+        Of the matrix products of the features form; None follows torch, and autocast where this is
+        called: what is read off the result later is computed alike inside an autocast block.
 
     Returns
     -------
@@ -99,13 +104,17 @@ def sinkhorn(
         A dtype or type other than stated.
     ValueError
         A shape, device or value that does not fit.
+    NotImplementedError
+        A transform of torch.func that does not fit (see Notes).
 
     Notes
     -----
-    scores / epsilon + bias is an array of its own unless epsilon is 1 and there is no bias: hand
-    over what is scaled already, or features, where memory is short. Nothing else is as large as the
-    scores. Half features are multiplied as they are, prototypes / epsilon in their dtype (float16:
-    in float32).
+    The scores are read where they lie, and multiplied by 1 / epsilon there: nothing else is as
+    large. Features are multiplied as they are; half ones accumulate in float32.
+
+    Under torch.compile a call without `tol` is one graph for every number of rows; `tol`, whose
+    errors the host reads, breaks it, and raises NotImplementedError under torch.func.vmap.
+    gradient="implicit" is one of torch.autograd alone and raises under torch.func.
 
     Examples
     --------
