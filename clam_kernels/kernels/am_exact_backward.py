@@ -171,7 +171,7 @@ def exact_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         if MEMORIES:
             begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
         used = tl.where(met > 0, 1, used)
@@ -233,7 +233,7 @@ def exact_energy_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
         used = tl.where(met > 0, 1, used)
         for _ in range(0, met):
@@ -252,7 +252,7 @@ def exact_energy_backward_kernel(
                 pull = tl.zeros((DIM,), tl.float64)
                 for k0 in range(0, count, PROTOS):
                     k = k0 + tl.arange(0, PROTOS)
-                    p, _, far, alive = weights_of(
+                    p, _sharps, far, alive = weights_of(
                         FAR, beta, weights, k, count, top, total, beta_bits, b_k, w_k,
                         False, HAS_BETA, HAS_WEIGHTS,
                     )  # fmt: skip
