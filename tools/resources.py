@@ -56,7 +56,8 @@ POINTERS = {
 # Kernels without a matrix product are the same in all modes.
 PLAIN = (
     "memories_kernel", "memory_halves_kernel", "exact_recursion_kernel", "exact_energy_kernel",
-    "exact_backward_kernel", "exact_energy_backward_kernel", "exact_sums_kernel", "origin_kernel", "norms_kernel", "halves_kernel",
+    "exact_backward_kernel", "exact_energy_backward_kernel", "exact_sums_kernel",
+    "origin_kernel", "norms_kernel", "halves_kernel",
     "settle_kernel", "pieces_kernel", "sums_kernel", "pass_kernel", "merge_kernel", "rescue_kernel",
     "finish_kernel",
 )  # fmt: skip

@@ -316,7 +316,7 @@ class Operands(NamedTuple):
         return self.v.shape[-1]
 
     @property
-    def count(self) -> int:
+    def memories(self) -> int:
         return self.rho.shape[-2]
 
     @property
@@ -333,7 +333,7 @@ class Operands(NamedTuple):
         width = min(64, _launch.dim(self.features))
         tile = {"DIM": width, "ROWS": blocks_of, "PROTOS": TILE // width}
         if _launch.INTERPRETED:  # its cost is by the operation, not by the entry
-            tile = {"DIM": 256, "ROWS": 256, "PROTOS": min(256, _launch.dim(self.count))}
+            tile = {"DIM": 256, "ROWS": 256, "PROTOS": min(256, _launch.dim(self.memories))}
         tile["DIM"] = min(tile["DIM"], _launch.dim(self.features))
         return {"D": self.features, **tile, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
 
@@ -367,7 +367,8 @@ def operands(
         "HAS_BETA": isinstance(beta, Tensor),
         "HAS_WEIGHTS": log_weights is not None,
     }
-    return Operands(batch, *views, bits_of(number), flags, own)
+    rows, u, memories, sharp, lift = views
+    return Operands(batch, rows, u, memories, sharp, lift, bits_of(number), flags, own)
 
 
 def programs_of(a: Operands, rows: int, block: int, kept: int) -> tuple[int, int, int]:
@@ -380,12 +381,12 @@ def programs_of(a: Operands, rows: int, block: int, kept: int) -> tuple[int, int
 def recursion(a: Operands, steps: int, step: float, flags: Tensor, out: Tensor) -> None:
     """Write the result of the rows whose flag is set over `out`. One launch."""
     rows, tile = a.v.shape[2], a.tile()
-    blocks, every, programs = programs_of(a, rows, tile["ROWS"], a.features + a.count)
-    strip = _launch.empty((programs * (a.features + a.count),), torch.float64, a.v.device)
+    blocks, every, programs = programs_of(a, rows, tile["ROWS"], a.features + a.memories)
+    strip = _launch.empty((programs * (a.features + a.memories),), torch.float64, a.v.device)
     _launch.launch(
         exact_recursion_kernel, (programs,), a.v.device,
         flags, a.v, a.mask, a.rho, a.beta, a.weights, out, strip,
-        rows, a.count, a.v.shape[1], blocks, every, steps, bits_of(step), a.beta_bits,
+        rows, a.memories, a.v.shape[1], blocks, every, steps, bits_of(step), a.beta_bits,
         *in_rows(a.v, a.features), *a.mask.stride(), *a.memory_strides, **tile, **a.flags,
     )  # fmt: skip
 
@@ -393,12 +394,12 @@ def recursion(a: Operands, steps: int, step: float, flags: Tensor, out: Tensor) 
 def energy(a: Operands, flags: Tensor, out: Tensor) -> None:
     """Write the energy of the rows whose flag is set over `out`. One launch."""
     rows, tile = a.v.shape[2], a.tile()
-    blocks, every, programs = programs_of(a, rows, tile["ROWS"], a.features + a.count)
-    strip = _launch.empty((programs * (a.features + a.count),), torch.float64, a.v.device)
+    blocks, every, programs = programs_of(a, rows, tile["ROWS"], a.features + a.memories)
+    strip = _launch.empty((programs * (a.features + a.memories),), torch.float64, a.v.device)
     known = {name: a.flags[name] for name in ("HAS_BETA", "HAS_WEIGHTS")}
     _launch.launch(
         exact_energy_kernel, (programs,), a.v.device,
         flags, a.v, a.rho, a.beta, a.weights, out, strip,
-        rows, a.count, a.v.shape[1], blocks, every, a.beta_bits,
+        rows, a.memories, a.v.shape[1], blocks, every, a.beta_bits,
         *in_rows(a.v, a.features), *a.memory_strides, **tile, **known,
     )  # fmt: skip

@@ -10,6 +10,8 @@ its own, and marks the part as used. The launch after it adds the used parts in 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -171,7 +173,7 @@ def exact_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         if MEMORIES:
             begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
         used = tl.where(met > 0, 1, used)
@@ -233,7 +235,7 @@ def exact_energy_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
         used = tl.where(met > 0, 1, used)
         for _ in range(0, met):
@@ -252,7 +254,7 @@ def exact_energy_backward_kernel(
                 pull = tl.zeros((DIM,), tl.float64)
                 for k0 in range(0, count, PROTOS):
                     k = k0 + tl.arange(0, PROTOS)
-                    p, _, far, alive = weights_of(
+                    p, _sharps, far, alive = weights_of(
                         FAR, beta, weights, k, count, top, total, beta_bits, b_k, w_k,
                         False, HAS_BETA, HAS_WEIGHTS,
                     )  # fmt: skip
@@ -303,15 +305,15 @@ class Sums:
         self.lead = [
             n if any(x.stride(i) for x in memories) else 1 for i, n in enumerate(a.v.shape[:2])
         ]
-        wide = {"dtype": torch.float64, "device": a.v.device}
-        self.total = torch.zeros((*self.lead, a.count, a.features + 2), **wide)
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": a.v.device}
+        self.total = torch.zeros((*self.lead, a.memories, a.features + 2), **wide)
 
     def add(self, o: int, i: int, problems: int, splits: int, part: Tensor, used: Tensor) -> None:
         """Parts of `problems` problems (o, i), (o, i + 1), ... One launch."""
         total = self.total[o if self.lead[0] > 1 else 0]
         alone = self.lead[1] > 1 or self.a.v.shape[1] == 1
         total = total[i : i + problems] if alone else total
-        size = self.a.count * (self.a.features + 2)
+        size = self.a.memories * (self.a.features + 2)
         pieces = triton.cdiv(size, TILE)
         _launch.launch(
             exact_sums_kernel, ((problems if alone else 1) * pieces,), part.device,
@@ -337,14 +339,14 @@ def _parts(a: Operands, block: int, kept: int, memories: bool) -> tuple[int, int
     blocks = triton.cdiv(a.v.shape[2], block)
     most = max(1, min(PROGRAMS, KEPT // kept))
     if memories:
-        most = max(1, min(most, PARTS // (a.count * (a.features + 2))))
+        most = max(1, min(most, PARTS // (a.memories * (a.features + 2))))
     splits = max(1, min(blocks, most // max(a.problems, 1)))
     share = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, share) if blocks else 0
     return blocks, splits, share, max(1, most // max(splits, 1))
 
 
-def _launches(a, blocks, splits, run):  # type: ignore[no-untyped-def]
+def _launches(a: Operands, splits: int, run: int) -> Iterator[tuple[int, int, int, int]]:
     """(o, i, problems, the first problem) of each launch: problems of one outer index."""
     outer, inner = a.v.shape[:2]
     for o in range(outer if splits else 0):
@@ -365,20 +367,20 @@ def recursion_backward(
     """Write the gradients of the rows whose flag is set over `out` and `masked`; the sums of the
     memories' side if they are asked for. `grad`, `out` and `masked` are dense.
     """
-    tile, kept = a.tile(), (steps + 2) * a.features + 2 * a.count
+    tile, kept = a.tile(), (steps + 2) * a.features + 2 * a.memories
     blocks, splits, share, run = _parts(a, tile["ROWS"], kept, memories)
     run = min(run, a.v.shape[1])
     strip = _launch.empty((run * splits * kept,), torch.float64, a.v.device)
-    size = a.count * (a.features + 2) if memories else 0
+    size = a.memories * (a.features + 2) if memories else 0
     part = _launch.empty((run * splits * size,), torch.float64, a.v.device)
     used = _launch.empty((run * splits,), torch.int32, a.v.device)
     sums = Sums(a) if memories else None
-    for o, i, problems, first in _launches(a, blocks, splits, run):
+    for o, i, problems, first in _launches(a, splits, run):
         _launch.launch(
             exact_backward_kernel, (problems * splits,), a.v.device,
             flags, grad, a.v, a.mask, a.rho, a.beta, a.weights, out,
             out if masked is None else masked, strip, part, used,
-            a.v.shape[2], a.count, a.v.shape[1], first, blocks, splits, share, steps,
+            a.v.shape[2], a.memories, a.v.shape[1], first, blocks, splits, share, steps,
             bits_of(step), a.beta_bits, *in_rows(a.v, a.features), *a.mask.stride(),
             *a.memory_strides, **tile, **a.flags, MASK_GRAD=masked is not None,
             MEMORIES=memories,
@@ -390,19 +392,19 @@ def recursion_backward(
 
 def energy_backward(a: Operands, grad: Tensor, flags: Tensor, out: Tensor) -> Sums:
     """As `recursion_backward` for the energy; `grad` has one number for each row."""
-    tile, kept = a.tile(), a.features + a.count
+    tile, kept = a.tile(), a.features + a.memories
     blocks, splits, share, run = _parts(a, tile["ROWS"], kept, True)
     run = min(run, a.v.shape[1])
     strip = _launch.empty((run * splits * kept,), torch.float64, a.v.device)
-    size = a.count * (a.features + 2)
+    size = a.memories * (a.features + 2)
     part = _launch.empty((run * splits * size,), torch.float64, a.v.device)
     used = _launch.empty((run * splits,), torch.int32, a.v.device)
     sums, known = Sums(a), {name: a.flags[name] for name in ("HAS_BETA", "HAS_WEIGHTS")}
-    for o, i, problems, first in _launches(a, blocks, splits, run):
+    for o, i, problems, first in _launches(a, splits, run):
         _launch.launch(
             exact_energy_backward_kernel, (problems * splits,), a.v.device,
             flags, grad, a.v, a.rho, a.beta, a.weights, out, strip, part, used,
-            a.v.shape[2], a.count, a.v.shape[1], first, blocks, splits, share, a.beta_bits,
+            a.v.shape[2], a.memories, a.v.shape[1], first, blocks, splits, share, a.beta_bits,
             *in_rows(a.v, a.features), *a.memory_strides, **tile, **known,
         )  # fmt: skip
         sums.add(o, i, problems, splits, part, used)

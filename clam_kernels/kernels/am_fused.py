@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _launch
 from ._call import Call, Totals
 from ._doubt import MOST, settled, sharpest, step_doubted
-from ._fold import finite, inverse, normalised
+from ._fold import finite, normalised
 from ._memories import LOG2E
 from ._score import centred, dot, held_inner, load_memories, load_rows, logits
 from ._sweep import NUMBERS, offset
@@ -30,25 +30,30 @@ _LOG2E = tl.constexpr(LOG2E)
 
 @triton.jit
 def walked(
-    PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp,
+    PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Store the state before each step. Returns 1 for rows in doubt, the last step apart."""
+    """Store the state before each step; returns 1 for rows in doubt, whose states are 0."""
     d = tl.arange(0, DIM)
     keep = tl.arange(0, ROWS)[:, None] * STRIDE + d[None, :]
     gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
-    flag = tl.zeros((ROWS,), tl.int32)
+    flag, total = tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.float32)
     for t in range(0, steps):
         tl.store(PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep, x, mask=(d < STRIDE)[None, :])
-        if t + 1 < steps:
-            norm = tl.sum(x * x, 1)
-            xb, _, total = recalled(
-                x, 0.5 * norm, table, table, count, norm,
-                D, STRIDE, DIM, ROWS, PROTOS, PREC, False, False, False,
-            )  # fmt: skip
-            flag |= step_doubted(x, xb, norm, total, sharp)
-            x = moved(x, xb, gain)
+        norm = tl.sum(x * x, 1)
+        xb, _, total = recalled(
+            x, 0.5 * norm, table, table, count, norm,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, False, False, False,
+        )  # fmt: skip
+        flag |= step_doubted(x, xb, norm, total, sharp)
+        x = moved(x, xb, gain)
+    flag = tl.where(poison == 0.0, settled(flag, total, table[1], count, PROTOS), 0)
+    tl.debug_barrier()
+    lost = (flag > 0)[:, None] & (d < STRIDE)[None, :]
+    for t in range(0, steps):
+        at = PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep
+        tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=lost)
     return flag
 
 
@@ -92,9 +97,11 @@ def fused_backward_kernel(
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         poison = tl.sum(given * 0.0, 1) + tl.sum(c * 0.0, 0)
         flag = walked(
-            PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp,
+            PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
         )  # fmt: skip
+        tl.store(FLAG + problem.to(tl.int64) * rows + at, flag.to(tl.uint8), mask=live)
+        poison = tl.where(flag > 0, float("-inf"), poison)  # no weight: nothing to any sum
         tl.debug_barrier()  # the states are read in another layout
         g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)
         gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
@@ -110,25 +117,11 @@ def fused_backward_kernel(
             top = tl.max(s, 1)
             w = tl.exp2(s - finite(top)[:, None] + poison[:, None])
             total = tl.sum(w, 1)
-            if back == 0:
-                xb = dot(w, rho, PREC) * inverse(total)[:, None]
-                flag |= step_doubted(x, xb, norm, total, sharp)
-                flag = settled(flag, total, SIDE, count, PROTOS)
-                flag = tl.where(poison == 0.0, flag, 0)
-                g = tl.where((flag > 0)[:, None], 0.0, g)
-            # rows in doubt give nothing to any sum
-            x = tl.where((flag > 0)[:, None], 0.0, x)
-            norm, inner_x = (
-                tl.where(flag > 0, 0.0, norm),
-                tl.where((flag > 0)[:, None], 0.0, inner_x),
-            )
-            w = tl.where((flag > 0)[:, None], 0.0, w)
-            total = tl.where(flag > 0, 0.0, total)
             moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]
             h = moves * gain * g
             slope = dot(h, tl.trans(rho), PREC)
-            share, delta = normalised(total, tl.sum(w * slope, 1))
-            w = tl.where(live[:, None], w * share[:, None], 0.0)
+            inverse, delta = normalised(total, tl.sum(w * slope, 1))
+            w = tl.where(live[:, None], w * inverse[:, None], 0.0)
             gz = w * (slope - delta[:, None])
             if MEMORIES:
                 mass += tl.sum(gz, 0)
@@ -141,7 +134,6 @@ def fused_backward_kernel(
                 acc += dot(tl.trans(gz), x, PREC)
             g += dot(gz, rho, PREC) - h
         tl.store(OUT + whole, g.to(OUT.dtype.element_ty), mask=inside)
-        tl.store(FLAG + problem.to(tl.int64) * rows + at, flag.to(tl.uint8), mask=live)
         tl.debug_barrier()  # the next block's states take this one's place
     if MEMORIES:
         slot = pid.to(tl.int64) * count + k
