@@ -197,10 +197,15 @@ SUMS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def alone():
+    return _sums_of()
+
+
 @pytest.mark.parametrize("name", SUMS)
-def test_sums_are_those_of_all_rows(found, name):
+def test_sums_are_those_of_all_rows(found, alone, name):
     """Every process returns the value, entropy and counts of the one-process run."""
-    want = _sums_of()[name]
+    want = alone[name]
     for rank in found:
         sums = rank["sums"][name]
         bound = 1e-6 if name == "float32" else 1e-11
@@ -211,9 +216,9 @@ def test_sums_are_those_of_all_rows(found, name):
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_strict_labels_are_those_of_one_process(found, name):
+def test_strict_labels_are_those_of_one_process(found, alone, name):
     """Shares are exact over all rows, not on each process."""
-    want = _sums_of()[name]["strict labels"]
+    want = alone[name]["strict labels"]
     labels = torch.cat([rank["sums"][name]["strict labels"] for rank in found], -1)
     assert torch.equal(labels, want)
 
