@@ -213,7 +213,7 @@ def test_the_table_has_no_cycle():
 FAMILIES = sorted({spec.family for spec in clam_kernels.all_ops()})
 # A family too long for one file has its gradients, its kernels for few features, and its fused ones
 # in others.
-PARTS = ("", "_backward", "_small", "_fused")
+PARTS = ("", "_backward", "_small", "_fused", "_energy", "_exact", "_exact_backward")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
