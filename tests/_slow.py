@@ -30,6 +30,13 @@ SOME_SAMPLES: dict[str, tuple[str | None, tuple[str, ...]]] = {
 }
 # Tests that interpret not more than so many rows.
 MOST_ROWS = {"test_sums_of_equal_rows_keep_their_digits": 1024}
+# Scenes of tests/contract/test_am_far.py that are interpreted: a row that needs differences takes the
+# interpreter a tenth of a second a step.
+SCENES = {
+    "test_recursion": ("sentinel-10000", "two-groups-1e6"),
+    "test_energy": ("sentinel-10000", "two-groups-1e6", "scale-1e19"),
+    "test_nearest": ("sentinel-10000", "two-groups-1e6", "scale-1e-30"),
+}
 # A call of these families is a dozen launches or more: of them these samples alone are in the other
 # tests, the long samples in none, and the first alone in float16.
 FEW_SAMPLES = {"sinkhorn": ("plain", "bias")}
@@ -43,6 +50,10 @@ def is_slow(test: str, params: dict[str, Any]) -> bool:
         layout, samples = SOME_SAMPLES[test]
         if sample not in samples or layout not in (None, params.get("layout")):
             return True
+    if test in SCENES and (
+        params.get("name") not in SCENES[test] or params.get("steps", 1) > 1 == params.get("step")
+    ):
+        return True
     if params.get("n", 0) > MOST_ROWS.get(test, params.get("n", 0)):
         return True
     spec = params.get("spec")
