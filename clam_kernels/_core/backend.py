@@ -212,48 +212,62 @@ def _tell_fallback(spec: Runnable, reason: str) -> None:
 
 
 class _Products:
-    """Torch's mode of float32 products, which all threads share, and how many threads need float32
-    now. The first of them sets the mode, the last one puts the user's back.
+    """Torch's mode of float32 products, which all threads share, where it is below "highest".
+
+    Calls that need float32 ("exact") set it, and put the user's back when the last of them ends.
+    Calls in the user's mode and exact calls wait for each other, so that the bits of a call do not
+    hang on what other threads do; calls of one kind run side by side.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.inside = 0
+        self.free = threading.Condition()
+        self.inside, self.exact = 0, False  # how many calls run now, and their kind
+        self.waiting = {False: 0, True: 0}
         self.changed: list[tuple[Any, str]] = []  # switches, and what the user had set
         self.word = ""  # torch's own word for the mode that is set here
         # The user's precision while the mode is not theirs. Each change puts a new list here, by
         # which `default_precision` sees that there was one.
         self.user: list[str | None] = [None]
 
-    def enter(self) -> None:
-        """Products of float32 are such from now on."""
-        with self.lock:
-            if not self.inside:
-                self.user = [_torch_precision()]
-                try:
+    def enter(self, exact: bool) -> None:
+        """Wait for calls of the other kind to end, or to have their turn."""
+        with self.free:
+            self.waiting[exact] += 1
+            try:
+                self.free.wait_for(lambda: self._is_free(exact))
+                if exact and not self.inside:
                     self._set()
-                except BaseException:
-                    self._put_back()
-                    raise
-            self.inside += 1
+            finally:
+                self.waiting[exact] -= 1
+                self.free.notify_all()
+            self.inside, self.exact = self.inside + 1, exact
+
+    def _is_free(self, exact: bool) -> bool:
+        return not self.inside or (self.exact == exact and not self.waiting[not exact])
 
     def leave(self) -> None:
-        """Products are the user's again, as far as this thread goes."""
-        with self.lock:
+        """A call has ended."""
+        with self.free:
             self.inside -= 1
             if not self.inside:
                 self._put_back()
+                self.free.notify_all()
 
     def _set(self) -> None:
+        self.user = [_torch_precision()]
         mkldnn: Any = torch.backends.mkldnn
-        for switch in (torch.backends.cuda.matmul, mkldnn.matmul):
-            mode = switch.fp32_precision
-            if mode not in ("ieee", "none"):
-                switch.fp32_precision = "none"  # a switch of "none" follows torch's general one
-                follows = switch.fp32_precision == mode
-                self.changed.append((switch, "none" if follows else mode))
-                switch.fp32_precision = "ieee"
-        self.word = _torch_precision()
+        try:
+            for switch in (torch.backends.cuda.matmul, mkldnn.matmul):
+                mode = switch.fp32_precision
+                if mode not in ("ieee", "none"):
+                    switch.fp32_precision = "none"  # then it follows torch's general switch
+                    follows = switch.fp32_precision == mode
+                    self.changed.append((switch, "none" if follows else mode))
+                    switch.fp32_precision = "ieee"
+            self.word = _torch_precision()
+        except BaseException:
+            self._put_back()
+            raise
 
     def _put_back(self) -> None:
         """The user's mode, unless the user has set another one meanwhile."""
@@ -269,9 +283,14 @@ _products = _Products()
 
 
 @contextlib.contextmanager
-def _float32_products() -> Iterator[None]:
-    """Compute torch's own products of float32 matrices in float32 inside the block."""
-    _products.enter()
+def float32_products(exact: bool = True) -> Iterator[None]:
+    """Compute torch's own products of float32 matrices in float32 inside the block, or, if not
+    exact, in the mode that the user set.
+    """
+    if default_precision() == "highest":
+        yield
+        return
+    _products.enter(exact)
     try:
         yield
     finally:
@@ -292,9 +311,10 @@ def run(
     if name == "reference":
         if device == "cuda":
             _tell_fallback(spec, reason or "its forward did")
-        if precision != "highest" or default_precision() == "highest":
+        if default_precision() == "highest":
             return spec.reference(*arguments)
-        with _float32_products():  # torch's own mode is lower
+        # torch's own mode is lower, which on a CPU may be bfloat16; there all is float32
+        with float32_products(exact=precision == "highest" or device == "cpu"):
             return spec.reference(*arguments)
     return implementation(spec.kernels[name])(*arguments)
 

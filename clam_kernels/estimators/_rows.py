@@ -20,6 +20,7 @@ from sklearn.utils import get_tags
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
+from .._core.backend import float32_products
 from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
 from ._frame import scaled
 
@@ -126,8 +127,9 @@ class Rows:
             for x in block.split(max(1, (BLOCK_ENTRIES >> 6) // self.features)):
                 gap = x - first
                 ones = gap.new_ones(len(gap))
-                total += ones @ gap
-                square += ones @ gap.square_()
+                with float32_products():
+                    total += ones @ gap
+                    square += ones @ gap.square_()
         mean = total / len(self)
         self.variance = float((square / len(self) - mean.square()).clamp(min=0).mean())
         self.mean = first.double() + mean

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._core.backend import float32_products
 from ._points import Points
 from ._start import sample_index
 from ._threads import threads_for
@@ -62,7 +63,8 @@ class Silhouettes:
         count, n = own.shape
         member = torch.nn.functional.one_hot(own, k).float()  # [R, n, K]
         weighted = (member * self.weights[:, None]).movedim(0, 1).reshape(n, count * k)
-        sums = (self.far @ weighted).view(n, count, k).movedim(1, 0)
+        with float32_products():
+            sums = (self.far @ weighted).view(n, count, k).movedim(1, 0)
         held = weighted.sum(0).view(count, 1, k)
         mine = own[..., None]
         size = held.expand(-1, n, -1).gather(2, mine)[..., 0]

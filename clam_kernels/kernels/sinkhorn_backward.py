@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._core.backend import _float32_products as float32_products
+from .._core.backend import float32_products
 from . import _launch
 from ._entries import opened
 from ._scaling import begin_of, parts_of, scale_of, side_of, tile_of

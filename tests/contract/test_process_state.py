@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import clam_kernels as ck
 from clam_kernels import serialize, testing
 from clam_kernels._core import backend as choice
+from clam_kernels._core import registry
 from clam_kernels.estimators import _threads
 
 
@@ -57,7 +59,7 @@ def _own_precision():
 def test_overlapping_calls_put_the_mode_of_products_back(threads):
     torch.set_float32_matmul_precision("medium")
     before = modes()
-    blocks = [choice._float32_products() for _ in range(3)]
+    blocks = [choice.float32_products() for _ in range(3)]
     for one, block in zip(threads, blocks, strict=True):
         one(block.__enter__)
         assert modes() == ["ieee", "ieee"]
@@ -93,7 +95,7 @@ def test_the_precision_of_none_does_not_hang_on_other_threads(threads):
     for word, change in set_by.items():
         change()
         assert choice.default_precision() == word
-        block = choice._float32_products()
+        block = choice.float32_products()
         threads[0](block.__enter__)
         assert choice.default_precision() == word
         assert threads[1](choice.default_precision) == word
@@ -118,11 +120,44 @@ def test_products_follow_the_general_mode_after_a_call():
 @pytest.mark.parametrize("word", ["highest", "high"])
 def test_what_the_user_sets_during_a_call_stays(word):
     torch.set_float32_matmul_precision("medium")
-    with choice._float32_products():
+    with choice.float32_products():
         torch.set_float32_matmul_precision(word)
         wanted = modes()
     assert modes() == wanted
     assert torch.get_float32_matmul_precision() == word
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "exact"),
+    [("cpu", "highest", True), ("cpu", "medium", True), ("cuda", "highest", True),
+     ("cuda", "medium", False)],
+)  # fmt: skip
+def test_a_cpu_multiplies_in_float32_in_all_modes(device, precision, exact):
+    """There torch's lower modes may be bfloat16, of three digits."""
+    torch.set_float32_matmul_precision("medium")
+    wanted = ["ieee", "ieee"] if exact else modes()
+    part = registry._Part("am_step", reference=modes, kernels={})
+    with ck.backend("reference"):
+        assert choice.run(part, device, precision, ()) == wanted
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_calls_of_the_two_kinds_wait_for_each_other(threads, exact):
+    """The bits of a call in the user's mode would be others beside an exact one."""
+    torch.set_float32_matmul_precision("medium")
+    wanted = modes()
+    first, same_kind, other = (choice.float32_products(k) for k in (exact, exact, not exact))
+    threads[0](first.__enter__)
+    threads[1](same_kind.__enter__)
+    waiting = threads[2].pool.submit(other.__enter__)
+    for i, block in enumerate((first, same_kind)):
+        with pytest.raises(futures.TimeoutError):
+            waiting.result(0.05)
+        threads[i](block.__exit__, None, None, None)
+    waiting.result(10)
+    assert modes() == (wanted if exact else ["ieee", "ieee"])
+    threads[2](other.__exit__, None, None, None)
+    assert modes() == wanted
 
 
 class Refusing:
@@ -359,8 +394,9 @@ IN_THREADS = [
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_calls_in_threads_repeat_and_leave_no_state_behind():
-    torch.set_float32_matmul_precision("medium")
+    """In a mode of torch below float32, which a CPU may multiply bfloat16 in, ours stay float32."""
     wanted = {name: ALL[name]() for name in IN_THREADS}
+    torch.set_float32_matmul_precision("medium")
     before = state()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda name: ALL[name](), IN_THREADS * 2))
