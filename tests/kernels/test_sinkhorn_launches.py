@@ -137,6 +137,57 @@ def test_tiles_of_the_table_divide_chunks(backend, kernels):
         assert kernels.tile_rows(k) % row["ROWS"] == 0, name
 
 
+# ---- scale and bias ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [4096, 8])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scale_and_a_bias(backend, kernels, monkeypatch, most, first):
+    """Of stored scores on both ways to a step, of a batch that shares them, and of passes."""
+    _small(monkeypatch, kernels)
+    monkeypatch.setattr(kernels, "MOST", most)
+    x, bias, scale = _random(18, 20), _random(20, seed=1), torch.tensor([0.5, 2.5])
+    _agrees("sinkhorn", x, 2, None, None, None, first, bias, scale)
+    _agrees("sinkhorn_pass", x, _random(20, seed=2), None, bias, scale)
+
+
+def test_a_scale_of_features(backend, kernels, monkeypatch):
+    _small(monkeypatch, kernels)
+    z, c, bias = _random(2, 17, 3), _random(9, 3, seed=1), _random(9, seed=2)
+    scale = torch.tensor([0.5, 2.5])
+    _agrees("sinkhorn_features", z, c, 2, bias, None, None, None, True, scale)
+    _agrees("sinkhorn_features_pass", z, c, _random(9, seed=3), bias, None, scale)
+
+
+def test_the_gradient_of_a_scale_alone_takes_bounded_scratch(backend, monkeypatch):
+    """Rows in chunks, and no array of all entries."""
+    launch = importlib.import_module("clam_kernels.kernels._launch")
+    monkeypatch.setattr(launch, "SCRATCH", 4 * 6 * 10)
+    real, largest = launch.empty, []
+
+    def note(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        largest.append(math.prod(shape))
+        return real(shape, dtype, device)
+
+    x, scale = _random(35, 6), torch.tensor(1.5, requires_grad=True)
+    weight = _random(6, seed=1)
+    loss = (torch.ops.clam.sinkhorn(x, 2, scale=scale)[1] * weight).sum()
+    monkeypatch.setattr(launch, "empty", note)
+    (found,) = torch.autograd.grad(loss, scale)
+    assert max(largest) < x.numel()
+    exact = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    want = (truth.sinkhorn(x.double(), 2, scale=exact)[1] * weight).sum()
+    torch.testing.assert_close(
+        found.double(), torch.autograd.grad(want, exact)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_forbidden_pair_gives_the_scale_no_gradient(backend):
+    x = _random(9, 4)
+    x[0, 1] = x[3, 2] = -INF
+    _agrees("sinkhorn", x, 2, None, None, None, True, None, torch.tensor(0.5))
+
+
 # ---- columns that their masses cannot tell -------------------------------------------------------
 
 
