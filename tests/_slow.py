@@ -30,8 +30,8 @@ SOME_SAMPLES: dict[str, tuple[str | None, tuple[str, ...]]] = {
 }
 # Tests that interpret not more than so many rows.
 MOST_ROWS = {"test_sums_of_equal_rows_keep_their_digits": 1024}
-# Scenes of tests/contract/test_am_far.py that are interpreted: a row that needs differences takes the
-# interpreter a tenth of a second a step.
+# Scenes of tests/contract/test_am_far.py that are interpreted: the interpreter takes a tenth of a
+# second for one step of a row that needs differences.
 SCENES = {
     "test_recursion": ("sentinel-10000", "two-groups-1e6"),
     "test_energy": ("sentinel-10000", "two-groups-1e6", "scale-1e19"),

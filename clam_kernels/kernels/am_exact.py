@@ -306,6 +306,7 @@ class Operands(NamedTuple):
     beta_bits: int
     flags: dict[str, bool]  # constants of the kernels
     memory_batch: tuple[int, ...]  # of memories, betas and weights together
+    lead: tuple[int, ...]  # [O, I], 1 where all problems share one problem of that batch
 
     @property
     def problems(self) -> int:
@@ -358,8 +359,11 @@ def operands(
         views = [x[None] for x in flat]
         views += [x.reshape(1, 1, *x.shape[max(x.ndim - core, 0) :]) for x, core in small]
         views = [x if x.ndim > 2 else x[None] for x in views]
-    else:
-        views = arrange(batch, large + small)
+        lead: tuple[int, ...] = (1, 1)
+    else:  # a tensor of no memory, whose strides say where the memories' batch goes on
+        marks = torch.empty((*own, 1), device="meta")
+        *views, marks = arrange(batch, [*large, *small, (marks, 1)])
+        lead = tuple(n if marks.stride(i) else 1 for i, n in enumerate(marks.shape[:2]))
     number = 0.0 if isinstance(beta, Tensor) else float(beta)
     flags = {
         "HARD": math.isinf(number),
@@ -368,7 +372,7 @@ def operands(
         "HAS_WEIGHTS": log_weights is not None,
     }
     rows, u, memories, sharp, lift = views
-    return Operands(batch, rows, u, memories, sharp, lift, bits_of(number), flags, own)
+    return Operands(batch, rows, u, memories, sharp, lift, bits_of(number), flags, own, lead)
 
 
 def programs_of(a: Operands, rows: int, block: int, kept: int) -> tuple[int, int, int]:

@@ -301,17 +301,13 @@ class Sums:
 
     def __init__(self, a: Operands) -> None:
         self.a = a
-        memories = (a.rho, a.beta, a.weights)
-        self.lead = [
-            n if any(x.stride(i) for x in memories) else 1 for i, n in enumerate(a.v.shape[:2])
-        ]
         wide: dict[str, Any] = {"dtype": torch.float64, "device": a.v.device}
-        self.total = torch.zeros((*self.lead, a.memories, a.features + 2), **wide)
+        self.total = torch.zeros((*a.lead, a.memories, a.features + 2), **wide)
 
     def add(self, o: int, i: int, problems: int, splits: int, part: Tensor, used: Tensor) -> None:
         """Parts of `problems` problems (o, i), (o, i + 1), ... One launch."""
-        total = self.total[o if self.lead[0] > 1 else 0]
-        alone = self.lead[1] > 1 or self.a.v.shape[1] == 1
+        total = self.total[o if self.a.lead[0] > 1 else 0]
+        alone = self.a.lead[1] > 1 or self.a.v.shape[1] == 1
         total = total[i : i + problems] if alone else total
         size = self.a.memories * (self.a.features + 2)
         pieces = triton.cdiv(size, TILE)
@@ -324,7 +320,7 @@ class Sums:
     def of_batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """(of rho [..., K, D], sum [..., K], weighted sum [..., K]) over the memories' batch."""
         batch, core = self.a.memory_batch, self.total.shape[2:]
-        if math.prod(self.lead) == math.prod(batch):
+        if math.prod(self.a.lead) == math.prod(batch):
             found = self.total.reshape(*batch, *core)
         else:
             found = self.total.reshape(*self.a.batch, *core).sum_to_size(*batch, *core)

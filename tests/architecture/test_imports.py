@@ -211,8 +211,8 @@ def test_the_table_has_no_cycle():
 
 
 FAMILIES = sorted({spec.family for spec in clam_kernels.all_ops()})
-# A family too long for one file has its gradients, its kernels for few features, and its fused ones
-# in others.
+# A family too long for one file has its gradients, its kernels for few features, its fused ones,
+# its energy, and what computes rows in doubt again in others.
 PARTS = ("", "_backward", "_small", "_fused", "_energy", "_exact", "_exact_backward")
 
 

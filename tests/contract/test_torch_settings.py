@@ -38,19 +38,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "dtype": _default_dtype,
 }
 
-
-LEFT_OUT = {
-    ("strict labels", "device"),
-    ("strict labels with forbidden pairs", "device"),
-    ("strict counts", "device"),
-    ("sela_labels, strict", "device"),
-    ("SelfLabeller, strict", "device"),
-    ("SeLa of a tensor", "device"),
-    ("AssociativeMemory", "dtype"),
-    ("am_step on samples", "dtype"),
-    ("am_recursion on samples", "dtype"),
-}
-CASES = [(name, setting) for name in ALL for setting in SETTINGS if (name, setting) not in LEFT_OUT]
+CASES = [(name, setting) for name in ALL for setting in SETTINGS]
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES)
