@@ -361,7 +361,7 @@ def operands(
         views = [x if x.ndim > 2 else x[None] for x in views]
         lead: tuple[int, ...] = (1, 1)
     else:  # a tensor of no memory, whose strides say where the memories' batch goes on
-        marks = torch.empty((*own, 1), device="meta")
+        marks = torch.empty((*own, 1), dtype=torch.float32, device="meta")
         *views, marks = arrange(batch, [*large, *small, (marks, 1)])
         lead = tuple(n if marks.stride(i) else 1 for i, n in enumerate(marks.shape[:2]))
     number = 0.0 if isinstance(beta, Tensor) else float(beta)
