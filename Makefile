@@ -22,8 +22,8 @@ check: setup
 	$(RUN) -m mypy
 	clang-format --dry-run -Werror csrc/*.h csrc/*.cu csrc/*.cpp
 
-# With the tests that build wheels: they need under a minute, most of it one run of nvcc where there
-# is one, and a broken build is what users meet first.
+# With the tests that build wheels: a broken build is what users meet first. What is marked `slow`
+# (tests/_slow.py has most of it) runs in `make test-all`.
 test: setup
 	$(RUN) tools/halves.py
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import _children
+import _interpreter
 import hypothesis
 import pytest
 
@@ -149,41 +149,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(names, cases, indirect=["backend"] if "backend" in names else False)
 
 
-@functools.cache
-def _patch_once() -> None:
-    """Triton's interpreter patches triton's language for every launch and for every call of a jit
-    function inside another, and builds a table for every tensor: half of its time. Here the
-    language is patched once for each file of kernels and stays so, and the table is remembered.
-    """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    patch, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
-    patched: dict[int, Any] = {}
-    dtypes: dict[str, Any] = {}
-
-    class Scope:
-        def restore(self) -> None:
-            """Nothing: the next launch needs it too."""
-
-    def patch_lang(fn: Any) -> Any:
-        names = fn.__globals__
-        if id(names) not in patched:
-            patch(fn)
-            patched[id(names)] = names  # as long as it lives no other has its id
-        return Scope()
-
-    def get_np_dtype(tt_dtype: Any) -> Any:
-        name = tt_dtype.scalar.name
-        if name not in dtypes:
-            dtypes[name] = dtype_of(tt_dtype)
-        return dtypes[name]
-
-    interpreter._patch_lang = patch_lang
-    interpreter._get_np_dtype = get_np_dtype
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
-        _patch_once()
+        _interpreter.make_quick()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -238,7 +206,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     guard = Guard()
     skip_what_the_limits_refuse(request.param, monkeypatch)
     if request.param.interpreted:
-        _patch_once()
+        _interpreter.make_quick()
     # opcheck and its neighbours ask where in its storage an output lies
     guarded = request.node.path.name != "test_opcheck.py"
     if request.param.name == "triton" and guarded:

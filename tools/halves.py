@@ -5,6 +5,7 @@ output follows when both are done. Ctrl-C stops both.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,17 +15,24 @@ REST = (*PYTEST, "--ignore=tests/contract", "-p", "no:cacheprovider")
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryFile() as said:
+        contract = subprocess.Popen((*PYTEST, "tests/contract"))
         rest = subprocess.Popen(REST, stdout=said, stderr=subprocess.STDOUT)
+        halves = (contract, rest)
         try:
-            contract = subprocess.run((*PYTEST, "tests/contract"), check=False).returncode
-            others = rest.wait()
-        except KeyboardInterrupt:
-            rest.wait()
+            codes = [half.wait() for half in halves]
+        except KeyboardInterrupt:  # it reached the halves, too, which clean up after themselves
+            for half in halves:
+                half.wait()
             return 130
+        finally:
+            for half in halves:
+                half.kill()
+                half.wait()
         said.seek(0)
         print(said.read().decode(errors="replace"), flush=True)
-    return 1 if contract or others else 0
+    return 1 if any(codes) else 0
 
 
 if __name__ == "__main__":

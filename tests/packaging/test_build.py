@@ -286,32 +286,42 @@ def cuda_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel_in(folder)
 
 
-def content_of_the_library_here(monkeypatch: pytest.MonkeyPatch) -> bytes | None:
-    """The library that `make setup` compiled, if setup.py would compile the same again."""
-    path, noted = ROOT / "clam_kernels/_C.so", ROOT / "clam_kernels/_build.json"
-    if not path.exists() or not noted.exists():
+LIBRARY = ("_C.so", "_build.json")
+
+
+def library_of_setup() -> dict[str, bytes] | None:
+    """What `make setup` compiled, and its record, if setup.py would compile the same again."""
+    if not all((ROOT / "clam_kernels" / name).exists() for name in LIBRARY):
         return None
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    found = {name: (ROOT / "clam_kernels" / name).read_bytes() for name in LIBRARY}
     spec = importlib.util.spec_from_file_location("clam_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    record = json.loads(noted.read_text(encoding="utf-8"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        spec.loader.exec_module(setup)
+    record = json.loads(found["_build.json"])
     facts = (record["archs"], record["torch"], record["nvcc"])
     current = ARCH in record["archs"] and record["digest"] == setup.digest_of(*facts)
-    return path.read_bytes() if current else None
+    return found if current else None
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[str, bytes]:
+    """A library of real kernels and its record: to compile them takes a minute, so it is done
+    once.
+    """
+    found = library_of_setup()
+    if found is None:
+        wheel = request.getfixturevalue("cuda_wheel")
+        found = {name: read(wheel, f"clam_kernels/{name}") for name in LIBRARY}
+    return found
 
 
 @pytest.fixture
-def library(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """With real kernels: to compile them takes a minute, so it is done once."""
-    content = content_of_the_library_here(monkeypatch)
-    if content is None:
-        content = read(request.getfixturevalue("cuda_wheel"), "clam_kernels/_C.so")
-    (tmp_path / "_C.so").write_bytes(content)
+def library(compiled: dict[str, bytes], tmp_path: Path) -> Path:
+    (tmp_path / "_C.so").write_bytes(compiled["_C.so"])
     return tmp_path / "_C.so"
 
 
@@ -438,14 +448,15 @@ def test_editable_pure_removes_a_stale_library(tree: Path, tmp_path: Path) -> No
 
 @needs_nvcc
 def test_editable_keeps_a_library_that_did_not_change(
-    tree: Path, tmp_path: Path, cuda_wheel: Path
+    tree: Path, tmp_path: Path, compiled: dict[str, bytes]
 ) -> None:
-    """The library and record of the wheel stand for those of an earlier editable install."""
-    for name in ("_C.so", "_build.json"):
-        (tree / "clam_kernels" / name).write_bytes(read(cuda_wheel, f"clam_kernels/{name}"))
-    kept = (tree / "clam_kernels/_C.so").read_bytes()
+    """As an earlier editable install left them."""
+    for name, content in compiled.items():
+        (tree / "clam_kernels" / name).write_bytes(content)
+    kept = compiled["_C.so"]
+    archs = json.loads(compiled["_build.json"])["archs"]
     environment = Installed(tmp_path, tree)
-    environment.install(CLAM_CUDA="1", CLAM_CUDA_ARCHS=ARCH)
+    environment.install(CLAM_CUDA="1", CLAM_CUDA_ARCHS=";".join(archs))
     record = environment.record()
     assert record["cuda"] is True
     assert record["there"]
