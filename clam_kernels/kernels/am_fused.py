@@ -162,7 +162,7 @@ def backward(
     totals: Totals | None,
 ) -> None:
     """Fill `out` and `flag`; add the memories' side to `totals` if given."""
-    chosen = call.settings("am_fused_backward")
+    chosen = dict(call.settings("am_fused_backward"))  # the table keeps its row
     count, stride = call.memories.size, call.memories.stride
     chosen["PROTOS"] = min(chosen["PROTOS"], _launch.dim(count))
     blocks = triton.cdiv(call.rows, chosen["ROWS"])

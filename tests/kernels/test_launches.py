@@ -189,7 +189,7 @@ def test_the_fused_backward_is_one_launch(monkeypatch):
 
     monkeypatch.setattr(launch, "launch", counted)
     v = _random(70, 4).float()
-    for k, launches in ((64, 4), (65, 6)):
+    for k, launches in ((4, 4), (64, 4), (65, 6)):
         names.clear()
         rho, needs = _random(k, 4, seed=1).float(), [True, True, True, False, True]
         backward(v, v, rho, 1.0, 2, 1.0, None, None, needs, "highest")
