@@ -63,10 +63,6 @@ def _loss(found: Any) -> Tensor:
 Case = tuple[Callable[..., Any], Callable[[int], tuple[Any, ...]]]
 
 
-def _reading(name: str, *rest: int) -> Case:
-    return lambda x: getattr(sinkhorn(x), name)(*rest), lambda n: (_scores(n),)
-
-
 def _reading_features(name: str, *rest: int) -> Case:
     return lambda z, c: getattr(sinkhorn((z, c)), name)(*rest), _pair
 
@@ -77,12 +73,8 @@ def _in_autocast(z: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         return found.codes(), found.labels(), found.value()
 
 
+# What tests/contract/test_compile_sizes.py does not call: sizes other than the number of rows.
 COMPILED: dict[str, Case] = {
-    "swav_codes": (swav_codes, lambda n: (_scores(n),)),
-    "swav_codes of features": (lambda z, c: swav_codes((z, c)), _pair),
-    "swav_codes, row_mask": (
-        lambda x, m: swav_codes(x, row_mask=m), lambda n: (_scores(n), torch.arange(n) != 1),
-    ),
     "bias": (
         lambda x, b: sinkhorn(x, bias=b).codes(), lambda n: (_scores(7, n), torch.arange(n) / n),
     ),
@@ -94,16 +86,11 @@ COMPILED: dict[str, Case] = {
     "assign, another K": (
         lambda x, y: sinkhorn(x).assign(y), lambda n: (_scores(30, n), _scores(9, n, 1)),
     ),
-    **{name: _reading(name) for name in ("labels", "plan", "counts", "entropy", "value")},
     **{f"{name} of features": _reading_features(name) for name in ("labels", "entropy")},
-    "topk": _reading("topk", 2),
     "topk, another k": (lambda x, k: sinkhorn(x).topk(k), lambda n: (_scores(6, 20), n)),
     "labels, another K": (lambda x: sinkhorn(x).labels(), lambda n: (_scores(6, n),)),
     "counts of a batch": (
         lambda x: sinkhorn(x).counts(), lambda n: (torch.stack([_scores(6)] * n),),
-    ),
-    "row_marginal": (
-        lambda x, a: sinkhorn(x, row_marginal=a).codes(), lambda n: (_scores(n), _even(n)),
     ),
     "row_marginal, half": (
         lambda x, a: sinkhorn(x, row_marginal=a).codes(),
@@ -113,9 +100,6 @@ COMPILED: dict[str, Case] = {
         lambda x, b: sinkhorn(x, col_marginal=b).codes(), lambda n: (_scores(7, n), _even(n)),
     ),
     "init": (lambda x, g: sinkhorn(x, init=g).codes(), lambda n: (_scores(7, n), torch.zeros(n))),
-    "rows first": (
-        lambda x: sinkhorn(x, prototype_first=False).codes(), lambda n: (_scores(n),),
-    ),
     "n_iter": (lambda x, n: sinkhorn(x, n_iter=n).codes(), lambda n: (_scores(7), n)),
     "epsilon as a tensor": (
         lambda x, e: sinkhorn(x, epsilon=e).codes(), lambda n: (_scores(n), torch.tensor(n / 9)),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The test suite in two halves side by side, one a core: the contract tests, and the rest, whose
-output follows when both are done. Ctrl-C stops both.
+"""The test suite in two halves side by side, one a core: the contract tests with those that compile
+for GPUs, and the rest, whose output follows when both are done. Ctrl-C stops both.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import sys
 import tempfile
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "not slow")
-REST = (*PYTEST, "--ignore=tests/contract", "-p", "no:cacheprovider")
+FIRST = ("tests/contract", "tests/aot")
+REST = (*PYTEST, *(f"--ignore={folder}" for folder in FIRST), "-p", "no:cacheprovider")
 
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryFile() as said:
-        contract = subprocess.Popen((*PYTEST, "tests/contract"))
+        first = subprocess.Popen((*PYTEST, *FIRST))
         rest = subprocess.Popen(REST, stdout=said, stderr=subprocess.STDOUT)
-        halves = (contract, rest)
+        halves = (first, rest)
         try:
             codes = [half.wait() for half in halves]
         except KeyboardInterrupt:  # it reached the halves, too, which clean up after themselves
