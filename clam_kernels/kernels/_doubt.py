@@ -4,7 +4,7 @@
 The fast kernels expand distances, |x|^2 + |rho|^2 - 2 x rho, of rows and memories less a centre.
 The expansion loses digits where a row and what it recalls lie far from the centre and near each
 other. A kernel sets the flag of such a row, and `am_exact.py` computes the row again from
-differences in float64. `python_fallback` has the same constants.
+differences in float64. `Watch` of `python_fallback/_exact.py` is the same rule in PyTorch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A distance below this share of the norms has lost digits.
+# A distance that is this many times smaller than the norms has lost digits.
 CANCEL = tl.constexpr(16.0)
-# The error of a logit: units of 2^-24 of beta times the norms. The weights are off by no more than
-# this error times what the largest weight leaves to the others; less than TOLERATED is rounding.
+# The error of a logit: 8 units of 2^-24 of beta times the norms. The weights are off by no more
+# than this error times what the largest weight leaves to the others. Beta times the norms times
+# that share may be CALM: then the error is a few roundings.
 GROWTH = tl.constexpr(8.0 * 2.0**-24)
-TOLERATED = tl.constexpr(2.0**-18)
+CALM = tl.constexpr(4.0)
 # What the energy may be off by: so many times the rounding of the distance to the first memory.
 ENERGY_CANCEL = tl.constexpr(4.0)
 # Norms and logits beyond LARGE may overflow. A beta beyond SHARPEST may meet squared distances
@@ -79,9 +80,9 @@ def doubted(size, far, total, sharp, floor):
     recalls, `far` = |xb - x|^2, `total` the weights relative to the largest, `sharp` the largest
     beta, `floor` the least size that has all its digits.
     """
-    error = GROWTH * sharp * size
+    heat = sharp * size
     # "not >" and "not <": what is not a number is in doubt
-    calm = (error < 1.0) & (error * (total - 1.0) <= TOLERATED * total)
+    calm = (GROWTH * heat < 1.0) & (heat * (total - 1.0) <= CALM * total)
     exact = (far * CANCEL >= size) | calm
     return ~(exact & fits(size, sharp) & (size >= floor))
 

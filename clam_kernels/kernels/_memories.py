@@ -296,6 +296,6 @@ def memories(rho: Tensor, beta: float | Tensor, log_weights: Tensor | None) -> M
         *weights.stride()[:2], weights.stride(2) if weights.shape[2] > 1 else 0,
         D=d, STRIDE=stride, DIM=min(64, _launch.dim(d)), PROTOS=PROTOS,
         HAS_BETA=isinstance(beta, Tensor), HAS_WEIGHTS=log_weights is not None, HARD=found.hard,
-        num_warps=4, num_stages=1, maxnreg=255,
+        num_warps=4 if d <= 32 else 8, num_stages=1, maxnreg=255,
     )  # fmt: skip
     return found

@@ -20,7 +20,7 @@ from ._fold import finite, normalised
 from ._memories import LOG2E
 from ._score import centred, dot, held_inner, load_memories, load_rows, logits
 from ._sweep import NUMBERS, offset
-from .am import gain_of, moved, recalled
+from .am_recursion import gain_of, moved, recalled
 
 # Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
 # same order on all.

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rule that says which rows are computed again is one rule, in PyTorch and in Triton."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is missing")
+import triton
+import triton.language as tl
+
+from python_fallback import _exact
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="TRITON_INTERPRET is not 1 in this process",
+)
+ROWS, MEMORIES = 512, 3
+
+
+def _rule() -> Any:
+    return importlib.import_module("clam_kernels.kernels._doubt")
+
+
+def test_both_rules_have_the_same_numbers():
+    rule, unit = _rule(), 2.0**-24
+    assert rule.CANCEL.value * _exact.CANCEL == 1
+    assert rule.GROWTH.value == _exact.GROWTH * unit
+    assert rule.CALM.value == _exact.CALM
+    assert rule.LARGE.value == _exact.HOTTEST[torch.float32]
+
+
+def test_both_rules_choose_the_same_rows():
+    """Norms, distances, weights and betas on both sides of every limit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    size = 10.0 ** (8 * draw(ROWS) - 2)
+    far = size * 10.0 ** (-3 * draw(ROWS))
+    weights = (12 * draw(ROWS, MEMORIES)).softmax(-1)
+    total = 1 / weights.amax(-1)
+    both = set()
+    for sharp in (1e-4, 0.1, 1.0, 100.0):
+        watch = _exact.Watch(
+            torch.full((1, 1, 1), sharp), torch.tensor([False]), torch.zeros(1, 1, 1),
+            torch.tensor([False]),
+        )  # fmt: skip
+        along = ((size - far) / 2)[None, :, None]
+        want = watch.doubts(size[None, :, None], along, weights[None])
+        rows = torch.zeros(ROWS, dtype=torch.bool) if want is None else want[0]
+        found = torch.zeros(ROWS, dtype=torch.int32)
+        doubts_kernel[(1,)](size, far, total, sharp, found, ROWS)
+        assert torch.equal(found.bool(), rows), sharp
+        both.update(rows.tolist())
+    assert both == {True, False}
+
+
+@triton.jit
+def doubts_kernel(SIZE, FAR, TOTAL, sharp, FOUND, ROWS: tl.constexpr):
+    i = tl.arange(0, ROWS)
+    size, far, total = tl.load(SIZE + i), tl.load(FAR + i), tl.load(TOTAL + i)
+    tl.store(FOUND + i, doubted(size, far, total, sharp, 0.0).to(tl.int32))
+
+
+doubted = _rule().doubted
