@@ -10,22 +10,30 @@ from the centre and close to each other. `Watch` finds such rows from quantities
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ._chunk import row_chunks
 
-# A row is in doubt where the squared distance to what the memories recall is below this part of
-# |x|^2 + |recalled|^2, ...
-CANCEL = 1 / 16
-# ... and beta times that sum, times the weight of all memories but the first, is above this: below
-# it the result is off by a few roundings.
-CALM = 4.0
-# Bound on the error of a logit, in units of rounding times beta (|x|^2 + |recalled|^2).
+# A row is near what the memories recall where their squared distance is below this part of
+# |x|^2 + |recalled|^2. Where betas differ, a row beside a sharp memory may recall a broad one that
+# is far: it is near where sum_k p_k beta_k |x - rho_k|^2 is below the second part of its warmth,
+# sum_k p_k beta_k (|x|^2 + |rho_k|^2), in which a broad memory may hide a sharp one.
+CANCEL, CANCEL_OF_MANY = 1 / 16, 1 / 4
+# The heat of a row is the largest beta times |x|^2 + |recalled|^2. A row is in doubt where its heat
+# times the weight of all memories but the first (where betas differ, its warmth if that is less) is
+# above CALM if it is near, or above WARM if not: below, the result is off by a few roundings, or by
+# no more than differences are.
+CALM, WARM = 4.0, 1024.0
+# As CALM for the energy, whose others add to a distance that comes from a difference.
+CALM_OF_ENERGY = 1.0
+# Bound on the error of a logit, in units of rounding times the heat. From an error of 1 on, no
+# weight can be trusted, and the row is in doubt.
 GROWTH = 8.0
-# The gradient of the energy holds x - rho itself, also for a row of only one memory.
+# The gradient of the energy holds x - rho itself, also for a row of only one memory. A difference
+# loses digits where its square is below this part of |x|^2 + |rho|^2.
 CANCEL_OF_ENERGY = 2.0**-12
 # Between these |x|^2 + |recalled|^2, and products of three such lengths, stay inside the range of
 # the dtype; so does a logit below the third.
@@ -33,18 +41,21 @@ SMALLEST = {torch.float32: 2.0**-80, torch.float64: 2.0**-640}
 LARGEST = {torch.float32: 2.0**76, torch.float64: 2.0**640}
 HOTTEST = {torch.float32: 2.0**120, torch.float64: 2.0**1000}
 # No two memories are close where their squared distance times this is at least the largest |rho|^2;
-# looked at for up to so many memories.
-APART, MOST_PAIRED = 8.0, 256
+# looked at for up to so many memories, whose betas differ by no more than a factor of LIKE.
+APART, MOST_PAIRED, LIKE = 8.0, 256, 2.0
 # A memory is small beside the centre where its squared length times this is below the centre's.
 BARE = 256.0
 # float64 entries of one tile of differences.
 ENTRIES = 1 << 17
 
 
-def are_apart(rho: Tensor, norms: Tensor, alive: Tensor | None, beta: Tensor) -> Tensor:
+def are_apart(
+    rho: Tensor, norms: Tensor, alive: Tensor | None, beta: Tensor, ratio: Tensor
+) -> Tensor:
     """[b] bool: whether no two memories [b, K, D] are close beside their distance from the centre,
-    and all are in the range of their dtype. No row can then cancel much: it would have to be close
-    to two of them.
+    and all are in the range of their dtype. No row can then be near what it recalls and recall more
+    than one memory: it would have to be close to two of them. Beta [b, 1, 1] is the largest, ratio
+    [b] says how many times the least it is.
     """
     size = rho.shape[-2]
     if size > MOST_PAIRED:
@@ -56,7 +67,7 @@ def are_apart(rho: Tensor, norms: Tensor, alive: Tensor | None, beta: Tensor) ->
     reach, dtype = norms.amax((1, 2)), rho.dtype
     inside = (reach > SMALLEST[dtype]) & (reach < LARGEST[dtype] / 8)
     inside = inside & (reach * beta[:, 0, 0] < HOTTEST[dtype] / 8)
-    return inside & (gaps.amin((1, 2)) * APART >= reach)
+    return inside & (gaps.amin((1, 2)) * APART >= reach) & (ratio <= LIKE)
 
 
 class Watch:
@@ -65,44 +76,72 @@ class Watch:
     size is |x|^2 + |recalled|^2 and along is <x, recalled>, both [b, n, 1] of centred rows.
     """
 
-    def __init__(self, beta: Tensor, apart: Tensor, centre: Tensor, bare: Tensor) -> None:
-        """Beta [b, 1, 1] is the largest of the memories that take part, apart [b] comes from
-        `are_apart`. bare [b] says that some memory is small beside the centre [b, 1, D].
+    def __init__(
+        self,
+        rho: Tensor,
+        norms: Tensor,
+        alive: Tensor | None,
+        beta: Tensor,
+        centre: Tensor,
+        bare: Tensor,
+    ) -> None:
+        """Memories [b, K, D], centred, and their squared norms [b, 1, K]; alive [b, K] says which
+        take part; beta [b, 1, K or 1]. bare [b] says that some memory is small beside the centre
+        [b, 1, D].
         """
-        self.beta, self.apart, dtype = beta, (apart & ~bare)[:, None], beta.dtype
+        dtype = beta.dtype
+        self.beta = beta.amax(-1, keepdim=True)
+        ratio = beta.new_ones(len(beta))
+        if beta.shape[-1] > 1:
+            least = beta if alive is None else beta.masked_fill(~alive[:, None, :], torch.inf)
+            ratio = (self.beta / least.amin(-1, keepdim=True))[:, 0, 0]
+        self.per_memory = beta.shape[-1] > 1
+        apart = are_apart(rho, norms, alive, self.beta, ratio)
+        self.apart = (apart & ~bare)[:, None]
         self.centre, self.bare = centre, bare[:, None]
         self.limits = (SMALLEST[dtype], LARGEST[dtype], HOTTEST[dtype])
-        self.unit = torch.finfo(dtype).eps / 2
+        self.trusted = 1 / (GROWTH * torch.finfo(dtype).eps / 2)
         on_cpu = beta.is_cpu and beta.numel() > 0
-        self.most = float(beta.amax()) if on_cpu else math.inf
+        self.most = float(self.beta.amax()) if on_cpu else math.inf
+        self.reach = float(norms.amax()) if on_cpu else math.inf
         self.is_idle = on_cpu and bool(self.apart.all())
         self.has_bare = not on_cpu or bool(bare.any())
 
-    def sleeps(self, x: Tensor) -> bool:
+    def sleeps(self, x: Tensor, step: float) -> bool:
         """Whether no row of a chunk, whose centred states are x, can be in doubt in any step."""
-        if not self.is_idle:
+        if not (self.is_idle and step <= 1):  # then no state leaves the ball of rows and memories
             return False
-        _, largest, hottest = self.limits
-        size = max(abs(float(end)) for end in torch.aminmax(x)) ** 2 * x.shape[-1] * 8
-        return size < largest and size * self.most < hottest
+        size = 2 * max(float(torch.linalg.vector_norm(x, dim=-1).amax()) ** 2, self.reach)
+        return size < self.limits[1] and size * self.most <= WARM
 
     def doubts(
-        self, size: Tensor, along: Tensor, weights: Tensor, recalled: Tensor | None = None
+        self,
+        size: Tensor,
+        along: Tensor,
+        weights: Tensor,
+        recalled: Tensor | None = None,
+        warmth: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        calm: float = CALM,
     ) -> Tensor | None:
         """[b, n] bool, or None: rows whose weights or states may be wrong. `weights` [b, n, .] may
-        hold the largest alone.
-
-        Where the error of a logit is below 1, the largest weight is right to a factor, and so is
-        what the others have. What a row recalls [b, n, .] loses digits where it is small beside
-        the centre.
+        hold the largest alone. What a row recalls [b, n, .] loses digits where it is small beside
+        the centre. `warmth` computes size and along weighted by p_k beta_k; it is needed where the
+        betas differ.
         """
         lost = self._lost_digits(recalled) if self.has_bare and recalled is not None else None
-        if lost is None and self._is_plain(size, along, CANCEL):
+        if lost is None and self._is_plain(size, along, calm):
             return None
         near, outside, heat = self._split(size, along, CANCEL)
-        others = 1 - weights.amax(-1)
-        safe = (heat * (GROWTH * self.unit) < 1) & (heat * others <= CALM)
-        some = outside | (near & ~self.apart & ~safe)
+        spread = heat * (1 - weights.amax(-1))
+        if self.per_memory and warmth is not None:
+            warm, along = warmth()
+            near, spread = (
+                self._margin(warm, along, CANCEL_OF_MANY) > 0,
+                spread.minimum(warm[..., 0]),
+            )
+            near = near[..., 0]
+        some = outside | (heat >= self.trusted)
+        some = some | (spread > torch.where(near & ~self.apart, calm, WARM))
         some = some if lost is None else some | lost
         return some if bool(some.any()) else None
 
@@ -113,34 +152,44 @@ class Watch:
 
     def lost(self, size: Tensor, along: Tensor) -> Tensor | None:
         """As `doubts`, for x - recalled itself: rows too close to what they recall."""
-        if self._is_plain(size, along, CANCEL_OF_ENERGY):
-            return None
-        near, _, _ = self._split(size, along, CANCEL_OF_ENERGY)
+        near = (self._margin(size, along, CANCEL_OF_ENERGY) > 0)[..., 0]
+        return near if bool(near.any()) else None
+
+    def beside(self, norm: Tensor, top: Tensor, shift: Tensor | None) -> Tensor | None:
+        """As `doubts`, for rho - x of the likeliest memory, which a row may stand beside without
+        recalling it alone. `norm` is |x|^2 and `top` the largest logit less beta |x|^2, [b, n, 1];
+        the distance is exact where no log-weight is larger than that memory's.
+        """
+        lift = 0.0 if shift is None else shift.amax(-1, keepdim=True)
+        near = (norm - (top - lift) / self.beta < 2 * CANCEL_OF_ENERGY * norm)[..., 0]
         return near if bool(near.any()) else None
 
     def _split(self, size: Tensor, along: Tensor, part: float) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, n] each: whether a row cancels, whether it leaves the range, and beta * size."""
+        """[b, n] each: whether a row is near, whether it leaves the range, and its heat."""
         smallest, largest, hottest = self.limits
         heat = size * self.beta
         inside = (size < largest) & (heat < hottest)
         inside = inside & ((size > smallest) | self.apart[..., None])
-        near = (self._margin(size, along, part) > 0) & (heat > CALM)
+        near = self._margin(size, along, part) > 0
         return near[..., 0], ~inside[..., 0], heat[..., 0]
 
     @staticmethod
     def _margin(size: Tensor, along: Tensor, part: float) -> Tensor:
         """Above 0 where |x - recalled|^2 = size - 2 along is below the part of size."""
-        return along.mul(2 / (1 - part)).sub_(size)
+        return 2 * along - (1 - part) * size
 
-    def _is_plain(self, size: Tensor, along: Tensor, part: float) -> bool:
+    def _is_plain(self, size: Tensor, along: Tensor, calm: float) -> bool:
         """Whether no row can be in doubt, from the extremes alone: cheap, and mostly so."""
         if not size.is_cpu:
             return False
-        smallest, largest, hottest = self.limits
+        smallest, largest, _ = self.limits
         low, high = (float(end) for end in torch.aminmax(size))
-        if not (smallest < low and high < largest and high * self.most < hottest):
+        heat = high * self.most
+        if not (smallest < low and high < largest and heat <= WARM):
             return False
-        return high * self.most <= CALM or float(self._margin(size, along, part).amax()) <= 0
+        if heat <= calm or self.is_idle:
+            return True
+        return not self.per_memory and float(self._margin(size, along, CANCEL).amax()) <= 0
 
 
 class ExactRows:

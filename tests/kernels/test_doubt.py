@@ -31,7 +31,9 @@ def test_both_rules_have_the_same_numbers():
     rule, unit = _rule(), 2.0**-24
     assert rule.CANCEL.value * _exact.CANCEL == 1
     assert rule.GROWTH.value == _exact.GROWTH * unit
-    assert rule.CALM.value == _exact.CALM
+    assert (rule.CALM.value, rule.WARM.value) == (_exact.CALM, _exact.WARM)
+    assert rule.CALM_OF_ENERGY.value == _exact.CALM_OF_ENERGY
+    assert rule.CANCEL_OF_ENERGY.value * _exact.CANCEL_OF_ENERGY == 1
     assert rule.LARGE.value == _exact.HOTTEST[torch.float32]
 
 
@@ -48,8 +50,9 @@ def test_both_rules_choose_the_same_rows():
     total = 1 / weights.amax(-1)
     both = set()
     for sharp in (1e-4, 0.1, 1.0, 100.0):
+        rho = torch.ones(1, 2, 1)  # two equal memories are not apart
         watch = _exact.Watch(
-            torch.full((1, 1, 1), sharp), torch.tensor([False]), torch.zeros(1, 1, 1),
+            rho, rho.mT.square(), None, torch.full((1, 1, 1), sharp), torch.zeros(1, 1, 1),
             torch.tensor([False]),
         )  # fmt: skip
         along = ((size - far) / 2)[None, :, None]
@@ -66,7 +69,7 @@ def test_both_rules_choose_the_same_rows():
 def doubts_kernel(SIZE, FAR, TOTAL, sharp, FOUND, ROWS: tl.constexpr):
     i = tl.arange(0, ROWS)
     size, far, total = tl.load(SIZE + i), tl.load(FAR + i), tl.load(TOTAL + i)
-    tl.store(FOUND + i, doubted(size, far, total, sharp, 0.0).to(tl.int32))
+    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, 4.0).to(tl.int32))
 
 
 doubted = _rule().doubted
