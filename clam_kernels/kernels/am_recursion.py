@@ -37,6 +37,8 @@ from ._score import centred, held_inner, load_memories, load_rows, logits
 from ._sweep import NUMBERS, offset, rows_of, sweep
 
 LN2 = tl.constexpr(0.6931471805599453)
+# The flag of a row that is not finite, or meets a memory that is not.
+POISONED = tl.constexpr(2)
 
 
 @triton.jit
@@ -48,6 +50,12 @@ def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
     else:
         gain = step
     return gain
+
+
+@triton.jit
+def poison_of(flag):
+    """NaN where the flag says so, else 0."""
+    return tl.where(flag >= POISONED, float("nan"), 0.0)
 
 
 @triton.jit
@@ -163,6 +171,7 @@ def recursion_kernel(
     x = centred(given, CENTRE, live, 0, D, DIM)
     # a row that is not finite stays visible, whatever it meets; so do memories
     poison = tl.sum(given * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
+    flag = tl.where(poison == 0.0, 0, POISONED)  # a number of its own would take a register
     IN_HALVES: tl.constexpr = PREC == "f16x3"
     table, parts, scale, reach, floor = (RHO, SIDE), (HALVES, SIDE, size), 1.0, 1.0, 0.0
     if HARD:
@@ -179,7 +188,6 @@ def recursion_kernel(
         parts = (HALVES + 2 * m * size * DIM, SIDE, size)
         tile = (tile[0], halves(tile[1] * power(reach)), tile[0], tile[3])
     top, total = lse_init(ROWS)
-    flag = tl.zeros((ROWS,), tl.int32)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
         norm = tl.sum(x * x, 1)
@@ -198,7 +206,8 @@ def recursion_kernel(
             flag |= hard_doubted(norm, total)
         else:
             gap = xb - x
-            norms, far = norm + tl.sum(xb * xb, 1), tl.sum(gap * gap, 1)
+            # one sum of both squares: |x|^2 would take a register through the sweep
+            norms, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
             flag |= doubted(norms, far, total, sharp, ratio, floor, CALM).to(tl.int32)
             if KEEP == 3:
                 flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
@@ -207,10 +216,11 @@ def recursion_kernel(
             keep = here[:, None] * STRIDE + d[None, :]
             tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
             tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
-            tl.store(TOP + here, top + poison)
+            tl.store(TOP + here, top + poison_of(flag))
             tl.store(TOTAL + here, total)
         x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
 
+    poison = poison_of(flag)
     flag = settled(flag, total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
     if KEEP >= 2:

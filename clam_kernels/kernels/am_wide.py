@@ -14,7 +14,7 @@ from ._halves import reach_of
 from ._nearest import slack
 from ._score import centred, dot, load_rows, load_sides, logits, wide_inner
 from ._sweep import NUMBERS, offset, rows_of, sweep
-from .am_recursion import LN2, gain_of, moved, take_out
+from .am_recursion import LN2, POISONED, gain_of, moved, poison_of, take_out
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def recursion_wide_kernel(
         sharp, ratio = sharpest(SIDE, count, PROTOS, PER_MEMORY)
         if KEEP == 3:
             lift = heaviest(SIDE, count, PROTOS)
-    flag = tl.zeros((ROWS,), tl.int32)
+    flag = tl.where(poison == 0.0, 0, POISONED)
     for t in range(0, steps):
         slot = tl.cast(t if KEEP >= 2 else t % 2, tl.int64) * strip + local
         following = tl.cast(t + 1 if KEEP >= 2 else (t + 1) % 2, tl.int64) * strip + local
@@ -104,7 +104,7 @@ def recursion_wide_kernel(
             total = state[1]
             top = tl.where(total == 0.0, float("-inf"), state[0] + total * 0.0)
         if KEEP >= 2:
-            tl.store(TOP + slot, top + poison)
+            tl.store(TOP + slot, top + poison_of(flag))
             tl.store(TOTAL + slot, total)
         none = top == float("-inf")
 
@@ -122,7 +122,7 @@ def recursion_wide_kernel(
                 xb = xb * inverse(total)[:, None]
             x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
             xb = tl.where(none[:, None], x, xb)
-            recall += tl.sum(xb * xb, 1)
+            recall += tl.sum(x * x + xb * xb, 1)
             far += tl.sum((xb - x) * (xb - x), 1)
             if KEEP >= 2:
                 keep = slot[:, None] * STRIDE + d[None, :]
@@ -135,11 +135,12 @@ def recursion_wide_kernel(
         if HARD:
             flag |= hard_doubted(norm, total)
         else:
-            flag |= doubted(norm + recall, far, total, sharp, ratio, 0.0, CALM).to(tl.int32)
+            flag |= doubted(recall, far, total, sharp, ratio, 0.0, CALM).to(tl.int32)
             if KEEP == 3:
-                flag |= energy_lost(norm, norm + recall, far, top, lift, sharp).to(tl.int32)
+                flag |= energy_lost(norm, recall, far, top, lift, sharp).to(tl.int32)
         tl.debug_barrier()
 
+    poison = poison_of(flag)
     flag = settled(flag, total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
     if KEEP >= 2:
