@@ -41,8 +41,9 @@ SMALLEST = {torch.float32: 2.0**-80, torch.float64: 2.0**-640}
 LARGEST = {torch.float32: 2.0**76, torch.float64: 2.0**640}
 HOTTEST = {torch.float32: 2.0**120, torch.float64: 2.0**1000}
 # No two memories are close where their squared distance times this is at least the largest |rho|^2;
-# looked at for up to so many memories, whose betas differ by no more than a factor of LIKE.
-APART, MOST_PAIRED, LIKE = 8.0, 256, 2.0
+# looked at for up to so many memories, whose betas differ by no more than a factor of LIKE. Up to
+# the heat of REST no row is then looked at, not even one half-way between two memories.
+APART, MOST_PAIRED, LIKE, REST = 8.0, 256, 2.0, 2.0**14
 # A memory is small beside the centre where its squared length times this is below the centre's.
 BARE = 256.0
 # float64 entries of one tile of differences.
@@ -112,7 +113,7 @@ class Watch:
         if not (self.is_idle and step <= 1):  # then no state leaves the ball of rows and memories
             return False
         size = 2 * max(float(torch.linalg.vector_norm(x, dim=-1).amax()) ** 2, self.reach)
-        return size < self.limits[1] and size * self.most <= WARM
+        return size < self.limits[1] and size * self.most <= REST
 
     def doubts(
         self,
