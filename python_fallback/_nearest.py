@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._chunk import row_chunks
-from ._score import compute_dtype
+from ._score import centre_of, compute_dtype
 
 # Squared distances this close, relative to the smaller one, are a tie.
 TIE = 2.0**-40
@@ -22,6 +22,9 @@ TINY, MOST = (
     {t: getattr(torch.finfo(t), word) for t in (torch.float32, torch.float64)}
     for word in ("tiny", "max")
 )
+# A few far centroids may drag the mean off where the largest squared distance from it is more than
+# so many times the mean one: a centre that they cannot move takes its place.
+DRAGGED = 4.0
 # float64 entries that are worked on at once.
 WIDE_ENTRIES = 1 << 18
 
@@ -36,6 +39,7 @@ class Table(NamedTuple):
     origin: Tensor | None  # [D] that is subtracted from rows, if anything is
     reach: float  # the largest |centred|, -1 where no centroid is alive
     lean: float  # |origin| where it is not subtracted
+    sizes: Tensor  # [K]: |centred|, -1 where not alive; sorted
 
     @property
     def is_dead(self) -> bool:
@@ -44,10 +48,21 @@ class Table(NamedTuple):
 
     def slack(self, size: float, unit: float) -> float:
         """Twice the error of a score of rows of norm `size`, and the width of a tie."""
-        d = self.exact.shape[-1]
-        scores = (d + 6) * size * self.reach + 2 * self.reach**2 + 3 * self.lean * self.reach
+        d, reach = self.exact.shape[-1], self._rivals(size + self.lean)
+        scores = (d + 6) * size * reach + 2 * reach**2 + 3 * self.lean * reach
         lost = (d + 4) * TINY[self.half.dtype]  # what underflows
-        return 2 * (unit * scores + lost) + TIE * (size + self.lean + self.reach) ** 2
+        return 2 * (unit * scores + lost) + TIE * (size + self.lean + reach) ** 2
+
+    def _rivals(self, size: float) -> float:
+        """The largest |centred| that can win a row of norm `size`. A score is at least |c|^2 / 4
+        from |c| = 4 size on, and the score of the smallest centroid at most (size + |c|)^2: beyond
+        4 (size + the least |c|) no error of a score matters.
+        """
+        if self.reach < 4 * size:
+            return self.reach
+        alive = self.sizes[int((self.sizes < 0).sum()) :]
+        nearest = float(alive[0])
+        return float(alive[alive <= max(nearest, 4 * (size + nearest))][-1])
 
     @property
     def cap(self) -> float:
@@ -75,8 +90,14 @@ def tables_of(
     origin = torch.where(origin.isfinite(), origin, 0.0).to(dtype).double()
     centred = torch.where(alive[..., None], exact - origin[:, None], 0.0)
     sizes = torch.where(alive, centred.norm(dim=-1), -1.0)
+    spread = sizes.amax(1)
+    if shift is None and bool((spread.square() > DRAGGED * sizes.square().mean(1)).any()):
+        origin = centre_of(kept, alive[..., None])[:, 0].to(dtype).double()
+        centred = torch.where(alive[..., None], exact - origin[:, None], 0.0)
+        sizes = torch.where(alive, centred.norm(dim=-1), -1.0)
+        spread = sizes.median(1).values
     reach, lean = sizes.amax(1).tolist(), origin.norm(dim=-1).tolist()
-    far = [away > 4 * size for size, away in zip(reach, lean, strict=True)]
+    far = (origin.norm(dim=-1) > 4 * spread).tolist()
     half = centred.square().sum(-1) / 2
     near = half + (centred @ origin[..., None])[..., 0]
     half = torch.where(alive.new_tensor(far)[:, None], half, near)
@@ -85,7 +106,7 @@ def tables_of(
     return [
         Table(
             exact[p], alive[p], narrow[p], half[p], origin[p] if far[p] else None, reach[p],
-            0.0 if far[p] else lean[p],
+            0.0 if far[p] else lean[p], sizes[p].sort().values,
         )
         for p in range(len(exact))
     ]  # fmt: skip

@@ -36,11 +36,11 @@ def centred(rho: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
     keep = None if alive is None else alive.expand(*alive.shape[:-1], rho.shape[-2])[..., None]
     if keep is not None:
         fixed = torch.where(keep, fixed, 0.0)
-    c = _centre(fixed, keep)
+    c = centre_of(fixed, keep)
     return (rho - c, c) if keep is None else (torch.where(keep, rho - c, 0.0), c)
 
 
-def _centre(rho: Tensor, keep: Tensor | None) -> Tensor:
+def centre_of(rho: Tensor, keep: Tensor | None) -> Tensor:
     """Mean of the memories that stand near the median of a sample: one far memory cannot move it.
     It is NaN where a memory holds what is not finite, and so is every row then.
     """

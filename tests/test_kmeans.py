@@ -225,7 +225,7 @@ def test_the_bound_covers_the_error_of_every_score():
         assert (table.origin is None) == (offset < 100)
         size = float(rows.abs().amax(0).double().norm())
         score = torch.addmm(table.half[:, None], table.centred, rows.T, alpha=-1).double()
-        centre = centroids.double().mean(0).float().double()
+        centre = (table.exact - table.centred.double()).median(0).values.float().double()
         fixed = centroids.double() - centre
         shift = 0 if table.origin is None else table.origin.double()
         half = fixed.square().sum(1) / 2 + (fixed @ centre if table.origin is None else 0)
@@ -246,9 +246,11 @@ def test_few_rows_are_computed_again(monkeypatch):
 
     monkeypatch.setattr(_nearest.Pairs, "add", add)
     x, centroids = (t.float() for t in _blobs(10, 20_000, 32, 16))
-    for offset in (0.0, 1e4):
+    far = centroids.clone()
+    far[7] = 1e6  # neither the centre nor the bound of the other scores may follow it
+    for offset, some in ((0.0, centroids), (1e4, centroids), (0.0, far), (1e4, far)):
         counted.clear()
-        clam_kernels.kmeans_assign(x + offset, centroids + offset)
+        clam_kernels.kmeans_assign(x + offset, some + offset)
         assert sum(counted) < 100
 
 
