@@ -250,6 +250,50 @@ def test_what_did_not_converge_says_so_once():
         sinkhorn(_scores())
 
 
+def test_labels_warn_at_the_line_of_the_caller():
+    scores = _scores()
+    with pytest.warns(ConvergenceWarning, match="max_iter=2 iterations, tol=1e-09") as caught:
+        sela_labels(scores.log_softmax(1), tol=1e-9, max_iter=2)
+    assert [x.filename for x in caught] == [__file__]
+    scores[0, 0] = torch.nan
+    with pytest.warns(ConvergenceWarning, match="1 of 1 problems hold NaN") as caught:
+        sinkhorn(scores, tol=1e-9)
+    assert [x.filename for x in caught] == [__file__]
+
+
+def test_labels_that_raise_do_not_warn():
+    scores = _scores()
+    scores[0, 0] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="log_probabilities: they hold NaN"):
+            sela_labels(scores)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda x: sinkhorn(x[:, :0]), "scores: expected K >= 1, got [6, 0]"),
+        (lambda x: sinkhorn(x, init=x[0, :2]), "init: expected shape [..., 3], got [2]"),
+        (
+            lambda x: sinkhorn(x.expand(2, 6, 3), bias=x),
+            "bias: expected leading dims that broadcast to match scores [2, 6, 3], got [6, 3]",
+        ),
+        (
+            lambda x: sinkhorn(x.expand(2, 6, 3), row_mask=x.T[:3] > 9),
+            "row_mask: expected leading dims that broadcast to match scores [2, 6, 3], got [3, 6]",
+        ),
+        (lambda x: sela_labels(x[:, :0]), "log_probabilities: expected K >= 1, got [6, 0]"),
+        (lambda x: sela_labels(x[0]), "log_probabilities: expected shape [N, K], got [3]"),
+        (lambda x: sela_labels((x, x)), "log_probabilities: expected a Tensor, got tuple"),
+    ],
+)
+def test_an_error_names_what_the_caller_passed(call, text):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(torch.zeros(6, 3))
+    assert str(caught.value) == text
+
+
 def test_gradients():
     z, c = (t.requires_grad_() for t in _features(3, 8, 3, 2))
     epsilon = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

@@ -174,7 +174,7 @@ class Sinkhorn:
         return torch.where(self.status == EMPTY, 0.0, whole)
 
     def entropy(self) -> Tensor:
-        """Mean entropy of the codes of the rows [...], in nats; without gradient."""
+        """Mean entropy of the codes of the rows [...] float64, in nats; without gradient."""
         total = torch.zeros_like(self.err, dtype=torch.float64)
         rows = torch.zeros_like(total)
         problem = self.problem.detached()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from ._iterate import Found, iterate
 from ._passes import EMPTY, FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
 from ._problem import Problem, Scores
 from ._result import Sinkhorn
+from ._warn import warn as warn_caller
 
 FAULTS = {
     NOT_FINITE: "hold NaN or +inf where something takes part",
@@ -124,8 +124,10 @@ def sinkhorn(
     tensor([0, 1, 0, 1])
     """
     first, columns = arguments.operands(scores)
-    arguments.check_epsilon(epsilon, first)
-    n_iter, max_iter = arguments.checked_rule(n_iter, tol, max_iter, accelerate, prototype_first)
+    epsilon = arguments.checked_epsilon(epsilon, first)
+    n_iter, tol, max_iter = arguments.checked_rule(
+        n_iter, tol, max_iter, accelerate, prototype_first
+    )
     arguments.check_gradient(gradient, tol, process_group)
     if bias is not None:
         arguments.check_vector("bias", bias, columns, first)
@@ -140,6 +142,10 @@ def sinkhorn(
     scores, precision = arguments.as_autocast(scores, precision)
     problem = Problem(scores, epsilon, bias, log_row, log_col, precision)
     start = init.g if isinstance(init, Sinkhorn) else init
+    if start is not None:
+        arguments.check_vector("init", start, columns, first)
+    vectors = {"row_marginal" if row_mask is None else "row_mask": log_row, "bias": bias}
+    arguments.check_batch(scores, **vectors, col_marginal=log_col, init=start)
     if tol is not None:
         arguments.check_transforms(problem, start, gradient)
     if gradient == "unrolled":
@@ -155,7 +161,9 @@ def sinkhorn(
         passes = Passes(calls) if process_group is None else Sharded(calls, process_group)
         most = n_iter if tol is None else max_iter
         state = iterate(passes, start, most, tol, prototype_first, accelerate is not None)
-        result = _finished(state, still, tol, max_iter, warn)
+        result = _finished(state, still, tol)
+    if warn:
+        _warn_of(result, tol, max_iter)
     if gradient == "implicit":
         f, g = implicit(problem, result.g)
         return replace(result, f=f, g=g, problem=problem)
@@ -226,7 +234,7 @@ def sela_labels(
 
     Parameters
     ----------
-    log_probabilities : Tensor [N, K]
+    log_probabilities : Tensor [N, K], K >= 1
         log softmax of a head.
     lam : float, > 0
         Sharpness, 1 / epsilon.
@@ -257,47 +265,43 @@ def sela_labels(
     >>> clam_kernels.sela_labels(logits.log_softmax(1))
     tensor([1, 0, 1, 0])
     """
-    checks.number("lam", lam, 0.0, finite=True, strict=True)
+    arguments.check_log_probabilities(log_probabilities)
+    lam = arguments.checked_lam(lam, log_probabilities)
+    tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
     found = sinkhorn(
-        log_probabilities, epsilon=1.0 / lam, tol=tol, max_iter=max_iter, init=init, warn=warn,
+        log_probabilities, epsilon=1.0 / lam, tol=tol, max_iter=max_iter, init=init, warn=False,
         accelerate="anderson",
     )  # fmt: skip
     words = FAULTS.get(int(found.status), "")
     checks.value_error(not words, lambda: f"log_probabilities: they {words}")
+    if warn:
+        _warn_of(found, tol, max_iter)
     return found.labels(strict)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def _warn_of_faults(status: Tensor, warn: bool) -> None:
+def _warn_of(found: Sinkhorn, tol: float | None, max_iter: int) -> None:
+    """Warnings of problems that failed, and of those where `tol` was not reached."""
     for fault, words in FAULTS.items():
-        count = int((status == fault).sum()) if warn else 0
+        count = int((found.status == fault).sum())
         if count:
-            from sklearn.exceptions import ConvergenceWarning
+            warn_caller(f"sinkhorn: {count} of {found.status.numel()} problems {words}")
+    late = found.status == NOT_CONVERGED
+    if bool(late.any()):
+        warn_caller(
+            f"sinkhorn: the error of the marginals is {float(found.err[late].max()):.3g} after"
+            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or pass"
+            " float64 scores"
+        )
 
-            text = f"sinkhorn: {count} of {status.numel()} problems {words}"
-            warnings.warn(text, ConvergenceWarning, stacklevel=4)
 
-
-def _finished(
-    state: Found, problem: Problem, tol: float | None, max_iter: int, warn: bool
-) -> Sinkhorn:
-    """The result, failed problems NaN; a warning where `tol` was not reached."""
+def _finished(state: Found, problem: Problem, tol: float | None) -> Sinkhorn:
+    """The result, failed problems NaN."""
     f, g, err, status, count = state
     failed = status > FINE
     late = torch.zeros_like(failed) if tol is None else ~failed & ~(err <= tol)
-    _warn_of_faults(status, warn)
-    if warn and bool(late.any()):
-        from sklearn.exceptions import ConvergenceWarning
-
-        warnings.warn(
-            f"sinkhorn: the error of the marginals is {float(err[late].max()):.3g} after"
-            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or pass"
-            " float64 scores",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
     lost = failed & (status != EMPTY)
     f, g = (torch.where(lost[..., None], torch.nan, x.to(problem.dtype)) for x in (f, g))
     err = torch.where(lost, torch.nan, err.to(problem.dtype))
