@@ -101,6 +101,22 @@ def test_weights_follow_their_equation():
     _close(far.weights(x), near.weights(x.double()).float(), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("scale", "beta"), [(1e10, 1e38), (1e20, 1e-37), (1e19, 1e-37), (1e-25, 1e38), (1e-30, 1.0)]
+)
+def test_weights_hold_at_the_ends_of_float32(scale, beta):
+    """Squared distances, and their products with beta, are beyond the range."""
+    rho, v = _draw(0, 4, 4).float() * scale, _draw(1, 3, 4).float() * scale
+    layer = AssociativeMemory.from_patterns(rho, beta=beta, learn_memories=True, learn_beta=True)
+    sqdist = (v.double()[:, None] - rho.double()).square().sum(-1)
+    want = (-layer.beta.double() * sqdist).softmax(-1)
+    weights = layer.weights(v)
+    _close(weights.double(), want, 1e-6)
+    torch.testing.assert_close(layer(v), weights @ rho, rtol=0, atol=2e-6 * scale)
+    weights[:, 0].sum().backward()
+    assert not any(x.grad.isnan().any() for x in (layer.memories, layer.log_beta))
+
+
 def test_weights_in_half_precision_are_float32():
     layer = AssociativeMemory.from_patterns(_draw(0, 4, 3, dtype=torch.bfloat16))
     v = _draw(1, 5, 3, dtype=torch.bfloat16)

@@ -298,8 +298,8 @@ class AssociativeMemory(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Files of earlier versions hold one beta for all memories as a scalar. A state dict in half
-        precision that is assigned leaves log_beta float32.
+        """Files of earlier versions hold one beta for all memories as a scalar. A state dict in
+        half precision that is assigned leaves log_beta float32.
         """
         for name in names_behind(state_dict, prefix, "log_beta"):
             value = state_dict[name]
@@ -380,7 +380,7 @@ class AssociativeMemory(nn.Module):
     def weights(self, v: Tensor) -> Tensor:
         """Weight of each memory in the first step: softmax_k(log_weights_k - beta_k |v - rho_k|^2).
 
-        This holds N x K x D differences, which nothing else in the layer builds; twice
+        This holds N x K x D differences in float64, which nothing else in the layer builds; twice
         differentiable.
 
         Parameters
