@@ -42,7 +42,7 @@ def write(module: nn.Module, name: str, value: Tensor) -> None:
 def tensors_behind(module: nn.Module, name: str) -> list[Tensor]:
     """A parameter and its gradient, or those that a parametrized one is computed of."""
     own = module._parameters.get(name)
-    found = [] if own is None else [own]
+    found: list[Tensor] = [] if own is None else [own]
     if parametrize.is_parametrized(module, name):
         source = module.get_submodule(_source(name))
         found = [*source.parameters(), *source.buffers()]

@@ -14,7 +14,7 @@ from . import _arguments as arguments
 from ._gradients import implicit
 from ._iterate import Found, iterate
 from ._passes import EMPTY, FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
-from ._problem import Problem, Scores
+from ._problem import LARGE, Problem, Scores
 from ._result import Sinkhorn
 from ._warn import warn as warn_caller
 
@@ -112,6 +112,11 @@ def sinkhorn(
     The scores are read where they lie, and multiplied by 1 / epsilon there: nothing else is as
     large. Features are multiplied as they are; half ones accumulate in float32.
 
+    Scores / epsilon that are large lose digits in float32: 2^-24 of their size, where no constant
+    of their row can be subtracted (docs/ops/sinkhorn.md has figures). With `tol` the plan has the
+    error that `err` tells. Without, potentials of float32 move by 2^-24 of the largest scores /
+    epsilon: subtract one constant from all scores, which changes no code, or pass float64.
+
     Under torch.compile a call without `tol` is one graph for every number of rows; `tol`, whose
     errors the host reads, breaks it, and raises NotImplementedError under torch.func.vmap.
     gradient="implicit" is one of torch.autograd alone and raises under torch.func.
@@ -148,26 +153,29 @@ def sinkhorn(
     arguments.check_batch(scores, **vectors, col_marginal=log_col, init=start)
     if tol is not None:
         arguments.check_transforms(problem, start, gradient)
+    exact = prototype_first or (tol is None and n_iter == 0)
     if gradient == "unrolled":
         found = problem.calls().iterated(n_iter, start, prototype_first)
-        return Sinkhorn(*found, n_iter, problem)
+        return Sinkhorn(*found, n_iter, problem, exact)
     still = problem.detached()
     with torch.no_grad():
         if tol is None and process_group is None:
             fixed = still.calls().iterated(n_iter, start, prototype_first)
-            return Sinkhorn(*fixed, n_iter, still)
+            return Sinkhorn(*fixed, n_iter, still, exact)
         checks.at_least("n_iter", n_iter, 0)
         calls = still.calls()
         passes = Passes(calls) if process_group is None else Sharded(calls, process_group)
         most = n_iter if tol is None else max_iter
         state = iterate(passes, start, most, tol, prototype_first, accelerate is not None)
-        result = _finished(state, still, tol)
+        result = _finished(state, still, tol, exact)
     if warn:
         _warn_of(result, tol, max_iter)
     if gradient == "implicit":
         f, g = implicit(problem, result.g)
-        return replace(result, f=f, g=g, problem=problem)
+        problem = replace(problem, low=result.problem.low)
+        return replace(result, f=f, g=g, problem=problem, rows_exact=True)
     if gradient == "envelope":
+        problem = replace(problem, low=result.problem.low)
         return replace(result, problem=problem, envelope=True)
     return replace(result, group=process_group)
 
@@ -292,19 +300,28 @@ def _warn_of(found: Sinkhorn, tol: float | None, max_iter: int) -> None:
     if bool(late.any()):
         warn_caller(
             f"sinkhorn: the error of the marginals is {float(found.err[late].max()):.3g} after"
-            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or pass"
-            " float64 scores"
+            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or"
+            " pass float64 scores, which large scores / epsilon need; what the scores of a row or"
+            " of a prototype have in common may be subtracted before"
         )
 
 
-def _finished(state: Found, problem: Problem, tol: float | None) -> Sinkhorn:
+def _finished(state: Found, problem: Problem, tol: float | None, exact: bool) -> Sinkhorn:
     """The result, failed problems NaN."""
     f, g, err, status, count = state
     failed = status > FINE
     late = torch.zeros_like(failed) if tol is None else ~failed & ~(err <= tol)
     lost = failed & (status != EMPTY)
+    wide = g
     f, g = (torch.where(lost[..., None], torch.nan, x.to(problem.dtype)) for x in (f, g))
     err = torch.where(lost, torch.nan, err.to(problem.dtype))
     status = torch.where(late, NOT_CONVERGED, status)
     n_iter = int(count.max()) if count.numel() else 0
-    return Sinkhorn(f, g, err, status, n_iter, problem)
+    return Sinkhorn(f, g, err, status, n_iter, replace(problem, low=_low_part(wide, g)), exact)
+
+
+def _low_part(wide: Tensor, g: Tensor) -> Tensor | None:
+    """What float32 leaves out of a g, if it is large."""
+    if g.dtype == torch.float64 or not bool((g.isfinite() & (g.abs() > LARGE)).any()):
+        return None
+    return torch.where(g.isfinite(), wide - g.double(), 0.0).to(g.dtype)
