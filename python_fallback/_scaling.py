@@ -21,6 +21,8 @@ TILE_ENTRIES, MIN_ROWS = 1 << 18, 16
 RUN = 256
 # A column's mass below this share of all has lost digits: its logarithm is taken anew.
 LEAST = 2.0**-90
+# A row whose largest logit, potential added, is beyond this has lost more than 2^-16 in float32.
+FAR = 256.0
 # A potential above this has lost more than 2^-19 in float32; in gradients, where differences of
 # weights are left, and in passes on the way to a tolerance, 2^-24.
 LARGE, LARGE_OF_GRADIENTS = 32.0, 1.0
@@ -140,23 +142,28 @@ class Problem:
     def tiles(self) -> list[slice]:
         return list(row_chunks(self.n, max(MIN_ROWS, TILE_ENTRIES // self.k)))
 
-    def tile(self, part: slice, out: Tensor | None = None) -> Tensor:
-        """Some rows of the logits, 0 where a marginal is; in scratch if there is any."""
+    def tile(self, part: slice, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
+        """Some rows of the logits, 0 where a marginal is; in scratch if there is any. Base is
+        subtracted from the scores of each row.
+        """
         if out is None:
             out = self.log_b.new_empty((part.stop - part.start, self.k), dtype=self.dtype)
-        x = torch.mul(self.entries.raw(part, out), self.entries.scale, out=out)
+        x = self.entries.raw(part, out)
+        if base is not None:
+            x = torch.sub(x, base[:, None], out=out)
+        x = torch.mul(x, self.entries.scale, out=out)
         if self.some_dead:
             x.masked_fill_(self.dead_row[part, None], 0.0).masked_fill_(self.dead_col, 0.0)
         return x
 
-    def shifted(self, part: slice, potential: list[Tensor]) -> Tensor:
+    def shifted(self, part: slice, potential: list[Tensor], base: Tensor | None = None) -> Tensor:
         """Some rows of the logits with a potential added, until the next are asked for."""
         if self.scratch is None:  # a tile of its own each time would be new pages each time
             most = max(part.stop - part.start for part in self.tiles())
             self.scratch = self.log_b.new_empty((most, self.k), dtype=self.dtype)
         out = self.scratch[: part.stop - part.start]
-        if self.some_dead or self.entries.scale != 1:  # rounded alike in all steps
-            return add(self.tile(part, out), potential)
+        if self.some_dead or self.entries.scale != 1 or base is not None:
+            return add(self.tile(part, out, base), potential)  # rounded alike in all steps
         x = self.entries.raw(part, out)
         return add(torch.add(x, potential[0], out=out), potential[1:])
 
@@ -170,16 +177,38 @@ class Problem:
         """A potential of the columns with the bias added, -inf where it was."""
         return g if self.bias is None else torch.where(g == -torch.inf, g, g + self.bias)
 
+    def summed(self, part: slice, shift: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(logits of some rows with a potential added, their largest, base): a row whose largest is
+        FAR has its base subtracted from the scores before, which leaves digits for the others.
+        """
+        x = self.shifted(part, shift)
+        top = x.amax(1)
+        far = top.isfinite() & (top.abs() > FAR)
+        if self.dtype == torch.float64 or not bool(far.any()):
+            return x, top, None
+        base = torch.where(far, top / self.entries.scale, 0.0)
+        x = self.shifted(part, shift, base)
+        return x, x.amax(1), base
+
+    def near(self, f: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(potentials of some rows, base): where one is FAR, what the base of its row leaves."""
+        far = f.isfinite() & (f.abs() > FAR)
+        if self.dtype == torch.float64 or not bool(far.any()):
+            return f, None
+        base = torch.where(far, f / -self.entries.scale, 0.0).to(self.dtype)
+        return f + base.double() * self.entries.scale, base
+
     def rows(self, g: Tensor, large: float = LARGE) -> tuple[Tensor, Tensor]:
         """(f, mass of every column over exp(top)) after the rows' step at g, in one pass."""
         f, mass = torch.empty_like(self.log_a), torch.zeros_like(self.log_b)
         shift = parts(self.biased(g), self.dtype, large)
         for part in self.tiles():
-            x = self.shifted(part, shift)
-            top = x.amax(1)
+            x, top, base = self.summed(part, shift)
             p = exp_(x.sub_(top[:, None]), FLOOR[self.dtype])
             total = p.sum(1)
             f[part] = self.log_a[part] - top.double() - total.double().log()
+            if base is not None:
+                f[part] -= base.double() * self.entries.scale
             mass += weighed(self.a[part] / total, p)
         lost = not bool(mass.isfinite().all())
         if lost or bool(((mass == 0) & ~self.dead_col).any()):
@@ -286,7 +315,8 @@ class Problem:
         if columns:
             return (mass * self.top.exp() - self.b).abs().sum()
         exact, _ = self.rows(g)
-        gap = torch.where(self.dead_row, 0.0, f - exact)
+        # of the f that is returned, which has lost digits where it is large
+        gap = torch.where(self.dead_row, 0.0, f.to(self.dtype).double() - exact)
         return (torch.expm1(gap).abs() * self.log_a.exp()).sum()
 
 
@@ -341,12 +371,12 @@ class Backward:
         dtype = problem.dtype
         if step.side == "row":
             used = parts(problem.biased(step.used), dtype, LARGE_OF_GRADIENTS)
-            return softmax_(problem.shifted(part, used), sharp=True)
+            return softmax_(problem.summed(part, used)[0], sharp=True)
         down = torch.where(problem.dead_col, -torch.inf, problem.biased(step.found - problem.log_b))
-        across = step.used[part, None]
+        across, base = problem.near(step.used[part])
         # the larger first: it is what cancels large logits
-        first, second = sorted((down, across), key=_size, reverse=True)
-        x = problem.shifted(part, parts(first, dtype, LARGE_OF_GRADIENTS))
+        first, second = sorted((down, across[:, None]), key=_size, reverse=True)
+        x = problem.shifted(part, parts(first, dtype, LARGE_OF_GRADIENTS), base)
         return exp_(add(x, parts(second, dtype, LARGE_OF_GRADIENTS)), FLOOR_OF_SOFTMAX[dtype])
 
     def tile(self, part: slice) -> Tensor:

@@ -58,9 +58,14 @@ def _is_hard(beta: Beta) -> bool:
 
 def am_weights(x: Tensor, rho: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:
     """`softmax_k(log w_k - beta_k |x_n - rho_k|^2)`, [..., N, K]; one-hot at the nearest memory for
-    beta = inf, 0 where no memory takes part.
+    beta = inf, 0 where no memory takes part. In float64, as the exact rows of the recursion: logits
+    of finite rows and memories leave the range of float32.
     """
-    return _weights(x, rho, _differences(x, rho, log_weights), beta, log_weights)
+    wide, memories = x.double(), rho.double()
+    beta = beta.double() if isinstance(beta, Tensor) else beta
+    log_weights = None if log_weights is None else log_weights.double()
+    gap = _differences(wide, memories, log_weights)
+    return _weights(wide, memories, gap, beta, log_weights).to(x.dtype)
 
 
 def _weights(x: Tensor, rho: Tensor, gap: Tensor, beta: Beta, log_weights: Tensor | None) -> Tensor:

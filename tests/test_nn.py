@@ -101,6 +101,22 @@ def test_weights_follow_their_equation():
     _close(far.weights(x), near.weights(x.double()).float(), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("scale", "beta"), [(1e10, 1e38), (1e20, 1e-37), (1e19, 1e-37), (1e-25, 1e38), (1e-30, 1.0)]
+)
+def test_weights_hold_at_the_ends_of_float32(scale, beta):
+    """Squared distances, and their products with beta, are beyond the range."""
+    rho, v = _draw(0, 4, 4).float() * scale, _draw(1, 3, 4).float() * scale
+    layer = AssociativeMemory.from_patterns(rho, beta=beta, learn_memories=True, learn_beta=True)
+    sqdist = (v.double()[:, None] - rho.double()).square().sum(-1)
+    want = (-layer.beta.double() * sqdist).softmax(-1)
+    weights = layer.weights(v)
+    _close(weights.double(), want, 1e-6)
+    torch.testing.assert_close(layer(v), weights @ rho, rtol=0, atol=2e-6 * scale)
+    weights[:, 0].sum().backward()
+    assert not any(x.grad.isnan().any() for x in (layer.memories, layer.log_beta))
+
+
 def test_weights_in_half_precision_are_float32():
     layer = AssociativeMemory.from_patterns(_draw(0, 4, 3, dtype=torch.bfloat16))
     v = _draw(1, 5, 3, dtype=torch.bfloat16)
@@ -364,6 +380,19 @@ def test_a_parametrized_beta_can_be_set(beta):
     assert isinstance(stored, nn.Parameter)
 
 
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS.keys())
+def test_a_converted_layer_keeps_its_parametrized_beta(convert):
+    layer = AssociativeMemory(4, 3, beta=100.0)
+    nn.utils.parametrize.register_parametrization(layer, "log_beta", _Shifted())
+    layer(torch.zeros(2, 3)).sum().backward()
+    layer = convert(layer)
+    stored = layer.parametrizations.log_beta.original
+    assert stored.dtype == stored.grad.dtype == layer.log_beta.dtype == torch.float32
+    torch.testing.assert_close(layer.beta, torch.tensor([100.0]), rtol=1e-6, atol=0)
+    layer.beta = 1e5
+    torch.testing.assert_close(layer.beta, torch.tensor([1e5]), rtol=2e-6, atol=0)
+
+
 def test_parametrized_parameters_are_reset():
     layer = AssociativeMemory(4, 3, beta=2.0, log_weights=True)
     for name in ("memories", "log_beta", "log_weights"):
@@ -532,6 +561,21 @@ def test_a_file_of_a_half_layer_loads():
     torch.testing.assert_close(layer.beta.detach(), torch.tensor([1.5]).exp())
     layer.load_state_dict(old, assign=True)
     torch.testing.assert_close(layer.beta.detach(), torch.tensor([1.5]).exp())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_a_half_state_dict_leaves_log_beta_float32(parametrized, assign, dtype):
+    model = nn.Sequential(AssociativeMemory(4, 3, beta=2.0, dtype=dtype))
+    if parametrized:
+        nn.utils.parametrize.register_parametrization(model[0], "log_beta", _Shifted())
+    given = {name: x.to(dtype) for name, x in model.state_dict().items()}
+    model.load_state_dict(given, assign=assign)
+    assert model[0].log_beta.dtype == torch.float32
+    model[0].beta = 1e5
+    torch.testing.assert_close(model[0].beta.detach(), torch.tensor([1e5]), rtol=2e-6, atol=0)
+    assert all(x.dtype == dtype for x in given.values())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],

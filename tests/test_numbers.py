@@ -13,7 +13,7 @@ from torch import Tensor
 
 import clam_kernels as ck
 from clam_kernels import ClAM, KMeans
-from clam_kernels.nn import AssociativeMemory
+from clam_kernels.nn import AssociativeMemory, SelfLabeller
 
 INTS = [np.int64, np.int32, np.uint8, np.int8]
 FLOATS = [np.float64, np.float32, np.float16]
@@ -38,6 +38,8 @@ OPS = {
     "layer steps": lambda n: AssociativeMemory.from_patterns(RHO, steps=n(3))(V),
     "forward steps": lambda n: AssociativeMemory.from_patterns(RHO)(V, steps=n(3)),
     "step as an int": lambda n: ck.am_step(V, RHO, 1.0, step=n(1)),
+    "epsilon as an int": lambda n: ck.sinkhorn(V, epsilon=n(1)).codes(),
+    "lam as an int": lambda n: _relabelled(lam=n(5)),
 }
 REALS = {
     "am_step step": lambda n: ck.am_step(V, RHO, 1.0, step=n(0.5)),
@@ -46,7 +48,25 @@ REALS = {
     "am_energy beta": lambda n: ck.am_energy(V, RHO, n(2.0)),
     "layer": lambda n: AssociativeMemory.from_patterns(RHO, step=n(0.5), beta=n(2.0))(V),
     "layer.beta": lambda n: _with_beta(n(2.0))(V),
+    "sinkhorn epsilon": lambda n: ck.sinkhorn(V, epsilon=n(0.25)).codes(),
+    "sinkhorn tol": lambda n: ck.sinkhorn(V, epsilon=n(0.5), tol=n(0.125)).codes(),
+    "swav_codes epsilon": lambda n: ck.swav_codes(V, epsilon=n(0.25)),
+    "sela_labels": lambda n: ck.sela_labels(V.log_softmax(1), lam=n(5.0), tol=n(0.125)),
+    "SelfLabeller": lambda n: _relabelled(lam=n(5.0), tol=n(0.125)),
 }
+WORDS_OF_REALS = {
+    "beta": ("a number or a Tensor", lambda x: ck.am_step(V, RHO, x)),
+    "epsilon": ("a number or a Tensor", lambda x: ck.sinkhorn(V, epsilon=x)),
+    "tol": ("a number", lambda x: ck.sinkhorn(V, tol=x)),
+    "lam": ("a number", lambda x: ck.sela_labels(V.log_softmax(1), lam=x)),
+    "lam of SelfLabeller": ("a number", lambda x: _relabelled(lam=x)),
+}
+
+
+def _relabelled(**settings: Any) -> Tensor:
+    heads = SelfLabeller(3, 2, 6, 1, generator=torch.Generator().manual_seed(0), **settings)
+    heads.relabel_features(V, 0)
+    return torch.cat([heads.g.flatten(), heads.labels.flatten().double()])
 
 
 def _with_beta(beta: Any) -> AssociativeMemory:
@@ -98,6 +118,21 @@ def test_what_is_no_step_is_refused(value):
         with pytest.raises(TypeError) as caught:
             call(lambda _: value)
         assert str(caught.value) == f"step: expected a number, got {type(value).__name__}"
+
+
+@pytest.mark.parametrize("value", ["a", 1j, np.array(0.5), np.bool_(True), True])
+@pytest.mark.parametrize("name", WORDS_OF_REALS)
+def test_an_error_names_the_argument_that_is_no_number(name, value):
+    expected, call = WORDS_OF_REALS[name]
+    with pytest.raises(TypeError) as caught:
+        call(value)
+    text = f"{name.split()[0]}: expected {expected}, got {type(value).__name__}"
+    assert str(caught.value) == text
+
+
+def test_an_error_names_a_lam_without_an_inverse():
+    with pytest.raises(ValueError, match=r"lam: expected a number from 1.2e-38 to 3.4e\+38"):
+        ck.sela_labels(V.log_softmax(1), lam=1e-60)
 
 
 def test_symbolic_numbers_are_traced():

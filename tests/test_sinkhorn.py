@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import python_fallback.sinkhorn as fallback
-from clam_kernels.ops.sinkhorn import sinkhorn, sinkhorn_features
+from clam_kernels.ops.sinkhorn import sinkhorn, sinkhorn_features, sinkhorn_pass
 from python_fallback import _scaling as scaling
 
 L6 = torch.tensor(
@@ -351,3 +351,22 @@ def test_equal_bits_twice():
     logits = _draw(0, 700, 40, size=5, dtype=torch.float32)
     for a, b in zip(sinkhorn(logits, 5), sinkhorn(logits, 5), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [None, 20.0])
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e5])
+def test_rows_of_large_logits_keep_their_digits(size, scale):
+    """What the logits of a row have in common costs nothing in float32, forward and backward."""
+    logits = (_draw(0, 60, 6) + size * _draw(1, 60, 1)).float()
+    g = _draw(2, 6).float().requires_grad_()
+    times = None if scale is None else torch.tensor(scale)
+    f, log_mass, _ = sinkhorn_pass(logits, g, scale=times)
+    weight = _draw(3, 6)
+    slope = torch.autograd.grad((log_mass * weight.float()).sum(), g)[0]
+    wide = g.detach().double().requires_grad_()
+    times = None if scale is None else torch.tensor(scale, dtype=torch.float64)
+    want_f, want, _ = sinkhorn_pass(logits.double(), wide, scale=times)
+    _close(log_mass.double(), want, 2e-5)
+    torch.testing.assert_close(f.double(), want_f, rtol=1e-6, atol=1e-5)
+    (want_slope,) = torch.autograd.grad((want * weight).sum(), wide)
+    _close(slope.double(), want_slope, 1e-5)

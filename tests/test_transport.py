@@ -250,6 +250,50 @@ def test_what_did_not_converge_says_so_once():
         sinkhorn(_scores())
 
 
+def test_labels_warn_at_the_line_of_the_caller():
+    scores = _scores()
+    with pytest.warns(ConvergenceWarning, match="max_iter=2 iterations, tol=1e-09") as caught:
+        sela_labels(scores.log_softmax(1), tol=1e-9, max_iter=2)
+    assert [x.filename for x in caught] == [__file__]
+    scores[0, 0] = torch.nan
+    with pytest.warns(ConvergenceWarning, match="1 of 1 problems hold NaN") as caught:
+        sinkhorn(scores, tol=1e-9)
+    assert [x.filename for x in caught] == [__file__]
+
+
+def test_labels_that_raise_do_not_warn():
+    scores = _scores()
+    scores[0, 0] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="log_probabilities: they hold NaN"):
+            sela_labels(scores)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda x: sinkhorn(x[:, :0]), "scores: expected K >= 1, got [6, 0]"),
+        (lambda x: sinkhorn(x, init=x[0, :2]), "init: expected shape [..., 3], got [2]"),
+        (
+            lambda x: sinkhorn(x.expand(2, 6, 3), bias=x),
+            "bias: expected leading dims that broadcast to match scores [2, 6, 3], got [6, 3]",
+        ),
+        (
+            lambda x: sinkhorn(x.expand(2, 6, 3), row_mask=x.T[:3] > 9),
+            "row_mask: expected leading dims that broadcast to match scores [2, 6, 3], got [3, 6]",
+        ),
+        (lambda x: sela_labels(x[:, :0]), "log_probabilities: expected K >= 1, got [6, 0]"),
+        (lambda x: sela_labels(x[0]), "log_probabilities: expected shape [N, K], got [3]"),
+        (lambda x: sela_labels((x, x)), "log_probabilities: expected a Tensor, got tuple"),
+    ],
+)
+def test_an_error_names_what_the_caller_passed(call, text):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(torch.zeros(6, 3))
+    assert str(caught.value) == text
+
+
 def test_gradients():
     z, c = (t.requires_grad_() for t in _features(3, 8, 3, 2))
     epsilon = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -389,3 +433,96 @@ def test_examples_run():
     assert result.attempted >= 3
     assert not result.failed
     assert {"sinkhorn", "swav_codes", "sela_labels"} <= set(clam_kernels.__all__)
+
+
+# ---- scores that are large beside epsilon, in float32 --------------------------------------------
+
+
+def _outlier(off: float) -> torch.Tensor:
+    """Minus squared distances, of one row that lies far from all others."""
+    x, y = _scores(0, 50, 2).float(), _scores(1, 40, 2).float() + 1
+    x[0] = off
+    return -torch.cdist(x, y).square()
+
+
+def _raised(rows: float, columns: float) -> torch.Tensor:
+    """Normal scores with a constant for each row, and one for most prototypes."""
+    scores = _scores(0, 500, 20).float() + rows * _scores(1, 500, 1).float()
+    scores[:, 0] += columns
+    scores[:, 5:] -= columns
+    return scores
+
+
+@pytest.mark.parametrize("accelerate", [None, "anderson"])
+@pytest.mark.parametrize("off", [1e3, 1e4, 1e6])
+def test_the_plan_has_its_row_sums_where_one_row_is_far(off, accelerate):
+    scores = _outlier(off)
+    found = sinkhorn(scores, epsilon=1.0, tol=1e-4, accelerate=accelerate)
+    assert bool(found.converged)
+    plan = found.plan().double()
+    torch.testing.assert_close(plan.sum(1), torch.full((50,), 0.02).double(), rtol=1e-6, atol=0)
+    error = (plan.sum(0) - 1 / 40).abs().sum()
+    torch.testing.assert_close(error, found.err.double(), rtol=0.01, atol=1e-7)
+    torch.testing.assert_close(plan, found.codes().double() / 50, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("form", ["stop", "unrolled", "implicit", "envelope"])
+def test_the_plan_is_the_codes_times_the_masses(form, mask):
+    scores = _scores().requires_grad_()
+    n = scores.shape[0]
+    keep = torch.arange(n) % 3 != 0 if mask else torch.ones(n, dtype=torch.bool)
+    rule = {} if form in ("stop", "unrolled") else {"tol": 1e-8}
+    found = sinkhorn(scores, epsilon=0.5, gradient=form, row_mask=keep if mask else None, **rule)
+    plan, mass = found.plan(), (keep.double() / keep.sum())[:, None]
+    torch.testing.assert_close(plan, mass * found.codes(), rtol=1e-12, atol=0)
+    whole = torch.exp(scores / 0.5 + found.f[:, None] + found.g)
+    torch.testing.assert_close(plan, torch.where(keep[:, None], whole, 0.0), rtol=1e-9, atol=0)
+    some = slice(3, 40, 5)
+    assert torch.equal(found.plan(some), plan[some])
+    if form in ("unrolled", "implicit"):
+        weight = _scores(7, *scores.shape)
+        of_plan = torch.autograd.grad((plan * weight).sum(), scores, retain_graph=True)[0]
+        of_whole = torch.autograd.grad((whole * keep[:, None] * weight).sum(), scores)[0]
+        torch.testing.assert_close(of_plan, of_whole, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("accelerate", [None, "anderson"])
+@pytest.mark.parametrize("outlier", [False, True])
+def test_a_constant_of_rows_costs_no_iteration(outlier, accelerate):
+    scores = _scores(0, 50, 5).float()
+    scores[0] = 1e6 if outlier else scores[0] + 1e6
+    rule = {"epsilon": 0.5, "tol": 1e-3, "accelerate": accelerate}
+    found, want = sinkhorn(scores, **rule), sinkhorn(scores.double(), **rule)
+    assert bool(found.converged)
+    assert found.n_iter <= want.n_iter + 1
+    error = (found.plan().double().sum(0) - 0.2).abs().sum()
+    torch.testing.assert_close(error, found.err.double(), rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns", "bound"), [
+    (1e2, 0.0, 1e-4), (1e3, 0.0, 2e-4), (1e4, 0.0, 2e-3), (1e5, 0.0, 2e-2),
+    (0.0, 1e3, 4e-4), (0.0, 1e5, 2e-2),
+])  # fmt: skip
+def test_large_scores_converge_in_float32(rows, columns, bound):
+    scores = _raised(rows, columns)
+    rule = {"epsilon": 0.05, "accelerate": "anderson"}
+    found = sinkhorn(scores, tol=1e-5, **rule)
+    assert bool(found.converged)
+    assert found.n_iter <= 3 * sinkhorn(scores.double(), tol=1e-5, **rule).n_iter + 5
+    error = (found.plan().double().sum(0) - 1 / 20).abs().sum()
+    assert float(error) <= 2e-5
+    want = sinkhorn(scores.double(), tol=1e-9, max_iter=5000, **rule)
+    assert float((found.codes() - want.codes()).abs().sum(1).mean()) <= bound
+    shifted = sinkhorn(scores, tol=1e-5, bias=torch.full((20,), 1e4), **rule)
+    assert float((shifted.plan().double().sum(0) - 1 / 20).abs().sum()) <= 2e-5
+
+
+def test_rows_first_do_not_claim_a_plan_that_float32_cannot_hold():
+    found = sinkhorn(_outlier(1e4), epsilon=1.0, tol=1e-4, prototype_first=False, warn=False)
+    assert float((found.plan().sum(1) - 0.02).abs().sum()) > 1e-4
+    assert not bool(found.converged)
+    with pytest.warns(ConvergenceWarning, match="float64 scores, which large scores / epsilon"):
+        sinkhorn(_outlier(1e4), epsilon=1.0, tol=1e-4, prototype_first=False, max_iter=50)
+    fixed = sinkhorn(_outlier(1e4), epsilon=1.0, n_iter=50, prototype_first=False)
+    assert float(fixed.err) > 0.1

@@ -153,8 +153,10 @@ def test_implicit_solve_says_where_it_ends(monkeypatch):
     monkeypatch.setattr(_gradients, "MOST", 1)
     leaves = _leaves()
     codes = _call(leaves, tol=1e-10, max_iter=5000, gradient="implicit").codes()
-    with pytest.warns(ConvergenceWarning, match="implicit gradient's equations are solved to"):
+    words = "implicit gradient's equations are solved to"
+    with pytest.warns(ConvergenceWarning, match=words) as caught:
         _gradients_of((codes * _draw(5, 8, 4)).sum(), leaves)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("form", ["scores", "features"])

@@ -161,14 +161,16 @@ def broadcast(operands: Sequence[tuple[str, Any, int]]) -> list[Any]:
     return batch
 
 
-def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = False) -> None:
-    """A Python number >= low (> low if strict), finite or not; NaN never."""
+def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = False) -> Any:
+    """A number >= low (> low if strict), finite or not, as Python's; NaN never."""
+    value = real(name, value)
     bound = f"a {'finite ' if finite else ''}number {'>' if strict else '>='} {low:g}"
     if isinstance(value, torch.SymFloat | torch.SymInt):
         value_error(value > low if strict else value >= low, lambda: wording(name, bound, value))
-        return
+        return value
     ok = (value > low if strict else value >= low) and not (finite and value == math.inf)
-    value_error(bool(ok), lambda: wording(name, bound, value))
+    value_error(ok, lambda: wording(name, bound, value))
+    return value
 
 
 def whole(name: str, value: Any, low: int) -> Any:
@@ -181,13 +183,13 @@ def whole(name: str, value: Any, low: int) -> Any:
     return value if isinstance(value, _INTS) else int(value)
 
 
-def real(name: str, value: Any) -> Any:
+def real(name: str, value: Any, expected: str = "a number") -> Any:
     """A number, also of another library (numpy's), as Python's; TypeError for anything else, a bool
     or a Tensor too.
     """
     ok = isinstance(value, (*_NUMBERS, Real)) and not isinstance(value, bool)
-    type_error(ok, lambda: wording(name, "a number", type(value).__name__))
-    return value if isinstance(value, _NUMBERS) else float(value)
+    type_error(ok, lambda: wording(name, expected, type(value).__name__))
+    return value if type(value) in _NUMBERS else float(value)
 
 
 def at_least(name: str, value: Any, low: int) -> None:

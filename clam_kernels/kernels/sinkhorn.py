@@ -298,8 +298,9 @@ class Solver:
         """L1 error of the rows after a columns' step."""
         exact = self.new(self.problems, 2, self.n)
         self.exact_rows(g, exact)
-        out = f[:, 0] == -torch.inf
-        mass = torch.where(out, 0.0, torch.expm1(whole(f) - whole(exact)).abs())
+        high = f[:, 0]  # of the f that is returned, which has lost digits where it is large
+        out = high == -torch.inf
+        mass = torch.where(out, 0.0, torch.expm1(high.double() - whole(exact)).abs())
         weight = 1.0 / self.n if self.log_row is None else self.log_row.exp()
         return (mass * weight).sum(-1, keepdim=True)
 

@@ -30,13 +30,33 @@ def write(module: nn.Module, name: str, value: Tensor) -> None:
         return
     chain: list[Any] = []
     if parametrize.is_parametrized(module, name):
-        chain = list(module.get_submodule(f"parametrizations.{name}").children())
+        chain = list(module.get_submodule(_source(name)).children())
     if not chain or not all(hasattr(one, "right_inverse") for one in chain):
         expected = "a parameter, or a parametrization with right_inverse"
         got = ", ".join(type(one).__name__ for one in chain) or "a computed tensor"
         raise RuntimeError(checks.wording(name, expected, got))
     # the module may keep the tensor that it is given
     setattr(module, name, torch.empty_like(parameter).copy_(value))
+
+
+def tensors_behind(module: nn.Module, name: str) -> list[Tensor]:
+    """A parameter and its gradient, or those that a parametrized one is computed of."""
+    own = module._parameters.get(name)
+    found: list[Tensor] = [] if own is None else [own]
+    if parametrize.is_parametrized(module, name):
+        source = module.get_submodule(_source(name))
+        found = [*source.parameters(), *source.buffers()]
+    return [*found, *(x.grad for x in found if x.is_leaf and x.grad is not None)]
+
+
+def names_behind(state_dict: Any, prefix: str, name: str) -> list[str]:
+    """What a state dict calls a parameter, or those that a parametrized one is computed of."""
+    source = f"{prefix}{_source(name)}."
+    return [key for key in state_dict if key == prefix + name or key.startswith(source)]
+
+
+def _source(name: str) -> str:
+    return f"parametrizations.{name}"
 
 
 def _shards(value: Tensor, parameter: Any) -> Tensor:

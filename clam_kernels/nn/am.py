@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .._core import checks
 from ..ops.am import am_assign, am_energy, am_recursion, am_weights
-from ._parameters import as_vector, write
+from ._parameters import as_vector, names_behind, tensors_behind, write
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALVES = (torch.float16, torch.bfloat16)
 _SPELLED = "float16, bfloat16, float32 or float64"
 # Smallest and largest beta by the dtype of its logarithm.
 _LIMITS = {torch.float32: (1e-37, 1e38), torch.float64: (1e-307, 1e308)}
@@ -285,12 +286,11 @@ class AssociativeMemory(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AssociativeMemory:
         """What `half`, `to` and their like go through: log_beta stays float32 at least."""
-        log = self._parameters.get("log_beta")
-        kept = () if log is None else (log, log.grad)
+        kept = tensors_behind(self, "log_beta")
 
         def wide(x: Tensor) -> Tensor:
             out = fn(x)
-            if any(x is one for one in kept) and out.dtype != _wide(out.dtype):
+            if any(x is one for one in kept) and out.dtype in _HALVES:
                 out = x.to(out.device, _wide(out.dtype))
             return out
 
@@ -298,7 +298,13 @@ class AssociativeMemory(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Files of earlier versions hold one beta for all memories as a scalar."""
+        """Files of earlier versions hold one beta for all memories as a scalar. A state dict in
+        half precision that is assigned leaves log_beta float32.
+        """
+        for name in names_behind(state_dict, prefix, "log_beta"):
+            value = state_dict[name]
+            if isinstance(value, Tensor) and value.dtype in _HALVES:
+                state_dict[name] = value.float()
         for name in ("log_beta", "log_weights"):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor):
@@ -374,7 +380,7 @@ class AssociativeMemory(nn.Module):
     def weights(self, v: Tensor) -> Tensor:
         """Weight of each memory in the first step: softmax_k(log_weights_k - beta_k |v - rho_k|^2).
 
-        This holds N x K x D differences, which nothing else in the layer builds; twice
+        This holds N x K x D differences in float64, which nothing else in the layer builds; twice
         differentiable.
 
         Parameters

@@ -141,13 +141,13 @@ class SelfLabeller(nn.Module):
         for name, size in {**sizes, "n_heads": n_heads, "max_iter": max_iter}.items():
             checks.whole(name, size, 1)
             checks.at_least(name, int(size), 1)
-        for name, number in (("lam", lam), ("tol", tol)):
-            checks.number(name, number, 0.0, finite=True, strict=True)
+        self.lam = checks.number("lam", lam, 0.0, finite=True, strict=True)
+        self.tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
         words = checks.wording("strict", "a bool", type(strict).__name__)
         checks.type_error(isinstance(strict, bool), lambda: words)
         in_features, n_clusters, n_rows = int(in_features), int(n_clusters), int(n_rows)
         n_heads, self.max_iter = int(n_heads), int(max_iter)
-        self.n_rows, self.lam, self.tol, self.strict = n_rows, lam, tol, strict
+        self.n_rows, self.strict = n_rows, strict
         # Buffers of these begin as copies. A module that was made on meta lost its own, and
         # `reset_parameters` puts them back.
         self._begin = {

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from .._core.registry import Gradient, op
 
 _BETA = {"beta_tensor": {"beta": "Tensor beta"}, "": {"beta": "float beta"}}
 # a tuple: a union would be built anew at every call
-_NUMBERS = (int, float, torch.SymFloat)
 _CORE = {"v": 2, "rho": 2, "beta": 1, "update_mask": 2, "log_weights": 1}
 
 
@@ -157,19 +155,17 @@ def _fake_assign(
 # ---- the documented functions ------------------------------------------------------------------
 
 
-def _tensors(
-    v: object, rho: object, beta: object, update_mask: object, log_weights: object
-) -> None:
-    """The types the dispatcher would refuse in words of its own."""
+def _tensors(v: object, rho: object, beta: Any, update_mask: object, log_weights: object) -> Any:
+    """The beta, a number as Python's. Checks the types that the dispatcher would refuse in words of
+    its own.
+    """
     checks.tensor("v", v)
     checks.tensor("rho", rho)
     if not isinstance(beta, Tensor):
-        checks.type_error(
-            isinstance(beta, (*_NUMBERS, Real)) and not isinstance(beta, bool),
-            lambda: checks.wording("beta", "a number or a Tensor", type(beta).__name__),
-        )
+        beta = checks.real("beta", beta, "a number or a Tensor")
     checks.tensor("update_mask", update_mask, optional=True)
     checks.tensor("log_weights", log_weights, optional=True)
+    return beta
 
 
 def _settings(step: object, precision: object) -> Any:
@@ -177,11 +173,6 @@ def _settings(step: object, precision: object) -> Any:
     number = checks.real("step", step)
     checks.text("precision", precision)
     return number
-
-
-def _plain(beta: Any) -> Any:
-    """A number of another library (numpy's) as Python's, for the dispatcher."""
-    return beta if isinstance(beta, (Tensor, *_NUMBERS)) else float(beta)
 
 
 def _overload(packet: Any, beta: Any) -> Any:
@@ -253,9 +244,8 @@ def am_step(
     >>> clam_kernels.am_step(torch.tensor([[0.25, 0.0]]), rho, 4.0, step=0.5)
     tensor([[0.1846, 0.0000]])
     """
-    _tensors(v, rho, beta, update_mask, log_weights)
+    beta = _tensors(v, rho, beta, update_mask, log_weights)
     step = _settings(step, precision)
-    beta = _plain(beta)
     call = _overload(torch.ops.clam.am_step, beta)
     out: Tensor = call(v, rho, beta, step, update_mask, log_weights, precision)
     return out
@@ -325,10 +315,9 @@ def am_recursion(
     >>> clam_kernels.am_recursion(hidden, patterns, 8.0, 5, update_mask=evolves).round(decimals=3)
     tensor([[1., 0., 0.]])
     """
-    _tensors(v, rho, beta, update_mask, log_weights)
+    beta = _tensors(v, rho, beta, update_mask, log_weights)
     step = _settings(step, precision)
     steps = checks.whole("steps", steps, 0)
-    beta = _plain(beta)
     call = _overload(torch.ops.clam.am_recursion, beta)
     out: Tensor = call(v, rho, beta, steps, step, update_mask, log_weights, precision)
     return out
@@ -383,9 +372,8 @@ def am_energy(
     >>> clam_kernels.am_energy(torch.tensor([[0.25, 0.0]]), rho, 4.0)
     tensor([0.0308])
     """
-    _tensors(v, rho, beta, None, log_weights)
+    beta = _tensors(v, rho, beta, None, log_weights)
     _settings(1.0, precision)
-    beta = _plain(beta)
     call = _overload(torch.ops.clam.am_energy, beta)
     out: Tensor = call(v, rho, beta, log_weights, precision)
     return out

@@ -27,7 +27,23 @@ def operands(scores: Any) -> tuple[Tensor, int]:
         return z, prototypes.shape[-2]
     checks.floating("scores", scores)
     checks.shape("scores", scores, "[..., N, K]", scores.ndim >= 2)
+    checks.non_empty("scores", scores, -1, "K")
     return scores, scores.shape[-1]
+
+
+def check_log_probabilities(x: Any) -> None:
+    """Those of one head, in words of their own."""
+    checks.tensor("log_probabilities", x)
+    checks.floating("log_probabilities", x)
+    checks.shape("log_probabilities", x, "[N, K]", x.ndim == 2)
+    checks.non_empty("log_probabilities", x, -1, "K")
+
+
+def check_batch(scores: Scores, **vectors: Tensor | None) -> None:
+    """Leading dims that broadcast, before the op would call the scores logits."""
+    given = [(name, x, 1) for name, x in vectors.items()]
+    if isinstance(scores, Tensor):
+        checks.broadcast([("scores", scores, 2), *given])
 
 
 def check_vector(name: str, x: Any, size: int, like: Tensor) -> None:
@@ -51,11 +67,11 @@ def _expect(ok: bool, name: str, expected: str, got: object) -> None:
 
 def checked_rule(
     n_iter: Any, tol: Any, max_iter: Any, accelerate: Any, prototype_first: Any
-) -> tuple[int, int]:
-    """(n_iter, max_iter) as ints."""
+) -> tuple[int, float | None, int]:
+    """(n_iter, tol, max_iter) as Python's numbers."""
     n_iter = checks.whole("n_iter", n_iter, 0)
     if tol is not None:
-        checks.number("tol", tol, 0.0, finite=True, strict=True)
+        tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
         max_iter = checks.whole("max_iter", max_iter, 1)
         checks.at_least("max_iter", max_iter, 1)
     ok, got = isinstance(prototype_first, bool), type(prototype_first).__name__
@@ -65,21 +81,31 @@ def checked_rule(
         _expect(tol is not None, "accelerate", "None without tol", accelerate)
         text = "None where the rows come first"
         _expect(bool(prototype_first), "accelerate", text, accelerate)
-    return n_iter, max_iter
+    return n_iter, tol, max_iter
 
 
-def check_epsilon(epsilon: Any, like: Tensor) -> None:
-    """A number > 0 that has an inverse in the dtype of the potentials."""
+def checked_epsilon(epsilon: Any, like: Tensor) -> float | Tensor:
+    """A number > 0 that has an inverse in the dtype of the potentials, as Python's, or a Tensor."""
     if isinstance(epsilon, Tensor):
         checks.shape("epsilon", epsilon, "[]", epsilon.ndim == 0)
         checks.values("epsilon", epsilon, 0.0, finite=True, strict=True)
-        return
-    checks.number("epsilon", epsilon, 0.0, finite=True, strict=True)
+        return epsilon
+    epsilon = checks.real("epsilon", epsilon, "a number or a Tensor")
     kind = torch.finfo(potentials_dtype(like))
-    least, most = 1 / kind.max, 1 / kind.tiny
+    return _between("epsilon", epsilon, 1 / kind.max, 1 / kind.tiny, like)
+
+
+def checked_lam(lam: Any, like: Tensor) -> float:
+    """A number > 0 that is a scale in the dtype of the potentials, as Python's."""
+    kind = torch.finfo(potentials_dtype(like))
+    return _between("lam", lam, kind.tiny, kind.max, like)
+
+
+def _between(name: str, value: Any, least: float, most: float, like: Tensor) -> Any:
+    value = checks.number(name, value, 0.0, finite=True, strict=True)
     text = f"a number from {least:.2g} to {most:.2g} for {like.dtype} scores"
-    ok = least <= epsilon <= most
-    checks.value_error(ok, lambda: checks.wording("epsilon", text, epsilon))
+    checks.value_error(least <= value <= most, lambda: checks.wording(name, text, value))
+    return value
 
 
 def check_transforms(problem: Problem, start: Tensor | None, gradient: str) -> None:

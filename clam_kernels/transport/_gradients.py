@@ -5,13 +5,13 @@ envelope theorem. Both are those of one pass. Equations: docs/ops/sinkhorn.md.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._problem import Problem
+from ._warn import warn
 
 # Conjugate gradients end at this residual, relative to the right side, or after so many products.
 ENOUGH = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -93,16 +93,9 @@ def _solved(product: Any, right: Tensor, mass: Tensor, enough: float) -> Tensor:
         stuck = going & ~(curve > 0)
         size = torch.where(stuck, 0.0, torch.where(going, new, size))
         along = turned + ratio * along
-    _warn(float((size / goal.clamp(min=1e-300)).max()) ** 0.5 * enough)
-    return y
-
-
-def _warn(residual: float) -> None:
-    from sklearn.exceptions import ConvergenceWarning
-
-    warnings.warn(
+    residual = float((size / goal.clamp(min=1e-300)).max()) ** 0.5 * enough
+    warn(
         f"sinkhorn: the implicit gradient's equations are solved to {residual:.2g} after {MOST}"
-        " steps: the plan is almost hard; raise epsilon",
-        ConvergenceWarning,
-        stacklevel=2,
+        " steps: the plan is almost hard; raise epsilon"
     )
+    return y

@@ -45,6 +45,8 @@ class _Columns:
             return g + step
         flat = torch.where(passes.dead, 0.0, g)
         value = found.row_value + (passes.log_b.exp() * flat).sum(-1)
+        # f was large, and its sum has lost digits: NaN is above no other value and below none
+        value = torch.where(found.common[..., 0] == 0, value, torch.nan)
         return passes.put(self.anderson.following(flat, step, err, value))
 
 
@@ -68,6 +70,7 @@ class _Rows:
         return self.passes.row_error(self.f, found.f)
 
     def following(self, g: Tensor, found: Pass, err: Tensor) -> Tensor:
+        self.newest = less(found.f, found.common)
         return g + self.passes.residual(found.log_mass)
 
 
@@ -99,5 +102,10 @@ def iterate(
         last = at + 1 == most + before
         if last or ((g.is_cpu or (at + 1) % BLOCK == 0) and bool(done.all())):
             break
-        g = torch.where(done[..., None], g, side.following(g, found, err))
-    return Found(side.f, g, err, found.status, count)
+        g = torch.where(done[..., None], g, side.following(g + found.common, found, err))
+    return Found(less(side.f, found.common), g + found.common, err, found.status, count)
+
+
+def less(f: Tensor, common: Tensor) -> Tensor:
+    """Potentials of the rows without what moves to those of the columns."""
+    return (f.double() - common).to(f.dtype)

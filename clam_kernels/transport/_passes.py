@@ -10,20 +10,41 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ._problem import Calls
+from ._problem import FAR, Calls
 
+# Rows that tell what the potentials of most have in common.
+SAMPLE = 31
 FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 
 
 class Pass(NamedTuple):
     """f [..., N] of this process's rows; of all rows the logarithms of the columns' masses
-    [..., K] float64, the status [...], and sum_i a_i f_i [...] float64.
+    [..., K] float64, the status [...], sum_i a_i f_i [...] float64, and what most f have in common
+    [..., 1] float64 if that is large.
     """
 
     f: Tensor
     log_mass: Tensor
     status: Tensor
     row_value: Tensor
+    common: Tensor
+
+
+def middle_of(f: Tensor) -> Tensor:
+    """The median [..., 1] of a sample of the rows' potentials that are finite, NaN of none."""
+    n = f.shape[-1]
+    if n == 0:
+        return f.new_full((*f.shape[:-1], 1), torch.nan, dtype=torch.float64)
+    places = torch.arange(SAMPLE, dtype=torch.int64, device=f.device) * n // SAMPLE
+    some = f.detach().index_select(-1, places).double()
+    return torch.where(some.isfinite(), some, torch.nan).nanmedian(-1, keepdim=True).values
+
+
+def common_of(middle: Tensor) -> Tensor:
+    """A median that is large, else 0. Moved from all rows' potentials to the columns' it changes no
+    plan, and the columns' keep the digits that float32 would lose beside it.
+    """
+    return torch.where(middle.abs() > FAR, middle, 0.0)
 
 
 class Passes:
@@ -56,7 +77,8 @@ class Passes:
     def step(self, g: Tensor) -> Pass:
         """The pass at g."""
         f, log_mass, status = self.calls.one_pass(g, self.log_row)
-        return Pass(f, log_mass.double(), self.judged(log_mass, status), self.row_value(f))
+        status = self.judged(log_mass, status)
+        return Pass(f, log_mass.double(), status, self.row_value(f), common_of(middle_of(f)))
 
     def judged(self, log_mass: Tensor, status: Tensor) -> Tensor:
         """Infeasible where a column with mass has none; what the start was that failed."""
@@ -73,8 +95,12 @@ class Passes:
         return torch.where(mass > 0, mass * f.double(), 0.0).sum(-1)
 
     def row_error(self, f: Tensor, exact: Tensor) -> Tensor:
-        """L1 error of the sums of rows whose potential is f where `exact` would be."""
+        """L1 error of the sums of rows whose potential is f where `exact` would be; with what the
+        rounding of a large potential does to them, which their difference does not show.
+        """
         gap = torch.expm1(f.double() - exact.double()).abs()
+        unit = torch.finfo(f.dtype).eps / 2
+        gap = gap + torch.where(f.abs() > FAR, f.double().abs() * unit, 0.0)
         if self.log_row is None:
             return gap.mean(-1) if gap.shape[-1] else gap.sum(-1)
         mass = self.log_row.double().exp()
@@ -90,7 +116,7 @@ class Passes:
 
 
 class Sharded(Passes):
-    """Rows spread over the processes of a group, prototypes on all: each pass exchanges K + 2
+    """Rows spread over the processes of a group, prototypes on all: each pass exchanges K + 3
     numbers. What is decided is decided from the same bits everywhere.
     """
 
@@ -108,28 +134,29 @@ class Sharded(Passes):
         rows = torch.zeros_like(self.log_row, dtype=torch.float32).masked_fill(dead, -torch.inf)
         f, _, _ = self.calls.one_pass(zero, rows)
         _, log_mass, status = self.calls.one_pass(zero, torch.where(dead, -torch.inf, -f.double()))
-        merged, status, _ = self.merged(log_mass, status, self.row_value(f))
+        merged, status, *_ = self.merged(log_mass, status, f)
         self.begun = self.judged(merged, status)
         return self.put(self.residual(merged))
 
     def step(self, g: Tensor) -> Pass:
         f, log_mass, status = self.calls.one_pass(g, self.log_row)
-        merged, status, value = self.merged(log_mass, status, self.row_value(f))
-        return Pass(f, merged, self.judged(merged, status), value)
+        merged, status, value, common = self.merged(log_mass, status, f)
+        return Pass(f, merged, self.judged(merged, status), value, common)
 
     def merged(
-        self, log_mass: Tensor, status: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masses, status and value of all rows."""
-        mine = torch.cat([log_mass.double(), status[..., None].double(), value[..., None]], -1)
-        found = distributed.gathered(mine, self.group)
-        masses, statuses, values = found[..., :-2], found[..., -2], found[..., -1]
+        self, log_mass: Tensor, status: Tensor, f: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Masses, status, value and what is common of all rows."""
+        numbers = [status[..., None].double(), self.row_value(f)[..., None], middle_of(f)]
+        found = distributed.gathered(torch.cat([log_mass.double(), *numbers], -1), self.group)
+        masses, statuses, values = found[..., :-3], found[..., -3], found[..., -2]
+        common = common_of(found[..., -1:].nanmedian(0).values)
         some = torch.where(statuses == EMPTY, 0.0, statuses).amax(0)
         status = torch.where((statuses == EMPTY).all(0), EMPTY, some).long()
         alive = (statuses == FINE)[..., None]
         merged = torch.where(alive, masses, -torch.inf).logsumexp(0)
         merged = torch.where((some > 0)[..., None], torch.nan, merged)
-        return merged, status, torch.where(statuses == EMPTY, 0.0, values).sum(0)
+        return merged, status, torch.where(statuses == EMPTY, 0.0, values).sum(0), common
 
     def row_error(self, f: Tensor, exact: Tensor) -> Tensor:
         return distributed.gathered(super().row_error(f, exact), self.group).sum(0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core import checks
 from .._core.backend import default_precision
 from ..ops import sinkhorn as ops
 from ._terms import autocast_off, product, scaled
@@ -18,6 +19,10 @@ Scores = Tensor | tuple[Tensor, Tensor]
 # Logits in memory at once where a result is read: few on a CPU, whose cache holds them; many on a
 # GPU, where each tile is a few launches.
 TILE_ENTRIES, TILE_ENTRIES_OF_GPU = 1 << 17, 1 << 24
+# A potential beyond this has lost more than 2^-19 in float32.
+LARGE = 32.0
+# A row whose largest logit is beyond this has lost more than 2^-16 in float32.
+FAR = 256.0
 
 
 def potentials_dtype(scores: Tensor) -> torch.dtype:
@@ -35,6 +40,8 @@ class Problem:
     log_row: Tensor | None
     log_col: Tensor | None
     precision: str | None
+    # what float32 leaves out of the g at which results are read
+    low: Tensor | None = None
 
     @property
     def first(self) -> Tensor:
@@ -69,7 +76,7 @@ class Problem:
         )
         epsilon, bias = cut(self.epsilon), cut(self.bias)
         log_row, log_col = cut(self.log_row), cut(self.log_col)
-        return Problem(scores, epsilon, bias, log_row, log_col, self.precision)
+        return Problem(scores, epsilon, bias, log_row, log_col, self.precision, self.low)
 
     def at(self, place: tuple[int, ...]) -> Problem:
         """One problem of a batch."""
@@ -86,8 +93,9 @@ class Problem:
             if isinstance(self.scores, Tensor)
             else (one(self.scores[0], 2), one(self.scores[1], 2))
         )
-        bias, log_row, log_col = (one(x, 1) for x in (self.bias, self.log_row, self.log_col))
-        return Problem(scores, self.epsilon, bias, log_row, log_col, self.precision)
+        vectors = (self.bias, self.log_row, self.log_col, self.low)
+        bias, log_row, log_col, low = (one(x, 1) for x in vectors)
+        return Problem(scores, self.epsilon, bias, log_row, log_col, self.precision, low)
 
     def of(self, scores: Scores) -> Problem:
         """Other rows, uniform, for the same prototypes."""
@@ -103,24 +111,45 @@ class Problem:
         """Which prototypes take no part [..., K]."""
         return None if self.log_col is None else self.log_col == -torch.inf
 
-    def logits(self, rows: slice | Tensor, g: Tensor) -> Tensor:
+    def logits(self, rows: slice | Tensor, g: Tensor, whole: bool = False) -> Tensor:
         """Logits of some rows plus g, in the dtype of the potentials; g alone where nothing takes
-        part.
+        part. Unless they are `whole` a row is less a constant where its largest is FAR, which would
+        take digits from all of them in float32 and changes no code.
         """
         out, columns, scale = self.out(rows), self.out_columns(), self.scale()
+        shift = [x[..., None, :] for x in self._parts(g, columns)]
         if isinstance(self.scores, Tensor):
             x = _without(self.scores[..., rows, :].to(self.dtype), out, -1)
-            x = scaled(_without(x, columns, -2), scale)
+            x = _without(x, columns, -2)
+            found = _with(scaled(x, None, scale), shift)
         else:
             z, prototypes = (x.to(self.dtype) for x in self.scores)
             # not only after the product: 0 times NaN would be a gradient
             z, prototypes = _without(z[..., rows, :], out, -1), _without(prototypes, columns, -1)
-            x = self._product(z, prototypes * scale)
-        if self.bias is not None:  # in float64, where one may cancel the other
-            bias = self.bias.double()
-            bias = bias if columns is None else torch.where(columns, 0.0, bias)
-            g = (g.double() + bias).to(x.dtype)
-        return x + g[..., None, :]
+            x, scale = self._product(z, prototypes * scale), torch.ones_like(scale)
+            found = _with(x, shift)
+        if whole or not x.is_cpu or x.dtype == torch.float64:
+            return found
+        top = found.detach().amax(-1, keepdim=True)
+        far = top.isfinite() & (top.abs() > FAR)
+        if checks.readable(far) and not bool(far.any()):
+            return found
+        base = torch.where(far, top / scale.detach(), 0.0)
+        return _with(scaled(x, base, scale), shift)
+
+    def _parts(self, g: Tensor, columns: Tensor | None) -> list[Tensor]:
+        """Values of the potentials' dtype whose sum is g with the bias."""
+        if self.bias is None:
+            return [g] if self.low is None else [g, self.low]
+        bias = self.bias.double()
+        bias = bias if columns is None else torch.where(columns, 0.0, bias)
+        whole = g.double() + bias  # in float64, where one may cancel the other
+        if self.low is None:
+            return [whole.to(self.dtype)]
+        whole = whole + self.low
+        high = whole.to(self.dtype)
+        rest = whole - high.double()
+        return [high, torch.where(rest.isfinite(), rest, 0.0).to(self.dtype)]
 
     def _product(self, z: Tensor, prototypes: Tensor) -> Tensor:
         """The product z @ prototypes^T."""
@@ -152,26 +181,37 @@ class Problem:
         return ((part, self.logits(part, g)) for part in self.runs(g))
 
     def joined(
-        self, g: Tensor, read: Callable[[slice, Tensor], Tensor], rows: slice | None = None
+        self,
+        g: Tensor,
+        read: Callable[[slice, Tensor], Tensor],
+        rows: slice | None = None,
+        whole: bool = False,
     ) -> Tensor:
         """What `read(rows, logits + g)` returns for each run [..., rows, K], in one array."""
         first, *more = self.runs(g, rows)
-        found = read(first, self.logits(first, g))
+        found = read(first, self.logits(first, g, whole))
         if not more:
             return found
         count = len(range(self.first.shape[-2])[slice(None) if rows is None else rows])
-        whole = found.new_empty((*found.shape[:-2], count, found.shape[-1]))
+        array = found.new_empty((*found.shape[:-2], count, found.shape[-1]))
         at = found.shape[-2]
-        whole[..., :at, :] = found
+        array[..., :at, :] = found
         for part in more:
-            found = read(part, self.logits(part, g))
-            whole[..., at : at + found.shape[-2], :] = found
+            found = read(part, self.logits(part, g, whole))
+            array[..., at : at + found.shape[-2], :] = found
             at += found.shape[-2]
-        return whole
+        return array
 
     def calls(self) -> Calls:
         """The ops on this problem."""
         return Calls(self)
+
+
+def _with(x: Tensor, shift: list[Tensor]) -> Tensor:
+    """Logits with potentials added, the first of which may cancel large ones."""
+    for part in shift:
+        x = x + part
+    return x
 
 
 def _without(x: Tensor, out: Tensor | None, dim: int) -> Tensor:

@@ -24,7 +24,8 @@ class Sinkhorn:
     Attributes
     ----------
     f, g : Tensor [..., N], [..., K]
-        Potentials: the plan is exp(scores / epsilon + bias + f + g).
+        Potentials: the plan is exp(scores / epsilon + bias + f + g). With `tol` a constant may go
+        from one to the other where it is large. Results are read with all digits of that g.
     err : Tensor [...]
         L1 error of the sums of the side that was not made exact last.
     status : Tensor [...], int64
@@ -45,6 +46,7 @@ class Sinkhorn:
     status: Tensor
     n_iter: int
     problem: Problem = field(repr=False)
+    rows_exact: bool = field(default=True, repr=False)
     envelope: bool = field(default=False, repr=False)
     group: Any = field(default=None, repr=False)
 
@@ -75,12 +77,23 @@ class Sinkhorn:
         return problem.joined(self.g, read, rows)
 
     def plan(self, rows: slice | None = None) -> Tensor:
-        """exp(logits + f + g) [..., N, K], of some rows or all."""
+        """exp(logits + f + g) [..., N, K], of some rows or all. Rows that were made exact last are
+        their masses times their codes: an f that is large has no digits left in float32.
+        """
+        problem = self._still()
 
-        def read(part: slice, x: Tensor) -> Tensor:
+        def exact(part: slice, x: Tensor) -> Tensor:
+            p = torch.softmax(x, -1)
+            if problem.log_row is None:
+                return p / max(self.f.shape[-1], 1)
+            return p * problem.log_row[..., part, None].exp().to(p.dtype)
+
+        def other(part: slice, x: Tensor) -> Tensor:
             return (x + self.f[..., part, None]).exp()
 
-        return self._still().joined(self.g, read, rows)
+        if self.rows_exact:
+            return problem.joined(self.g, exact, rows)
+        return problem.joined(self.g, other, rows, whole=True)
 
     def _still(self) -> Problem:
         """The problem as far as codes and plan are differentiated by it."""
@@ -174,7 +187,7 @@ class Sinkhorn:
         return torch.where(self.status == EMPTY, 0.0, whole)
 
     def entropy(self) -> Tensor:
-        """Mean entropy of the codes of the rows [...], in nats; without gradient."""
+        """Mean entropy of the codes of the rows [...] float64, in nats; without gradient."""
         total = torch.zeros_like(self.err, dtype=torch.float64)
         rows = torch.zeros_like(total)
         problem = self.problem.detached()

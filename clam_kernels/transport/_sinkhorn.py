@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +14,9 @@ from . import _arguments as arguments
 from ._gradients import implicit
 from ._iterate import Found, iterate
 from ._passes import EMPTY, FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
-from ._problem import Problem, Scores
+from ._problem import LARGE, Problem, Scores
 from ._result import Sinkhorn
+from ._warn import warn as warn_caller
 
 FAULTS = {
     NOT_FINITE: "hold NaN or +inf where something takes part",
@@ -112,6 +112,11 @@ def sinkhorn(
     The scores are read where they lie, and multiplied by 1 / epsilon there: nothing else is as
     large. Features are multiplied as they are; half ones accumulate in float32.
 
+    Scores / epsilon that are large lose digits in float32: 2^-24 of their size, where no constant
+    of their row can be subtracted (docs/ops/sinkhorn.md has figures). With `tol` the plan has the
+    error that `err` tells. Without, potentials of float32 move by 2^-24 of the largest scores /
+    epsilon: subtract one constant from all scores, which changes no code, or pass float64.
+
     Under torch.compile a call without `tol` is one graph for every number of rows; `tol`, whose
     errors the host reads, breaks it, and raises NotImplementedError under torch.func.vmap.
     gradient="implicit" is one of torch.autograd alone and raises under torch.func.
@@ -124,8 +129,10 @@ def sinkhorn(
     tensor([0, 1, 0, 1])
     """
     first, columns = arguments.operands(scores)
-    arguments.check_epsilon(epsilon, first)
-    n_iter, max_iter = arguments.checked_rule(n_iter, tol, max_iter, accelerate, prototype_first)
+    epsilon = arguments.checked_epsilon(epsilon, first)
+    n_iter, tol, max_iter = arguments.checked_rule(
+        n_iter, tol, max_iter, accelerate, prototype_first
+    )
     arguments.check_gradient(gradient, tol, process_group)
     if bias is not None:
         arguments.check_vector("bias", bias, columns, first)
@@ -140,26 +147,35 @@ def sinkhorn(
     scores, precision = arguments.as_autocast(scores, precision)
     problem = Problem(scores, epsilon, bias, log_row, log_col, precision)
     start = init.g if isinstance(init, Sinkhorn) else init
+    if start is not None:
+        arguments.check_vector("init", start, columns, first)
+    vectors = {"row_marginal" if row_mask is None else "row_mask": log_row, "bias": bias}
+    arguments.check_batch(scores, **vectors, col_marginal=log_col, init=start)
     if tol is not None:
         arguments.check_transforms(problem, start, gradient)
+    exact = prototype_first or (tol is None and n_iter == 0)
     if gradient == "unrolled":
         found = problem.calls().iterated(n_iter, start, prototype_first)
-        return Sinkhorn(*found, n_iter, problem)
+        return Sinkhorn(*found, n_iter, problem, exact)
     still = problem.detached()
     with torch.no_grad():
         if tol is None and process_group is None:
             fixed = still.calls().iterated(n_iter, start, prototype_first)
-            return Sinkhorn(*fixed, n_iter, still)
+            return Sinkhorn(*fixed, n_iter, still, exact)
         checks.at_least("n_iter", n_iter, 0)
         calls = still.calls()
         passes = Passes(calls) if process_group is None else Sharded(calls, process_group)
         most = n_iter if tol is None else max_iter
         state = iterate(passes, start, most, tol, prototype_first, accelerate is not None)
-        result = _finished(state, still, tol, max_iter, warn)
+        result = _finished(state, still, tol, exact)
+    if warn:
+        _warn_of(result, tol, max_iter)
     if gradient == "implicit":
         f, g = implicit(problem, result.g)
-        return replace(result, f=f, g=g, problem=problem)
+        problem = replace(problem, low=result.problem.low)
+        return replace(result, f=f, g=g, problem=problem, rows_exact=True)
     if gradient == "envelope":
+        problem = replace(problem, low=result.problem.low)
         return replace(result, problem=problem, envelope=True)
     return replace(result, group=process_group)
 
@@ -226,7 +242,7 @@ def sela_labels(
 
     Parameters
     ----------
-    log_probabilities : Tensor [N, K]
+    log_probabilities : Tensor [N, K], K >= 1
         log softmax of a head.
     lam : float, > 0
         Sharpness, 1 / epsilon.
@@ -257,50 +273,55 @@ def sela_labels(
     >>> clam_kernels.sela_labels(logits.log_softmax(1))
     tensor([1, 0, 1, 0])
     """
-    checks.number("lam", lam, 0.0, finite=True, strict=True)
+    arguments.check_log_probabilities(log_probabilities)
+    lam = arguments.checked_lam(lam, log_probabilities)
+    tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
     found = sinkhorn(
-        log_probabilities, epsilon=1.0 / lam, tol=tol, max_iter=max_iter, init=init, warn=warn,
+        log_probabilities, epsilon=1.0 / lam, tol=tol, max_iter=max_iter, init=init, warn=False,
         accelerate="anderson",
     )  # fmt: skip
     words = FAULTS.get(int(found.status), "")
     checks.value_error(not words, lambda: f"log_probabilities: they {words}")
+    if warn:
+        _warn_of(found, tol, max_iter)
     return found.labels(strict)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def _warn_of_faults(status: Tensor, warn: bool) -> None:
+def _warn_of(found: Sinkhorn, tol: float | None, max_iter: int) -> None:
+    """Warnings of problems that failed, and of those where `tol` was not reached."""
     for fault, words in FAULTS.items():
-        count = int((status == fault).sum()) if warn else 0
+        count = int((found.status == fault).sum())
         if count:
-            from sklearn.exceptions import ConvergenceWarning
+            warn_caller(f"sinkhorn: {count} of {found.status.numel()} problems {words}")
+    late = found.status == NOT_CONVERGED
+    if bool(late.any()):
+        warn_caller(
+            f"sinkhorn: the error of the marginals is {float(found.err[late].max()):.3g} after"
+            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or"
+            " pass float64 scores, which large scores / epsilon need; what the scores of a row or"
+            " of a prototype have in common may be subtracted before"
+        )
 
-            text = f"sinkhorn: {count} of {status.numel()} problems {words}"
-            warnings.warn(text, ConvergenceWarning, stacklevel=4)
 
-
-def _finished(
-    state: Found, problem: Problem, tol: float | None, max_iter: int, warn: bool
-) -> Sinkhorn:
-    """The result, failed problems NaN; a warning where `tol` was not reached."""
+def _finished(state: Found, problem: Problem, tol: float | None, exact: bool) -> Sinkhorn:
+    """The result, failed problems NaN."""
     f, g, err, status, count = state
     failed = status > FINE
     late = torch.zeros_like(failed) if tol is None else ~failed & ~(err <= tol)
-    _warn_of_faults(status, warn)
-    if warn and bool(late.any()):
-        from sklearn.exceptions import ConvergenceWarning
-
-        warnings.warn(
-            f"sinkhorn: the error of the marginals is {float(err[late].max()):.3g} after"
-            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or pass"
-            " float64 scores",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
     lost = failed & (status != EMPTY)
+    wide = g
     f, g = (torch.where(lost[..., None], torch.nan, x.to(problem.dtype)) for x in (f, g))
     err = torch.where(lost, torch.nan, err.to(problem.dtype))
     status = torch.where(late, NOT_CONVERGED, status)
     n_iter = int(count.max()) if count.numel() else 0
-    return Sinkhorn(f, g, err, status, n_iter, problem)
+    return Sinkhorn(f, g, err, status, n_iter, replace(problem, low=_low_part(wide, g)), exact)
+
+
+def _low_part(wide: Tensor, g: Tensor) -> Tensor | None:
+    """What float32 leaves out of a g, if it is large."""
+    if g.dtype == torch.float64 or not bool((g.isfinite() & (g.abs() > LARGE)).any()):
+        return None
+    return torch.where(g.isfinite(), wide - g.double(), 0.0).to(g.dtype)

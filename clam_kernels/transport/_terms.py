@@ -32,15 +32,19 @@ def product(z: Tensor, prototypes: Tensor, exact: bool) -> Tensor:
     return found
 
 
-def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """Scores times the scale."""
+def scaled(x: Tensor, base: Tensor | None, scale: Tensor) -> Tensor:
+    """Scores, less the base of their rows, times the scale."""
     if not scale.requires_grad:
-        return x * scale
+        return _above(x, base) * scale
     if torch.compiler.is_dynamo_compiling():  # which tiles and fuses this
         shut = x == -torch.inf
-        return torch.where(shut, x, torch.where(shut, 0.0, x) * scale)
-    found: Tensor = _Scaled.apply(x, scale)  # type: ignore[no-untyped-call]
+        return torch.where(shut, x, torch.where(shut, 0.0, _above(x, base)) * scale)
+    found: Tensor = _Scaled.apply(x, base, scale)  # type: ignore[no-untyped-call]
     return found
+
+
+def _above(x: Tensor, base: Tensor | None) -> Tensor:
+    return x if base is None else x - base
 
 
 def _multiplied(a: Tensor, b: Tensor, exact: bool) -> Tensor:
@@ -92,28 +96,31 @@ class _Scaled(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale
+    def forward(x: Tensor, base: Tensor | None, scale: Tensor) -> Tensor:
+        return _above(x, base) * scale
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor], output: Tensor
+    ) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
+        x, base, scale = ctx.saved_tensors
         size = max(1, ENTRIES * x.shape[-2] // max(1, x.numel()))
+        bases = [None] * x.shape[-2] if base is None else base.split(size, -2)
         slope = torch.zeros_like(scale, dtype=torch.float64)
-        for one, other in zip(grad.split(size, -2), x.split(size, -2), strict=True):
-            terms = torch.where(other == -torch.inf, 0.0, one * other)
+        for one, other, own in zip(grad.split(size, -2), x.split(size, -2), bases, strict=False):
+            terms = torch.where(other == -torch.inf, 0.0, one * _above(other, own))
             slope = slope + terms.sum(dtype=torch.float64)
-        return grad * scale if ctx.needs_input_grad[0] else None, slope.to(scale.dtype)
+        return grad * scale if ctx.needs_input_grad[0] else None, None, slope.to(scale.dtype)
 
     @staticmethod
-    def jvp(ctx: Any, of_x: Tensor | None, of_scale: Tensor | None) -> Tensor:
-        x, scale = ctx.saved_tensors
+    def jvp(ctx: Any, of_x: Tensor | None, _: None, of_scale: Tensor | None) -> Tensor:
+        x, base, scale = ctx.saved_tensors
         found = torch.zeros_like(x) if of_x is None else of_x * scale
-        return (
-            found if of_scale is None else found + torch.where(x == -torch.inf, 0.0, x * of_scale)
-        )
+        if of_scale is None:
+            return found
+        return found + torch.where(x == -torch.inf, 0.0, _above(x, base) * of_scale)
