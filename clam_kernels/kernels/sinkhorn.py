@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _launch
 from ._entries import Entries, opened
+from ._potentials import pair, whole
 from ._scaling import (
     columns_kernel,
     finish_kernel,
@@ -74,18 +75,6 @@ def share_of(n: int, k: int) -> int:
     """Rows of a program that holds columns: a multiple of SWEPT_ROWS."""
     splits = max(1, PROGRAMS // triton.cdiv(k, COLUMNS))
     return triton.cdiv(triton.cdiv(n, splits), SWEPT_ROWS) * SWEPT_ROWS
-
-
-def pair(value: Tensor) -> Tensor:
-    """Potentials [P, size] in float64 as the kernels have them, [P, 2, size] float32."""
-    high = value.float()
-    low = torch.where(high.isfinite(), value - high.double(), 0.0)
-    return torch.stack([high, low.float()], 1)
-
-
-def whole(parts: Tensor) -> Tensor:
-    """Its inverse."""
-    return parts.double().sum(-2)
 
 
 class Solver:

@@ -23,9 +23,10 @@ from torch import Tensor
 from .._core.backend import float32_products
 from . import _launch
 from ._entries import opened
+from ._potentials import less, level, pair, pairs, whole
 from ._scaling import begin_of, parts_of, scale_of, side_of, tile_of
 from ._sweep import NUMBERS
-from .sinkhorn import Solver, pair, share_of, whole, wide
+from .sinkhorn import Solver, share_of, wide
 
 FINE = 0
 
@@ -82,7 +83,7 @@ def weigh_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def slopes_kernel(
-    X, C, SCALE, F, G, ADJ_F, ADJ_G, OUT, SLOPE,
+    X, C, SCALE, F, G, ADJ_F, ADJ_G, LEVEL, OUT, SLOPE,
     rows, count, inner, blocks, k, steps, first, size, strip, share, splits, step,
     x_o, x_i, c_o, c_i,
     D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
@@ -93,7 +94,7 @@ def slopes_kernel(
     problems from the `strip`th on. F and G [2, ., P, 2, size] hold the potentials that were begun
     with and those of every step, as they are and less the logarithms of the masses, ADJ_F and ADJ_G
     [., P, size] what each is asked for; `k` is P, `share` and `splits` are how many potentials.
-    SLOPE is each program's sum of its logits times their gradients.
+    SLOPE is each program's sum of its logits, less LEVEL [P, kinds], times their gradients.
     """
     pid = tl.program_id(0)
     wide = tl.cdiv(count * UNIT, SWEPT)
@@ -138,6 +139,7 @@ def slopes_kernel(
     where = (local.to(tl.int64) * size + near)[:, None] * kinds + w[None, :]
     tl.store(OUT + where, total * scale, mask=known[:, None] & live[None, :])
     # what takes no part may be NaN, and a forbidden pair is infinite: neither has a gradient
+    x -= tl.load(LEVEL + p * kinds + w, mask=live, other=0.0)[None, :]
     tl.store(SLOPE + pid, tl.sum(tl.sum(tl.where(total == 0.0, 0.0, x * total), 1), 0))
 
 
@@ -170,9 +172,10 @@ class Back:
         self.down = torch.zeros_like(self.log_b)  # column sums of the logits' gradient
         # [2, ., P, 2, size]: as the other side's step used them, and less the masses
         self.fs, self.gs = (
-            torch.stack([_pairs(x), _pairs(_less(x, log_mass))])
+            torch.stack([pairs(x), pairs(less(x, log_mass))])
             for x, log_mass in ((fs, self.log_a), (gs, self.log_b))
         )
+        self.level = level(fs[-1], gs[-1])
 
     def _marginal(self, given: Tensor | None, size: int) -> Tensor:
         if given is not None:
@@ -219,7 +222,7 @@ class Back:
 
     def slopes(self, out: Tensor, problem: int, first: int = 0) -> Tensor:
         """Gradient of the scores into [problems, rows, K] from a problem and a row on; returns the
-        sums of the logits times theirs [problems] float64.
+        sums of the logits, less their level, times theirs [problems] float64.
         """
         solver, e = self.solver, self.solver.entries
         chosen = e.tile("slopes")
@@ -229,24 +232,13 @@ class Back:
         step, *strides = e.strides
         _launch.launch(
             slopes_kernel, (part.numel(),), solver.device, e.x, e.c, e.scale_or(self.adj_f),
-            self.fs, self.gs, self.adj_f, self.adj_g, out, part,
+            self.fs, self.gs, self.adj_f, self.adj_g, self.level, out, part,
             solver.n, solver.k // e.unit, e.inner, blocks, solver.problems,
             len(self.steps), first, size, problem, self.fs.shape[1], self.gs.shape[1], step,
             *strides,
             **chosen, ROWS_FIRST=self.steps[0] == "row",
         )  # fmt: skip
         return part.sum(1, dtype=torch.float64)
-
-
-def _pairs(potentials: Tensor) -> Tensor:
-    """`pair` of [., P, size]."""
-    return pair(potentials.flatten(0, 1)).view(*potentials.shape[:2], 2, -1)
-
-
-def _less(potential: Tensor, log_mass: Tensor) -> Tensor:
-    """A potential less the logarithm of its mass, -inf where either is."""
-    out = (potential == -torch.inf) | (log_mass == -torch.inf)
-    return torch.where(out, -torch.inf, potential - log_mass)
 
 
 # ---- gradients of the operands -------------------------------------------------------------------
@@ -408,6 +400,7 @@ def _of_entries(
         found, sums = _of_features(back, matrices, batch, needs, exact)
     used = back.solver.entries.scale
     if scale is not None and used is not None and "scale" in wanted:
+        sums = sums + (back.level.double() * back.down).sum(-1)
         found["scale"] = _fit(sums / used.double(), scale, batch)
     return found
 
