@@ -345,9 +345,9 @@ extern "C" int recursion_backward(const float* v, const float* rho, const float*
 }
 
 extern "C" void numbers(float* out) {
-  const float all[] = {am::kCancel, am::kCalm,     am::kWarm,    am::kGrowth,
-                       am::kLarge,  am::kSharpest, am::kCentred, am::kMost};
-  std::copy(all, all + 8, out);
+  const float all[] = {am::kCancel, am::kCalm,     am::kWarm, am::kGrowth,
+                       am::kLarge,  am::kSharpest, am::kMost};
+  std::copy(all, all + 7, out);
 }
 
 extern "C" void doubts(const float* x, const float* recalled, const float* largest,
@@ -798,8 +798,9 @@ def scene(name: str, d: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
     place = torch.zeros(d)
     place[0] = 1.0
-    if name == "sentinel":
-        return n(60, d), torch.cat([n(5, d), torch.full((1, d), 1e4)]), torch.tensor([1.0])
+    if name.startswith("sentinel"):
+        far = torch.full((1, d), 1e4 if name == "sentinel" else 1e3)
+        return n(60, d), torch.cat([n(5, d), far]), torch.tensor([1.0])
     if name == "groups":
         far = 1e6 * place
         v, rho = torch.cat([n(30, d), far + n(30, d)]), torch.cat([n(5, d), far + n(5, d)])
@@ -820,7 +821,17 @@ def scene(name: str, d: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return size * n(60, d), size * n(6, d), torch.tensor([beta])
 
 
-SCENES = ("sentinel", "groups", "offset", "pair", "betas", "large", "tiny", "sharp")
+SCENES = (
+    "sentinel",
+    "sentinel nearer",
+    "groups",
+    "offset",
+    "pair",
+    "betas",
+    "large",
+    "tiny",
+    "sharp",
+)
 
 
 def differences(v: Tensor, rho: Tensor, beta: Tensor, steps: int) -> Tensor:
@@ -953,7 +964,7 @@ def test_memories_near_the_end_of_float32_have_a_finite_centre(library: Any) -> 
 
 def test_the_rule_is_that_of_the_kernels_in_triton(library: Any) -> None:
     rule = importlib.import_module("clam_kernels.kernels._doubt")
-    names = ("CANCEL", "CALM", "WARM", "GROWTH", "LARGE", "SHARPEST", "CENTRED", "MOST")
+    names = ("CANCEL", "CALM", "WARM", "GROWTH", "LARGE", "SHARPEST", "MOST")
     found = torch.zeros(len(names))
     library.numbers(*pointers(found))
     for name, number in zip(names, found.tolist(), strict=True):
