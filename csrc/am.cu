@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
     const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, turn.cell, 0));
 
     float x[R][D];
+    unsigned doubts = 0;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int64_t row = first + r * kThreads;
@@ -138,41 +139,30 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
         lift[r] = stand.lift;
         shift[r] = heights[r][threadIdx.x] + stand.reach;
       }
-      float top[R];
-      am::Pass pass = am::Pass::kFirst;
+      bool again;
       do {
-        const bool search = pass == am::Pass::kSearch;
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          if (search) {
-            top[r] = kLowest;
-          } else {
-            am::begin<D>(recall[r]);
-          }
-        }
+        for (int r = 0; r < R; ++r) am::begin<D>(recall[r]);
         table.sweep(turn, [&](const Quad* memories, int count) {
-          if (search) {
-            am::search<D, R, F>(memories, count, x, lift, scale, top);
-          } else {
-            am::fold<D, R, F>(memories, count, x, lift, shift, scale, recall);
-          }
+          am::fold<D, R, F>(memories, count, x, lift, shift, scale, recall);
         });
-        bool again = false;
+        again = false;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          again |= am::turn(pass, recall[r].mass, top[r], heights[r][threadIdx.x], shift[r]);
+          again |= am::turn(recall[r].mass, recall[r].top, heights[r][threadIdx.x], shift[r]);
         }
-        pass = am::next(pass, table.resident() ? again : __syncthreads_or(again));
-      } while (pass != am::Pass::kDone);
+        if (!table.resident()) again = __syncthreads_or(again);
+      } while (again);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const int64_t row = first + r * kThreads;
-        const float inverse = 1.0f / recall[r].mass;
+        float recalled[D];
+        if (am::recalled_of<D>(recall[r], x[r], shift[r], side.betas, recalled)) doubts |= 1u << r;
         float gain[D];
         load_gain<D>(p, turn.cell, row, d, gain);
 #pragma unroll
         for (int i = 0; i < D; ++i) {
-          x[r][i] = am::advance(x[r][i], recall[r].sum[i] * inverse, gain[i]);
+          x[r][i] = am::advance(x[r][i], recalled[i], gain[i]);
         }
       }
     }
@@ -183,6 +173,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
       if (row >= p.rows) continue;
       float given[D];
       load_row<D>(p.v, start_of(p.v, turn.cell) + row * p.v.row, p.v.packed, d, given);
+      p.flag[turn.problem * p.rows + row] =
+          am::left_over<D>(doubts >> r & 1, x[r], given, side.centre, side.betas.sharp);
 #pragma unroll
       for (int i = 0; i < D; ++i) x[r][i] = am::restore(x[r][i], given[i], side.centre[i]);
       store_row<D>(p.out, p.v.type, (turn.problem * p.rows + row) * d, d, x[r]);
@@ -196,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
 template <int D, am::Form F>
 __device__ __forceinline__ void fold_together(const Quad* slots, int count, int lane,
                                               const float (&x)[D], float lift, float shift,
-                                              float* weights, float& mass, float& sum) {
+                                              float* weights, float& mass, float& top, float& sum) {
   using S = am::Slot<D, F>;
   constexpr int L = am::lanes_of(D);
   const float* value = reinterpret_cast<const float*>(slots) + lane;
@@ -206,7 +198,9 @@ __device__ __forceinline__ void fold_together(const Quad* slots, int count, int 
     for (int k = 0; k < L * kChunks; k += L) {
       float memory[S::kFloats];
       am::unpack<D, F>(slots + (first + k + lane) * S::kQuads, memory);
-      weights[k + lane] = am::weight_of<D, F>(memory, x, lift, shift, 0.0f);
+      const float z = am::logit<D, F>(memory, inner_product<D>(memory, x), lift, 0.0f);
+      weights[k + lane] = exp2_weight(z - shift);
+      top = fmaxf(top, z);
     }
     __syncwarp();
 #pragma unroll
@@ -221,6 +215,16 @@ __device__ __forceinline__ void fold_together(const Quad* slots, int count, int 
     }
     __syncwarp();
   }
+}
+
+// The largest of the lanes that share a row.
+template <int L>
+__device__ __forceinline__ float largest_of(float x) {
+#pragma unroll
+  for (int offset = L / 2; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  }
+  return x;
 }
 
 // Few rows: lanes share one, all with its whole state, each to advance one feature.
@@ -244,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const For
     const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, turn.cell, 0));
     const bool real = row < p.rows && lane < d;
     float x[1][D], state = 0.0f, height = side.peak;
+    bool doubt = false;
     load_state<D>(p, turn.cell, side, row, d, x[0]);
 #pragma unroll
     for (int i = 0; i < D; ++i) state = i == lane ? x[0][i] : state;
@@ -253,33 +258,38 @@ __global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const For
 
     for (int64_t t = 0; t < p.steps && side.alive > 0; ++t) {
       const am::Stand stand = am::stand_of<D>(x[0], scale, p.per_memory);
-      float shift = height + stand.reach, mass = 0.0f, sum = 0.0f, top[1];
-      am::Pass pass = am::Pass::kFirst;
+      float shift = height + stand.reach, mass, top, sum;
+      bool again;
       do {
-        const bool search = pass == am::Pass::kSearch;
-        if (search) {
-          top[0] = kLowest;
-        } else {
-          mass = sum = 0.0f;
-        }
+        mass = sum = 0.0f;
+        top = kLowest;
         table.sweep(turn, [&](const Quad* memories, int count) {
-          if (search) {
-            am::search<D, 1, F>(memories, count, x, {stand.lift}, 0.0f, top);
-          } else {
-            fold_together<D, F>(memories, count, lane, x[0], stand.lift, shift, mine, mass, sum);
-          }
+          fold_together<D, F>(memories, count, lane, x[0], stand.lift, shift, mine, mass, top, sum);
         });
-        const bool again = am::turn(pass, mass, top[0], height, shift);
-        pass = am::next(pass, table.resident() ? __any_sync(~0u, again) : __syncthreads_or(again));
-      } while (pass != am::Pass::kDone);
-      state = am::advance(state, sum * (1.0f / mass), gain);
+        top = largest_of<L>(top);
+        again = am::turn(mass, top, height, shift);
+        again = table.resident() ? __any_sync(~0u, again) : __syncthreads_or(again);
+      } while (again);
+      const float pull = product(sum, 1.0f / mass);
+      state = am::advance(state, pull, gain);
       mine[lane] = state;
+      mine[L + lane] = pull;
       __syncwarp();
+      float recalled[D];
+#pragma unroll
+      for (int i = 0; i < D; ++i) recalled[i] = mine[L + i];
+      doubt |= am::doubted<D>(x[0], recalled, mass, exp2_weight(top - shift), side.betas);
 #pragma unroll
       for (int i = 0; i < D; ++i) x[0][i] = mine[i];
       __syncwarp();
     }
 
+    if (lane == 0 && row < p.rows) {
+      float given[D];
+      load_row<D>(p.v, start_of(p.v, turn.cell) + row * p.v.row, p.v.packed, d, given);
+      p.flag[turn.problem * p.rows + row] =
+          am::left_over<D>(doubt, x[0], given, side.centre, side.betas.sharp);
+    }
     if (real) {
       const int64_t at = start_of(p.v, turn.cell) + row * p.v.row + lane * p.v.feature;
       store_entry(p.out, p.v.type, (turn.problem * p.rows + row) * d + lane,
@@ -350,10 +360,11 @@ void launch(Forward& p, int processors, cudaStream_t stream) {
 
 Tensor recursion_small(const Tensor& v, const Tensor& rho, std::optional<Tensor> beta,
                        double beta_value, std::optional<Tensor> log_weights,
-                       std::optional<Tensor> update_mask, int64_t steps, double step) {
+                       std::optional<Tensor> update_mask, int64_t steps, double step,
+                       const Tensor& flag) {
   Forward p{};
   static_cast<Problem&>(p) = problem_of({"recursion_small", v}, rho, beta, beta_value, log_weights,
-                                        update_mask, steps, step);
+                                        update_mask, steps, step, flag);
   torch::stable::accelerator::DeviceGuard guard(v.get_device_index());
   const int64_t sizes[] = {v.size(0), v.size(1), v.size(2), v.size(3)};
   Tensor out = torch::stable::new_empty(v, {sizes, 4});

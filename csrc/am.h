@@ -13,11 +13,16 @@
 //
 // Weights are relative to 2^shift, a number of the row's that is known before the first memory is
 // looked at: -beta |rho_k - x|^2 is never above 0, so that the largest log w bounds all logits. The
-// mass tells afterwards whether that was near enough; if not, the largest logit is searched for and
-// becomes the shift. There is no running maximum, and no branch in the loop over memories.
+// mass tells afterwards whether that was near enough; if not, the largest logit becomes the shift
+// and the memories are folded again. The loop over memories keeps the largest logit, which doubt.h
+// asks for, and scales nothing by it: it has no branch.
+//
+// The centre is the mean of the memories that take part. One far memory draws it away from the
+// others, and then all rows near those are in doubt: right, if slow.
 
 #pragma once
 
+#include "doubt.h"
 #include "portable.h"
 #include "rows.h"
 
@@ -63,9 +68,11 @@ struct Slot {
 };
 
 // One lane's share of a feature's sum over the memories that take part, and how many those are.
+// In float64, which finite memories do not overflow: the centre is finite unless one of them is
+// not.
 template <class T>
 CLAM_HD void add_alive(const T* rho, const Rows& rows, const float* weights, int64_t weights_row,
-                       int64_t memories, int lane, float& sum, int& alive) {
+                       int64_t memories, int lane, double& sum, int& alive) {
   for (int64_t k = lane; k < memories; k += kWarp) {
     if (weights != nullptr && weights[k * weights_row] == -kInfinity) continue;  // may hold NaN
     sum += widen(rho[k * rows.row], rows.type);
@@ -74,7 +81,7 @@ CLAM_HD void add_alive(const T* rho, const Rows& rows, const float* weights, int
 }
 
 CLAM_HD void add_alive(const Rows& rho, int64_t rho_start, const Rows& weights,
-                       int64_t weights_start, int64_t memories, int feature, int lane, float& sum,
+                       int64_t weights_start, int64_t memories, int feature, int lane, double& sum,
                        int& alive) {
   const auto* numbers = static_cast<const float*>(weights.data);
   if (numbers != nullptr) numbers += weights_start;
@@ -88,8 +95,36 @@ CLAM_HD void add_alive(const Rows& rho, int64_t rho_start, const Rows& weights,
   }
 }
 
-// 2 beta in base 2: what all inner products are multiplied by.
-CLAM_HD float scale_of(float beta) { return product(kLog2e, 2.0f * beta); }
+// A share of the largest and the least beta of the memories that take part, and of their largest
+// log-weight. `bad` is NaN where one of them is not finite.
+struct Extremes {
+  float peak, sharp, least, bad;
+};
+
+CLAM_HD Extremes no_memory() { return {-kInfinity, 0.0f, kInfinity, 0.0f}; }
+
+CLAM_HD void add_memory(float beta, float log_weight, Extremes& e) {
+  if (log_weight == -kInfinity) return;
+  e.peak = fmaxf(e.peak, log_weight);
+  e.sharp = fmaxf(e.sharp, beta);
+  e.least = fminf(e.least, beta);
+  e.bad += product(beta, 0.0f) + product(log_weight, 0.0f);
+}
+
+CLAM_HD void add_share(const Extremes& share, Extremes& e) {
+  e.peak = fmaxf(e.peak, share.peak);
+  e.sharp = fmaxf(e.sharp, share.sharp);
+  e.least = fminf(e.least, share.least);
+  e.bad += share.bad;
+}
+
+CLAM_HD Betas betas_of(const Extremes& e) { return {e.sharp + e.bad, e.sharp / e.least}; }
+
+// 2 beta in base 2: what all inner products are multiplied by. NaN for an infinite beta.
+CLAM_HD float scale_of(float beta) {
+  const float scale = product(kLog2e, 2.0f * beta);
+  return scale > kMost ? kMost + (beta - beta) : scale;
+}
 
 // One memory into the table; `load(i)` gives a feature of it as the caller has it. Of one that
 // takes no part nothing is looked at. Errors of the table are the same for every row and step, and
@@ -109,7 +144,7 @@ CLAM_HD void pack(const Load& load, const float* centre, float beta, float log_w
     CLAM_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int i = 4 * q + j;
-      f[j] = i < D && alive ? load(i < D ? i : 0) - centre[i < D ? i : 0] : 0.0f;
+      f[j] = i < D && alive ? clamped(load(i < D ? i : 0) - centre[i < D ? i : 0]) : 0.0f;
       norm += static_cast<double>(f[j]) * f[j];
     }
     CLAM_UNROLL
@@ -118,7 +153,7 @@ CLAM_HD void pack(const Load& load, const float* centre, float beta, float log_w
       const double bias = 1.4426950408889634 * log_weight - 0.5 * scale * norm;
       if (i == D) f[j] = alive ? static_cast<float>(bias) : -kInfinity;
       if (i == D + 1 && S::kExtra > 1) f[j] = alive ? scale : 0.0f;
-      if (i == D + 2 && S::kExtra > 2) f[j] = static_cast<float>(norm);
+      if (i == D + 2 && S::kExtra > 2) f[j] = clamped(static_cast<float>(norm));
     }
     slot[q] = Quad{f[0], f[1], f[2], f[3]};
   }
@@ -142,9 +177,8 @@ CLAM_HD void unpack(const Quad* slot, float (&memory)[Slot<D, F>::kFloats]) {
   }
 }
 
-// What a row has seen of the memories in this step: weights are relative to 2^shift. `top` is the
-// largest logit, for the backward alone: only with it is the weight of a row's only memory
-// exactly 1.
+// What a row has seen of the memories in this step: weights are relative to 2^shift, `top` is the
+// largest logit.
 template <int D>
 struct Recall {
   float top;
@@ -186,23 +220,15 @@ CLAM_HD Stand stand_of(const float (&x)[D], float scale, bool per_memory) {
 // Whether the shift was near enough; of a row that is not finite never.
 CLAM_HD bool settled(float mass) { return mass >= kFaint && mass <= kLoud; }
 
-// How often the memories are looked at in a step: folded, and if some row's shift was off, searched
-// and folded again.
-enum class Pass { kFirst, kSearch, kLast, kDone };
-
-// After a pass: whether this row wants another, and its shift after a search. `height` is the shift
-// less its reach, which is the next step's guess. A row that is settled keeps its shift and is
-// folded again to the same bits.
-CLAM_HD bool turn(Pass pass, float mass, float top, float& height, float& shift) {
-  if (pass == Pass::kSearch && !settled(mass)) {
-    height += top - shift;
-    shift = top;
-  }
-  return pass == Pass::kSearch || (pass == Pass::kFirst && !settled(mass));
-}
-
-CLAM_HD Pass next(Pass pass, bool again) {
-  return !again ? Pass::kDone : pass == Pass::kFirst ? Pass::kSearch : Pass::kLast;
+// After the memories were folded: whether this row wants them folded again, with its largest logit
+// for a shift, once in a step. `height` is the shift less its reach, which is the next step's
+// guess. A row that is settled keeps its shift, and where others of the block want it is folded
+// again to the same bits.
+CLAM_HD bool turn(float mass, float top, float& height, float& shift) {
+  if (settled(mass) || shift == top) return false;
+  height += top - shift;
+  shift = top;
+  return true;
 }
 
 // The bias comes last: it is large where beta is, and a sum that started from it would round D
@@ -211,13 +237,6 @@ template <int D, Form F>
 CLAM_HD float logit(const float* memory, float inner, float lift, float scale) {
   if (F == Form::kShared) return fused(scale, inner, memory[D]);
   return fused(memory[D + (F == Form::kShared ? 0 : 1)], inner + lift, memory[D]);
-}
-
-// The weight of the memory in a slot for one row.
-template <int D, Form F>
-CLAM_HD float weight_of(const float* memory, const float (&x)[D], float lift, float shift,
-                        float scale) {
-  return exp2_weight(logit<D, F>(memory, inner_product<D>(memory, x), lift, scale) - shift);
 }
 
 // Folds a table of `count` memories (a multiple of kGroupMax) into what R rows have seen; `scale`
@@ -241,7 +260,7 @@ CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const fl
         const float inner = inner_product<D>(memory[j], x[r]);
         const float z = logit<D, F>(memory[j], inner, lift[r], scale);
         const float weight = exp2_weight(z - shift[r]);
-        if (F == Form::kBackward) recall[r].top = fmaxf(recall[r].top, z);
+        recall[r].top = fmaxf(recall[r].top, z);  // drops NaN, the weight keeps it
         recall[r].mass += weight;
         CLAM_UNROLL
         for (int i = 0; i < D; ++i) {
@@ -252,21 +271,14 @@ CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const fl
   }
 }
 
-// The largest logits of R rows so far, from kLowest on. fmaxf drops NaN, the weight keeps it.
-template <int D, int R, Form F>
-CLAM_HD void search(const Quad* table, int count, const float (&x)[R][D], const float (&lift)[R],
-                    float scale, float (&top)[R]) {
-  using S = Slot<D, F>;
-  CLAM_ROLLED
-  for (int k = 0; k < count; ++k) {
-    float memory[S::kFloats];
-    unpack<D, F>(table + k * S::kQuads, memory);
-    CLAM_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const float inner = inner_product<D>(memory, x[r]);
-      top[r] = fmaxf(top[r], logit<D, F>(memory, inner, lift[r], scale));
-    }
-  }
+// What the memories recall, and whether the step may be wrong. `shift` is that of the last fold.
+template <int D>
+CLAM_HD bool recalled_of(const Recall<D>& recall, const float (&x)[D], float shift,
+                         const Betas& betas, float (&recalled)[D]) {
+  const float inverse = 1.0f / recall.mass;
+  CLAM_UNROLL
+  for (int i = 0; i < D; ++i) recalled[i] = product(recall.sum[i], inverse);
+  return doubted<D>(x, recalled, recall.mass, exp2_weight(recall.top - shift), betas);
 }
 
 // One step of one entry. Written so that gain 1 gives the recalled value and gain 0 the entry
@@ -279,6 +291,22 @@ CLAM_HD float advance(float x, float recalled, float gain) {
 // the centre off and putting it back may round.
 CLAM_HD float restore(float x, float given, float centre) {
   return x == given - centre ? given : x + centre;
+}
+
+// Whether a row is computed again: `doubt` says that one of its steps may be wrong, x is its last
+// state, `given` the row as the caller has it.
+template <int D>
+CLAM_HD bool left_over(bool doubt, const float (&x)[D], const float (&given)[D],
+                       const float* centre, float sharp) {
+  float centred = 0.0f, result = 0.0f, before = 0.0f;
+  CLAM_UNROLL
+  for (int i = 0; i < D; ++i) {
+    const float out = restore(x[i], given[i], centre[i]);
+    centred = fused(x[i], x[i], centred);
+    result = fused(out, out, result);
+    before = fused(given[i], given[i], before);
+  }
+  return (doubt || lost(centred, result, before)) && are_finite<D>(given, centre, sharp);
 }
 
 }  // namespace am

@@ -163,23 +163,44 @@ __device__ __forceinline__ void memories_back(const Backward& p, const Quad* tab
   }
 }
 
-// A step forward, and how the way back will weigh the memories.
+// A step forward, and how the way back will weigh the memories; whether the step may be wrong.
 template <int D>
-__device__ __forceinline__ void recall_back(const Quad* table, int count, const float (&x)[1][D],
-                                            float scale, bool per_memory, float& height,
-                                            float (&recalled)[D], float& top, float& inverse) {
+__device__ __forceinline__ bool recall_back(const Quad* table, int count, const float (&x)[1][D],
+                                            float scale, bool per_memory, const am::Betas& betas,
+                                            float& height, float (&recalled)[D], float& top,
+                                            float& inverse) {
   const am::Stand stand = am::stand_of<D>(x[0], scale, per_memory);
   const float lift[1] = {stand.lift};
   float shift[1] = {height + stand.reach};
   am::Recall<D> recall[1];
-  while (true) {
+  do {
     am::begin<D>(recall[0]);
     am::fold<D, 1, am::Form::kBackward>(table, count, x, lift, shift, 0.0f, recall);
-    if (am::settled(recall[0].mass) || shift[0] == recall[0].top) break;
-    height += recall[0].top - shift[0];
-    shift[0] = recall[0].top;
+  } while (am::turn(recall[0].mass, recall[0].top, height, shift[0]));
+  am::weigh_back<D>(recall[0], shift[0], top, inverse);
+  return am::recalled_of<D>(recall[0], x[0], shift[0], betas, recalled);
+}
+
+// Whether a row is left to am_exact_backward.py; one past the last row, which computes on zeros, if
+// it is in doubt. What is kept of it then weighs nothing on the way back.
+template <int D>
+__device__ __forceinline__ bool settle(const Backward& p, const Cell& cell, const Side& side,
+                                       int64_t problem, int64_t row, int d, bool doubt,
+                                       float* strip, am::Walk<D>& w, float (&recalled)[D]) {
+  const bool real = row < p.rows;
+  if (doubt && real) {
+    float given[D];
+    load_row<D>(p.v, start_of(p.v, cell) + row * p.v.row, p.v.packed, d, given);
+    doubt = am::are_finite<D>(given, side.centre, side.betas.sharp);
   }
-  am::weigh_back<D>(recall[0], shift[0], recalled, top, inverse);
+  if (doubt) {
+    am::take_out<D>(w, recalled);
+    for (int64_t t = 0; t + 1 < p.steps; ++t) {
+      keep<D>(strip + t * (2 * D + 2) * kWarp, w.x, recalled, w.top, w.inverse);
+    }
+  }
+  if (real) p.flag[problem * p.rows + row] = doubt;
+  return doubt;
 }
 
 // The rows of one warp forward and back; returns what they add to the gradient of one beta for all,
@@ -196,13 +217,15 @@ __device__ __forceinline__ double walk(const Backward& p, const Cell& cell, cons
   float recalled[D], gain[D];
   float x[1][D] = {};
   float height = side.peak;
+  bool doubt = false;
   if (real) {
     load_row<D>(p.v, start_of(p.v, cell) + row * p.v.row, p.v.packed, d, x[0]);
 #pragma unroll
     for (int i = 0; i < D; ++i) x[0][i] -= side.centre[i];
   }
   for (int64_t t = 0;; ++t) {
-    recall_back<D>(table, count, x, scale, p.per_memory, height, recalled, w.top, w.inverse);
+    doubt |= recall_back<D>(table, count, x, scale, p.per_memory, side.betas, height, recalled,
+                            w.top, w.inverse);
 #pragma unroll
     for (int i = 0; i < D; ++i) w.x[i] = x[0][i];
     if (t + 1 == p.steps) break;
@@ -212,9 +235,12 @@ __device__ __forceinline__ double walk(const Backward& p, const Cell& cell, cons
     for (int i = 0; i < D; ++i) x[0][i] = am::advance(x[0][i], recalled[i], gain[i]);
   }
 
+  doubt = settle<D>(p, cell, side, problem, row, d, doubt, strip, w, recalled);
 #pragma unroll
   for (int i = 0; i < D; ++i) w.g[i] = 0.0f;
-  if (real) load_row<D>(p.grad, start_of(p.grad, cell) + row * p.grad.row, p.grad.packed, d, w.g);
+  if (real && !doubt) {
+    load_row<D>(p.grad, start_of(p.grad, cell) + row * p.grad.row, p.grad.packed, d, w.g);
+  }
   const int64_t out = (problem * p.rows + row) * d;
   double heat = 0.0;
   for (int64_t t = p.steps - 1; t >= 0; --t) {
@@ -237,6 +263,7 @@ template <int D>
 __device__ __forceinline__ void pass(const Backward& p, const Cell& cell, int64_t problem,
                                      int64_t row, int d) {
   if (row >= p.rows) return;
+  p.flag[problem * p.rows + row] = 0;
   float g[D];
   load_row<D>(p.grad, start_of(p.grad, cell) + row * p.grad.row, p.grad.packed, d, g);
   const int64_t out = (problem * p.rows + row) * d;
@@ -336,11 +363,11 @@ Tensor floats(const Tensor& v, bool wanted, int64_t a, int64_t b, int64_t c, int
 std::tuple<Tensor, Tensor, Tensor> recursion_small_backward(
     const Tensor& grad, const Tensor& v, const Tensor& rho, std::optional<Tensor> beta,
     double beta_value, std::optional<Tensor> log_weights, std::optional<Tensor> update_mask,
-    int64_t steps, double step, bool wide, bool memory_side, bool mask_side) {
+    int64_t steps, double step, bool wide, bool memory_side, bool mask_side, const Tensor& flag) {
   const Checked check{"recursion_small_backward", v};
   Backward p{};
   static_cast<Problem&>(p) =
-      problem_of(check, rho, beta, beta_value, log_weights, update_mask, steps, step);
+      problem_of(check, rho, beta, beta_value, log_weights, update_mask, steps, step, flag);
   CLAM_CHECK(steps >= 1, check.op, ": steps: expected at least 1, got ", steps);
   const int size = am::padded_backward(p.features);
   CLAM_CHECK(am::backward_warps(size, p.memories) > 0, check.op,

@@ -91,14 +91,21 @@ struct Walk {
 // How the way back will weigh the memories: relative to 2^top. Where one memory has nearly all the
 // weight, top is the largest logit and the rest is left to survey.
 template <int D>
-CLAM_HD void weigh_back(const Recall<D>& recall, float shift, float (&recalled)[D], float& top,
-                        float& inverse) {
+CLAM_HD void weigh_back(const Recall<D>& recall, float shift, float& top, float& inverse) {
   inverse = 1.0f / recall.mass;
-  CLAM_UNROLL
-  for (int i = 0; i < D; ++i) recalled[i] = recall.sum[i] * inverse;
   const bool sharp = exp2_weight(recall.top - shift) * inverse > 1.0f - 1.0f / 32;
   top = sharp ? recall.top : shift;
   if (sharp) inverse = 0.0f;
+}
+
+// A row whose flag is set, or that is not there, gives nothing to any sum: no weight, and nothing
+// that is not finite. am_exact_backward.py computes its gradients.
+template <int D>
+CLAM_HD void take_out(Walk<D>& w, float (&recalled)[D]) {
+  CLAM_UNROLL
+  for (int i = 0; i < D; ++i) w.x[i] = w.g[i] = recalled[i] = 0.0f;
+  w.top = kInfinity;
+  w.inverse = 1.0f;
 }
 
 // From the step's result to H; w.x, w.top and w.inverse are set, `recalled` is what the memories
@@ -173,7 +180,8 @@ CLAM_HD void visit(Walk<D>& w, const Quad* slot, float& p, float& gz) {
   w.drift += weight;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) w.pull[i] = fused(weight, memory[i], w.pull[i]);
-  const float distance = fused(-2.0f, inner, memory[D + 2] + w.norm);
+  // Not infinite: 0 times it stays 0.
+  const float distance = fminf(fused(-2.0f, inner, memory[D + 2] + w.norm), kMost);
   w.heat = fused(gz, distance, w.heat);
   w.warm = fused(p, distance, w.warm);
   w.excess += gz;

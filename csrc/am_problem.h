@@ -18,6 +18,7 @@ struct Problem {
   int64_t problems, inner;  // problems = O * I
   int64_t rows, memories, steps;
   float beta_value, step;
+  unsigned char* flag;  // [problems, rows]: 1 where a row is left to am_exact.py
   int features;
   bool per_memory;
 };
@@ -31,6 +32,7 @@ struct Cell {
 struct Side {
   float centre[am::kMaxFeatures];
   float peak;  // the largest log-weight, in base 2
+  am::Betas betas;
   int alive;
 };
 
@@ -48,12 +50,19 @@ __device__ __forceinline__ float beta_of(const Problem& p, const Cell& cell, int
                                 : number(p.beta, start_of(p.beta, cell) + k * p.beta.row);
 }
 
-// The mean of the memories that take part: a warp a feature, in an order that depends on K alone.
-// The caller has a barrier before, where `side` may still be read.
+__device__ __forceinline__ float log_weight_of(const Problem& p, const Cell& cell, int64_t k) {
+  return p.weights.data == nullptr
+             ? 0.0f
+             : number(p.weights, start_of(p.weights, cell) + k * p.weights.row);
+}
+
+// The mean of the memories that take part, a warp a feature, in an order that depends on K alone;
+// the last warp looks at betas and log-weights. The caller has a barrier before, where `side` may
+// still be read.
 __device__ __forceinline__ void find_centre(const Problem& p, const Cell& cell, Side& side) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   for (int i = warp; i < p.features; i += warps) {
-    float sum = 0.0f;
+    double sum = 0.0;
     int alive = 0;
     am::add_alive(p.rho, start_of(p.rho, cell), p.weights, start_of(p.weights, cell), p.memories, i,
                   lane, sum, alive);
@@ -62,20 +71,27 @@ __device__ __forceinline__ void find_centre(const Problem& p, const Cell& cell, 
       alive += __shfl_xor_sync(~0u, alive, offset);
     }
     if (lane == 0) {
-      side.centre[i] = alive > 0 ? sum / static_cast<float>(alive) : 0.0f;
+      side.centre[i] = alive > 0 ? static_cast<float>(sum / alive) : 0.0f;
       if (i == 0) side.alive = alive;
     }
   }
   if (threadIdx.x < am::kMaxFeatures && threadIdx.x >= p.features) side.centre[threadIdx.x] = 0.0f;
   if (warp == warps - 1) {
-    float peak = p.weights.data == nullptr ? 0.0f : -kInfinity;
-    for (int64_t k = lane; p.weights.data != nullptr && k < p.memories; k += kWarp) {
-      peak = fmaxf(peak, number(p.weights, start_of(p.weights, cell) + k * p.weights.row));
+    am::Extremes found = am::no_memory();
+    const bool alike = p.weights.data == nullptr && !p.per_memory;
+    for (int64_t k = lane; k < (alike ? 1 : p.memories); k += kWarp) {
+      am::add_memory(beta_of(p, cell, k), log_weight_of(p, cell, k), found);
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, offset));
+      const am::Extremes share{
+          __shfl_xor_sync(~0u, found.peak, offset), __shfl_xor_sync(~0u, found.sharp, offset),
+          __shfl_xor_sync(~0u, found.least, offset), __shfl_xor_sync(~0u, found.bad, offset)};
+      am::add_share(share, found);
     }
-    if (lane == 0) side.peak = kLog2e * peak;
+    if (lane == 0) {
+      side.peak = kLog2e * found.peak;
+      side.betas = am::betas_of(found);
+    }
   }
   __syncthreads();
 }
@@ -93,10 +109,7 @@ __device__ __forceinline__ int stage(const Problem& p, const Cell& cell, const S
       continue;
     }
     const int64_t memory = start_of(p.rho, cell) + (first + k) * p.rho.row;
-    const float weight =
-        p.weights.data == nullptr
-            ? 0.0f
-            : number(p.weights, start_of(p.weights, cell) + (first + k) * p.weights.row);
+    const float weight = log_weight_of(p, cell, first + k);
     const auto load = [&](int i) {
       return i < p.features ? load_entry(p.rho, memory + i * p.rho.feature) : 0.0f;
     };
@@ -195,7 +208,8 @@ struct Checked {
 inline Problem problem_of(const Checked& check, const Tensor& rho,
                           const std::optional<Tensor>& beta, double beta_value,
                           const std::optional<Tensor>& log_weights,
-                          const std::optional<Tensor>& update_mask, int64_t steps, double step) {
+                          const std::optional<Tensor>& update_mask, int64_t steps, double step,
+                          const Tensor& flag) {
   const Tensor& v = check.v;
   const char* op = check.op;
   CLAM_CHECK(v.is_cuda(), op, ": v: expected a CUDA tensor");
@@ -221,6 +235,11 @@ inline Problem problem_of(const Checked& check, const Tensor& rho,
     CLAM_CHECK(p.mask.type == Type::kFloat || p.mask.type == Type::kByte, op,
                ": update_mask: expected float32, uint8 or bool");
   }
+  check.rows("flag", flag, p.rows, 0);
+  CLAM_CHECK(flag.scalar_type() == ScalarType::Byte && flag.is_contiguous() &&
+                 flag.numel() == p.problems * p.rows,
+             op, ": flag: expected contiguous uint8, one for each row");
+  p.flag = static_cast<unsigned char*>(flag.mutable_data_ptr());
   p.steps = steps;
   p.step = static_cast<float>(step);
   return p;

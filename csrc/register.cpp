@@ -16,12 +16,13 @@ using torch::stable::Tensor;
 
 Tensor recursion_small(const Tensor& v, const Tensor& rho, std::optional<Tensor> beta,
                        double beta_value, std::optional<Tensor> log_weights,
-                       std::optional<Tensor> update_mask, int64_t steps, double step);
+                       std::optional<Tensor> update_mask, int64_t steps, double step,
+                       const Tensor& flag);
 
 std::tuple<Tensor, Tensor, Tensor> recursion_small_backward(
     const Tensor& grad, const Tensor& v, const Tensor& rho, std::optional<Tensor> beta,
     double beta_value, std::optional<Tensor> log_weights, std::optional<Tensor> update_mask,
-    int64_t steps, double step, bool wide, bool memory_side, bool mask_side);
+    int64_t steps, double step, bool wide, bool memory_side, bool mask_side, const Tensor& flag);
 
 }  // namespace clam
 
@@ -38,6 +39,9 @@ STABLE_TORCH_LIBRARY(clam_cuda, m) {
   //   log_weights  [O, I, 1 or K]     float32; -inf: the memory takes no part and may hold
   //                                   anything. A problem in which none does returns its v
   //   update_mask  [O, I, N, D]       float32, or uint8 and bool as 0 / not 0
+  //   flag         [O, I, N]          uint8, contiguous, written: 1 where the result of a row may
+  //   be
+  //                                   wrong (doubt.h) and has to be computed again, else 0
   //
   // All have the same O and I and any strides, 0 where an operand is shared. The result [O, I, N,
   // D] is contiguous and of v's dtype. An entry that does not move is returned bit for bit. A row
@@ -46,7 +50,7 @@ STABLE_TORCH_LIBRARY(clam_cuda, m) {
   // captured.
   m.def(
       "recursion_small(Tensor v, Tensor rho, Tensor? beta, float beta_value, Tensor? log_weights, "
-      "Tensor? update_mask, int steps, float step) -> Tensor");
+      "Tensor? update_mask, int steps, float step, Tensor(a!) flag) -> Tensor");
   // Its gradients, for steps >= 1 and no more memories than am::backward_warps has shared memory
   // for: (grad_v, partials, grad_mask).
   //
@@ -57,12 +61,15 @@ STABLE_TORCH_LIBRARY(clam_cuda, m) {
   //                                           all the sum over K). Empty unless `memory_side`
   //   grad_mask  [O, I, N, D]                 float32. Empty unless `mask_side`
   //
+  // A row whose flag is set gives nothing to `partials`, and its rows of grad_v and grad_mask are
+  // 0.
+  //
   // Scratch: 2^26 floats, or those of 64 blocks where they need more: 128 (steps - 1) (2 D + 2)
   // each. The number of slices and the order of every sum depend on the shapes alone.
   m.def(
       "recursion_small_backward(Tensor grad, Tensor v, Tensor rho, Tensor? beta, float beta_value, "
       "Tensor? log_weights, Tensor? update_mask, int steps, float step, bool wide, "
-      "bool memory_side, bool mask_side) -> (Tensor, Tensor, Tensor)");
+      "bool memory_side, bool mask_side, Tensor(a!) flag) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clam_cuda, CUDA, m) {

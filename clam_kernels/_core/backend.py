@@ -152,14 +152,13 @@ def why_not(spec: Runnable, name: str, device: str, arguments: tuple[Any, ...] =
 
 def _unavailable(name: str, device: str) -> str | None:
     """Why a GPU backend cannot run in this process, on this device."""
-    if name == "cuda":
-        reason = library.why_unavailable()
-        return reason if device == "cuda" or reason else f"the tensors are on {device}"
-    if not _has_triton():
+    reason = library.why_unavailable() if name == "cuda" else None
+    if reason is not None:
+        return reason
+    if not _has_triton():  # rows that the CUDA library leaves are computed by Triton
         return "triton is not installed"
-    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"the tensors are on {device}"
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return None if device == "cuda" or interpreted else f"the tensors are on {device}"
 
 
 @functools.cache

@@ -384,15 +384,18 @@ def programs_of(a: Operands, rows: int, block: int, kept: int) -> tuple[int, int
 
 def recursion(a: Operands, steps: int, step: float, flags: Tensor, out: Tensor) -> None:
     """Write the result of the rows whose flag is set over `out`. One launch."""
+    raw = _launch.plain(out)
     rows, tile = a.v.shape[2], a.tile()
     blocks, every, programs = programs_of(a, rows, tile["ROWS"], a.features + a.memories)
     strip = _launch.empty((programs * (a.features + a.memories),), torch.float64, a.v.device)
     _launch.launch(
         exact_recursion_kernel, (programs,), a.v.device,
-        flags, a.v, a.mask, a.rho, a.beta, a.weights, out, strip,
+        flags, a.v, a.mask, a.rho, a.beta, a.weights, raw, strip,
         rows, a.memories, a.v.shape[1], blocks, every, steps, bits_of(step), a.beta_bits,
         *in_rows(a.v, a.features), *a.mask.stride(), *a.memory_strides, **tile, **a.flags,
     )  # fmt: skip
+    if raw is not out:
+        out.copy_(raw)
 
 
 def energy(a: Operands, flags: Tensor, out: Tensor) -> None:

@@ -368,14 +368,15 @@ def recursion_backward(
     run = min(run, a.v.shape[1])
     strip = _launch.empty((run * splits * kept,), torch.float64, a.v.device)
     size = a.memories * (a.features + 2) if memories else 0
+    raw = _launch.plain(out)
     part = _launch.empty((run * splits * size,), torch.float64, a.v.device)
     used = _launch.empty((run * splits,), torch.int32, a.v.device)
     sums = Sums(a) if memories else None
     for o, i, problems, first in _launches(a, splits, run):
         _launch.launch(
             exact_backward_kernel, (problems * splits,), a.v.device,
-            flags, grad, a.v, a.mask, a.rho, a.beta, a.weights, out,
-            out if masked is None else masked, strip, part, used,
+            flags, grad, a.v, a.mask, a.rho, a.beta, a.weights, raw,
+            raw if masked is None else masked, strip, part, used,
             a.v.shape[2], a.memories, a.v.shape[1], first, blocks, splits, share, steps,
             bits_of(step), a.beta_bits, *in_rows(a.v, a.features), *a.mask.stride(),
             *a.memory_strides, **tile, **a.flags, MASK_GRAD=masked is not None,
@@ -383,6 +384,8 @@ def recursion_backward(
         )  # fmt: skip
         if sums is not None:
             sums.add(o, i, problems, splits, part, used)
+    if raw is not out:
+        out.copy_(raw)
     return sums
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recursion over few features (D <= 16) in the compiled CUDA library: one launch an op call.
+"""The recursion over few features (D <= 16) in the compiled CUDA library: one launch of it, and a
+launch of Triton for the rows in doubt (`am_exact.py`, `am_exact_backward.py`).
 
 The library takes operands as views [O, I, *core] of any strides, float32 on the memories' side;
 csrc/register.cpp has the contract. `_core.library` must have loaded it before the first call.
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _launch, am_exact, am_exact_backward
 from ._operands import arrange, batch_of
+from .am_backward import whole
 
 Beta = float | Tensor
 MAX_FEATURES = 16
@@ -48,8 +51,9 @@ def why_not(v: Tensor, rho: object = None, beta: object = 1.0, *_: Any) -> str |
     features = v.shape[-1]
     if features > MAX_FEATURES:
         return f"D = {features} > {MAX_FEATURES}"
-    if v.dtype == torch.float64:
-        return "float64"
+    reason = _launch.why_not(v)
+    if reason is not None:
+        return reason
     if isinstance(beta, float) and math.isinf(beta):
         return "beta = inf"
     if isinstance(rho, Tensor) and rho.shape[-2] > backward_memories(features):
@@ -68,7 +72,7 @@ def why_slower(v: Tensor, *rest: Any) -> str | None:
 
 
 class _Operands(NamedTuple):
-    """The arguments as the library takes them."""
+    """The arguments as the library takes them, and the mask as the second launch does."""
 
     batch: tuple[int, ...]
     v: Tensor
@@ -78,6 +82,7 @@ class _Operands(NamedTuple):
     log_weights: Tensor | None
     update_mask: Tensor | None
     grad: Tensor | None
+    full_mask: Tensor | None
 
     @property
     def shared(self) -> tuple[Any, ...]:
@@ -91,6 +96,10 @@ class _Operands(NamedTuple):
             self.update_mask,
         )
 
+    def new_flag(self) -> Tensor:
+        """What the library writes: which rows [O, I, N] are in doubt."""
+        return _launch.empty(self.v.shape[:3], torch.uint8, self.v.device)
+
 
 def _operands(
     v: Tensor,
@@ -101,13 +110,14 @@ def _operands(
     grad: Tensor | None = None,
 ) -> _Operands:
     number = 0.0 if isinstance(beta, Tensor) else float(beta)
+    mask = None if update_mask is None else _full(update_mask, v)
     given = [(v, 2), (rho, 2)]
     if isinstance(beta, Tensor):
         given.append((beta.float(), 1))
     if log_weights is not None:
         given.append((log_weights.float(), 1))
-    if update_mask is not None:
-        given.append((_full(update_mask, v), 2))
+    if mask is not None:
+        given.append((mask, 2))
     batch = batch_of(given)
     if grad is not None:
         given.append((grad, 2))
@@ -119,15 +129,15 @@ def _operands(
         next(views) if isinstance(beta, Tensor) else None,
         number,
         None if log_weights is None else next(views),
-        None if update_mask is None else next(views),
+        None if mask is None else next(views),
         None if grad is None else next(views),
+        mask,
     )
 
 
 def _full(mask: Tensor, v: Tensor) -> Tensor:
-    """A mask [..., N, D] by strides, bool or float32."""
-    if mask.dtype != torch.bool:
-        mask = mask.float()
+    """A mask [..., N, D] by strides, float32, or bytes if it is of bits."""
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float()
     if mask.shape[-2:] == v.shape[-2:]:
         return mask
     return mask.expand(*mask.shape[:-2], *v.shape[-2:])
@@ -143,12 +153,15 @@ def am_recursion(
     log_weights: Tensor | None,
     precision: str,
 ) -> Tensor:
-    """All steps in one launch, in float32 whatever the precision."""
+    """All steps in one launch, in float32 whatever the precision, and one for rows in doubt."""
     a = _operands(v, rho, beta, update_mask, log_weights)
     shape = (*a.batch, *v.shape[-2:])
     if steps == 0 or step == 0 or 0 in shape:
         return v.new_empty(shape).copy_(v)
-    out: Tensor = torch.ops.clam_cuda.recursion_small(*a.shared, steps, step)
+    flag = a.new_flag()
+    out: Tensor = torch.ops.clam_cuda.recursion_small(*a.shared, steps, step, flag)
+    given = am_exact.operands(v, rho, beta, a.full_mask, log_weights)
+    am_exact.recursion(given, steps, step, flag, out)
     return out.view(shape)
 
 
@@ -240,7 +253,9 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients in the order of `arguments`, with the whole batch, not yet summed over it."""
     v, rho, beta, update_mask, log_weights = arguments
+    grad = whole(grad, grad.shape)  # as the second launch reads it
     a = _operands(v, rho, beta, update_mask, log_weights, grad)
+    flag = a.new_flag()
     memory_side = any(wanted[i] is not None for i in (1, 2, 4))
     grad_v, partials, grad_mask = torch.ops.clam_cuda.recursion_small_backward(
         a.grad,
@@ -250,12 +265,20 @@ def _gradients(
         v.shape != grad.shape,  # what is summed over the batch is not rounded before
         memory_side,
         wanted[3] is not None,
+        flag,
+    )
+    given = am_exact.operands(v, rho, beta, a.full_mask, log_weights)
+    masked = None if wanted[3] is None else grad_mask
+    again = am_exact_backward.recursion_backward(
+        given, grad, steps, step, flag, grad_v, masked, memory_side
     )
     found: list[Tensor | None] = [grad_v.view(grad.shape), None, None, None, None]
-    if memory_side:
-        sums = partials.sum(2, dtype=torch.float64).view(*a.batch, *rho.shape[-2:-1], -1)
-        d = v.shape[-1]
-        found[1], found[4], found[2] = sums[..., :d], sums[..., d], sums[..., d + 1]
+    if again is not None:
+        sums = partials.sum(2, dtype=torch.float64).view(*a.batch, *partials.shape[3:])
+        sums = sums.sum_to_size(*given.memory_batch, *partials.shape[3:])
+        d, (pull, mass, heat) = v.shape[-1], again.of_batch()
+        found[1], found[4] = sums[..., :d] + pull, sums[..., d] + mass
+        found[2] = sums[..., d + 1] - heat
     if wanted[3] is not None:
         found[3] = grad_mask.view(grad.shape)
     return found

@@ -220,6 +220,18 @@ def test_a_forced_backend_never_falls_back(spec, monkeypatch):
         monkeypatch.delenv("CLAM_BACKEND")
 
 
+def test_the_cuda_library_needs_triton(monkeypatch):
+    """Which computes the rows that the library leaves; without it the reference runs."""
+    from clam_kernels._core import backend as choice
+
+    monkeypatch.setattr(choice.library, "why_unavailable", lambda: None)
+    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    spec = testing.spec_of("am_recursion")
+    reason = "triton is not installed"
+    assert choice.why_not(spec, "cuda", "cuda") == reason
+    assert choice.choose(spec, "cuda") == ("reference", f"cuda: {reason}; triton: {reason}")
+
+
 def test_backend_is_restored():
     from clam_kernels._core import backend as choice
 

@@ -395,11 +395,11 @@ def test_library_loads_beside_this_torch(library: Path) -> None:
         "Tensor? update_mask, int steps, float step"
     )
     assert output == [
-        f"clam_cuda::recursion_small({operands}) -> Tensor",
+        f"clam_cuda::recursion_small({operands}, Tensor(a!) flag) -> Tensor",
         "True",
         "False",
         f"clam_cuda::recursion_small_backward(Tensor grad, {operands}, bool wide, "
-        "bool memory_side, bool mask_side) -> (Tensor, Tensor, Tensor)",
+        "bool memory_side, bool mask_side, Tensor(a!) flag) -> (Tensor, Tensor, Tensor)",
         "True",
         "False",
     ]
