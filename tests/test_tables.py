@@ -7,6 +7,7 @@ import gzip
 import io
 import subprocess
 import sys
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clam_kernels import tables
 from clam_kernels.exceptions import DataFileError
@@ -146,6 +149,24 @@ def test_one_hostile_name_comes_back(tmp_path):
             found, names = tables.read(path, header=None if suffix == ".parquet" else True)
             assert names == [name]
             assert found.tolist() == [[0], [1], [2]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_table_comes_back(data):
+    names = data.draw(st.lists(st.text('a",;\t\n\r é0.1-', max_size=5), min_size=1, max_size=4))
+    cell = st.sampled_from([NAN, np.inf, -(2.0**60), 1e300, -0.5, 3.0]) | st.floats(width=64)
+    row = st.lists(cell, min_size=len(names), max_size=len(names))
+    x = np.array(data.draw(st.lists(row, max_size=5))).reshape(-1, len(names))
+    for suffix in (".csv", ".tsv", ".csv.gz", ".parquet"):
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = Path(folder) / f"x{suffix}"
+            tables.write(path, x, names)
+            for options in ({"header": True, "index_col": False}, {"expected": names}):
+                found, read = tables.read(path, **options)
+                assert read == names
+                np.testing.assert_array_equal(found, x)
 
 
 def test_pandas_reads_what_was_written(tmp_path):
@@ -290,6 +311,9 @@ def test_the_delimiter_is_told_by_whole_rows(table):
     assert table('"a,b";c\n1;2\n')[1] == ["a,b", "c"]
     assert table('"a;b;c",d\n1,2\n')[1] == ["a;b;c", "d"]
     assert table('"a,b,c"\td\n1\t2\n')[1] == ["a,b,c", "d"]
+    assert table('",",",","",";"\n')[1] == [",", ",", "", ";"]
+    assert table('"b"\t"0,"" a"\n')[1] == ["b", '0," a']
+    assert table("1,5;2,5", decimal=",")[0].tolist() == [[1.5, 2.5]]
     x, names = table("1,5;2,5\n3,5;4\n", decimal=",")
     assert (names, x.tolist()) == (None, [[1.5, 2.5], [3.5, 4]])
     x, _ = table("a;b\n1,5; ?\n 3,5;4\n", decimal=",")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,8 +70,7 @@ def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str] | None]:
     if doubtful:
         texts = _table(source, layout, choice, [chosen[j] for j in doubtful], as_text=True)
         for j, text in zip(doubtful, texts.columns, strict=True):
-            boolean = columns[j] is not None and table.columns[j].type == "bool"
-            columns[j] = columns[j] if boolean else _numbers.of_text(where[j], text, choice.decimal)
+            columns[j] = _numbers.of_text(where[j], text, choice.decimal)
     kept = [column for column in columns if column is not None]
     return np.column_stack(kept), None if names is None else [names[i] for i in chosen]
 
@@ -183,20 +183,28 @@ def _rows(name: str, text: str, delimiter: str, whole: bool) -> Iterator[Row]:
 def _delimiter(text: str, whole: bool) -> str:
     """The mark that cuts all rows into the same number of cells, most of them values."""
 
-    def merit(mark: str) -> tuple[bool, float, int]:
+    def merit(mark: str) -> tuple[bool, bool, float, int]:
         try:
             rows = [row.cells for row in _rows("", text, mark, whole) if not row.is_blank]
         except DataFileError:  # the whole line may be one cell, beyond the limit of csv
             rows = []
         if not rows:
-            return False, 0.0, 0
+            return False, False, 0.0, 0
         width = len(rows[0])
-        cells = [cell for row in rows[1:] or rows for cell in row]
         if width == 1 or any(len(row) != width for row in rows):
-            return False, 0.0, width
-        return True, sum(_numbers.is_value(c, mark != ",") for c in cells) / len(cells), width
+            return False, False, 0.0, width
+        values = [_numbers.is_value(c, mark != ",") for row in rows[1:] or rows for c in row]
+        # of one row alone, which may have names, some values say nothing
+        share = sum(values) / len(values) if len(rows) > 1 else float(all(values))
+        return True, _quotes_whole_cells(text, mark), share, width
 
     return max(MARKS, key=merit)
+
+
+def _quotes_whole_cells(text: str, mark: str) -> bool:
+    """Whether quotes of the first row begin and end cells, as they do at the right delimiter."""
+    cell = rf'(?:"(?:[^"]|"")*"|[^"\r\n{mark}]*)'
+    return re.match(rf"[{BOM}\s]*?{cell}(?:{mark}{cell})*(?:[\r\n]|$)", text) is not None
 
 
 def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: bool) -> bool:
