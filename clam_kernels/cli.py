@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
+import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import __version__
 
 if TYPE_CHECKING:
     from .estimators import ClAM, KMeans
@@ -28,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="clam", description="Clustering with associative memories and k-means."
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"clam_kernels {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
@@ -36,8 +42,10 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         if model:
             sub.add_argument("model", type=Path, help="model file that `clam fit` wrote")
-        sub.add_argument("data", type=Path, help=".npy, .npz, CSV, TSV or Parquet")
-        sub.add_argument("--key", help="array of an .npz that holds several")
+        sub.add_argument(
+            "data", type=Path, help=".npy, .npz, CSV, TSV (also .gz) or Parquet; - reads stdin"
+        )
+        _add_reading(sub)
         sub.add_argument("--json", action="store_true", help="print one JSON object about the run")
         if output:
             sub.add_argument(
@@ -55,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--seed", type=int, default=0, help="default 0")
     fit.add_argument("--device", default="auto", help="cpu, cuda or auto (a GPU if there is one)")
     fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")
-    table = ".csv, .tsv, .npy or .parquet; CSV on stdout without it"
+    table = ".csv, .tsv (also .gz), .npy or .parquet; CSV on stdout without it, or with -"
     verb("predict", "label of each row", output=table)
     verb("transform", "distance of each row to each memory", output=table)
     verb("complete", "fill the missing entries (NaN, empty); a clam model", output=table)
@@ -65,14 +73,55 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_reading(sub: argparse.ArgumentParser) -> None:
+    """What decides how a table is read."""
+    sub.add_argument("--key", help="array of an .npz that holds several")
+    sub.add_argument(
+        "--columns",
+        type=_names,
+        metavar="A,B",
+        help="the features: names, or numbers from 0",
+    )
+    sub.add_argument(
+        "--drop", type=_names, metavar="A,B", help="columns that are no features, such as id,label"
+    )
+    sub.add_argument(
+        "--index-col",
+        metavar="A",
+        help="index of a data frame, to leave out; none keeps what looks like one",
+    )
+    sub.add_argument(
+        "--header",
+        action=argparse.BooleanOptionalAction,
+        help="the first row of a text has names; else text in it, or 0,1,2,... says so",
+    )
+    sub.add_argument("--decimal", choices=(".", ","), default=".", help="decimal point of a text")
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas; one with a comma stands in quotes."""
+    return next(csv.reader([text]), [""])
+
+
 class _Refused(Exception):
     """Arguments that do not go together: exit code 2."""
 
 
 def _check_output(options: argparse.Namespace) -> None:
     output = getattr(options, "output", None)
+    if options.verb in RESULTS and str(output) == "-":
+        options.output = output = None
+    if options.json and options.verb in RESULTS and output is None:
+        raise _Refused(f"--json takes stdout: give {options.verb} a file with -o")
     if output is None:
         return
+    if options.verb != "fit":
+        from . import plots, tables
+
+        try:
+            (tables if options.verb in RESULTS else plots).check_output(output)
+        except ValueError as error:
+            raise _Refused(f"{output}: {error}") from None
     for source in (options.data, getattr(options, "model", None)):
         if source is not None and output.exists() and source.exists() and output.samefile(source):
             raise _Refused(f"{output} is an input of this command")
@@ -82,6 +131,8 @@ def _check_output(options: argparse.Namespace) -> None:
         raise _Refused(f"{output} is a folder")
     if output.exists() and not options.force:
         raise _Refused(f"{output} exists; --force overwrites it")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise _Refused(f"{output.parent} is not writable")
 
 
 def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
@@ -90,7 +141,7 @@ def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
 
     if options.output is not None:
         tables.write(options.output, array, names)
-    elif not options.json:
+    else:
         sys.stdout.buffer.write(tables.encode(array, "", names))
 
 
@@ -118,9 +169,11 @@ def _model(options: argparse.Namespace) -> ClAM | KMeans:
     return KMeans(options.clusters, **shared)
 
 
-def _fit(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[str, Any]:
+def _fit(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The table, and facts of the model that it gave."""
     import numpy as np
 
+    x, names = _read(options, None)
     model = _model(options)
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what a verbose fit tells
@@ -129,7 +182,26 @@ def _fit(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[s
     if names is not None:
         model.feature_names_in_ = np.asarray(names, dtype=object)
     model.save(options.output)
-    return {"seconds": seconds, "seed": options.seed, **_facts(model)}
+    return x, {"seconds": seconds, "seed": options.seed, **_facts(model)}
+
+
+def _read(options: argparse.Namespace, expected: list[str] | None) -> tuple[Any, list[str] | None]:
+    """The table that the options describe; `expected` are the names that a model knows."""
+    from . import tables
+
+    x, names = tables.read(
+        options.data,
+        options.key,
+        columns=options.columns,
+        drop=options.drop,
+        index_col=False if options.index_col == "none" else options.index_col,
+        header=options.header,
+        decimal=options.decimal,
+        expected=expected,
+    )
+    if x.dtype.kind == "f" and options.verb != "complete" and not len(x):
+        raise ValueError(f"{options.data}: no rows")
+    return x, names
 
 
 def _facts(model: ClAM | KMeans) -> dict[str, Any]:
@@ -143,19 +215,22 @@ def _facts(model: ClAM | KMeans) -> dict[str, Any]:
     }
 
 
-def _use(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[str, Any]:
-    """A verb that reads a model."""
+def _use(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The table, and facts of the model, for a verb that reads one."""
     from . import estimators, serialize
+    from .tables import listed
 
     model = getattr(estimators, serialize.class_of(options.model)).load(options.model)
     facts = _facts(model)
     if options.verb == "complete" and not hasattr(model, "complete"):
         raise ValueError(f"{options.model}: a {facts['algo']} model cannot complete; clam can")
-    fitted_on = list(model.__dict__.pop("feature_names_in_", names or []))
-    if names is not None and names != fitted_on:
+    known = model.__dict__.pop("feature_names_in_", None)
+    fitted_on = None if known is None else list(known)
+    x, names = _read(options, fitted_on)
+    if names is not None and fitted_on is not None and names != fitted_on:
         raise ValueError(
-            f"{options.data}: expected the columns {', '.join(fitted_on)} that the model was fitted"
-            f" on, got {', '.join(names)}"
+            f"{options.data}: expected the columns {listed(fitted_on)} that the model was fitted"
+            f" on, got {listed(names)}; --columns chooses, --drop leaves out"
         )
     if options.verb == "predict":
         _put(options, model.predict(x), ["label"])
@@ -178,27 +253,34 @@ def _use(options: argparse.Namespace, x: Any, names: list[str] | None) -> dict[s
         x = model.complete(x) if hasattr(model, "complete") else x
         drawn = plots.plot_clusters(x, labels, model.cluster_centers_)
         plots.save(drawn, options.output)
-    return facts
+    if options.verb in RESULTS:
+        print(f"clam: {len(x)} rows read, {len(x)} rows written", file=sys.stderr)
+    return x, facts
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts as JSON can hold them: a number that is not finite is null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in facts.items()
+    }
 
 
 def _run(options: argparse.Namespace) -> None:
-    import numpy as np
-
-    from . import __version__, tables
-
     _check_output(options)
-    if options.json and options.verb in RESULTS and options.output is None:
-        raise _Refused(f"--json takes stdout: give {options.verb} a file with -o")
-    x, names = tables.read(options.data, options.key)
-    if np.asarray(x).dtype.kind == "f" and options.verb != "complete" and not len(x):
-        raise ValueError(f"{options.data}: no rows")
-    facts = (_fit if options.verb == "fit" else _use)(options, x, names)
+    x, facts = (_fit if options.verb == "fit" else _use)(options)
     if options.json:
         shape = {"rows": int(x.shape[0]), "features": int(x.shape[1])}
-        print(json.dumps({"verb": options.verb, **shape, **facts, "version": __version__}))
+        told = {"verb": options.verb, **shape, **_plain(facts), "version": __version__}
+        print(json.dumps(told, allow_nan=False))
     elif options.verb == "fit":
         used, k = facts["clusters_used"], facts["k"]
         print(f"{used} of {k} clusters used, inertia {facts['inertia']:.6g}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """A warning as one line; the line of source that gave it says nothing to a user."""
+    print(f"clam: warning: {message}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,7 +292,9 @@ def main(arguments: list[str] | None = None) -> int:
         return info.main(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
-        _run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            _run(options)
         sys.stdout.flush()
     except _Refused as error:
         print(f"clam: error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ shows a window; matplotlib is imported at the first call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,31 @@ def _axes(ax: Any, size: tuple[float, float]) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained").add_subplot()
+
+
+def check_output(path: Any) -> None:
+    """Find out whether an image can be written under a name, before there is one.
+
+    Parameters
+    ----------
+    path : path
+
+    Raises
+    ------
+    ValueError
+        The suffix is no format of images that matplotlib writes.
+
+    Examples
+    --------
+    >>> from clam_kernels import plots
+    >>> plots.check_output("clusters.png")
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
+    suffix = Path(path).suffix
+    if suffix and suffix.lower()[1:] not in suffixes:
+        raise ValueError(f"expected an image .{', .'.join(suffixes)}, got {suffix!r}")
 
 
 def save(drawn: Any, path: Any) -> None:

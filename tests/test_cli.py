@@ -19,6 +19,7 @@ import pytest
 from _children import ended
 from sklearn.datasets import load_iris
 
+import clam_kernels
 from clam_kernels import ClAM, KMeans, tables
 from clam_kernels.cli import main
 from clam_kernels.exceptions import DataFileError
@@ -136,13 +137,13 @@ def test_bad_input_is_one_line_and_exit_1(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "nan.npy", np.full((5, 2), np.nan))
     np.save(tmp_path / "inf.npy", np.full((5, 2), np.inf))
     (tmp_path / "text.csv").write_text("a,b\n1,x\n2,y\n")
-    (tmp_path / "ragged.csv").write_text("1,2\n3\n")
+    (tmp_path / "ragged.csv").write_text("5,2\n3\n")
     (tmp_path / "evil.npy").write_bytes(pickle.dumps({"a": 1}))
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
     cases = {
         "nan.npy": "expected an observed entry in every column",
         "inf.npy": "infinity",
-        "text.csv": "column 'b': expected numbers",
+        "text.csv": "column 'b', row 1: expected a number, got 'x'",
         "ragged.csv": "ragged.csv",
         "evil.npy": "evil.npy",
         "object.npy": "pickle|object",
@@ -164,7 +165,8 @@ def test_columns_in_another_order_are_refused(folder: Path, tmp_path: Path) -> N
     model, text = tmp_path / "m", (folder / "named.tsv").read_text()
     assert clam("fit", folder / "named.tsv", "-k", 3, "-o", model, *QUICK).returncode == 0
     assert clam("predict", model, folder / "named.tsv").returncode == 0
-    assert clam("predict", model, folder / "x.npy").stderr == ""
+    told = clam("predict", model, folder / "x.npy").stderr
+    assert told == "clam: 150 rows read, 150 rows written\n"
     (tmp_path / "swapped.tsv").write_text(text.replace("a\tb", "b\ta", 1))
     run = clam("predict", model, tmp_path / "swapped.tsv")
     assert run.returncode == 1
@@ -223,6 +225,106 @@ def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
     assert not model.exists()
 
 
+def test_one_empty_line_is_one_row(folder: Path, tmp_path: Path) -> None:
+    table, model = tmp_path / "m7.csv", tmp_path / "s.st"
+    table.write_text("a\n1\n\n3\n9\n")
+    fitted = clam("fit", table, "-k", 2, "-o", model, *QUICK)
+    assert fitted.returncode == 0, fitted.stderr
+    run = clam("predict", model, table)
+    assert len(run.stdout.split()) == 1 + 4
+    assert run.stderr == "clam: 4 rows read, 4 rows written\n"
+
+
+def test_predict_reads_what_complete_wrote(tmp_path: Path) -> None:
+    hostile = ["", "a,b", 'c"d', "e\nf", "g\rh", "Größe", "日本", " x ", "x", "x", "2019", "n;t"]
+    x = np.hstack([X, X, X])
+    x[::7, 3] = np.nan
+    for suffix in (".csv", ".tsv", ".csv.gz", ".parquet"):
+        table, model, filled = (tmp_path / f"{name}{suffix}" for name in ("x", "m", "filled"))
+        tables.write(table, x, hostile)
+        asked = ["--index-col", "none", "--header"]
+        made = clam("fit", table, *asked, "-k", 3, "-o", model, *QUICK)
+        assert made.returncode == 0, made.stderr
+        done = clam("complete", model, table, "-o", filled)
+        assert done.returncode == 0, done.stderr
+        run = clam("predict", model, filled)
+        assert run.returncode == 0, run.stderr
+        assert run.stderr == "clam: 150 rows read, 150 rows written\n"
+        assert run.stdout == clam("predict", model, table).stdout
+        found, names = tables.read(filled, expected=hostile)
+        assert names == hostile
+        np.testing.assert_array_equal(found[~np.isnan(x)], x[~np.isnan(x)])
+
+
+def test_a_model_knows_its_names_in_a_first_row_of_numbers(tmp_path: Path) -> None:
+    table, model = tmp_path / "x.csv", tmp_path / "m"
+    tables.write(table, X, ["2019", "2021", "2023", "2025"])
+    fit = clam("fit", table, "--header", "-k", 3, "-o", model, *QUICK)
+    assert fit.returncode == 0, fit.stderr
+    assert clam("predict", model, table).stderr == "clam: 150 rows read, 150 rows written\n"
+
+
+def test_columns_are_chosen_by_options(folder: Path, tmp_path: Path) -> None:
+    table, model = tmp_path / "x.csv", tmp_path / "m"
+    lines = [f"r{i},{a},{b},{c},{d},ill" for i, (a, b, c, d) in enumerate(X)]
+    table.write_text("\n".join(["id,a,b,c,d,label", *lines]))
+    for chosen in (["--drop", "id,label"], ["--columns", "a,b,c,d"]):
+        fit = clam("fit", table, *chosen, "-k", 3, "-o", model, "--force", *QUICK)
+        assert fit.returncode == 0, fit.stderr
+        expected = clam("predict", folder / "m.safetensors", folder / "x.npy").stdout
+        assert clam("predict", model, table, *chosen).stdout == expected
+    refused = clam("fit", table, "-k", 3, "-o", model, "--force")
+    assert refused.returncode == 1
+    assert "column 'id', row 1: expected a number, got 'r0'" in refused.stderr
+    assert "--drop" in clam("predict", model, table, "--drop", "id,a,label").stderr
+    by_number = clam("fit", folder / "x.npy", "--columns", "1,2", "-k", 3, "-o", model, "--force",
+                     "--json", *QUICK)  # fmt: skip
+    assert json.loads(by_number.stdout)["features"] == 2
+
+
+def test_a_bad_output_is_reported_before_the_work(folder: Path, tmp_path: Path) -> None:
+    model, missing = folder / "m.safetensors", tmp_path / "missing.npy"
+    for verb, name in (("predict", "l.txt"), ("complete", "x.xlsx"), ("plot", "p.gif1")):
+        run = clam(verb, model, missing, "-o", tmp_path / name)
+        assert run.returncode == 2, run.stderr
+        assert f"got {Path(name).suffix!r}" in run.stderr
+
+
+def test_a_table_comes_by_a_pipe(folder: Path) -> None:
+    command = [sys.executable, "-m", "clam_kernels", "predict", folder / "m.safetensors", "-"]
+    expected = clam("predict", folder / "m.safetensors", folder / "x.npy").stdout
+    for name in ("plain.csv", "x.npy", "x.parquet"):
+        content = (folder / name).read_bytes()
+        run = subprocess.run(command, input=content, capture_output=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.decode() == expected
+
+
+def test_the_version() -> None:
+    run = clam("--version")
+    assert (run.returncode, run.stdout.split()) == (0, ["clam_kernels", clam_kernels.__version__])
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_without_source(folder: Path, tmp_path: Path) -> None:
+    tables.write(tmp_path / "x.csv", X, list("0123"))
+    run = clam("fit", tmp_path / "x.csv", "-k", 3, "-o", tmp_path / "m", *QUICK)
+    first = run.stderr.splitlines()[0]
+    assert first.startswith("clam: warning: ")
+    assert first.endswith(
+        "the first row (0,1,2,3) became column names; --no-header reads it as data"
+    )
+
+
+def test_json_has_no_infinity(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClAM, "score", lambda *_: -np.inf)
+    run = clam("score", folder / "m.safetensors", folder / "x.npy", "--json")
+    assert "Infinity" not in run.stdout
+    assert json.loads(run.stdout)["score"] is None
+
+
 def test_info(tmp_path: Path) -> None:
     run = clam("info", "--json")
     facts = json.loads(run.stdout)
@@ -233,11 +335,12 @@ def test_info(tmp_path: Path) -> None:
 
 
 def test_the_installed_command(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "clam_kernels.cli"]
+    command = [sys.executable, "-m", "clam_kernels"]
     run = subprocess.run(
         [*command, "predict", folder / "m.safetensors", folder / "x.npy", "-o", tmp_path / "l.npy"],
         capture_output=True,
         check=False,
     )
-    assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
+    told = b"clam: 150 rows read, 150 rows written\n"
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"", told)
     assert np.load(tmp_path / "l.npy").shape == (150,)

@@ -421,15 +421,8 @@ class SeLa(BaseEstimator):
             if not hasattr(self, "files_"):
                 tables.write(path, labels.T, names)
                 return
-            files = self.files_ if path.suffix == ".parquet" else [_quoted(f) for f in self.files_]
-            columns = [np.array(files, dtype=object)[:, None], labels.T.astype(object)]
+            columns = [np.array(self.files_, dtype=object)[:, None], labels.T.astype(object)]
             tables.write(path, np.concatenate(columns, 1), ["file", *names])
-
-
-def _quoted(name: str) -> str:
-    """A name as a cell of a CSV."""
-    plain = not any(mark in name for mark in ',"\t\n\r')
-    return name if plain else '"' + name.replace('"', '""') + '"'
 
 
 def _check_fit(count: int, clusters: int, checkpoint: Any, every: Any, resume: bool) -> None:

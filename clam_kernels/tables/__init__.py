@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data matrices from files, by content, and results to files; never a pickle.
+
+`.npy`, `.npz` and the writing of CSV need numpy alone; reading CSV and TSV (also gzipped) and
+Parquet in both directions need pyarrow (the extra `files`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..exceptions import DataFileError
+from ..serialize import write_atomically
+from . import _write
+from ._choice import Choice, listed
+from ._source import NPY, NPZ, PARQUET, Source
+
+__all__ = ["check_output", "encode", "listed", "read", "read_array", "write"]
+
+KINDS = "a file of numbers as .npy, .npz, CSV, TSV or Parquet"
+ARRAYS = "a file of numbers as .npy or .npz"
+
+
+def read(
+    path: str | Path,
+    key: str | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+    drop: Sequence[str] | None = None,
+    index_col: str | bool | None = None,
+    header: bool | None = None,
+    decimal: str = ".",
+    expected: Sequence[str] | None = None,
+) -> tuple[np.ndarray, list[str] | None]:
+    """(matrix, column names or None) of a file.
+
+    Parameters
+    ----------
+    path : str or Path
+        .npy (memory-mapped), .npz, CSV, TSV (also gzipped) or Parquet; told apart by content. "-"
+        reads standard input.
+    key : str, optional
+        Array of an .npz that holds several.
+    columns, drop : sequence of str, optional
+        The features, in this order, or columns that are none: names, or numbers from 0.
+    index_col : str or False, optional
+        A column that is no feature. None leaves out what a Parquet file itself calls the index of
+        a data frame, and refuses a CSV whose first column alone has no name, as pandas writes an
+        index. False keeps both.
+    header : bool, optional
+        Whether the first row of a text has the names. None decides: names are a row with text, or
+        0 to D - 1, or `expected`; a warning says so where it may be wrong.
+    decimal : "." or ","
+        Decimal point of a text.
+    expected : sequence of str, optional
+        Names that the features are to have; a first row of a text that equals them is a header.
+
+    Returns
+    -------
+    tuple of array [N, D] and list of str or None
+        A missing cell is NaN. In a text of one column an empty line is a missing cell.
+
+    Raises
+    ------
+    DataFileError
+        The file is damaged or of another kind; a cell is no number, or an integer that float64
+        cannot hold (the error names column and row, counted from 1 below the header); a column
+        does not exist.
+
+    Warns
+    -----
+    UserWarning
+        The first row may have been names and became data, or the other way round.
+
+    Examples
+    --------
+    >>> import os, tempfile, numpy as np
+    >>> from clam_kernels import tables
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "x.npy")
+    ...     np.save(file, np.eye(2))
+    ...     tables.read(file)[0].shape
+    (2, 2)
+    """
+    source = Source(path)
+    choice = Choice(columns, drop, index_col, header, decimal, expected)
+    with source.reading(KINDS):
+        if source.magic in (NPY, NPZ):
+            return _chosen(source, source.matrix(key), choice), None
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise DataFileError(f"{source.name}: reading it {_write.NEEDS_PYARROW}") from None
+        from . import _parquet, _text
+
+        return (_parquet if source.magic == PARQUET else _text).read(source, choice)
+
+
+def _chosen(source: Source, matrix: np.ndarray, choice: Choice) -> np.ndarray:
+    """The features of a matrix; the matrix itself where nobody chose."""
+    chosen = choice.of(source.name, None, matrix.shape[1])
+    return matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]
+
+
+def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
+    """Numbers of any shape from an .npy (memory-mapped) or .npz file.
+
+    Parameters
+    ----------
+    path : str or Path
+    key : str, optional
+        Array of an .npz that holds several; "x" unless given.
+
+    Returns
+    -------
+    array [N, ...]
+
+    Raises
+    ------
+    DataFileError
+        The file is damaged, of another kind, or holds something else than numbers.
+
+    Examples
+    --------
+    >>> import os, tempfile, numpy as np
+    >>> from clam_kernels import tables
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "x.npz")
+    ...     np.savez(file, x=np.zeros((2, 8, 8)), y=np.arange(2))
+    ...     tables.read_array(file).shape
+    (2, 8, 8)
+    """
+    source = Source(path)
+    with source.reading(ARRAYS):
+        if source.magic not in (NPY, NPZ):
+            raise DataFileError(f"{source.name}: expected {ARRAYS}")
+        if key is None and source.magic == NPZ:
+            key = _only(source)
+        return source.numbers(key)
+
+
+def _only(source: Source) -> str:
+    """The array of an .npz that holds one, or the one called x."""
+    names = source.names()
+    if len(names) != 1 and "x" not in names:
+        listed = ", ".join(names) or "nothing"
+        raise DataFileError(f"{source.name}: holds {listed}, and none is called x")
+    return names[0] if len(names) == 1 else "x"
+
+
+def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
+    """A result as the content of a file.
+
+    Parameters
+    ----------
+    array : array [N] or [N, D]
+    suffix : ".csv", ".tsv" (also with ".gz"), ".npy" or ".parquet"; "" is CSV
+    names : sequence of str
+        One a column; any text, which text files hold in UTF-8, quoted where it has to be.
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    DataFileError
+        Another suffix, or Parquet without pyarrow.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from clam_kernels import tables
+    >>> tables.encode(np.array([[1.5, 0]]), ".csv", ["a,b", "c"]).decode().split()
+    ['"a,b",c', '1.5,0.0']
+    """
+    return _write.encode(array, suffix, names)
+
+
+def check_output(path: str | Path) -> None:
+    """Find out whether a result can be written under a name, before there is a result.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Raises
+    ------
+    DataFileError
+        The suffix is none that `write` knows, or asks for pyarrow where there is none.
+
+    Examples
+    --------
+    >>> from clam_kernels import tables
+    >>> tables.check_output("labels.csv.gz")
+    """
+    _write.check(_write.suffix_of(path))
+
+
+def write(path: str | Path, array: np.ndarray, names: Sequence[str]) -> None:
+    """Write a result; the suffix decides the format, and a file is whole or not there.
+
+    Parameters
+    ----------
+    path : str or Path
+    array : array [N] or [N, D]
+    names : sequence of str
+        One a column.
+
+    Raises
+    ------
+    DataFileError
+        The suffix is none of `encode`, or Parquet without pyarrow.
+
+    Examples
+    --------
+    >>> import os, tempfile, numpy as np
+    >>> from clam_kernels import tables
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tables.write(os.path.join(folder, "labels.csv"), np.array([1, 0]), ["label"])
+    """
+    write_atomically(Path(path), encode(array, _write.suffix_of(path), names))

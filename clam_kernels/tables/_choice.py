@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which columns of a table are features."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..exceptions import DataFileError
+
+# What pandas calls a column without a name when it reads its own CSV again.
+UNNAMED = ("", "Unnamed: 0")
+INDEX_LEVEL = re.compile(r"__index_level_\d+__")
+MAX_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the caller asked of the columns, the header and the numbers of a table."""
+
+    columns: Sequence[str] | None = None
+    drop: Sequence[str] | None = None
+    index_col: str | bool | None = None
+    header: bool | None = None
+    decimal: str = "."
+    expected: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.index_col is True:
+            raise TypeError("index_col: expected a column name, False or None, got True")
+        if self.decimal not in (".", ","):
+            raise ValueError(f"decimal: expected '.' or ',', got {self.decimal!r}")
+
+    def of(
+        self, source: str, names: Sequence[str] | None, count: int, index: Sequence[str] = ()
+    ) -> list[int]:
+        """Positions of the features among `count` columns; `index` are names of a data frame's
+        index, which is no feature.
+        """
+        left_out = set() if self.columns is not None else self._index(names, index)
+        if isinstance(self.index_col, str):
+            left_out |= set(_positions(source, names, count, self.index_col))
+        for name in self.drop or ():
+            left_out |= set(_positions(source, names, count, name))
+        chosen = list(range(count))
+        if self.columns is not None:
+            chosen = [i for name in self.columns for i in _positions(source, names, count, name)]
+        chosen = [i for i in chosen if i not in left_out]
+        if count and not chosen:
+            raise DataFileError(f"{source}: no column is left")
+        self._check_unnamed(source, names, chosen)
+        return chosen
+
+    def _index(self, names: Sequence[str] | None, index: Sequence[str]) -> set[int]:
+        """Columns that a Parquet file itself calls the index of its data frame."""
+        if self.index_col is False or names is None:
+            return set()
+        known = set(self.expected or ())
+        return {
+            i
+            for i, name in enumerate(names)
+            if (name in index or INDEX_LEVEL.fullmatch(name)) and name not in known
+        }
+
+    def _check_unnamed(
+        self, source: str, names: Sequence[str] | None, chosen: Sequence[int]
+    ) -> None:
+        """The first column without a name is most likely the index of a data frame."""
+        asked = self.index_col is False or self.columns is not None
+        if asked or names is None or len(names) < 2 or 0 not in chosen:
+            return
+        if names[0] in UNNAMED and names[0] not in (self.expected or ()):
+            name = shlex.quote(names[0])
+            raise DataFileError(
+                f"{source}: the first column is called {names[0]!r}, as pandas writes the index of"
+                f" a frame: --index-col {name} leaves it out, --index-col none keeps it"
+            )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a row; of many the first ones."""
+    if len(names) <= MAX_LISTED:
+        return ", ".join(names)
+    return f"{', '.join(names[:MAX_LISTED])} and {len(names) - MAX_LISTED} more"
+
+
+def _positions(source: str, names: Sequence[str] | None, count: int, wanted: str) -> list[int]:
+    """Where a column is: by its name, else by its number from 0."""
+    found = [i for i, name in enumerate(names or ()) if name == wanted]
+    found = found or [i for i, name in enumerate(names or ()) if name.strip() == wanted]
+    if not found and wanted.isascii() and wanted.isdigit() and int(wanted) < count:
+        found = [int(wanted)]
+    if not found:
+        there = f"{count} columns without names: expected 0 to {count - 1}"
+        if names is not None:
+            there = f"the columns {listed(list(map(repr, names)))}"
+        raise DataFileError(f"{source}: no column {wanted!r}; the table has {there}")
+    return found

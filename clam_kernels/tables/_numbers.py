@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns of Arrow as float64; a missing entry is NaN, and nothing is rounded in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..exceptions import DataFileError
+
+# Up to here float64 holds every integer.
+EXACT = 2**53
+# Words for a missing cell: those of pandas, and a question mark.
+NULLS = (
+    *("", "?", "NA", "N/A", "n/a", "na", "<NA>", "#N/A", "#N/A N/A", "#NA", "NULL", "null"),
+    *("None", "none", "NaN", "nan", "NAN", "-NaN", "-nan", "1.#IND", "-1.#IND", "1.#QNAN"),
+    *("-1.#QNAN", "Null"),
+)
+
+
+def of_typed(where: str, column: Any) -> np.ndarray | None:
+    """A column of numbers, of truth values or of nothing; None where it has another type."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_integer(kind):
+        _check_exact(where, column)
+        return np.asarray(column.cast(pa.float64(), safe=False).to_numpy())
+    number = pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    if number or pa.types.is_boolean(kind) or pa.types.is_null(kind):
+        return np.asarray(column.cast(pa.float64()).to_numpy())
+    return None
+
+
+def _check_exact(where: str, column: Any) -> None:
+    """Every integer is one that float64 holds."""
+    values = column.fill_null(0).to_numpy()
+    for row in np.flatnonzero((values > EXACT) | (values < -EXACT)):
+        if int(values[row]) != int(float(values[row])):
+            raise _rounded(where, int(row), int(values[row]))
+
+
+def _rounded(where: str, row: int, value: object) -> DataFileError:
+    return DataFileError(
+        f"{where}, row {row + 1}: float64 cannot hold the integer {value}, which is beyond 2^53;"
+        " --drop leaves a column out"
+    )
+
+
+def has_large(numbers: np.ndarray) -> bool:
+    """Whether a value may have been an integer that float64 rounds."""
+    return bool((np.abs(numbers) >= EXACT).any())
+
+
+def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
+    """A column of text as numbers, or an error with the row and the value."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    text = pc.utf8_trim_whitespace(column)
+    text = pc.if_else(pc.is_in(text, value_set=pa.array(NULLS)), None, text)
+    plain = text if decimal == "." else pc.replace_substring(text, decimal, ".")
+    try:
+        numbers = np.asarray(plain.cast(pa.float64()).to_numpy())
+    except pa.ArrowInvalid:
+        row = _first_bad(plain)
+        value = column[row].as_py()
+        hint = ""
+        if decimal == "." and "," in value and _is_number(value.replace(",", ".", 1)):
+            hint = "; --decimal , reads a comma as the decimal point"
+        raise DataFileError(
+            f"{where}, row {row + 1}: expected a number, got {value!r}{hint}"
+        ) from None
+    for place in np.flatnonzero(np.abs(numbers) >= EXACT):
+        value, number = text[int(place)].as_py(), float(numbers[place])
+        if value.lstrip("+-").isdigit() and not (
+            abs(number) < np.inf and int(value) == int(number)
+        ):
+            raise _rounded(where, int(place), value)
+    return numbers
+
+
+def _first_bad(text: Any) -> int:
+    """Position of the first value that is no number, by halving."""
+    import pyarrow as pa
+
+    low, high = 0, len(text)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            text[low:middle].cast(pa.float64())
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    return low
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return "_" not in cell
+
+
+def is_value(cell: str, decimal_comma: bool = False) -> bool:
+    """Whether a cell is a number, a truth value or a word for a missing one."""
+    cell = cell.strip()
+    if cell in NULLS or cell.lower() in ("true", "false") or _is_number(cell):
+        return True
+    return decimal_comma and _is_number(cell.replace(",", ".", 1))
+
+
+def is_observed(cell: str) -> bool:
+    """Whether a cell is a number and no word for a missing one."""
+    return cell.strip() not in NULLS and _is_number(cell.strip())

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parquet: columns of numbers by pyarrow, without the index of a data frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..exceptions import DataFileError
+from . import _numbers
+from ._choice import Choice
+from ._source import Source
+
+
+def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str]]:
+    """(matrix, column names) of a Parquet file."""
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    try:
+        with source.stream() as stream:
+            # not read_table: that reads column names out of the folder's name, too
+            table = pq.ParquetFile(stream).read()
+    except pa.ArrowException as error:
+        raise DataFileError(f"{source.name}: {error}") from error
+    names = list(table.column_names)
+    chosen = choice.of(source.name, names, len(names), _index_of(table.schema))
+    columns = [_column(source.name, names[i], table.column(i)) for i in chosen]
+    matrix = np.column_stack(columns) if columns else np.zeros((table.num_rows, 0))
+    return matrix, [names[i] for i in chosen]
+
+
+def _index_of(schema: Any) -> list[str]:
+    """Columns that pandas wrote as the index of the frame; a plain range has none."""
+    try:
+        levels = (schema.pandas_metadata or {}).get("index_columns", [])
+    except ValueError:  # damaged metadata
+        return []
+    return [level for level in levels if isinstance(level, str)]
+
+
+def _column(source: str, name: str, column: Any) -> np.ndarray:
+    where = f"{source}: column {name!r}"
+    found = _numbers.of_typed(where, column)
+    if found is None:
+        raise DataFileError(
+            f"{where}: expected numbers, got {column.type}; --drop leaves a column out"
+        )
+    return found

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CSV and TSV: delimiter, header and cells. Python's csv reads the first rows, pyarrow the rest."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..exceptions import DataFileError
+from . import _numbers
+from ._choice import UNNAMED, Choice
+from ._source import Source
+
+SAMPLE = 1 << 16
+MARKS = ",\t;"
+# Rows that choose the delimiter.
+MAX_ROWS = 32
+BOM = "\ufeff"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells of a row, and how many bytes of the file end with it."""
+
+    cells: list[str]
+    end: int
+
+    @property
+    def is_blank(self) -> bool:
+        return not self.cells
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the text is to be read: cells of the first row with content, and where it ends."""
+
+    delimiter: str
+    first: list[str]
+    end: int
+    names: list[str] | None
+
+    @property
+    def start(self) -> int:
+        """Byte at which the data begin."""
+        return 0 if self.names is None else self.end
+
+
+def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str] | None]:
+    """(matrix, column names or None) of a text table."""
+    layout = _layout(source, choice)
+    names = layout.names
+    chosen = choice.of(source.name, names, len(layout.first))
+    table = _table(source, layout, choice, chosen)
+    where = [
+        f"{source.name}: column {names[i]!r}" if names is not None else f"{source.name}: column {i}"
+        for i in chosen
+    ]
+    columns = [
+        _numbers.of_typed(place, column) for place, column in zip(where, table.columns, strict=True)
+    ]
+    doubtful = [j for j, found in enumerate(columns) if found is None or _numbers.has_large(found)]
+    if doubtful:
+        texts = _table(source, layout, choice, [chosen[j] for j in doubtful], as_text=True)
+        for j, text in zip(doubtful, texts.columns, strict=True):
+            columns[j] = _numbers.of_text(where[j], text, choice.decimal)
+    kept = [column for column in columns if column is not None]
+    return np.column_stack(kept), None if names is None else [names[i] for i in chosen]
+
+
+def _table(
+    source: Source, layout: Layout, choice: Choice, chosen: list[int], as_text: bool = False
+) -> Any:
+    """The chosen columns by pyarrow, under their numbers: names may occur twice."""
+    import pyarrow as pa
+    from pyarrow import csv as reader
+
+    every = [str(i) for i in range(len(layout.first))]
+    some = list(dict.fromkeys(str(i) for i in chosen))
+    convert = reader.ConvertOptions(
+        null_values=list(_numbers.NULLS),
+        include_columns=some,
+        decimal_point=choice.decimal,
+        column_types=dict.fromkeys(some, pa.string()) if as_text else None,
+    )
+    try:
+        with source.stream() as stream:
+            stream.read(layout.start)
+            rest = stream.read(1)
+            if not rest:
+                empty = [pa.array([], pa.string() if as_text else pa.float64())] * len(chosen)
+                return pa.Table.from_arrays(empty, names=[str(i) for i in chosen])
+        with source.stream() as stream:
+            stream.read(layout.start)
+            table = reader.read_csv(
+                stream,
+                read_options=reader.ReadOptions(
+                    column_names=every, block_size=max(1 << 20, 4 * layout.end)
+                ),
+                # in a table of one column an empty line is a row with a missing cell
+                parse_options=reader.ParseOptions(
+                    delimiter=layout.delimiter,
+                    newlines_in_values=True,
+                    ignore_empty_lines=len(every) > 1,
+                ),
+                convert_options=convert,
+            )
+    except pa.ArrowException as error:
+        raise DataFileError(f"{source.name}: {error}") from error
+    return table.select([str(i) for i in chosen])
+
+
+def _layout(source: Source, choice: Choice) -> Layout:
+    text, whole = _sample(source)
+    delimiter = _delimiter(text, whole)
+    row = next(
+        (row for row in _rows(source.name, text, delimiter, whole) if not row.is_blank), None
+    )
+    if row is None:
+        raise DataFileError(f"{source.name}: the file is empty")
+    try:
+        "".join(row.cells).encode()
+    except UnicodeEncodeError:
+        raise DataFileError(f"{source.name}: expected text in UTF-8 in the first row") from None
+    is_header = choice.header
+    if is_header is None:
+        is_header = _is_header(source.name, row.cells, choice, delimiter != ",")
+    return Layout(delimiter, row.cells, row.end, row.cells if is_header else None)
+
+
+def _sample(source: Source) -> tuple[str, bool]:
+    """(the beginning of the text, whether that is all): a whole first row at least."""
+    size = SAMPLE
+    while True:
+        with source.stream() as stream:
+            content = stream.read(size)
+            whole = not stream.read(1)
+        text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(content, whole)
+        if whole or all(_has_row(source.name, text, mark) for mark in MARKS):
+            return text, whole
+        size *= 2
+
+
+def _has_row(name: str, text: str, delimiter: str) -> bool:
+    """Whether the text holds a whole row; a cell beyond the limit of csv ends the search, too."""
+    try:
+        return any(not row.is_blank for row in _rows(name, text, delimiter, whole=False))
+    except DataFileError:
+        return True
+
+
+def _rows(name: str, text: str, delimiter: str, whole: bool) -> Iterator[Row]:
+    """The first rows of a text; one that the text's end may have cut is left out."""
+    count = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for line in io.StringIO(text, newline=""):
+            count += len(line.encode("utf-8", "surrogateescape"))
+            yield line.removeprefix(BOM)
+
+    before: Row | None = None
+    try:
+        for i, cells in enumerate(csv.reader(lines(), delimiter=delimiter)):
+            if before is not None:
+                yield before
+            if i == MAX_ROWS:
+                return
+            before = Row(cells, count)
+    except csv.Error as error:
+        raise DataFileError(f"{name}: {error}") from error
+    if whole and before is not None:
+        yield before
+
+
+def _delimiter(text: str, whole: bool) -> str:
+    """The mark that cuts all rows into the same number of cells, most of them values."""
+
+    def merit(mark: str) -> tuple[bool, bool, float, int]:
+        try:
+            rows = [row.cells for row in _rows("", text, mark, whole) if not row.is_blank]
+        except DataFileError:  # the whole line may be one cell, beyond the limit of csv
+            rows = []
+        if not rows:
+            return False, False, 0.0, 0
+        width = len(rows[0])
+        if width == 1 or any(len(row) != width for row in rows):
+            return False, False, 0.0, width
+        values = [_numbers.is_value(c, mark != ",") for row in rows[1:] or rows for c in row]
+        # of one row alone, which may have names, some values say nothing
+        share = sum(values) / len(values) if len(rows) > 1 else float(all(values))
+        return True, _quotes_whole_cells(text, mark), share, width
+
+    return max(MARKS, key=merit)
+
+
+def _quotes_whole_cells(text: str, mark: str) -> bool:
+    """Whether quotes of the first row begin and end cells, as they do at the right delimiter."""
+    cell = rf'(?:"(?:[^"]|"")*"|[^"\r\n{mark}]*)'
+    return re.match(rf"[{BOM}\s]*?{cell}(?:{mark}{cell})*(?:[\r\n]|$)", text) is not None
+
+
+def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: bool) -> bool:
+    """Whether the first row has names; a warning where that is in doubt."""
+    names = [cell.strip() for cell in cells]
+    if choice.expected and set(choice.expected) <= set(cells):
+        return True
+    shown = " ".join(",".join(names[:4]).split()) + (",..." if len(names) > 4 else "")
+    as_names = (
+        f"{source}: the first row ({shown}) became column names; --no-header reads it as data"
+    )
+    as_data = f"{source}: the first row ({shown}) became data; --header reads it as column names"
+    if not all(_numbers.is_value(name, decimal_comma) for name in names):
+        if any(map(_numbers.is_observed, names)):
+            warnings.warn(as_names, stacklevel=5)
+        return True
+    # an empty name before numbers is that of an index
+    counted = names[1:] if len(names) > 1 and names[0] in UNNAMED else names
+    if len(names) > 1 and counted == [str(i) for i in range(len(counted))]:
+        warnings.warn(as_names, stacklevel=5)
+        return True
+    if _are_consecutive(names):
+        warnings.warn(as_data, stacklevel=5)
+    return False
+
+
+def _are_consecutive(names: list[str]) -> bool:
+    """Whether the cells are i, i + 1, ..., as names of columns often are."""
+    if names == ["0"]:
+        return True
+    if len(names) < 2 or not all(name.isascii() and name.isdigit() for name in names):
+        return False
+    return names == [str(int(names[0]) + i) for i in range(len(names))]
