@@ -336,7 +336,10 @@ class Operands(NamedTuple):
         if _launch.INTERPRETED:  # its cost is by the operation, not by the entry
             tile = {"DIM": 256, "ROWS": 256, "PROTOS": min(256, _launch.dim(self.memories))}
         tile["DIM"] = min(tile["DIM"], _launch.dim(self.features))
-        return {"D": self.features, **tile, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
+        warps = 4 if self.features <= 128 else 8  # the backward would spill
+        return {
+            "D": self.features, **tile, "num_warps": warps, "num_stages": 1, "maxnreg": 255,
+        }  # fmt: skip
 
 
 def operands(
