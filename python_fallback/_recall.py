@@ -98,7 +98,8 @@ class Gauge:
         """
 
         def compute() -> tuple[Tensor, Tensor]:
-            hot = torch.cat([side.beta, side.beta * side.norms], 1).mT.expand(len(x), -1, -1)
+            both = torch.broadcast_tensors(side.beta, side.beta * side.norms)
+            hot = torch.cat(both, 1).mT.expand(len(x), -1, -1)
             sums = torch.bmm(weights, hot.contiguous())
             warm = x.square().sum(-1, keepdim=True) * sums[..., :1] + sums[..., 1:]
             along = torch.bmm(weights, side.keys.mT.contiguous()).mul_(x).sum(-1, keepdim=True)

@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# What logits have in common is left to the sums up to this: the potentials know it to log (N K).
+LARGE = 256.0
+
 
 def pair(value: Tensor) -> Tensor:
     """Potentials [P, size] in float64 as the kernels have them, [P, 2, size] float32."""
@@ -30,7 +33,8 @@ def level(f: Tensor, g: Tensor) -> Tensor:
     """
     alive = f.isfinite()
     middle = torch.where(alive, f, 0.0).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(1)
-    return torch.where(g.isfinite(), -g - middle, 0.0).float().contiguous()
+    common = torch.where(g.isfinite(), -g - middle, 0.0)
+    return torch.where(common.abs() > LARGE, common, 0.0).float().contiguous()
 
 
 def less(potential: Tensor, log_mass: Tensor) -> Tensor:
