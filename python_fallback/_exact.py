@@ -136,11 +136,8 @@ class Watch:
         spread = heat * (1 - weights.amax(-1))
         if self.per_memory and warmth is not None:
             warm, along = warmth()
-            near, spread = (
-                self._margin(warm, along, CANCEL_OF_MANY) > 0,
-                spread.minimum(warm[..., 0]),
-            )
-            near = near[..., 0]
+            near = (self._margin(warm, along, CANCEL_OF_MANY) > 0)[..., 0]
+            spread = spread.minimum(warm[..., 0])
         some = outside | (heat >= self.trusted)
         some = some | (spread > torch.where(near & ~self.apart, calm, WARM))
         some = some if lost is None else some | lost

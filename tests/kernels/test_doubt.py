@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _watch import rows_in_doubt
 
 pytest.importorskip("triton", reason="triton is missing")
 import triton
@@ -50,14 +51,7 @@ def test_both_rules_choose_the_same_rows():
     total = 1 / weights.amax(-1)
     both = set()
     for sharp in (1e-4, 0.1, 1.0, 100.0):
-        rho = torch.ones(1, 2, 1)  # two equal memories are not apart
-        watch = _exact.Watch(
-            rho, rho.mT.square(), None, torch.full((1, 1, 1), sharp), torch.zeros(1, 1, 1),
-            torch.tensor([False]),
-        )  # fmt: skip
-        along = ((size - far) / 2)[None, :, None]
-        want = watch.doubts(size[None, :, None], along, weights[None])
-        rows = torch.zeros(ROWS, dtype=torch.bool) if want is None else want[0]
+        rows = rows_in_doubt(size, (size - far) / 2, weights, sharp)
         found = torch.zeros(ROWS, dtype=torch.int32)
         doubts_kernel[(1,)](size, far, total, sharp, found, ROWS)
         assert torch.equal(found.bool(), rows), sharp

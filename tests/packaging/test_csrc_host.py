@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from _watch import rows_in_doubt
 from torch import Tensor
 
 from clam_kernels import testing
-from python_fallback import _exact, am
+from python_fallback import am
 
 pytest.importorskip("triton", reason="triton is missing")
 from clam_kernels.kernels import am_small
@@ -982,13 +983,7 @@ def test_the_rule_chooses_the_rows_of_the_rule_in_torch(library: Any) -> None:
     size, along = x.square().sum(-1) + recalled.square().sum(-1), (x * recalled).sum(-1)
     both = set()
     for sharp in (1e-4, 0.1, 1.0, 100.0):
-        rho = torch.ones(1, 2, 1)  # two equal memories are not apart
-        watch = _exact.Watch(
-            rho, rho.mT.square(), None, torch.full((1, 1, 1), sharp), torch.zeros(1, 1, 1),
-            torch.tensor([False]),
-        )  # fmt: skip
-        want = watch.doubts(size[None, :, None], along[None, :, None], weights[None])
-        rows = torch.zeros(512, dtype=torch.bool) if want is None else want[0]
+        rows = rows_in_doubt(size, along, weights, sharp)
         found = torch.zeros(512, dtype=torch.uint8)
         library.doubts(*pointers(x, recalled, largest, found), ctypes.c_float(sharp), 512)
         assert torch.equal(found.bool(), rows), sharp
