@@ -118,7 +118,9 @@ CLAM_HD void add_share(const Extremes& share, Extremes& e) {
   e.bad += share.bad;
 }
 
-CLAM_HD Betas betas_of(const Extremes& e) { return {e.sharp + e.bad, e.sharp / e.least}; }
+CLAM_HD Betas betas_of(const Extremes& e, bool per_memory) {
+  return {e.sharp + e.bad, e.sharp / e.least, per_memory ? kCalmOfMany : kCalm};
+}
 
 // 2 beta in base 2: what all inner products are multiplied by. NaN for an infinite beta.
 CLAM_HD float scale_of(float beta) {

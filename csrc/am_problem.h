@@ -90,7 +90,7 @@ __device__ __forceinline__ void find_centre(const Problem& p, const Cell& cell, 
     }
     if (lane == 0) {
       side.peak = kLog2e * found.peak;
-      side.betas = am::betas_of(found);
+      side.betas = am::betas_of(found, p.per_memory);
     }
   }
   __syncthreads();

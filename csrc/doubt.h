@@ -14,9 +14,9 @@ namespace clam {
 namespace am {
 
 constexpr float kCancel = 16.0f;
-constexpr float kCalm = 4.0f, kWarm = 1024.0f;
+constexpr float kCalm = 32.0f, kCalmOfMany = 4.0f, kWarm = 1024.0f;
 constexpr float kGrowth = 8.0f / (1 << 24);
-constexpr float kLarge = 0x1p120f;
+constexpr float kLongest = 0x1p76f;
 constexpr float kSharpest = 0x1p90f;
 // 2^4 in a norm is too many digits before those of the result. Less than in _doubt.py: one far
 // memory moves a mean, and not the centre there.
@@ -27,10 +27,11 @@ constexpr float kMost = 3.0e38f;
 // Keeps NaN.
 CLAM_HD float clamped(float x) { return x > kMost ? kMost : x < -kMost ? -kMost : x; }
 
-// What the rule asks of all memories that take part: the largest beta, not finite where a beta or a
-// log-weight is not, and how many times the least beta it is.
+// What the rule needs of all memories that take part: the largest beta, not finite where a beta or a
+// log-weight is not; how many times the least beta it is; and kCalm, or with a beta for each memory
+// kCalmOfMany.
 struct Betas {
-  float sharp, ratio;
+  float sharp, ratio, calm;
 };
 
 // Whether one step of a row may be wrong: a row at x recalls `recalled`; the sum of its weights is
@@ -49,9 +50,9 @@ CLAM_HD bool doubted(const float (&x)[D], const float (&recalled)[D], float mass
   }
   const float heat = product(betas.sharp < kSharpest ? betas.sharp : kInfinity, size);
   const bool apart = product(far, kCancel) >= product(size, betas.ratio);
-  const float most = product(apart ? kWarm : kCalm, mass);
+  const float most = product(apart ? kWarm : betas.calm, mass);
   const bool calm = product(heat, mass - largest) <= most;
-  return !(product(kGrowth, heat) < 1.0f && calm && size < kLarge);
+  return !(product(kGrowth, heat) < 1.0f && calm && size < kLongest);
 }
 
 // Whether a row as it was given, the centre and the betas are finite. Where they are not the result

@@ -22,6 +22,11 @@ MIN_ROWS, MAX_ROWS = 128, 32768
 KEPT_ENTRIES = 1 << 22
 
 
+def padded(size: int, to: int) -> int:
+    """`size` rounded up to a multiple."""
+    return -(-size // to) * to
+
+
 class Cell(NamedTuple):
     """One index of the leading batch dims and a run of the last one."""
 

@@ -1,245 +1,237 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows the expanded distance cannot serve, and those rows computed from differences.
+"""Rows that `_doubt.py` finds, computed again in float64.
 
-The fast path computes |x|^2 + |rho|^2 - 2 x.rho of centred data. Its error grows with |x|^2 +
-|rho|^2, not with the distance: it fails where a row and the memories that compete for it lie far
-from the centre and close to each other. `Watch` finds such rows from quantities of the row alone.
-`ExactRows` computes them from rho - x in float64.
+`Differences` takes rho - x itself: it holds wherever rows and memories stand. `Expanded` takes
+|x|^2 + |rho|^2 - 2 x.rho of centred data: these are products, several times as fast, and float64
+has 29 bits more than float32. `ExactRows` takes the second for every row that keeps enough of them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ._chunk import row_chunks
+from ._chunk import padded, row_chunks
+from ._score import FLOOR, exp_
 
-# A row is near what the memories recall where their squared distance is below this part of
-# |x|^2 + |recalled|^2. Where betas differ, a row beside a sharp memory may recall a broad one that
-# is far: it is near where sum_k p_k beta_k |x - rho_k|^2 is below the second part of its warmth,
-# sum_k p_k beta_k (|x|^2 + |rho_k|^2), in which a broad memory may hide a sharp one.
-CANCEL, CANCEL_OF_MANY = 1 / 16, 1 / 4
-# The heat of a row is the largest beta times |x|^2 + |recalled|^2. A row is in doubt where its heat
-# times the weight of all memories but the first (where betas differ, its warmth if that is less) is
-# above CALM if it is near, or above WARM if not: below, the result is off by a few roundings, or by
-# no more than differences are.
-CALM, WARM = 4.0, 1024.0
-# As CALM for the energy, whose others add to a distance that comes from a difference.
-CALM_OF_ENERGY = 1.0
-# Bound on the error of a logit, in units of rounding times the heat. From an error of 1 on, no
-# weight can be trusted, and the row is in doubt.
-GROWTH = 8.0
-# The gradient of the energy holds x - rho itself, also for a row of only one memory. A difference
-# loses digits where its square is below this part of |x|^2 + |rho|^2.
-CANCEL_OF_ENERGY = 2.0**-12
-# Between these |x|^2 + |recalled|^2, and products of three such lengths, stay inside the range of
-# the dtype; so does a logit below the third.
-SMALLEST = {torch.float32: 2.0**-80, torch.float64: 2.0**-640}
-LARGEST = {torch.float32: 2.0**76, torch.float64: 2.0**640}
-HOTTEST = {torch.float32: 2.0**120, torch.float64: 2.0**1000}
-# No two memories are close where their squared distance times this is at least the largest |rho|^2;
-# looked at for up to so many memories, whose betas differ by no more than a factor of LIKE. Up to
-# the heat of REST no row is then looked at, not even one half-way between two memories.
-APART, MOST_PAIRED, LIKE, REST = 8.0, 256, 2.0, 2.0**14
-# A memory is small beside the centre where its squared length times this is below the centre's.
-BARE = 256.0
-# float64 entries of one tile of differences.
+# float64 entries of one tile: of differences, or of logits.
 ENTRIES = 1 << 17
+# An expanded logit is off by some units of 2^-53 times the heat beta |x|^2. That is at most 2^-24
+# below the first heat. It is at most 2^-22 of the logits, and so of what a gradient makes of them,
+# below the second times -sum_k p_k z_k.
+TAME, TAME_OF_LOGITS = 2.0**26, 2.0**28
+# A row keeps its digits less the centre where what it loses is this part of its squared length.
+KEPT = 2.0**-60
 
 
-def are_apart(
-    rho: Tensor, norms: Tensor, alive: Tensor | None, beta: Tensor, ratio: Tensor
-) -> Tensor:
-    """[b] bool: whether no two memories [b, K, D] are close beside their distance from the centre,
-    and all are in the range of their dtype. No row can then be near what it recalls and recall more
-    than one memory: it would have to be close to two of them. Beta [b, 1, 1] is the largest, ratio
-    [b] says how many times the least it is.
+class Differences:
+    """Distances and gradients of rows x [m, D] from rho - x."""
+
+    centre = 0.0
+
+    def __init__(self, rho: Tensor) -> None:
+        self.rho, (size, features) = rho, rho.shape
+        # pieces depend on the shape of the memories alone: a row has the same bits in any company
+        width = max(1, ENTRIES // features)
+        self.pieces = list(row_chunks(size, width))
+        self.limit = max(1, ENTRIES // (min(size, width) * features))
+
+    def widened(self, x: Tensor) -> Tensor:
+        """A tile [m, D] with its padding."""
+        return x
+
+    def trimmed(self, x: Tensor, rows: int) -> Tensor:
+        """A tile without its padding."""
+        return x
+
+    def _gaps(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`rho_k - x_n` as [m, k, D], for one piece of the memories after the other."""
+        for piece in self.pieces:
+            yield piece, self.rho[piece] - x[:, None, :]
+
+    def distances(self, x: Tensor) -> Tensor:
+        """Squared distances [m, K]."""
+        return torch.cat([gap.square().sum(-1) for _, gap in self._gaps(x)], 1)
+
+    def along(self, x: Tensor, h: Tensor) -> Tensor:
+        """`<h, rho_k - x>` [m, K], up to a number that all memories of a row share."""
+        return torch.cat([torch.bmm(gap, h[..., None])[..., 0] for _, gap in self._gaps(x)], 1)
+
+    def recalled(self, p: Tensor) -> Tensor:
+        """`sum_k p_k rho_k` [m, D]."""
+        return torch.bmm(p[:, None], self.rho.expand(len(p), -1, -1))[:, 0]
+
+    def pulled(self, p: Tensor, h: Tensor) -> Tensor:
+        """`sum_n p_nk h_n` [K, D]."""
+        return p.mT @ h
+
+    def spread(self, x: Tensor, pulls: Tensor) -> tuple[Tensor, Tensor]:
+        """`2 sum_k W_k (rho_k - x)` [m, D] for W = pulls [m, K], and `2 sum_n W_nk (x_n - rho_k)`
+        [K, D].
+        """
+        total, back = torch.zeros_like(x), torch.empty_like(self.rho)
+        for piece, gap in self._gaps(x):
+            own = 2 * pulls[:, piece]
+            total += torch.bmm(own[:, None], gap)[:, 0]
+            back[piece] = -own.mT[:, None, :].matmul(gap.transpose(0, 1))[:, 0]
+        return total, back
+
+
+class Expanded:
+    """As `Differences` from products of rows and memories less a centre. Rows, memories and
+    features are padded with 0, so that products give a row the same bits in any company.
     """
-    size = rho.shape[-2]
-    if size > MOST_PAIRED:
-        return torch.zeros(len(rho), dtype=torch.bool, device=rho.device)
-    gaps = torch.baddbmm(norms + norms.mT, rho, rho.mT, alpha=-2)
-    gaps.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    if alive is not None:
-        gaps.masked_fill_(~(alive[..., None] & alive[:, None, :]), torch.inf)
-    reach, dtype = norms.amax((1, 2)), rho.dtype
-    inside = (reach > SMALLEST[dtype]) & (reach < LARGEST[dtype] / 8)
-    inside = inside & (reach * beta[:, 0, 0] < HOTTEST[dtype] / 8)
-    return inside & (gaps.amin((1, 2)) * APART >= reach) & (ratio <= LIKE)
+
+    def __init__(self, rho: Tensor, centre: Tensor) -> None:
+        self.centre, (self.size, self.features) = centre, rho.shape
+        self.more = padded(self.size, 4) - self.size
+        self.rho = pad(rho - centre, (0, padded(self.features, 4) - self.features, 0, self.more))
+        self.flipped = self.rho.mT.contiguous()
+        self.norms = self.rho.square().sum(-1)
+        self.limit = max(32, ENTRIES // len(self.rho))
+
+    def widened(self, x: Tensor) -> Tensor:
+        rows, features = padded(len(x), 32) - len(x), self.rho.shape[-1] - self.features
+        return pad(x, (0, features, 0, rows))
+
+    def trimmed(self, x: Tensor, rows: int) -> Tensor:
+        return x[:rows, : self.features]
+
+    def distances(self, x: Tensor) -> Tensor:
+        base = x.square().sum(-1, keepdim=True) + self.norms
+        return torch.addmm(base, x, self.flipped, alpha=-2)[:, : self.size].clamp(min=0)
+
+    def along(self, x: Tensor, h: Tensor) -> Tensor:
+        return (h @ self.flipped)[:, : self.size]
+
+    def recalled(self, p: Tensor) -> Tensor:
+        return pad(p, (0, self.more)) @ self.rho
+
+    def pulled(self, p: Tensor, h: Tensor) -> Tensor:
+        return (p.mT @ h)[:, : self.features]
+
+    def spread(self, x: Tensor, pulls: Tensor) -> tuple[Tensor, Tensor]:
+        own = pad(2 * pulls, (0, self.more))
+        total = (own @ self.rho).addcmul_(x, own.sum(-1, keepdim=True), value=-1)
+        back = (own.mT @ x).addcmul_(self.rho, own.sum(0)[:, None], value=-1)
+        return total, back[: self.size, : self.features]
 
 
-class Watch:
-    """Finds the rows of a cell whose logits cancel, or that leave the range of their dtype.
+class Part(NamedTuple):
+    """A tile of rows on their way through the steps."""
 
-    size is |x|^2 + |recalled|^2 and along is <x, recalled>, both [b, n, 1] of centred rows.
-    """
+    way: Differences | Expanded
+    rows: Tensor  # [n], places of the rows
+    served: Tensor  # [n] bool: the rows that this way serves
+    states: list[Tensor]  # before each step, and after the last; less the centre, with padding
+    gain: Tensor | float
 
-    def __init__(
-        self,
-        rho: Tensor,
-        norms: Tensor,
-        alive: Tensor | None,
-        beta: Tensor,
-        centre: Tensor,
-        bare: Tensor,
-    ) -> None:
-        """Memories [b, K, D], centred, and their squared norms [b, 1, K]; alive [b, K] says which
-        take part; beta [b, 1, K or 1]. bare [b] says that some memory is small beside the centre
-        [b, 1, D].
-        """
-        dtype = beta.dtype
-        self.beta = beta.amax(-1, keepdim=True)
-        ratio = beta.new_ones(len(beta))
-        if beta.shape[-1] > 1:
-            least = beta if alive is None else beta.masked_fill(~alive[:, None, :], torch.inf)
-            ratio = (self.beta / least.amin(-1, keepdim=True))[:, 0, 0]
-        self.per_memory = beta.shape[-1] > 1
-        apart = are_apart(rho, norms, alive, self.beta, ratio)
-        self.apart = (apart & ~bare)[:, None]
-        self.centre, self.bare = centre, bare[:, None]
-        self.limits = (SMALLEST[dtype], LARGEST[dtype], HOTTEST[dtype])
-        self.trusted = 1 / (GROWTH * torch.finfo(dtype).eps / 2)
-        on_cpu = beta.is_cpu and beta.numel() > 0
-        self.most = float(self.beta.amax()) if on_cpu else math.inf
-        self.reach = float(norms.amax()) if on_cpu else math.inf
-        self.is_idle = on_cpu and bool(self.apart.all())
-        self.has_bare = not on_cpu or bool(bare.any())
+    def store(self, out: Tensor, values: Tensor) -> None:
+        """Write the values [n, ...] of the rows that are served."""
+        out[self.rows[self.served]] = values[self.served]
 
-    def sleeps(self, x: Tensor, step: float) -> bool:
-        """Whether no row of a chunk, whose centred states are x, can be in doubt in any step."""
-        if not (self.is_idle and step <= 1):  # then no state leaves the ball of rows and memories
-            return False
-        size = 2 * max(float(torch.linalg.vector_norm(x, dim=-1).amax()) ** 2, self.reach)
-        return size < self.limits[1] and size * self.most <= REST
+    def load(self, values: Tensor) -> Tensor:
+        """A tile of values [m, ...]; 0 for the rows that are not served: they add nothing."""
+        own = torch.where(self.served[:, None], values[self.rows], 0.0)
+        return self.way.widened(own)
 
-    def doubts(
-        self,
-        size: Tensor,
-        along: Tensor,
-        weights: Tensor,
-        recalled: Tensor | None = None,
-        warmth: Callable[[], tuple[Tensor, Tensor]] | None = None,
-        calm: float = CALM,
-    ) -> Tensor | None:
-        """[b, n] bool, or None: rows whose weights or states may be wrong. `weights` [b, n, .] may
-        hold the largest alone. What a row recalls [b, n, .] loses digits where it is small beside
-        the centre. `warmth` computes size and along weighted by p_k beta_k; it is needed where the
-        betas differ.
-        """
-        lost = self._lost_digits(recalled) if self.has_bare and recalled is not None else None
-        if lost is None and self._is_plain(size, along, calm):
-            return None
-        near, outside, heat = self._split(size, along, CANCEL)
-        spread = heat * (1 - weights.amax(-1))
-        if self.per_memory and warmth is not None:
-            warm, along = warmth()
-            near = (self._margin(warm, along, CANCEL_OF_MANY) > 0)[..., 0]
-            spread = spread.minimum(warm[..., 0])
-        some = outside | (heat >= self.trusted)
-        some = some | (spread > torch.where(near & ~self.apart, calm, WARM))
-        some = some if lost is None else some | lost
-        return some if bool(some.any()) else None
-
-    def _lost_digits(self, recalled: Tensor) -> Tensor:
-        """[b, n] bool: rows that recall what is small beside the centre of their memories."""
-        back = recalled[..., : self.centre.shape[-1]] + self.centre
-        return (back.square().sum(-1) * BARE < recalled.square().sum(-1)) & self.bare
-
-    def lost(self, size: Tensor, along: Tensor) -> Tensor | None:
-        """As `doubts`, for x - recalled itself: rows too close to what they recall."""
-        near = (self._margin(size, along, CANCEL_OF_ENERGY) > 0)[..., 0]
-        return near if bool(near.any()) else None
-
-    def beside(self, norm: Tensor, top: Tensor, shift: Tensor | None) -> Tensor | None:
-        """As `doubts`, for rho - x of the likeliest memory, which a row may stand beside without
-        recalling it alone. `norm` is |x|^2 and `top` the largest logit less beta |x|^2, [b, n, 1];
-        the distance is exact where no log-weight is larger than that memory's.
-        """
-        lift = 0.0 if shift is None else shift.amax(-1, keepdim=True)
-        near = (norm - (top - lift) / self.beta < 2 * CANCEL_OF_ENERGY * norm)[..., 0]
-        return near if bool(near.any()) else None
-
-    def _split(self, size: Tensor, along: Tensor, part: float) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, n] each: whether a row is near, whether it leaves the range, and its heat."""
-        smallest, largest, hottest = self.limits
-        heat = size * self.beta
-        inside = (size < largest) & (heat < hottest)
-        inside = inside & ((size > smallest) | self.apart[..., None])
-        near = self._margin(size, along, part) > 0
-        return near[..., 0], ~inside[..., 0], heat[..., 0]
-
-    @staticmethod
-    def _margin(size: Tensor, along: Tensor, part: float) -> Tensor:
-        """Above 0 where |x - recalled|^2 = size - 2 along is below the part of size."""
-        return 2 * along - (1 - part) * size
-
-    def _is_plain(self, size: Tensor, along: Tensor, calm: float) -> bool:
-        """Whether no row can be in doubt, from the extremes alone: cheap, and mostly so."""
-        if not size.is_cpu:
-            return False
-        smallest, largest, _ = self.limits
-        low, high = (float(end) for end in torch.aminmax(size))
-        heat = high * self.most
-        if not (smallest < low and high < largest and heat <= WARM):
-            return False
-        if heat <= calm or self.is_idle:
-            return True
-        return not self.per_memory and float(self._margin(size, along, CANCEL).amax()) <= 0
+    def trimmed(self, x: Tensor) -> Tensor:
+        return self.way.trimmed(x, len(self.rows))
 
 
 class ExactRows:
     """Rows [m, D] of one problem against its memories, all in float64."""
 
-    def __init__(self, rho: Tensor, beta: Tensor, log_weights: Tensor | None) -> None:
-        """Rho [K, D]; beta and log_weights [K] or [1]."""
-        self.size, features = rho.shape
+    def __init__(
+        self, rho: Tensor, beta: Tensor, log_weights: Tensor | None, centre: Tensor | None = None
+    ) -> None:
+        """Rho [K, D]; beta and log_weights [K] or [1]. A centre [1, D] allows `Expanded`."""
         self.beta, self.per_memory = beta.double(), len(beta) > 1
         self.shift = None if log_weights is None else log_weights.double()
         self.rho = rho.double()
         if self.shift is not None:  # a memory that takes no part may hold NaN
-            self.rho = torch.where((self.shift == -torch.inf)[:, None], 0.0, self.rho)
-        # pieces depend on the shape of the memories alone: a row has the same bits in any company
-        width = max(1, ENTRIES // features)
-        self.pieces = list(row_chunks(self.size, width))
-        self.limit = max(1, ENTRIES // (min(self.size, width) * features))
+            dead = self.shift == -torch.inf
+            self.rho = torch.where(dead[:, None], 0.0, self.rho)
+            self.beta = torch.where(dead, 0.0, self.beta) if self.per_memory else self.beta
+        self.sharpest = self.beta.amax()
+        self.differences = Differences(self.rho)
+        self.expanded: Expanded | None = None
+        if centre is not None and bool(_keep(self.rho, centre.double()).all()):
+            self.expanded = Expanded(self.rho, centre.double())
 
-    def gaps(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """`rho_k - x_n` as [m, k, D], for one piece of the memories after the other."""
-        for piece in self.pieces:
-            yield piece, self.rho[piece] - x[:, None, :]
+    def parts(self, x: Tensor, gain: Tensor | float, steps: int) -> Iterator[Part]:
+        """Tiles of rows x [m, D], each row served by one of them; gain is a number or [m, D]."""
+        left = torch.arange(len(x), device=x.device)
+        if self.expanded is not None:
+            rest = []
+            for rows in left.split(self.expanded.limit):
+                part = self._part(self.expanded, x, rows, gain, steps)
+                rest.append(rows[~part.served])
+                yield part
+            left = torch.cat(rest) if rest else left
+        for rows in left.split(self.differences.limit) if len(left) else ():
+            yield self._part(self.differences, x, rows, gain, steps)
 
-    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _part(
+        self, way: Differences | Expanded, x: Tensor, rows: Tensor, gain: Tensor | float, steps: int
+    ) -> Part:
+        own = way.widened(gain[rows]) if isinstance(gain, Tensor) else gain
+        start = x[rows]
+        states, served = [way.widened(start - way.centre)], torch.ones_like(rows, dtype=torch.bool)
+        if isinstance(way, Expanded):
+            served = _keep(start, way.centre)
+        for _ in range(steps):
+            p, far, _ = self.weights(way, states[-1])
+            if isinstance(way, Expanded):
+                served &= self._is_tame(states[-1], p, far)[: len(rows)]
+            states.append(self.moved(way, states[-1], p, own))
+        return Part(way, rows, served, states, own)
+
+    def _is_tame(self, x: Tensor, p: Tensor, far: Tensor) -> Tensor:
+        """[m] bool: rows whose expanded logits keep enough digits."""
+        heat = x.square().sum(-1) * self.sharpest
+        logits = (p * far * self.beta).sum(-1)
+        return (heat <= TAME) & (heat <= TAME_OF_LOGITS * logits)
+
+    def weights(self, way: Differences | Expanded, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(weights, squared distances, logsumexp of the logits): [m, K], [m, K], [m, 1]."""
-        far = torch.cat([gap.square().sum(-1) for _, gap in self.gaps(x)], 1)
+        far = way.distances(x)
         z = -self.beta * far
         z = z if self.shift is None else z + self.shift
         top = z.amax(-1, keepdim=True)
-        p = (z - top).exp_()
+        p = exp_(z - top, FLOOR[torch.float64])
         mass = p.sum(-1, keepdim=True)
         return p.div_(mass), far, top + mass.log_()
 
-    def moved(self, x: Tensor, p: Tensor, gain: Tensor | float) -> Tensor:
+    def moved(
+        self, way: Differences | Expanded, x: Tensor, p: Tensor, gain: Tensor | float
+    ) -> Tensor:
         """`x + gain * (sum_k p_k rho_k - x)`, exactly the sum at gain 1 and x at gain 0."""
-        return gain * torch.bmm(p[:, None], self.rho.expand(len(x), -1, -1))[:, 0] + (x - gain * x)
+        return gain * way.recalled(p) + (x - gain * x)
 
     def advance(self, x: Tensor, gain: Tensor | float, steps: int) -> Tensor:
-        """The rows after `steps` steps; gain is a number or [m, D]."""
+        """The rows after `steps` steps."""
         out = torch.empty_like(x)
-        for rows in row_chunks(len(x), self.limit):
-            state = x[rows]
-            own = gain[rows] if isinstance(gain, Tensor) else gain
-            for _ in range(steps):
-                state = self.moved(state, self.weights(state)[0], own)
-            out[rows] = state
+        for part in self.parts(x, gain, steps):
+            part.store(out, part.trimmed(part.states[-1]) + part.way.centre)
         return out
 
     def energy(self, x: Tensor) -> Tensor:
         """`-(1/beta) logsumexp_k(log w_k - beta |x - rho_k|^2)`, [m]."""
-        parts = [self.weights(x[rows])[2][:, 0] for rows in row_chunks(len(x), self.limit)]
-        return torch.cat(parts) / -self.beta
+        out = x.new_empty(len(x), 1)
+        for part in self.parts(x, 1.0, 1):
+            part.store(out, self.weights(part.way, part.states[0])[2][: len(part.rows)])
+        return out[:, 0] / -self.beta
+
+
+def _keep(x: Tensor, centre: Tensor) -> Tensor:
+    """[m] bool: rows that keep their digits less the centre."""
+    lost = (x - centre) + centre - x
+    return lost.square().sum(-1) <= KEPT * x.square().sum(-1)
 
 
 class ExactSums:
@@ -248,59 +240,47 @@ class ExactSums:
     def __init__(self, exact: ExactRows) -> None:
         self.exact = exact
         self.rho = torch.zeros_like(exact.rho)
-        self.beta = exact.rho.new_zeros(exact.size)
-        self.log_weights = exact.rho.new_zeros(exact.size)
+        self.beta = exact.rho.new_zeros(len(exact.rho))
+        self.log_weights = exact.rho.new_zeros(len(exact.rho))
 
     def back(
         self, x: Tensor, grad: Tensor, gain: Tensor | float, steps: int
     ) -> tuple[Tensor, Tensor]:
         """Gradient of the rows x [m, D] before `steps` steps, and of the gain [m, D]."""
         into, opened = torch.empty_like(x), torch.empty_like(x)
-        for rows in row_chunks(len(x), self.exact.limit):
-            own = gain[rows] if isinstance(gain, Tensor) else gain
-            into[rows], opened[rows] = self._back(x[rows], grad[rows], own, steps)
+        for part in self.exact.parts(x, gain, steps):
+            g, total = self._back(part, part.load(grad))
+            part.store(into, part.trimmed(g))
+            part.store(opened, part.trimmed(total))
         return into, opened
 
-    def _back(
-        self, x: Tensor, g: Tensor, gain: Tensor | float, steps: int
-    ) -> tuple[Tensor, Tensor]:
-        exact, states = self.exact, [x]
-        for _ in range(1, steps):
-            x = states[-1]
-            states.append(exact.moved(x, exact.weights(x)[0], gain))
-        opened = torch.zeros_like(g)
-        for x in reversed(states[: max(steps, 0)]):
-            p, far, _ = exact.weights(x)
-            opened += g * (exact.moved(x, p, 1.0) - x)
-            h = gain * g
-            along = [torch.bmm(gap, h[..., None])[..., 0] for _, gap in exact.gaps(x)]
-            s = torch.cat(along, 1)
+    def _back(self, part: Part, g: Tensor) -> tuple[Tensor, Tensor]:
+        exact, way, opened = self.exact, part.way, torch.zeros_like(g)
+        for x in reversed(part.states[:-1]):
+            p, far, _ = exact.weights(way, x)
+            opened += g * (way.recalled(p) - x)
+            h = part.gain * g
+            s = way.along(x, h)
             gz = p * (s - (p * s).sum(-1, keepdim=True))
-            self.rho += p.mT @ h
-            g = g - h + self.spread(x, gz * exact.beta)
+            into, back = way.spread(x, gz * exact.beta)
+            self.rho += way.pulled(p, h) + back
+            g = g - h + into
             # one beta for all: a row of gz sums to 0, and what its distances share must go first
             base = 0.0 if exact.per_memory else far.amin(-1, keepdim=True)
             self.beta -= (gz * (far - base)).sum(0)
             self.log_weights += gz.sum(0)
         return g, opened
 
-    def spread(self, x: Tensor, pulls: Tensor) -> Tensor:
-        """`2 sum_k W_k (rho_k - x)` for W = pulls; its negative goes to each memory."""
-        total = torch.zeros_like(x)
-        for piece, gap in self.exact.gaps(x):
-            own = 2 * pulls[:, piece]
-            total += torch.bmm(own[:, None], gap)[:, 0]
-            self.rho[piece] -= own.mT[:, None, :].matmul(gap.transpose(0, 1))[:, 0]
-        return total
-
     def energy_back(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of the rows x [m, D] for the upstream gradient [m] of their energy."""
         into, exact = torch.empty_like(x), self.exact
-        for rows in row_chunks(len(x), exact.limit):
-            part, g = x[rows], grad[rows][:, None]
-            p, far, lse = exact.weights(part)
+        for part in exact.parts(x, 1.0, 1):
+            state, g = part.states[0], part.load(grad[:, None])[:, :1]
+            p, far, lse = exact.weights(part.way, state)
             q = p * g
-            into[rows] = self.spread(part, -q)
+            pull, back = part.way.spread(state, -q)
+            part.store(into, part.trimmed(pull))
+            self.rho += back
             self.beta += (q * (far + lse / exact.beta)).sum(0) / exact.beta
             self.log_weights -= q.sum(0) / exact.beta
         return into

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._chunk import Cell, cells, chunk_rows, lift, take
-from ._exact import BARE, HOTTEST, ExactRows, Watch
+from ._chunk import Cell, cells, chunk_rows, lift, padded, take
+from ._doubt import BARE, HOTTEST, Watch
+from ._exact import ExactRows
 from ._score import FLOOR_OF_SOFTMAX, alive_memories, centred, compute_dtype, softmax_
 
 Beta = float | Tensor
@@ -198,8 +199,10 @@ class Problem:
             beta = torch.where(alive[:, None, :], beta, 0.0)
         return beta, (beta * 0).sum(-1, keepdim=True)
 
-    def exact(self, cell: Cell, index: int) -> ExactRows:
-        """One problem of a cell, for the rows that are computed from differences."""
+    def exact(self, cell: Cell, index: int, centre: Tensor) -> ExactRows:
+        """One problem of a cell, for the rows that are computed again. The centre [b, 1, D] is that
+        of the memories.
+        """
         rho = problem_of(take(self.rho, cell), index)
         if isinstance(self.beta, Tensor):
             beta = problem_of(take(self.beta, cell), index)
@@ -208,7 +211,8 @@ class Problem:
         weights = self.log_weights
         if weights is not None:
             weights = problem_of(take(weights, cell), index)
-        return ExactRows(rho, beta, weights)
+        own = problem_of(centre, index) if self.dtype == torch.float32 else None
+        return ExactRows(rho, beta, weights, own)
 
     def doubted(
         self, cell: Cell, rows: slice, doubt: Tensor, step: float
@@ -269,11 +273,6 @@ class Problem:
         if side.alive is None:
             return gain
         return side.alive * (step if gain is None else gain)
-
-
-def padded(size: int, to: int) -> int:
-    """`size` rounded up to a multiple."""
-    return -(-size // to) * to
 
 
 def problem_of(part: Tensor, index: int) -> Tensor:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._chunk import KEPT_ENTRIES, Cell, GradientSum, take
+from ._chunk import KEPT_ENTRIES, Cell, GradientSum, padded, take
 from ._exact import ExactSums
-from ._recall import ROWS, Gauge, Problem, Side, advance, either, padded, problem_of
+from ._recall import ROWS, Gauge, Problem, Side, advance, either, problem_of
 from ._score import softmax_backward_
 
 
@@ -210,13 +210,13 @@ def spread(
 class ExactParts:
     """The exact rows of one cell: their problems, and the sums of their gradients."""
 
-    def __init__(self, p: Problem, cell: Cell, step: float) -> None:
-        self.p, self.cell, self.step = p, cell, step
+    def __init__(self, p: Problem, cell: Cell, side: Side, step: float) -> None:
+        self.p, self.cell, self.step, self.centre = p, cell, step, side.centre
         self.sums: dict[int, ExactSums] = {}
 
     def _sums(self, index: int) -> ExactSums:
         if index not in self.sums:
-            self.sums[index] = ExactSums(self.p.exact(self.cell, index))
+            self.sums[index] = ExactSums(self.p.exact(self.cell, index, self.centre))
         return self.sums[index]
 
     def forward(self, rows: slice, doubt: Tensor, out: Tensor, steps: int) -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from . import kmeans
-from ._chunk import Cell, GradientSum, lift, row_chunks, take
-from ._exact import CALM_OF_ENERGY
+from ._chunk import Cell, GradientSum, lift, padded, row_chunks, take
+from ._doubt import CALM_OF_ENERGY
 from ._hard import assign, hard_backward, hard_forward, nearest
-from ._recall import ROWS, Beta, Gauge, Problem, Side, advance, either, padded, result_shape
+from ._recall import ROWS, Beta, Gauge, Problem, Side, advance, either, result_shape
 from ._score import alive_memories, compute_dtype, first_max_, softmax_
 from ._trajectory import (
     ExactParts,
@@ -158,7 +158,7 @@ def _forward(p: Problem, steps: int, step: float, lse: Tensor | None = None) -> 
     lifted = lift(out, len(p.batch), 2)
     for cell, side, limit in p.parts():
         wide = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
-        exact, gauge = ExactParts(p, cell, step), Gauge(p, cell, limit)
+        exact, gauge = ExactParts(p, cell, side, step), Gauge(p, cell, limit)
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
             x, xb, weights = (tile[:, : padded(n, ROWS)] for tile in wide)
@@ -245,7 +245,7 @@ def _backward(
     kept = p.narrow + (p.wide if keeps_weights(p, steps) else 0)
     for cell, side, limit in p.parts(steps * kept):
         path = Trajectory(p, cell, side, limit, steps, step, needs[2])
-        exact = ExactParts(p, cell, step)
+        exact = ExactParts(p, cell, side, step)
         for rows in row_chunks(p.rows, limit):
             path.run(rows)
             g = path.back(grad, totals[3])
@@ -322,7 +322,7 @@ def am_energy_forward(
     lifted = lift(out, len(p.batch), 2)
     for cell, side, limit in p.parts():
         tiles = p.tile(cell, limit, p.narrow), p.tile(cell, limit, p.wide)
-        exact, gauge = ExactParts(p, cell, 1.0), Gauge(p, cell, limit)
+        exact, gauge = ExactParts(p, cell, side, 1.0), Gauge(p, cell, limit)
         for rows in row_chunks(p.rows, limit):
             n = rows.stop - rows.start
             x, q = (tile[:, : padded(n, ROWS)] for tile in tiles)
@@ -363,7 +363,7 @@ def am_energy_backward(
     totals = totals_of(p, (need_v, need_rho, need_beta, False, need_weights))
     grad = lift(grad[..., None], dims, 2)
     for cell, side, limit in p.parts():
-        sums, exact, gauge = Sums(p, cell), ExactParts(p, cell, 1.0), Gauge(p, cell, limit)
+        sums, exact, gauge = Sums(p, cell), ExactParts(p, cell, side, 1.0), Gauge(p, cell, limit)
         tiles = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
         for rows in row_chunks(p.rows, limit):
             x, xb, q = (tile[:, : padded(rows.stop - rows.start, ROWS)] for tile in tiles)

@@ -4,7 +4,7 @@
 The fast kernels expand distances, |x|^2 + |rho|^2 - 2 x rho, of rows and memories less a centre.
 The expansion loses digits where a row and what it recalls lie far from the centre and near each
 other. A kernel sets the flag of such a row, and `am_exact.py` computes the row again from
-differences in float64. `Watch` of `python_fallback/_exact.py` is the same rule in PyTorch.
+differences in float64. `Watch` of `python_fallback/_doubt.py` is the same rule in PyTorch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import triton.language as tl
 # A row is near what it recalls where the distance is this many times smaller than the norms.
 CANCEL = tl.constexpr(16.0)
 # The heat of a row is beta times the norms. Heat times what the largest weight leaves to the others
-# may be CALM where the row is near, and WARM elsewhere.
-CALM = tl.constexpr(4.0)
+# may be CALM where the row is near (CALM_OF_MANY with a beta for each memory), and WARM elsewhere.
+CALM = tl.constexpr(32.0)
+CALM_OF_MANY = tl.constexpr(4.0)
 WARM = tl.constexpr(1024.0)
 # As CALM for the energy, whose others add to a distance that comes from a difference.
 CALM_OF_ENERGY = tl.constexpr(1.0)
@@ -24,8 +25,10 @@ CALM_OF_ENERGY = tl.constexpr(1.0)
 GROWTH = tl.constexpr(8.0 * 2.0**-24)
 # A difference has lost digits where its square is this many times smaller than the norms.
 CANCEL_OF_ENERGY = tl.constexpr(2.0**12)
-# Norms and logits beyond LARGE may overflow. A beta beyond SHARPEST may meet squared distances
-# that are too small for float32.
+# Gradients hold products of three lengths: below this squared length they stay inside float32. A
+# hard assignment has distances alone. A beta beyond SHARPEST may meet squared distances that are
+# too small for float32.
+LONGEST = tl.constexpr(2.0**76)
 LARGE = tl.constexpr(2.0**120)
 SHARPEST = tl.constexpr(2.0**90)
 # The centre costs the digits that it has before those of the result: 2^8 in a norm is too many.
@@ -46,8 +49,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def sharpest(SIDE, count, PROTOS: tl.constexpr, PER_MEMORY: tl.constexpr):
-    """The largest beta of the memories that take part, inf beyond SHARPEST, and how many times the
-    least it is.
+    """(The largest beta of the memories that take part, inf beyond SHARPEST; how many times the
+    least it is; what heat times the weight of the others may be where a row is near.)
     """
     if PER_MEMORY:
         scale, least = tl.zeros((1,), tl.float32), tl.full((1,), float("inf"), tl.float32)
@@ -60,10 +63,10 @@ def sharpest(SIDE, count, PROTOS: tl.constexpr, PER_MEMORY: tl.constexpr):
             least = tl.minimum(least, tl.min(tl.where(dead, float("inf"), here), 0))
     else:
         scale = tl.load(SIDE + tl.arange(0, 1))
-    beta, ratio = scale * _BETA, tl.full((1,), 1.0, tl.float32)
+    beta, ratio, calm = scale * _BETA, tl.full((1,), 1.0, tl.float32), CALM
     if PER_MEMORY:
-        ratio = scale / least
-    return tl.where(beta < SHARPEST, beta, float("inf")), ratio
+        ratio, calm = scale / least, CALM_OF_MANY
+    return tl.where(beta < SHARPEST, beta, float("inf")), ratio, calm
 
 
 @triton.jit
@@ -89,12 +92,6 @@ def some_take_part(SIDE, count, PROTOS: tl.constexpr):
 
 
 @triton.jit
-def fits(size, sharp):
-    """Whether norms and logits are far from an overflow; NaN does not fit."""
-    return (size < LARGE) & (sharp * size < LARGE)
-
-
-@triton.jit
 def doubted(size, far, total, sharp, ratio, floor, calm):
     """Whether one step of a row may be wrong: `size` = |x|^2 + |xb|^2 of the state and of what it
     recalls, `far` = |xb - x|^2, `total` the weights relative to the largest, `sharp` the largest
@@ -108,7 +105,7 @@ def doubted(size, far, total, sharp, ratio, floor, calm):
     # comparisons with what is not a number are false: such a row is near, and not calm
     most = tl.where(far * CANCEL >= size * ratio, WARM, calm)
     exact = (GROWTH * heat < 1.0) & (heat * (total - 1.0) <= most * total)
-    return ~(exact & fits(size, sharp) & (size >= floor))
+    return ~(exact & (size < LONGEST) & (size >= floor))
 
 
 @triton.jit

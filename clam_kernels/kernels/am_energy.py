@@ -78,7 +78,7 @@ def energy_kernel(
     energy = far - (lift + tl.log2(total)) / (0.5 * tl.load(SIDE))
     energy = tl.where(total == 0.0, float("inf"), energy) + poison
 
-    sharp, ratio = sharpest(SIDE, count, PROTOS, False)
+    sharp, ratio, _ = sharpest(SIDE, count, PROTOS, False)
     doubt = doubted(
         norm + tl.load(SIDE + 3 * count + first), far, total, sharp, ratio, 0.0, CALM_OF_ENERGY
     )

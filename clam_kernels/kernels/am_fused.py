@@ -79,7 +79,7 @@ def fused_backward_kernel(
     PATH += pid.to(tl.int64) * steps * ROWS * STRIDE
 
     table = (RHO, SIDE)
-    sharp, _ = sharpest(SIDE, count, PROTOS, False)
+    sharp, _, _ = sharpest(SIDE, count, PROTOS, False)
     k = tl.arange(0, PROTOS)
     acc = tl.zeros((PROTOS, DIM), tl.float32)
     mass, heat = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from ._doubt import (
-    CALM,
     SHARED_SCALE,
     doubted,
     energy_lost,
@@ -177,7 +176,7 @@ def recursion_kernel(
     if HARD:
         reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
     else:
-        sharp, ratio = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+        sharp, ratio, calm = sharpest(SIDE, count, PROTOS, PER_MEMORY)
         if KEEP == 3:
             lift = heaviest(SIDE, count, PROTOS)
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
@@ -208,7 +207,7 @@ def recursion_kernel(
             gap = xb - x
             # one sum of both squares: |x|^2 would take a register through the sweep
             norms, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
-            flag |= doubted(norms, far, total, sharp, ratio, floor, CALM).to(tl.int32)
+            flag |= doubted(norms, far, total, sharp, ratio, floor, calm).to(tl.int32)
             if KEEP == 3:
                 flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
         if KEEP >= 2:

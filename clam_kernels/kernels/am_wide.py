@@ -8,7 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._doubt import CALM, doubted, energy_lost, hard_doubted, heaviest, lost, settled, sharpest
+from ._doubt import (
+    doubted,
+    energy_lost,
+    hard_doubted,
+    heaviest,
+    lost,
+    settled,
+    sharpest,
+)
 from ._fold import contest_fold, contest_init, decided, finite, inverse, lse_fold, lse_init
 from ._halves import reach_of
 from ._nearest import slack
@@ -76,7 +84,7 @@ def recursion_wide_kernel(
     if HARD:
         reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
     else:
-        sharp, ratio = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+        sharp, ratio, calm = sharpest(SIDE, count, PROTOS, PER_MEMORY)
         if KEEP == 3:
             lift = heaviest(SIDE, count, PROTOS)
     flag = tl.where(poison == 0.0, 0, POISONED)
@@ -135,7 +143,7 @@ def recursion_wide_kernel(
         if HARD:
             flag |= hard_doubted(norm, total)
         else:
-            flag |= doubted(recall, far, total, sharp, ratio, 0.0, CALM).to(tl.int32)
+            flag |= doubted(recall, far, total, sharp, ratio, 0.0, calm).to(tl.int32)
             if KEEP == 3:
                 flag |= energy_lost(norm, recall, far, top, lift, sharp).to(tl.int32)
         tl.debug_barrier()

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is missing")
 import triton
 import triton.language as tl
 
-from python_fallback import _exact
+from python_fallback import _doubt
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -30,12 +30,14 @@ def _rule() -> Any:
 
 def test_both_rules_have_the_same_numbers():
     rule, unit = _rule(), 2.0**-24
-    assert rule.CANCEL.value * _exact.CANCEL == 1
-    assert rule.GROWTH.value == _exact.GROWTH * unit
-    assert (rule.CALM.value, rule.WARM.value) == (_exact.CALM, _exact.WARM)
-    assert rule.CALM_OF_ENERGY.value == _exact.CALM_OF_ENERGY
-    assert rule.CANCEL_OF_ENERGY.value * _exact.CANCEL_OF_ENERGY == 1
-    assert rule.LARGE.value == _exact.HOTTEST[torch.float32]
+    assert rule.CANCEL.value * _doubt.CANCEL == 1
+    assert rule.GROWTH.value == _doubt.GROWTH * unit
+    assert (rule.CALM.value, rule.WARM.value) == (_doubt.CALM, _doubt.WARM)
+    assert rule.CALM_OF_MANY.value == _doubt.CALM_OF_MANY
+    assert rule.CALM_OF_ENERGY.value == _doubt.CALM_OF_ENERGY
+    assert rule.CANCEL_OF_ENERGY.value * _doubt.CANCEL_OF_ENERGY == 1
+    assert rule.LONGEST.value == _doubt.LARGEST[torch.float32]
+    assert rule.LARGE.value == _doubt.HOTTEST[torch.float32]
 
 
 def test_both_rules_choose_the_same_rows():
@@ -63,7 +65,7 @@ def test_both_rules_choose_the_same_rows():
 def doubts_kernel(SIZE, FAR, TOTAL, sharp, FOUND, ROWS: tl.constexpr):
     i = tl.arange(0, ROWS)
     size, far, total = tl.load(SIZE + i), tl.load(FAR + i), tl.load(TOTAL + i)
-    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, 4.0).to(tl.int32))
+    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, CALM).to(tl.int32))
 
 
-doubted = _rule().doubted
+doubted, CALM = _rule().doubted, _rule().CALM

@@ -79,7 +79,7 @@ static Side find_centre(const Call& c) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2)
     for (int lane = 0; lane < offset; ++lane) am::add_share(lanes[lane + offset], lanes[lane]);
   side.peak = kLog2e * lanes[0].peak;
-  side.betas = am::betas_of(lanes[0]);
+  side.betas = am::betas_of(lanes[0], c.per_memory);
   return side;
 }
 
@@ -346,9 +346,9 @@ extern "C" int recursion_backward(const float* v, const float* rho, const float*
 }
 
 extern "C" void numbers(float* out) {
-  const float all[] = {am::kCancel, am::kCalm,     am::kWarm, am::kGrowth,
-                       am::kLarge,  am::kSharpest, am::kMost};
-  std::copy(all, all + 7, out);
+  const float all[] = {am::kCancel, am::kCalm,    am::kCalmOfMany, am::kWarm,
+                       am::kGrowth, am::kLongest, am::kSharpest,   am::kMost};
+  std::copy(all, all + 8, out);
 }
 
 extern "C" void doubts(const float* x, const float* recalled, const float* largest,
@@ -357,7 +357,7 @@ extern "C" void doubts(const float* x, const float* recalled, const float* large
     float a[4], b[4];
     std::copy(x + 4 * row, x + 4 * row + 4, a);
     std::copy(recalled + 4 * row, recalled + 4 * row + 4, b);
-    out[row] = am::doubted<4>(a, b, 1.0f, largest[row], {sharp, 1.0f});
+    out[row] = am::doubted<4>(a, b, 1.0f, largest[row], {sharp, 1.0f, am::kCalm});
   }
 }
 
@@ -965,7 +965,7 @@ def test_memories_near_the_end_of_float32_have_a_finite_centre(library: Any) -> 
 
 def test_the_rule_is_that_of_the_kernels_in_triton(library: Any) -> None:
     rule = importlib.import_module("clam_kernels.kernels._doubt")
-    names = ("CANCEL", "CALM", "WARM", "GROWTH", "LARGE", "SHARPEST", "MOST")
+    names = ("CANCEL", "CALM", "CALM_OF_MANY", "WARM", "GROWTH", "LONGEST", "SHARPEST", "MOST")
     found = torch.zeros(len(names))
     library.numbers(*pointers(found))
     for name, number in zip(names, found.tolist(), strict=True):
