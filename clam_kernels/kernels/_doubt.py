@@ -25,9 +25,9 @@ CALM_OF_ENERGY = tl.constexpr(1.0)
 GROWTH = tl.constexpr(8.0 * 2.0**-24)
 # A difference has lost digits where its square is this many times smaller than the norms.
 CANCEL_OF_ENERGY = tl.constexpr(2.0**12)
-# Gradients hold products of three lengths: below this squared length they stay inside float32. A
-# hard assignment has distances alone. A beta beyond SHARPEST may meet squared distances that are
-# too small for float32.
+# Gradients hold products of three lengths: below this squared length they stay inside float32. So
+# do logits and the distances of a hard assignment below LARGE. A beta beyond SHARPEST may meet
+# squared distances that are too small for float32.
 LONGEST = tl.constexpr(2.0**76)
 LARGE = tl.constexpr(2.0**120)
 SHARPEST = tl.constexpr(2.0**90)
@@ -92,6 +92,12 @@ def some_take_part(SIDE, count, PROTOS: tl.constexpr):
 
 
 @triton.jit
+def fits(size, heat):
+    """Whether norms, gradients and logits are far from an overflow; NaN does not fit."""
+    return (size < LONGEST) & (heat < LARGE)
+
+
+@triton.jit
 def doubted(size, far, total, sharp, ratio, floor, calm):
     """Whether one step of a row may be wrong: `size` = |x|^2 + |xb|^2 of the state and of what it
     recalls, `far` = |xb - x|^2, `total` the weights relative to the largest, `sharp` the largest
@@ -105,7 +111,7 @@ def doubted(size, far, total, sharp, ratio, floor, calm):
     # comparisons with what is not a number are false: such a row is near, and not calm
     most = tl.where(far * CANCEL >= size * ratio, WARM, calm)
     exact = (GROWTH * heat < 1.0) & (heat * (total - 1.0) <= most * total)
-    return ~(exact & (size < LONGEST) & (size >= floor))
+    return ~(exact & fits(size, heat) & (size >= floor))
 
 
 @triton.jit
