@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what they need.
 
-    tools/resources.py [--arch 80,90] [--mode highest] [--dim 64] [--kernel recursion] [--full]
+    tools/resources.py [--arch 80,90] [--mode highest] [--dim 64] [--kernel recursion]
                        [--base] [--amd] [--out FILE] [--table FILE]
 
 What is compiled is what the launchers launch: their calls are recorded, arguments and options
