@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clam_kernels import sinkhorn, swav_codes
@@ -324,6 +325,13 @@ def test_an_implicit_gradient_refuses_transforms(transform):
     text = "gradient: 'implicit' is not implemented under torch.func; call torch.autograd.grad"
     with pytest.raises(NotImplementedError, match=text):
         transform(_implicit)(_scores(7))
+
+
+def test_an_implicit_gradient_refuses_forward_mode():
+    text = "gradient: 'implicit' is not implemented in forward mode; call torch.autograd.grad"
+    scores = _scores(7)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=text):
+        _implicit(forward_ad.make_dual(scores, torch.ones_like(scores)))
 
 
 def test_a_tolerance_refuses_vmap():

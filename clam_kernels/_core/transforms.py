@@ -5,11 +5,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def active() -> bool:
     """Whether the call stands in a transform: grad, vmap, jvp, or one made of them."""
     return torch._C._are_functorch_transforms_active()
+
+
+def has_tangent(x: object) -> bool:
+    """Whether a tensor has a tangent of forward-mode differentiation."""
+    if forward_ad._current_level < 0 or not isinstance(x, Tensor):
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def maps(x: object) -> bool:

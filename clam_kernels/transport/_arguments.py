@@ -114,14 +114,17 @@ def check_transforms(problem: Problem, start: Tensor | None, gradient: str) -> N
         return
     scores = problem.scores if isinstance(problem.scores, tuple) else (problem.scores,)
     vectors = (problem.bias, problem.log_row, problem.log_col, start, problem.epsilon)
-    if any(transforms.maps(x) for x in (*scores, *vectors)):
+    tensors = (*scores, *vectors)
+    if any(transforms.maps(x) for x in tensors):
         raise NotImplementedError(
             "tol: expected None under torch.func.vmap, which has no values to compare with it; pass"
             " the problems as leading dims [..., N, K], of which each ends by itself, or n_iter"
         )
-    if gradient == "implicit" and transforms.active():
+    forward = any(transforms.has_tangent(x) for x in tensors)
+    if gradient == "implicit" and (forward or transforms.active()):
+        where = "in forward mode" if forward else "under torch.func"
         raise NotImplementedError(
-            "gradient: 'implicit' is not implemented under torch.func; call torch.autograd.grad or"
+            f"gradient: 'implicit' is not implemented {where}; call torch.autograd.grad or"
             " backward, or pass gradient='unrolled' with n_iter"
         )
 
