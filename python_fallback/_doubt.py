@@ -23,8 +23,8 @@ CANCEL, CANCEL_OF_MANY = 1 / 16, 1 / 4
 # The heat of a row is the largest beta times |x|^2 + |recalled|^2. A row is in doubt where its heat
 # times the weight of all memories but the first (where betas differ, its warmth if that is less) is
 # above CALM if it is near, or above WARM if not: below, the result is off by a few roundings, or by
-# no more than differences are. Where betas differ, CALM_OF_MANY takes the place of CALM. float64 has
-# digits to spare: WARM takes the place of both.
+# no more than differences are. Where betas differ, CALM_OF_MANY takes the place of CALM. float64
+# has digits to spare: WARM takes the place of both.
 CALM, CALM_OF_MANY, WARM = 32.0, 4.0, 1024.0
 # As CALM for the energy, whose others add to a distance that comes from a difference.
 CALM_OF_ENERGY = 1.0
