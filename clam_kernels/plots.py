@@ -77,7 +77,10 @@ def plot_clusters(
     'clusters'
     """
     ax = _axes(ax, (6.0, 4.5))
-    x, labels = np.asarray(X, dtype=np.float64), np.asarray(labels)
+    x, labels = np.asarray(X), np.asarray(labels)
+    if x.dtype.kind in "mM":
+        raise TypeError(f"X: expected numbers, got dtype {x.dtype}")
+    x = x.astype(np.float64)
     if embedding is None and not np.isfinite(x).all():
         row, column = np.argwhere(~np.isfinite(x))[0]
         raise ValueError(

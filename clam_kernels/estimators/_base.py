@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import BackendUnavailableError
+from ._columns import as_numbers
 
 NARROW = ("bool", "int8", "uint8", "int16", "uint16", "float16")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,6 +45,7 @@ def read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
             f"X has {x.shape[1]} features, but {name} is expecting"
             f" {estimator.n_features_in_} features as input."
         )
+    as_numbers("X", x)
     narrow = str(x.dtype).removeprefix("torch.") in (*NARROW, "bfloat16", "float32")
     return x.detach().to(torch.float32 if narrow else torch.float64)
 

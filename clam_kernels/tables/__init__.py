@@ -14,7 +14,7 @@ import numpy as np
 
 from ..exceptions import DataFileError
 from ..serialize import write_atomically
-from . import _write
+from . import _numbers, _write
 from ._choice import Choice, listed
 from ._source import NPY, NPZ, PARQUET, Source
 
@@ -102,7 +102,9 @@ def read(
 def _chosen(source: Source, matrix: np.ndarray, choice: Choice) -> np.ndarray:
     """The features of a matrix; the matrix itself where nobody chose."""
     chosen = choice.of(source.name, None, matrix.shape[1])
-    return matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]
+    kept = matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]
+    _numbers.check_exact_array(source.name, kept, chosen)
+    return kept
 
 
 def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
@@ -121,7 +123,8 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
     Raises
     ------
     DataFileError
-        The file is damaged, of another kind, or holds something else than numbers.
+        The file is damaged, of another kind, or holds something else than numbers; or an integer
+        that float64 cannot hold.
 
     Examples
     --------
@@ -139,7 +142,9 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
             raise DataFileError(f"{source.name}: expected {ARRAYS}")
         if key is None and source.magic == NPZ:
             key = _only(source)
-        return source.numbers(key)
+        array = source.numbers(key)
+        _numbers.check_exact_array(source.name, array)
+        return array
 
 
 def _only(source: Source) -> str:
