@@ -343,6 +343,12 @@ def test_gzip_is_told_by_content(table):
     assert table(gzip.compress(b"a,b\n1,2\n"))[0].tolist() == [[1, 2]]
 
 
+def test_an_npz_without_arrays_is_told(tmp_path):
+    np.savez(tmp_path / "x.npz")
+    with pytest.raises(DataFileError, match="holds no array"):
+        tables.read(tmp_path / "x.npz")
+
+
 def test_other_members_of_an_npz_do_not_matter(tmp_path):
     path = tmp_path / "x.npz"
     np.savez_compressed(path, X=np.eye(2), bomb=np.zeros((4000, 1000)))

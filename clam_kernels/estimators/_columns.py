@@ -50,9 +50,11 @@ def _is_wide(x: Tensor) -> bool:
 
 
 def _check_sparse(name: str, x: Any) -> None:
-    place = first_rounded(np.asarray(x.data)) if isinstance(x.data, np.ndarray) else None
+    if x.dtype.kind not in "iu" or x.dtype.itemsize < 8:
+        return
+    entries = x.tocoo()
+    place = first_rounded(entries.data)
     if place is not None:
-        entries = x.tocoo()
         row, column = int(entries.row[place]), int(entries.col[place])
         raise _rounded(name, column, row, entries.data[place])
 
