@@ -24,7 +24,7 @@ from torch import Tensor
 from .exceptions import ModelFileError
 
 FORMAT = 1
-CLASSES = ("ClAM", "KMeans")
+CLASSES = ("ClAM", "ClAMImputer", "KMeans")
 # Training runs to go on with, which are no models.
 CHECKPOINTS = ("SeLa checkpoint",)
 # A header has the names of all columns and the starts of a model, or the names of all tensors of an
