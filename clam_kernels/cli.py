@@ -254,7 +254,8 @@ def _reworded(text: str, options: argparse.Namespace, names: list[str] | None) -
     if empty is not None:
         listed = ", ".join(map(column, empty[1].split(", ")))
         return f"{options.data}: expected a value in every column, got none in {listed}"
-    text = re.sub(r"^X( has \d+ features)", rf"{re.escape(str(options.data))}\1", text)
+    if text.startswith("X has "):
+        text = f"{options.data}{text[1:]}"
     text = re.sub(r"^device:", "--device:", text)
     for name, option in OPTIONS.items():
         text = re.sub(rf"(?<![\w./-]){name}=(?=\w)", f"{option} ", text)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.am import am_recursion
+from ._optimisers import Adam
 from ._points import Points
 
 # The authors' schedule: the learning rate falls by SHRINK when the mean loss of WINDOW epochs
@@ -124,7 +125,8 @@ class Batch:
         if self.weight is not None:
             rows = rows * self.weight.to(rows.dtype)
             slope = slope.mul_(self.weight.to(slope.dtype)[:, None])
-        out.backward(slope)
+        # a product, as `out.backward(slope)` imports sympy at its first call
+        torch.dot(out.flatten(), slope.flatten()).backward()
         return rows.sum(1) / count
 
 
@@ -155,10 +157,7 @@ class _Optimiser:
     def __init__(self, start: Tensor, plan: Plan) -> None:
         split = list(start) if plan.authors else [start]
         self.parts = [part.clone().requires_grad_() for part in split]
-        groups = [{"params": [part]} for part in self.parts]
-        self.adam = torch.optim.Adam(
-            groups, lr=plan.learning_rate, eps=1e-8 * plan.length, foreach=True
-        )
+        self.adam = Adam(self.parts, plan.learning_rate, eps=1e-8 * plan.length)
         self.plan = plan
         gain = GAIN * plan.length**2
         self.plateaus = [_Plateau(gain) for _ in self.parts]

@@ -21,6 +21,7 @@ from .. import serialize
 from . import _checkpoint as checkpoints
 from ._base import progress_bar
 from ._checkpoint import State
+from ._optimisers import Optimiser
 
 # Steps between two looks at the losses: each look waits for the device.
 LOOK = 16
@@ -171,7 +172,7 @@ class Run:
     def __init__(
         self,
         modules: dict[str, nn.Module],
-        optimiser: torch.optim.Optimizer,
+        optimiser: Optimiser,
         plan: Plan,
         seed: int,
         random: OwnRandom,
