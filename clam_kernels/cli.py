@@ -229,7 +229,7 @@ def _own_words(options: argparse.Namespace, names: list[str] | None) -> Iterator
     def show(message: Warning | str, *rest: Any) -> None:
         shown(_reworded(str(message), options, names), *rest)
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:

@@ -33,7 +33,7 @@ class Cell(NamedTuple):
         return int(self.batch.stop - self.batch.start)
 
 
-def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     """The shape that shapes broadcast to. `torch.broadcast_shapes` imports sympy at its first call,
     which takes a second; after Ctrl-C in the middle of it every later call fails.
     """
@@ -46,7 +46,7 @@ def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
             if batch[-i] != 1:
                 raise RuntimeError(f"shapes: expected ones that broadcast, got {shapes}")
             batch[-i] = shape[-i]
-    return tuple(batch)
+    return torch.Size(batch)
 
 
 def chunk_rows(width: int, kept: int = 0) -> int:

@@ -96,7 +96,7 @@ def _labels_of_all(labels: Tensor, weight: Tensor | None) -> Tensor:
     return labels.expand(batch).contiguous()
 
 
-def _batch(*operands: Tensor | None) -> tuple[int, ...]:
+def _batch(*operands: Tensor | None) -> torch.Size:
     """Broadcast of the leading dims of (x or labels' owner, centroids, shift, mask)."""
     core = (2, 2, 1, 1)
     shapes = [o.shape[: o.ndim - c] for o, c in zip(operands, core, strict=True) if o is not None]

@@ -40,13 +40,12 @@ class Choice:
         """Positions of the features among `count` columns; `index` are names of a data frame's
         index, which is no feature.
         """
-        by_name = self.columns is None and self.expected is not None and names is not None
         left_out = set() if self.columns is not None else self._index(names, index)
         if isinstance(self.index_col, str):
             left_out |= set(_positions(source, names, count, self.index_col))
         for name in self.drop or ():
             left_out |= set(_positions(source, names, count, name))
-        if by_name:
+        if self.columns is None and self.expected is not None and names is not None:
             return self._expected(source, names, left_out)
         chosen = list(range(count))
         if self.columns is not None:

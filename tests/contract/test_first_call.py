@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from clam_kernels import KMeans
 
 HEAVY = ("sympy", "torch._dynamo", "torch._inductor", "triton", "torch.onnx")
 CALLS = f"""
@@ -42,6 +45,15 @@ for model in (KMeans(3), ClAM(3, n_init=2, max_iter=2)):
 print(*sorted(set(sys.modules) - before))
 """
 
+PREDICTS = """
+import sys
+import torch, sklearn.cluster
+before = set(sys.modules)
+from clam_kernels.cli import main
+assert main(["predict", *sys.argv[1:]]) == 0
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}), file=sys.stderr)
+"""
+
 
 def _run(code: str) -> str:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -58,3 +70,16 @@ def test_the_first_fit_imports_nothing_of_torch() -> None:
     new = _run(FITS).split()
     assert not [name for name in new if name.startswith(("torch.", "sympy", "triton"))], new
     assert len(new) < 30, new
+
+
+def test_predict_imports_little_beside_torch_and_scikit_learn(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    np.save(tmp_path / "x.npy", x)
+    KMeans(2, n_init=1, random_state=0).fit(x).save(tmp_path / "m")
+    given = [str(tmp_path / "m"), str(tmp_path / "x.npy")]
+    run = subprocess.run(
+        [sys.executable, "-c", PREDICTS, *given], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    new = set(run.stderr.splitlines()[-1].split()) - set(sys.stdlib_module_names)
+    assert new <= {"clam_kernels", "python_fallback", "safetensors"}
