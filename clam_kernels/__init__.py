@@ -25,12 +25,14 @@ from .transport import swav_codes as swav_codes
 if TYPE_CHECKING:
     from . import nn as nn
     from .estimators import ClAM as ClAM
+    from .estimators import ClAMImputer as ClAMImputer
     from .estimators import KMeans as KMeans
     from .estimators import SeLa as SeLa
 
 __version__ = "0.1.0"
 __all__ = [
     "ClAM",
+    "ClAMImputer",
     "KMeans",
     "SeLa",
     "all_ops",
@@ -53,7 +55,7 @@ __all__ = [
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-_ESTIMATORS = ("ClAM", "KMeans", "SeLa")
+_ESTIMATORS = ("ClAM", "ClAMImputer", "KMeans", "SeLa")
 _ROOMS = ("nn",)
 _LAZY = dict.fromkeys(_ESTIMATORS, ".estimators")
 

@@ -13,9 +13,11 @@ import csv
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,17 @@ from . import __version__
 if TYPE_CHECKING:
     from .estimators import ClAM, KMeans
 
+# Errors that are told in one line.
+FAILURES = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)
+# Arguments of the estimators as options of the command.
+OPTIONS = {
+    "n_clusters": "-k",
+    "n_init": "--restarts",
+    "max_iter": "--epochs",
+    "random_state": "--seed",
+}
+BAD_ENTRY = re.compile(r"Input X contains (\w+): .* the first at row (\d+), column (\d+)\.")
+EMPTY_COLUMNS = re.compile(r"X: expected an observed entry in every column, got none in \[(.*)\]")
 # Verbs that have a result beside what --json says of the run.
 RESULTS = ("predict", "transform", "complete")
 
@@ -55,12 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     fit = verb("fit", "cluster a table and write the model", model=False, output="model file")
-    fit.add_argument("-k", "--clusters", type=int, required=True, help="number of clusters")
+    fit.add_argument("-k", "--clusters", type=_whole(1), required=True, help="number of clusters")
     fit.add_argument("--algo", choices=("clam", "kmeans"), default="clam", help="default clam")
     fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="of clam")
-    fit.add_argument("--restarts", type=int, help="n_init")
-    fit.add_argument("--epochs", type=int, help="max_iter")
-    fit.add_argument("--seed", type=int, default=0, help="default 0")
+    fit.add_argument("--restarts", type=_whole(1), help="number of starts")
+    fit.add_argument("--epochs", type=_whole(1), help="passes over the table at most")
+    fit.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="default 0")
     fit.add_argument("--device", default="auto", help="cpu, cuda or auto (a GPU if there is one)")
     fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")
     table = ".csv, .tsv (also .gz), .npy or .parquet; CSV on stdout without it, or with -"
@@ -98,6 +111,22 @@ def _add_reading(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--decimal", choices=(".", ","), default=".", help="decimal point of a text")
 
 
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers in a range, for an option."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            bound = f">= {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected a whole number {bound}, got {text!r}")
+        return number
+
+    return read
+
+
 def _names(text: str) -> list[str]:
     """Names between commas; one with a comma stands in quotes."""
     return next(csv.reader([text]), [""])
@@ -131,8 +160,12 @@ def _check_output(options: argparse.Namespace) -> None:
         raise _Refused(f"{output} is a folder")
     if output.exists() and not options.force:
         raise _Refused(f"{output} exists; --force overwrites it")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise _Refused(f"{output.parent} is not writable")
+    from . import serialize
+
+    try:
+        serialize.check_writable(output)
+    except OSError as error:
+        raise _Refused(f"{output}: {error.strerror}") from None
 
 
 def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
@@ -174,15 +207,60 @@ def _fit(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     import numpy as np
 
     x, names = _read(options, None)
+    if len(x) < options.clusters:
+        k = options.clusters
+        raise ValueError(f"{options.data}: expected at least {k} rows for -k {k}, got {len(x)}")
     model = _model(options)
     start = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):  # what a verbose fit tells
-        model.fit(x)
+    with contextlib.redirect_stdout(sys.stderr), _own_words(options, names):
+        model.fit(x)  # what a verbose fit tells goes to stderr
     seconds = time.perf_counter() - start
     if names is not None:
         model.feature_names_in_ = np.asarray(names, dtype=object)
     model.save(options.output)
     return x, {"seconds": seconds, "seed": options.seed, **_facts(model)}
+
+
+@contextlib.contextmanager
+def _own_words(options: argparse.Namespace, names: list[str] | None) -> Iterator[None]:
+    """Errors and warnings of an estimator name options, file, columns and rows of the command."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, *rest: Any) -> None:
+        shown(_reworded(str(message), options, names), *rest)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(_reworded(str(error), options, names)) from error
+    finally:
+        warnings.showwarning = shown
+
+
+def _reworded(text: str, options: argparse.Namespace, names: list[str] | None) -> str:
+    """A message of an estimator as the command says it."""
+
+    def column(number: str) -> str:
+        return repr(names[int(number)]) if names is not None else number
+
+    bad = BAD_ENTRY.match(text)
+    if bad is not None:
+        what, row, at = bad.groups()
+        got = "a missing cell, which k-means does not take" if what == "NaN" else what
+        place = f"column {column(at)}, row {int(row) + 1}"
+        return f"{options.data}: {place}: expected a finite number, got {got}"
+    empty = EMPTY_COLUMNS.match(text)
+    if empty is not None:
+        listed = ", ".join(map(column, empty[1].split(", ")))
+        return f"{options.data}: expected a value in every column, got none in {listed}"
+    if text.startswith("X has "):
+        text = f"{options.data}{text[1:]}"
+    text = re.sub(r"^device:", "--device:", text)
+    for name, option in OPTIONS.items():
+        text = re.sub(rf"(?<![\w./-]){name}=(?=\w)", f"{option} ", text)
+        text = re.sub(rf"(?<![\w./-]){name}(?![\w./-])", option, text)
+    return text
 
 
 def _read(options: argparse.Namespace, expected: list[str] | None) -> tuple[Any, list[str] | None]:
@@ -199,7 +277,7 @@ def _read(options: argparse.Namespace, expected: list[str] | None) -> tuple[Any,
         decimal=options.decimal,
         expected=expected,
     )
-    if x.dtype.kind == "f" and options.verb != "complete" and not len(x):
+    if not len(x):
         raise ValueError(f"{options.data}: no rows")
     return x, names
 
@@ -227,11 +305,22 @@ def _use(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     known = model.__dict__.pop("feature_names_in_", None)
     fitted_on = None if known is None else list(known)
     x, names = _read(options, fitted_on)
-    if names is not None and fitted_on is not None and names != fitted_on:
+    if options.columns and fitted_on is not None and names not in (None, fitted_on):
         raise ValueError(
             f"{options.data}: expected the columns {listed(fitted_on)} that the model was fitted"
-            f" on, got {listed(names)}; --columns chooses, --drop leaves out"
+            f" on, got {listed(names)} with --columns"
         )
+    with _own_words(options, names):
+        _put_result(options, model, x, names, facts)
+    if options.verb in RESULTS:
+        print(f"clam: {len(x)} rows read, {len(x)} rows written", file=sys.stderr)
+    return x, facts
+
+
+def _put_result(
+    options: argparse.Namespace, model: Any, x: Any, names: list[str] | None, facts: dict[str, Any]
+) -> None:
+    """What the verb makes of a table; `score` adds to the facts."""
     if options.verb == "predict":
         _put(options, model.predict(x), ["label"])
     elif options.verb == "transform":
@@ -240,9 +329,9 @@ def _use(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         columns = names or [f"column{i}" for i in range(x.shape[1])]
         _put(options, model.complete(x), columns)
     elif options.verb == "score":
-        facts |= {"score": model.score(x)}
+        facts["score"] = model.score(x)
         if hasattr(model, "energy"):
-            facts |= {"mean_energy": float(model.energy(x).mean())}
+            facts["mean_energy"] = float(model.energy(x).mean())
         if not options.json:
             energy = f", mean energy {facts['mean_energy']:.6g}" if "mean_energy" in facts else ""
             print(f"score {facts['score']:.6g}{energy}")
@@ -253,9 +342,6 @@ def _use(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         x = model.complete(x) if hasattr(model, "complete") else x
         drawn = plots.plot_clusters(x, labels, model.cluster_centers_)
         plots.save(drawn, options.output)
-    if options.verb in RESULTS:
-        print(f"clam: {len(x)} rows read, {len(x)} rows written", file=sys.stderr)
-    return x, facts
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
+    except FAILURES as error:
         if options.debug:
             raise
         print(f"clam: error: {error}", file=sys.stderr)

@@ -14,3 +14,8 @@ class ModelFileError(ValueError):
 
 class DataFileError(ValueError):
     """A data file that is damaged, of a kind not read here, or holds text where numbers belong."""
+
+
+def needs(what: str, package: str, extra: str) -> str:
+    """Wording of an error where a package is missing that an extra of this one installs."""
+    return f"{what} needs {package}, which the extra {extra} brings: pip install {package}"

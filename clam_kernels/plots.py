@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .exceptions import needs
+
 MAX_POINTS = 20_000
 # Colour-blind-safe (Okabe and Ito), then a colour map where there are more clusters.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -18,6 +20,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 
 def colours(count: int) -> list[Any]:
     """One colour a cluster, distinct as far as `count` allows."""
+    _need_matplotlib()
     from matplotlib import colormaps
 
     if count <= len(PALETTE):
@@ -31,7 +34,8 @@ def colours(count: int) -> list[Any]:
 def _two_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean, two principal axes [D, 2]) of a data matrix; a fixed sign makes the picture repeat."""
     mean = x.mean(0)
-    _, vectors = np.linalg.eigh(np.atleast_2d(np.cov(x - mean, rowvar=False)))
+    centred = x - mean
+    _, vectors = np.linalg.eigh(centred.T @ centred / len(x))
     axes = vectors[:, ::-1][:, :2]
     if axes.shape[1] == 1:
         axes = np.hstack([axes, np.zeros_like(axes)])
@@ -77,7 +81,10 @@ def plot_clusters(
     'clusters'
     """
     ax = _axes(ax, (6.0, 4.5))
-    x, labels = np.asarray(X, dtype=np.float64), np.asarray(labels)
+    x, labels = np.asarray(X), np.asarray(labels)
+    if x.dtype.kind in "mM":
+        raise TypeError(f"X: expected numbers, got dtype {x.dtype}")
+    x = x.astype(np.float64)
     if embedding is None and not np.isfinite(x).all():
         row, column = np.argwhere(~np.isfinite(x))[0]
         raise ValueError(
@@ -126,6 +133,7 @@ def plot_images(
     >>> len(plot_images([("memories", np.zeros((3, 4)))], (2, 2)).axes)
     3
     """
+    _need_matplotlib()
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -179,9 +187,17 @@ def plot_history(loss_curve: Any, *, ax: Any = None) -> Any:
 def _axes(ax: Any, size: tuple[float, float]) -> Any:
     if ax is not None:
         return ax
+    _need_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained").add_subplot()
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError(needs("a picture", "matplotlib", "plot")) from None
 
 
 def check_output(path: Any) -> None:
@@ -195,12 +211,15 @@ def check_output(path: Any) -> None:
     ------
     ValueError
         The suffix is no format of images that matplotlib writes.
+    ImportError
+        matplotlib is missing.
 
     Examples
     --------
     >>> from clam_kernels import plots
     >>> plots.check_output("clusters.png")
     """
+    _need_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
 
     suffixes = sorted(FigureCanvasBase.get_supported_filetypes())

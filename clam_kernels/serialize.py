@@ -24,11 +24,12 @@ from torch import Tensor
 from .exceptions import ModelFileError
 
 FORMAT = 1
-CLASSES = ("ClAM", "KMeans")
+CLASSES = ("ClAM", "ClAMImputer", "KMeans")
 # Training runs to go on with, which are no models.
 CHECKPOINTS = ("SeLa checkpoint",)
-# A checkpoint's header names every tensor of an encoder and its optimiser.
-MAX_HEADER_BYTES, MAX_CHECKPOINT_HEADER_BYTES = 1 << 20, 1 << 26
+# A header has the names of all columns and the starts of a model, or the names of all tensors of an
+# encoder and its optimiser.
+MAX_HEADER_BYTES = 1 << 26
 _KEYS = {"format", "class", "package", "parameters", "learned"}
 
 
@@ -84,21 +85,15 @@ def save(
         "learned": json.dumps({name: _plain(value) for name, value in learned.items()}),
     }
     payload = to_bytes({k: v.detach().contiguous().clone() for k, v in tensors.items()}, metadata)
-    length, most = struct.unpack("<Q", payload[:8])[0], _most(kind)
-    got = f"expected names and settings of at most {most} bytes, got {length}"
-    expect(length <= most, f"{path}: {got}: the file could not be read again")
+    length = struct.unpack("<Q", payload[:8])[0]
+    got = f"expected names and settings of at most {MAX_HEADER_BYTES} bytes, got {length}"
+    expect(length <= MAX_HEADER_BYTES, f"{path}: {got}: the file could not be read again")
     write_atomically(Path(path), payload)
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
     """Replace a file by new content or leave it as it was."""
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        # not from tempfile, whose files nobody else may read: this one has the rights of any new
-        # file, which the process alone could not ask for without a change that all threads see
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except OSError as error:
-        raise _about(error, path) from error
+    temporary, handle = _temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(payload)
@@ -111,6 +106,24 @@ def write_atomically(path: Path, payload: bytes) -> None:
         if isinstance(error, OSError):
             raise _about(error, path) from error
         raise
+
+
+def check_writable(path: Path) -> None:
+    """OSError if `write_atomically` cannot make a file of that name, before there is content."""
+    temporary, handle = _temporary(path)
+    os.close(handle)
+    os.unlink(temporary)
+
+
+def _temporary(path: Path) -> tuple[Path, int]:
+    """A new file in the same folder, open for writing."""
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        # not from tempfile, whose files nobody else may read: this one has the rights of any new
+        # file, which the process alone could not ask for without a change that all threads see
+        return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        raise _about(error, path) from error
 
 
 def _about(error: OSError, path: Path) -> OSError:
@@ -136,12 +149,7 @@ def expect(ok: bool, text: str) -> None:
         raise ModelFileError(text)
 
 
-def _most(kind: str) -> int:
-    """Bytes that the header of such a file may have."""
-    return MAX_CHECKPOINT_HEADER_BYTES if kind in CHECKPOINTS else MAX_HEADER_BYTES
-
-
-def _header(path: Path, most: int) -> dict[str, Any]:
+def _header(path: Path) -> dict[str, Any]:
     """The JSON header, read with bounds."""
     expect(path.is_file(), "not a regular file")
     size = path.stat().st_size
@@ -149,7 +157,7 @@ def _header(path: Path, most: int) -> dict[str, Any]:
         start = file.read(8)
         expect(len(start) == 8, f"truncated: {size} bytes")
         length = struct.unpack("<Q", start)[0]
-        fits = length <= min(most, size - 8)
+        fits = length <= min(MAX_HEADER_BYTES, size - 8)
         expect(fits, "truncated or no model file: its header is longer than it may be")
         header = json.loads(file.read(length).decode("utf-8"))
     expect(isinstance(header, dict) and isinstance(header.get("__metadata__"), dict), "no metadata")
@@ -159,7 +167,7 @@ def _header(path: Path, most: int) -> dict[str, Any]:
 def class_of(path: str | PathLike[str]) -> str:
     """Class of the model in a file; the first of `CLASSES` where that cannot be read."""
     try:
-        found = _header(Path(path), MAX_HEADER_BYTES).get("class")
+        found = _header(Path(path)).get("class")
     except (OSError, ValueError, ModelFileError):
         found = None
     return found if found in CLASSES else CLASSES[0]
@@ -178,7 +186,7 @@ def load(
     if not path.exists():
         raise FileNotFoundError(2, "No such file or directory", str(path))
     with reading(path):
-        metadata = _header(path, _most(kind))
+        metadata = _header(path)
         expect(set(metadata) == _KEYS, f"unknown metadata {sorted(set(metadata) ^ _KEYS)}")
         newer = int(metadata["format"]) > FORMAT
         expect(not newer, f"written by clam_kernels {metadata['package']}, this is {__version__}")

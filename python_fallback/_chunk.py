@@ -38,6 +38,22 @@ class Cell(NamedTuple):
         return int(self.batch.stop - self.batch.start)
 
 
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
+    """The shape that shapes broadcast to. `torch.broadcast_shapes` imports sympy at its first call,
+    which takes a second; after Ctrl-C in the middle of it every later call fails.
+    """
+    batch: list[int] = []
+    for shape in shapes:
+        batch = [1] * (len(shape) - len(batch)) + batch
+        for i in range(1, len(shape) + 1):
+            if shape[-i] == batch[-i] or shape[-i] == 1:
+                continue
+            if batch[-i] != 1:
+                raise RuntimeError(f"shapes: expected ones that broadcast, got {shapes}")
+            batch[-i] = shape[-i]
+    return torch.Size(batch)
+
+
 def chunk_rows(width: int, kept: int = 0) -> int:
     """Rows of one chunk whose tiles are `width` wide, with `kept` entries a row held beside
     them.

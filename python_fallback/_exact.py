@@ -165,7 +165,7 @@ class ExactRows:
 
     def parts(self, x: Tensor, gain: Tensor | float, steps: int) -> Iterator[Part]:
         """Tiles of rows x [m, D], each row served by one of them; gain is a number or [m, D]."""
-        left = torch.arange(len(x), device=x.device)
+        left = torch.arange(len(x), dtype=torch.int64, device=x.device)
         if self.expanded is not None:
             rest = []
             for rows in left.split(self.expanded.limit):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._chunk import Cell, cells, chunk_rows, lift, padded, take
+from ._chunk import Cell, broadcast_shapes, cells, chunk_rows, lift, padded, take
 from ._doubt import BARE, HOTTEST, Watch
 from ._exact import ExactRows
 from ._score import FLOOR_OF_SOFTMAX, alive_memories, centred, compute_dtype, softmax_
@@ -39,7 +39,7 @@ def result_shape(
     batch = [v.shape[:-2], rho.shape[:-2]]
     batch += [b.shape[:-1] for b in (beta, log_weights) if isinstance(b, Tensor)]
     batch += [update_mask.shape[:-2]] if update_mask is not None else []
-    return (*torch.broadcast_shapes(*batch), *v.shape[-2:])
+    return (*broadcast_shapes(*batch), *v.shape[-2:])
 
 
 class Side(NamedTuple):

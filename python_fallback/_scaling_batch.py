@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ._chunk import broadcast_shapes
 from ._scaling import (
     EMPTY,
     FINE,
@@ -65,7 +66,7 @@ class Case:
             *((x, 2) for x in matrices), *((v, 1) for v in vectors), (scale, 0)
         ]  # fmt: skip
         leads = [o.shape[: o.ndim - core] for o, core in self.operands if o is not None]
-        self.batch = torch.broadcast_shapes(*leads)
+        self.batch = broadcast_shapes(*leads)
 
     def problems(self) -> Iterator[tuple[tuple[int, ...], Problem, Tensor | None]]:
         """(place in the batch, problem, start) of each."""

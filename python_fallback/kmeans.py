@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ._chunk import cells, lift, row_chunks, take
+from ._chunk import broadcast_shapes, cells, lift, row_chunks, take
 from ._nearest import TIE, TILE_ENTRIES, WIDE_ENTRIES, Scorer, table_of, tables_of
 from ._score import compute_dtype
 
@@ -92,7 +92,7 @@ def _labels_of_all(labels: Tensor, weight: Tensor | None) -> Tensor:
     """Labels of every problem, also where only weights tell them apart."""
     if weight is None:
         return labels
-    batch = torch.broadcast_shapes(labels.shape, weight.shape)
+    batch = broadcast_shapes(labels.shape, weight.shape)
     return labels.expand(batch).contiguous()
 
 
@@ -100,7 +100,7 @@ def _batch(*operands: Tensor | None) -> torch.Size:
     """Broadcast of the leading dims of (x or labels' owner, centroids, shift, mask)."""
     core = (2, 2, 1, 1)
     shapes = [o.shape[: o.ndim - c] for o, c in zip(operands, core, strict=True) if o is not None]
-    return torch.broadcast_shapes(*shapes)
+    return broadcast_shapes(*shapes)
 
 
 # ---- assignment in row chunks --------------------------------------------------------------------
@@ -238,7 +238,7 @@ def kmeans_update_forward(
     """`kmeans_update` in row chunks, added in the order of the rows in float64."""
     leads = [x.shape[:-2], labels.shape[:-1]]
     leads += [o.shape[:-1] for o in (weight, shift) if o is not None]
-    batch = torch.broadcast_shapes(*leads)
+    batch = broadcast_shapes(*leads)
     wide, device = torch.float64, x.device
     d, (rows,) = x.shape[-1], labels.shape[-1:]
     sums = torch.zeros((*batch, k, d), dtype=wide, device=device)

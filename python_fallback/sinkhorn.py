@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._chunk import broadcast_shapes
 from ._scaling import EMPTY, FINE, INFEASIBLE, NOT_FINITE, half_steps
 from ._scaling_batch import Case, pass_results, results, through_all, through_pass
 from ._score import compute_dtype
@@ -136,9 +137,7 @@ def _operands(
     log_a = x.new_full((n,), 1 / max(n, 1)).log() if log_row is None else log_row
     log_b = x.new_full((k,), 1 / k).log() if log_col is None else log_col
     g = x.new_zeros(k) if init is None else init
-    batch = torch.broadcast_shapes(
-        x.shape[:-2], *(vector.shape[:-1] for vector in (log_a, log_b, g))
-    )
+    batch = broadcast_shapes(x.shape[:-2], *(vector.shape[:-1] for vector in (log_a, log_b, g)))
     wide = (vector.to(x.dtype) for vector in (log_a, log_b, g))
     log_a, log_b, g = (vector.expand(*batch, vector.shape[-1]) for vector in wide)
     return log_a, log_b, g

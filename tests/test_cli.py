@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from _children import ended
 from sklearn.datasets import load_iris
 
@@ -141,7 +143,7 @@ def test_bad_input_is_one_line_and_exit_1(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "evil.npy").write_bytes(pickle.dumps({"a": 1}))
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
     cases = {
-        "nan.npy": "expected an observed entry in every column",
+        "nan.npy": "nan.npy: expected a value in every column, got none in 0, 1",
         "inf.npy": "infinity",
         "text.csv": "column 'b', row 1: expected a number, got 'x'",
         "ragged.csv": "ragged.csv",
@@ -161,16 +163,143 @@ def test_bad_input_is_one_line_and_exit_1(folder: Path, tmp_path: Path) -> None:
     assert clam("nonsense").returncode == 2
 
 
-def test_columns_in_another_order_are_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("default")
+def test_the_columns_of_a_model_are_chosen_by_name(folder: Path, tmp_path: Path) -> None:
     model, text = tmp_path / "m", (folder / "named.tsv").read_text()
     assert clam("fit", folder / "named.tsv", "-k", 3, "-o", model, *QUICK).returncode == 0
     assert clam("predict", model, folder / "named.tsv").returncode == 0
     told = clam("predict", model, folder / "x.npy").stderr
     assert told == "clam: 150 rows read, 150 rows written\n"
-    (tmp_path / "swapped.tsv").write_text(text.replace("a\tb", "b\ta", 1))
-    run = clam("predict", model, tmp_path / "swapped.tsv")
+    expected = clam("predict", model, folder / "named.tsv").stdout
+    rows = [line.split("\t") for line in text.splitlines()]
+    more = ["\t".join([c, f"id {i}", b, d, a]) for i, (a, b, c, d) in enumerate(rows)]
+    more[0] = more[0].replace("id 0", "name")
+    (tmp_path / "more.tsv").write_text("\n".join(more))
+    run = clam("predict", model, tmp_path / "more.tsv")
+    assert run.stdout == expected
+    assert "the model was not fitted on column 'name', which is left out" in run.stderr
+    filled = clam("complete", model, tmp_path / "more.tsv")
+    assert filled.stdout == clam("complete", model, folder / "named.tsv").stdout
+    assert filled.stdout.startswith("a,b,c,d\n")
+    assert "warning" not in clam("predict", model, tmp_path / "more.tsv", "--drop", "name").stderr
+    asked = clam("predict", model, folder / "named.tsv", "--columns", "b,a,c,d")
+    assert asked.returncode == 1
+    assert "expected the columns a, b, c, d that the model was fitted on, got b, a" in asked.stderr
+    for head, told in (
+        (
+            "a\tb\tc\te",
+            "that the model was fitted on, got a, b, c, e",
+        ),
+        ("a\tb\tc\td\td", "expected 1 column 'd', as the model was fitted on, got 2"),
+    ):
+        lines = text.splitlines()[1:]
+        lines = [line + "\t1" for line in lines] if head.count("d") == 2 else lines
+        (tmp_path / "wrong.tsv").write_text("\n".join([head, *lines]))
+        run = clam("predict", model, tmp_path / "wrong.tsv")
+        assert run.returncode == 1
+        assert told in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["-k", 0], "argument -k/--clusters: expected a whole number >= 1, got '0'"),
+        (["-k", "2.5"], "argument -k/--clusters: expected a whole number >= 1, got '2.5'"),
+        (["-k", 2, "--seed", -1], "argument --seed: expected a whole number from 0 to 4294967295"),
+        (["-k", 2, "--restarts", 0], "argument --restarts: expected a whole number >= 1, got '0'"),
+        (["-k", 2, "--epochs", 0], "argument --epochs: expected a whole number >= 1, got '0'"),
+    ],
+)
+@pytest.mark.parametrize("algo", ["clam", "kmeans"])
+def test_wrong_numbers_name_the_option(folder: Path, tmp_path: Path, asked, told, algo) -> None:
+    run = clam("fit", folder / "x.npy", "--algo", algo, *asked, "-o", tmp_path / "m", "--force")
+    assert run.returncode == 2
+    assert told in run.stderr
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("algo", ["clam", "kmeans"])
+def test_messages_of_estimators_are_in_words_of_the_command(tmp_path: Path, algo: str) -> None:
+    def fit(text: str, *asked: object) -> str:
+        (tmp_path / "x.csv").write_text(text)
+        run = clam(
+            "fit", tmp_path / "x.csv", "--algo", algo, *asked, "-o", tmp_path / "m", "--force"
+        )
+        assert not re.search("n_clusters|n_init|max_iter|random_state|Input X", run.stderr)
+        return run.stderr
+
+    assert "x.csv: expected at least 3 rows for -k 3, got 2" in fit("a,b\n1,2\n3,4\n", "-k", 3)
+    infinite = fit("a,b\n1,2\n3,inf\n5,6\n", "-k", 2)
+    assert "x.csv: column 'b', row 2: expected a finite number, got infinity" in infinite
+    assert "column 1, row 2: expected a finite" in fit("1,2\n3,inf\n5,6\n", "-k", 2, "--no-header")
+    gap = fit("a,b\n1,\n3,\n5,\n", "-k", 2)
+    missing = "row 1: expected a finite number, got a missing cell"
+    assert f"x.csv: {'expected a value' if algo == 'clam' else 'column'}" in gap
+    assert ("got none in 'b'" if algo == "clam" else missing) in gap
+    assert "-k" in fit("a,b\n1,2\n1,2\n1,2\n", "-k", 2, *QUICK)
+    if not torch.cuda.is_available():
+        assert "--device: expected" in fit("5,2\n3,4\n5,9\n", "-k", 2, "--device", "cuda")
+    np.save(tmp_path / "wide.npy", np.eye(3))
+    assert fit("5,2\n3,4\n5,9\n", "-k", 2, *QUICK).startswith("2 of 2")
+    run = clam("predict", tmp_path / "m", tmp_path / "wide.npy")
+    assert "wide.npy has 3 features, but" in run.stderr
+
+
+def test_an_output_that_cannot_be_made_is_noticed_before_the_work(folder, tmp_path: Path) -> None:
+    long = tmp_path / ("m" * 250)
+    run = clam("fit", folder / "missing.npy", "-k", 3, "-o", long)
+    assert run.returncode == 2
+    assert "File name too long" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_many_columns_is_written(tmp_path: Path) -> None:
+    names = [f"column {i} of a table {'x' * 60}" for i in range(15_000)]
+    tables.write(tmp_path / "x.parquet", np.random.default_rng(0).normal(size=(3, 15_000)), names)
+    asked = ["-k", 2, "--algo", "kmeans", "--restarts", 1, "-o", tmp_path / "m"]
+    made = clam("fit", tmp_path / "x.parquet", *asked)
+    assert made.returncode == 0, made.stderr
+    assert KMeans.load(tmp_path / "m").feature_names_in_.tolist() == names
+
+
+@pytest.mark.parametrize(
+    ("verb", "hidden", "text"),
+    [
+        ("fit -k 3 -v", "tqdm", "a progress bar needs tqdm, which the extra progress brings"),
+        ("plot", "matplotlib", "a picture needs matplotlib, which the extra plot brings"),
+    ],
+)
+def test_a_missing_package_is_told_with_its_extra(
+    folder, tmp_path, monkeypatch, verb, hidden, text
+):
+    for name in list(sys.modules):
+        if name.partition(".")[0] == hidden:
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, hidden, None)
+    monkeypatch.setitem(sys.modules, f"{hidden}.auto", None)
+    verb, *rest = verb.split()
+    given = [] if verb == "fit" else [folder / "m.safetensors"]
+    run = clam(verb, *given, folder / "x.npy", *rest, "-o", tmp_path / "out.png")
     assert run.returncode == 1
-    assert "expected the columns a, b, c, d" in run.stderr
+    assert run.stderr.strip() == f"clam: error: {run.stderr.strip().partition('error: ')[2]}"
+    assert f"{text}: pip install {hidden}" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_row_has_a_picture(folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", X[:1])
+    run = clam("plot", folder / "m.safetensors", tmp_path / "one.npy", "-o", tmp_path / "p.png")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_table_without_rows_is_told(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.csv").write_text("a,b,c,d\n")
+    np.save(tmp_path / "none.npy", np.zeros((0, 4), int))
+    for verb in ("predict", "transform", "complete", "score"):
+        for name in ("none.csv", "none.npy"):
+            run = clam(verb, folder / "m.safetensors", tmp_path / name)
+            assert run.returncode == 1
+            assert f"{name}: no rows" in run.stderr
 
 
 def test_a_missing_folder_is_noticed_before_the_work(folder: Path, tmp_path: Path) -> None:
@@ -276,7 +405,7 @@ def test_columns_are_chosen_by_options(folder: Path, tmp_path: Path) -> None:
     refused = clam("fit", table, "-k", 3, "-o", model, "--force")
     assert refused.returncode == 1
     assert "column 'id', row 1: expected a number, got 'r0'" in refused.stderr
-    assert "--drop" in clam("predict", model, table, "--drop", "id,a,label").stderr
+    assert "got b, c, d" in clam("predict", model, table, "--drop", "id,a,label").stderr
     by_number = clam("fit", folder / "x.npy", "--columns", "1,2", "-k", 3, "-o", model, "--force",
                      "--json", *QUICK)  # fmt: skip
     assert json.loads(by_number.stdout)["features"] == 2

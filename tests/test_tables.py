@@ -307,6 +307,25 @@ def test_integers_that_float64_holds_are_read(table, tmp_path):
         tables.read(path)
 
 
+def test_integers_of_arrays_that_float64_rounds_are_refused(tmp_path):
+    x = np.zeros((2000, 3), dtype=np.int64)
+    x[1800, 1], x[1900, 2] = 2**53 + 1, 2**62
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", X=x.astype(np.uint64) + np.uint64(2**63))
+    with pytest.raises(DataFileError, match=f"column 1, row 1801: .* {2**53 + 1},"):
+        tables.read(tmp_path / "x.npy")
+    assert tables.read(tmp_path / "x.npy", columns=["2", "0"])[0][1900].tolist() == [2**62, 0]
+    with pytest.raises(DataFileError, match="column 1, row 1801"):
+        tables.read(tmp_path / "x.npy", columns=["2", "1"])
+    with pytest.raises(DataFileError, match="column 1, row 1801"):
+        tables.read(tmp_path / "x.npz")
+    with pytest.raises(DataFileError, match=r"x.npy, row 1801: .* beyond 2\^53$"):
+        tables.read_array(tmp_path / "x.npy")
+    least = np.array([[-(2**63), -(2**53)]])
+    np.save(tmp_path / "least.npy", least)
+    assert tables.read(tmp_path / "least.npy")[0].tolist() == least.tolist()
+
+
 def test_the_delimiter_is_told_by_whole_rows(table):
     assert table('"a,b";c\n1;2\n')[1] == ["a,b", "c"]
     assert table('"a;b;c",d\n1,2\n')[1] == ["a;b;c", "d"]
@@ -322,6 +341,12 @@ def test_the_delimiter_is_told_by_whole_rows(table):
 
 def test_gzip_is_told_by_content(table):
     assert table(gzip.compress(b"a,b\n1,2\n"))[0].tolist() == [[1, 2]]
+
+
+def test_an_npz_without_arrays_is_told(tmp_path):
+    np.savez(tmp_path / "x.npz")
+    with pytest.raises(DataFileError, match="holds no array"):
+        tables.read(tmp_path / "x.npz")
 
 
 def test_other_members_of_an_npz_do_not_matter(tmp_path):

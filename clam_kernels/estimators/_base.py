@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exceptions import BackendUnavailableError
+from ..exceptions import BackendUnavailableError, needs
+from ._columns import as_numbers
 
 NARROW = ("bool", "int8", "uint8", "int16", "uint16", "float16")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,6 +45,7 @@ def read_tensor(estimator: Any, x: Tensor, reset: bool) -> Tensor:
             f"X has {x.shape[1]} features, but {name} is expecting"
             f" {estimator.n_features_in_} features as input."
         )
+    as_numbers("X", x)
     narrow = str(x.dtype).removeprefix("torch.") in (*NARROW, "bfloat16", "float32")
     return x.detach().to(torch.float32 if narrow else torch.float64)
 
@@ -88,6 +90,15 @@ def choose_device(wanted: str, origin: torch.device | None) -> torch.device:
                 f"device: expected one of this machine, which has {there}, got {wanted!r}"
             )
     return device
+
+
+def progress_bar(name: str, total: int, done: int = 0) -> Any:
+    """A bar over epochs on stderr."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError(needs("verbose: a progress bar", "tqdm", "progress")) from None
+    return tqdm(total=total, initial=done, desc=name, unit="epoch", leave=False)
 
 
 def _python_numbers(estimator: Any) -> dict[str, int | float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import serialize
+from ._optimisers import Optimiser
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -94,7 +95,7 @@ def restore_module(module: nn.Module, tensors: Mapping[str, Tensor], device: tor
             old.copy_(new)  # in place: modules may share it
 
 
-def of_optimiser(optimiser: torch.optim.Optimizer) -> State:
+def of_optimiser(optimiser: Optimiser) -> State:
     """Tensors of the state, and its numbers and groups."""
     packed = optimiser.state_dict()
     tensors, numbers = {}, {}
@@ -119,7 +120,7 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, state: State) -> None:
+def restore_optimiser(optimiser: Optimiser, state: State) -> None:
     """Put a state back."""
     tensors, saved = state
     entries: dict[int, dict[str, Any]] = {}

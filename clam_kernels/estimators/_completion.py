@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..ops.am import am_recursion
+from ._optimisers import Adam
 from ._points import Points
+from ._wide import FEATURES, squared_errors
 
 # The authors' schedule: the learning rate falls by SHRINK when the mean loss of WINDOW epochs
 # gained less than GAIN for PATIENCE epochs in a row; training ends below LOWEST_RATE.
@@ -108,6 +110,8 @@ class Batch:
         masked = bool(self.masks.any())
         given = torch.ones_like(self.masks) if self.seen is None else self.seen
         counted = self.masks if masked else given
+        if _is_wide(self.x, plan):
+            return self._backward_wide(memories, plan, counted, expected)
         hidden = self.masks if self.seen is None else self.masks | ~self.seen
         out = am_recursion(
             self.x.masked_fill(self.masks, 0.0),
@@ -124,8 +128,25 @@ class Batch:
         if self.weight is not None:
             rows = rows * self.weight.to(rows.dtype)
             slope = slope.mul_(self.weight.to(slope.dtype)[:, None])
-        out.backward(slope)
+        # a product, as `out.backward(slope)` imports sympy at its first call
+        torch.dot(out.flatten(), slope.flatten()).backward()
         return rows.sum(1) / count
+
+    def _backward_wide(
+        self, memories: Tensor, plan: Plan, counted: Tensor, expected: float
+    ) -> Tensor:
+        """The same for one whole step, where features are many."""
+        count = expected * len(self.x)
+        weight = self.x.new_ones(len(self.x)) if self.weight is None else self.weight.to(self.x)
+        found, fixed = memories.detach(), plan.beta
+        rows, slope = squared_errors(self.x, self.masks, counted, found, fixed, weight / count)
+        torch.dot(memories.flatten(), slope.flatten()).backward()
+        return (rows * weight).sum(1) / count
+
+
+def _is_wide(x: Tensor, plan: Plan) -> bool:
+    one = plan.steps == 1 and plan.step == 1 and not plan.authors
+    return one and x.is_cpu and x.shape[1] >= FEATURES
 
 
 class _Plateau:
@@ -155,10 +176,7 @@ class _Optimiser:
     def __init__(self, start: Tensor, plan: Plan) -> None:
         split = list(start) if plan.authors else [start]
         self.parts = [part.clone().requires_grad_() for part in split]
-        groups = [{"params": [part]} for part in self.parts]
-        self.adam = torch.optim.Adam(
-            groups, lr=plan.learning_rate, eps=1e-8 * plan.length, foreach=True
-        )
+        self.adam = Adam(self.parts, plan.learning_rate, eps=1e-8 * plan.length)
         self.plan = plan
         gain = GAIN * plan.length**2
         self.plateaus = [_Plateau(gain) for _ in self.parts]

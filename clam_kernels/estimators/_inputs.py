@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import tables
 from .._core import checks
-from ..exceptions import DataFileError
+from ..exceptions import DataFileError, needs
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 KINDS = "a Tensor, an array, a path to .npy, .npz or a folder of images, or a map-style Dataset"
@@ -120,9 +120,7 @@ class OfImages(Inputs):
         try:
             import PIL  # noqa: F401
         except ImportError:
-            raise ImportError(
-                f"{folder}: reading images needs Pillow: pip install pillow"
-            ) from None
+            raise ImportError(needs(f"{folder}: reading images", "pillow", "images")) from None
         found = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
         named = [p.as_posix() for p in found if not any(part[0] == "." for part in p.parts)]
         self.folder, self.size, self.files = folder, size, sorted(named)

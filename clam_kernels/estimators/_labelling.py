@@ -21,6 +21,7 @@ from ..nn.self_labeller import Relabelling, SelfLabeller
 from . import _callbacks
 from ._checkpoint import Checkpoint, State, of_module
 from ._inputs import Inputs, digest
+from ._optimisers import SGD, Optimiser
 from ._trainer import (
     SCHEDULES,
     Bar,
@@ -125,15 +126,13 @@ class Training:
             dtype=features.dtype,
         )  # fmt: skip
 
-    def _optimiser(self) -> torch.optim.Optimizer:
+    def _optimiser(self) -> Optimiser:
         both = [*self.encoder.parameters(), *self.heads.parameters()]
         learning = [p for p in both if p.requires_grad]
         sela = self.sela
         if sela.optimizer is None:
             decay = resolved(sela, "weight_decay")
-            return torch.optim.SGD(
-                learning, sela.learning_rate, momentum=sela.momentum, weight_decay=decay
-            )
+            return SGD(learning, float(sela.learning_rate), float(sela.momentum), float(decay))
         return _stepping(sela.optimizer(learning))
 
     # ---- the run ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _callbacks
+from ._base import progress_bar
 from ._search import resolved
 from ._selection import Contest
 
@@ -19,10 +20,7 @@ class Progress:
         self.estimator, self.listeners = estimator, listeners
         self.bar: Any = None
         if estimator.verbose:
-            from tqdm.auto import tqdm
-
-            total = resolved(estimator, "max_iter")
-            self.bar = tqdm(total=total, desc="ClAM", unit="epoch", leave=False)
+            self.bar = progress_bar("ClAM", resolved(estimator, "max_iter"))
 
     def __enter__(self) -> Progress:
         return self

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops.am import am_energy, am_recursion
 from ..ops.kmeans import kmeans_assign
+from ._container import in_container
 from ._frame import Frame, pieces, rescaled, scaled
 from ._points import masked_distances
 from ._rows import Rows, read_rows, read_weight
@@ -212,6 +213,9 @@ class Recall(TransformerMixin):
     ) -> Any:
         """X with its NaN entries recalled from the memories; every other entry keeps its bits.
 
+        Where `set_output` asks for a data frame, it has the names and the index of X, and a column
+        of X without a missing entry keeps its dtype.
+
         Parameters
         ----------
         X : array-like or Tensor [N, D]
@@ -223,7 +227,7 @@ class Recall(TransformerMixin):
 
         Returns
         -------
-        array or Tensor [N, D]
+        array, Tensor or data frame [N, D]
         """
         rows = self._read(X)
         for name, value, most in (("beta", beta, math.inf), ("step", step, 2.0)):
@@ -248,7 +252,7 @@ class Recall(TransformerMixin):
                     precision=self.precision,
                 )
                 done.append(torch.where(hidden, self._frame.data(out).to(part.dtype), part))
-        return rows.give(torch.cat(done))
+        return in_container(self, X, rows.give(torch.cat(done)))
 
 
 def total(values: Tensor, weight: Tensor | None) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._core.backend import float32_products
 from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
+from ._columns import as_numbers
 from ._frame import scaled
 
 # Entries of a block that is made on the way.
@@ -210,35 +211,16 @@ def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
     if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
         raise ValueError("X: expected an array without masked entries, got a masked array")
     narrow = str(getattr(x, "dtype", "")) in NARROW
-    try:
-        return validate_data(
-            estimator,
-            x,
-            reset=reset,
-            accept_sparse="csr" if get_tags(estimator).input_tags.sparse else False,
-            accept_large_sparse=False,
-            dtype=np.float32 if narrow else [np.float64, np.float32],
-            order="C",
-            ensure_all_finite=False,
-        )
-    except ValueError as error:
-        column = _text_column(x) if "could not convert" in str(error) else None
-        if column is None:
-            raise
-        raise ValueError(f"X: expected numbers in column {column!r}: {error}") from None
-
-
-def _text_column(x: Any) -> Any:
-    """The first column of a data frame that holds something else than numbers."""
-    return next((name for name in getattr(x, "columns", ()) if not _is_numeric(x[name])), None)
-
-
-def _is_numeric(column: Any) -> bool:
-    try:
-        np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError):
-        return False
-    return True
+    return validate_data(
+        estimator,
+        as_numbers("X", x),
+        reset=reset,
+        accept_sparse="csr" if get_tags(estimator).input_tags.sparse else False,
+        accept_large_sparse=False,
+        dtype=np.float32 if narrow else [np.float64, np.float32],
+        order="C",
+        ensure_all_finite=False,
+    )
 
 
 def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:
@@ -248,7 +230,7 @@ def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:
     if isinstance(sample_weight, Tensor):
         weight = sample_weight.detach().to(rows.device, torch.float64)
     else:
-        array = np.asarray(sample_weight, dtype=np.float64)
+        array = np.asarray(as_numbers("sample_weight", sample_weight), dtype=np.float64)
         weight = torch.from_numpy(np.array(array)).to(rows.device)
     if weight.ndim == 0:
         weight = weight.expand(len(rows)).clone()

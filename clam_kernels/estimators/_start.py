@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._columns import as_numbers
 from ._frame import Frame
 from ._rows import in_memory
 from ._seeding import plus_plus, random_rows
@@ -70,6 +71,7 @@ def _random(points: Points, k: int, random: np.random.RandomState) -> Tensor:
 
 def _given(init: Any, frame: Frame, like: Tensor, shape: tuple[int, int]) -> Tensor:
     """An array of starting memories, in the frame."""
+    init = as_numbers("init", init)
     x = torch.as_tensor(np.array(init), device="cpu") if not isinstance(init, Tensor) else init
     if tuple(x.shape) != shape:
         raise ValueError(

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from .. import serialize
 from . import _checkpoint as checkpoints
+from ._base import progress_bar
 from ._checkpoint import State
+from ._optimisers import Optimiser
 
 # Steps between two looks at the losses: each look waits for the device.
 LOOK = 16
@@ -170,7 +172,7 @@ class Run:
     def __init__(
         self,
         modules: dict[str, nn.Module],
-        optimiser: torch.optim.Optimizer,
+        optimiser: Optimiser,
         plan: Plan,
         seed: int,
         random: OwnRandom,
@@ -302,10 +304,7 @@ class Bar:
     def __init__(self, verbose: int, name: str, run: Run) -> None:
         self.bar: Any = None
         if verbose:
-            from tqdm.auto import tqdm
-
-            total, done = run.plan.epochs, run.epoch
-            self.bar = tqdm(total=total, initial=done, desc=name, unit="epoch", leave=False)
+            self.bar = progress_bar(name, run.plan.epochs, run.epoch)
 
     def __enter__(self) -> Bar:
         return self

@@ -25,6 +25,7 @@ from .._core.backend import PRECISIONS
 from .._core.registry import explain
 from . import _callbacks
 from ._base import keeps_state_on_failure
+from ._columns import as_numbers
 from ._files import ModelFile
 from ._frame import rescaled
 from ._lloyd import Rule, Run, inertia_of, lloyd, nearest, same_clustering
@@ -44,7 +45,7 @@ def _numbers(given: Any) -> Tensor:
         return given.detach().double()
     given = given.toarray() if hasattr(given, "toarray") else given
     try:
-        found = np.array(given, dtype=np.float64)
+        found = np.array(as_numbers("init", given), dtype=np.float64)
     except (TypeError, ValueError):
         text = f"init: expected numbers [K, D], got a {type(given).__name__} that has none"
         raise ValueError(text) from None

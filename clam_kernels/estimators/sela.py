@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from .. import serialize, tables
 from .._core import checks
-from ..exceptions import DataFileError
 from . import _callbacks
 from ._base import choose_device, keeps_state_on_failure
 from ._inputs import Inputs, inputs_of
@@ -29,7 +28,6 @@ from ._labelling import RECIPES, Training, resolved
 from ._trainer import SCHEDULES, batches_of, dtype_of, encoded, seed_of
 
 Schedule = str | Callable[[float], float]
-EXPORTS = (".npz", ".npy", ".csv", ".tsv", ".parquet")
 
 
 class SeLa(BaseEstimator):
@@ -392,8 +390,8 @@ class SeLa(BaseEstimator):
         ----------
         path : str or PathLike
             .npz (arrays labels [H, N], g [H, K] and, of a folder, files [N]), .npy (labels), or
-            .csv, .tsv, .parquet (a row for each row of the data, a column head_h for each head and
-            before them, of a folder, one called file).
+            .csv, .tsv (also with .gz), .parquet (a row for each row of the data, a column head_h
+            for each head and before them, of a folder, one called file).
 
         Raises
         ------
@@ -402,10 +400,7 @@ class SeLa(BaseEstimator):
         """
         check_is_fitted(self, "heads_")
         path = Path(path)
-        if path.suffix not in (*EXPORTS, ""):
-            *most, last = EXPORTS
-            listed = f"{', '.join(most)} or {last}"
-            raise DataFileError(f"expected an output {listed}, got {path.suffix!r}")
+        tables.check_output(path, also=(".npz",))
         labels = self.heads_.labels.cpu().numpy().astype(np.int32)
         if path.suffix == ".npz":
             out = io.BytesIO()

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from .._core import checks
 
 
 def batch_of(operands: Sequence[tuple[Tensor, int]]) -> tuple[int, ...]:
     """Broadcast of the leading dims of `(tensor, core dims)`."""
-    leads = {x.shape[: x.ndim - core]: None for x, core in operands if x.ndim > core}
-    return tuple(torch.broadcast_shapes(*leads) if len(leads) > 1 else next(iter(leads), ()))
+    # not torch.broadcast_shapes, which imports sympy at its first call
+    return tuple(checks.broadcast([("operand", x, core) for x, core in operands]))
 
 
 def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> list[Tensor]:

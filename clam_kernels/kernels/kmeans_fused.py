@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._operands import batch_of
 from ._score import load_rows
 from ._sweep import NUMBERS, offset
 from .kmeans import arranged, in_two, kmeans_assign, kmeans_update, scored, settled
@@ -124,7 +125,7 @@ def kmeans_step(
     if not serves(x, count, weight, precision):
         labels, _ = kmeans_assign(x, centroids, shift, mask, False, precision)
         if weight is not None:
-            batch = torch.broadcast_shapes(labels.shape, weight.shape)
+            batch = batch_of([(labels, 0), (weight, 0)])
             labels = labels.expand(batch).contiguous()
         return labels, *kmeans_update(x, labels, count, weight, shift)
     return _fused(x, centroids, shift, mask, precision)

@@ -276,6 +276,8 @@ class AssociativeMemory(nn.Module):
         generator : torch.Generator, optional
             Of the device of the parameters; None is torch's own.
         """
+        if self.memories.is_meta:
+            return
         with torch.no_grad():
             write(self, "memories", torch.empty_like(self.memories).normal_(generator=generator))
             write(self, "log_beta", self._log_beta_start)

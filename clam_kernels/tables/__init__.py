@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..exceptions import DataFileError
+from ..exceptions import DataFileError, needs
 from ..serialize import write_atomically
-from . import _write
+from . import _numbers, _write
 from ._choice import Choice, listed
 from ._source import NPY, NPZ, PARQUET, Source
 
@@ -56,7 +56,8 @@ def read(
     decimal : "." or ","
         Decimal point of a text.
     expected : sequence of str, optional
-        Names that the features are to have; a first row of a text that equals them is a header.
+        Names of the features, in their order: other columns are left out with a warning. A first
+        row of a text that has them all is a header.
 
     Returns
     -------
@@ -68,7 +69,7 @@ def read(
     DataFileError
         The file is damaged or of another kind; a cell is no number, or an integer that float64
         cannot hold (the error names column and row, counted from 1 below the header); a column
-        does not exist.
+        does not exist, or an expected one is missing.
 
     Warns
     -----
@@ -93,7 +94,7 @@ def read(
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise DataFileError(f"{source.name}: reading it {_write.NEEDS_PYARROW}") from None
+            raise DataFileError(needs(f"{source.name}: reading it", "pyarrow", "files")) from None
         from . import _parquet, _text
 
         return (_parquet if source.magic == PARQUET else _text).read(source, choice)
@@ -102,7 +103,9 @@ def read(
 def _chosen(source: Source, matrix: np.ndarray, choice: Choice) -> np.ndarray:
     """The features of a matrix; the matrix itself where nobody chose."""
     chosen = choice.of(source.name, None, matrix.shape[1])
-    return matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]
+    kept = matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]
+    _numbers.check_exact_array(source.name, kept, chosen)
+    return kept
 
 
 def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
@@ -121,7 +124,8 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
     Raises
     ------
     DataFileError
-        The file is damaged, of another kind, or holds something else than numbers.
+        The file is damaged, of another kind, or holds something else than numbers; or an integer
+        that float64 cannot hold.
 
     Examples
     --------
@@ -139,7 +143,9 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
             raise DataFileError(f"{source.name}: expected {ARRAYS}")
         if key is None and source.magic == NPZ:
             key = _only(source)
-        return source.numbers(key)
+        array = source.numbers(key)
+        _numbers.check_exact_array(source.name, array)
+        return array
 
 
 def _only(source: Source) -> str:
@@ -180,24 +186,27 @@ def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
     return _write.encode(array, suffix, names)
 
 
-def check_output(path: str | Path) -> None:
+def check_output(path: str | Path, also: Sequence[str] = ()) -> None:
     """Find out whether a result can be written under a name, before there is a result.
 
     Parameters
     ----------
     path : str or Path
+    also : sequence of str
+        Suffixes that the caller writes without `write`.
 
     Raises
     ------
     DataFileError
-        The suffix is none that `write` knows, or asks for pyarrow where there is none.
+        The suffix is none that `write` knows, and not in `also`, or needs pyarrow where there is
+        none.
 
     Examples
     --------
     >>> from clam_kernels import tables
     >>> tables.check_output("labels.csv.gz")
     """
-    _write.check(_write.suffix_of(path))
+    _write.check(_write.suffix_of(path), also)
 
 
 def write(path: str | Path, array: np.ndarray, names: Sequence[str]) -> None:

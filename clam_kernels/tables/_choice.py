@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ class Choice:
             left_out |= set(_positions(source, names, count, self.index_col))
         for name in self.drop or ():
             left_out |= set(_positions(source, names, count, name))
+        if self.columns is None and self.expected is not None and names is not None:
+            return self._expected(source, names, left_out)
         chosen = list(range(count))
         if self.columns is not None:
             chosen = [i for name in self.columns for i in _positions(source, names, count, name)]
@@ -52,6 +55,35 @@ class Choice:
             raise DataFileError(f"{source}: no column is left")
         self._check_unnamed(source, names, chosen)
         return chosen
+
+    def _expected(self, source: str, names: Sequence[str], left_out: set[int]) -> list[int]:
+        """Where the expected columns are; a warning names the others."""
+        expected = list(self.expected or ())
+        places: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            if i not in left_out:
+                places.setdefault(name if name in expected else name.strip(), []).append(i)
+        for name, found in places.items():
+            wanted = expected.count(name)
+            if 0 < wanted < len(found):
+                raise DataFileError(
+                    f"{source}: expected {wanted} {_columns(wanted)} {name!r}, as the model was"
+                    f" fitted on, got {len(found)}; --drop leaves a column out by its number"
+                )
+        if any(expected.count(name) > len(places.get(name, ())) for name in expected):
+            raise DataFileError(
+                f"{source}: expected the columns {listed(expected)} that the model was fitted on,"
+                f" got {listed([name for i, name in enumerate(names) if i not in left_out])}"
+            )
+        others = [name for name in places if name not in expected]
+        if others:
+            warnings.warn(
+                f"{source}: the model was not fitted on {_columns(len(others))}"
+                f" {listed(list(map(repr, others)))}, which {'is' if len(others) == 1 else 'are'}"
+                " left out",
+                stacklevel=5,
+            )
+        return [places[name].pop(0) for name in expected]
 
     def _index(self, names: Sequence[str] | None, index: Sequence[str]) -> set[int]:
         """Columns that a Parquet file itself calls the index of its data frame."""
@@ -77,6 +109,10 @@ class Choice:
                 f"{source}: the first column is called {names[0]!r}, as pandas writes the index of"
                 f" a frame: --index-col {name} leaves it out, --index-col none keeps it"
             )
+
+
+def _columns(count: int) -> str:
+    return "column" if count == 1 else "columns"
 
 
 def listed(names: Sequence[str]) -> str:

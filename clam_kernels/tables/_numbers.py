@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from ..exceptions import DataFileError
 
 # Up to here float64 holds every integer.
 EXACT = 2**53
+LEAVE_OUT = "; --drop leaves a column out"
+# Integers that are checked at a time.
+BLOCK = 1 << 20
 # Words for a missing cell: those of pandas, and a question mark.
 NULLS = (
     *("", "?", "NA", "N/A", "n/a", "na", "<NA>", "#N/A", "#N/A N/A", "#NA", "NULL", "null"),
@@ -36,15 +40,47 @@ def of_typed(where: str, column: Any) -> np.ndarray | None:
 def _check_exact(where: str, column: Any) -> None:
     """Every integer is one that float64 holds."""
     values = column.fill_null(0).to_numpy()
-    for row in np.flatnonzero((values > EXACT) | (values < -EXACT)):
-        if int(values[row]) != int(float(values[row])):
-            raise _rounded(where, int(row), int(values[row]))
+    row = first_rounded(values)
+    if row is not None:
+        raise _rounded(where, row, int(values[row]))
 
 
-def _rounded(where: str, row: int, value: object) -> DataFileError:
+def first_rounded(values: np.ndarray) -> int | None:
+    """The flat position of the first integer that float64 cannot hold; None if there is none."""
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 8:
+        return None
+    values = np.atleast_1d(values)
+    width = max(1, values[:1].size)
+    step = max(1, BLOCK // width)
+    for start in range(0, len(values), step):  # a memory map is not read whole
+        block = np.asarray(values[start : start + step]).reshape(-1)
+        size = np.abs(block).astype(np.uint64)
+        large = size > EXACT
+        if large.any():
+            # without its last zero bits, an integer that float64 holds has at most 53 bits
+            odd = size[large] // (size[large] & (~size[large] + np.uint64(1)))
+            lost = np.flatnonzero(large)[odd > EXACT]
+            if len(lost):
+                return start * width + int(lost[0])
+    return None
+
+
+def check_exact_array(source: str, values: np.ndarray, columns: Sequence[int] = ()) -> None:
+    """DataFileError for an integer of an array that float64 cannot hold; `columns` are the numbers
+    of its columns in the file.
+    """
+    place = first_rounded(values)
+    if place is None:
+        return
+    at = np.unravel_index(place, values.shape)
+    where = f"{source}: column {columns[int(at[1])]}" if columns else source
+    raise _rounded(where, int(at[0]), int(values[at]), LEAVE_OUT if columns else "")
+
+
+def _rounded(where: str, row: int, value: object, hint: str = LEAVE_OUT) -> DataFileError:
     return DataFileError(
-        f"{where}, row {row + 1}: float64 cannot hold the integer {value}, which is beyond 2^53;"
-        " --drop leaves a column out"
+        f"{where}, row {row + 1}: float64 cannot hold the integer {value}, which is beyond 2^53"
+        f"{hint}"
     )
 
 

@@ -19,6 +19,7 @@ from ..exceptions import DataFileError
 # A member of an .npz that claims to unpack to more than this many times its stored size is refused.
 MAX_EXPANSION = 1000
 NPY, NPZ, PARQUET, GZIP = b"\x93NUM", b"PK\x03\x04", b"PAR1", b"\x1f\x8b"
+EMPTY_ZIP = b"PK\x05\x06"
 STDIN = "-"
 
 
@@ -39,6 +40,8 @@ class Source:
             raise DataFileError(f"{path}: {why}")
         with self.file() as file:
             self.magic = file.read(4)
+        if self.magic == EMPTY_ZIP:
+            self.magic = NPZ
 
     def file(self) -> Any:
         """The bytes as a file object."""

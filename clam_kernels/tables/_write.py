@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..exceptions import DataFileError
+from ..exceptions import DataFileError, needs
 
-NEEDS_PYARROW = "needs pyarrow, which the extra files brings: pip install pyarrow"
 TEXT = (".csv", ".tsv", ".csv.gz", ".tsv.gz", "")
 KINDS = ".csv, .tsv (also with .gz), .npy or .parquet"
 # Cells with one of these stand in quotes, in CSV and in TSV.
@@ -26,12 +25,13 @@ def suffix_of(path: str | Path) -> str:
     return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
-def check(suffix: str) -> None:
-    """DataFileError unless `encode` can write such a file here."""
-    if suffix not in (*TEXT, ".npy", ".parquet"):
-        raise DataFileError(f"expected an output {KINDS}, got {suffix!r}")
+def check(suffix: str, also: Sequence[str] = ()) -> None:
+    """DataFileError unless `encode` can write such a file here, or the caller can."""
+    if suffix not in (*TEXT, ".npy", ".parquet", *also):
+        kinds = ", ".join([*also, KINDS])
+        raise DataFileError(f"expected an output {kinds}, got {suffix!r}")
     if suffix == ".parquet" and not _has_pyarrow():
-        raise DataFileError(f"writing Parquet {NEEDS_PYARROW}")
+        raise DataFileError(needs("writing Parquet", "pyarrow", "files"))
 
 
 def _has_pyarrow() -> bool:

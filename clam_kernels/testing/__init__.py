@@ -295,9 +295,9 @@ def evaluate(
     grads = upstream(smooth) if grads is None else grads
     # the truth of one result may be a constant
     pairs = [(o, g.to(o)) for o, g in zip(smooth, grads, strict=False) if o.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True
-    )
+    # one number for each result, as gradients handed to `grad` import sympy at the first call
+    weighted = [torch.dot(o.flatten(), g.flatten()) for o, g in pairs]
+    found = torch.autograd.grad(weighted, leaves, allow_unused=True)
     # the truth may not depend on an argument at all (beta where T = 0): its gradient is 0
     filled = [
         torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)

@@ -63,7 +63,11 @@ class _Follow(torch.autograd.Function):
         def product(y: Tensor) -> Tensor:
             """(diag(S) - Q^T diag(1/a) Q) y: how the masses S follow g; symmetric."""
             cotangent = (mass * y).to(log_mass.dtype)
-            return torch.autograd.grad(log_mass, at, cotangent, retain_graph=True)[0].double()
+            with (
+                torch.enable_grad()
+            ):  # a cotangent handed to `grad` imports sympy at the first call
+                weighted = torch.dot(log_mass.flatten(), cotangent.flatten())
+            return torch.autograd.grad(weighted, at, retain_graph=True)[0].double()
 
         right = torch.where(mass > 0, grad.double(), 0.0)
         right = right - mass / mass.sum(-1, keepdim=True) * right.sum(-1, keepdim=True)

@@ -274,6 +274,10 @@ def _clam(x: Any = X, **rest: Any) -> Any:
     return [said, model.loss_curve_, model.candidates_, model.gap_, model.beta_]
 
 
+def _imputed(x: Any) -> Any:
+    return ck.ClAMImputer(K, n_init=2, max_iter=2, random_state=0, device="cpu").fit_transform(x)
+
+
 def _streamed() -> Any:
     model = ck.ClAM(K, random_state=0, device="cpu")
     for part in (X[:30], X[30:]):
@@ -281,12 +285,22 @@ def _streamed() -> Any:
     return _used(model, X, "predict")
 
 
+class Product(nn.Module):
+    """A linear layer; torch's own draws from the global generator as it begins."""
+
+    def __init__(self, features: int, results: int) -> None:
+        super().__init__()
+        for name, shape in (("weight", (results, features)), ("bias", (results,))):
+            value = torch.empty(shape, **_plain()).uniform_(-0.5, 0.5, generator=generator())
+            setattr(self, name, nn.Parameter(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def encoder() -> nn.Module:
     """A small one, whose dropout draws from the global generator."""
-    with torch.device("cpu"):  # torch's own layers draw from the global generator as they begin
-        first, second = (nn.utils.skip_init(nn.Linear, *sizes) for sizes in ((D, 8), (8, 6)))
-    for part in (*first.parameters(), *second.parameters()):
-        part.data = torch.empty(part.shape, **_plain()).uniform_(-0.5, 0.5, generator=generator())
+    first, second = Product(D, 8), Product(8, 6)
     norm = nn.BatchNorm1d(8, **_plain())
     return nn.Sequential(first, norm, nn.ReLU(), nn.Dropout(0.2), second)
 
@@ -353,6 +367,7 @@ def estimators() -> Calls:
         "ClAM, given start": lambda: _clam(init=X[:K], n_init=1),
         "ClAM searching a part": lambda: _clam(search_rows=30),
         "ClAM in parts": _streamed,
+        "ClAMImputer": lambda: _imputed(GAPS),
         "SeLa": sela,
         "SeLa of a tensor": lambda: sela(x, strict=True),
         "SeLa of a dataset": lambda: sela(Pairs()),
