@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import python_fallback.sinkhorn as fallback
 from clam_kernels.ops.sinkhorn import sinkhorn, sinkhorn_features, sinkhorn_pass
-from python_fallback import _scaling as scaling
+from python_fallback.sinkhorn import scaling as scaling
 
 L6 = torch.tensor(
     [[2, 0, 1], [1, 3, 0], [0, 1, 0], [2, 2, 2], [0, 0, 4], [1, 0, 0]], dtype=torch.float64

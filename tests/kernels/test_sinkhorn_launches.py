@@ -35,7 +35,7 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture
 def kernels():
-    return importlib.import_module("clam_kernels.kernels.sinkhorn")
+    return importlib.import_module("clam_kernels.kernels.sinkhorn.solver")
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -131,7 +131,7 @@ def test_chunks_are_of_n_and_k_alone(backend, kernels, monkeypatch):
 
 
 def test_tiles_of_the_table_divide_chunks(backend, kernels):
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     for name, row in launch.table()["sinkhorn_pass"].items():
         k = int(name.rpartition("/")[2])
         assert kernels.tile_rows(k) % row["ROWS"] == 0, name
@@ -161,7 +161,7 @@ def test_a_scale_of_features(backend, kernels, monkeypatch):
 
 def test_the_gradient_of_a_scale_alone_takes_bounded_scratch(backend, monkeypatch):
     """Rows in chunks, and no array of all entries."""
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     monkeypatch.setattr(launch, "SCRATCH", 4 * 6 * 10)
     real, largest = launch.empty, []
 
@@ -340,7 +340,7 @@ def test_a_problem_that_fails_spoils_no_other(backend):
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     real, seen = launch.launch, []
 
     def note(kernel: Any, *args: Any, **options: Any) -> None:
