@@ -18,7 +18,7 @@ from torch import Tensor
 import clam_kernels
 import python_fallback.kmeans as fallback
 from clam_kernels import testing
-from python_fallback.kmeans import nearest
+from python_fallback.kmeans import nearest, update
 
 F64 = torch.float64
 BOTH = {"op": clam_kernels, "truth": fallback}
@@ -220,7 +220,7 @@ def test_the_bound_covers_the_error_of_every_score():
     """Slack is twice the largest error a score can have, and no score comes near."""
     for d, offset in ((1, 0.0), (16, 0.0), (16, 3.0), (700, 0.0), (16, 1e5)):
         x, centroids = (t.float() + offset for t in _blobs(9, 500, 40, d))
-        table = fallback.table_of(centroids, None, None, x)
+        table = nearest.table_of(centroids, None, None, x)
         rows = x if table.origin is None else x - table.origin
         assert (table.origin is None) == (offset < 100)
         size = float(rows.abs().amax(0).double().norm())
@@ -569,6 +569,6 @@ def test_sums_of_a_gpu_are_products(monkeypatch):
         for device in (False, True):
             total, held = torch.zeros(7, 5).double(), torch.zeros(7, dtype=counts)
             values = type("Rows", (torch.Tensor,), {"is_cuda": device})(x)
-            fallback.add_grouped_(total, held, labels, values, own)
+            update.add_grouped_(total, held, labels, values, own)
             found.append((total, held))
         torch.testing.assert_close(found[0], found[1], rtol=1e-13, atol=1e-13)

@@ -213,6 +213,8 @@ def test_the_table_has_no_cycle():
 
 
 FAMILIES = sorted({spec.family for spec in clam_kernels.all_ops()})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_one_word_in_every_room(family):
     specs = [spec for spec in clam_kernels.all_ops() if spec.family == family]

@@ -138,8 +138,8 @@ def test_nothing_can_win(backend):
 
 def _bounded(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
     """Another bound on the error of a product."""
-    nearest = importlib.import_module("clam_kernels.kernels.kmeans.nearest")
-    monkeypatch.setattr(nearest, "unit", lambda precision, d: unit)
+    assign = importlib.import_module("clam_kernels.kernels.kmeans.assign")
+    monkeypatch.setattr(assign, "unit", lambda precision, d: unit)
 
 
 NOTHING = -1.0  # a bound below 0: scores decide every row
@@ -369,7 +369,7 @@ def test_few_shapes_are_compiled_anew(backend):
     code = (
         "import sys; sys.path.insert(0, 'tools')\n"
         "import torch, resources\n"
-        "from clam_kernels.kernels import kmeans\n"
+        "from clam_kernels.kernels.kmeans import assign\n"
         "keys = {}\n"
         "for i in range(30):\n"
         "    x = torch.zeros(*([3] if i % 5 == 0 else []), 1000 + 37 * i, 16)\n"
@@ -379,8 +379,8 @@ def test_few_shapes_are_compiled_anew(backend):
         "    x = x[0] if c.ndim == 3 and x.ndim == 3 else x\n"
         "    labels = labels if labels.ndim < x.ndim else labels[0]\n"
         "    def call():\n"
-        "        kmeans.kmeans_assign(x, c, None, None, True, 'highest')\n"
-        "        kmeans.kmeans_update(x, labels, k, None, None)\n"
+        "        assign.kmeans_assign(x, c, None, None, True, 'highest')\n"
+        "        assign.kmeans_update(x, labels, k, None, None)\n"
         "    for one in resources.record('sm_90', call):\n"
         "        keys.setdefault(one.name, set()).add(repr(resources.signature(one)))\n"
         "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
