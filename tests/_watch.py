@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from python_fallback import _doubt
+from python_fallback.am import doubt
 
 
 def rows_in_doubt(size: Tensor, along: Tensor, weights: Tensor, beta: float) -> Tensor:
@@ -14,7 +14,7 @@ def rows_in_doubt(size: Tensor, along: Tensor, weights: Tensor, beta: float) -> 
     [N, K], with one beta and memories that are not apart.
     """
     rho = torch.ones(1, 2, 1)  # two equal memories
-    watch = _doubt.Watch(
+    watch = doubt.Watch(
         rho, rho.mT.square(), None, torch.full((1, 1, 1), beta), torch.zeros(1, 1, 1),
         torch.tensor([False]),
     )  # fmt: skip

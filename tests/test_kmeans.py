@@ -18,7 +18,7 @@ from torch import Tensor
 import clam_kernels
 import python_fallback.kmeans as fallback
 from clam_kernels import testing
-from python_fallback import _nearest
+from python_fallback.kmeans import nearest, update
 
 F64 = torch.float64
 BOTH = {"op": clam_kernels, "truth": fallback}
@@ -210,7 +210,7 @@ def test_between_two_centroids(size):
 @pytest.mark.parametrize("slack", [0.0, 1e-9])
 def test_without_the_bound_labels_are_wrong(monkeypatch, slack):
     """The tests above can fail: scores of float32 do not decide these rows."""
-    monkeypatch.setattr(_nearest.Table, "slack", lambda *_: slack)
+    monkeypatch.setattr(nearest.Table, "slack", lambda *_: slack)
     x, centroids = _hard(4000, 50, 16)
     labels = clam_kernels.kmeans_assign(x, centroids)[0]
     assert int((labels != fallback.kmeans_assign(x, centroids)[0]).sum()) > 100
@@ -220,7 +220,7 @@ def test_the_bound_covers_the_error_of_every_score():
     """Slack is twice the largest error a score can have, and no score comes near."""
     for d, offset in ((1, 0.0), (16, 0.0), (16, 3.0), (700, 0.0), (16, 1e5)):
         x, centroids = (t.float() + offset for t in _blobs(9, 500, 40, d))
-        table = fallback.table_of(centroids, None, None, x)
+        table = nearest.table_of(centroids, None, None, x)
         rows = x if table.origin is None else x - table.origin
         assert (table.origin is None) == (offset < 100)
         size = float(rows.abs().amax(0).double().norm())
@@ -238,13 +238,13 @@ def test_the_bound_covers_the_error_of_every_score():
 def test_few_rows_are_computed_again(monkeypatch):
     """The bound is not so wide that float64 does the work."""
     counted: list[int] = []
-    kept = _nearest.Pairs.add
+    kept = nearest.Pairs.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         counted.append(len(rows))
         kept(self, rows, near)
 
-    monkeypatch.setattr(_nearest.Pairs, "add", add)
+    monkeypatch.setattr(nearest.Pairs, "add", add)
     x, centroids = (t.float() for t in _blobs(10, 20_000, 32, 16))
     far = centroids.clone()
     far[7] = 1e6  # neither the centre nor the bound of the other scores may follow it
@@ -547,13 +547,13 @@ def test_a_lost_row_costs_its_neighbours_nothing(monkeypatch):
     x, centroids = torch.randn(1000, 4), torch.randn(8, 4)
     x[10, 2], x[20, 1] = torch.nan, 3e38
     asked = []
-    real = _nearest.Pairs.add
+    real = nearest.Pairs.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         asked.append(len(rows))
         real(self, rows, near)
 
-    monkeypatch.setattr(_nearest.Pairs, "add", add)
+    monkeypatch.setattr(nearest.Pairs, "add", add)
     labels, _ = clam_kernels.kmeans_assign(x, centroids)
     assert sum(asked) < 20
     assert torch.equal(labels, fallback.kmeans_assign(x, centroids)[0])
@@ -569,6 +569,6 @@ def test_sums_of_a_gpu_are_products(monkeypatch):
         for device in (False, True):
             total, held = torch.zeros(7, 5).double(), torch.zeros(7, dtype=counts)
             values = type("Rows", (torch.Tensor,), {"is_cuda": device})(x)
-            fallback.add_grouped_(total, held, labels, values, own)
+            update.add_grouped_(total, held, labels, values, own)
             found.append((total, held))
         torch.testing.assert_close(found[0], found[1], rtol=1e-13, atol=1e-13)

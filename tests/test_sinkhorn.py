@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import python_fallback.sinkhorn as fallback
 from clam_kernels.ops.sinkhorn import sinkhorn, sinkhorn_features, sinkhorn_pass
-from python_fallback import _scaling as scaling
+from python_fallback.sinkhorn import scaling
 
 L6 = torch.tensor(
     [[2, 0, 1], [1, 3, 0], [0, 1, 0], [2, 2, 2], [0, 0, 4], [1, 0, 0]], dtype=torch.float64
@@ -49,7 +49,7 @@ def test_two_by_two():
     _close(third, [[0.6223578796, 0.3776421204], [0.3774392279, 0.6225607721]])
     limit = _codes(logits, sinkhorn(logits, 200)[1])
     _close(limit.diagonal(), [math.sqrt(math.e) / (1 + math.sqrt(math.e))] * 2, 1e-15)
-    assert int(status) == fallback.FINE
+    assert int(status) == scaling.FINE
 
 
 def test_six_by_three():
@@ -245,7 +245,7 @@ def test_forbidden_pairs():
     logits[0, 0] = logits[3, 1] = logits[3, 2] = -math.inf
     f, g, _, status = sinkhorn(logits, 50)
     codes = _codes(logits, g)
-    assert int(status) == fallback.FINE
+    assert int(status) == scaling.FINE
     assert codes[3].tolist() == [1, 0, 0]
     assert codes[0, 0] == 0
     assert bool(f.isfinite().all() & codes.isfinite().all())
@@ -256,10 +256,10 @@ def test_forbidden_pairs():
 @pytest.mark.parametrize(
     ("change", "status"),
     [
-        (lambda x: x[2].fill_(-math.inf), fallback.INFEASIBLE),
-        (lambda x: x[:, 1].fill_(-math.inf), fallback.INFEASIBLE),
-        (lambda x: x[2, 1].fill_(math.nan), fallback.NOT_FINITE),
-        (lambda x: x[2, 1].fill_(math.inf), fallback.NOT_FINITE),
+        (lambda x: x[2].fill_(-math.inf), scaling.INFEASIBLE),
+        (lambda x: x[:, 1].fill_(-math.inf), scaling.INFEASIBLE),
+        (lambda x: x[2, 1].fill_(math.nan), scaling.NOT_FINITE),
+        (lambda x: x[2, 1].fill_(math.inf), scaling.NOT_FINITE),
     ],
     ids=["row", "column", "nan", "inf"],
 )
@@ -267,7 +267,7 @@ def test_a_problem_that_cannot_be_solved_says_so(first, n_iter, change, status):
     logits = torch.stack([L6, L6])
     change(logits[1])
     f, g, err, found = sinkhorn(logits, n_iter, prototype_first=first)
-    assert found.tolist() == [fallback.FINE, status]
+    assert found.tolist() == [scaling.FINE, status]
     assert bool(f[1].isnan().all() & g[1].isnan().all() & err[1].isnan())
     for a, b in zip(
         (f[0], g[0], err[0]), sinkhorn(L6, n_iter, prototype_first=first), strict=False
@@ -282,13 +282,13 @@ def test_masses_of_zero_take_no_part():
     logits[0], logits[:, 2] = math.nan, math.inf
     f, g, err, status = sinkhorn(logits, 5, log_row=a.log(), log_col=b.log())
     small = sinkhorn(L6[1:, :2], 5)
-    assert int(status) == fallback.FINE
+    assert int(status) == scaling.FINE
     assert f[0] == g[2] == -math.inf
     _close(f[1:], small[0], 1e-12)
     _close(g[:2], small[1], 1e-12)
     _close(err, small[2], 1e-12)
-    assert int(sinkhorn(L6, 3, log_row=torch.full((6,), -math.inf))[3]) == fallback.EMPTY
-    assert int(sinkhorn(L6[:0], 3)[3]) == fallback.EMPTY
+    assert int(sinkhorn(L6, 3, log_row=torch.full((6,), -math.inf))[3]) == scaling.EMPTY
+    assert int(sinkhorn(L6[:0], 3)[3]) == scaling.EMPTY
 
 
 @pytest.mark.parametrize("low", [3.0, 30.0, 40.0])
@@ -312,7 +312,7 @@ def test_a_prototype_far_below_the_others(first):
     single = sinkhorn(logits.float(), 3, prototype_first=first)
     double = fallback.sinkhorn(logits, 3, prototype_first=first)
     _close(single[1].double(), double[1], 1e-4)
-    assert int(single[3]) == fallback.FINE
+    assert int(single[3]) == scaling.FINE
     started = sinkhorn(logits.float(), 2, init=torch.zeros(6))
     _close(started[1].double(), fallback.sinkhorn(logits, 2, init=torch.zeros(6))[1], 1e-4)
 
@@ -331,7 +331,7 @@ def test_half_scores_that_overflow_an_exponential():
     logits = (scores / 0.05).half()
     f, g, _, status = sinkhorn(logits, 3)
     assert g.dtype == torch.float32
-    assert int(status) == fallback.FINE
+    assert int(status) == scaling.FINE
     _close(g.double(), fallback.sinkhorn(logits.double(), 3)[1], 1e-3)
     assert bool(f.isfinite().all())
 

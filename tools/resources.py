@@ -33,16 +33,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clam_kernels.kernels import (
-    _launch,
-    am,
-    am_backward,
-    am_energy,
-    kmeans,
-    kmeans_fused,
-    sinkhorn,
-    sinkhorn_backward,
-)
+from clam_kernels.kernels.am import backward as am_backward
+from clam_kernels.kernels.am import forward
+from clam_kernels.kernels.common import launch
+from clam_kernels.kernels.kmeans import assign, step
+from clam_kernels.kernels.sinkhorn import backward as sinkhorn_backward
+from clam_kernels.kernels.sinkhorn import solver
 
 # Compute capability to compile for -> row of the table that serves it; sm_86's rows are sm_80's.
 ARCHS = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
@@ -86,14 +82,14 @@ def record(arch: str, call: Callable[[], object]) -> list[Launch]:
     def note(kernel: Any, grid: Any, device: Any, *args: Any, **options: Any) -> None:
         found.append(Launch(kernel.fn.__name__, kernel, args, options))
 
-    before = _launch.launch, _launch.arch_of
-    _launch.launch, _launch.arch_of = note, lambda device: arch  # type: ignore[assignment]
-    _launch.settings.cache_clear()
+    before = launch.launch, launch.arch_of
+    launch.launch, launch.arch_of = note, lambda device: arch  # type: ignore[assignment]
+    launch.settings.cache_clear()
     try:
         call()
     finally:
-        _launch.launch, _launch.arch_of = before
-        _launch.settings.cache_clear()
+        launch.launch, launch.arch_of = before
+        launch.settings.cache_clear()
     return found
 
 
@@ -106,10 +102,10 @@ def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield from of_recursion("streamed", 1000, mode, d)
     v, rho = torch.zeros(4096, d), torch.zeros(1000, d)
     energy = (v[:, 0], v, rho, 1.0, None, [True] * 4, mode)
-    yield "streamed", partial(am_energy.am_energy, v, rho, 1.0, None, mode)
-    yield "streamed", partial(am_energy.am_assign, v, rho, None, mode)
-    yield "energy", partial(am_energy.am_energy_backward, *energy)
-    yield "hard", partial(am.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
+    yield "streamed", partial(energy.am_energy, v, rho, 1.0, None, mode)
+    yield "streamed", partial(energy.am_assign, v, rho, None, mode)
+    yield "energy", partial(energy.am_energy_backward, *energy)
+    yield "hard", partial(forward.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
     yield from of_kmeans(mode, v, rho)
     yield from of_features(mode, v, rho)
     if mode == MODES[0] and d == DIMS[0]:  # scores have neither a mode nor a width
@@ -121,17 +117,17 @@ def of_kmeans(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     labels, weight, half = torch.zeros(len(x), dtype=torch.int64), x[:, 0].double(), x.bfloat16()
     mask, shift = torch.zeros(len(centroids), dtype=torch.bool), x[0]
-    yield "streamed", partial(kmeans.kmeans_assign, x, centroids, None, None, True, mode)
-    yield "streamed-full", partial(kmeans.kmeans_assign, half, centroids, None, mask, True, mode)
-    if x.shape[1] <= kmeans_fused.FEATURES:
-        few = centroids[: kmeans_fused.MOST]
-        yield "few", partial(kmeans_fused.kmeans_step, x, few, None, None, None, mode)
+    yield "streamed", partial(assign.kmeans_assign, x, centroids, None, None, True, mode)
+    yield "streamed-full", partial(assign.kmeans_assign, half, centroids, None, mask, True, mode)
+    if x.shape[1] <= step.FEATURES:
+        few = centroids[: step.MOST]
+        yield "few", partial(step.kmeans_step, x, few, None, None, None, mode)
         yield (
             "few-full",
-            partial(kmeans_fused.kmeans_step, half, few[:10], None, shift, mask[:10], mode),
+            partial(step.kmeans_step, half, few[:10], None, shift, mask[:10], mode),
         )
-    yield "segments", partial(kmeans.kmeans_update, x, labels, 1000, None, None)
-    yield "segments-full", partial(kmeans.kmeans_update, half, labels, 1000, weight, shift)
+    yield "segments", partial(assign.kmeans_update, x, labels, 1000, None, None)
+    yield "segments-full", partial(assign.kmeans_update, half, labels, 1000, weight, shift)
 
 
 def of_features(
@@ -142,8 +138,8 @@ def of_features(
     half, full = (z.bfloat16(), c.bfloat16()), (g, z[:, 0], g, g)
     few = torch.zeros(64, z.shape[1])  # so that no product of torch is worth mentioning
     backward = partial(sinkhorn_backward.sinkhorn_features_backward, few[:, 0], g, few, c)
-    yield "features", partial(sinkhorn.sinkhorn_features, z, c, 1, *none, True, None, mode)
-    yield "features-full", partial(sinkhorn.sinkhorn_features, *half, 2, *full, False, scale, mode)
+    yield "features", partial(solver.sinkhorn_features, z, c, 1, *none, True, None, mode)
+    yield "features-full", partial(solver.sinkhorn_features, *half, 2, *full, False, scale, mode)
     yield "features-backward", partial(backward, 1, *none, True, scale, needs, mode)
 
 
@@ -153,15 +149,15 @@ def of_scores() -> Iterator[tuple[str, Callable[[], object]]]:
     for label, k in (("", 3000), *((f"-{k}", k) for k in (16, 32, 64, 128, 256, 512, 1000, 2048))):
         yield (
             f"scores{label}",
-            partial(sinkhorn.sinkhorn, torch.zeros(4096, k), 2, *plain, None, "high"),
+            partial(solver.sinkhorn, torch.zeros(4096, k), 2, *plain, None, "high"),
         )
-    yield "scores-5000", partial(sinkhorn.sinkhorn, torch.zeros(64, 5000), 2, *plain, None, "high")
+    yield "scores-5000", partial(solver.sinkhorn, torch.zeros(64, 5000), 2, *plain, None, "high")
     x, odd = torch.zeros(256, 3000), torch.zeros(256, 3001).half()
     row, column = odd[:, 0], odd[0]
     backward = partial(sinkhorn_backward.sinkhorn_backward, x[:, 0], x[0])
     full = (row, column, column, False, column, scale)
-    yield "scores-full", partial(sinkhorn.sinkhorn, odd, 2, *full, "high")
-    yield "scores-full", partial(sinkhorn.sinkhorn_pass, odd, column, row, column, scale, "high")
+    yield "scores-full", partial(solver.sinkhorn, odd, 2, *full, "high")
+    yield "scores-full", partial(solver.sinkhorn_pass, odd, column, row, column, scale, "high")
     yield "scores-backward", partial(backward, x, 1, *plain, scale, needs, "high")
 
 
@@ -172,9 +168,9 @@ def of_recursion(
     plain = (1.0, 10, 1.0, None, None)
     full = (torch.ones(k), 10, 0.5, torch.ones(4096, d), torch.zeros(k))
     backward = am_backward.am_recursion_backward
-    yield label, partial(am.am_recursion, v, rho, *plain, mode)
+    yield label, partial(forward.am_recursion, v, rho, *plain, mode)
     yield label, partial(backward, v, v, rho, *plain, [True, True, False, False, False], mode)
-    yield f"{label}-full", partial(am.am_step_saved, v, rho, full[0], *full[2:], mode)
+    yield f"{label}-full", partial(forward.am_step_saved, v, rho, full[0], *full[2:], mode)
     yield f"{label}-full", partial(backward, v, v, rho, *full, needs, mode)
     if label.startswith("resident"):
         held = [True, True, True, False, True]

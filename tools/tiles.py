@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the tile of every kernel, GPU, mode and width by compiling: the first of a list, best
 first, that needs no spill in any variant under every triton asked so far. Writes
-clam_kernels/kernels/_configs.json.
+clam_kernels/kernels/configs.json.
 
     tools/tiles.py --arch 90 [--kernel am_recursion] [--cache FILE]
 
@@ -20,7 +20,7 @@ from typing import Any
 import resources
 import triton
 
-from clam_kernels.kernels import _launch
+from clam_kernels.kernels.common import launch
 
 KERNELS = {
     "am_recursion": ("recursion_kernel", "recursion_wide_kernel"),
@@ -129,18 +129,18 @@ def of_kmeans(kernel: str, width: int, arch: int, wide: bool) -> list[dict[str, 
 def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> Iterator[Any]:
     """The variants of a kernel that need most, with a tile in place of the table's."""
     names, found = KERNELS[kernel], {}
-    real = _launch.settings
-    _launch.settings = lambda name, device, wanted, width: (  # type: ignore[assignment]
+    real = launch.settings
+    launch.settings = lambda name, device, wanted, width: (  # type: ignore[assignment]
         {**tile, "chosen": True} if name == kernel else real(name, device, wanted, width)
     )
-    _launch.settings.cache_clear = real.cache_clear  # type: ignore[attr-defined]
+    launch.settings.cache_clear = real.cache_clear  # type: ignore[attr-defined]
     try:
         for label, call in resources.calls(mode, d):
             for one in resources.record(resources.ARCHS[arch], call):
                 if one.name in names and "chosen" in one.options:
                     found[repr((resources.signature(one), one.options))] = (label, one)
     finally:
-        _launch.settings = real
+        launch.settings = real
     yield from (one for label, one in found.values() if "full" in label or label == "energy")
     yield from (one for label, one in found.values() if "full" not in label and label != "energy")
 
@@ -179,9 +179,9 @@ def main() -> None:
 
 def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path) -> None:
     """Find one row and write it down."""
-    wide = d > _launch.WIDEST
+    wide = d > launch.WIDEST
     name = f"{kernel}_wide" if wide else kernel
-    width = _launch.WIDEST if wide else _launch.dim(d)
+    width = launch.WIDEST if wide else launch.dim(d)
     known: dict[str, dict[str, str]] = json.loads(cache.read_text()) if cache.exists() else {}
     last = ""
     for tile in candidates(kernel, mode, width, arch, wide):
@@ -212,14 +212,14 @@ def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path)
 
 def put(name: str, arch: int, row: str, tile: dict[str, Any] | None) -> None:
     """Set or remove a row; one compile stands for both GPUs of capability 8."""
-    table = json.loads(_launch.TABLE.read_text(encoding="utf-8"))
+    table = json.loads(launch.TABLE.read_text(encoding="utf-8"))
     for gpu in ["sm_80", "sm_86"] if arch == 80 else [resources.ARCHS[arch]]:
         table.setdefault(name, {}).pop(f"{gpu}/{row}", None)
         if tile is not None:
             table[name][f"{gpu}/{row}"] = tile
-    draft = _launch.TABLE.with_suffix(".draft")
+    draft = launch.TABLE.with_suffix(".draft")
     draft.write_text(resources.spelled(table), encoding="utf-8")
-    draft.replace(_launch.TABLE)
+    draft.replace(launch.TABLE)
 
 
 if __name__ == "__main__":

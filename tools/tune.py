@@ -34,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clam_kernels  # noqa: E402
 from bench import record  # noqa: E402
-from clam_kernels.kernels import _launch, am, am_backward, am_energy, kmeans  # noqa: E402
+from clam_kernels.kernels.am import backward, energy, forward  # noqa: E402
+from clam_kernels.kernels.common import launch  # noqa: E402
+from clam_kernels.kernels.kmeans import assign  # noqa: E402
 
 # tools/resources.py switches the interpreter off for what it compiles
 tiles = importlib.import_module("tiles")
@@ -51,7 +53,7 @@ def operands(kernel: str, mode: str, d: int, rows: int, device: str) -> tuple[Te
     k = 256 if d > 16 or kernel in ("am_rows_backward", "am_memories_backward") else 64
     if kernel in tiles.WHOLE:
         where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-        k = _launch.settings(kernel, where, mode, d).get("PROTOS", k)
+        k = launch.settings(kernel, where, mode, d).get("PROTOS", k)
     make = torch.Generator().manual_seed(0)
     v, rho = (torch.randn(n, d, generator=make).to(device) for n in (rows, k))
     return v, rho
@@ -61,14 +63,14 @@ def calls(kernel: str, mode: str, v: Tensor, rho: Tensor) -> Callable[[], Any]:
     """The call whose time a kernel's tile decides."""
     d = v.shape[-1]
     if kernel == "am_energy":
-        return partial(am_energy.am_energy, v, rho, 1.0 / d, None, mode)
+        return partial(energy.am_energy, v, rho, 1.0 / d, None, mode)
     if kernel == "kmeans_assign":
-        return partial(kmeans.kmeans_assign, v, rho, None, None, True, mode)
+        return partial(assign.kmeans_assign, v, rho, None, None, True, mode)
     if kernel == "am_recursion":
-        return partial(am.am_recursion, v, rho, 1.0 / d, STEPS, 1.0, None, None, mode)
+        return partial(forward.am_recursion, v, rho, 1.0 / d, STEPS, 1.0, None, None, mode)
     needs = [True, True, False, False, False]
     rest = (1.0 / d, STEPS, 1.0, None, None, needs, mode)
-    return partial(am_backward.am_recursion_backward, v, v, rho, *rest)
+    return partial(backward.am_recursion_backward, v, v, rho, *rest)
 
 
 def exact(kernel: str, v: Tensor, rho: Tensor) -> Any:
@@ -117,7 +119,7 @@ def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device
     """Whether what this call launches spills, as the driver says; also compiles it."""
 
     found: list[Any] = []
-    real = _launch.launch
+    real = launch.launch
 
     def note(one: Any, grid: Any, where: Any, *args: Any, **options: Any) -> None:
         if device == "cuda" and 0 not in grid:
@@ -126,11 +128,11 @@ def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device
         else:
             real(one, grid, where, *args, **options)
 
-    _launch.launch = note
+    launch.launch = note
     try:
         with_tile(kernel, tile, call)()
     finally:
-        _launch.launch = real
+        launch.launch = real
     return any(getattr(one, "n_spills", 0) for one in found)
 
 
@@ -138,7 +140,7 @@ def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], Any]) -> Cal
     """The call with a tile in place of the table's; an error if it does not launch the kernel."""
 
     def run() -> Any:
-        real, asked = _launch.settings, []
+        real, asked = launch.settings, []
 
         def settings(name: str, *rest: Any) -> dict[str, Any]:
             if name != kernel:
@@ -146,11 +148,11 @@ def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], Any]) -> Cal
             asked.append(name)
             return dict(tile)
 
-        _launch.settings = settings  # type: ignore[assignment]
+        launch.settings = settings  # type: ignore[assignment]
         try:
             result = call()
         finally:
-            _launch.settings = real
+            launch.settings = real
         if not asked:
             raise RuntimeError(f"{kernel} has no part in this call")
         return result
@@ -163,9 +165,9 @@ def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[dic
     v, rho = operands(kernel, mode, d, rows, device)
     call = calls(kernel, mode, v, rho)
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    arch = int(_launch.arch_of(where).removeprefix("sm_"))
-    own = _launch.settings(kernel, where, mode, d)
-    others = tiles.candidates(kernel, mode, _launch.dim(d), max(arch, 80), wide=False)
+    arch = int(launch.arch_of(where).removeprefix("sm_"))
+    own = launch.settings(kernel, where, mode, d)
+    others = tiles.candidates(kernel, mode, launch.dim(d), max(arch, 80), wide=False)
     if "DIM" in own or not own:
         return  # no register tile of this width was without spills: the wide form serves
     if kernel in tiles.WHOLE:  # all memories in one tile, or another kernel serves
@@ -220,8 +222,8 @@ def main() -> int:
                 before, after = own["ms_median"], best["ms_median"]
                 print(f"{kernel} {mode} {d}: {before:.3f} ms, best {after:.3f} ms {best['tile']}")
                 if not DRY and best["tile"] != own["tile"] and after < GAIN * before:
-                    arch = int(_launch.arch_of(torch.device("cuda", 0)).removeprefix("sm_"))
-                    tiles.put(kernel, arch, f"{mode}/{_launch.dim(d)}", best["tile"])
+                    arch = int(launch.arch_of(torch.device("cuda", 0)).removeprefix("sm_"))
+                    tiles.put(kernel, arch, f"{mode}/{launch.dim(d)}", best["tile"])
     if given.json:
         report = {**record.facts(device), "what": WHAT, "dry_run": DRY, "rows": measured}
         given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

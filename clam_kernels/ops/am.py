@@ -435,19 +435,19 @@ def am_weights(v: Tensor, rho: Tensor, beta: Tensor, log_weights: Tensor | None)
 
 _REST = "float step=1.0, Tensor? update_mask=None, Tensor? log_weights=None, str? precision=None"
 _truth = python_fallback.am
-_ROOM = "clam_kernels.kernels"
-_LIMITS = {"triton": f"{_ROOM}._launch:why_not"}
+_ROOM = "clam_kernels.kernels.am"
+_LIMITS = {"triton": "clam_kernels.kernels.common.launch:why_not"}
 _SMALL_LIMITS = {
     **_LIMITS,
-    "cuda": f"{_ROOM}.am_small:why_not",
-    "auto-cuda": f"{_ROOM}.am_small:why_slower",
+    "cuda": f"{_ROOM}.cuda:why_not",
+    "auto-cuda": f"{_ROOM}.cuda:why_slower",
 }
 
 
-def _kernels(function: str, room: str = "am", small: bool = False) -> dict[str, str]:
+def _kernels(function: str, file: str = "forward", small: bool = False) -> dict[str, str]:
     """Where a function's Triton kernel is and, if `small`, the CUDA one for few features."""
-    found = {"triton": f"{_ROOM}.{room}:{function}"}
-    return {**found, "cuda": f"{_ROOM}.am_small:{function}"} if small else found
+    found = {"triton": f"{_ROOM}.{file}:{function}"}
+    return {**found, "cuda": f"{_ROOM}.cuda:{function}"} if small else found
 
 
 AM_STEP = op(
@@ -465,7 +465,7 @@ AM_STEP = op(
     limits=_SMALL_LIMITS,
     gradient=Gradient(
         reference=_truth.am_step_backward,
-        kernels=_kernels("am_step_backward", room="am_backward", small=True),
+        kernels=_kernels("am_step_backward", file="backward", small=True),
         saved=(_truth.am_step_saved, _fake_step_saved),
         saved_kernels=_kernels("am_step_saved", small=True),
     ),
@@ -488,7 +488,7 @@ AM_RECURSION = op(
     limits=_SMALL_LIMITS,
     gradient=Gradient(
         reference=_truth.am_recursion_backward,
-        kernels=_kernels("am_recursion_backward", room="am_backward", small=True),
+        kernels=_kernels("am_recursion_backward", file="backward", small=True),
     ),
     same_dtype=("v", "rho"),
     core=_CORE,
@@ -505,11 +505,11 @@ AM_ENERGY = op(
     truth=_truth.am_energy,
     reference=_truth.am_energy_forward,
     function=am_energy,
-    kernels=_kernels("am_energy", room="am_energy"),
+    kernels=_kernels("am_energy", file="energy"),
     limits=_LIMITS,
     gradient=Gradient(
         reference=_truth.am_energy_backward,
-        kernels=_kernels("am_energy_backward", room="am_energy"),
+        kernels=_kernels("am_energy_backward", file="energy"),
         output_dims=1,
     ),
     same_dtype=("v", "rho"),
@@ -525,7 +525,7 @@ AM_ASSIGN = op(
     truth=_truth.am_assign,
     reference=_truth.am_assign_forward,
     function=am_assign,
-    kernels=_kernels("am_assign", room="am_energy"),
+    kernels=_kernels("am_assign", file="energy"),
     limits=_LIMITS,
     same_dtype=("v", "rho"),
     core=_CORE,

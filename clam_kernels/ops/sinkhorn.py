@@ -326,7 +326,7 @@ _truth = python_fallback.sinkhorn
 _MASSES = "Tensor? log_row=None, Tensor? log_col=None, Tensor? init=None, bool prototype_first=True"
 _LAST = "Tensor? scale=None, str? precision=None"
 _KERNELS = "clam_kernels.kernels.sinkhorn"
-_LIMITS = {"triton": "clam_kernels.kernels._launch:why_not"}
+_LIMITS = {"triton": "clam_kernels.kernels.common.launch:why_not"}
 _VECTORS = {"bias": 1, "log_row": 1, "log_col": 1, "init": 1, "g": 1, "scale": 0}
 
 SINKHORN = op(
@@ -339,11 +339,11 @@ SINKHORN = op(
     truth=_truth.sinkhorn,
     reference=_truth.sinkhorn_forward,
     function=sinkhorn,
-    kernels={"triton": f"{_KERNELS}:sinkhorn"},
+    kernels={"triton": f"{_KERNELS}.solver:sinkhorn"},
     limits=_LIMITS,
     gradient=Gradient(
         reference=_truth.sinkhorn_backward,
-        kernels={"triton": f"{_KERNELS}_backward:sinkhorn_backward"},
+        kernels={"triton": f"{_KERNELS}.backward:sinkhorn_backward"},
         output_dims=(1, 1),
     ),
     core={"logits": 2, **_VECTORS},
@@ -359,11 +359,11 @@ SINKHORN_FEATURES = op(
     truth=_truth.sinkhorn_features,
     reference=_truth.sinkhorn_features_forward,
     function=sinkhorn_features,
-    kernels={"triton": f"{_KERNELS}:sinkhorn_features"},
+    kernels={"triton": f"{_KERNELS}.solver:sinkhorn_features"},
     limits=_LIMITS,
     gradient=Gradient(
         reference=_truth.sinkhorn_features_backward,
-        kernels={"triton": f"{_KERNELS}_backward:sinkhorn_features_backward"},
+        kernels={"triton": f"{_KERNELS}.backward:sinkhorn_features_backward"},
         output_dims=(1, 1),
     ),
     same_dtype=("z", "prototypes"),
@@ -380,11 +380,11 @@ SINKHORN_PASS = op(
     truth=_truth.sinkhorn_pass,
     reference=_truth.sinkhorn_pass_forward,
     function=sinkhorn_pass,
-    kernels={"triton": f"{_KERNELS}:sinkhorn_pass"},
+    kernels={"triton": f"{_KERNELS}.solver:sinkhorn_pass"},
     limits=_LIMITS,
     gradient=Gradient(
         reference=_truth.sinkhorn_pass_backward,
-        kernels={"triton": f"{_KERNELS}_backward:sinkhorn_pass_backward"},
+        kernels={"triton": f"{_KERNELS}.backward:sinkhorn_pass_backward"},
         output_dims=(1, 1),
     ),
     core={"logits": 2, **_VECTORS},
@@ -401,11 +401,11 @@ SINKHORN_FEATURES_PASS = op(
     truth=_truth.sinkhorn_features_pass,
     reference=_truth.sinkhorn_features_pass_forward,
     function=sinkhorn_features_pass,
-    kernels={"triton": f"{_KERNELS}:sinkhorn_features_pass"},
+    kernels={"triton": f"{_KERNELS}.solver:sinkhorn_features_pass"},
     limits=_LIMITS,
     gradient=Gradient(
         reference=_truth.sinkhorn_features_pass_backward,
-        kernels={"triton": f"{_KERNELS}_backward:sinkhorn_features_pass_backward"},
+        kernels={"triton": f"{_KERNELS}.backward:sinkhorn_features_pass_backward"},
         output_dims=(1, 1),
     ),
     same_dtype=("z", "prototypes"),

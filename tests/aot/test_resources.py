@@ -22,7 +22,7 @@ AMD = Path(__file__).with_name("gfx942.json")
 # What a block may ask for, in bytes. The rows of sm_80 serve consumer Ampere and Ada too.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
-CONFIGS = ROOT / "clam_kernels/kernels/_configs.json"
+CONFIGS = ROOT / "clam_kernels/kernels/configs.json"
 SECOND = ROOT / ".venv/triton36"
 pytestmark = [
     pytest.mark.aot,

@@ -265,7 +265,7 @@ def test_memories_that_are_not_finite():
 @pytest.fixture
 def flagged(monkeypatch):
     """How many rows each launch after the first finds in doubt."""
-    launch, found = importlib.import_module("clam_kernels.kernels._launch"), []
+    launch, found = importlib.import_module("clam_kernels.kernels.common.launch"), []
     real = launch.launch
 
     def counted(kernel, grid, device, *args, **options):
@@ -295,8 +295,8 @@ def test_normal_data_costs_nothing(flagged, k):
 
 def _all_in_doubt() -> tuple[Any, Any, tuple[Any, ...], Tensor]:
     """Modules, operands of every kind and flags that are all set."""
-    exact = importlib.import_module("clam_kernels.kernels.am_exact")
-    backward = importlib.import_module("clam_kernels.kernels.am_exact_backward")
+    exact = importlib.import_module("clam_kernels.kernels.am.exact")
+    backward = importlib.import_module("clam_kernels.kernels.am.exact_backward")
     v, rho = _normal(0, 3, 1, 7, 5), _normal(1, 2, 6, 5)
     lift = _normal(3, 2, 6)
     lift[1, 4] = -math.inf

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is missing")
 import triton
 import triton.language as tl
 
-from python_fallback import _doubt
+from python_fallback.am import doubt
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -25,19 +25,19 @@ ROWS, MEMORIES = 512, 3
 
 
 def _rule() -> Any:
-    return importlib.import_module("clam_kernels.kernels._doubt")
+    return importlib.import_module("clam_kernels.kernels.am.doubt")
 
 
 def test_both_rules_have_the_same_numbers():
     rule, unit = _rule(), 2.0**-24
-    assert rule.CANCEL.value * _doubt.CANCEL == 1
-    assert rule.GROWTH.value == _doubt.GROWTH * unit
-    assert (rule.CALM.value, rule.WARM.value) == (_doubt.CALM, _doubt.WARM)
-    assert rule.CALM_OF_MANY.value == _doubt.CALM_OF_MANY
-    assert rule.CALM_OF_ENERGY.value == _doubt.CALM_OF_ENERGY
-    assert rule.CANCEL_OF_ENERGY.value * _doubt.CANCEL_OF_ENERGY == 1
-    assert rule.LONGEST.value == _doubt.LARGEST[torch.float32]
-    assert rule.LARGE.value == _doubt.HOTTEST[torch.float32]
+    assert rule.CANCEL.value * doubt.CANCEL == 1
+    assert rule.GROWTH.value == doubt.GROWTH * unit
+    assert (rule.CALM.value, rule.WARM.value) == (doubt.CALM, doubt.WARM)
+    assert rule.CALM_OF_MANY.value == doubt.CALM_OF_MANY
+    assert rule.CALM_OF_ENERGY.value == doubt.CALM_OF_ENERGY
+    assert rule.CANCEL_OF_ENERGY.value * doubt.CANCEL_OF_ENERGY == 1
+    assert rule.LONGEST.value == doubt.LARGEST[torch.float32]
+    assert rule.LARGE.value == doubt.HOTTEST[torch.float32]
 
 
 def test_both_rules_choose_the_same_rows():

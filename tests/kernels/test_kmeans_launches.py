@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def kernels():
-    return importlib.import_module("clam_kernels.kernels.kmeans")
+    return importlib.import_module("clam_kernels.kernels.kmeans.assign")
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -85,7 +85,7 @@ def test_narrow_and_wide(backend, n, k, d):
 @pytest.mark.parametrize("n", [1, 65])
 def test_equal_centroids(backend, monkeypatch, n):
     """Ties across tiles and in the last one, which is not full, as the last rows are."""
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     real = launch.settings
     monkeypatch.setattr(launch, "settings", lambda *given: {**real(*given), "ROWS": 64})
     c = _random(1, 7, seed=1).expand(130, 7).contiguous()
@@ -138,8 +138,8 @@ def test_nothing_can_win(backend):
 
 def _bounded(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
     """Another bound on the error of a product."""
-    nearest = importlib.import_module("clam_kernels.kernels._nearest")
-    monkeypatch.setattr(nearest, "unit", lambda precision, d: unit)
+    assign = importlib.import_module("clam_kernels.kernels.kmeans.assign")
+    monkeypatch.setattr(assign, "unit", lambda precision, d: unit)
 
 
 NOTHING = -1.0  # a bound below 0: scores decide every row
@@ -224,7 +224,7 @@ def _parts(x: Tensor, kept: int) -> list[Tensor]:
 @pytest.mark.parametrize(("precision", "kept"), [("f16", 1), ("f16x3", 2)])
 def test_what_rounding_leaves_is_bounded(backend, precision, kept):
     """The bound of both kinds of product, and that it is not the next one's."""
-    nearest = importlib.import_module("clam_kernels.kernels._nearest")
+    nearest = importlib.import_module("clam_kernels.kernels.kmeans.nearest")
     bound, worst = nearest.ROUNDED[precision], 0.0
     for d in (1, 3, 64):
         x, c = _random(60_000 // d, d), _random(60_000 // d, d, seed=1)
@@ -252,7 +252,7 @@ def test_powers_are_exact_inverses(backend, kernels, size):
     import triton
     import triton.language as tl
 
-    halves = importlib.import_module("clam_kernels.kernels._halves")
+    halves = importlib.import_module("clam_kernels.kernels.common.halves")
 
     @triton.jit
     def applied(X, OUT, F: tl.constexpr):
@@ -369,7 +369,7 @@ def test_few_shapes_are_compiled_anew(backend):
     code = (
         "import sys; sys.path.insert(0, 'tools')\n"
         "import torch, resources\n"
-        "from clam_kernels.kernels import kmeans\n"
+        "from clam_kernels.kernels.kmeans import assign\n"
         "keys = {}\n"
         "for i in range(30):\n"
         "    x = torch.zeros(*([3] if i % 5 == 0 else []), 1000 + 37 * i, 16)\n"
@@ -379,8 +379,8 @@ def test_few_shapes_are_compiled_anew(backend):
         "    x = x[0] if c.ndim == 3 and x.ndim == 3 else x\n"
         "    labels = labels if labels.ndim < x.ndim else labels[0]\n"
         "    def call():\n"
-        "        kmeans.kmeans_assign(x, c, None, None, True, 'highest')\n"
-        "        kmeans.kmeans_update(x, labels, k, None, None)\n"
+        "        assign.kmeans_assign(x, c, None, None, True, 'highest')\n"
+        "        assign.kmeans_update(x, labels, k, None, None)\n"
         "    for one in resources.record('sm_90', call):\n"
         "        keys.setdefault(one.name, set()).add(repr(resources.signature(one)))\n"
         "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def operands():
-    return importlib.import_module("clam_kernels.kernels._operands")
+    return importlib.import_module("clam_kernels.kernels.common.operands")
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -74,7 +74,7 @@ def test_no_rows_in_batches_that_cross():
 
 
 def test_rows_that_32_bits_cannot_count_are_refused():
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     v = torch.zeros(1, 1).expand((1 << 31) - 5, 1)
     assert "N = 2147483643 >" in launch.why_not(v)
     assert launch.why_not(v[: 1 << 30]) is None
@@ -141,9 +141,9 @@ def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d, fu
     """A cell is a part of a problem, one problem or several; batches of either side."""
     if not fused:
         monkeypatch.setattr(am_fused(), "serves", lambda *given: False)
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     monkeypatch.setattr(launch, "SCRATCH", budget)
-    call = importlib.import_module("clam_kernels.kernels._call")
+    call = importlib.import_module("clam_kernels.kernels.am.call")
     monkeypatch.setattr(
         call.Call, "settings", lambda self, name: {**SETTINGS(self, name), "ROWS": 16}
     )
@@ -155,11 +155,11 @@ def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d, fu
         _agrees("am_recursion", (v, rho, beta.new_tensor(1.0 / d), 2, 0.7, None, None))
 
 
-SETTINGS = importlib.import_module("clam_kernels.kernels._call").Call.settings
+SETTINGS = importlib.import_module("clam_kernels.kernels.am.call").Call.settings
 
 
 def am_fused():
-    return importlib.import_module("clam_kernels.kernels.am_fused")
+    return importlib.import_module("clam_kernels.kernels.am.backward_fused")
 
 
 # One draw of a few rows is as far from float64 as luck has it.
@@ -179,8 +179,8 @@ def test_the_fused_backward_is_one_launch(monkeypatch):
     """After the one that prepares the memories, and before two for the rows in doubt: their
     gradients, and the sums of these. More memories than a program holds take two more.
     """
-    launch = importlib.import_module("clam_kernels.kernels._launch")
-    backward = importlib.import_module("clam_kernels.kernels.am_backward").am_recursion_backward
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
+    backward = importlib.import_module("clam_kernels.kernels.am.backward").am_recursion_backward
     real, names = launch.launch, []
 
     def counted(kernel, *rest, **options):
@@ -201,12 +201,12 @@ def test_few_shapes_are_compiled_anew():
     code = (
         "import sys; sys.path.insert(0, 'tools')\n"
         "import torch, resources\n"
-        "from clam_kernels.kernels import am\n"
+        "from clam_kernels.kernels.am import forward\n"
         "keys = set()\n"
         "for i in range(50):\n"
         "    v = torch.zeros(*([3] if i % 5 == 0 else []), 1000 + 37 * i, 16)\n"
         "    rho = torch.zeros(70 + 13 * i, 16)\n"
-        "    call = lambda: am.am_recursion(v, rho, 1.0, 1 + i, 1.0, None, None, 'highest')\n"
+        "    call = lambda: forward.am_recursion(v, rho, 1.0, 1 + i, 1.0, None, None, 'highest')\n"
         "    for one in resources.record('sm_90', call):\n"
         "        keys.add(repr((one.name, resources.signature(one))))\n"
         "print(len(keys))\n"
@@ -282,7 +282,7 @@ def test_tuning_needs_a_gpu_and_can_be_rehearsed(tmp_path):
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
 
-    table = ROOT / "clam_kernels/kernels/_configs.json"
+    table = ROOT / "clam_kernels/kernels/configs.json"
     before = table.read_bytes()
     if not torch.cuda.is_available():
         assert tune().returncode == 3
@@ -304,7 +304,7 @@ def test_tuning_needs_a_gpu_and_can_be_rehearsed(tmp_path):
 
 def test_kernels_that_must_agree_multiply_alike():
     """Forward for a backward, the rows' side and the memories' side: one kind of product a row."""
-    table = importlib.import_module("clam_kernels.kernels._launch").table()
+    table = importlib.import_module("clam_kernels.kernels.common.launch").table()
     alike = ("am_recursion_full", "am_rows_backward", "am_memories_backward")
     for arch in ("sm_80", "sm_86", "sm_90", "sm_100"):
         for mode in ("highest", "high", "medium"):
@@ -319,7 +319,7 @@ def test_a_logit_rounded_otherwise_does_not_reach_a_large_beta(monkeypatch, d, k
     """Another kernel's maximum, off by a rounding: rows whose weight is one memory's keep the
     gradient 0.
     """
-    backward = importlib.import_module("clam_kernels.kernels.am_backward")
+    backward = importlib.import_module("clam_kernels.kernels.am.backward")
     walk = backward._walk_back
 
     def nudged(call, cell, *rest):
@@ -337,7 +337,7 @@ def test_a_logit_rounded_otherwise_does_not_reach_a_large_beta(monkeypatch, d, k
 
 def test_rows_past_the_end_reach_no_gradient(monkeypatch):
     """Large log-weights, and more rows in a tile than the cell has."""
-    call = importlib.import_module("clam_kernels.kernels._call")
+    call = importlib.import_module("clam_kernels.kernels.am.call")
 
     def settings(self, name):
         rows = 64 if name == "am_memories_backward" else 16
@@ -376,7 +376,7 @@ def test_halves_of_memories_of_any_size(size):
 
 def test_highest_does_not_multiply_in_halves():
     """They share one scale: memories far below the largest would lose digits."""
-    table = importlib.import_module("clam_kernels.kernels._launch").table()
+    table = importlib.import_module("clam_kernels.kernels.common.launch").table()
     for kernel in (k for k in table if k.startswith("am_")):
         kinds = {row["PREC"] for name, row in table[kernel].items() if "/highest/" in name}
         assert "f16x3" not in kinds, kernel

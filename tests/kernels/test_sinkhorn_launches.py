@@ -35,7 +35,7 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture
 def kernels():
-    return importlib.import_module("clam_kernels.kernels.sinkhorn")
+    return importlib.import_module("clam_kernels.kernels.sinkhorn.solver")
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -131,7 +131,7 @@ def test_chunks_are_of_n_and_k_alone(backend, kernels, monkeypatch):
 
 
 def test_tiles_of_the_table_divide_chunks(backend, kernels):
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     for name, row in launch.table()["sinkhorn_pass"].items():
         k = int(name.rpartition("/")[2])
         assert kernels.tile_rows(k) % row["ROWS"] == 0, name
@@ -161,7 +161,7 @@ def test_a_scale_of_features(backend, kernels, monkeypatch):
 
 def test_the_gradient_of_a_scale_alone_takes_bounded_scratch(backend, monkeypatch):
     """Rows in chunks, and no array of all entries."""
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     monkeypatch.setattr(launch, "SCRATCH", 4 * 6 * 10)
     real, largest = launch.empty, []
 
@@ -340,7 +340,7 @@ def test_a_problem_that_fails_spoils_no_other(backend):
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    launch = importlib.import_module("clam_kernels.kernels._launch")
+    launch = importlib.import_module("clam_kernels.kernels.common.launch")
     real, seen = launch.launch, []
 
     def note(kernel: Any, *args: Any, **options: Any) -> None:
@@ -398,14 +398,14 @@ def test_few_shapes_are_compiled_anew(backend):
     code = (
         "import sys; sys.path.insert(0, 'tools')\n"
         "import torch, resources\n"
-        "from clam_kernels.kernels import sinkhorn\n"
+        "from clam_kernels.kernels.sinkhorn import solver\n"
         "keys = {}\n"
         "for i in range(30):\n"
         "    x = torch.zeros(*([3] if i % 5 == 0 else []), 1000 + 37 * i, 70 + i)\n"
         "    z, c = torch.zeros(500 + 37 * i, 16), torch.zeros(70 + 13 * i, 16)\n"
         "    def call():\n"
-        "        sinkhorn.sinkhorn(x, 2, None, None, None, True, None, None, 'highest')\n"
-        "        sinkhorn.sinkhorn_features(z, c, 2, *[None] * 4, True, None, 'highest')\n"
+        "        solver.sinkhorn(x, 2, None, None, None, True, None, None, 'highest')\n"
+        "        solver.sinkhorn_features(z, c, 2, *[None] * 4, True, None, 'highest')\n"
         "    for one in resources.record('sm_90', call):\n"
         "        words = ('FORM', 'STARTED', 'FUSED', 'USED')\n"
         "        name = one.name, *(one.options.get(w) for w in words)\n"

@@ -24,7 +24,7 @@ from clam_kernels import testing
 from python_fallback import am
 
 pytest.importorskip("triton", reason="triton is missing")
-from clam_kernels.kernels import am_small
+from clam_kernels.kernels.am import cuda
 
 CSRC = Path(__file__).parents[2] / "csrc"
 GXX = shutil.which("g++")
@@ -964,7 +964,7 @@ def test_memories_near_the_end_of_float32_have_a_finite_centre(library: Any) -> 
 
 
 def test_the_rule_is_that_of_the_kernels_in_triton(library: Any) -> None:
-    rule = importlib.import_module("clam_kernels.kernels._doubt")
+    rule = importlib.import_module("clam_kernels.kernels.am.doubt")
     names = ("CANCEL", "CALM", "CALM_OF_MANY", "WARM", "GROWTH", "LONGEST", "SHARPEST", "MOST")
     found = torch.zeros(len(names))
     library.numbers(*pointers(found))
@@ -993,7 +993,7 @@ def test_the_rule_chooses_the_rows_of_the_rule_in_torch(library: Any) -> None:
 
 def test_python_knows_the_limit_of_the_backward(library: Any) -> None:
     for d in range(1, 17):
-        assert am_small.backward_memories(d) == library.backward_memories(d)
+        assert cuda.backward_memories(d) == library.backward_memories(d)
 
 
 # ---- the Python side, with the bodies above in place of the compiled library ---------------------
@@ -1090,7 +1090,7 @@ def test_the_python_side(
     close = (
         {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     )
-    out = am_small.am_recursion(*[x.detach() if isinstance(x, Tensor) else x for x in args], "high")
+    out = cuda.am_recursion(*[x.detach() if isinstance(x, Tensor) else x for x in args], "high")
     assert out.is_contiguous()
     torch.testing.assert_close(out, truth.to(dtype), **close)
 
@@ -1099,7 +1099,7 @@ def test_the_python_side(
     needs = [isinstance(args[i], Tensor) for i in places]
     tracked = [leaves[i] for i, need in zip(places, needs, strict=True) if need]
     exact = iter(torch.autograd.grad(truth, tracked, grad.double(), materialize_grads=True))
-    found = am_small.am_recursion_backward(grad, *[
+    found = cuda.am_recursion_backward(grad, *[
         x.detach() if isinstance(x, Tensor) else x for x in args
     ], needs, "high")  # fmt: skip
     for i, need, value in zip(places, needs, found, strict=True):
@@ -1110,7 +1110,7 @@ def test_the_python_side(
         assert (value.shape, value.dtype) == (like.shape, like.dtype)
         assert value.is_contiguous()
         torch.testing.assert_close(value, next(exact).to(dtype), **close)
-    none = am_small.am_recursion_backward(
+    none = cuda.am_recursion_backward(
         grad, *[x.detach() if isinstance(x, Tensor) else x for x in args], [False] * 5, "high"
     )
     assert all(x.shape == (0,) for x in none)
@@ -1118,19 +1118,19 @@ def test_the_python_side(
 
 def test_one_step_and_its_gradient(host_ops: HostOps) -> None:
     v, rho, grad = torch.randn(6, 2), torch.randn(3, 2), torch.randn(6, 2)
-    out, lse = am_small.am_step_saved(v, rho, 2.0, 0.5, None, None, "highest")
-    assert torch.equal(out, am_small.am_recursion(v, rho, 2.0, 1, 0.5, None, None, "highest"))
+    out, lse = cuda.am_step_saved(v, rho, 2.0, 0.5, None, None, "highest")
+    assert torch.equal(out, cuda.am_recursion(v, rho, 2.0, 1, 0.5, None, None, "highest"))
     assert (lse.shape, lse.dtype) == ((6,), torch.float32)
     needs = [True, True, False, False, False]
-    a = am_small.am_step_backward(grad, v, rho, 2.0, 0.5, None, None, lse, needs, "highest")
-    b = am_small.am_recursion_backward(grad, v, rho, 2.0, 1, 0.5, None, None, needs, "highest")
+    a = cuda.am_step_backward(grad, v, rho, 2.0, 0.5, None, None, lse, needs, "highest")
+    b = cuda.am_recursion_backward(grad, v, rho, 2.0, 1, 0.5, None, None, needs, "highest")
     for x, y in zip(a, b, strict=True):
         assert torch.equal(x, y)
 
 
 def test_a_shared_operand_is_not_copied(host_ops: HostOps) -> None:
     v, rho = torch.randn(7, 3), torch.randn(4, 5, 3)
-    am_small.am_recursion(v, rho, 2.0, 1, 1.0, torch.ones(7, 1) > 0, None, "highest")
+    cuda.am_recursion(v, rho, 2.0, 1, 1.0, torch.ones(7, 1) > 0, None, "highest")
     given = host_ops.calls[-1]
     assert given[0].data_ptr() == v.data_ptr()
     assert given[0].stride()[:2] == (0, 0)
@@ -1145,14 +1145,14 @@ def test_far_rows_are_computed_again(host_ops: HostOps, name: str, batched: bool
     v, rho, beta = scene(name, 4, 1)
     v = v[::4]
     given = (v, rho[None], beta) if batched else (v, rho, beta)
-    out = am_small.am_recursion(*given, 2, 1.0, None, None, "highest").view_as(v)
+    out = cuda.am_recursion(*given, 2, 1.0, None, None, "highest").view_as(v)
     error, allowed = errors_of(out, v, rho, beta, 2)
     assert (error <= allowed).all(), (error, allowed)
 
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     needs = [True, True, True, False, False]
     grad = upstream[None] if batched else upstream
-    found = am_small.am_recursion_backward(grad, *given, 2, 1.0, None, None, needs, "highest")
+    found = cuda.am_recursion_backward(grad, *given, 2, 1.0, None, None, needs, "highest")
     exact, plain = (_slopes(upstream, v, rho, beta, dtype) for dtype in (torch.double, torch.float))
     for name, got, want, near in zip(("v", "rho", "beta"), found, exact, plain, strict=False):
         got = got.view_as(want)
@@ -1186,28 +1186,28 @@ def test_rows_in_doubt_with_every_argument(host_ops: HostOps) -> None:
     grad = torch.randn(truth.shape, generator=g)
     leaves = [x for x in wide if isinstance(x, Tensor)]
     exact = torch.autograd.grad(truth, leaves, grad.double())
-    out = am_small.am_recursion(*args, "highest")
+    out = cuda.am_recursion(*args, "highest")
     assert host_ops.calls[-1][-1].all()
-    found = am_small.am_recursion_backward(grad, *args, [True] * 5, "highest")
+    found = cuda.am_recursion_backward(grad, *args, [True] * 5, "highest")
     assert host_ops.calls[-1][-1].all()
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(out, truth.detach().float(), **close)
     for got, want in zip(found, exact, strict=True):
         torch.testing.assert_close(got, want.float(), **close)
-    none = am_small.am_recursion_backward(grad, *args, [True, False, False, True, False], "highest")
+    none = cuda.am_recursion_backward(grad, *args, [True, False, False, True, False], "highest")
     assert torch.equal(none[0], found[0])
     assert torch.equal(none[3], found[3])
 
 
 def test_why_not() -> None:
     v, rho = torch.randn(7, 16), torch.randn(5, 16)
-    assert am_small.why_not(v, rho, 1.0, 3, 1.0, None, None, "high") is None
-    assert am_small.why_not(v, rho, torch.tensor(torch.inf)) is None
-    assert am_small.why_not(v, rho, torch.inf) == "beta = inf"
+    assert cuda.why_not(v, rho, 1.0, 3, 1.0, None, None, "high") is None
+    assert cuda.why_not(v, rho, torch.tensor(torch.inf)) is None
+    assert cuda.why_not(v, rho, torch.inf) == "beta = inf"
     reason = "float64 is computed by the reference"
-    assert am_small.why_not(v.double(), rho.double(), 1.0) == reason
-    assert am_small.why_not(torch.randn(7, 17), torch.randn(5, 17), 1.0) == "D = 17 > 16"
-    most = am_small.backward_memories(16)
-    assert am_small.why_not(v, torch.randn(most, 16), 1.0) is None
+    assert cuda.why_not(v.double(), rho.double(), 1.0) == reason
+    assert cuda.why_not(torch.randn(7, 17), torch.randn(5, 17), 1.0) == "D = 17 > 16"
+    most = cuda.backward_memories(16)
+    assert cuda.why_not(v, torch.randn(most, 16), 1.0) is None
     reason = f"K = {most + 1} > {most} for D = 16"
-    assert am_small.why_not(v, torch.randn(most + 1, 16), 1.0) == reason
+    assert cuda.why_not(v, torch.randn(most + 1, 16), 1.0) == reason

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward of the recursion for few features and few memories, in one launch: every gradient of a
+block of rows while it is in registers. Equations (8) and (9) of docs/ops/am.md.
+
+A program walks its blocks of rows forward, leaving the states in a strip of scratch of its own, and
+back, where all weights of a row are at hand: nothing else is stored, and the memories' side stays
+in registers from the first block to the last. Wider problems: `am/backward.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import launch
+from ..common.fold import finite, normalised
+from ..common.score import centred, dot, held_inner, load_memories, load_rows, logits
+from ..common.sweep import NUMBERS, offset
+from .call import Call, Totals
+from .doubt import MOST, settled, sharpest, step_doubted
+from .memories import LOG2E
+from .recursion import gain_of, moved, recalled
+
+# Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
+# same order on all.
+PROGRAMS = 512
+_LOG2E = tl.constexpr(LOG2E)
+
+
+@triton.jit
+def walked(
+    PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Store the state before each step; returns 1 for rows in doubt, whose states are 0."""
+    d = tl.arange(0, DIM)
+    keep = tl.arange(0, ROWS)[:, None] * STRIDE + d[None, :]
+    gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
+    flag, total = tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.float32)
+    for t in range(0, steps):
+        tl.store(PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep, x, mask=(d < STRIDE)[None, :])
+        norm = tl.sum(x * x, 1)
+        xb, _, total = recalled(
+            x, 0.5 * norm, table, table, count, norm,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, False, False, False,
+        )  # fmt: skip
+        flag |= step_doubted(x, xb, norm, total, sharp)
+        x = moved(x, xb, gain)
+    flag = tl.where(poison == 0.0, settled(flag, total, table[1], count, PROTOS), 0)
+    tl.debug_barrier()
+    lost = (flag > 0)[:, None] & (d < STRIDE)[None, :]
+    for t in range(0, steps):
+        at = PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep
+        tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=lost)
+    return flag
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def fused_backward_kernel(
+    V, RHO, SIDE, CENTRE, U, GRAD, OUT, FLAG, PATH, PART, SUMS,
+    rows, count, inner, steps, step, first, splits, share,
+    v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr, MEMORIES: tl.constexpr,
+):  # fmt: skip
+    """Program (split, problem): `share` rows of one problem. OUT takes g before the first step;
+    PART and SUMS are as in `memories_backward_kernel`.
+    """
+    pid = tl.program_id(0)
+    problem, split = pid // splits, pid % splits
+    m = offset(problem, inner, m_o, m_i)
+    RHO += m * count * STRIDE
+    SIDE += m * 4 * count
+    CENTRE += m * STRIDE
+    V += offset(problem, inner, v_o, v_i) * D
+    U += offset(problem, inner, u_o, u_i)
+    PATH += pid.to(tl.int64) * steps * ROWS * STRIDE
+
+    table = (RHO, SIDE)
+    sharp, _, _ = sharpest(SIDE, count, PROTOS, False)
+    k = tl.arange(0, PROTOS)
+    acc = tl.zeros((PROTOS, DIM), tl.float32)
+    mass, heat = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
+    d = tl.arange(0, DIM)
+    strip = tl.arange(0, ROWS).to(tl.int64)
+    begin = (first + split) * share
+    # the sum of both may be past 2^31
+    for n0 in range(begin, begin + tl.minimum(share, rows - begin), ROWS):
+        row = n0 + tl.arange(0, ROWS)
+        live, at = row < rows, row.to(tl.int64)
+        inside = live[:, None] & (d < D)[None, :]
+        whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]
+        given = load_rows(V, at, live, 0, D, D, DIM)
+        x = centred(given, CENTRE, live, 0, D, DIM)
+        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+        poison = tl.sum(given * 0.0, 1) + tl.sum(c * 0.0, 0)
+        flag = walked(
+            PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
+        )  # fmt: skip
+        tl.store(FLAG + problem.to(tl.int64) * rows + at, flag.to(tl.uint8), mask=live)
+        poison = tl.where(flag > 0, float("-inf"), poison)  # no weight: nothing to any sum
+        tl.debug_barrier()  # the states are read in another layout
+        g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)
+        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
+        for back in range(0, steps):
+            here = tl.cast(steps - 1 - back, tl.int64) * ROWS + strip
+            x = load_rows(PATH, here, strip >= 0, 0, D, STRIDE, DIM)
+            norm = tl.sum(x * x, 1)
+            # read here and not before the loops: it takes fewer registers
+            tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
+            rho, scale = tile[1], tile[2]
+            inner_x = held_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
+            s = logits(inner_x, 0.5 * norm, scale, tile[3], False)
+            top = tl.max(s, 1)
+            w = tl.exp2(s - finite(top)[:, None] + poison[:, None])
+            total = tl.sum(w, 1)
+            moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]
+            h = moves * gain * g
+            slope = dot(h, tl.trans(rho), PREC)
+            inverse, delta = normalised(total, tl.sum(w * slope, 1))
+            w = tl.where(live[:, None], w * inverse[:, None], 0.0)
+            gz = w * (slope - delta[:, None])
+            if MEMORIES:
+                mass += tl.sum(gz, 0)
+                own = tl.load(SIDE + 3 * count + k, mask=k < count, other=0.0)
+                far = own[None, :] + norm[:, None] - 2.0 * inner_x
+                heat += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
+                acc += dot(tl.trans(w), h, PREC)
+            gz *= (scale / _LOG2E)[None, :]
+            if MEMORIES:
+                acc += dot(tl.trans(gz), x, PREC)
+            g += dot(gz, rho, PREC) - h
+        tl.store(OUT + whole, g.to(OUT.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # the next block's states take this one's place
+    if MEMORIES:
+        slot = pid.to(tl.int64) * count + k
+        where = (k < count)[:, None] & (d < STRIDE)[None, :]
+        tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
+        tl.store(SUMS + slot * 2, mass, mask=k < count)
+        tl.store(SUMS + slot * 2 + 1, heat, mask=k < count)
+
+
+def serves(call: Call, mask_grad: bool) -> bool:
+    """Whether a program can hold all memories and their gradient; there are no registers left for
+    that of the mask, nor for a beta of each memory.
+    """
+    held, memories = call.settings("am_fused_backward").get("PROTOS", 0), call.memories
+    special = memories.hard or memories.per_memory or mask_grad
+    return 0 < memories.size <= held and not special
+
+
+def backward(
+    call: Call,
+    grad: Tensor,
+    out: Tensor,
+    flag: Tensor,
+    steps: int,
+    step: float,
+    totals: Totals | None,
+) -> None:
+    """Fill `out` and `flag`; add the memories' side to `totals` if given."""
+    chosen = dict(call.settings("am_fused_backward"))  # the table keeps its row
+    count, stride = call.memories.size, call.memories.stride
+    chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
+    blocks = triton.cdiv(call.rows, chosen["ROWS"])
+    splits = max(1, min(blocks, PROGRAMS // max(call.outer * call.inner, 1)))
+    share = triton.cdiv(blocks, splits) * chosen["ROWS"]
+    splits = triton.cdiv(call.rows, share) if blocks else 0
+    strip = steps * chosen["ROWS"] * stride
+    most = max(1, min(PROGRAMS, launch.SCRATCH // strip))
+    path = call.new(min(most, call.outer * call.inner * splits) * strip)
+    grads, outs = (x.view(call.outer, call.inner, call.rows, call.features) for x in (grad, out))
+    flags = flag.view(call.outer, call.inner, call.rows)
+    for o, problems, first, run in call.cells(splits, most):
+        operands, strides, u = call.at(o, problems)
+        size = problems.stop - problems.start
+        part = call.new(size, run, count, stride)
+        sums = call.new(size, run, count, 2)
+        launch.launch(
+            fused_backward_kernel, (size * run,), call.device, *operands,
+            grads[o, problems], outs[o, problems], flags[o, problems], path, part, sums,
+            call.rows, count, size, steps, step, first, run, share, *strides, *u,
+            **call.tile(chosen), MASK=call.masked, MEMORIES=totals is not None,
+        )  # fmt: skip
+        if totals is not None:
+            totals.add(o, problems, part, sums)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The energy of the associative memory on a GPU, and the nearest memory, which k-means knows.
+
+Equations: docs/ops/am.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import launch
+from ..common.fold import lse_first_fold, lse_first_init
+from ..common.score import centred, given_inner, held_inner, load_memories, load_rows, load_sides
+from ..common.sweep import NUMBERS, offset, rows_of, sweep
+from ..kmeans import assign
+from ..kmeans.nearest import squared
+from . import exact, exact_backward
+from .backward import cells, fit, sweep_memories, whole
+from .call import Call, Totals
+from .doubt import CALM_OF_ENERGY, doubted, settled, sharpest
+from .memories import LOG2E
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def energy_kernel(
+    V, RHO, SIDE, CENTRE, GIVEN, OUT, FLAG,
+    rows, count, inner, blocks, v_o, v_i, m_o, m_i,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Energy of ROWS rows: that of the memory with the largest logit alone, from the pair, less
+    what the others add. Only the others come from expanded distances, and FLAG takes the rows where
+    they may be wrong. GIVEN are the memories less nothing; scale = 2 beta log2(e).
+    """
+    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
+    m = offset(problem, inner, m_o, m_i)
+    RHO += m * count * STRIDE
+    SIDE += m * 4 * count
+    CENTRE += m * STRIDE
+    GIVEN += m * count * D
+    V += offset(problem, inner, v_o, v_i) * D
+    live, at = row < rows, row.to(tl.int64)
+    norm, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        given = load_rows(V, at, live, d0, D, D, DIM)
+        x = centred(given, CENTRE, live, d0, D, DIM)
+        norm += tl.sum(x * x, 1)
+        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+        poison += tl.sum(given * 0.0, 1) + tl.sum(c * 0.0, 0)
+    table = (RHO, SIDE)
+    if WIDE:
+        held = ((V, CENTRE, at, live), norm)
+        state = sweep(
+            lse_first_init(ROWS), held, table, count, load_sides, given_inner, lse_first_fold,
+            D, STRIDE, DIM, PROTOS, PREC, False,
+        )  # fmt: skip
+    else:
+        held = (centred(load_rows(V, at, live, 0, D, D, DIM), CENTRE, live, 0, D, DIM), norm)
+        state = sweep(
+            lse_first_init(ROWS), held, table, count, load_memories, held_inner, lse_first_fold,
+            D, STRIDE, DIM, PROTOS, PREC, False,
+        )  # fmt: skip
+    _, index, total = state
+    first = tl.maximum(index, 0).to(tl.int64)
+    far = squared(V, GIVEN, at, first, live & (index >= 0), D, DIM if DIM < 32 else 32, tl.float32)
+    lift = tl.load(SIDE + 2 * count + first)
+    energy = far - (lift + tl.log2(total)) / (0.5 * tl.load(SIDE))
+    energy = tl.where(total == 0.0, float("inf"), energy) + poison
+
+    sharp, ratio, _ = sharpest(SIDE, count, PROTOS, False)
+    doubt = doubted(
+        norm + tl.load(SIDE + 3 * count + first), far, total, sharp, ratio, 0.0, CALM_OF_ENERGY
+    )
+    flag = settled(doubt.to(tl.int32), total, SIDE, count, PROTOS)
+    p = problem.to(tl.int64) * rows + at
+    tl.store(OUT + p, energy, mask=live)
+    tl.store(FLAG + p, tl.where(poison == 0.0, flag, 0).to(tl.uint8), mask=live)
+
+
+def am_energy(
+    v: Tensor, rho: Tensor, beta: float | Tensor, log_weights: Tensor | None, precision: str
+) -> Tensor:
+    """Energy of every row: one launch for the memories, one for the rows, one for rows in doubt."""
+    call = Call(v, rho, beta, None, log_weights, precision)
+    out, flag = call.new(*call.shape[:-1]), call.new(*call.shape[:-1], dtype=torch.uint8)
+    batch = call.memories.table.shape[:-2]
+    given = launch.rows(rho).expand(*batch, *rho.shape[-2:]).contiguous()
+    chosen = call.settings("am_energy")
+    blocks = triton.cdiv(call.rows, chosen["ROWS"])
+    (v_rows, table, side, centre, _), strides, _ = call.at()
+    launch.launch(
+        energy_kernel, (call.outer * call.inner * blocks,), call.device,
+        v_rows, table, side, centre, given, out, flag,
+        call.rows, call.memories.size, call.inner, blocks, *strides,
+        **call.tile(chosen), WIDE="DIM" in chosen,
+    )  # fmt: skip
+    exact.energy(call.given(), flag, out)
+    return out
+
+
+def am_energy_backward(
+    grad: Tensor,
+    v: Tensor,
+    rho: Tensor,
+    beta: float | Tensor,
+    log_weights: Tensor | None,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of (v, rho, beta, log_weights)."""
+    call = Call(v, rho, beta, None, log_weights, precision)
+    totals, out = Totals(call), call.new(*call.shape)
+    flag = call.new(*call.shape[:-1], dtype=torch.uint8)
+    grad = whole(grad, call.shape[:-1]).float().view(call.outer, call.inner, call.rows)
+    outs = out.view(call.outer, call.inner, call.rows, call.features)
+    for cell in cells(call, 1, 1.0, flag, keep=3):
+        rows = slice(cell.first * cell.block, (cell.first + cell.blocks) * cell.block)
+        g = grad[cell.o, cell.problems, rows]
+        n = g.shape[1]
+        cell.delta.zero_().view(cell.size, cell.rows)[:, :n] = g
+        x, xb = (t.view(cell.size, cell.rows, -1)[:, :n] for t in (cell.path, cell.pull))
+        here = (2 * g[..., None] * (x - xb))[..., : call.features]
+        outs[cell.o, cell.problems, rows] = here
+        sweep_memories(call, cell, totals, 1, energy=True)
+    again = exact_backward.energy_backward(call.given(), grad, flag, out).of_batch()
+    acc, mass, heat = totals.of_batch()
+    sharp = beta.double() if isinstance(beta, Tensor) else beta
+    pull = call.memories.table[..., : call.features].double() * mass[..., None]
+    pulled, warmth = 2 * (pull - acc) + again[0], heat / LOG2E / sharp**2 + again[2] / sharp
+    found = (out, pulled, warmth, -(mass + again[1]) / sharp)
+    given = (v, rho, beta, log_weights)
+    return tuple(fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
+
+
+def am_assign(
+    v: Tensor, rho: Tensor, log_weights: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Nearest memory of every row and its squared distance, as `kmeans_assign` has them."""
+    gone = None
+    if log_weights is not None:
+        gone = torch.atleast_1d(log_weights) == float("-inf")
+        gone = gone.expand(*gone.shape[:-1], rho.shape[-2])
+    return assign.kmeans_assign(v, rho, None, gone, True, precision, strict=True)

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the rows whose flag is set, from differences in float64: the second launch of a
+backward. Equations (8) and (9) of docs/ops/am.md with t_k = rho_k - x. `am/exact.py` has the
+forward.
+
+A program adds what its rows give to the gradients of memories, betas and log-weights to a part of
+its own, and marks the part as used. The launch after it adds the used parts in their order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import launch
+from ..common.operands import in_rows
+from ..common.sweep import NUMBERS, offset
+from .exact import (
+    KEPT,
+    PROGRAMS,
+    Operands,
+    advance,
+    bits_of,
+    chosen_of,
+    flags_of,
+    gain_at,
+    gaps,
+    load_row,
+    number,
+    peak,
+    sides,
+    weights_of,
+)
+
+# Float64 numbers in all parts of a launch (128 MB), and those of one tile of their sum.
+PARTS = 1 << 24
+TILE = 1024
+
+
+# ---- the recursion -------------------------------------------------------------------------------
+
+
+@triton.jit
+def begin_part(PART, fresh):
+    """Zero the first `fresh` numbers."""
+    for i0 in range(0, fresh, 1024):
+        i = i0 + tl.arange(0, 1024)
+        tl.store(PART + i, tl.zeros((1024,), tl.float64), mask=i < fresh)
+    tl.debug_barrier()
+
+
+@triton.jit
+def add_to(PLACE, more, mask):
+    """Add to numbers that one program owns; every call meets them in the same threads."""
+    tl.store(PLACE, tl.load(PLACE, mask=mask, other=0.0) + more, mask=mask)
+
+
+@triton.jit
+def slopes(
+    X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, chosen, total, beta_bits, beta_k, weights_k,
+    D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Store s_k = h t_k of all memories; returns their mean under the weights."""
+    mean = tl.zeros((1,), tl.float64)
+    for k0 in range(0, count, PROTOS):
+        k = k0 + tl.arange(0, PROTOS)
+        p, _, _, alive = weights_of(
+            FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
+            HARD, HAS_BETA, HAS_WEIGHTS,
+        )  # fmt: skip
+        s = tl.zeros((PROTOS,), tl.float64)
+        for d0 in range(0, D, DIM):
+            d = d0 + tl.arange(0, DIM)
+            h = tl.load(H + d, mask=d < D, other=0.0)
+            s += tl.sum(h[None, :] * gaps(X, RHO, k, alive, d0, D, DIM), 1)
+        tl.store(SLOPE + k, s, mask=k < count)
+        mean += tl.sum(p * s, 0)
+    tl.debug_barrier()
+    return mean
+
+
+@triton.jit
+def step_back(
+    X, G, H, FAR, SLOPE, PART, MASKED, U, u_row, u_feature, one, last, step_bits,
+    RHO, BETA, WEIGHTS, count, beta_bits, beta_k, weights_k,
+    D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
+    MASK: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    MASK_GRAD: tl.constexpr, MEMORIES: tl.constexpr,
+):  # fmt: skip
+    """Take the gradient G of a row through the step whose state is X; PART and MASKED grow."""
+    chosen, total = chosen_of(
+        X, RHO, BETA, WEIGHTS, FAR, count, beta_bits, beta_k, weights_k,
+        D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
+    )  # fmt: skip
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        gain = gain_at(U, u_row, u_feature, one, d, step_bits, D, MASK)
+        tl.store(H + d, gain * tl.load(G + d, mask=d < D, other=0.0), mask=d < D)
+    tl.debug_barrier()
+    mean = tl.zeros((1,), tl.float64)
+    if not HARD:
+        mean = slopes(
+            X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, chosen, total, beta_bits, beta_k,
+            weights_k, D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
+        )  # fmt: skip
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        h = tl.load(H + d, mask=d < D, other=0.0)
+        more, pull = tl.zeros((DIM,), tl.float64), tl.zeros((DIM,), tl.float64)
+        for k0 in range(0, count, PROTOS):
+            k = k0 + tl.arange(0, PROTOS)
+            p, beta, far, alive = weights_of(
+                FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
+                HARD, HAS_BETA, HAS_WEIGHTS,
+            )  # fmt: skip
+            t = gaps(X, RHO, k, alive, d0, D, DIM)
+            pull += tl.sum(p[:, None] * t, 0)
+            given = p[:, None] * h[None, :]
+            gz = tl.zeros((PROTOS,), tl.float64)
+            if not HARD:
+                gz = p * (tl.load(SLOPE + k, mask=k < count, other=0.0) - mean)
+                pushed = (gz * beta)[:, None] * t
+                more += tl.sum(pushed, 0)
+                given -= 2.0 * pushed
+            if MEMORIES:
+                place = PART + k.to(tl.int64) * (D + 2)
+                inside = (k < count)[:, None] & (d < D)[None, :]
+                add_to(place[:, None] + d[None, :], given, inside)
+                once = k < tl.where(d0 == 0, count, 0)
+                add_to(place + D, gz, once)
+                add_to(place + D + 1, gz * far, once)
+        g = tl.load(G + d, mask=d < D, other=0.0)
+        if MASK_GRAD:
+            seen = tl.load(MASKED + d, mask=d < D, other=0.0).to(tl.float64)
+            seen = tl.where(last, 0.0, seen) + number(step_bits) * g * pull
+            tl.debug_barrier()
+            tl.store(MASKED + d, seen.to(tl.float32), mask=d < D)
+        tl.debug_barrier()
+        tl.store(G + d, g - h + 2.0 * more, mask=d < D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def exact_backward_kernel(
+    FLAG, GRAD, V, U, RHO, BETA, WEIGHTS, OUT, MASKED, STRIP, PART, USED,
+    rows, count, inner, first, blocks, splits, share, steps, step_bits, beta_bits,
+    v_o, v_i, u_o, u_i, u_row, u_feature, rho_o, rho_i, b_o, b_i, b_k, w_o, w_i, w_k,
+    D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PROTOS: tl.constexpr,
+    HARD: tl.constexpr, MASK: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    MASK_GRAD: tl.constexpr, MEMORIES: tl.constexpr,
+):  # fmt: skip
+    """Program (problem, split): `share` blocks of rows of one problem. OUT takes g before the first
+    step, MASKED the gradient of the mask; PART [count, D + 2] the sums of the rest: of rho, of the
+    log-weights, and of gz |x - rho|^2.
+    """
+    pid = tl.program_id(0)
+    problem = first + pid // splits
+    X = STRIP + pid.to(tl.int64) * ((tl.cast(steps, tl.int64) + 2) * D + 2 * count)
+    G = X + tl.cast(steps, tl.int64) * D
+    FAR = G + 2 * D
+    PART += pid.to(tl.int64) * count * (D + 2)
+    rho = RHO + offset(problem, inner, rho_o, rho_i) * D
+    beta = BETA + offset(problem, inner, b_o, b_i)
+    weights = WEIGHTS + offset(problem, inner, w_o, w_i)
+    mask = U + offset(problem, inner, u_o, u_i)
+    given = V + offset(problem, inner, v_o, v_i) * D
+    used = 0
+    begin = (pid % splits) * share
+    for block in range(begin, tl.minimum(begin + share, blocks)):
+        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        if MEMORIES:
+            begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
+        used = tl.where(met > 0, 1, used)
+        for _ in range(0, met):
+            one = tl.max(left, 0)
+            left = tl.where(left == one, -1, left)
+            row = (problem.to(tl.int64) * rows + one) * D
+            load_row(X, given, one, D, DIM)
+            load_row(G, GRAD + row, 0, D, DIM)
+            for t in range(0, steps - 1):
+                here = X + tl.cast(t, tl.int64) * D
+                advance(
+                    here, here + D, FAR, mask, u_row, u_feature, one, step_bits,
+                    rho, beta, weights, count, beta_bits, b_k, w_k,
+                    D, DIM, PROTOS, HARD, MASK, HAS_BETA, HAS_WEIGHTS,
+                )  # fmt: skip
+            for back in range(0, steps):
+                here = X + tl.cast(steps - 1 - back, tl.int64) * D
+                step_back(
+                    here, G, G + D, FAR, FAR + count, PART, MASKED + row,
+                    mask, u_row, u_feature, one, back == 0, step_bits,
+                    rho, beta, weights, count, beta_bits, b_k, w_k,
+                    D, DIM, PROTOS, HARD, MASK, HAS_BETA, HAS_WEIGHTS, MASK_GRAD, MEMORIES,
+                )  # fmt: skip
+            tl.debug_barrier()
+            for d0 in range(0, D, DIM):
+                d = d0 + tl.arange(0, DIM)
+                g = tl.load(G + d, mask=d < D, other=0.0)
+                tl.store(OUT + row + d, g.to(tl.float32), mask=d < D)
+    tl.store(USED + pid, used)
+
+
+# ---- the energy ----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def exact_energy_backward_kernel(
+    FLAG, GRAD, V, RHO, BETA, WEIGHTS, OUT, STRIP, PART, USED,
+    rows, count, inner, first, blocks, splits, share, beta_bits,
+    v_o, v_i, rho_o, rho_i, b_o, b_i, b_k, w_o, w_i, w_k,
+    D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PROTOS: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """As `exact_backward_kernel` for the energy: PART takes sums of 2 q t, of q, and of
+    q (|x - rho|^2 - E) with q = p g.
+    """
+    pid = tl.program_id(0)
+    problem = first + pid // splits
+    X = STRIP + pid.to(tl.int64) * (D + count)
+    FAR = X + D
+    PART += pid.to(tl.int64) * count * (D + 2)
+    rho = RHO + offset(problem, inner, rho_o, rho_i) * D
+    beta = BETA + offset(problem, inner, b_o, b_i)
+    weights = WEIGHTS + offset(problem, inner, w_o, w_i)
+    given = V + offset(problem, inner, v_o, v_i) * D
+    sharp = sides(
+        beta, weights, tl.arange(0, 1), count, beta_bits, b_k, w_k, HAS_BETA, HAS_WEIGHTS
+    )[0]
+    used = 0
+    begin = (pid % splits) * share
+    for block in range(begin, tl.minimum(begin + share, blocks)):
+        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
+        used = tl.where(met > 0, 1, used)
+        for _ in range(0, met):
+            one = tl.max(left, 0)
+            left = tl.where(left == one, -1, left)
+            row = problem.to(tl.int64) * rows + one
+            upstream = tl.load(GRAD + row).to(tl.float64)
+            load_row(X, given, one, D, DIM)
+            top, total = peak(
+                X, rho, beta, weights, FAR, count, beta_bits, b_k, w_k,
+                D, DIM, PROTOS, False, HAS_BETA, HAS_WEIGHTS,
+            )  # fmt: skip
+            energy = -(top + tl.log(total)) / sharp
+            for d0 in range(0, D, DIM):
+                d = d0 + tl.arange(0, DIM)
+                pull = tl.zeros((DIM,), tl.float64)
+                for k0 in range(0, count, PROTOS):
+                    k = k0 + tl.arange(0, PROTOS)
+                    p, _sharps, far, alive = weights_of(
+                        FAR, beta, weights, k, count, top, total, beta_bits, b_k, w_k,
+                        False, HAS_BETA, HAS_WEIGHTS,
+                    )  # fmt: skip
+                    q = p * upstream
+                    moved = q[:, None] * gaps(X, rho, k, alive, d0, D, DIM)
+                    pull += tl.sum(moved, 0)
+                    place = PART + k.to(tl.int64) * (D + 2)
+                    inside = (k < count)[:, None] & (d < D)[None, :]
+                    add_to(place[:, None] + d[None, :], 2.0 * moved, inside)
+                    once = k < tl.where(d0 == 0, count, 0)
+                    add_to(place + D, q, once)
+                    add_to(place + D + 1, tl.where(q == 0.0, 0.0, q * (far - energy)), once)
+                tl.store(OUT + row * D + d, (-2.0 * pull).to(tl.float32), mask=d < D)
+    tl.store(USED + pid, used)
+
+
+# ---- the sums of the parts -----------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def exact_sums_kernel(PART, USED, SUMS, every, pieces, size, TILE: tl.constexpr):
+    """Add `every` parts of `size` numbers, those that are used, to one tile of SUMS [., size]."""
+    pid = tl.program_id(0)
+    own, i = (pid // pieces).to(tl.int64), (pid % pieces) * TILE + tl.arange(0, TILE)
+    inside = i < size
+    some = 0
+    for n0 in range(0, every, TILE):
+        n = n0 + tl.arange(0, TILE)
+        used = tl.load(USED + own * every + n, mask=n < every, other=0)
+        some = tl.maximum(some, tl.max(used, 0))
+    if some > 0:
+        total = tl.load(SUMS + own * size + i, mask=inside, other=0.0)
+        for n in range(0, every):
+            here = tl.where(tl.load(USED + own * every + n) > 0, size, 0)
+            part = PART + (own * every + n) * size + i
+            total += tl.load(part, mask=i < here, other=0.0)
+        tl.store(SUMS + own * size + i, total, mask=inside)
+
+
+class Sums:
+    """Where the gradients of the memories' side add up: [O, I, K, D + 2] float64, 1 where all
+    problems share the memories.
+    """
+
+    def __init__(self, a: Operands) -> None:
+        self.a = a
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": a.v.device}
+        self.total = torch.zeros((*a.lead, a.memories, a.features + 2), **wide)
+
+    def add(self, o: int, i: int, problems: int, splits: int, part: Tensor, used: Tensor) -> None:
+        """Parts of `problems` problems (o, i), (o, i + 1), ... One launch."""
+        total = self.total[o if self.a.lead[0] > 1 else 0]
+        alone = self.a.lead[1] > 1 or self.a.v.shape[1] == 1
+        total = total[i : i + problems] if alone else total
+        size = self.a.memories * (self.a.features + 2)
+        pieces = triton.cdiv(size, TILE)
+        launch.launch(
+            exact_sums_kernel, ((problems if alone else 1) * pieces,), part.device,
+            part, used, total, splits if alone else problems * splits, pieces, size,
+            TILE=TILE, num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+    def of_batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(of rho [..., K, D], sum [..., K], weighted sum [..., K]) over the memories' batch."""
+        batch, core = self.a.memory_batch, self.total.shape[2:]
+        if math.prod(self.a.lead) == math.prod(batch):
+            found = self.total.reshape(*batch, *core)
+        else:
+            found = self.total.reshape(*self.a.batch, *core).sum_to_size(*batch, *core)
+        return found[..., : self.a.features], found[..., -2], found[..., -1]
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def _parts(a: Operands, block: int, kept: int, memories: bool) -> tuple[int, int, int, int]:
+    """(blocks a problem, programs a problem, blocks of each, problems of a launch)."""
+    blocks = triton.cdiv(a.v.shape[2], block)
+    most = max(1, min(PROGRAMS, KEPT // kept))
+    if memories:
+        most = max(1, min(most, PARTS // (a.memories * (a.features + 2))))
+    splits = max(1, min(blocks, most // max(a.problems, 1)))
+    share = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, share) if blocks else 0
+    return blocks, splits, share, max(1, most // max(splits, 1))
+
+
+def _launches(a: Operands, splits: int, run: int) -> Iterator[tuple[int, int, int, int]]:
+    """(o, i, problems, the first problem) of each launch: problems of one outer index."""
+    outer, inner = a.v.shape[:2]
+    for o in range(outer if splits else 0):
+        for i in range(0, inner, run):
+            yield o, i, min(run, inner - i), o * inner + i
+
+
+def recursion_backward(
+    a: Operands,
+    grad: Tensor,
+    steps: int,
+    step: float,
+    flags: Tensor,
+    out: Tensor,
+    masked: Tensor | None,
+    memories: bool,
+) -> Sums | None:
+    """Write the gradients of the rows whose flag is set over `out` and `masked`; the sums of the
+    memories' side if they are asked for. `grad`, `out` and `masked` are dense.
+    """
+    tile, kept = a.tile(), (steps + 2) * a.features + 2 * a.memories
+    blocks, splits, share, run = _parts(a, tile["ROWS"], kept, memories)
+    run = min(run, a.v.shape[1])
+    strip = launch.empty((run * splits * kept,), torch.float64, a.v.device)
+    size = a.memories * (a.features + 2) if memories else 0
+    raw = launch.plain(out)
+    part = launch.empty((run * splits * size,), torch.float64, a.v.device)
+    used = launch.empty((run * splits,), torch.int32, a.v.device)
+    sums = Sums(a) if memories else None
+    for o, i, problems, first in _launches(a, splits, run):
+        launch.launch(
+            exact_backward_kernel, (problems * splits,), a.v.device,
+            flags, grad, a.v, a.mask, a.rho, a.beta, a.weights, raw,
+            raw if masked is None else masked, strip, part, used,
+            a.v.shape[2], a.memories, a.v.shape[1], first, blocks, splits, share, steps,
+            bits_of(step), a.beta_bits, *in_rows(a.v, a.features), *a.mask.stride(),
+            *a.memory_strides, **tile, **a.flags, MASK_GRAD=masked is not None,
+            MEMORIES=memories,
+        )  # fmt: skip
+        if sums is not None:
+            sums.add(o, i, problems, splits, part, used)
+    if raw is not out:
+        out.copy_(raw)
+    return sums
+
+
+def energy_backward(a: Operands, grad: Tensor, flags: Tensor, out: Tensor) -> Sums:
+    """As `recursion_backward` for the energy; `grad` has one number for each row."""
+    tile, kept = a.tile(), a.features + a.memories
+    blocks, splits, share, run = _parts(a, tile["ROWS"], kept, True)
+    run = min(run, a.v.shape[1])
+    strip = launch.empty((run * splits * kept,), torch.float64, a.v.device)
+    size = a.memories * (a.features + 2)
+    part = launch.empty((run * splits * size,), torch.float64, a.v.device)
+    used = launch.empty((run * splits,), torch.int32, a.v.device)
+    sums, known = Sums(a), {name: a.flags[name] for name in ("HAS_BETA", "HAS_WEIGHTS")}
+    for o, i, problems, first in _launches(a, splits, run):
+        launch.launch(
+            exact_energy_backward_kernel, (problems * splits,), a.v.device,
+            flags, grad, a.v, a.rho, a.beta, a.weights, out, strip, part, used,
+            a.v.shape[2], a.memories, a.v.shape[1], first, blocks, splits, share, a.beta_bits,
+            *in_rows(a.v, a.features), *a.memory_strides, **tile, **known,
+        )  # fmt: skip
+        sums.add(o, i, problems, splits, part, used)
+    return sums

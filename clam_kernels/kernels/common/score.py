@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of memories, and the inner products of rows with them, in one numeric recipe.
+
+One-letter tiles: x [ROWS, DIM] centred states, s [ROWS, PROTOS] base-2 logits, k and d the indices
+of memories and features. A table of memories (`am/memories.py`) is the tuple (RHO, SIDE) of
+pointers to one problem: centred rows of STRIDE floats, and SIDE [4, K] = scale, bias, lift, norm.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, PREC: tl.constexpr):
+    """Product a @ b summed in float32; "bf16" rounds the factors, other modes are triton's own."""
+    return dot_onto(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32), PREC)
+
+
+@triton.jit
+def dot_onto(a, b, c, PREC: tl.constexpr):
+    """Product a @ b summed onto c: with "ieee" a product in pieces has the bits of the whole."""
+    if PREC == "bf16":
+        c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), c)
+    else:
+        c = tl.dot(a, b, c, input_precision=PREC)
+    return c
+
+
+@triton.jit
+def load_rows(X, at, live, d0, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
+    """Features [d0, d0 + DIM) of rows `at` (int64) as float32; 0 beyond the edges."""
+    d = d0 + tl.arange(0, DIM)
+    where = X + at[:, None] * STRIDE + d[None, :]
+    return tl.load(where, mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_memories(
+    table, k0, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr
+):
+    """One tile of a table: (k, rho, scale, bias); memories past `count` have a bias of -inf."""
+    RHO, SIDE = table
+    k = k0 + tl.arange(0, PROTOS)
+    rho = load_rows(RHO, k.to(tl.int64), k < count, 0, D, STRIDE, DIM)
+    scale = tl.load(SIDE + k, mask=k < count, other=0.0)
+    bias = tl.load(SIDE + count + k, mask=k < count, other=float("-inf"))
+    return k, rho, scale, bias
+
+
+@triton.jit
+def load_sides(
+    table, k0, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr
+):
+    """As `load_memories` where a row is too wide to be held: RHO stands for the tile."""
+    RHO, SIDE = table
+    k = k0 + tl.arange(0, PROTOS)
+    scale = tl.load(SIDE + k, mask=k < count, other=0.0)
+    bias = tl.load(SIDE + count + k, mask=k < count, other=float("-inf"))
+    return k, RHO, scale, bias
+
+
+@triton.jit
+def held_inner(
+    held, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
+):
+    """Products x @ rho^T of rows in registers; held = (x, |x|^2 / 2)."""
+    return dot(held[0], tl.trans(tile[1]), PREC)
+
+
+@triton.jit
+def wide_inner(
+    held, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
+):
+    """Products x @ rho^T of centred rows in memory, DIM features at a time; held = ((X, at, live),
+    ...).
+    """
+    X, at, live = held[0]
+    k, RHO = tile[0], tile[1]
+    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
+    for d0 in range(0, D, DIM):
+        x = load_rows(X, at, live, d0, D, STRIDE, DIM)
+        rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
+        s = dot_onto(x, tl.trans(rho), s, PREC)
+    return s
+
+
+@triton.jit
+def given_inner(
+    held, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
+):
+    """As `wide_inner` for the caller's own rows; held = ((V, CENTRE, at, live), ...)."""
+    V, CENTRE, at, live = held[0]
+    k, RHO = tile[0], tile[1]
+    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
+    for d0 in range(0, D, DIM):
+        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
+        rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
+        s = dot_onto(x, tl.trans(rho), s, PREC)
+    return s
+
+
+@triton.jit
+def centred_rows(V, CENTRE, at, live, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """Features [d0, d0 + DIM) of the caller's rows, less the centre; 0 beyond the edges."""
+    return centred(load_rows(V, at, live, d0, D, D, DIM), CENTRE, live, d0, D, DIM)
+
+
+@triton.jit
+def centred(given, CENTRE, live, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """A tile of rows less the centre; 0 beyond the edges."""
+    d = d0 + tl.arange(0, DIM)
+    c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+    return tl.where(live[:, None], given - c[None, :], 0.0)
+
+
+@triton.jit
+def logits(inner, half, scale, bias, PER_MEMORY: tl.constexpr):
+    """Base-2 logits; |x|^2 is the same for all memories, and drops out, unless each has a beta.
+    "rows": what was scaled are the rows, each by a factor that stands in the place of `half`.
+    """
+    if PER_MEMORY == "rows":
+        s = inner * half[:, None] + bias[None, :]
+    else:
+        if PER_MEMORY:
+            inner = inner - half[:, None]
+        s = inner * scale[None, :] + bias[None, :]
+    return s

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-means on a GPU: the nearest centroid of every row, with float64's label in every precision, and
+sums of rows by label, the same bits at every call. Equations: docs/ops/kmeans.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import launch
+from ..common.halves import (
+    given_halves,
+    halves,
+    held_halves,
+    load_biases,
+    load_halves,
+    power,
+    unpower,
+)
+from ..common.operands import arrange, batch_of, in_rows
+from ..common.score import centred, load_rows
+from ..common.sweep import NUMBERS, offset, rows_of, sweep
+from .centroids import centroids as prepared
+from .nearest import grain_of, nearer, nearest, ranked, ranks_fold, ranks_init, slack, squared, unit
+
+# Rows of a label that one program adds, and those of them that it adds in float32.
+PIECE, TILE = 1024, 64
+# Rows of a program that looks for those left open.
+SETTLED = 128
+OTHER = tl.constexpr(1 << 32)
+
+
+# ---- assignment ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def scored(
+    X, table, ORIGIN, row, live, count, reach, unit, grain,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What scores say of rows: (label or -1, the runner-up, whether these two are too close,
+    whether more are, NaN where a row is not finite).
+    """
+    at = row.to(tl.int64)
+    given = load_rows(X, at, live, 0, D, D, DIM)
+    poison = tl.sum(given * 0.0, 1) + tl.where(reach == reach, 0.0, float("nan"))
+    x = centred(given, ORIGIN, live, 0, D, DIM)
+    norm, largest = tl.sum(x * x, 1), tl.max(tl.abs(x), 1)
+    if WIDE:
+        for d0 in range(DIM, D, DIM):
+            given = load_rows(X, at, live, d0, D, D, DIM)
+            poison += tl.sum(given * 0.0, 1)
+            part = centred(given, ORIGIN, live, d0, D, DIM)
+            norm += tl.sum(part * part, 1)
+            largest = tl.maximum(largest, tl.max(tl.abs(part), 1))
+    undo = unpower(largest) * unpower(reach)
+    if WIDE:
+        held = ((X, ORIGIN, at, live, power(largest)), undo)
+        state = sweep(
+            ranks_init(ROWS, PROTOS // 2), held, table, count, load_biases, given_halves,
+            ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
+        )  # fmt: skip
+    else:
+        held = (halves(x * power(largest)[:, None]), undo)
+        state = sweep(
+            ranks_init(ROWS, PROTOS // 2), held, table, count, load_halves, held_halves,
+            ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
+        )  # fmt: skip
+    best, label, second, runner, third = ranked(state, table[3], PROTOS)
+    width = slack(norm, reach, unit, grain, D)
+    regular = live & (poison + reach >= 0.0)  # NaN: the row is not finite; -1: nothing can win
+    # not "<=": what is not a number decides nothing
+    more = regular & ~(best - third > width)
+    pair = regular & ~more & ~(best - second > width)
+    return tl.where(regular, label, -1), runner, pair, more, poison
+
+
+@triton.jit
+def settled(X, C, NORM, row, label, runner, pair, more, count, D: tl.constexpr):
+    """Labels of rows that scores left open: two candidates are compared in float64, for all such
+    rows at once; of more candidates all are, row by row.
+    """
+    if tl.max(pair.to(tl.int32), 0) > 0:
+        label = tl.where(pair, nearer(X, C, row.to(tl.int64), label, runner, pair, D), label)
+    open_rows = tl.where(more, row, -1)
+    for _ in range(0, tl.sum(more.to(tl.int32), 0)):
+        one = tl.max(open_rows, 0)
+        found = nearest(X, C, NORM, one.to(tl.int64), count, D)
+        label = tl.where(row == one, found, label)
+        open_rows = tl.where(row == one, -1, open_rows)
+    return label
+
+
+@triton.jit
+def distance(X, C, at, label, poison, D: tl.constexpr, DIM: tl.constexpr):
+    """Squared distance to the winner; inf where there is none, NaN where a row is not finite."""
+    some = label >= 0
+    k = tl.where(some, label, 0).to(tl.int64)
+    sqdist = squared(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
+    return tl.where(some, sqdist, tl.where(poison == 0.0, float("inf"), float("nan")))
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def kmeans_assign_kernel(
+    X, C, HALVES, SIDE, ORIGIN, REACH, LABEL, SQDIST,
+    rows, count, inner, blocks, size, keep, unit, grain, x_o, x_i, c_o, c_i, m_o, m_i,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr, DISTANCES: tl.constexpr,
+):  # fmt: skip
+    """Nearest centroid of ROWS rows by their scores. A row that these leave open gets a label of
+    -2 - (label + 2^32 (runner-up + 1)), or -2 where more than two are in question, for
+    `settle_kernel`: float64 would take the registers of another block here.
+    """
+    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
+    m = offset(problem, inner, m_o, m_i)
+    X += offset(problem, inner, x_o, x_i) * D
+    live, at = row < rows, row.to(tl.int64)
+    table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
+    label, runner, pair, more, poison = scored(
+        X, table, ORIGIN + m * D, row, live, count, tl.load(REACH + m), unit, grain,
+        D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
+    )  # fmt: skip
+    p = problem.to(tl.int64) * rows + at
+    both = label.to(tl.int64) + (runner.to(tl.int64) + 1) * OTHER
+    code = tl.where(more, -2, tl.where(pair, -2 - both, label.to(tl.int64)))
+    tl.store(LABEL + p, code, mask=live)
+    if DISTANCES:
+        C += offset(problem, inner, c_o, c_i) * D
+        tl.store(SQDIST + p, distance(X, C, at, label, poison, D, DIM), mask=live)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def settle_kernel(
+    X, C, SIDE, LABEL, SQDIST,
+    rows, count, inner, blocks, size, x_o, x_i, c_o, c_i, m_o, m_i,
+    D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, DISTANCES: tl.constexpr,
+):  # fmt: skip
+    """Labels of those of ROWS rows that were left open."""
+    problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
+    X += offset(problem, inner, x_o, x_i) * D
+    C += offset(problem, inner, c_o, c_i) * D
+    NORM = SIDE + 2 * offset(problem, inner, m_o, m_i) * size + size
+    p = problem.to(tl.int64) * rows + row
+    code = tl.load(LABEL + p, mask=row < rows, other=0)
+    left = code < -1
+    if tl.max(left.to(tl.int32), 0) > 0:
+        both = tl.where(left, -2 - code, 0)
+        more = left & (both == 0)
+        runner = (both // OTHER).to(tl.int32) - 1
+        label = (both % OTHER).to(tl.int32)
+        label = settled(X, C, NORM, row, label, runner, left & ~more, more, count, D)
+        tl.store(LABEL + p, label.to(tl.int64), mask=left)
+        if DISTANCES:
+            far = distance(X, C, row.to(tl.int64), label, label * 0.0, D, DIM)
+            tl.store(SQDIST + p, far, mask=left)
+
+
+class Nearest(NamedTuple):
+    """What a kernel that assigns is launched with, but for the rows that a program takes."""
+
+    batch: tuple[int, ...]
+    views: list[Tensor]  # x, centroids, halves, side, origin, reach, what is apart
+    problems: tuple[int, int]
+    numbers: tuple[Any, ...]  # size, keep, unit, grain
+    strides: tuple[int, ...]
+    chosen: dict[str, Any]
+
+
+def arranged(
+    kernel: str,
+    x: Tensor,
+    centroids: Tensor,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    precision: str,
+    apart: list[tuple[Tensor, int]] | None = None,
+    strict: bool = False,
+) -> Nearest:
+    """Prepare the centroids and choose the tile; `apart` are operands of a kernel that keeps the
+    problems of a batch apart.
+    """
+    d, count = centroids.shape[-1], centroids.shape[-2]
+    tile = launch.settings(kernel, x.device, precision, d)
+    chosen: dict[str, Any] = {"DIM": launch.dim(d), **tile, "WIDE": "DIM" in tile}
+    chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
+    found = prepared(centroids, shift, mask, chosen["DIM"], strict)
+    operands = [(launch.rows(x), 2), (found.given, 2), (found.halves, 3), (found.side, 2)]
+    operands += [(found.origin, 1), (found.reach, 1), *(apart or [])]
+    batch = batch_of(operands)
+    one = _as_one_problem(batch, operands) if apart is None else None
+    views = one or arrange(batch, operands)
+    keep, grain = grain_of(triton.cdiv(count, chosen["PROTOS"]))
+    numbers = (found.size, keep, unit(chosen["PREC"], d), grain)
+    strides = (*in_rows(views[0], d), *in_rows(views[1], d), *views[5].stride()[:2])
+    chosen |= {"D": d, "STRIDE": found.halves.shape[-1]}
+    outer, inner = views[0].shape[:2]
+    return Nearest(batch, views, (outer, inner), numbers, strides, chosen)
+
+
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    distances: bool,
+    precision: str,
+    strict: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Labels, and squared distances or an empty tensor: two launches after those of `prepared`."""
+    a = arranged("kmeans_assign", x, centroids, shift, mask, precision, strict=strict)
+    (outer, inner), rows = a.problems, a.views[0].shape[2]
+    n = x.shape[-2]
+    labels = launch.empty((*a.batch, n), torch.int64, x.device)
+    sqdist = launch.empty((*a.batch, n if distances else 0), torch.float32, x.device)
+    blocks = triton.cdiv(rows, a.chosen["ROWS"])
+    count = centroids.shape[-2]
+    launch.launch(
+        kmeans_assign_kernel, (outer * inner * blocks,), x.device, *a.views, labels, sqdist,
+        rows, count, inner, blocks, *a.numbers, *a.strides, **a.chosen, DISTANCES=distances,
+    )  # fmt: skip
+    rows_of_x, given, _, side, *_ = a.views
+    blocks = triton.cdiv(rows, SETTLED)
+    launch.launch(
+        settle_kernel, (outer * inner * blocks,), x.device, rows_of_x, given, side, labels, sqdist,
+        rows, count, inner, blocks, a.numbers[0], *a.strides, D=x.shape[-1],
+        DIM=a.chosen["DIM"], ROWS=SETTLED, DISTANCES=distances, num_warps=4, num_stages=1,
+        maxnreg=255,
+    )  # fmt: skip
+    return labels, sqdist
+
+
+def _as_one_problem(
+    batch: tuple[int, ...], operands: list[tuple[Tensor, int]]
+) -> list[Tensor] | None:
+    """Without a batch of centroids all rows are one problem, where strides can say so."""
+    (x, _), *others = operands
+    if any(tensor.shape[: tensor.ndim - core].numel() != 1 for tensor, core in others):
+        return None
+    (flat,) = arrange((*batch, x.shape[-2]), [(x, 1)])
+    if flat.shape[0] != 1 or flat.stride(1) != x.shape[-1]:
+        return None
+    shared = [t.reshape(1, 1, *t.shape[t.ndim - core :]) for t, core in others]
+    return [flat[None], *shared]
+
+
+# ---- sums by label -------------------------------------------------------------------------------
+
+
+class Segments(NamedTuple):
+    """Rows of each label in order, cut into pieces; of every problem of the labels' batch."""
+
+    order: Tensor  # [*, N] int64: rows sorted by label, those without one last
+    starts: Tensor  # [*, k + 1] int64: where each label begins in `order`
+    before: Tensor  # [*, k + 1] int64: pieces of the labels before each
+    owner: Tensor  # [*, pieces] int64: label of each piece, k past the last
+
+
+def segments(labels: Tensor, k: int, piece: int) -> Segments:
+    """No size depends on what the labels are."""
+    (n,) = labels.shape[-1:]
+    batch, device = labels.shape[:-1], labels.device
+    # a radix sort takes a pass for each byte of its keys
+    narrow = torch.uint8 if k < 255 else torch.int16 if k < 32767 else torch.int32
+    keys = torch.where((labels >= 0) & (labels < k), labels, k).to(narrow).contiguous()
+    keys, order = torch.sort(keys, dim=-1, stable=True)
+
+    def each(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.arange(size, device=device, dtype=dtype).expand(*batch, size).contiguous()
+
+    starts = torch.searchsorted(keys, each(k + 1, narrow))
+    pieces = (starts.diff(dim=-1) + (piece - 1)).div(piece, rounding_mode="floor")
+    before = torch.nn.functional.pad(pieces.cumsum(-1), (1, 0))
+    most = n // piece + min(k, n)
+    owner = torch.searchsorted(before[..., 1:].contiguous(), each(most, torch.int64), right=True)
+    return Segments(order, starts, before, owner)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def pieces_kernel(
+    X, ORDER, STARTS, BEFORE, OWNER, WEIGHT, SHIFT, PART,
+    rows, k, pieces, inner, x_o, x_i, l_o, l_i, w_o, w_i, w_n, s_o, s_i,
+    D: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
+    WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """Sum of one piece, DIM features a program; with weights their sum stands after the last
+    feature. PART [problems, pieces, WEIGHTED + D] float64.
+    """
+    pid, d0 = tl.program_id(0), tl.program_id(1) * DIM
+    problem, piece = pid // pieces, pid % pieces
+    own = offset(problem, inner, l_o, l_i)
+    X += offset(problem, inner, x_o, x_i) * D
+    WEIGHT += offset(problem, inner, w_o, w_i)
+    SHIFT += offset(problem, inner, s_o, s_i)
+    ORDER += own * rows
+    STARTS += own * (k + 1)
+    label = tl.load(OWNER + own * pieces + piece)
+    if label < k:
+        begin = tl.load(STARTS + label)
+        begin += (piece - tl.load(BEFORE + own * (k + 1) + label)) * PIECE
+        size = tl.minimum(tl.load(STARTS + label + 1) - begin, PIECE).to(tl.int32)
+        d = d0 + tl.arange(0, DIM)
+        total, mass = tl.zeros((DIM,), tl.float64), tl.zeros((1,), tl.float64)
+        for n0 in range(0, size, TILE):
+            n = n0 + tl.arange(0, TILE)
+            live = n < size
+            at = tl.load(ORDER + begin + n, mask=live, other=0)
+            gap = load_rows(X, at, live, d0, D, D, DIM)
+            if SHIFTED:  # in two parts: of a shift in float64 the second is what float32 drops
+                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
+                low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
+                gap = tl.where(live[:, None], (gap - high) - low, 0.0)
+            if WEIGHTED:
+                w = tl.load(WEIGHT + at * w_n, mask=live, other=0.0)
+                if w.dtype != tl.float64:
+                    w = w.to(tl.float32)
+                gap = gap * w[:, None]
+                mass += tl.sum(w.to(tl.float64), 0)
+            total += tl.sum(gap, 0).to(tl.float64)
+        PART += pid.to(tl.int64) * (D + WEIGHTED)
+        tl.store(PART + d, total, mask=d < D)
+        if WEIGHTED:
+            end = D + tl.arange(0, 1)
+            tl.store(PART + end, mass, mask=(end + d0) == D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def sums_kernel(
+    BEFORE, PART, SUMS, COUNTS, k, pieces, inner, l_o, l_i,
+    D: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Sum of the pieces of one label, in their order."""
+    pid, d = tl.program_id(0), tl.program_id(1) * DIM + tl.arange(0, DIM)
+    problem, label = pid // k, pid % k
+    BEFORE += offset(problem, inner, l_o, l_i) * (k + 1) + label
+    begin = tl.load(BEFORE)
+    size = (tl.load(BEFORE + 1) - begin).to(tl.int32)
+    PART += (problem.to(tl.int64) * pieces + begin) * (D + WEIGHTED)
+    total = tl.zeros((DIM,), tl.float64)
+    for p0 in range(0, size, TILE):
+        p = p0 + tl.arange(0, TILE)
+        inside = (p < size)[:, None] & (d < D + WEIGHTED)[None, :]
+        at = PART + p.to(tl.int64)[:, None] * (D + WEIGHTED) + d[None, :]
+        total += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+    tl.store(SUMS + pid.to(tl.int64) * D + d, total, mask=d < D)
+    if WEIGHTED:
+        tl.store(COUNTS + pid + d * 0, total, mask=d == D)
+
+
+def kmeans_update(
+    x: Tensor, labels: Tensor, k: int, weight: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts: a sort of the labels, sums of pieces, sums of those."""
+    k, (n, d) = int(k), x.shape[-2:]
+    rows = launch.rows(x)
+    split = segments(labels, k, PIECE)
+    w = rows if weight is None else launch.plain(weight)
+    s = rows if shift is None else in_two(shift)
+    operands = [(rows, 2), *((part, 1) for part in split)]
+    operands += [(w, 2 if weight is None else 1), (s, 2)]
+    batch = batch_of(operands)
+    x_view, order, starts, before, owner, w, s = arrange(batch, operands)
+    outer, inner = x_view.shape[:2]
+    pieces, problems = owner.shape[-1], outer * inner
+    own = tuple(step // (k + 1) for step in starts.stride()[:2])
+    sums = launch.empty((*batch, k, d), torch.float64, x.device)
+    counted = torch.int64 if weight is None else torch.float64
+    counts = launch.empty((*batch, k), counted, x.device)
+    if weight is None:
+        counts.copy_(split.starts.diff(dim=-1))
+    part = launch.empty((problems * pieces, d + (weight is not None)), torch.float64, x.device)
+    options = {"D": d, "DIM": min(64, triton.next_power_of_2(d)), "WEIGHTED": weight is not None}
+    options |= {"num_warps": 4, "num_stages": 1}
+    launch.launch(
+        pieces_kernel, (problems * pieces, triton.cdiv(d, options["DIM"])), x.device,
+        x_view, order, starts, before, owner, w, s, part, n, k, pieces, inner,
+        *in_rows(x_view, d), *own, *w.stride()[:3], *s.stride()[:2],
+        **options, PIECE=PIECE, TILE=TILE, SHIFTED=shift is not None, maxnreg=255,
+    )  # fmt: skip
+    tiles = triton.cdiv(d + (weight is not None), options["DIM"])
+    launch.launch(
+        sums_kernel, (problems * k, tiles), x.device, before, part, sums, counts,
+        k, pieces, inner, *own, **options, TILE=32,
+    )  # fmt: skip
+    return sums, counts
+
+
+def in_two(shift: Tensor) -> Tensor:
+    """A shift [..., D] as [..., 2, D] float32: its value, and what that leaves of it."""
+    high = shift.float()
+    return torch.stack([high, (shift.double() - high.double()).float()], -2).contiguous()

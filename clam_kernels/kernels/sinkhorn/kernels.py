@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels of Sinkhorn scaling: steps of the rows and of the columns over logits that are loaded, or
+made anew from features tile by tile.
+
+Tiles x [HELD, SWEPT] are logits, the scores times the scale of their problem: a program holds some
+rows and sweeps columns, or the other way round. A vector of potentials is [2, size] float32, two
+parts of each: large ones cancel large logits, and their own rounding would be a common factor of a
+whole row or column. One of -inf: takes no part, whatever the logits hold.
+
+FORM: "scores" [N, K] in memory, rows `step` UNITs apart; "held" features, a side of which registers
+hold; "wide" features, read DIM at a time. Columns and the strides of scores are counted in UNITs,
+so that the compiler knows how addresses are aligned.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common.fold import finite, lse_init
+from ..common.score import dot, dot_onto, load_rows
+from ..common.sweep import NUMBERS, offset
+
+# A column's mass below this has lost digits: its logarithm is taken anew.
+LEAST = tl.constexpr(2.0**-100)
+# Bits of a word of flags.
+LIVE = tl.constexpr(1)
+NOT_FINITE = tl.constexpr(2)
+STUCK = tl.constexpr(4)
+# Words and partial sums read at once.
+PIECE = tl.constexpr(128)
+SPLITS = tl.constexpr(32)
+# Rows whose potentials are found together.
+TAIL = tl.constexpr(256)
+
+
+# ---- tiles ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def parts_of(P, at, size, known):
+    """Both parts of some potentials; -inf past the end."""
+    low = tl.load(P + size + at, mask=known, other=0.0)
+    return tl.load(P + at, mask=known, other=float("-inf")), low
+
+
+@triton.jit
+def put_parts(P, at, size, known, value):
+    """Store float64 values as potentials."""
+    high = value.to(tl.float32)
+    whole = high.to(tl.float64)
+    low = tl.where(whole * 0.0 == 0.0, value - whole, 0.0).to(tl.float32)
+    tl.store(P + at, high, mask=known)
+    tl.store(P + size + at, low, mask=known)
+
+
+@triton.jit
+def whole_of(P, at, size, known):
+    """Some potentials in float64."""
+    high, low = parts_of(P, at, size, known)
+    return high.to(tl.float64) + low.to(tl.float64)
+
+
+@triton.jit
+def side_of(MINE, at, known, D: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr):
+    """What a program holds of its own side."""
+    return load_rows(MINE, at, known, 0, D, D, DIM) if FORM == "held" else at
+
+
+@triton.jit
+def tile_of(
+    MINE, OTHER, mine, scale, step, at, known, w, live,
+    BY_ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
+    FORM: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Logits [HELD, SWEPT] of what is held (`at`, rows if BY_ROWS) and what is swept (`w`): the
+    scores times the scale.
+    """
+    if FORM == "scores":
+        far = tl.cast(step, tl.int64) * UNIT
+        where = at[:, None] * far + w[None, :] if BY_ROWS else at[:, None] + w[None, :] * far
+        x = tl.load(MINE + where, mask=known[:, None] & live[None, :], other=0.0).to(tl.float32)
+    elif FORM == "held":
+        x = dot(mine, tl.trans(load_rows(OTHER, w, live, 0, D, D, DIM)), PREC)
+    else:
+        x = tl.zeros((at.shape[0], w.shape[0]), tl.float32)
+        for d0 in range(0, D, DIM):
+            one = load_rows(MINE, at, known, d0, D, D, DIM)
+            x = dot_onto(one, tl.trans(load_rows(OTHER, w, live, d0, D, D, DIM)), x, PREC)
+    return x * scale
+
+
+@triton.jit
+def scale_of(SCALE, problem, HAS_SCALE: tl.constexpr):
+    """What multiplies the scores of a problem."""
+    return tl.load(SCALE + problem) if HAS_SCALE else tl.full((), 1.0, tl.float32)
+
+
+@triton.jit
+def begin_of(
+    X, C, problem, inner, x_o, x_i, c_o, c_i,
+    BY_ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """(held side, swept side) of a problem."""
+    if FORM == "scores":
+        X += offset(problem, inner, x_o, x_i) * UNIT
+        mine, other = X, X
+    else:
+        X += offset(problem, inner, x_o, x_i) * D
+        C += offset(problem, inner, c_o, c_i) * D
+        if BY_ROWS:
+            mine, other = X, C
+        else:
+            mine, other = C, X
+    return mine, other
+
+
+@triton.jit
+def swept(
+    MINE, OTHER, scale, P, step, at, known, begin, end, size,
+    BY_ROWS: tl.constexpr, STARTED: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+    UNIT: tl.constexpr, SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """(maximum, sum relative to it) of exp(logits + P) over [begin, end) of the other side, `size`
+    in all, whose potentials are 0 unless STARTED.
+    """
+    mine = side_of(MINE, at, known, D, DIM, FORM)
+    top, total = lse_init(at.shape[0])
+    for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
+        w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
+        live = w < end
+        x = tile_of(
+            MINE, OTHER, mine, scale, step, at, known, w, live, BY_ROWS, D, DIM, UNIT, FORM, PREC
+        )  # fmt: skip
+        if STARTED:
+            high, low = parts_of(P, w, size, live)
+            gone = high == float("-inf")
+            x = tl.where(gone[None, :], float("-inf"), (x + high[None, :]) + low[None, :])
+        else:
+            x = tl.where(live[None, :], x, float("-inf"))
+        best = tl.maximum(top, tl.max(x, 1))
+        safe = finite(best)
+        total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
+        top = best
+    return top, total
+
+
+@triton.jit
+def word_of(bits):
+    """All bits that any entry has."""
+    some = tl.max(bits & LIVE, 0) | tl.max(bits & NOT_FINITE, 0)
+    return some | tl.max(bits & STUCK, 0)
+
+
+@triton.jit
+def made_exact(top, total, log_mass, live):
+    """(potential of a row or column from its sum, its flags): what has no open entry drops out,
+    and what is not finite poisons all.
+    """
+    lost = live & ~(total < float("inf"))
+    stuck = live & (total == 0.0)
+    lse = finite(top).to(tl.float64) + tl.log(tl.where(total > 0.0, total, 1.0).to(tl.float64))
+    found = tl.where(live & ~stuck, log_mass - lse, float("-inf"))
+    lost = lost | (live & ~(log_mass < float("inf")))
+    bits = tl.where(live, LIVE, 0) | tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0)
+    return tl.where(lost, float("nan"), found), bits
+
+
+@triton.jit
+def log_row(LOG_ROW, p, row, rows, here, HAS_ROW: tl.constexpr):
+    """Logarithm of the masses of rows, float64."""
+    if HAS_ROW:
+        found = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
+    else:
+        found = tl.where(here, -tl.log(tl.cast(rows, tl.float64)), float("-inf"))
+    return found
+
+
+@triton.jit
+def heaviest_of(HEAVIEST, problem, rows, HAS_ROW: tl.constexpr):
+    """Logarithm of the largest mass of a row."""
+    if HAS_ROW:
+        heaviest = tl.load(HEAVIEST + problem)
+        heaviest = tl.where(heaviest == float("-inf"), 0.0, heaviest)
+    else:
+        heaviest = -tl.log(tl.cast(rows, tl.float64))
+    return heaviest
+
+
+# ---- one side after the other --------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rows_kernel(
+    X, C, SCALE, G, LOG_ROW, F, WORD,
+    rows, count, inner, blocks, step, x_o, x_i, c_o, c_i,
+    D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
+    SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ROW: tl.constexpr,
+):  # fmt: skip
+    """The step of HELD rows: F = log_row - logsumexp_j(logits + G); `count` is in UNITs."""
+    pid = tl.program_id(0)
+    problem = pid // blocks
+    p = problem.to(tl.int64)
+    at = ((pid % blocks) * HELD + tl.arange(0, HELD)).to(tl.int64)
+    known = at < rows
+    k = count * UNIT
+    mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
+    top, total = swept(
+        mine, other, scale_of(SCALE, problem, HAS_SCALE), G + 2 * p * k, step, at, known, 0, k, k,
+        True, True, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
+    )  # fmt: skip
+    log_mass = log_row(LOG_ROW, p, at, rows, known, HAS_ROW)
+    found, bits = made_exact(top, total, log_mass, log_mass != float("-inf"))
+    put_parts(F + 2 * p * rows, at, rows, known, found)
+    tl.store(WORD + pid, word_of(bits))
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def columns_kernel(
+    X, C, SCALE, F, TOP, SUM,
+    rows, count, inner, blocks, splits, share, step, x_o, x_i, c_o, c_i,
+    D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
+    SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SCALE: tl.constexpr, STARTED: tl.constexpr,
+):  # fmt: skip
+    """(maximum, sum) of exp(logits + F) down HELD columns, over one chunk of `share` rows."""
+    pid = tl.program_id(0)
+    block, split, problem = pid % blocks, (pid // blocks) % splits, pid // (blocks * splits)
+    p = problem.to(tl.int64)
+    at = (block * HELD + tl.arange(0, HELD)).to(tl.int64)
+    k = count * UNIT
+    known = at < k
+    begin, end = split * share, tl.minimum(split * share + share, rows)
+    mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, False, D, UNIT, FORM)
+    top, total = swept(
+        mine, other, scale_of(SCALE, problem, HAS_SCALE), F + 2 * p * rows,
+        step, at, known, begin, end, rows,
+        False, STARTED, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
+    )  # fmt: skip
+    slot = (p * splits + split) * k + at
+    tl.store(TOP + slot, top, mask=known)
+    tl.store(SUM + slot, total, mask=known)
+
+
+# ---- both sides in one read ----------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def pass_kernel(
+    X, SCALE, G, LOG_ROW, HEAVIEST, F, TOP, TOTAL, PART, WORD,
+    rows, count, inner, splits, share, step, x_o, x_i,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ROW: tl.constexpr,
+):  # fmt: skip
+    """The rows' step of a chunk, and what its columns then weigh: whole rows are on chip, so one
+    read and one exponential an entry give both. Masses are relative to exp(HEAVIEST), the largest
+    of a row: no weight is over 1.
+    """
+    pid = tl.program_id(0)
+    problem, part = pid // splits, pid % splits
+    p = problem.to(tl.int64)
+    k, kinds = tl.arange(0, COLUMNS), count * UNIT
+    known = k < kinds
+    high, low = parts_of(G + 2 * p * kinds, k, kinds, known)
+    gone = high == float("-inf")
+    X += offset(problem, inner, x_o, x_i) * UNIT
+    TOP += p * rows
+    TOTAL += p * rows
+    far = tl.cast(step, tl.int64) * UNIT
+    scale = scale_of(SCALE, problem, HAS_SCALE)
+    heaviest = heaviest_of(HEAVIEST, problem, rows, HAS_ROW)
+    mass = tl.zeros((COLUMNS,), tl.float32)
+    begin = part * share
+    end = tl.minimum(begin + share, rows)
+    for n0 in tl.range(begin, end, ROWS, num_stages=STAGES):
+        row = (n0 + tl.arange(0, ROWS)).to(tl.int64)
+        here = row < end
+        x = (
+            tl.load(
+                X + row[:, None] * far + k[None, :], mask=here[:, None] & known[None, :], other=0.0
+            ).to(tl.float32)
+            * scale
+        )
+        weight, live = tl.where(here, 1.0, 0.0), here
+        if HAS_ROW:
+            log_mass = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
+            weight = tl.exp((log_mass - heaviest).to(tl.float32))
+            live = log_mass != float("-inf")
+        out = gone[None, :] | ~live[:, None]
+        x = tl.where(out, float("-inf"), (x + high[None, :]) + low[None, :])
+        top = tl.max(x, 1)
+        x = tl.exp(x - finite(top)[:, None])
+        total = tl.sum(x, 1)
+        weight = tl.where(total == 0.0, 0.0, weight / tl.where(total == 0.0, 1.0, total))
+        mass += tl.sum(x * weight[:, None], 0)
+        tl.store(TOP + row, top, mask=here)
+        tl.store(TOTAL + row, total, mask=here)
+    tl.store(PART + pid.to(tl.int64) * kinds + k, mass, mask=known)
+    tl.debug_barrier()
+    # logarithms in float64 where a thread has a row of its own, not all threads the same few
+    bits = tl.zeros((TAIL,), tl.int32)
+    for n0 in range(begin, end, TAIL):
+        row = (n0 + tl.arange(0, TAIL)).to(tl.int64)
+        here = row < end
+        log_mass = log_row(LOG_ROW, p, row, rows, here, HAS_ROW)
+        top = tl.load(TOP + row, mask=here, other=0.0)
+        total = tl.load(TOTAL + row, mask=here, other=0.0)
+        found, more = made_exact(top, total, log_mass, log_mass != float("-inf"))
+        bits |= more
+        put_parts(F + 2 * p * rows, row, rows, here, found)
+    tl.store(WORD + pid, word_of(bits))
+
+
+# ---- what the columns make of it -----------------------------------------------------------------
+
+
+@triton.jit
+def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.constexpr):
+    """(maximum, sum) over the chunks, in their order; FUSED parts share a maximum of 0."""
+    top = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    if not FUSED:
+        for s0 in range(0, splits, SPLITS):
+            s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
+            inside = (s < splits)[:, None] & known[None, :]
+            here = tl.load(TOP + s[:, None] * count + at[None, :], mask=inside, other=float("-inf"))
+            top = tl.maximum(top, tl.max(here, 0))
+    safe = finite(top)
+    total = tl.zeros((COLUMNS,), tl.float64)
+    for s0 in range(0, splits, SPLITS):
+        s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
+        inside = (s < splits)[:, None] & known[None, :]
+        where = s[:, None] * count + at[None, :]
+        share = tl.load(SUM + where, mask=inside, other=0.0)
+        if not FUSED:
+            here = tl.load(TOP + where, mask=inside, other=float("-inf"))
+            share = share * tl.exp(here - safe[None, :])
+        total += tl.sum(share.to(tl.float64), 0)
+    return safe, total
+
+
+@triton.jit
+def log_column(LOG_COL, G, at, known, count, HAS_COL: tl.constexpr, COVERED: tl.constexpr):
+    """Logarithm of the masses of columns; of those that need not be COVERED, 0 unless they are
+    out.
+    """
+    if COVERED:
+        if HAS_COL:
+            log_b = tl.load(LOG_COL + at, mask=known, other=float("-inf"))
+        else:
+            log_b = tl.where(known, -tl.log(tl.cast(count, tl.float64)), float("-inf"))
+    else:
+        g, _ = parts_of(G, at, count, known)
+        log_b = tl.where(g == float("-inf"), float("-inf"), 0.0).to(tl.float64)
+    return log_b
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def merge_kernel(
+    TOP, SUM, G, LOG_COL, BIAS, HEAVIEST, FOUND, MASS, ERR, NEED, WORD, ROW_WORD,
+    rows, count, blocks, splits, strip, first,
+    COLUMNS: tl.constexpr, FUSED: tl.constexpr, USED: tl.constexpr, HAS_ROW: tl.constexpr,
+    HAS_COL: tl.constexpr, HAS_BIAS: tl.constexpr, COVERED: tl.constexpr,
+):  # fmt: skip
+    """The step of COLUMNS columns from the parts of the chunks and, if USED, their masses after the
+    rows' step at G with the L1 error of these. A BIAS is a part of the potentials, only that it is
+    fine is looked at here. Flags of the rows, `strip` words a problem, are
+    gathered beside; of earlier merges too unless it is the `first`.
+    """
+    pid = tl.program_id(0)
+    problem, block = pid // blocks, pid % blocks
+    p = problem.to(tl.int64)
+    at = (block * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    known = at < count
+    parts = p * splits * count
+    top, total = merged(TOP + parts, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
+    log_b = log_column(LOG_COL + p * count, G + 2 * p * count, at, known, count, HAS_COL, COVERED)
+    alive = log_b != float("-inf")
+    some = total > 0.0
+    lse = top.to(tl.float64) + tl.log(tl.where(some, total, 1.0))
+    lse = tl.where(total == 0.0, float("-inf"), tl.where(some, lse, float("nan")))
+    stuck = alive & (lse == float("-inf"))
+    lost = alive & ~((lse < float("inf")) & (log_b < float("inf")))
+    if USED:
+        g = whole_of(G + 2 * p * count, at, count, known)
+        mass = g + lse
+        if FUSED:  # the sums are masses already, and what they cannot say is left to the rescue
+            mass = lse + heaviest_of(HEAVIEST, problem, rows, HAS_ROW)
+            lse = mass - tl.where(g == float("-inf"), 0.0, g)
+            tl.store(NEED + p * count + at, (alive & (total < LEAST)).to(tl.int32), mask=known)
+        mass = tl.where(alive & (g != float("-inf")), mass, float("-inf"))
+        tl.store(MASS + p * count + at, mass, mask=known)
+        gap = tl.where(alive, tl.abs(tl.exp(mass) - tl.exp(log_b)), 0.0)
+        tl.store(ERR + pid, tl.sum(gap, 0))
+    if FUSED or not COVERED:
+        stuck = stuck & False
+    if HAS_BIAS:
+        bias = tl.load(BIAS + p * count + at, mask=known, other=0.0)
+        lost = lost | (alive & ~(bias < float("inf")))
+        stuck = stuck | (alive & (bias == float("-inf")))
+    found = tl.where(alive & (lse != float("-inf")), log_b - lse, float("-inf"))
+    put_parts(FOUND + 2 * p * count, at, count, known, found)
+    word = word_of(tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0))
+    share = tl.cdiv(strip, blocks)
+    for w0 in range(block * share, tl.minimum(block * share + share, strip), PIECE):
+        w = w0 + tl.arange(0, PIECE)
+        inside = (w < block * share + share) & (w < strip)
+        word |= word_of(tl.load(ROW_WORD + p * strip + w, mask=inside, other=0))
+    later = tl.zeros((1,), tl.int32) + first == 0
+    here = WORD + pid + tl.arange(0, 1)
+    tl.store(here, tl.load(here, mask=later, other=0) | word)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rescue_kernel(
+    X, SCALE, F, G, LOG_COL, NEED, FOUND, MASS, WORD,
+    rows, count, inner, blocks, step, x_o, x_i,
+    UNIT: tl.constexpr, COLUMNS: tl.constexpr, SWEPT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_COL: tl.constexpr, COVERED: tl.constexpr,
+):  # fmt: skip
+    """The step of those columns whose masses were too small for float32, from all logits. Where
+    there is none, which is the rule, a program ends at once.
+    """
+    pid = tl.program_id(0)
+    problem = pid // blocks
+    p = problem.to(tl.int64)
+    at = ((pid % blocks) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    k = count * UNIT
+    need = tl.load(NEED + p * k + at, mask=at < k, other=0) > 0
+    if tl.max(need.to(tl.int32), 0) > 0:
+        X += offset(problem, inner, x_o, x_i) * UNIT
+        top, total = swept(
+            X, X, scale_of(SCALE, problem, HAS_SCALE), F + 2 * p * rows,
+            step, at, need, 0, rows, rows,
+            False, True, 1, 16, UNIT, SWEPT, "scores", "ieee", 1,
+        )  # fmt: skip
+        log_b = log_column(LOG_COL + p * k, G + 2 * p * k, at, need, k, HAS_COL, COVERED)
+        found, bits = made_exact(top, total, log_b, need)
+        put_parts(FOUND + 2 * p * k, at, k, need, found)
+        g = whole_of(G + 2 * p * k, at, k, need)
+        lse = tl.where(found == float("-inf"), found, log_b - found)
+        tl.store(MASS + p * k + at, tl.where(g == float("-inf"), g, g + lse), mask=need)
+        word = word_of(bits) & NOT_FINITE
+        if COVERED:
+            word = word_of(bits) & (NOT_FINITE | STUCK)
+        tl.store(WORD + pid, tl.load(WORD + pid) | word)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def finish_kernel(
+    F, G, BIAS, ERR, WORD, OUT_F, OUT_G, OUT_ERR, STATUS,
+    rows, count, blocks, splits, strip,
+    SIZE: tl.constexpr, MASSES: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Results in float32, without the BIAS: NaN for problems that failed; of one without rows g is
+    0. MASSES: G are their logarithms in float64, and there is no error. `strip` words and `splits`
+    errors a problem.
+    """
+    pid = tl.program_id(0)
+    problem, block = pid // blocks, pid % blocks
+    p = problem.to(tl.int64)
+    bits = tl.zeros((PIECE,), tl.int32)
+    for w0 in range(0, strip, PIECE):
+        w = w0 + tl.arange(0, PIECE)
+        bits |= tl.load(WORD + p * strip + w, mask=w < strip, other=0)
+    word = word_of(bits)
+    empty = (word & LIVE) == 0
+    failed = ((word & (NOT_FINITE | STUCK)) != 0) & ~empty
+    at = (block * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+    inside = at < rows
+    f = whole_of(F + 2 * p * rows, at, rows, inside).to(tl.float32)
+    f = tl.where(failed, float("nan"), tl.where(empty, float("-inf"), f))
+    tl.store(OUT_F + p * rows + at, f, mask=inside)
+    inside = at < count
+    if MASSES:
+        g = tl.load(G + p * count + at, mask=inside, other=0.0)
+    else:
+        g = whole_of(G + 2 * p * count, at, count, inside)
+    if HAS_BIAS:
+        g = tl.where(g == float("-inf"), g, g - tl.load(BIAS + p * count + at, mask=inside))
+    g = tl.where(empty, float("-inf") if MASSES else 0.0, g.to(tl.float32))
+    tl.store(OUT_G + p * count + at, tl.where(failed, float("nan"), g), mask=inside)
+    if block == 0:
+        if not MASSES:
+            total = tl.zeros((PIECE,), tl.float64)
+            for e0 in range(0, splits, PIECE):
+                e = e0 + tl.arange(0, PIECE)
+                total += tl.load(ERR + p * splits + e, mask=e < splits, other=0.0)
+            err = tl.sum(total, 0).to(tl.float32)
+            err = tl.where(failed, float("nan"), tl.where(empty, 0.0, err))
+            tl.store(OUT_ERR + problem, err)
+        code = tl.where((word & NOT_FINITE) != 0, 2, tl.where((word & STUCK) != 0, 3, 0))
+        tl.store(STATUS + problem, tl.where(empty, 4, code).to(tl.int64))

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sinkhorn scaling on a GPU: a fixed number of steps without one look from the host. Equations:
+docs/ops/sinkhorn.md.
+
+Where registers hold a row of scores, a row step and the masses of its columns are one launch over
+one read; otherwise, and for features, each side is swept by itself. Backward is in
+`sinkhorn/backward.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common import launch
+from .entries import Entries, opened
+from .kernels import (
+    columns_kernel,
+    finish_kernel,
+    merge_kernel,
+    pass_kernel,
+    rescue_kernel,
+    rows_kernel,
+)
+from .potentials import pair, whole
+
+# Columns of a row that registers hold, entries of a tile of such rows and rows of one at most.
+MOST, TILE, MOST_ROWS = 4096, 8192, 256
+# Chunks of rows: functions of N and K alone, so that sums are in one order on every GPU.
+CHUNKS, LEAST_ROWS = 2048, 512 if launch.INTERPRETED else 16
+PROGRAMS, COLUMNS, SWEPT_ROWS = 2112, 128, 512 if launch.INTERPRETED else 64
+# Columns of a program that merges or rescues, and entries of one that finishes.
+MERGED, RESCUED_ROWS, FINISHED = 64, 64, 1024
+
+
+def sides(n_iter: int, prototype_first: bool, warm: bool) -> list[str]:
+    """The sides that are made exact, in order."""
+    if n_iter == 0:
+        return ["row"]
+    steps = (["column", "row"] if prototype_first else ["row", "column"]) * n_iter
+    return ["row", *steps] if prototype_first and warm else steps
+
+
+def pass_tile(device: torch.device, k: int, rows: int) -> dict[str, Any]:
+    """Tile and options of the pass over whole rows."""
+    name = f"{launch.arch_of(device)}/any/{launch.dim(k)}"
+    found = dict(launch.table()["sinkhorn_pass"][name])
+    return found | ({"ROWS": min(512, launch.dim(rows))} if launch.INTERPRETED else {})
+
+
+def wide(vector: Tensor | None, batch: Sequence[int]) -> Tensor | None:
+    """A vector of every problem [P, size], float64."""
+    if vector is None:
+        return None
+    size = vector.shape[-1]
+    whole = vector.to(torch.float64).expand(*batch, size)
+    return whole.reshape(torch.Size(batch).numel(), size).contiguous()
+
+
+def chunk_of(n: int, k: int) -> int:
+    """Rows of a program of the pass that holds whole rows: a multiple of its tile."""
+    rows = tile_rows(k)
+    return triton.cdiv(max(LEAST_ROWS, triton.cdiv(n, CHUNKS)), rows) * rows
+
+
+def tile_rows(k: int) -> int:
+    return min(MOST_ROWS, max(1, TILE // launch.dim(k)))
+
+
+def share_of(n: int, k: int) -> int:
+    """Rows of a program that holds columns: a multiple of SWEPT_ROWS."""
+    splits = max(1, PROGRAMS // triton.cdiv(k, COLUMNS))
+    return triton.cdiv(triton.cdiv(n, splits), SWEPT_ROWS) * SWEPT_ROWS
+
+
+class Solver:
+    """The steps of a batch of problems, of which all potentials are kept where there is a history,
+    else those under way. A bias of columns is a part of the potentials in here.
+    """
+
+    def __init__(
+        self,
+        entries: Entries,
+        log_row: Tensor | None = None,
+        log_col: Tensor | None = None,
+        bias: Tensor | None = None,
+        covered: bool = True,
+    ) -> None:
+        self.entries, self.covered = entries, covered
+        self.log_row, self.log_col, self.bias = log_row, log_col, bias
+        self.n, self.k = entries.shape
+        self.device, self.problems = entries.x.device, entries.problems
+        self.fused = entries.form == "scores" and self.k <= MOST
+        self.heaviest = log_row.amax(-1) if log_row is not None and self.fused else None
+        self.blocks = triton.cdiv(self.k, MERGED)
+        self.word = self.new(self.problems, self.blocks, dtype=torch.int32)
+        self.err = self.new(self.problems, self.blocks, dtype=torch.float64)
+        self.mass = self.new(self.problems, self.k, dtype=torch.float64)
+        self.merges, self.keeps = 0, False
+        self.need: Tensor | None = None
+        self.row_word: Tensor | None = None
+        self.parts: tuple[Tensor, Tensor, int] | None = None
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return launch.empty(shape, dtype, self.device)
+
+    def _launch(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        launch.launch(kernel, (self.problems * programs,), self.device, *args, **options)
+
+    # ---- steps ---------------------------------------------------------------------------------
+
+    def rows(self, g: Tensor, f: Tensor) -> None:
+        """Potential f from g; with it the masses of the columns where one launch gives both."""
+        if self.fused:
+            self._pass(g, f)
+        else:
+            self.row_word = self.exact_rows(g, f)
+            self.parts = None
+
+    def exact_rows(self, g: Tensor, f: Tensor) -> Tensor:
+        """The rows' step by itself; returns the words of its programs."""
+        e = self.entries
+        chosen = e.tile("rows")
+        blocks = triton.cdiv(self.n, chosen["HELD"])
+        word = self.new(self.problems, blocks, dtype=torch.int32)
+        step, *strides = e.strides
+        self._launch(
+            rows_kernel, blocks, e.x, e.c, e.scale_or(g), g,
+            g if self.log_row is None else self.log_row, f, word,
+            self.n, self.k // e.unit, e.inner, blocks, step, *strides,
+            **chosen, HAS_ROW=self.log_row is not None,
+        )  # fmt: skip
+        return word
+
+    def _pass(self, g: Tensor, f: Tensor) -> None:
+        e = self.entries
+        share = chunk_of(self.n, self.k)
+        splits = triton.cdiv(self.n, share)
+        part = self.new(self.problems, splits, self.k)
+        self.row_word = self.new(self.problems, splits, dtype=torch.int32)
+        chosen = pass_tile(self.device, self.k, min(share, self.n))
+        row = g if self.log_row is None else self.log_row
+        step, x_o, x_i, *_ = e.strides
+        top, total = (self.new(self.problems, self.n) for _ in range(2))
+        self._launch(
+            pass_kernel, splits, e.x, e.scale_or(g), g, row,
+            g if self.heaviest is None else self.heaviest, f,
+            top, total, part, self.row_word, self.n, self.k // e.unit, e.inner, splits, share,
+            step, x_o, x_i, UNIT=e.unit, COLUMNS=launch.dim(self.k),
+            HAS_SCALE=e.scale is not None, HAS_ROW=self.log_row is not None, **chosen,
+        )  # fmt: skip
+        self.parts = (part, part, splits)
+
+    def sweep_columns(self, f: Tensor | None) -> None:
+        """Parts of the columns' sums at f, 0 everywhere if there is none."""
+        e = self.entries
+        chosen = e.tile("columns")
+        blocks = triton.cdiv(self.k, chosen["HELD"])
+        share = share_of(self.n, self.k)
+        splits = triton.cdiv(self.n, share)
+        top, total = (self.new(self.problems, splits, self.k) for _ in range(2))
+        step, *strides = e.strides
+        self._launch(
+            columns_kernel, blocks * splits, e.x, e.c, e.scale_or(top), top if f is None else f,
+            top, total,
+            self.n, self.k // e.unit, e.inner, blocks, splits, share, step, *strides,
+            **chosen, STARTED=f is not None,
+        )  # fmt: skip
+        self.parts = (top, total, splits)
+
+    def merge(self, g: Tensor | None, f: Tensor | None, found: Tensor) -> None:
+        """The columns' step, and with g, that of the rows' step before, masses and their error."""
+        fused = self.fused and self.parts is not None and g is not None
+        if self.parts is None:
+            self.sweep_columns(f)
+        assert self.parts is not None
+        top, total, splits = self.parts
+        used = g if g is not None else found
+        need = self.new(self.problems, self.k if fused else 1, dtype=torch.int32)
+        word = self.row_word if self.row_word is not None else need
+        given = (
+            found if self.log_col is None else self.log_col,
+            found if self.bias is None else self.bias,
+            found if self.heaviest is None else self.heaviest,
+        )
+        self._launch(
+            merge_kernel, self.blocks, top, total, used, *given, found, self.mass, self.err, need,
+            self.word, word, self.n, self.k, self.blocks, splits,
+            0 if self.row_word is None else self.row_word.shape[1], int(self.merges == 0),
+            COLUMNS=MERGED, FUSED=fused, USED=g is not None, HAS_ROW=self.heaviest is not None,
+            HAS_COL=self.log_col is not None, HAS_BIAS=self.bias is not None,
+            COVERED=self.covered, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        self.merges += 1
+        self.need = need if fused else None
+        self.row_word = self.parts = None
+
+    def rescue(self, g: Tensor, f: Tensor, found: Tensor) -> None:
+        """Columns that the last merge could not tell from its masses."""
+        if self.need is None:
+            return
+        e = self.entries
+        step, x_o, x_i, *_ = e.strides
+        self._launch(
+            rescue_kernel, self.blocks, e.x, e.scale_or(g), f, g,
+            g if self.log_col is None else self.log_col,
+            self.need, found, self.mass, self.word, self.n, self.k // e.unit, e.inner, self.blocks,
+            step, x_o, x_i, UNIT=e.unit, COLUMNS=MERGED, SWEPT=RESCUED_ROWS,
+            HAS_SCALE=e.scale is not None, HAS_COL=self.log_col is not None, COVERED=self.covered,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+    # ---- all of them ---------------------------------------------------------------------------
+
+    def start(self, init: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """(f, g) to begin with; None where it is 0 and all take part."""
+        f, g = None, init
+        if self.bias is not None:
+            g = self.bias if g is None else self.biased(g)
+        if self.log_row is not None:
+            f = torch.where(self.log_row == -torch.inf, self.log_row, 0.0)
+        if self.log_col is not None:
+            g = torch.zeros_like(self.log_col) if g is None else g
+            g = torch.where(self.log_col == -torch.inf, self.log_col, g)
+        return None if f is None else pair(f), None if g is None else pair(g)
+
+    def biased(self, g: Tensor) -> Tensor:
+        return g if self.bias is None else torch.where(g == -torch.inf, g, g + self.bias)
+
+    def solve(
+        self, n_iter: int, init: Tensor | None, prototype_first: bool, history: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], list[str], Tensor]:
+        """(every f, every g, the half-steps, partial errors); of all but the last two without a
+        history what is overwritten.
+        """
+        self.keeps = history
+        # after an exact step of the columns no even mass falls below 1 / (N K)
+        sound = prototype_first and init is None and self.log_row is None and self.log_col is None
+        steps = sides(n_iter, prototype_first, init is not None)
+        f, g = self.start(init)
+        fs = self._buffers(f, steps.count("row"), self.n, history)
+        gs = self._buffers(g, steps.count("column"), self.k, history or steps[0] == "row")
+        at = {"row": 0, "column": 0}
+        for side in steps:
+            before = gs[at["column"]]
+            at[side] += 1
+            if side == "row":
+                self.rows(before, fs[at["row"]])
+            elif at["row"] == 0:
+                self.merge(None, f, gs[1])
+            else:
+                self.merge(before, fs[at["row"]], gs[at["column"]])
+                if not sound:
+                    self.rescue(before, fs[at["row"]], gs[at["column"]])
+        if steps[-1] == "column":
+            return fs, gs, steps, self._row_error(fs[-1], gs[-1])
+        spare = self.new(self.problems, 2, self.k)
+        self.merge(gs[-1], fs[-1], spare)
+        if len(steps) == 1:  # no step of the columns has looked at what is open
+            self.rescue(gs[-1], fs[-1], spare)
+        return fs, gs, steps, self.err
+
+    def _buffers(self, first: Tensor | None, count: int, size: int, filled: bool) -> list[Tensor]:
+        """The potential to begin with, zeros if it is not known but must be `filled`, and one for
+        each step; two in turn unless all are kept.
+        """
+        kinds = count if self.keeps else min(count, 2)
+        made = [self.new(self.problems, 2, size) for _ in range(kinds)]
+        if first is None and filled:
+            shape = self.problems, 2, size
+            first = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        return [self.mass if first is None else first, *(made[i % kinds] for i in range(count))]
+
+    def one_pass(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, logarithm of the masses of the columns) after the rows' step at g."""
+        f, found = (self.new(self.problems, 2, size) for size in (self.n, self.k))
+        self.rows(g, f)
+        self.merge(g, f, found)
+        self.rescue(g, f, found)
+        return f, self.mass
+
+    def _row_error(self, f: Tensor, g: Tensor) -> Tensor:
+        """L1 error of the rows after a columns' step."""
+        exact = self.new(self.problems, 2, self.n)
+        self.exact_rows(g, exact)
+        high = f[:, 0]  # of the f that is returned, which has lost digits where it is large
+        out = high == -torch.inf
+        mass = torch.where(out, 0.0, torch.expm1(high.double() - whole(exact)).abs())
+        weight = 1.0 / self.n if self.log_row is None else self.log_row.exp()
+        return (mass * weight).sum(-1, keepdim=True)
+
+    def finish(
+        self, f: Tensor, g: Tensor, err: Tensor | None, batch: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(f, g, err, status) as the op returns them."""
+        outs = (self.new(*batch, self.n), self.new(*batch, self.k), self.new(*batch))
+        status = self.new(*batch, dtype=torch.int64)
+        blocks = triton.cdiv(max(self.n, self.k), FINISHED)
+        self._launch(
+            finish_kernel, blocks, f, g, g if self.bias is None else self.bias,
+            f if err is None else err, self.word, *outs, status,
+            self.n, self.k, blocks, 0 if err is None else err.shape[1], self.blocks,
+            SIZE=FINISHED, MASSES=err is None, HAS_BIAS=self.bias is not None and err is not None,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return (*outs, status)
+
+
+# ---- the ops -------------------------------------------------------------------------------------
+
+
+def _solved(
+    matrices: Sequence[Tensor],
+    vectors: tuple[Tensor | None, ...],
+    n_iter: int,
+    prototype_first: bool,
+    scale: Tensor | None,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vectors` are bias, log_row, log_col and a start."""
+    entries, batch = opened(matrices, vectors, scale, mode)
+    bias, log_row, log_col, init = (wide(v, batch) for v in vectors)
+    if entries.shape[0] == 0 or entries.problems == 0:
+        return empty(entries, batch)
+    solver = Solver(entries, log_row, log_col, bias)
+    fs, gs, _, err = solver.solve(n_iter, init, prototype_first)
+    return solver.finish(fs[-1], gs[-1], err, batch)
+
+
+def empty(entries: Entries, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of no row or no problem."""
+    like: dict[str, Any] = {"dtype": torch.float32, "device": entries.x.device}
+    (n, k), batch = entries.shape, tuple(batch)
+    status = torch.full(batch, 4, dtype=torch.int64, device=entries.x.device)
+    return (
+        torch.zeros(*batch, n, **like), torch.zeros(*batch, k, **like),
+        torch.zeros(batch, **like), status,
+    )  # fmt: skip
+
+
+def _one_pass(
+    matrices: Sequence[Tensor], vectors: tuple[Tensor | None, ...], scale: Tensor | None, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`vectors` are bias, log_row and g."""
+    entries, batch = opened(matrices, vectors, scale, mode)
+    bias, log_row, g = (wide(v, batch) for v in vectors)
+    assert g is not None
+    if entries.shape[0] == 0 or entries.problems == 0:
+        f, log_mass, _, status = empty(entries, batch)
+        return f, log_mass.fill_(-torch.inf), status
+    solver = Solver(entries, log_row, None, bias, covered=False)
+    f, log_mass = solver.one_pass(pair(solver.biased(g)))
+    f, log_mass, _, status = solver.finish(f, log_mass, None, batch)
+    return f, log_mass, status
+
+
+def sinkhorn(
+    logits: Tensor,
+    n_iter: int,
+    log_row: Tensor | None,
+    log_col: Tensor | None,
+    init: Tensor | None,
+    prototype_first: bool,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f, g, err and status; two launches a half-step pair, one more that ends at once."""
+    vectors = (bias, log_row, log_col, init)
+    return _solved((logits,), vectors, n_iter, prototype_first, scale, precision)
+
+
+def sinkhorn_features(
+    z: Tensor,
+    prototypes: Tensor,
+    n_iter: int,
+    bias: Tensor | None,
+    log_row: Tensor | None,
+    log_col: Tensor | None,
+    init: Tensor | None,
+    prototype_first: bool,
+    scale: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `sinkhorn`, of logits that are made anew in every pass."""
+    vectors = (bias, log_row, log_col, init)
+    return _solved((z, prototypes), vectors, n_iter, prototype_first, scale, precision)
+
+
+def sinkhorn_pass(
+    logits: Tensor,
+    g: Tensor,
+    log_row: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f, the columns' log masses and status."""
+    return _one_pass((logits,), (bias, log_row, g), scale, precision)
+
+
+def sinkhorn_features_pass(
+    z: Tensor,
+    prototypes: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    log_row: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `sinkhorn_pass`, of logits that are made anew."""
+    return _one_pass((z, prototypes), (bias, log_row, g), scale, precision)
