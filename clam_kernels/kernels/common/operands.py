@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._core import checks
+from ..._core import checks
 
 
 def batch_of(operands: Sequence[tuple[Tensor, int]]) -> tuple[int, ...]:
