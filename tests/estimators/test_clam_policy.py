@@ -345,6 +345,36 @@ def test_partial_fit_is_as_good_as_mini_batch_k_means(size):
     np.testing.assert_array_equal(ours.cluster_centers_, again.cluster_centers_)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("order", ["ordered", "shuffled", "constant first", "constant, ordered"])
+def test_partial_fit_does_not_depend_on_the_order_of_the_rows(order, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(10, size=3000)
+    x = rng.normal(size=(10, 8))[labels] * 3 + rng.normal(size=(3000, 8)) * 0.7
+    batches = x[np.argsort(labels, kind="stable")] if "ordered" in order else x
+    if "constant" in order:
+        batches = np.concatenate([np.repeat(x[:1], 200, 0), batches])
+    ours = _stream(ClAM(10, random_state=seed), batches, 200)
+    theirs = _stream(MiniBatchKMeans(10, n_init=3, random_state=seed), batches, 200)
+    assert ours.score(x) > 1.2 * theirs.score(x)  # both are below 0
+    # theirs may be several times worse than the best
+    assert ours.score(x) > 1.2 * KMeans(10, n_init=5, random_state=seed).fit(x).score(x)
+    assert ours.n_clusters_used_ == 10
+
+
+def test_partial_fit_keeps_missing_entries_and_weights_of_ordered_rows():
+    x = np.repeat(np.eye(6) * 9, 300, 0) + np.random.default_rng(0).normal(size=(1800, 6))
+    gaps = np.where(np.random.default_rng(1).random(x.shape) < 0.1, np.nan, x)
+    gaps[:, 1] = np.where(np.isnan(gaps).all(1), x[:, 1], gaps[:, 1])
+    weight = np.tile([0.0, 2.0, 2.0], 600)
+    gaps[weight == 0] += 1000  # rows of weight 0 have no part
+    model = ClAM(6, random_state=0)
+    for start in range(0, len(x), 100):
+        part = slice(start, start + 100)
+        model.partial_fit(gaps[part], sample_weight=weight[part])
+    assert adjusted_rand_score(model.predict(x), np.repeat(np.arange(6), 300)) > 0.95
+
+
 def test_partial_fit_goes_on_from_a_fit_and_from_a_file(iris, tmp_path):
     x = _blobs(2000)
     model = ClAM(4, **QUICK).fit(x[:500])
