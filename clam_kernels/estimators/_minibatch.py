@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign, kmeans_update
-from ._lloyd import Rule, Run, inertia_of, nearest
+from ._lloyd import Rule, Run, inertia_of, nearest, pair_distances
 from ._rows import Rows, in_memory, normalised
 
 REASSIGN_EVERY, REASSIGN_RATIO, PATIENCE = 10, 0.01, 10
@@ -23,15 +23,16 @@ def minibatch(
     rows: Rows,
     weight: Tensor | None,
     seed: Callable[[Rows, Tensor | None], Tensor],
+    k: int,
     n_init: int,
     batch: int,
     rule: Rule,
     random: np.random.RandomState,
 ) -> Run:
-    """Fit by batches; the best of `n_init` starts on a sample goes on."""
+    """Fit K centres by batches; the best of `n_init` starts on a sample goes on."""
     n = len(rows)
     batch = min(batch, n)
-    centres = _best_start(rows, weight, seed, n_init, batch, random)
+    centres = _best_start(rows, weight, seed, k, n_init, batch, random)
     share = None if weight is None else (weight / weight.sum()).cpu().numpy()
     held = torch.zeros(len(centres), dtype=torch.float64, device=rows.device)
     steps, since, average, best, patience = rule.max_iter * n // batch, 0, 0.0, math.inf, 0
@@ -56,33 +57,61 @@ def minibatch(
         best, patience = (average, 0) if average < best else (best, patience + 1)
         if stop or patience >= PATIENCE:
             break
-    labels = torch.cat(
-        [nearest(block, centres, rows, rule.precision) for _, block in rows.blocks()]
-    )
+    centres, labels, moved = _filled(rows, weight, centres, rule)
     total = inertia_of(rows, weight, centres, labels)
-    return Run(centres, labels, total, math.ceil(step * batch / n))
+    return Run(centres, labels, total, math.ceil(step * batch / n), moved)
+
+
+def _filled(
+    rows: Rows, weight: Tensor | None, centres: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, int]:
+    """(centres, labels, how many centres jumped): those without rows jump to the rows that are
+    farthest from their own centres, until each has a row or no row is far.
+    """
+    jumps = 0
+    while True:
+        found = [nearest(block, centres, rows, rule.precision) for _, block in rows.blocks()]
+        labels = torch.cat(found)
+        counted = labels if weight is None else labels[weight > 0]
+        empty = (torch.bincount(counted, minlength=len(centres)) == 0).nonzero()[:, 0]
+        if not len(empty) or rule.empty == "keep":
+            return centres, labels, jumps
+        far = pair_distances(rows, centres, labels)
+        if weight is not None:
+            far = far.masked_fill(weight == 0, 0.0)
+        # stable: of equally far rows the first
+        order = torch.sort(far, descending=True, stable=True).indices[: len(empty)]
+        order = order[far[order] > 0]
+        if not len(order):
+            return centres, labels, jumps
+        centres = centres.index_copy(0, empty[: len(order)], rows.take(order))
+        jumps += len(order)
 
 
 def _best_start(
     rows: Rows,
     weight: Tensor | None,
     seed: Callable[[Rows, Tensor | None], Tensor],
+    k: int,
     n_init: int,
     batch: int,
     random: np.random.RandomState,
 ) -> Tensor:
-    """Of some starts the one with the least inertia on a sample."""
+    """Of some starts the one with the least inertia on a sample of the rows that count."""
+    counting = None if weight is None else (weight > 0).nonzero()[:, 0].cpu()
+    count = len(rows) if counting is None else len(counting)
+    size = min(count, 3 * max(batch, k))
 
-    def drawn(least: int) -> tuple[Rows, Tensor | None]:
-        size = min(len(rows), max(3 * batch, least))
-        index = torch.from_numpy(np.sort(random.choice(len(rows), size, replace=False)))
+    def drawn() -> tuple[Rows, Tensor | None]:
+        index = torch.from_numpy(np.sort(random.choice(count, size, replace=False)))
+        index = index if counting is None else counting[index]
         few = in_memory(rows.take(index))
         return few, None if weight is None else weight[index.to(weight.device)]
 
-    sample, own = drawn(0)
+    sample, own = drawn()
     best: tuple[float, Tensor] | None = None
     for _ in range(n_init):
-        first = seed(*drawn(0))
+        first = seed(*drawn())
         labels = kmeans_assign(sample.source, first, distances=False)[0]
         inertia = inertia_of(sample, own, first, labels)
         if best is None or inertia < best[0]:

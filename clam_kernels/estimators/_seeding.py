@@ -124,6 +124,12 @@ def _reduced(
 
 def random_rows(rows: Rows, weight: Tensor | None, k: int, random: np.random.RandomState) -> Tensor:
     """K different rows, drawn by weight."""
+    count = len(rows) if weight is None else int((weight > 0).sum())
+    if count < k:
+        raise ValueError(
+            f"n_clusters: expected at most {count}, the number of rows that count (with a weight"
+            f" above 0), got {k}"
+        )
     index = random.choice(len(rows), size=k, replace=False, p=_shares(rows, weight))
     return rows.take(torch.from_numpy(np.asarray(index)))
 

@@ -91,7 +91,8 @@ class KMeans(
         counts for nothing.
     empty : "relocate", "split" or "keep", default "relocate"
         What a cluster without rows gets: "relocate" the row that is farthest from its own centre,
-        "split" one of two centres beside that of a large cluster, "keep" nothing.
+        "split" one of two centres beside that of a large cluster, "keep" nothing. Minibatch
+        relocates at its end, for "split" too.
     batch_size : int, default 1024
         Rows of a step of minibatch.
     precision : "highest", "high", "medium" or None, default None
@@ -281,7 +282,8 @@ class KMeans(
             def seed(some: Rows, own: Tensor | None) -> Tensor:
                 return self._start(X, some, own, random)
 
-            return minibatch(rows, weight, seed, self._n_init, self.batch_size, rule, random)
+            k, count = self.n_clusters, self._n_init
+            return minibatch(rows, weight, seed, k, count, self.batch_size, rule, random)
         starts = []
         for _ in range(self._n_init):
             starts.append(self._start(X, rows, weight, random))

@@ -218,6 +218,45 @@ def test_a_huge_start_takes_the_parallel_one(monkeypatch):
 # ---- algorithms and metrics ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+@pytest.mark.parametrize(("n", "k", "batch"), [(1000, 50, 8), (300, 200, 16), (50, 50, 10)])
+def test_minibatch_gives_all_clusters_where_k_is_above_three_batches(init, n, k, batch):
+    x = np.random.default_rng(0).normal(size=(n, 4))
+    given = {"algorithm": "minibatch", "batch_size": batch, "init": init, "random_state": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        model = KMeans(k, **given).fit(x)
+    assert len(np.unique(model.labels_)) == k
+    np.testing.assert_array_equal(model.predict(x), model.labels_)
+
+
+def test_minibatch_relocates_clusters_without_rows_unless_they_are_kept():
+    x = np.random.default_rng(0).normal(size=(60, 4))
+    given = {"algorithm": "minibatch", "batch_size": 10, "random_state": 0}
+    assert KMeans(50, **given).fit(x).n_relocated_ > 0
+    with pytest.warns(ConvergenceWarning, match="empty='keep'"):
+        assert KMeans(50, empty="keep", **given).fit(x).n_relocated_ == 0
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+def test_minibatch_draws_its_start_from_rows_with_a_weight(init):
+    x = np.random.default_rng(0).normal(size=(5000, 3))
+    weight = np.zeros(5000)
+    weight[::100] = 1
+    given = {"algorithm": "minibatch", "batch_size": 4, "init": init, "random_state": 0}
+    model = KMeans(20, **given).fit(x, sample_weight=weight)
+    assert len(np.unique(model.labels_[::100])) == 20
+
+
+@pytest.mark.parametrize("algorithm", ["lloyd", "minibatch"])
+def test_random_rows_need_as_many_weights_as_clusters(algorithm):
+    x, weight = np.random.default_rng(0).normal(size=(50, 3)), np.zeros(50)
+    weight[:4] = 1
+    model = KMeans(5, init="random", algorithm=algorithm)
+    with pytest.raises(ValueError, match="n_clusters: expected at most 4, the number of rows that"):
+        model.fit(x, sample_weight=weight)
+
+
 def test_minibatch():
     x = _data("digits")
     full = KMeans(10, n_init=3, random_state=0).fit(x)
