@@ -9,6 +9,7 @@ ends of the float range are made block by block.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ BLOCK_ENTRIES = 1 << 22
 TILE_ENTRIES = 1 << 18
 # Squares of values between these need no scaling: (least, most) exponent.
 SAFE = {torch.float32: (-40, 40), torch.float64: (-400, 400)}
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def _no_features() -> Tensor:
@@ -94,7 +97,7 @@ class Rows:
         if sparse.issparse(part):
             part = part.toarray()
         if not isinstance(part, Tensor):
-            part = torch.from_numpy(np.array(part, order="C"))
+            part = torch.from_numpy(np.array(part, dtype=_NUMPY[self.dtype], order="C"))
         x = part.to(self.device, self.dtype)
         x = in_scale(x, self.exponent)
         return normalised(x) if self.unit_norm else x
@@ -182,8 +185,10 @@ def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
         dtype = source.dtype
     else:
         source = _read_array(estimator, x, reset)
-        dtype = torch.float32 if source.dtype == np.float32 else torch.float64
-        if not sparse.issparse(source) and source.flags.writeable:
+        found = _float_dtype(source)
+        dtype = torch.float32 if found == np.float32 else torch.float64
+        dense = not sparse.issparse(source) and source.flags.c_contiguous
+        if dense and source.flags.writeable and source.dtype == found:
             source = torch.from_numpy(source)
     device = choose_device(estimator.device, origin if is_tensor else None)
     if isinstance(source, Tensor) and device.type == "cuda":
@@ -209,7 +214,9 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
 def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
     if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
         raise ValueError("X: expected an array without masked entries, got a masked array")
-    narrow = str(getattr(x, "dtype", "")) in NARROW
+    if _is_mapped(x) and x.ndim == 2 and x.size and x.dtype.kind in "biuf":
+        return np.asarray(validate_data(estimator, x, reset=reset, skip_check_array=True))
+    narrow = _float_dtype(x) == np.float32
     try:
         return validate_data(
             estimator,
@@ -226,6 +233,22 @@ def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
         if column is None:
             raise
         raise ValueError(f"X: expected numbers in column {column!r}: {error}") from None
+
+
+def _float_dtype(x: Any) -> Any:
+    """The dtype that the values of an array are computed in, whatever their order of bytes."""
+    dtype = getattr(x, "dtype", None)
+    name = dtype.newbyteorder("=").name if isinstance(dtype, np.dtype) else str(dtype)
+    return np.float32 if name in (*NARROW, "float32") else np.float64
+
+
+def _is_mapped(x: Any) -> bool:
+    """Whether an array lies in a file: such an array is converted block by block, never whole."""
+    while isinstance(x, np.ndarray):
+        if isinstance(x, np.memmap):
+            return True
+        x = x.base
+    return isinstance(x, mmap.mmap)
 
 
 def _text_column(x: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _memory import most_bytes
 from scipy import sparse
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
@@ -17,7 +18,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM, metrics
-from clam_kernels.estimators import _points, _selection
+from clam_kernels.estimators import _frame, _points, _rows, _selection
 
 QUICK = {"n_init": 4, "max_iter": 6, "random_state": 0}
 
@@ -278,6 +279,20 @@ def test_a_memory_map_is_not_read_whole(tmp_path: Path):
     np.testing.assert_allclose(model.cluster_centers_, plain.cluster_centers_, atol=1e-5)
     with pytest.raises(TypeError, match=r"[Ss]parse"):
         ClAM(4).fit(sparse.csr_array(x))
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<i4", ">f4"])
+def test_a_memory_map_of_any_dtype_is_read_block_by_block(dtype, tmp_path, monkeypatch):
+    x = np.floor(_blobs(20_000).repeat(16, 1) * 20)
+    np.save(tmp_path / "x.npy", np.asfortranarray(x.astype(dtype)))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    monkeypatch.setattr(_rows, "BLOCK_ENTRIES", 1 << 15)
+    monkeypatch.setattr(_frame, "CHUNK_ENTRIES", 1 << 15)
+    model = ClAM(4, search_rows=200, n_init=2, max_iter=2, random_state=0)
+    most = most_bytes(lambda: model.fit(mapped))
+    assert most < 0.6 * mapped.size * model.cluster_centers_.itemsize
+    plain = ClAM(4, search_rows=200, n_init=2, max_iter=2, random_state=0).fit(x)
+    np.testing.assert_array_equal(model.labels_, plain.labels_)
 
 
 # ---- callbacks -----------------------------------------------------------------------------------
