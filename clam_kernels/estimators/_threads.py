@@ -9,15 +9,18 @@ waits for threads that are not there. Small work therefore starts none.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Multiply-adds of one product below which more threads gain nothing: about 1 ms of one core.
 SMALL_PRODUCT = 1 << 26
-# Entries of a table below which one pass over it needs one thread.
-SMALL_PASS = 1 << 22
 
 _lock = threading.Lock()
 
@@ -47,13 +50,13 @@ def _set_own(number: int) -> None:
 
 
 @contextlib.contextmanager
-def threads_for(product: int, *, small: int = SMALL_PRODUCT) -> Iterator[None]:
+def threads_for(product: int) -> Iterator[None]:
     """Run the block on one thread if its products are small.
 
     Only the calling thread changes its number of threads, and it has its own again afterwards.
     """
     before = torch.get_num_threads()
-    if product >= small or before == 1:
+    if product >= SMALL_PRODUCT or before == 1:
         yield
         return
     try:
@@ -61,3 +64,25 @@ def threads_for(product: int, *, small: int = SMALL_PRODUCT) -> Iterator[None]:
         yield
     finally:
         _set_own(before)
+
+
+def small_on_one_thread(method: F) -> F:
+    """A method of an estimator that runs on one thread from its first line to its last where its
+    work on X, which `estimator._work(rows, features)` says, is small.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: Any, X: Any, *args: Any, **kwargs: Any) -> Any:
+        with threads_for(_work(self, X)):
+            return method(self, X, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _work(estimator: Any, X: Any) -> int:
+    """Multiply-adds; of what is no matrix, which the method refuses, as for a large one."""
+    try:
+        rows, features = X.shape if hasattr(X, "shape") else np.shape(X)
+        return int(estimator._work(rows, features))
+    except (TypeError, ValueError):
+        return SMALL_PRODUCT

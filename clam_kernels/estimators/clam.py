@@ -27,9 +27,9 @@ from ._progress import Progress
 from ._recall import COMPLETION, Recall, total
 from ._rows import Rows, read_rows, read_weight
 from ._search import RECIPES, Found, resolved, search
-from ._selection import COLUMNS, ROLES
+from ._selection import COLUMNS, ROLES, SILHOUETTE_ROWS
 from ._start import gap_of
-from ._threads import threads_for
+from ._threads import small_on_one_thread, threads_for
 from ._whole import sampled, through_all
 
 
@@ -256,7 +256,12 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
 
     # ---- fitting -------------------------------------------------------------------------------
 
+    def _work(self, rows: int, features: int) -> int:
+        """Multiply-adds of the largest product of a fit, which may be that of the silhouettes."""
+        return rows * features * max(int(self.n_clusters), min(rows, SILHOUETTE_ROWS))
+
     @keeps_state_on_failure
+    @small_on_one_thread
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> ClAM:
         """Find the memories of X [N, D].
 
@@ -303,6 +308,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         return self
 
     @keeps_state_on_failure
+    @small_on_one_thread
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> ClAM:
         """Train the memories on one more batch X [N, D].
 

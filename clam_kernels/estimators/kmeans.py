@@ -31,7 +31,7 @@ from ._lloyd import Rule, Run, inertia_of, lloyd, nearest, same_clustering
 from ._minibatch import minibatch
 from ._rows import Rows, in_scale, normalised, read_rows, read_weight
 from ._seeding import start
-from ._threads import threads_for
+from ._threads import small_on_one_thread, threads_for
 
 STARTS = {"k-means++", "k-means||", "random"}
 # Starts beyond these have no squared distances in float64.
@@ -202,7 +202,12 @@ class KMeans(
 
     # ---- fitting -------------------------------------------------------------------------------
 
+    def _work(self, rows: int, features: int) -> int:
+        """Multiply-adds of one pass."""
+        return rows * features * int(self.n_clusters)
+
     @keeps_state_on_failure
+    @small_on_one_thread
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
         """Find the centres of X [N, D].
 
@@ -386,6 +391,7 @@ class KMeans(
             parts = [nearest(x, centres, rows, self.precision) for _, x in rows.blocks()]
             return torch.cat(parts)
 
+    @small_on_one_thread
     def predict(self, X: Any) -> Any:
         """Label of each row: the index of the nearest centre.
 
@@ -415,6 +421,7 @@ class KMeans(
         """
         return self.fit(X, sample_weight=sample_weight).labels_
 
+    @small_on_one_thread
     def transform(self, X: Any) -> Any:
         """Distance of each row to each centre.
 
@@ -450,6 +457,7 @@ class KMeans(
         """
         return self.fit(X, sample_weight=sample_weight).transform(X)
 
+    @small_on_one_thread
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the weighted sum of squared distances to the nearest centre.
 
