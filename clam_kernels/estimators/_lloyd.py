@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign, kmeans_step, kmeans_update
+from . import _sparse
 from ._rows import Rows, normalised
 
 # Labels of all starts under way that are held at once; rows x centres below which a processor takes
@@ -143,12 +144,7 @@ class _Fit:
 
     def _assign(self, centres: Tensor) -> Tensor:
         """Labels [A, N]."""
-        if self.rows.whole:
-            return nearest(self.rows.source, centres, self.rows, self.rule.precision)
-        labels = torch.empty(len(centres), len(self.rows), dtype=torch.int64, device=centres.device)
-        for part, block in self.rows.blocks():
-            labels[:, part] = nearest(block, centres, self.rows, self.rule.precision)
-        return labels
+        return labels_of(self.rows, centres, self.rule.precision)
 
     def _sums(self, labels: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sums [A, K, D] and weights [A, K] of the rows of each label.
@@ -178,6 +174,10 @@ class _Fit:
         count, k, d = self.centres.shape
         wide: dict[str, Any] = {"dtype": torch.float64, "device": self.centres.device}
         sums, held = torch.zeros(count, k, d, **wide), torch.zeros(count, k, **wide)
+        if self.rows.is_sparse:
+            for a, own in enumerate(labels):
+                sums[a], held[a] = _sparse.sums(self.rows, own, k, self.weight)
+            return sums, held
         for part, block in self.rows.blocks():
             own = None if self.weight is None else self.weight[part]
             more, rows = kmeans_update(block, labels[:, part], k, weight=own, shift=shift)
@@ -286,6 +286,19 @@ class _Fit:
         self.rule.tell(f"Converged at iteration {iteration - 1}: {why}.")
 
 
+def labels_of(rows: Rows, centres: Tensor, precision: str | None) -> Tensor:
+    """Labels [A, N] of all rows for centres [A, K, D]."""
+    if rows.is_sparse:
+        return torch.stack([_sparse.assign(rows, one, precision)[0] for one in centres])
+    if rows.whole:
+        return nearest(rows.source, centres, rows, precision)
+    size = len(centres), len(rows)
+    labels = torch.empty(size, dtype=torch.int64, device=centres.device)
+    for part, block in rows.blocks():
+        labels[:, part] = nearest(block, centres, rows, precision)
+    return labels
+
+
 def nearest(block: Tensor, centres: Tensor, rows: Rows, precision: str | None) -> Tensor:
     """Labels of a block; a row of zeros has no direction and label 0."""
     labels, _ = kmeans_assign(block, centres, distances=False, precision=precision)
@@ -296,6 +309,8 @@ def nearest(block: Tensor, centres: Tensor, rows: Rows, precision: str | None) -
 
 def pair_distances(rows: Rows, centres: Tensor, labels: Tensor) -> Tensor:
     """|x_n - c_label|^2 [N] as float64, from differences in the rows' dtype."""
+    if rows.is_sparse:
+        return _sparse.pair_distances(rows, centres, labels)
     out = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     for part, block in rows.blocks():
         step = max(1, CHUNK_ENTRIES // rows.features)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign, kmeans_update
-from ._lloyd import Rule, Run, inertia_of, nearest, pair_distances
-from ._rows import Rows, in_memory, normalised
+from . import _sparse
+from ._lloyd import Rule, Run, inertia_of, labels_of, pair_distances
+from ._rows import Rows, normalised
 
 REASSIGN_EVERY, REASSIGN_RATIO, PATIENCE = 10, 0.01, 10
 
@@ -39,7 +40,7 @@ def minibatch(
     step = 0
     for step in range(1, steps + 1):
         index = random.choice(n, batch, replace=True, p=share)
-        x = rows.take(torch.from_numpy(np.asarray(index)))
+        x = rows.part(torch.from_numpy(np.asarray(index)))
         before = centres
         centres, inertia = _step(x, centres, held, rows, rule)
         if rule.tell:
@@ -70,8 +71,7 @@ def _filled(
     """
     jumps = 0
     while True:
-        found = [nearest(block, centres, rows, rule.precision) for _, block in rows.blocks()]
-        labels = torch.cat(found)
+        labels = labels_of(rows, centres[None], rule.precision)[0]
         counted = labels if weight is None else labels[weight > 0]
         empty = (torch.bincount(counted, minlength=len(centres)) == 0).nonzero()[:, 0]
         if not len(empty) or rule.empty == "keep":
@@ -105,14 +105,14 @@ def _best_start(
     def drawn() -> tuple[Rows, Tensor | None]:
         index = torch.from_numpy(np.sort(random.choice(count, size, replace=False)))
         index = index if counting is None else counting[index]
-        few = in_memory(rows.take(index))
+        few = rows.part(index)
         return few, None if weight is None else weight[index.to(weight.device)]
 
     sample, own = drawn()
     best: tuple[float, Tensor] | None = None
     for _ in range(n_init):
         first = seed(*drawn())
-        labels = kmeans_assign(sample.source, first, distances=False)[0]
+        labels = labels_of(sample, first[None], None)[0]
         inertia = inertia_of(sample, own, first, labels)
         if best is None or inertia < best[0]:
             best = inertia, first
@@ -120,10 +120,14 @@ def _best_start(
     return best[1].clone()
 
 
-def _step(x: Tensor, centres: Tensor, held: Tensor, rows: Rows, rule: Rule) -> tuple[Tensor, float]:
+def _step(x: Rows, centres: Tensor, held: Tensor, rows: Rows, rule: Rule) -> tuple[Tensor, float]:
     """Move the centres towards the batch's means; (centres, mean squared distance before)."""
-    labels, far = kmeans_assign(x, centres, precision=rule.precision)
-    sums, counts = kmeans_update(x, labels, len(centres))
+    if x.is_sparse:
+        labels, far = _sparse.assign(x, centres, rule.precision)
+        sums, counts = _sparse.sums(x, labels, len(centres), None)
+    else:
+        labels, far = kmeans_assign(x.source, centres, precision=rule.precision)
+        sums, counts = kmeans_update(x.source, labels, len(centres))
     total = held + counts
     moved = (centres.double() * held[:, None] + sums) / total.clamp(min=1.0)[:, None]
     held += counts
@@ -133,7 +137,7 @@ def _step(x: Tensor, centres: Tensor, held: Tensor, rows: Rows, rule: Rule) -> t
     return moved.to(centres.dtype), float(far.double().mean())
 
 
-def _reassign(x: Tensor, centres: Tensor, held: Tensor, random: np.random.RandomState) -> None:
+def _reassign(x: Rows, centres: Tensor, held: Tensor, random: np.random.RandomState) -> None:
     """Centres of very few rows jump to rows of the batch, in place."""
     weak = held < REASSIGN_RATIO * held.max()
     most = len(x) // 2
@@ -144,5 +148,5 @@ def _reassign(x: Tensor, centres: Tensor, held: Tensor, random: np.random.Random
     if count == 0:
         return
     chosen = random.choice(len(x), count, replace=False)
-    centres[weak] = x[torch.from_numpy(np.asarray(chosen)).to(x.device)]
+    centres[weak] = x.take(torch.from_numpy(np.asarray(chosen)))
     held[weak] = held[~weak].min() if count < len(held) else 1.0

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
-from . import _callbacks
+from . import _callbacks, _sparse
 from ._base import keeps_state_on_failure
 from ._files import ModelFile
 from ._frame import rescaled
-from ._lloyd import Rule, Run, inertia_of, lloyd, nearest, same_clustering
+from ._lloyd import Rule, Run, inertia_of, labels_of, lloyd, same_clustering
 from ._minibatch import minibatch
 from ._rows import Rows, in_scale, normalised, read_rows, read_weight
 from ._seeding import start
@@ -388,8 +388,7 @@ class KMeans(
 
     def _labels(self, rows: Rows, centres: Tensor) -> Tensor:
         with torch.inference_mode(), threads_for(rows.tile_work(len(centres))):
-            parts = [nearest(x, centres, rows, self.precision) for _, x in rows.blocks()]
-            return torch.cat(parts)
+            return labels_of(rows, centres[None], self.precision)[0]
 
     @small_on_one_thread
     def predict(self, X: Any) -> Any:
@@ -436,6 +435,9 @@ class KMeans(
         rows, centres = self._read(X)
         exact = "donot_use_mm_for_euclid_dist"
         with torch.inference_mode():
+            if rows.is_sparse:
+                far = _sparse.distances(rows, centres, exact=True).sqrt_().mT.contiguous()
+                return rows.give(in_scale(far, -rows.exponent).to(rows.dtype))
             parts = [
                 torch.cdist(x, centres, compute_mode=exact)
                 for _, block in rows.blocks()
