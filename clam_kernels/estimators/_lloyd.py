@@ -102,7 +102,7 @@ class _Fit:
             labels = self._next_labels()
             moved = (labels != self.labels).any(1)
             centres = self._centres(labels)
-            shift = (centres.double() - self.centres.double()).square().sum((1, 2))
+            shift = (centres.double() - self.centres.double()).square_().sum((1, 2))
             self.labels = labels
             if self.rule.tell:
                 self._tell_inertia(iteration)
@@ -168,16 +168,19 @@ class _Fit:
             sums, held = self._all_sums(labels, shift)
         if alone:
             self.kept = [(sums, held)]
-        return sums.clone(), held.clone()
+            return sums.clone(), held.clone()
+        return sums, held
 
     def _all_sums(self, labels: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         count, k, d = self.centres.shape
+        if self.rows.is_sparse:
+            found = [_sparse.sums(self.rows, own, k, self.weight) for own in labels]
+            some, weights = zip(*found, strict=True)
+            if count == 1:  # no copy beside it
+                return some[0][None], weights[0][None]
+            return torch.stack(some), torch.stack(weights)
         wide: dict[str, Any] = {"dtype": torch.float64, "device": self.centres.device}
         sums, held = torch.zeros(count, k, d, **wide), torch.zeros(count, k, **wide)
-        if self.rows.is_sparse:
-            for a, own in enumerate(labels):
-                sums[a], held[a] = _sparse.sums(self.rows, own, k, self.weight)
-            return sums, held
         for part, block in self.rows.blocks():
             own = None if self.weight is None else self.weight[part]
             more, rows = kmeans_update(block, labels[:, part], k, weight=own, shift=shift)
@@ -192,12 +195,13 @@ class _Fit:
         for a in [a for a, lost in enumerate(self.lost) if lost]:
             if self.rule.empty == "relocate":
                 self._relocate(a, labels[a], sums[a], held[a])
-        mean = sums / held.clamp(min=torch.finfo(torch.float64).tiny)[..., None]
-        mean = mean if self.shift is None else mean + self.shift.double()
         filled = (held > 0)[..., None]
         if self.rows.unit_norm:
             filled &= sums.norm(dim=-1, keepdim=True) > 0
             mean = normalised(sums)
+        else:
+            mean = sums.div_(held.clamp(min=torch.finfo(torch.float64).tiny)[..., None])
+            mean = mean if self.shift is None else mean.add_(self.shift.double())
         centres = torch.where(filled, mean.to(self.centres.dtype), self.centres)
         centres = self._fill(centres, held)
         return normalised(centres) if self.rows.unit_norm else centres

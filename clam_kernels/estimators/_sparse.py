@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 # Most scores, and about the most nonzero entries, of a tile; entries of dense rows at once.
-TILE_SCORES, TILE_NONZERO, DENSE_ENTRIES = 1 << 18, 1 << 18, 1 << 18
+TILE_SCORES, TILE_NONZERO, DENSE_ENTRIES = 1 << 16, 1 << 16, 1 << 18
 # Squared distances are equal within this share, as in `kmeans_assign`.
 TIE = 2.0**-40
 # Below this share of |x|^2 + |c|^2 a distance is computed from differences.
