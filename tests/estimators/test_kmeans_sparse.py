@@ -110,7 +110,7 @@ def test_any_csr_is_taken_and_stays_as_it_is(kind):
     "given",
     [
         {},
-        {"init": "k-means||"},
+        {"init": "k-means++"},
         {"algorithm": "minibatch", "batch_size": 256},
         {"metric": "cosine"},
     ],
