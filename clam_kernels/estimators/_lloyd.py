@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign, kmeans_step, kmeans_update
+from . import _sparse
 from ._rows import Rows, normalised
 
 # Labels of all starts under way that are held at once; rows x centres below which a processor takes
@@ -101,7 +102,7 @@ class _Fit:
             labels = self._next_labels()
             moved = (labels != self.labels).any(1)
             centres = self._centres(labels)
-            shift = (centres.double() - self.centres.double()).square().sum((1, 2))
+            shift = (centres.double() - self.centres.double()).square_().sum((1, 2))
             self.labels = labels
             if self.rule.tell:
                 self._tell_inertia(iteration)
@@ -143,12 +144,7 @@ class _Fit:
 
     def _assign(self, centres: Tensor) -> Tensor:
         """Labels [A, N]."""
-        if self.rows.whole:
-            return nearest(self.rows.source, centres, self.rows, self.rule.precision)
-        labels = torch.empty(len(centres), len(self.rows), dtype=torch.int64, device=centres.device)
-        for part, block in self.rows.blocks():
-            labels[:, part] = nearest(block, centres, self.rows, self.rule.precision)
-        return labels
+        return labels_of(self.rows, centres, self.rule.precision)
 
     def _sums(self, labels: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sums [A, K, D] and weights [A, K] of the rows of each label.
@@ -172,10 +168,17 @@ class _Fit:
             sums, held = self._all_sums(labels, shift)
         if alone:
             self.kept = [(sums, held)]
-        return sums.clone(), held.clone()
+            return sums.clone(), held.clone()
+        return sums, held
 
     def _all_sums(self, labels: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         count, k, d = self.centres.shape
+        if self.rows.is_sparse:
+            found = [_sparse.sums(self.rows, own, k, self.weight) for own in labels]
+            some, weights = zip(*found, strict=True)
+            if count == 1:  # no copy beside it
+                return some[0][None], weights[0][None]
+            return torch.stack(some), torch.stack(weights)
         wide: dict[str, Any] = {"dtype": torch.float64, "device": self.centres.device}
         sums, held = torch.zeros(count, k, d, **wide), torch.zeros(count, k, **wide)
         for part, block in self.rows.blocks():
@@ -192,12 +195,13 @@ class _Fit:
         for a in [a for a, lost in enumerate(self.lost) if lost]:
             if self.rule.empty == "relocate":
                 self._relocate(a, labels[a], sums[a], held[a])
-        mean = sums / held.clamp(min=torch.finfo(torch.float64).tiny)[..., None]
-        mean = mean if self.shift is None else mean + self.shift.double()
         filled = (held > 0)[..., None]
         if self.rows.unit_norm:
             filled &= sums.norm(dim=-1, keepdim=True) > 0
             mean = normalised(sums)
+        else:
+            mean = sums.div_(held.clamp(min=torch.finfo(torch.float64).tiny)[..., None])
+            mean = mean if self.shift is None else mean.add_(self.shift.double())
         centres = torch.where(filled, mean.to(self.centres.dtype), self.centres)
         centres = self._fill(centres, held)
         return normalised(centres) if self.rows.unit_norm else centres
@@ -286,6 +290,19 @@ class _Fit:
         self.rule.tell(f"Converged at iteration {iteration - 1}: {why}.")
 
 
+def labels_of(rows: Rows, centres: Tensor, precision: str | None) -> Tensor:
+    """Labels [A, N] of all rows for centres [A, K, D]."""
+    if rows.is_sparse:
+        return torch.stack([_sparse.assign(rows, one, precision)[0] for one in centres])
+    if rows.whole:
+        return nearest(rows.source, centres, rows, precision)
+    size = len(centres), len(rows)
+    labels = torch.empty(size, dtype=torch.int64, device=centres.device)
+    for part, block in rows.blocks():
+        labels[:, part] = nearest(block, centres, rows, precision)
+    return labels
+
+
 def nearest(block: Tensor, centres: Tensor, rows: Rows, precision: str | None) -> Tensor:
     """Labels of a block; a row of zeros has no direction and label 0."""
     labels, _ = kmeans_assign(block, centres, distances=False, precision=precision)
@@ -296,6 +313,8 @@ def nearest(block: Tensor, centres: Tensor, rows: Rows, precision: str | None) -
 
 def pair_distances(rows: Rows, centres: Tensor, labels: Tensor) -> Tensor:
     """|x_n - c_label|^2 [N] as float64, from differences in the rows' dtype."""
+    if rows.is_sparse:
+        return _sparse.pair_distances(rows, centres, labels)
     out = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     for part, block in rows.blocks():
         step = max(1, CHUNK_ENTRIES // rows.features)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign, kmeans_update
-from ._lloyd import Rule, Run, inertia_of, nearest
-from ._rows import Rows, in_memory, normalised
+from . import _sparse
+from ._lloyd import Rule, Run, inertia_of, labels_of, pair_distances
+from ._rows import Rows, normalised
 
 REASSIGN_EVERY, REASSIGN_RATIO, PATIENCE = 10, 0.01, 10
 
@@ -23,22 +24,23 @@ def minibatch(
     rows: Rows,
     weight: Tensor | None,
     seed: Callable[[Rows, Tensor | None], Tensor],
+    k: int,
     n_init: int,
     batch: int,
     rule: Rule,
     random: np.random.RandomState,
 ) -> Run:
-    """Fit by batches; the best of `n_init` starts on a sample goes on."""
+    """Fit K centres by batches; the best of `n_init` starts on a sample goes on."""
     n = len(rows)
     batch = min(batch, n)
-    centres = _best_start(rows, weight, seed, n_init, batch, random)
+    centres = _best_start(rows, weight, seed, k, n_init, batch, random)
     share = None if weight is None else (weight / weight.sum()).cpu().numpy()
     held = torch.zeros(len(centres), dtype=torch.float64, device=rows.device)
     steps, since, average, best, patience = rule.max_iter * n // batch, 0, 0.0, math.inf, 0
     step = 0
     for step in range(1, steps + 1):
         index = random.choice(n, batch, replace=True, p=share)
-        x = rows.take(torch.from_numpy(np.asarray(index)))
+        x = rows.part(torch.from_numpy(np.asarray(index)))
         before = centres
         centres, inertia = _step(x, centres, held, rows, rule)
         if rule.tell:
@@ -56,34 +58,61 @@ def minibatch(
         best, patience = (average, 0) if average < best else (best, patience + 1)
         if stop or patience >= PATIENCE:
             break
-    labels = torch.cat(
-        [nearest(block, centres, rows, rule.precision) for _, block in rows.blocks()]
-    )
+    centres, labels, moved = _filled(rows, weight, centres, rule)
     total = inertia_of(rows, weight, centres, labels)
-    return Run(centres, labels, total, math.ceil(step * batch / n))
+    return Run(centres, labels, total, math.ceil(step * batch / n), moved)
+
+
+def _filled(
+    rows: Rows, weight: Tensor | None, centres: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, int]:
+    """(centres, labels, how many centres jumped): those without rows jump to the rows that are
+    farthest from their own centres, until each has a row or no row is far.
+    """
+    jumps = 0
+    while True:
+        labels = labels_of(rows, centres[None], rule.precision)[0]
+        counted = labels if weight is None else labels[weight > 0]
+        empty = (torch.bincount(counted, minlength=len(centres)) == 0).nonzero()[:, 0]
+        if not len(empty) or rule.empty == "keep":
+            return centres, labels, jumps
+        far = pair_distances(rows, centres, labels)
+        if weight is not None:
+            far = far.masked_fill(weight == 0, 0.0)
+        # stable: of equally far rows the first
+        order = torch.sort(far, descending=True, stable=True).indices[: len(empty)]
+        order = order[far[order] > 0]
+        if not len(order):
+            return centres, labels, jumps
+        centres = centres.index_copy(0, empty[: len(order)], rows.take(order))
+        jumps += len(order)
 
 
 def _best_start(
     rows: Rows,
     weight: Tensor | None,
     seed: Callable[[Rows, Tensor | None], Tensor],
+    k: int,
     n_init: int,
     batch: int,
     random: np.random.RandomState,
 ) -> Tensor:
-    """Of some starts the one with the least inertia on a sample."""
+    """Of some starts the one with the least inertia on a sample of the rows that count."""
+    counting = None if weight is None else (weight > 0).nonzero()[:, 0].cpu()
+    count = len(rows) if counting is None else len(counting)
+    size = min(count, 3 * max(batch, k))
 
-    def drawn(least: int) -> tuple[Rows, Tensor | None]:
-        size = min(len(rows), max(3 * batch, least))
-        index = torch.from_numpy(np.sort(random.choice(len(rows), size, replace=False)))
-        few = in_memory(rows.take(index))
+    def drawn() -> tuple[Rows, Tensor | None]:
+        index = torch.from_numpy(np.sort(random.choice(count, size, replace=False)))
+        index = index if counting is None else counting[index]
+        few = rows.part(index)
         return few, None if weight is None else weight[index.to(weight.device)]
 
-    sample, own = drawn(0)
+    sample, own = drawn()
     best: tuple[float, Tensor] | None = None
     for _ in range(n_init):
-        first = seed(*drawn(0))
-        labels = kmeans_assign(sample.source, first, distances=False)[0]
+        first = seed(*drawn())
+        labels = labels_of(sample, first[None], None)[0]
         inertia = inertia_of(sample, own, first, labels)
         if best is None or inertia < best[0]:
             best = inertia, first
@@ -91,10 +120,14 @@ def _best_start(
     return best[1].clone()
 
 
-def _step(x: Tensor, centres: Tensor, held: Tensor, rows: Rows, rule: Rule) -> tuple[Tensor, float]:
+def _step(x: Rows, centres: Tensor, held: Tensor, rows: Rows, rule: Rule) -> tuple[Tensor, float]:
     """Move the centres towards the batch's means; (centres, mean squared distance before)."""
-    labels, far = kmeans_assign(x, centres, precision=rule.precision)
-    sums, counts = kmeans_update(x, labels, len(centres))
+    if x.is_sparse:
+        labels, far = _sparse.assign(x, centres, rule.precision)
+        sums, counts = _sparse.sums(x, labels, len(centres), None)
+    else:
+        labels, far = kmeans_assign(x.source, centres, precision=rule.precision)
+        sums, counts = kmeans_update(x.source, labels, len(centres))
     total = held + counts
     moved = (centres.double() * held[:, None] + sums) / total.clamp(min=1.0)[:, None]
     held += counts
@@ -104,7 +137,7 @@ def _step(x: Tensor, centres: Tensor, held: Tensor, rows: Rows, rule: Rule) -> t
     return moved.to(centres.dtype), float(far.double().mean())
 
 
-def _reassign(x: Tensor, centres: Tensor, held: Tensor, random: np.random.RandomState) -> None:
+def _reassign(x: Rows, centres: Tensor, held: Tensor, random: np.random.RandomState) -> None:
     """Centres of very few rows jump to rows of the batch, in place."""
     weak = held < REASSIGN_RATIO * held.max()
     most = len(x) // 2
@@ -115,5 +148,5 @@ def _reassign(x: Tensor, centres: Tensor, held: Tensor, random: np.random.Random
     if count == 0:
         return
     chosen = random.choice(len(x), count, replace=False)
-    centres[weak] = x[torch.from_numpy(np.asarray(chosen)).to(x.device)]
+    centres[weak] = x.take(torch.from_numpy(np.asarray(chosen)))
     held[weak] = held[~weak].min() if count < len(held) else 1.0

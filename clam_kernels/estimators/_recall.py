@@ -21,6 +21,7 @@ from ._frame import Frame, pieces, rescaled, scaled
 from ._points import masked_distances
 from ._rows import Rows, read_rows, read_weight
 from ._search import resolved
+from ._threads import small_on_one_thread
 
 # Beta of `complete` in units of 1/gap: of 1, 1.5, 2 and 3 the one that is near the least error on
 # every table of bench/completion.py.
@@ -109,6 +110,7 @@ class Recall(TransformerMixin):
 
         return torch.cat(self._by_pieces(rows, measured))
 
+    @small_on_one_thread
     def predict(self, X: Any) -> Any:
         """Label of each row: its nearest memory (paper: that of the row after the recursion).
 
@@ -124,6 +126,7 @@ class Recall(TransformerMixin):
         rows = self._read(X)
         return rows.give_labels(self._nearest(rows)[0])
 
+    @small_on_one_thread
     def predict_proba(self, X: Any) -> Any:
         """softmax_k(-beta_ |x - rho_k|^2) of each row (paper: of the row after the recursion).
 
@@ -147,6 +150,7 @@ class Recall(TransformerMixin):
         raised = torch.nextafter(top, torch.full_like(top, 2.0))
         return rows.give(p.scatter(-1, labels, torch.where(tied, raised, p.gather(-1, labels))))
 
+    @small_on_one_thread
     def transform(self, X: Any) -> Any:
         """Distance of each row to each memory (paper: of the row after the recursion).
 
@@ -163,6 +167,7 @@ class Recall(TransformerMixin):
         rows = self._read(X)
         return rows.give(scaled(self._distances(rows), self._frame.unit))
 
+    @small_on_one_thread
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the weighted sum of squared distances of the rows to the memory of their label.
 
@@ -181,6 +186,7 @@ class Recall(TransformerMixin):
         weight = read_weight(sample_weight, rows)
         return -rescaled(total(self._nearest(rows)[1], weight), 2 * self._frame.unit)
 
+    @small_on_one_thread
     def energy(self, X: Any) -> Any:
         """Energy of each row at beta_: -(1/beta_) logsumexp_k(-beta_ |x - rho_k|^2).
 
@@ -208,6 +214,7 @@ class Recall(TransformerMixin):
         energies = torch.cat(self._by_pieces(rows, measured))
         return rows.give(scaled(energies, 2 * self._frame.unit))
 
+    @small_on_one_thread
     def complete(
         self, X: Any, *, beta: float | None = None, steps: int = RECALL_STEPS, step: float = 1.0
     ) -> Any:

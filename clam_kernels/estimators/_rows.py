@@ -8,7 +8,10 @@ ends of the float range are made block by block.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +24,7 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from .._core.backend import float32_products
+from . import _sparse
 from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
 from ._columns import as_numbers
 from ._frame import scaled
@@ -31,6 +35,8 @@ BLOCK_ENTRIES = 1 << 22
 TILE_ENTRIES = 1 << 18
 # Squares of values between these need no scaling: (least, most) exponent.
 SAFE = {torch.float32: (-40, 40), torch.float64: (-400, 400)}
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def _no_features() -> Tensor:
@@ -70,6 +76,16 @@ class Rows:
         return same and not self.exponent and not self.unit_norm and self.chunk_rows is None
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether passes read the nonzero entries alone; a GPU reads dense blocks."""
+        return sparse.issparse(self.source) and self.device.type == "cpu"
+
+    @functools.cached_property
+    def squares(self) -> Tensor:
+        """Squared norms [N] of sparse rows, in float64; asked for when the scale is chosen."""
+        return _sparse.squares(self)
+
+    @property
     def in_place(self) -> bool:
         """Whether some rows are read as cheaply as all, in a processor's memory."""
         return self.whole and self.device.type == "cpu"
@@ -91,11 +107,19 @@ class Rows:
             return self._made(self.source.index_select(0, index.to(self.source.device)))
         return self._made(self.source[index.cpu().numpy()])
 
+    def part(self, index: Tensor) -> Rows:
+        """Some rows, as rows again; sparse ones stay sparse."""
+        if self.is_sparse:
+            return dataclasses.replace(self, source=self.source[index.cpu().numpy()])
+        return in_memory(self.take(index))
+
     def _made(self, part: Any) -> Tensor:
+        if self.is_sparse:
+            return _sparse.dense(dataclasses.replace(self, source=part))
         if sparse.issparse(part):
             part = part.toarray()
         if not isinstance(part, Tensor):
-            part = torch.from_numpy(np.array(part, order="C"))
+            part = torch.from_numpy(np.array(part, dtype=_NUMPY[self.dtype], order="C"))
         x = part.to(self.device, self.dtype)
         x = in_scale(x, self.exponent)
         return normalised(x) if self.unit_norm else x
@@ -121,6 +145,9 @@ class Rows:
     def frame(self) -> None:
         """Choose the scale, and learn mean and variance in one pass."""
         self.choose_scale(self.top)
+        if self.is_sparse:
+            self.mean, self.variance = _sparse.moments(self)
+            return
         wide: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         first = self.take(torch.zeros(1, dtype=torch.int64, device="cpu"))[0]
         total, square = torch.zeros(2, self.features, **wide).unbind()
@@ -139,7 +166,10 @@ class Rows:
         """The weights, 0 for rows of zeros where only directions count; as given if all are."""
         if not self.unit_norm:
             return weight
-        some = torch.cat([(block != 0).any(-1) for _, block in self.blocks()])
+        if self.is_sparse:
+            some = self.squares > 0
+        else:
+            some = torch.cat([(block != 0).any(-1) for _, block in self.blocks()])
         if bool(some.all()) or not bool(some.any()):
             return weight
         return some.double() if weight is None else weight * some
@@ -147,6 +177,8 @@ class Rows:
     @property
     def shift(self) -> Tensor | None:
         """A point to subtract before sums, where rows lie far from the origin."""
+        if self.is_sparse:  # float64 holds their sums
+            return None
         far = bool((self.mean.abs().max() ** 2 > 100 * self.variance).item())
         return self.mean.to(self.dtype) if far else None
 
@@ -183,8 +215,13 @@ def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
         dtype = source.dtype
     else:
         source = _read_array(estimator, x, reset)
-        dtype = torch.float32 if source.dtype == np.float32 else torch.float64
-        if not sparse.issparse(source) and source.flags.writeable:
+        if sparse.issparse(source) and not source.has_canonical_format:
+            source = source.copy()
+            source.sum_duplicates()
+        found = _float_dtype(source)
+        dtype = torch.float32 if found == np.float32 else torch.float64
+        dense = not sparse.issparse(source) and source.flags.c_contiguous
+        if dense and source.flags.writeable and source.dtype == found:
             source = torch.from_numpy(source)
     device = choose_device(estimator.device, origin if is_tensor else None)
     if isinstance(source, Tensor) and device.type == "cuda":
@@ -198,6 +235,10 @@ def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
 def _look_at_entries(estimator: Any, rows: Rows) -> None:
     """The largest magnitude, and whether entries are missing; ValueError for bad ones."""
     allow_nan = get_tags(estimator).input_tags.allow_nan
+    if rows.is_sparse and np.isfinite(rows.source.data).all():
+        data = rows.source.data
+        rows.top = float(max(data.max(initial=0), -data.min(initial=0)))
+        return
     for part, block in rows.blocks():
         low, high = (float(end) for end in torch.aminmax(block))
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -210,17 +251,35 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
 def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
     if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
         raise ValueError("X: expected an array without masked entries, got a masked array")
-    narrow = str(getattr(x, "dtype", "")) in NARROW
+    if _is_mapped(x) and x.ndim == 2 and x.size and x.dtype.kind in "biuf":
+        return np.asarray(validate_data(estimator, x, reset=reset, skip_check_array=True))
+    narrow = _float_dtype(x) == np.float32
     return validate_data(
         estimator,
         as_numbers("X", x),
         reset=reset,
         accept_sparse="csr" if get_tags(estimator).input_tags.sparse else False,
-        accept_large_sparse=False,
+        accept_large_sparse=True,
         dtype=np.float32 if narrow else [np.float64, np.float32],
         order="C",
         ensure_all_finite=False,
     )
+
+
+def _float_dtype(x: Any) -> Any:
+    """The dtype that the values of an array are computed in, whatever their order of bytes."""
+    dtype = getattr(x, "dtype", None)
+    name = dtype.newbyteorder("=").name if isinstance(dtype, np.dtype) else str(dtype)
+    return np.float32 if name in (*NARROW, "float32") else np.float64
+
+
+def _is_mapped(x: Any) -> bool:
+    """Whether an array lies in a file: such an array is converted block by block, never whole."""
+    while isinstance(x, np.ndarray):
+        if isinstance(x, np.memmap):
+            return True
+        x = x.base
+    return isinstance(x, mmap.mmap)
 
 
 def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign, kmeans_update
+from . import _sparse
 from ._rows import Rows, in_memory
 
 # Multiply-adds of the greedy search beyond which k-means|| takes its place.
@@ -65,11 +66,22 @@ def _shares(rows: Rows, weight: Tensor | None) -> np.ndarray[Any, Any]:
 
 def _sqdist(rows: Rows, centres: Tensor) -> Tensor:
     """Squared distances [L, N] in float64 of few centres to every row, from differences."""
+    if rows.is_sparse:
+        return _sparse.distances(rows, centres, exact=False)
     out = torch.empty(len(centres), len(rows), dtype=torch.float64, device=rows.device)
     for part, block in rows.blocks():
         far = torch.cdist(centres, block, compute_mode="donot_use_mm_for_euclid_dist")
         out[:, part] = far.double().square_()
     return out
+
+
+def _nearest(rows: Rows, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """(labels, squared distances in float64) of the nearest centre of every row."""
+    if rows.is_sparse:
+        return _sparse.assign(rows, centres, None)
+    found = [kmeans_assign(block, centres) for _, block in rows.blocks()]
+    labels, far = zip(*found, strict=True)
+    return torch.cat(labels), torch.cat(far).double()
 
 
 def parallel(rows: Rows, weight: Tensor | None, k: int, random: np.random.RandomState) -> Tensor:
@@ -87,8 +99,7 @@ def parallel(rows: Rows, weight: Tensor | None, k: int, random: np.random.Random
         fresh = (joins * potential < PARALLEL_SHARE * k * mass).nonzero()[:, 0]
         if len(fresh):
             chosen = torch.cat([chosen, fresh.cpu()])
-            gap = [kmeans_assign(block, rows.take(fresh))[1].double() for _, block in rows.blocks()]
-            nearest = torch.minimum(nearest, torch.cat(gap))
+            nearest = torch.minimum(nearest, _nearest(rows, rows.take(fresh))[1])
         mass = nearest if weight is None else nearest * weight
         potential = float(mass.sum())
     chosen = chosen.unique()
@@ -107,11 +118,8 @@ def _reduced(
     random: np.random.RandomState,
 ) -> Tensor:
     """K centres of the candidates, each weighing the rows nearest to it."""
-    count = torch.zeros(len(candidates), dtype=torch.float64, device=rows.device)
-    for part, block in rows.blocks():
-        labels = kmeans_assign(block, candidates, distances=False)[0]
-        own = None if weight is None else weight[part]
-        count += torch.bincount(labels, own, minlength=len(candidates))
+    labels = _nearest(rows, candidates)[0]
+    count = torch.bincount(labels, weight, minlength=len(candidates)).double()
     few = in_memory(candidates)
     centres = plus_plus(few, count, k, random)
     for _ in range(PARALLEL_LLOYD):
@@ -124,6 +132,12 @@ def _reduced(
 
 def random_rows(rows: Rows, weight: Tensor | None, k: int, random: np.random.RandomState) -> Tensor:
     """K different rows, drawn by weight."""
+    count = len(rows) if weight is None else int((weight > 0).sum())
+    if count < k:
+        raise ValueError(
+            f"n_clusters: expected at most {count}, the number of rows that count (with a weight"
+            f" above 0), got {k}"
+        )
     index = random.choice(len(rows), size=k, replace=False, p=_shares(rows, weight))
     return rows.take(torch.from_numpy(np.asarray(index)))
 

@@ -3,7 +3,8 @@
 
 Line 0 keeps running means of the rows that each memory wins (mini-batch k-means), line 1 trains by
 completion with Adam; as in a fit, line 1 is the answer where its silhouette is better and its
-inertia inside the guard.
+inertia inside the guard. Both are measured on a sample of all rows so far, and both move where a
+search on that sample finds memories that are clearly better: the order of the rows does not matter.
 """
 
 from __future__ import annotations
@@ -23,18 +24,25 @@ from ._frame import Frame, rescaled
 from ._points import Points, points_of
 from ._rounds import START_ITERATIONS
 from ._rows import Rows
+from ._sample import Sample
 from ._search import RECIPES, plan_of, resolved
+from ._seeding import plus_plus
 from ._selection import Silhouettes
-from ._start import gap_of, starts
+from ._start import gap_of, sample_index, starts
 
-# Batches without a row after which a memory jumps to a far row of the batch.
-PATIENCE = 20
+# The sample is searched again where its inertia, or the weight of all rows so far, has grown by
+# this factor; the memories move where that makes the inertia less than this share of what it was.
+GROWN, BETTER = 1.05, 0.97
+# Fresh starts of a search, beside that from line 0.
+STARTS = 3
+# Rows of the sample that the silhouettes are computed from.
+SILHOUETTE_ROWS = 1024
 # Beta of the training in units of 1/gap: with a softer one the memories drift apart. Steps after
-# which its rate has halved; Adam's numbers; least share of a batch in what is averaged over them.
+# which its rate has halved; Adam's numbers.
 SHARPNESS, HALFWAY = 10.0, 10.0
 FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
-SHARE = 0.05
 MEANS, TRAINED = 0, 1
+MAGNITUDE = "the memories became NaN or infinite: X is of another magnitude than the batches before"
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -47,30 +55,19 @@ class Stream:
     memories: Tensor  # [2, K, D]
     held: Tensor  # [D] weight of the observed entries so far
     won: Tensor  # [K, D] weight of the entries behind the running means
-    idle: Tensor  # [2, K] batches since a memory had a row
+    sample: Sample
     gap: float
-    square: float  # mean of the squared entries so far
     first: Tensor  # [K, D] Adam's running means of gradients and of their squares
     second: Tensor
-    quality: list[float]  # running silhouettes and inertias of the lines
-    inertia: list[float]
+    level: float = math.inf  # mean squared distance of line 0 after the last search
+    searched: float = 0.0  # weight of the observed entries at the last search
     steps: int = 0
+    line: int = MEANS  # the line that counts
+    used: int = 0  # memories of that line with a row in the sample
 
-    def answer(self, estimator: Any) -> Tensor:
+    def answer(self) -> Tensor:
         """The memories [K, D] of the line that counts."""
-        return self.memories[self._line(estimator)]
-
-    def used(self, estimator: Any) -> int:
-        """How many of them had a row lately."""
-        return int((self.idle[self._line(estimator)] < PATIENCE).sum())
-
-    def _line(self, estimator: Any) -> int:
-        trained = estimator.recipe == "paper" or estimator.select == "loss"
-        if not trained and estimator.select == "silhouette":
-            guard = estimator.inertia_guard or math.inf
-            inside = self.inertia[TRAINED] <= guard * self.inertia[MEANS]
-            trained = inside and self.quality[TRAINED] > self.quality[MEANS]
-        return TRAINED if trained else MEANS
+        return self.memories[self.line]
 
 
 def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
@@ -100,12 +97,9 @@ def _seed(estimator: Any) -> int:
 
 def _at(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> Stream:
     still = torch.zeros_like(memories)
-    idle = torch.zeros(2, len(memories), dtype=torch.int64, device=memories.device)
     both = torch.stack([memories, memories])
-    none = [0.0, 0.0]
-    return Stream(
-        seed, frame, both, won.sum(0), won, idle, gap, 0.0, still, still.clone(), none, none
-    )
+    sample = Sample.empty(memories, won.amax(1))
+    return Stream(seed, frame, both, won.sum(0), won, sample, gap, still, still.clone())
 
 
 def advance(
@@ -120,10 +114,12 @@ def advance(
         own = None if weight is None else weight[index.to(weight.device)]
         stream, points = _centred(stream, rows.take(index), own, estimator.precision)
         if len(points):
-            stream = _judged(estimator, stream, points)
-            stream, loss = _trained(estimator, stream, points)
+            stream = _averaged(stream, points)
+            whole = stream.sample.points(estimator.precision)
+            stream = _searched(stream, whole)
+            stream, loss = _trained(estimator, stream, whole)
             losses.append(loss)
-    return stream, losses
+    return _judged(estimator, stream), losses
 
 
 def _centred(
@@ -135,51 +131,91 @@ def _centred(
     seen = ~z.isnan()
     share = torch.ones(len(z), 1, dtype=torch.float64, device=z.device)
     share = share if weight is None else weight[:, None]
-    held = (seen * share).sum(0)
-    total = stream.held + held
+    total = stream.held + (seen * share).sum(0)
     by = (z.nan_to_num(0.0) * share).sum(0) / total.clamp(min=_TINY)
     points = points_of((z - by).to(dtype), weight, precision)
-    square = float(points.z.double().square().sum(1) @ points.share)
-    before, now = float(stream.held.sum()), float(held.sum())
-    if stream.square == 0.0:  # nothing is known of what came before
-        before = 0.0
+    if not bool(points.z.square().sum().isfinite()):
+        raise FloatingPointError(MAGNITUDE)
     fresh = dataclasses.replace(
         stream,
         frame=Frame(frame.mean + by * 2.0**frame.spread, frame.range, frame.spread),
         memories=(stream.memories.double() - by).to(dtype),
+        sample=stream.sample.shifted(by),
         held=total,
-        square=(stream.square * before + square) / max(before + now, _TINY),
     )
     return fresh, points
 
 
-def _judged(estimator: Any, stream: Stream, points: Points) -> Stream:
-    """The lines' running figures with this batch; dead memories in new places; line 0 moved."""
-    stream, labels = _revived(stream, points)
+def _averaged(stream: Stream, points: Points) -> Stream:
+    """Line 0 moved to the means of the rows that its memories win; the sample with the batch."""
     k, steps = stream.memories.shape[1], stream.steps + 1
-    part = max(1.0 / steps, SHARE)
-    far = [
-        float(points.distances_to(m, own).double() @ points.share) / points.total
-        for m, own in zip(stream.memories, labels, strict=True)
-    ]
-    quality = stream.quality
-    if estimator.select == "silhouette" and 1 < k < len(points):
-        found = Silhouettes(points, stream.seed + steps)(labels, k).tolist()
-        quality = [a + part * (b - a) for a, b in zip(quality, found, strict=True)]
-    inertia = [a + part * (b - a) for a, b in zip(stream.inertia, far, strict=True)]
-    sums, counts, _ = points.sums(labels[:1], k)
+    sums, counts, _ = points.sums(points.assign(stream.memories[:1]), k)
     won = stream.won + counts[0]
     means = stream.memories[MEANS].double()
     means = means + (sums[0] - counts[0] * means) / won.clamp(min=_TINY)
     memories = torch.stack([means.to(stream.memories.dtype), stream.memories[TRAINED]])
+    random = np.random.default_rng([stream.seed, steps])
+    sample = stream.sample.with_rows(points, k, random)
+    return dataclasses.replace(stream, memories=memories, won=won, sample=sample, steps=steps)
+
+
+def _searched(stream: Stream, whole: Points) -> Stream:
+    """Both lines at the memories of a new search on the sample, where one is due and those are
+    clearly better.
+    """
+    now = _inertia(whole, stream.memories[:1])[0]
+    total = float(stream.held.sum())
+    if now <= GROWN * stream.level and total <= GROWN * stream.searched:
+        return stream
+    k = stream.memories.shape[1]
+    random = np.random.RandomState([stream.seed, stream.steps])
+    fresh = [plus_plus(whole.rows, whole.weight, k, random) for _ in range(STARTS)]
+    found, labels = whole.lloyd(torch.stack([stream.memories[MEANS], *fresh]), START_ITERATIONS)
+    inertia = _inertia(whole, found)
+    best = inertia.index(min(inertia))
+    if inertia[best] >= BETTER * now:
+        return dataclasses.replace(stream, level=now, searched=total)
+    counts = whole.sums(labels[best : best + 1], k)[1][0]
+    still = torch.zeros_like(stream.first)
     return dataclasses.replace(
-        stream, memories=memories, won=won, quality=quality, inertia=inertia, steps=steps
-    )
+        stream, memories=torch.stack([found[best], found[best]]), first=still, second=still.clone(),
+        won=counts * stream.sample.rows_per_row, level=inertia[best], searched=total,
+    )  # fmt: skip
 
 
-def _trained(estimator: Any, stream: Stream, points: Points) -> tuple[Stream, float]:
-    """Line 1 after one step of Adam on the batch."""
-    plan = _plan(estimator, stream, points)
+def _inertia(points: Points, memories: Tensor) -> list[float]:
+    """Mean squared distance of the rows to their nearest memory, of each line."""
+    labels = points.assign(memories)
+    return (points.inertia(labels, memories) / points.total).tolist()
+
+
+def _judged(estimator: Any, stream: Stream) -> Stream:
+    """The line that counts, by the figures of both on the sample."""
+    whole = stream.sample.points(estimator.precision)
+    k = stream.memories.shape[1]
+    line = TRAINED if estimator.recipe == "paper" or estimator.select == "loss" else MEANS
+    if line == MEANS and estimator.select == "silhouette":
+        inertia = _inertia(whole, stream.memories)
+        guard = estimator.inertia_guard or math.inf
+        if inertia[TRAINED] <= guard * inertia[MEANS] and 1 < k < len(whole):
+            index = sample_index(len(whole), SILHOUETTE_ROWS, stream.seed, whole.weight)
+            some = whole if index is None else whole.part(index)
+            quality = Silhouettes(some, stream.seed)(some.assign(stream.memories), k).tolist()
+            line = TRAINED if quality[TRAINED] > quality[MEANS] else MEANS
+    used = len(whole.assign(stream.memories[line, None]).unique())
+    return dataclasses.replace(stream, line=line, used=used)
+
+
+def _trained(estimator: Any, stream: Stream, whole: Points) -> tuple[Stream, float]:
+    """Line 1 after one step of Adam on rows of the sample; a memory of it without a row jumps."""
+    random = np.random.default_rng([stream.seed, stream.steps, 1])
+    stream = _revived(stream, whole, random)
+    gap = gap_of(whole, stream.memories[:1], stream.seed)
+    stream = dataclasses.replace(stream, gap=gap)
+    plan = _plan(estimator, stream, whole)
+    size = min(len(whole), resolved(estimator, "batch_size"))
+    index = torch.from_numpy(np.sort(random.choice(len(whole), size, replace=False)))
+    points = whole.part(index.to(whole.z.device))
     generator = torch.Generator().manual_seed(stream.seed + stream.steps)
     n, d = points.z.shape
     seen = None if points.seen is None else points.seen.cpu()
@@ -195,14 +231,28 @@ def _trained(estimator: Any, stream: Stream, points: Points) -> tuple[Stream, fl
     wide = (second / (1 - SECOND**stream.steps)).sqrt() + EPSILON * plan.length
     moved = memories.detach() - rate * (first / (1 - FIRST**stream.steps)) / wide
     both = torch.stack([stream.memories[MEANS], moved])
-    own = gap_of(points, both[:1], stream.seed)
-    gap = stream.gap + max(SHARE, 1 / stream.steps) * (own - stream.gap)
-    fresh = dataclasses.replace(stream, memories=both, first=first, second=second, gap=gap)
+    fresh = dataclasses.replace(stream, memories=both, first=first, second=second)
     if not (bool(both.isfinite().all()) and math.isfinite(gap)):
-        raise FloatingPointError(
-            "the memories became NaN or infinite: X is of another magnitude than the batches before"
-        )
+        raise FloatingPointError(MAGNITUDE)
     return fresh, float(loss)
+
+
+def _revived(stream: Stream, whole: Points, random: np.random.Generator) -> Stream:
+    """The stream after memories of line 1 without a row have jumped to rows drawn by their squared
+    distance.
+    """
+    memories = stream.memories[TRAINED]
+    labels = whole.assign(memories[None])[0]
+    dead = (torch.bincount(labels, minlength=len(memories)) == 0).nonzero()[:, 0].tolist()
+    if not dead:
+        return stream
+    memories, first, second = memories.clone(), stream.first.clone(), stream.second.clone()
+    for k in dead:
+        row = whole.far_row(memories, labels, random.random())
+        if row is not None:
+            memories[k], first[k], second[k] = row, 0.0, 0.0
+    both = torch.stack([stream.memories[MEANS], memories])
+    return dataclasses.replace(stream, memories=both, first=first, second=second)
 
 
 def _plan(estimator: Any, stream: Stream, points: Points) -> Plan:
@@ -214,35 +264,7 @@ def _plan(estimator: Any, stream: Stream, points: Points) -> Plan:
     plan = plan_of(estimator, stream.frame, points, [beta], 1, stream.seed)
     if estimator.recipe == "paper":
         return plan
-    size = math.sqrt(stream.square) or 1.0
+    square = float(points.z.double().square().sum(1) @ points.share) / points.total
+    size = math.sqrt(square / points.z.shape[1]) or 1.0
     rate = resolved(estimator, "learning_rate") * size
     return dataclasses.replace(plan, learning_rate=rate, length=size)
-
-
-def _revived(stream: Stream, points: Points) -> tuple[Stream, Tensor]:
-    """(the stream after memories that no batch has used for long have jumped to rows drawn by
-    their squared distance, labels [2, N]).
-    """
-    labels = points.assign(stream.memories)
-    idle = stream.idle + 1
-    for line in (MEANS, TRAINED):
-        idle[line, labels[line].unique()] = 0
-    dead = (idle >= PATIENCE).nonzero().tolist()
-    if not dead:
-        return dataclasses.replace(stream, idle=idle), labels
-    fresh = dataclasses.replace(
-        stream, memories=stream.memories.clone(), won=stream.won.clone(),
-        first=stream.first.clone(), second=stream.second.clone(), idle=idle,
-    )  # fmt: skip
-    random = np.random.default_rng([stream.seed, stream.steps])
-    for line, k in dead:
-        row = points.far_row(stream.memories[line], labels[line], random.random())
-        idle[line, k] = 0
-        if row is None:
-            continue
-        fresh.memories[line, k] = row
-        if line == MEANS:
-            fresh.won[k] = 0.0
-        else:
-            fresh.first[k] = fresh.second[k] = 0.0
-    return fresh, points.assign(fresh.memories)

@@ -1,71 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread for training steps too small to share.
+"""One thread for work too small to share.
 
 On a busy machine every parallel region waits for its slowest thread, and thousands of small ones
-then take ten times their work.
+then take ten times their work. A process that has run a parallel region cannot fork: the child
+waits for threads that are not there. Small work therefore starts none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Multiply-adds of one product below which more threads gain nothing: about 1 ms of one core.
 SMALL_PRODUCT = 1 << 26
 
+_lock = threading.Lock()
 
-class _Single:
-    """How many threads compute on one thread of torch now.
 
-    Torch keeps a number of threads for each thread of the process, and one more, the last that any
-    thread set, with which a new thread begins.
+def _set_own(number: int) -> None:
+    """Set the number of threads of the calling thread, and leave that of new threads as it is.
+
+    `torch.set_num_threads` sets both. Only a new thread can read what new threads begin with.
     """
+    known, changed = threading.Event(), threading.Event()
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.inside = 0
-        self.outside = 1  # the number of the first thread that entered
-        self.own = threading.local()
+    def keep() -> None:
+        default = torch.get_num_threads()
+        known.set()
+        changed.wait()
+        torch.set_num_threads(default)
 
-    def enter(self) -> int:
-        """One thread from now on; the number that this thread goes back to."""
-        with self.lock:
-            before = torch.get_num_threads()
-            if self.inside == 0:
-                self.outside = before
-            elif before == 1:  # it has begun since the first one entered, with the 1 of that
-                before = self.outside
-            self.inside += 1
-            torch.set_num_threads(1)
-            return before
-
-    def leave(self, before: int) -> None:
-        """The number of before, for this thread and for new ones."""
-        with self.lock:
-            self.inside -= 1
-            torch.set_num_threads(before)
-
-
-_single = _Single()
+    with _lock:
+        keeper = threading.Thread(target=keep, daemon=True)
+        keeper.start()
+        try:
+            known.wait()
+            torch.set_num_threads(number)
+        finally:  # Ctrl-C may end the wait
+            changed.set()
+        keeper.join()
 
 
 @contextlib.contextmanager
 def threads_for(product: int) -> Iterator[None]:
     """Run the block on one thread if its products are small.
 
-    After it each thread that was in such a block has its own number of threads again. Only a thread
-    that begins meanwhile, and runs no such block, stays at one: torch tells nobody its number.
+    Only the calling thread changes its number of threads, and it has its own again afterwards.
     """
-    if product >= SMALL_PRODUCT or getattr(_single.own, "inside", False):
+    before = torch.get_num_threads()
+    if product >= SMALL_PRODUCT or before == 1:
         yield
         return
-    before = _single.enter()
-    _single.own.inside = True
     try:
+        _set_own(1)
         yield
     finally:
-        _single.own.inside = False
-        _single.leave(before)
+        _set_own(before)
+
+
+def small_on_one_thread(method: F) -> F:
+    """A method of an estimator that runs on one thread from its first line to its last where its
+    work on X, which `estimator._work(rows, features)` says, is small.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: Any, X: Any, *args: Any, **kwargs: Any) -> Any:
+        with threads_for(_work(self, X)):
+            return method(self, X, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _work(estimator: Any, X: Any) -> int:
+    """Multiply-adds; of what is no matrix, which the method refuses, as for a large one."""
+    try:
+        rows, features = X.shape if hasattr(X, "shape") else np.shape(X)
+        return int(estimator._work(rows, features))
+    except (TypeError, ValueError):
+        return SMALL_PRODUCT

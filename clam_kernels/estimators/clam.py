@@ -27,9 +27,9 @@ from ._progress import Progress
 from ._recall import COMPLETION, Recall, total
 from ._rows import Rows, read_rows, read_weight
 from ._search import RECIPES, Found, resolved, search
-from ._selection import COLUMNS, ROLES
+from ._selection import COLUMNS, ROLES, SILHOUETTE_ROWS
 from ._start import gap_of
-from ._threads import threads_for
+from ._threads import small_on_one_thread, threads_for
 from ._whole import sampled, through_all
 
 
@@ -256,7 +256,12 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
 
     # ---- fitting -------------------------------------------------------------------------------
 
+    def _work(self, rows: int, features: int) -> int:
+        """Multiply-adds of the largest product of a fit, which may be that of the silhouettes."""
+        return rows * features * max(int(self.n_clusters), min(rows, SILHOUETTE_ROWS))
+
     @keeps_state_on_failure
+    @small_on_one_thread
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> ClAM:
         """Find the memories of X [N, D].
 
@@ -303,15 +308,18 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         return self
 
     @keeps_state_on_failure
+    @small_on_one_thread
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> ClAM:
         """Train the memories on one more batch X [N, D].
 
-        The first call finds them among its rows, of which it needs as many as clusters; then every
-        `batch_size` rows are one step of two lines, running means of the rows that a memory wins
-        and training by completion; the second is the answer where its silhouette is better and its
-        inertia inside `inertia_guard`. A memory that no batch uses for long jumps to a far row.
+        The first call chooses memories among its rows, of which it needs as many as clusters; then
+        every `batch_size` rows are one step of two lines, running means of the rows that a memory
+        wins and training by completion. The second is the answer where its silhouette is better and
+        its inertia inside `inertia_guard`. The estimator keeps a sample of all rows so far (2,000,
+        or 100 for each cluster), measures both lines on it and moves both where a search on it
+        gives better memories, so that rows may come in any order.
         After `fit` or `load` it goes on from there. `labels_` and `inertia_` are those of the
-        batch, `n_iter_` and `loss_curve_` of all steps.
+        batch, `n_iter_` and `loss_curve_` of all steps; `n_clusters_used_` is of the sample.
 
         Parameters
         ----------
@@ -347,14 +355,14 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
             self._stream, losses = streaming.advance(self, stream, rows, weight)
         before = list(self.loss_curve_) if fitted else []
         squared = 2 * self._stream.frame.unit
-        memories = self._stream.answer(self)
+        memories = self._stream.answer()
         self._store_memories(rows, self._stream.frame, memories, self._stream.gap)
         self.loss_curve_ = np.array([*before, *(rescaled(loss, squared) for loss in losses)])
         self._candidates = np.zeros((0, len(COLUMNS)))
         self.n_iter_ = len(self.loss_curve_)
         self._store_labels(rows, weight)
         self._held = self._stream.won.cpu().numpy()
-        self.n_clusters_used_ = self._stream.used(self)
+        self.n_clusters_used_ = self._stream.used
         return self
 
     def _stream_so_far(self, rows: Rows, weight: Tensor | None, X: Any) -> streaming.Stream:

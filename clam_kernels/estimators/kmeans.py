@@ -23,16 +23,16 @@ from torch import Tensor
 
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
-from . import _callbacks
+from . import _callbacks, _sparse
 from ._base import keeps_state_on_failure
 from ._columns import as_numbers
 from ._files import ModelFile
 from ._frame import rescaled
-from ._lloyd import Rule, Run, inertia_of, lloyd, nearest, same_clustering
+from ._lloyd import Rule, Run, inertia_of, labels_of, lloyd, same_clustering
 from ._minibatch import minibatch
 from ._rows import Rows, in_scale, normalised, read_rows, read_weight
 from ._seeding import start
-from ._threads import threads_for
+from ._threads import small_on_one_thread, threads_for
 
 STARTS = {"k-means++", "k-means||", "random"}
 # Starts beyond these have no squared distances in float64.
@@ -92,7 +92,8 @@ class KMeans(
         counts for nothing.
     empty : "relocate", "split" or "keep", default "relocate"
         What a cluster without rows gets: "relocate" the row that is farthest from its own centre,
-        "split" one of two centres beside that of a large cluster, "keep" nothing.
+        "split" one of two centres beside that of a large cluster, "keep" nothing. Minibatch
+        relocates at its end, for "split" too.
     batch_size : int, default 1024
         Rows of a step of minibatch.
     precision : "highest", "high", "medium" or None, default None
@@ -202,7 +203,12 @@ class KMeans(
 
     # ---- fitting -------------------------------------------------------------------------------
 
+    def _work(self, rows: int, features: int) -> int:
+        """Multiply-adds of one pass."""
+        return rows * features * int(self.n_clusters)
+
     @keeps_state_on_failure
+    @small_on_one_thread
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
         """Find the centres of X [N, D].
 
@@ -282,7 +288,8 @@ class KMeans(
             def seed(some: Rows, own: Tensor | None) -> Tensor:
                 return self._start(X, some, own, random)
 
-            return minibatch(rows, weight, seed, self._n_init, self.batch_size, rule, random)
+            k, count = self.n_clusters, self._n_init
+            return minibatch(rows, weight, seed, k, count, self.batch_size, rule, random)
         starts = []
         for _ in range(self._n_init):
             starts.append(self._start(X, rows, weight, random))
@@ -382,9 +389,9 @@ class KMeans(
 
     def _labels(self, rows: Rows, centres: Tensor) -> Tensor:
         with torch.inference_mode(), threads_for(rows.tile_work(len(centres))):
-            parts = [nearest(x, centres, rows, self.precision) for _, x in rows.blocks()]
-            return torch.cat(parts)
+            return labels_of(rows, centres[None], self.precision)[0]
 
+    @small_on_one_thread
     def predict(self, X: Any) -> Any:
         """Label of each row: the index of the nearest centre.
 
@@ -414,6 +421,7 @@ class KMeans(
         """
         return self.fit(X, sample_weight=sample_weight).labels_
 
+    @small_on_one_thread
     def transform(self, X: Any) -> Any:
         """Distance of each row to each centre.
 
@@ -428,6 +436,9 @@ class KMeans(
         rows, centres = self._read(X)
         exact = "donot_use_mm_for_euclid_dist"
         with torch.inference_mode():
+            if rows.is_sparse:
+                far = _sparse.distances(rows, centres, exact=True).sqrt_().mT.contiguous()
+                return rows.give(in_scale(far, -rows.exponent).to(rows.dtype))
             parts = [
                 torch.cdist(x, centres, compute_mode=exact)
                 for _, block in rows.blocks()
@@ -449,6 +460,7 @@ class KMeans(
         """
         return self.fit(X, sample_weight=sample_weight).transform(X)
 
+    @small_on_one_thread
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the weighted sum of squared distances to the nearest centre.
 

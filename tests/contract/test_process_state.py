@@ -290,6 +290,27 @@ def test_each_thread_has_its_number_of_threads_back(threads, two_threads, order)
     assert torch.get_num_threads() == 2
 
 
+def test_a_thread_that_begins_inside_a_block_of_another_has_its_number(threads, two_threads):
+    """It runs no block of its own, so that nothing would put its number back."""
+    block = _threads.threads_for(1)
+    threads[0](block.__enter__)
+    assert threads[1](torch.get_num_threads) == 2
+    threads[0](block.__exit__, None, None, None)
+    assert [thread(torch.get_num_threads) for thread in threads] == [2] * 3
+
+
+def test_a_number_that_a_thread_set_itself_stays(threads, two_threads):
+    """One thread of torch is what it asked for, not what another block left."""
+    block, own = _threads.threads_for(1), _threads.threads_for(1)
+    threads[0](block.__enter__)
+    threads[1](torch.set_num_threads, 1)
+    threads[1](own.__enter__)
+    threads[0](block.__exit__, None, None, None)
+    threads[1](own.__exit__, None, None, None)
+    assert threads[1](torch.get_num_threads) == 1
+    assert threads[0](torch.get_num_threads) == 2
+
+
 def test_a_block_within_a_block_of_its_thread_changes_nothing(two_threads):
     with _threads.threads_for(1):
         with _threads.threads_for(1):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _memory import most_bytes
 from scipy import sparse
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
@@ -17,7 +18,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM, metrics
-from clam_kernels.estimators import _points, _selection
+from clam_kernels.estimators import _frame, _points, _rows, _selection
 
 QUICK = {"n_init": 4, "max_iter": 6, "random_state": 0}
 
@@ -280,6 +281,20 @@ def test_a_memory_map_is_not_read_whole(tmp_path: Path):
         ClAM(4).fit(sparse.csr_array(x))
 
 
+@pytest.mark.parametrize("dtype", ["<f2", "<i4", ">f4"])
+def test_a_memory_map_of_any_dtype_is_read_block_by_block(dtype, tmp_path, monkeypatch):
+    x = np.floor(_blobs(20_000).repeat(16, 1) * 20)
+    np.save(tmp_path / "x.npy", np.asfortranarray(x.astype(dtype)))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    monkeypatch.setattr(_rows, "BLOCK_ENTRIES", 1 << 15)
+    monkeypatch.setattr(_frame, "CHUNK_ENTRIES", 1 << 15)
+    model = ClAM(4, search_rows=200, n_init=2, max_iter=2, random_state=0)
+    most = most_bytes(lambda: model.fit(mapped))
+    assert most < 0.6 * mapped.size * model.cluster_centers_.itemsize
+    plain = ClAM(4, search_rows=200, n_init=2, max_iter=2, random_state=0).fit(x)
+    np.testing.assert_array_equal(model.labels_, plain.labels_)
+
+
 # ---- callbacks -----------------------------------------------------------------------------------
 
 
@@ -343,6 +358,36 @@ def test_partial_fit_is_as_good_as_mini_batch_k_means(size):
     assert len(ours.labels_) == size
     again = _stream(ClAM(12, random_state=0), x, size)
     np.testing.assert_array_equal(ours.cluster_centers_, again.cluster_centers_)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("order", ["ordered", "shuffled", "constant first", "constant, ordered"])
+def test_partial_fit_does_not_depend_on_the_order_of_the_rows(order, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(10, size=3000)
+    x = rng.normal(size=(10, 8))[labels] * 3 + rng.normal(size=(3000, 8)) * 0.7
+    batches = x[np.argsort(labels, kind="stable")] if "ordered" in order else x
+    if "constant" in order:
+        batches = np.concatenate([np.repeat(x[:1], 200, 0), batches])
+    ours = _stream(ClAM(10, random_state=seed), batches, 200)
+    theirs = _stream(MiniBatchKMeans(10, n_init=3, random_state=seed), batches, 200)
+    assert ours.score(x) > 1.2 * theirs.score(x)  # both are below 0
+    # theirs may be several times worse than the best
+    assert ours.score(x) > 1.2 * KMeans(10, n_init=5, random_state=seed).fit(x).score(x)
+    assert ours.n_clusters_used_ == 10
+
+
+def test_partial_fit_keeps_missing_entries_and_weights_of_ordered_rows():
+    x = np.repeat(np.eye(6) * 9, 300, 0) + np.random.default_rng(0).normal(size=(1800, 6))
+    gaps = np.where(np.random.default_rng(1).random(x.shape) < 0.1, np.nan, x)
+    gaps[:, 1] = np.where(np.isnan(gaps).all(1), x[:, 1], gaps[:, 1])
+    weight = np.tile([0.0, 2.0, 2.0], 600)
+    gaps[weight == 0] += 1000  # rows of weight 0 have no part
+    model = ClAM(6, random_state=0)
+    for start in range(0, len(x), 100):
+        part = slice(start, start + 100)
+        model.partial_fit(gaps[part], sample_weight=weight[part])
+    assert adjusted_rand_score(model.predict(x), np.repeat(np.arange(6), 300)) > 0.95
 
 
 def test_partial_fit_goes_on_from_a_fit_and_from_a_file(iris, tmp_path):

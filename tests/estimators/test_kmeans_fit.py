@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _memory import most_bytes
 from scipy import sparse
 from sklearn import datasets
 from sklearn.base import clone
@@ -218,6 +219,45 @@ def test_a_huge_start_takes_the_parallel_one(monkeypatch):
 # ---- algorithms and metrics ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+@pytest.mark.parametrize(("n", "k", "batch"), [(1000, 50, 8), (300, 200, 16), (50, 50, 10)])
+def test_minibatch_gives_all_clusters_where_k_is_above_three_batches(init, n, k, batch):
+    x = np.random.default_rng(0).normal(size=(n, 4))
+    given = {"algorithm": "minibatch", "batch_size": batch, "init": init, "random_state": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        model = KMeans(k, **given).fit(x)
+    assert len(np.unique(model.labels_)) == k
+    np.testing.assert_array_equal(model.predict(x), model.labels_)
+
+
+def test_minibatch_relocates_clusters_without_rows_unless_they_are_kept():
+    x = np.random.default_rng(0).normal(size=(60, 4))
+    given = {"algorithm": "minibatch", "batch_size": 10, "random_state": 0}
+    assert KMeans(50, **given).fit(x).n_relocated_ > 0
+    with pytest.warns(ConvergenceWarning, match="empty='keep'"):
+        assert KMeans(50, empty="keep", **given).fit(x).n_relocated_ == 0
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+def test_minibatch_draws_its_start_from_rows_with_a_weight(init):
+    x = np.random.default_rng(0).normal(size=(5000, 3))
+    weight = np.zeros(5000)
+    weight[::100] = 1
+    given = {"algorithm": "minibatch", "batch_size": 4, "init": init, "random_state": 0}
+    model = KMeans(20, **given).fit(x, sample_weight=weight)
+    assert len(np.unique(model.labels_[::100])) == 20
+
+
+@pytest.mark.parametrize("algorithm", ["lloyd", "minibatch"])
+def test_random_rows_need_as_many_weights_as_clusters(algorithm):
+    x, weight = np.random.default_rng(0).normal(size=(50, 3)), np.zeros(50)
+    weight[:4] = 1
+    model = KMeans(5, init="random", algorithm=algorithm)
+    with pytest.raises(ValueError, match="n_clusters: expected at most 4, the number of rows that"):
+        model.fit(x, sample_weight=weight)
+
+
 def test_minibatch():
     x = _data("digits")
     full = KMeans(10, n_init=3, random_state=0).fit(x)
@@ -335,6 +375,60 @@ def test_every_container_gives_the_same(kind, tmp_path):
     else:
         assert model.labels_.dtype == np.int32
     assert np.array_equal(x, _data("iris"))
+
+
+MAPPED = ["|u1", "<f2", "<i4", "|b1", ">f4", ">f8", ">i2", "fortran", "every second", "view"]
+
+
+def _mapped(kind: str, values: np.ndarray, file: Path) -> np.ndarray:
+    """A memory map that is not float32 or float64 in C order."""
+    plain = kind in ("fortran", "every second", "view")
+    x = values.astype(np.float64 if plain else kind)
+    np.save(file, np.asfortranarray(x) if kind == "fortran" else x)
+    mapped = np.load(file, mmap_mode="r+" if kind == "fortran" else "r")
+    if kind == "every second":
+        return mapped[::2]
+    return np.asarray(mapped) if kind == "view" else mapped
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+def test_a_memory_map_of_any_dtype_is_read_block_by_block(kind, tmp_path):
+    rng = np.random.default_rng(0)
+    values = np.floor(rng.normal(size=(4, 200))[rng.integers(4, size=5000)] * 9 + 60)
+    values = values > 60 if kind == "|b1" else values
+    mapped = _mapped(kind, values, tmp_path / "x.npy")
+    whole = KMeans(4, random_state=0).fit(np.array(mapped))
+    whole_bytes = mapped.size * whole.cluster_centers_.itemsize
+    model = KMeans(4, random_state=0, chunk_rows=100)
+
+    def run() -> None:
+        model.fit(mapped).predict(mapped)
+
+    assert most_bytes(run) < 0.3 * whole_bytes
+    assert model.cluster_centers_.dtype == whole.cluster_centers_.dtype
+    np.testing.assert_array_equal(model.labels_, whole.labels_)
+    np.testing.assert_allclose(model.cluster_centers_, whole.cluster_centers_, rtol=1e-5)
+
+
+def test_a_memory_map_is_checked_as_an_array_is(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(12, dtype=np.int32).reshape(6, 2))
+    np.save(tmp_path / "cube.npy", np.zeros((2, 3, 4), np.uint8))
+    np.save(tmp_path / "gap.npy", np.array([[1, 2], [np.inf, 3]], np.float16))
+    model = KMeans(2, random_state=0).fit(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert model.n_features_in_ == 2
+    with pytest.raises(ValueError, match="X has 3 features, but KMeans is expecting 2"):
+        model.predict(np.asfortranarray(np.load(tmp_path / "cube.npy", mmap_mode="r")[:, :, 0]))
+    with pytest.raises(ValueError, match="dim 3"):
+        model.fit(np.load(tmp_path / "cube.npy", mmap_mode="r"))
+    with pytest.raises(ValueError, match="infinity: 1 bad entry, the first at row 1, column 0"):
+        model.fit(np.load(tmp_path / "gap.npy", mmap_mode="r"))
+
+
+def test_arrays_keep_float32_in_any_order_of_bytes_and_in_frames():
+    x = _data("iris").astype(np.float32)
+    pandas = pytest.importorskip("pandas")
+    for given in (x.astype(">f4"), pandas.DataFrame(x), np.asfortranarray(x)):
+        assert KMeans(3, random_state=0).fit(given).cluster_centers_.dtype == np.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])

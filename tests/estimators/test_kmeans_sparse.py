@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KMeans on sparse rows: the results of dense rows, without making the rows dense."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from _memory import most_bytes
+from scipy import sparse
+from sklearn.cluster import KMeans as Peer
+
+from clam_kernels import KMeans, kmeans_assign
+from clam_kernels.estimators import _rows, _sparse
+
+
+def _counts(rows: int = 400, features: int = 60, *, seed: int = 0) -> np.ndarray:
+    """Small whole numbers, most of them 0: many rows tie, and some are empty."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random((rows, features)) < 0.03, rng.integers(1, 4, (rows, features)), 0.0)
+
+
+def _topics(rows: int, features: int, kind: str = "csr") -> sparse.csr_array:
+    """Rows of four kinds, each with nonzero entries among a part of the features."""
+    rng = np.random.default_rng(0)
+    own = rng.integers(4, size=rows)
+    columns = own[:, None] * (features // 4) + rng.integers(features // 4, size=(rows, 20))
+    x = sparse.csr_array(
+        (rng.random(rows * 20), columns.ravel(), np.arange(rows + 1) * 20), shape=(rows, features)
+    )
+    x.sum_duplicates()
+    return x.asformat(kind)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_labels_are_those_of_dense_rows(metric, dtype, scale):
+    x = (_counts() * scale).astype(dtype)
+    model = KMeans(12, metric=metric, random_state=0)
+    rows = _rows.read_rows(model, sparse.csr_array(x), reset=True)
+    rows.frame()
+    dense = rows.take(torch.arange(len(x)))
+    centres = dense[torch.arange(0, 360, 30)].clone()
+    centres[5] = centres[2]  # a copy never has a row
+    centres[7:] += centres[:5]
+    wanted, far = kmeans_assign(dense, centres)
+    labels, near = _sparse.assign(rows, centres, None)
+    assert torch.equal(labels, wanted)
+    torch.testing.assert_close(near, far.double(), rtol=1e-5, atol=1e-6)
+    assert not (labels == 5).any()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+@pytest.mark.parametrize("algorithm", ["lloyd", "minibatch"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fits_are_those_of_dense_rows(metric, init, algorithm, weighted):
+    x = _topics(900, 80).toarray()
+    given = {"metric": metric, "init": init, "algorithm": algorithm, "random_state": 0}
+    weight = np.random.default_rng(1).random(900) if weighted else None
+    want = KMeans(6, **given).fit(x, sample_weight=weight)
+    model = KMeans(6, **given).fit(sparse.csr_array(x), sample_weight=weight)
+    np.testing.assert_array_equal(model.labels_, want.labels_)
+    np.testing.assert_allclose(model.cluster_centers_, want.cluster_centers_, atol=1e-12)
+    assert model.inertia_ == pytest.approx(want.inertia_, rel=1e-10)
+    assert model.n_iter_ == want.n_iter_
+    np.testing.assert_array_equal(model.predict(sparse.csc_array(x)), want.labels_)
+    np.testing.assert_allclose(model.transform(sparse.csr_array(x)), want.transform(x), rtol=1e-9)
+    score = model.score(sparse.csr_array(x), sample_weight=weight)
+    assert score == pytest.approx(want.score(x, sample_weight=weight), rel=1e-10)
+
+
+def test_a_fit_is_that_of_scikit_learn():
+    x = _topics(2000, 500)
+    x.indices, x.indptr = x.indices.astype(np.int32), x.indptr.astype(np.int32)
+    ours, theirs = (m(8, n_init=2, random_state=0).fit(x) for m in (KMeans, Peer))
+    np.testing.assert_array_equal(ours.labels_, theirs.labels_)
+    assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["int64 indices", "entries twice", "unsorted", "read-only"])
+def test_any_csr_is_taken_and_stays_as_it_is(kind):
+    x = _topics(300, 80)
+    want = KMeans(4, random_state=0).fit(x)
+    data, indices, ends = x.data.copy(), x.indices.copy(), x.indptr.copy()
+    if kind == "int64 indices":
+        indices, ends = indices.astype(np.int64), ends.astype(np.int64)
+    if kind == "entries twice":
+        data, indices, ends = np.repeat(data / 2, 2), np.repeat(indices, 2), ends * 2
+    if kind == "unsorted":
+        for a, b in itertools.pairwise(ends):
+            data[a:b], indices[a:b] = data[a:b][::-1].copy(), indices[a:b][::-1].copy()
+    if kind == "read-only":
+        data.flags.writeable = False
+    given = sparse.csr_array(x.shape)
+    given.data, given.indices, given.indptr = data, indices, ends
+    before = data.copy(), indices.copy(), ends.copy()
+    model = KMeans(4, random_state=0).fit(given)
+    np.testing.assert_array_equal(model.labels_, want.labels_)
+    np.testing.assert_array_equal(model.predict(given), want.labels_)
+    for one, other in zip((given.data, given.indices, given.indptr), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"init": "k-means++"},
+        {"algorithm": "minibatch", "batch_size": 256},
+        {"metric": "cosine"},
+    ],
+    ids=str,
+)
+def test_no_pass_makes_the_rows_dense(given):
+    x = _topics(4000, 40_000)
+    plain = {"n_clusters": 4, "init": "random", "n_init": 1, "max_iter": 3, "random_state": 0}
+    model = KMeans(**{**plain, **given})
+
+    def run() -> None:
+        model.fit(x)
+        model.predict(x)
+        model.score(x)
+
+    run()
+    centres = model.cluster_centers_.nbytes
+    # a block of dense rows would take 33 MB
+    assert most_bytes(run) < 6 * centres + 16e6
+
+
+def test_empty_rows_and_one_cluster():
+    x = sparse.csr_array((5, 7))
+    x = sparse.csr_array(sparse.vstack([x, sparse.eye_array(7)]))
+    for k in (1, 3, 8):
+        want = KMeans(k, random_state=0).fit(x.toarray())
+        model = KMeans(k, random_state=0).fit(x)
+        np.testing.assert_array_equal(model.labels_, want.labels_)
+        assert model.inertia_ == pytest.approx(want.inertia_, abs=1e-12)
+
+
+def test_small_distances_keep_their_digits():
+    """Rows of large values close to each other: |x|^2 + |c|^2 - 2 x.c has no digit left."""
+    rng = np.random.default_rng(0)
+    x = 1e6 + rng.normal(size=(200, 5)) * 1e-3
+    want = KMeans(3, random_state=0).fit(x)
+    model = KMeans(3, init=want.cluster_centers_, n_init=1, max_iter=1).fit(sparse.csr_array(x))
+    np.testing.assert_array_equal(model.labels_, want.labels_)
+    assert model.inertia_ == pytest.approx(want.inertia_, rel=1e-6)
+    distances = model.transform(sparse.csr_array(x))
+    np.testing.assert_allclose(distances, want.transform(x), rtol=1e-4)
