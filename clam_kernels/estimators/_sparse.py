@@ -67,7 +67,11 @@ class Tile:
 
     def sums(self, terms: Array) -> Array:
         """The sum [n] over each row of one term an entry, in the order of the entries."""
-        return np.bincount(self.owner, terms, minlength=len(self.ends) - 1)
+        shape = len(self.ends) - 1, self.features
+        found: Array = sparse.csr_array((terms, self.columns, self.ends), shape=shape) @ np.ones(
+            self.features
+        )
+        return found
 
     def places(self, labels: Tensor) -> Array:
         """Where in a flat table [K, D] each entry's column of the row's label stands."""
@@ -168,10 +172,10 @@ def _without_copies(centres: Tensor, norms: Tensor) -> Tensor:
     return norms
 
 
-def _first(near: Tensor, limit: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(the first index [n] of squared distances [n, K] within a limit, whether that is sure)."""
-    inside = near <= (limit - noise)[:, None]
-    sure = inside.sum(1) == (near <= (limit + noise)[:, None]).sum(1)
+def _first(score: Tensor, limit: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(the first index [n] of scores [n, K] within a limit, whether that is sure)."""
+    inside = score <= (limit - noise)[:, None]
+    sure = inside.sum(1) == (score <= (limit + noise)[:, None]).sum(1)
     return inside.to(torch.uint8).argmax(1), sure & inside.any(1)
 
 
@@ -179,22 +183,26 @@ def assign(rows: Rows, centres: Tensor, precision: str | None) -> tuple[Tensor, 
     """(labels [N], squared distances [N] in float64 to the nearest of centres [K, D])."""
     norms = _norms(centres)
     reach = float(norms.max()) ** 0.5
-    norms, table = _without_copies(centres, norms), _table(centres)
+    norms, table = _without_copies(centres, norms), -2.0 * _table(centres)
     labels = torch.empty(len(rows), dtype=torch.int64, device="cpu")
     far = torch.empty(len(rows), dtype=torch.float64, device="cpu")
     doubts = []
     for tile in tiles(rows, len(centres)):
         size = rows.squares[tile.part]
-        near = tile.products(table).mul_(-2.0).add_(norms).add_(size[:, None])
+        score = tile.products(table).add_(norms)  # the squared distance less |x|^2
         noise = (size.sqrt() + reach).square_() * _noise(tile) * 2
-        best, found = near.min(1)
-        second = near.scatter(1, found[:, None], torch.inf).amin(1)
-        some = (second <= best * (1 + TIE) + noise).nonzero()[:, 0]
-        first, sure = _first(near[some], best[some] * (1 + TIE), noise[some])
-        found[some] = first
-        labels[tile.part], far[tile.part] = found, best.clamp_(min=0)
-        doubts.append(some[~sure] + tile.part.start)
-    for index, x in _dense(rows, torch.cat(doubts), len(centres)):
+        best, found = score.min(1)
+        place, near = found[:, None], (best + size).clamp_(min=0)
+        limit = best + near * TIE
+        second = score.scatter_(1, place, torch.inf).amin(1)
+        some = (second <= limit + noise).nonzero()[:, 0]
+        if len(some):
+            score.scatter_(1, place, best[:, None])
+            first, sure = _first(score[some], limit[some], noise[some])
+            found[some] = first
+            doubts.append(some[~sure] + tile.part.start)
+        labels[tile.part], far[tile.part] = found, near
+    for index, x in _dense(rows, torch.cat(doubts), len(centres)) if doubts else ():
         labels[index] = kmeans_assign(x, centres, distances=False, precision=precision)[0]
     return labels, far
 
