@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import BackendUnavailableError, needs
-from ._columns import as_numbers
+from ._numbers import as_numbers
 
 NARROW = ("bool", "int8", "uint8", "int16", "uint16", "float16")
 F = TypeVar("F", bound=Callable[..., Any])

@@ -26,8 +26,8 @@ from torch import Tensor
 from .._core.backend import float32_products
 from . import _sparse
 from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
-from ._columns import as_numbers
 from ._frame import scaled
+from ._numbers import as_numbers
 
 # Entries of a block that is made on the way.
 BLOCK_ENTRIES = 1 << 22

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._columns import as_numbers
 from ._frame import Frame
+from ._numbers import as_numbers
 from ._rows import in_memory
 from ._seeding import plus_plus, random_rows
 
