@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("-k", "--clusters", type=int, required=True, help="number of clusters")
     fit.add_argument("--algo", choices=("clam", "kmeans"), default="clam", help="default clam")
     fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="of clam")
+    fit.add_argument(
+        "--standardize",
+        action=argparse.BooleanOptionalAction,
+        help="divide every column by its deviation; of clam, which else does so where columns"
+        " differ much in spread",
+    )
     fit.add_argument("--restarts", type=int, help="n_init")
     fit.add_argument("--epochs", type=int, help="max_iter")
     fit.add_argument("--seed", type=int, default=0, help="default 0")
@@ -160,10 +166,13 @@ def _model(options: argparse.Namespace) -> ClAM | KMeans:
             recipe=options.recipe,
             n_init=options.restarts,
             max_iter=options.epochs,
+            standardize="auto" if options.standardize is None else options.standardize,
             **shared,
         )
     if options.recipe != "default":
         raise _Refused("--recipe belongs to --algo clam")
+    if options.standardize is not None:
+        raise _Refused("--standardize belongs to --algo clam")
     given = {"n_init": options.restarts, "max_iter": options.epochs}
     shared |= {name: value for name, value in given.items() if value is not None}
     return KMeans(options.clusters, **shared)

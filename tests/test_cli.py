@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from _children import ended
-from sklearn.datasets import load_iris
+from sklearn.datasets import load_iris, load_wine
 
 import clam_kernels
 from clam_kernels import ClAM, KMeans, tables
@@ -80,6 +80,32 @@ def test_labels_equal_python_in_every_format(folder: Path) -> None:
     assert json.loads(told.stdout)["k"] == 3
     assert "Iteration 0" in told.stderr
     assert "is a folder" in clam(*given, "-o", folder, "--force").stderr
+
+
+@pytest.mark.filterwarnings("default:standardize=False")
+def test_standardize(tmp_path: Path) -> None:
+    """The README's commands on a raw table: no filled cell lies outside the range of its column."""
+    x = load_wine().data
+    gaps = np.where(np.random.default_rng(0).random(x.shape) < 0.1, np.nan, x)
+    np.save(tmp_path / "gaps.npy", gaps)
+    fit = ("fit", tmp_path / "gaps.npy", "-k", 3, *QUICK, "-o")
+    for option, standard, warned in (
+        ([], True, False),
+        (["--standardize"], True, False),
+        (["--no-standardize"], False, True),
+    ):
+        model, out = tmp_path / f"m{len(option)}{standard}", tmp_path / f"{option}.npy"
+        run = clam(*fit, model, *option)
+        assert run.returncode == 0, run.stderr
+        assert run.stderr.count("warning: standardize=False") == warned
+        assert (ClAM.load(model).scale_ != 1).any() == standard
+        assert clam("complete", model, tmp_path / "gaps.npy", "-o", out).returncode == 0
+        filled = np.load(out)
+        assert (filled >= np.nanmin(gaps, axis=0)).all()
+        assert (filled <= np.nanmax(gaps, axis=0)).all()
+    refused = clam(*fit, tmp_path / "k", "--algo", "kmeans", "--standardize")
+    assert refused.returncode == 2
+    assert "--standardize belongs to --algo clam" in refused.stderr
 
 
 def test_outputs(folder: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ class Recall(TransformerMixin):
 
         Returns
         -------
-        array or Tensor [N, K], unit |x|
+        array or Tensor [N, K], unit |x|, |(x - rho_k) / scale_|
         """
         rows = self._read(X)
         return rows.give(scaled(self._distances(rows), self._frame.unit))
@@ -211,6 +211,8 @@ class Recall(TransformerMixin):
         self, X: Any, *, beta: float | None = None, steps: int = RECALL_STEPS, step: float = 1.0
     ) -> Any:
         """X with its NaN entries recalled from the memories; every other entry keeps its bits.
+
+        A recalled entry is inside the range that the fit observed in its column.
 
         Parameters
         ----------

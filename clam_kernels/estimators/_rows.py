@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._core.backend import float32_products
 from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
-from ._frame import scaled
+from ._frame import Frame, scaled
 
 # Entries of a block that is made on the way.
 BLOCK_ENTRIES = 1 << 22
@@ -52,6 +52,7 @@ class Rows:
     missing: bool = False  # whether some entries are NaN
     mean: Tensor = field(default_factory=_no_features)  # [D] float64, scaled
     variance: float = 0.0  # mean over the features, scaled
+    seen_in: Frame | None = None  # rows are states of this frame
 
     def __len__(self) -> int:
         return int(self.source.shape[0])
@@ -66,7 +67,8 @@ class Rows:
         """Whether the source itself can be handed to an op."""
         plain = isinstance(self.source, Tensor) and self.source.device == self.device
         same = plain and self.source.dtype == self.dtype
-        return same and not self.exponent and not self.unit_norm and self.chunk_rows is None
+        plain = same and self.seen_in is None
+        return plain and not self.exponent and not self.unit_norm and self.chunk_rows is None
 
     @property
     def in_place(self) -> bool:
@@ -95,7 +97,10 @@ class Rows:
             part = part.toarray()
         if not isinstance(part, Tensor):
             part = torch.from_numpy(np.array(part, order="C"))
-        x = part.to(self.device, self.dtype)
+        x = part.to(self.device)
+        if self.seen_in is not None:
+            x = self.seen_in.states(x, self.dtype)
+        x = x.to(self.dtype)
         x = in_scale(x, self.exponent)
         return normalised(x) if self.unit_norm else x
 
@@ -110,6 +115,11 @@ class Rows:
     def tile_work(self, k: int) -> int:
         """Multiply-adds of one matrix product of the CPU's, which is of a tile of rows."""
         return min(len(self) * k, TILE_ENTRIES) * self.features
+
+    def seen_from(self, frame: Frame) -> Rows:
+        """The same rows as states of a frame."""
+        top = max(float(bound.abs().max()) for bound in frame.bounds(frame.mean))
+        return replace(self, seen_in=frame, exponent=0, top=top)
 
     def choose_scale(self, top: float) -> None:
         """Scale values of magnitude `top` by a power of two if their squares would not fit."""

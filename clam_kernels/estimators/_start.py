@@ -56,7 +56,7 @@ def starts(
         elif init == "random":
             found.append(_random(few, k, random))
         else:
-            drawn = random.normal(0.1, 0.1, (k, d)) / 2.0**frame.unit
+            drawn = random.normal(0.1, 0.1, (k, d)) * frame.one
             found.append(torch.from_numpy(drawn))
     return torch.stack([m.to(z.device, z.dtype) for m in found])
 

@@ -18,12 +18,13 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from ._completion import Batch, Plan, draw_masks, expected_masked
+from ._columns import frame_of
+from ._completion import Batch, Plan, draw_masks, expected_masked, in_rates, within
 from ._frame import Frame, rescaled
 from ._points import Points, points_of
 from ._rounds import START_ITERATIONS
 from ._rows import Rows
-from ._search import RECIPES, plan_of, resolved
+from ._search import RECIPES, plan_of, published_beta, rates_of, resolved
 from ._selection import Silhouettes
 from ._start import gap_of, starts
 
@@ -49,7 +50,7 @@ class Stream:
     won: Tensor  # [K, D] weight of the entries behind the running means
     idle: Tensor  # [2, K] batches since a memory had a row
     gap: float
-    square: float  # mean of the squared entries so far
+    square: Tensor  # [D] mean of the squared entries so far
     first: Tensor  # [K, D] Adam's running means of gradients and of their squares
     second: Tensor
     quality: list[float]  # running silhouettes and inertias of the lines
@@ -75,7 +76,8 @@ class Stream:
 
 def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
     """Memories from the first batch: the best of several starts after Lloyd's iterations."""
-    frame = Frame.of(rows, weight, getattr(estimator, "feature_names_in_", None))
+    names = getattr(estimator, "feature_names_in_", None)
+    frame = frame_of(rows, weight, names, estimator.standardize)
     points = points_of(frame.all_states(rows), weight, estimator.precision)
     init, count = RECIPES[estimator.recipe].init, resolved(estimator, "n_init")
     seed = _seed(estimator)
@@ -102,9 +104,9 @@ def _at(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> S
     still = torch.zeros_like(memories)
     idle = torch.zeros(2, len(memories), dtype=torch.int64, device=memories.device)
     both = torch.stack([memories, memories])
-    none = [0.0, 0.0]
+    none, nothing = [0.0, 0.0], torch.zeros_like(frame.mean)
     return Stream(
-        seed, frame, both, won.sum(0), won, idle, gap, 0.0, still, still.clone(), none, none
+        seed, frame, both, won.sum(0), won, idle, gap, nothing, still, still.clone(), none, none
     )
 
 
@@ -139,16 +141,15 @@ def _centred(
     total = stream.held + held
     by = (z.nan_to_num(0.0) * share).sum(0) / total.clamp(min=_TINY)
     points = points_of((z - by).to(dtype), weight, precision)
-    square = float(points.z.double().square().sum(1) @ points.share)
-    before, now = float(stream.held.sum()), float(held.sum())
-    if stream.square == 0.0:  # nothing is known of what came before
-        before = 0.0
+    square = points.share @ points.z.double().square()
+    # 0: nothing is known of what came before
+    before = torch.where(stream.square > 0, stream.held, 0.0)
     fresh = dataclasses.replace(
         stream,
-        frame=Frame(frame.mean + by * 2.0**frame.spread, frame.range, frame.spread),
+        frame=frame.moved(by).widened(x if weight is None else x[weight > 0]),
         memories=(stream.memories.double() - by).to(dtype),
         held=total,
-        square=(stream.square * before + square) / max(before + now, _TINY),
+        square=(stream.square * before + square) / (before + held).clamp(min=_TINY),
     )
     return fresh, points
 
@@ -187,13 +188,14 @@ def _trained(estimator: Any, stream: Stream, points: Points) -> tuple[Stream, fl
     memories = stream.memories[TRAINED].clone().requires_grad_()
     batch = Batch(points.z, masks, points.seen, points.weight)
     loss = batch.backward(memories[None], plan, expected_masked(points, plan.mask_ratio))
-    slope = memories.grad
-    assert slope is not None
+    assert memories.grad is not None
+    slope = in_rates(memories.grad, plan)
     first = FIRST * stream.first + (1 - FIRST) * slope
     second = SECOND * stream.second + (1 - SECOND) * slope.square()
     rate = plan.learning_rate / (1 + stream.steps / HALFWAY)
     wide = (second / (1 - SECOND**stream.steps)).sqrt() + EPSILON * plan.length
-    moved = memories.detach() - rate * (first / (1 - FIRST**stream.steps)) / wide
+    move = -rate * (first / (1 - FIRST**stream.steps)) / wide
+    moved = within(memories.detach(), move, plan)
     both = torch.stack([stream.memories[MEANS], moved])
     own = gap_of(points, both[:1], stream.seed)
     gap = stream.gap + max(SHARE, 1 / stream.steps) * (own - stream.gap)
@@ -206,17 +208,18 @@ def _trained(estimator: Any, stream: Stream, points: Points) -> tuple[Stream, fl
 
 
 def _plan(estimator: Any, stream: Stream, points: Points) -> Plan:
-    given = estimator.beta
-    if estimator.recipe == "paper" and given is None:
-        given = RECIPES["paper"].betas[0]
-    unit = 2 * stream.frame.unit
-    beta = SHARPNESS / stream.gap if given is None else rescaled(float(given), unit)
+    beta = SHARPNESS / stream.gap
+    if estimator.beta is not None:
+        beta = rescaled(float(estimator.beta), 2 * stream.frame.unit)
+    elif estimator.recipe == "paper":
+        beta = published_beta(stream.frame, RECIPES["paper"].betas[0])
     plan = plan_of(estimator, stream.frame, points, [beta], 1, stream.seed)
     if estimator.recipe == "paper":
         return plan
-    size = math.sqrt(stream.square) or 1.0
+    size = math.sqrt(float(stream.square.mean())) or 1.0
     rate = resolved(estimator, "learning_rate") * size
-    return dataclasses.replace(plan, learning_rate=rate, length=size)
+    rates = rates_of(stream.square.sqrt(), size).to(points.z.dtype)
+    return dataclasses.replace(plan, learning_rate=rate, length=size, rates=rates)
 
 
 def _revived(stream: Stream, points: Points) -> tuple[Stream, Tensor]:

@@ -68,13 +68,17 @@ def through_all(
     if rows.missing:
         memories = _partial(estimator, found.memories, rows, weight, frame)
         return dataclasses.replace(found, memories=memories)
+    if frame.standard:
+        rows = rows.seen_from(frame)
     rows.frame()
-    start = in_scale(frame.data(found.memories), rows.exponent).to(rows.dtype)
+    first = found.memories if frame.standard else frame.data(found.memories)
+    start = in_scale(first, rows.exponent).to(rows.dtype)
     rule = Rule(ITERATIONS, 0.0, "keep", estimator.precision)
     with threads_for(rows.tile_work(len(start))):
         (run,) = lloyd(rows, weight, start[None], rule, np.random.RandomState(0))
     centres = in_scale(run.centres.double(), -rows.exponent)
-    return dataclasses.replace(found, memories=frame.states(centres, found.memories.dtype))
+    memories = centres if frame.standard else frame.states(centres, found.memories.dtype)
+    return dataclasses.replace(found, memories=memories.to(found.memories.dtype))
 
 
 def _partial(
