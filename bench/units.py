@@ -39,7 +39,8 @@ def load(name: str, raw: bool) -> np.ndarray:
     if hasattr(datasets, f"load_{name}"):
         x = getattr(datasets, f"load_{name}")().data
     else:
-        x = np.load(SHARED / f"{name}.npz")["X"]
+        file = np.load(SHARED / f"{name}.npz")
+        x = file["X" if "X" in file else "x"]
     x = np.asarray(x, np.float64).reshape(len(x), -1)
     if len(x) > ROWS:
         x = x[np.random.default_rng(0).choice(len(x), ROWS, replace=False)]

@@ -77,7 +77,8 @@ def plot_clusters(
     'clusters'
     """
     ax = _axes(ax, (6.0, 4.5))
-    x, labels = np.asarray(X, dtype=np.float64), np.asarray(labels)
+    x = np.ma.filled(np.ma.asarray(X).astype(np.float64), np.nan)  # a masked entry is no data
+    labels = np.asarray(labels)
     if embedding is None and not np.isfinite(x).all():
         row, column = np.argwhere(~np.isfinite(x))[0]
         raise ValueError(

@@ -158,6 +158,17 @@ class Columns:
         return min(float(x.max() / x.min()) for x in (deviation, typical))
 
 
+def near(z: Tensor, frame: Frame) -> Tensor:
+    """Which entries of states are observed and not far, by the deviations of a frame; in a column
+    with more than few far entries all that are observed.
+    """
+    seen = ~z.isnan()
+    limit = torch.where(frame.deviation > 0, FAR * frame.deviation, torch.inf).to(z.device)
+    close = z.abs() <= limit
+    few = close.sum(0) >= (1 - FEW) * seen.sum(0)
+    return torch.where(few, close, seen)
+
+
 _TINY = torch.finfo(torch.float64).tiny
 
 

@@ -46,16 +46,25 @@ class Recall(TransformerMixin):
             centers = torch.from_numpy(np.require(centers, requirements=["C", "W"]))
         return self._frame.states(centers.to(device), dtype)
 
-    def _by_pieces(self, rows: Rows, function: Callable[[Tensor, Tensor], Any]) -> list[Any]:
-        """`function(states, memories)` for each chunk of rows, without gradients."""
+    def _pair(self, part: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(states of some rows, memories), of one dtype: float64 where one of them needs it."""
+        z = self._frame.states(part, dtype)
+        centers = self._centers(z.dtype, z.device)
+        return z.to(centers.dtype), centers
+
+    def _dtype(self, rows: Rows) -> torch.dtype:
+        """What distances are computed in, but for values that only float64 has room for."""
         name = str(self.cluster_centers_.dtype).removeprefix("torch.")
         fitted = torch.float64 if name == "float64" else torch.float32
-        dtype = torch.float64 if rows.dtype == torch.float64 else fitted
+        return torch.float64 if rows.dtype == torch.float64 else fitted
+
+    def _by_pieces(self, rows: Rows, function: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+        """`function(states, memories)` for each chunk of rows, without gradients."""
+        dtype = self._dtype(rows)
         results = []
         with torch.inference_mode():
             for _, part in pieces(rows):
-                z = self._frame.states(part, dtype)
-                results.append(function(z, self._centers(z.dtype, z.device)))
+                results.append(function(*self._pair(part, dtype)))
         return results
 
     def _recalled(self, z: Tensor, centers: Tensor) -> Tensor:
@@ -144,7 +153,8 @@ class Recall(TransformerMixin):
         top = p.amax(-1, keepdim=True)
         tied = p.argmax(-1, keepdim=True) != labels
         raised = torch.nextafter(top, torch.full_like(top, 2.0))
-        return rows.give(p.scatter(-1, labels, torch.where(tied, raised, p.gather(-1, labels))))
+        p = p.scatter(-1, labels, torch.where(tied, raised, p.gather(-1, labels)))
+        return rows.give(p.to(self._dtype(rows)))
 
     def transform(self, X: Any) -> Any:
         """Distance of each row to each memory (paper: of the row after the recursion).
@@ -160,7 +170,8 @@ class Recall(TransformerMixin):
         array or Tensor [N, K], unit |x|, |(x - rho_k) / scale_|
         """
         rows = self._read(X)
-        return rows.give(scaled(self._distances(rows), self._frame.unit))
+        far = scaled(self._distances(rows).double(), self._frame.unit)
+        return rows.give(far.to(self._dtype(rows)))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the weighted sum of squared distances of the rows to the memory of their label.
@@ -205,7 +216,8 @@ class Recall(TransformerMixin):
             return energy
 
         energies = torch.cat(self._by_pieces(rows, measured))
-        return rows.give(scaled(energies, 2 * self._frame.unit))
+        energies = scaled(energies.double(), 2 * self._frame.unit)
+        return rows.give(energies.to(self._dtype(rows)))
 
     def complete(
         self, X: Any, *, beta: float | None = None, steps: int = RECALL_STEPS, step: float = 1.0
@@ -239,10 +251,10 @@ class Recall(TransformerMixin):
         with torch.inference_mode():
             for _, part in pieces(rows):
                 hidden = part.isnan()
-                z = self._frame.states(part, part.dtype).masked_fill(hidden, 0.0)
+                z, centers = self._pair(part, part.dtype)
                 out = am_recursion(
-                    z,
-                    self._centers(z.dtype, z.device),
+                    z.masked_fill(hidden, 0.0),
+                    centers,
                     sharp,
                     steps,
                     step=step,

@@ -21,6 +21,7 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from .._core.backend import float32_products
+from ..metrics import unmasked
 from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
 from ._frame import Frame, scaled
 
@@ -53,6 +54,10 @@ class Rows:
     mean: Tensor = field(default_factory=_no_features)  # [D] float64, scaled
     variance: float = 0.0  # mean over the features, scaled
     seen_in: Frame | None = None  # rows are states of this frame
+    result: torch.dtype = field(init=False)  # of results; `dtype` is that of the computation
+
+    def __post_init__(self) -> None:
+        self.result = self.dtype
 
     def __len__(self) -> int:
         return int(self.source.shape[0])
@@ -122,10 +127,18 @@ class Rows:
         return replace(self, seen_in=frame, exponent=0, top=top)
 
     def choose_scale(self, top: float) -> None:
-        """Scale values of magnitude `top` by a power of two if their squares would not fit."""
-        least, most = SAFE[self.dtype]
+        """Make room for the squares of values of magnitude `top`, and of those far below it: in
+        float64 they have room, and what is too large or small for it is scaled by a power of two.
+        """
         power = math.frexp(top)[1] if top else 0
-        self.exponent = 0 if least <= power <= most or self.unit_norm else -power
+        least, most = SAFE[self.dtype]
+        self.exponent = 0
+        if least <= power <= most or self.unit_norm:
+            return
+        if self.dtype == torch.float32:
+            self.dtype = torch.float64
+        else:
+            self.exponent = most - power
 
     def frame(self) -> None:
         """Choose the scale, and learn mean and variance in one pass."""
@@ -217,8 +230,7 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
 
 
 def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
-    if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
-        raise ValueError("X: expected an array without masked entries, got a masked array")
+    unmasked("X", x)
     narrow = str(getattr(x, "dtype", "")) in NARROW
     try:
         return validate_data(
@@ -258,7 +270,7 @@ def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:
     if isinstance(sample_weight, Tensor):
         weight = sample_weight.detach().to(rows.device, torch.float64)
     else:
-        array = np.asarray(sample_weight, dtype=np.float64)
+        array = np.asarray(unmasked("sample_weight", sample_weight), dtype=np.float64)
         weight = torch.from_numpy(np.array(array)).to(rows.device)
     if weight.ndim == 0:
         weight = weight.expand(len(rows)).clone()

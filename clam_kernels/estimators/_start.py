@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..metrics import unmasked
 from ._frame import Frame
 from ._rows import in_memory
 from ._seeding import plus_plus, random_rows
@@ -70,7 +71,9 @@ def _random(points: Points, k: int, random: np.random.RandomState) -> Tensor:
 
 def _given(init: Any, frame: Frame, like: Tensor, shape: tuple[int, int]) -> Tensor:
     """An array of starting memories, in the frame."""
-    x = torch.as_tensor(np.array(init), device="cpu") if not isinstance(init, Tensor) else init
+    x = init
+    if not isinstance(init, Tensor):
+        x = torch.as_tensor(np.array(unmasked("init", init)), device="cpu")
     if tuple(x.shape) != shape:
         raise ValueError(
             f"The shape of the initial centers {tuple(x.shape)} does not match the number of"

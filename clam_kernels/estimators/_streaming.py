@@ -18,7 +18,7 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from ._columns import frame_of
+from ._columns import frame_of, near
 from ._completion import Batch, Plan, draw_masks, expected_masked, in_rates, within
 from ._frame import Frame, rescaled
 from ._points import Points, points_of
@@ -134,14 +134,14 @@ def _centred(
     """The frame moved to the mean of all rows so far, with the batch and the memories in it."""
     frame, dtype = stream.frame, stream.memories.dtype
     z = frame.states(x, torch.float64)
-    seen = ~z.isnan()
+    seen = near(z, frame)
     share = torch.ones(len(z), 1, dtype=torch.float64, device=z.device)
     share = share if weight is None else weight[:, None]
     held = (seen * share).sum(0)
     total = stream.held + held
-    by = (z.nan_to_num(0.0) * share).sum(0) / total.clamp(min=_TINY)
+    by = (torch.where(seen, z, 0.0) * share).sum(0) / total.clamp(min=_TINY)
     points = points_of((z - by).to(dtype), weight, precision)
-    square = points.share @ points.z.double().square()
+    square = (torch.where(seen, z - by, 0.0).square() * share).sum(0)
     # 0: nothing is known of what came before
     before = torch.where(stream.square > 0, stream.held, 0.0)
     fresh = dataclasses.replace(

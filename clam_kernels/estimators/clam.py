@@ -424,7 +424,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self, rows: Rows, frame: Frame, memories: Tensor, gap: float, beta: float | None = None
     ) -> None:
         """Memories in the frame, and the betas that come of the gap unless one was given."""
-        self.cluster_centers_ = rows.give(frame.data(memories).to(rows.dtype))
+        self.cluster_centers_ = rows.give(frame.data(memories).to(rows.result))
         self._frame = frame
         squared = 2 * frame.unit
         if self.recipe != "paper" and self.beta is None:

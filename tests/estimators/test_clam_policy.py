@@ -17,6 +17,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM, metrics
+from clam_kernels import KMeans as ClusterKMeans
 from clam_kernels.estimators import _points, _selection
 
 QUICK = {"n_init": 4, "max_iter": 6, "random_state": 0}
@@ -430,3 +431,20 @@ def test_partial_fit_refuses_and_keeps_its_state(iris):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         assert np.isfinite(_stream(fresh, iris, 50).cluster_centers_).all()
+
+
+# ---- what is no data -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ClAM, ClusterKMeans])
+@pytest.mark.parametrize("name", ["X", "sample_weight", "init"])
+def test_masked_entries_are_refused(kind, name):
+    x = _blobs(60)
+    given = {"X": x, "sample_weight": np.ones(len(x)), "init": x[:4]}
+    given[name] = np.ma.masked_array(given[name], mask=np.zeros_like(given[name], bool))
+    init, fit = given.pop("init"), lambda: kind(4, init=init, n_init=1).fit(**given)
+    fit()
+    full = given.get(name, init)
+    full[1] = np.ma.masked
+    with pytest.raises(ValueError, match=f"{name}: expected an array without masked entries"):
+        fit()
