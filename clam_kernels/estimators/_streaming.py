@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ SHARPNESS, HALFWAY = 10.0, 10.0
 FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
 SHARE = 0.05
 MEANS, TRAINED = 0, 1
+# on_batch(loss) -> whether to stop
+OnBatch = Callable[[float], bool]
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -111,7 +114,7 @@ def _at(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> S
 
 
 def advance(
-    estimator: Any, stream: Stream, rows: Rows, weight: Tensor | None
+    estimator: Any, stream: Stream, rows: Rows, weight: Tensor | None, on_batch: OnBatch
 ) -> tuple[Stream, list[float]]:
     """The stream after one more call, and the loss of each of its batches."""
     losses = []
@@ -125,6 +128,8 @@ def advance(
             stream = _judged(estimator, stream, points)
             stream, loss = _trained(estimator, stream, points)
             losses.append(loss)
+            if on_batch(loss):
+                break
     return stream, losses
 
 

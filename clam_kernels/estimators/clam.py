@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from numbers import Integral, Real
 from typing import Any
@@ -105,12 +106,14 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     random_state : int, RandomState or None, default None
         An int gives the same bits on the same device.
     verbose : int, default 0
-        1 shows a progress bar over epochs on stderr (needs tqdm).
+        1 shows a progress bar over epochs, or over the batches of a `partial_fit`, on stderr (needs
+        tqdm).
     callbacks : callable, object or list of them, optional
         Called after every epoch as `callback(estimator, info)`, info a dict of round, epoch, loss
         (mean over the replicas that train) and candidates (scored so far); returning what is true
-        ends the fit there. Objects may have some of `on_fit_begin(estimator)`,
-        `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
+        ends the fit there. `partial_fit` calls it after every batch: epoch counts all batches so
+        far, round and candidates are 0, and what is true ends the call there. Objects may have some
+        of `on_fit_begin(estimator)`, `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
 
     Attributes
     ----------
@@ -321,7 +324,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         points, whole = sampled(self, rows, weight, frame, seed)
         listeners = _callbacks.each(self.callbacks)
         _callbacks.call(listeners, "on_fit_begin", self)
-        with Progress(self, listeners) as progress:
+        epochs = resolved(self, "max_iter")
+        with Progress(self, listeners, frame.unit, epochs, "epoch") as progress:
             found = search(self, points, frame, X, seed, progress)
         if not whole:
             found = through_all(self, found, rows, weight, frame)
@@ -370,11 +374,17 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         if not fitted and len(rows) < self.n_clusters:
             raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
         stream = self._stream_so_far(rows, weight, X)
-        with threads_for(stream.won.numel() * resolved(self, "batch_size")):
-            self._stream, losses = streaming.advance(self, stream, rows, weight)
         if not fitted:
-            _warn_of_units(self._stream.frame)
+            _warn_of_units(stream.frame)
         before = list(self.loss_curve_) if fitted else []
+        listeners, size = _callbacks.each(self.callbacks), resolved(self, "batch_size")
+        _callbacks.call(listeners, "on_fit_begin", self)
+        progress = Progress(self, listeners, stream.frame.unit, -(-len(rows) // size), "batch")
+        number = itertools.count(len(before))
+        with progress, threads_for(stream.won.numel() * size):
+            self._stream, losses = streaming.advance(
+                self, stream, rows, weight, lambda loss: progress.batch(next(number), loss)
+            )
         squared = 2 * self._stream.frame.unit
         memories = self._stream.answer(self)
         self._store_memories(rows, self._stream.frame, memories, self._stream.gap)
@@ -384,6 +394,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self._store_labels(rows, weight)
         self._held = self._stream.won.cpu().numpy()
         self.n_clusters_used_ = self._stream.used(self)
+        _callbacks.call(listeners, "on_fit_end", self)
         return self
 
     def _stream_so_far(self, rows: Rows, weight: Tensor | None, X: Any) -> streaming.Stream:
