@@ -219,9 +219,22 @@ def _facts(model: ClAM | KMeans) -> dict[str, Any]:
         "k": model.n_clusters,
         "clusters_used": len(set(model.labels_.tolist())),
         "inertia": model.inertia_,
+        "partition_inertia": _partition_inertia(model),
         "device": model.device_,
         "backend": model.backend_,
     }
+
+
+def _partition_inertia(model: Any) -> float:
+    """Inertia about the means of the labels. Of `ClAM` the memories may stand beyond their rows,
+    but not where a sample was searched: there they are means in the end.
+    """
+    from .estimators._whole import searches_all
+
+    tried = getattr(model, "candidates_", {"inertia": []})["inertia"]
+    if not len(tried) or not searches_all(model, len(model.labels_)):
+        return float(model.inertia_)
+    return float(tried[model.candidates_["chosen"]][0])
 
 
 def _use(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -284,7 +297,11 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps(told, allow_nan=False))
     elif options.verb == "fit":
         used, k = facts["clusters_used"], facts["k"]
-        print(f"{used} of {k} clusters used, inertia {facts['inertia']:.6g}", file=sys.stderr)
+        text = f"{used} of {k} clusters used, inertia {facts['inertia']:.6g}"
+        if facts["algo"] == "clam":
+            about = facts["partition_inertia"]
+            text += f" about the memories, {about:.6g} about the means of the clusters"
+        print(text, file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

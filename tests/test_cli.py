@@ -108,6 +108,25 @@ def test_standardize(tmp_path: Path) -> None:
     assert "--standardize belongs to --algo clam" in refused.stderr
 
 
+def test_fit_tells_both_inertias(tmp_path: Path) -> None:
+    """Of the memories, and of the partition about the means of its clusters."""
+    np.save(tmp_path / "x.npy", load_wine().data)
+    fit = ("fit", tmp_path / "x.npy", "-k", 3, *QUICK, "-o")
+    run = clam(*fit, tmp_path / "m", "--json")
+    told = json.loads(run.stdout)
+    model = ClAM.load(tmp_path / "m")
+    x = load_wine().data / model.scale_
+    means = np.stack([x[model.labels_ == k].mean(0) for k in range(3)])
+    about = np.square(x - means[model.labels_]).sum()
+    assert told["partition_inertia"] == pytest.approx(about)
+    assert told["inertia"] == model.inertia_ >= about * (1 - 1e-9)
+    run = clam(*fit, tmp_path / "n")
+    both = f"inertia {model.inertia_:.6g} about the memories, {about:.6g} about the means of the"
+    assert both in run.stderr
+    run = clam(*fit, tmp_path / "k", "--algo", "kmeans", "--json")
+    assert json.loads(run.stdout)["partition_inertia"] == json.loads(run.stdout)["inertia"]
+
+
 def test_outputs(folder: Path, tmp_path: Path) -> None:
     model = folder / "m.safetensors"
     for suffix in (".csv", ".npy", ".parquet"):

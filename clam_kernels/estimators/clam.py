@@ -87,7 +87,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         off. The paper's recipe has none.
     min_cluster_size : int or float > 0, default 1
         Rows (weight; in units of the least one if that is below 1) that a cluster must have to
-        count as used.
+        count as used. A ConvergenceWarning says when no partition that was tried has only such
+        clusters.
     precision : "highest", "high", "medium" or None, default None
         Of the matrix products; None follows torch.
     standardize : "auto", True or False, default "auto"
@@ -128,7 +129,9 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     labels_ : array [N]
         Label of each training row.
     inertia_ : float
-        Weighted sum of squared distances of the rows to the memory of their label.
+        Weighted sum of squared distances of the rows to the memory of their label. It is above the
+        inertia of the partition, which is about the means of the labels, where the memories stand
+        beyond their rows: `candidates_["inertia"][candidates_["chosen"]]`.
     candidates_ : dict of arrays [C]
         Every replica each time it was scored: round (0 the start), replica, role ("start", "lloyd",
         "am"), beta, loss, silhouette (on one fixed sample), inertia (about the means of its own
@@ -430,6 +433,20 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
                 ConvergenceWarning,
                 stacklevel=4,
             )
+        elif self._too_small(found):
+            warnings.warn(
+                f"min_cluster_size={self.min_cluster_size}: no partition that was tried has"
+                f" n_clusters={self.n_clusters} clusters of this size; the one that is kept has"
+                " smaller ones.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _too_small(self, found: Found) -> bool:
+        """Whether the partition that is kept has clusters below `min_cluster_size`."""
+        required = 1 if self.recipe == "paper" else self.n_clusters
+        (kept,) = found.table[found.table[:, COLUMNS.index("counts")] == 2]
+        return bool(kept[COLUMNS.index("clusters_used")] < required)
 
     def _store_memories(
         self, rows: Rows, frame: Frame, memories: Tensor, gap: float, beta: float | None = None

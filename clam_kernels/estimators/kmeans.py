@@ -410,7 +410,7 @@ class KMeans(
 
         Returns
         -------
-        array [N]
+        array [N], int32, or for a tensor Tensor [N], int64, on its device
             `labels_`.
         """
         return self.fit(X, sample_weight=sample_weight).labels_

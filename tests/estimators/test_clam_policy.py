@@ -118,6 +118,15 @@ def test_min_cluster_size():
     assert np.bincount(larger.labels_).min() >= 5
 
 
+def test_a_min_cluster_size_that_nothing_has_warns():
+    x = _blobs(60)
+    with pytest.warns(ConvergenceWarning, match="min_cluster_size=40: no partition that was tried"):
+        ClAM(3, min_cluster_size=40, **QUICK).fit(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ClAM(3, min_cluster_size=2, **QUICK).fit(x)
+
+
 def test_silhouettes_of_the_contest_are_exact():
     x = _scaled(load_wine)
     rng = np.random.default_rng(0)
