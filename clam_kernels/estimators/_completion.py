@@ -39,8 +39,8 @@ class Plan:
     precision: str | None
     seed: int
     rates: Tensor | None = None  # [D] of the columns, as multiples of the learning rate
-    low: Tensor | float = -math.inf  # [D] where memories may stand
-    high: Tensor | float = math.inf
+    low: Tensor | None = None  # [D] where memories may stand
+    high: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,7 @@ def in_rates(slope: Tensor, plan: Plan) -> Tensor:
 def within(memories: Tensor, move: Tensor, plan: Plan) -> Tensor:
     """The memories after a move at the rates of the columns, inside the range of the columns."""
     moved = memories + (move if plan.rates is None else move * plan.rates)
-    low, high = (torch.as_tensor(x).to(moved) for x in (plan.low, plan.high))
-    return torch.maximum(torch.minimum(moved, high), low)
+    return moved if plan.low is None else moved.clamp(plan.low, plan.high)
 
 
 class _Plateau:
