@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("-k", "--clusters", type=_whole(1), required=True, help="number of clusters")
     fit.add_argument("--algo", choices=("clam", "kmeans"), default="clam", help="default clam")
     fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="of clam")
+    fit.add_argument(
+        "--standardize",
+        action=argparse.BooleanOptionalAction,
+        help="divide every column by its deviation; of clam, which else does so where columns"
+        " differ much in spread",
+    )
     fit.add_argument("--restarts", type=_whole(1), help="number of starts")
     fit.add_argument("--epochs", type=_whole(1), help="passes over the table at most")
     fit.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="default 0")
@@ -193,10 +199,13 @@ def _model(options: argparse.Namespace) -> ClAM | KMeans:
             recipe=options.recipe,
             n_init=options.restarts,
             max_iter=options.epochs,
+            standardize="auto" if options.standardize is None else options.standardize,
             **shared,
         )
     if options.recipe != "default":
         raise _Refused("--recipe belongs to --algo clam")
+    if options.standardize is not None:
+        raise _Refused("--standardize belongs to --algo clam")
     given = {"n_init": options.restarts, "max_iter": options.epochs}
     shared |= {name: value for name, value in given.items() if value is not None}
     return KMeans(options.clusters, **shared)
@@ -288,9 +297,22 @@ def _facts(model: ClAM | KMeans) -> dict[str, Any]:
         "k": model.n_clusters,
         "clusters_used": len(set(model.labels_.tolist())),
         "inertia": model.inertia_,
+        "partition_inertia": _partition_inertia(model),
         "device": model.device_,
         "backend": model.backend_,
     }
+
+
+def _partition_inertia(model: Any) -> float:
+    """Inertia about the means of the labels. Of `ClAM` the memories may stand beyond their rows,
+    but not where a sample was searched: there they are means in the end.
+    """
+    from .estimators._whole import searches_all
+
+    tried = getattr(model, "candidates_", {"inertia": []})["inertia"]
+    if not len(tried) or not searches_all(model, len(model.labels_)):
+        return float(model.inertia_)
+    return float(tried[model.candidates_["chosen"]][0])
 
 
 def _use(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -361,7 +383,11 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps(told, allow_nan=False))
     elif options.verb == "fit":
         used, k = facts["clusters_used"], facts["k"]
-        print(f"{used} of {k} clusters used, inertia {facts['inertia']:.6g}", file=sys.stderr)
+        text = f"{used} of {k} clusters used, inertia {facts['inertia']:.6g}"
+        if facts["algo"] == "clam":
+            about = facts["partition_inertia"]
+            text += f" about the memories, {about:.6g} about the means of the clusters"
+        print(text, file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

@@ -44,8 +44,8 @@ def silhouette(
     Raises
     ------
     ValueError
-        Shapes that do not fit, values that are not finite, fewer than 2 clusters or as many as
-        rows.
+        Shapes that do not fit, values that are not finite or that a mask hides, fewer than 2
+        clusters or as many as rows.
 
     Examples
     --------
@@ -70,7 +70,17 @@ def silhouette(
     return float(_widths(x, cluster, counts).mean())
 
 
+def unmasked(name: str, value: Any) -> Any:
+    """The value; ValueError for a masked array of numpy that hides entries: what stands below the
+    mask is no data.
+    """
+    if np.ma.isMaskedArray(value) and np.ma.getmaskarray(value).any():
+        raise ValueError(f"{name}: expected an array without masked entries, got a masked array")
+    return value
+
+
 def _matrix(X: Any) -> Tensor:
+    unmasked("X", X)
     if hasattr(X, "toarray"):
         raise TypeError(f"X: expected an array or a dense Tensor, got a {type(X).__name__}")
     x = X.detach() if isinstance(X, Tensor) else torch.from_numpy(np.array(X, order="C"))
@@ -86,7 +96,7 @@ def _names(labels: Any, rows: int) -> Tensor:
     if isinstance(labels, Tensor):
         found = labels.detach()
     else:
-        array = np.asarray(labels)
+        array = np.asarray(unmasked("labels", labels))
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError("labels: expected finite values, got NaN or infinity")
         shape = array.shape

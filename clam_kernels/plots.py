@@ -81,10 +81,10 @@ def plot_clusters(
     'clusters'
     """
     ax = _axes(ax, (6.0, 4.5))
-    x, labels = np.asarray(X), np.asarray(labels)
-    if x.dtype.kind in "mM":
-        raise TypeError(f"X: expected numbers, got dtype {x.dtype}")
-    x = x.astype(np.float64)
+    masked, labels = np.ma.asarray(X), np.asarray(labels)
+    if masked.dtype.kind in "mM":
+        raise TypeError(f"X: expected numbers, got dtype {masked.dtype}")
+    x = np.ma.filled(masked.astype(np.float64), np.nan)  # a masked entry is no data
     if embedding is None and not np.isfinite(x).all():
         row, column = np.argwhere(~np.isfinite(x))[0]
         raise ValueError(

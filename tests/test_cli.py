@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from _children import ended
-from sklearn.datasets import load_iris
+from sklearn.datasets import load_iris, load_wine
 
 import clam_kernels
 from clam_kernels import ClAM, KMeans, tables
@@ -82,6 +82,51 @@ def test_labels_equal_python_in_every_format(folder: Path) -> None:
     assert json.loads(told.stdout)["k"] == 3
     assert "Iteration 0" in told.stderr
     assert "is a folder" in clam(*given, "-o", folder, "--force").stderr
+
+
+@pytest.mark.filterwarnings("default:standardize=False")
+def test_standardize(tmp_path: Path) -> None:
+    """The README's commands on a raw table: no filled cell lies outside the range of its column."""
+    x = load_wine().data
+    gaps = np.where(np.random.default_rng(0).random(x.shape) < 0.1, np.nan, x)
+    np.save(tmp_path / "gaps.npy", gaps)
+    fit = ("fit", tmp_path / "gaps.npy", "-k", 3, *QUICK, "-o")
+    for option, standard, warned in (
+        ([], True, False),
+        (["--standardize"], True, False),
+        (["--no-standardize"], False, True),
+    ):
+        model, out = tmp_path / f"m{len(option)}{standard}", tmp_path / f"{option}.npy"
+        run = clam(*fit, model, *option)
+        assert run.returncode == 0, run.stderr
+        assert run.stderr.count("warning: standardize=False") == warned
+        assert (ClAM.load(model).scale_ != 1).any() == standard
+        assert clam("complete", model, tmp_path / "gaps.npy", "-o", out).returncode == 0
+        filled = np.load(out)
+        assert (filled >= np.nanmin(gaps, axis=0)).all()
+        assert (filled <= np.nanmax(gaps, axis=0)).all()
+    refused = clam(*fit, tmp_path / "k", "--algo", "kmeans", "--standardize")
+    assert refused.returncode == 2
+    assert "--standardize belongs to --algo clam" in refused.stderr
+
+
+def test_fit_tells_both_inertias(tmp_path: Path) -> None:
+    """Of the memories, and of the partition about the means of its clusters."""
+    np.save(tmp_path / "x.npy", load_wine().data)
+    fit = ("fit", tmp_path / "x.npy", "-k", 3, *QUICK, "-o")
+    run = clam(*fit, tmp_path / "m", "--json")
+    told = json.loads(run.stdout)
+    model = ClAM.load(tmp_path / "m")
+    x = load_wine().data / model.scale_
+    means = np.stack([x[model.labels_ == k].mean(0) for k in range(3)])
+    about = np.square(x - means[model.labels_]).sum()
+    assert told["partition_inertia"] == pytest.approx(about)
+    assert told["inertia"] == model.inertia_ >= about * (1 - 1e-9)
+    run = clam(*fit, tmp_path / "n")
+    both = f"inertia {model.inertia_:.6g} about the memories, {about:.6g} about the means of the"
+    assert both in run.stderr
+    run = clam(*fit, tmp_path / "k", "--algo", "kmeans", "--json")
+    assert json.loads(run.stdout)["partition_inertia"] == json.loads(run.stdout)["inertia"]
 
 
 def test_outputs(folder: Path, tmp_path: Path) -> None:

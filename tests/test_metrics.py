@@ -107,3 +107,14 @@ def test_memory_of_a_hundred_thousand_rows():
     x = torch.randn(100_000, 16, generator=torch.Generator().manual_seed(0))
     labels = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0)
     assert testing.peak_bytes(lambda: metrics.silhouette(x, labels)) < 500e6
+
+
+@pytest.mark.parametrize("name", ["X", "labels"])
+def test_masked_entries_are_refused(name):
+    x, labels = np.arange(8.0).reshape(4, 2), np.array([0, 0, 1, 1])
+    given = {"X": np.ma.masked_greater(x, 6), "labels": np.ma.masked_equal(labels, 1)}[name]
+    text = f"{name}: expected an array without masked entries, got a masked array"
+    with pytest.raises(ValueError, match=text):
+        metrics.silhouette(*((given, labels) if name == "X" else (x, given)))
+    nothing_hidden = np.ma.masked_array(x, mask=False)
+    assert metrics.silhouette(nothing_hidden, labels) == metrics.silhouette(x, labels)

@@ -92,13 +92,13 @@ def choose_device(wanted: str, origin: torch.device | None) -> torch.device:
     return device
 
 
-def progress_bar(name: str, total: int, done: int = 0) -> Any:
-    """A bar over epochs on stderr."""
+def progress_bar(name: str, total: int, word: str = "epoch", done: int = 0) -> Any:
+    """A bar over epochs, or what `word` says, on stderr."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         raise ImportError(needs("verbose: a progress bar", "tqdm", "progress")) from None
-    return tqdm(total=total, initial=done, desc=name, unit="epoch", leave=False)
+    return tqdm(total=total, initial=done, desc=name, unit=word, leave=False)
 
 
 def _python_numbers(estimator: Any) -> dict[str, int | float]:

@@ -40,6 +40,9 @@ class Plan:
     authors: bool  # their loss, schedule, shared masks and choice of the best epoch
     precision: str | None
     seed: int
+    rates: Tensor | None = None  # [D] of the columns, as multiples of the learning rate
+    low: Tensor | None = None  # [D] where memories may stand
+    high: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,21 @@ def _is_wide(x: Tensor, plan: Plan) -> bool:
     return one and x.is_cpu and x.shape[1] >= FEATURES
 
 
+def in_rates(slope: Tensor, plan: Plan) -> Tensor:
+    """A gradient by what the optimiser moves: memories in units of the columns' rates. A column
+    without a rate does not move.
+    """
+    if plan.rates is None:
+        return slope
+    return torch.where(plan.rates > 0, slope / plan.rates, 0.0)
+
+
+def within(memories: Tensor, move: Tensor, plan: Plan) -> Tensor:
+    """The memories after a move at the rates of the columns, inside the range of the columns."""
+    moved = memories + (move if plan.rates is None else move * plan.rates)
+    return moved if plan.low is None else moved.clamp(plan.low, plan.high)
+
+
 class _Plateau:
     """The authors' learning-rate schedule of one replica."""
 
@@ -183,6 +201,18 @@ class _Optimiser:
 
     def memories(self) -> Tensor:
         return torch.stack(self.parts) if self.plan.authors else self.parts[0]
+
+    def step(self) -> None:
+        """One step by the gradients. A column moves at its own rate and stays in its range."""
+        plan = self.plan
+        before = [part.detach().clone() for part in self.parts]
+        with torch.no_grad():
+            for part in self.parts:
+                assert part.grad is not None
+                part.grad.copy_(in_rates(part.grad, plan))
+            self.adam.step()
+            for part, old in zip(self.parts, before, strict=True):
+                part.copy_(within(old, part - old, plan))
 
     def finish_epoch(self, epoch: int, loss: Tensor) -> bool:
         """Set the next learning rates; whether training goes on."""
@@ -285,6 +315,6 @@ def _epoch(
     for batch in batches.epoch(epoch):
         optimiser.adam.zero_grad()
         loss = batch.backward(optimiser.memories(), plan, expected)
-        optimiser.adam.step()
+        optimiser.step()
         total += loss.double() * (len(batch.x) / rows)
     return total.cpu()

@@ -15,6 +15,8 @@ from .. import serialize
 from ._frame import Frame
 
 E = TypeVar("E", bound="ModelFile")
+# What a file holds of a frame.
+COLUMNS = ("mean", "width", "deviation", "low", "high")
 
 
 class ModelFile:
@@ -44,12 +46,12 @@ class ModelFile:
         k, d = self.n_clusters, self.n_features_in_
         centres, labels = self.cluster_centers_, self.labels_
         none = torch.zeros(d, dtype=torch.float64, device="cpu")
-        mean = self._frame.mean if self._framed else none
-        fits = centres.shape == (k, d) and mean.shape == (d,)
+        columns = [getattr(self._frame, name) for name in COLUMNS] if self._framed else [none]
+        fits = centres.shape == (k, d) and all(x.shape == (d,) for x in columns)
         serialize.expect(fits, "shapes do not fit the header")
         known = labels.dtype in (np.int32, np.int64) and bool(((labels >= 0) & (labels < k)).all())
         serialize.expect(known, "labels are not those of its clusters")
-        finite = bool(np.isfinite(centres).all() and mean.isfinite().all())
+        finite = bool(np.isfinite(centres).all()) and all(bool(x.isfinite().all()) for x in columns)
         serialize.expect(finite, "values are not finite")
         self._n_features_out = k
 
@@ -75,8 +77,9 @@ class ModelFile:
         tensors = {name: _host(getattr(self, name)) for name in self._arrays}
         learned = {name: getattr(self, name) for name in self._learned}
         if self._framed:
-            tensors["mean"] = self._frame.mean.cpu()
-            learned["frame"] = [self._frame.range, self._frame.spread]
+            tensors |= {f"frame.{name}": getattr(self._frame, name).cpu() for name in COLUMNS}
+            frame = self._frame
+            learned["frame"] = [frame.range, frame.unit, frame.one, frame.standard]
         names = getattr(self, "feature_names_in_", None)
         if names is not None:
             learned["feature_names_in_"] = list(names)
@@ -117,8 +120,7 @@ class ModelFile:
     def _restore(self, learned: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         names = learned.pop("feature_names_in_", None)
         if self._framed:
-            span, spread = (int(e) for e in learned.pop("frame"))
-            self._frame = Frame(tensors.pop("mean").double(), span, spread)
+            self._frame = _framed(tensors, learned.pop("frame"))
         known = set(learned) == set(self._learned) and set(tensors) == set(self._arrays)
         serialize.expect(known, "its contents are not those of this class")
         for name in self._arrays:
@@ -131,3 +133,14 @@ class ModelFile:
 
 def _host(x: Any) -> Tensor:
     return x.cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+
+
+def _framed(tensors: dict[str, Tensor], numbers: Any) -> Frame:
+    """The frame that a file holds; its tensors are taken out of those of the model."""
+    mean, width, deviation, low, high = (tensors.pop(f"frame.{x}").double() for x in COLUMNS)
+    range_, unit, one, standard = numbers
+    serialize.expect(bool((width > 0).all()), "widths of columns are not > 0")
+    serialize.expect(bool((low <= high).all()), "ranges of columns are empty")
+    return Frame(
+        mean, int(range_), width, int(unit), float(one), deviation, low, high, bool(standard)
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The affine frame every fit runs in: features centred on their means, scaled by a power of two.
+"""The affine frame every fit runs in: features centred on their means, scaled by a power of two, or
+by their deviations where the fit standardises.
 
 Centring keeps float32 distances exact far from the origin; the power of two keeps squares finite
 for data near the ends of the float range and changes no digit.
@@ -7,10 +8,11 @@ for data near the ends of the float range and changes no digit.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 # Entries of a chunk of rows.
 CHUNK_ENTRIES = 1 << 21
+# Magnitude up to which float32 holds squares and their sums.
+LARGEST = 2.0**40
 
 
 def chunks(x: Tensor) -> Iterator[Tensor]:
@@ -43,7 +47,7 @@ def rescaled(value: float, exponent: int) -> float:
         return math.copysign(math.inf, value)
 
 
-def _exponent(top: float) -> int:
+def exponent_of(top: float) -> int:
     """The power of two just above a magnitude; 0 for 0."""
     return math.frexp(top)[1] if top > 0 else 0
 
@@ -59,45 +63,21 @@ def pieces(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
 
 @dataclass(frozen=True)
 class Frame:
-    """`z = (x 2^-range - mean) 2^-spread`, mean in units of 2^range."""
+    """`z = (x 2^-range - mean) / width`, mean and width in units of 2^range."""
 
     mean: Tensor  # [D] float64
     range: int
-    spread: int
-
-    @classmethod
-    def of(cls, rows: Rows, weight: Tensor | None = None, names: Any = None) -> Frame:
-        """Frame of a data matrix, centred on the means of what is observed.
-
-        ValueError if a feature has no observed entry (in a row that counts).
-        """
-        span = _exponent(rows.top)
-        total, held = torch.zeros(2, rows.features, dtype=torch.float64, device=rows.device)
-        for part, x in pieces(rows):
-            share = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
-            if weight is not None:
-                share = weight[part, None]
-            seen = ~x.isnan()
-            total += (scaled(x.double().nan_to_num(), -span) * share).sum(0)
-            held += (seen * share).sum(0)
-        lost = (held == 0).nonzero()[:, 0].tolist()
-        if lost:
-            which = lost if names is None else [str(names[i]) for i in lost]
-            raise ValueError(f"X: expected an observed entry in every column, got none in {which}")
-        mean = total / held
-        top = 0.0
-        for _, x in pieces(rows):
-            far = scaled(x.double(), -span) - mean
-            top = max(top, float(far.abs().nan_to_num(0.0).amax()))
-        return cls(mean, span, _exponent(top))
-
-    @property
-    def unit(self) -> int:
-        """Exponent of the length 1 of the frame in units of the data."""
-        return self.range + self.spread
+    width: Tensor  # [D] float64, all equal unless the fit standardises
+    unit: int  # exponent of the length 1 of the frame in units of the data
+    one: float  # the length that counts as 1 where numbers are absolute
+    deviation: Tensor  # [D] float64, standard deviation of a column in the frame
+    low: Tensor  # [D] float64, least and greatest observed entry, in units of the data
+    high: Tensor
+    standard: bool  # whether every column is divided by its deviation
+    contrast: float = 1.0  # largest over smallest spread of the columns
 
     def states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Data in the frame, chunk by chunk; in float64 if the dtype cannot hold it."""
+        """Data in the frame, chunk by chunk; in float64 if the dtype cannot hold its squares."""
         return torch.cat([self._states(part, dtype) for part in chunks(x)])
 
     def all_states(self, rows: Rows) -> Tensor:
@@ -105,12 +85,36 @@ class Frame:
         return torch.cat([self._states(x, rows.dtype) for _, x in pieces(rows)])
 
     def _states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        z = scaled(scaled(x.double(), -self.range) - self.mean.to(x.device), -self.spread)
-        narrow = z.to(dtype)
-        if dtype != torch.float64 and bool((narrow.isinf() & ~z.isinf()).any()):
+        z = scaled(x.double(), -self.range) - self.mean.to(x.device)
+        z = z / self.width.to(x.device)
+        if dtype != torch.float64 and float(z.abs().nan_to_num(0.0).amax()) > LARGEST:
             return z
-        return narrow
+        return z.to(dtype)
 
     def data(self, z: Tensor) -> Tensor:
-        """States as data, float64."""
-        return scaled(scaled(z.double(), self.spread) + self.mean.to(z.device), self.range)
+        """States as data, float64, inside the observed range of their columns."""
+        x = scaled(z.double() * self.width.to(z.device) + self.mean.to(z.device), self.range)
+        return torch.maximum(torch.minimum(x, self.high.to(z.device)), self.low.to(z.device))
+
+    def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The observed range [D] of every column as states of a device and dtype."""
+        low, high = (
+            (scaled(x, -self.range) - self.mean) / self.width for x in (self.low, self.high)
+        )
+        return low.to(like.device, like.dtype), high.to(like.device, like.dtype)
+
+    @property
+    def scale(self) -> Tensor:
+        """[D] float64: what a distance in units of the data divides the columns by."""
+        return scaled(self.width, self.range - self.unit)
+
+    def moved(self, by: Tensor) -> Frame:
+        """The frame centred on a state."""
+        return dataclasses.replace(self, mean=self.mean + by * self.width)
+
+    def widened(self, x: Tensor) -> Frame:
+        """The frame whose observed range includes more rows."""
+        inf = torch.inf
+        low = torch.minimum(self.low, x.double().nan_to_num(inf, inf, -inf).amin(0))
+        high = torch.maximum(self.high, x.double().nan_to_num(-inf, inf, -inf).amax(0))
+        return dataclasses.replace(self, low=low, high=high)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import tables
 from .._core import checks
 from ..exceptions import DataFileError, needs
+from ..metrics import unmasked
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 KINDS = "a Tensor, an array, a path to .npy, .npz or a folder of images, or a map-style Dataset"
@@ -92,8 +93,7 @@ class OfTensor(Inputs):
 
 class OfArray(Inputs):
     def __init__(self, x: Any) -> None:
-        if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
-            raise ValueError("data: expected an array with all its entries, got a masked array")
+        unmasked("data", x)
         self.x = x if isinstance(x, np.ndarray) else np.asarray(x)
         if self.x.dtype.kind not in "fiub":
             raise ValueError(f"data: expected numbers, got dtype {self.x.dtype}")

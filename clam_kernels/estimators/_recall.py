@@ -48,16 +48,25 @@ class Recall(TransformerMixin):
             centers = torch.from_numpy(np.require(centers, requirements=["C", "W"]))
         return self._frame.states(centers.to(device), dtype)
 
-    def _by_pieces(self, rows: Rows, function: Callable[[Tensor, Tensor], Any]) -> list[Any]:
-        """`function(states, memories)` for each chunk of rows, without gradients."""
+    def _pair(self, part: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(states of some rows, memories), of one dtype: float64 where one of them needs it."""
+        z = self._frame.states(part, dtype)
+        centers = self._centers(z.dtype, z.device)
+        return z.to(centers.dtype), centers
+
+    def _dtype(self, rows: Rows) -> torch.dtype:
+        """What distances are computed in, but for values that only float64 has room for."""
         name = str(self.cluster_centers_.dtype).removeprefix("torch.")
         fitted = torch.float64 if name == "float64" else torch.float32
-        dtype = torch.float64 if rows.dtype == torch.float64 else fitted
+        return torch.float64 if rows.dtype == torch.float64 else fitted
+
+    def _by_pieces(self, rows: Rows, function: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+        """`function(states, memories)` for each chunk of rows, without gradients."""
+        dtype = self._dtype(rows)
         results = []
         with torch.inference_mode():
             for _, part in pieces(rows):
-                z = self._frame.states(part, dtype)
-                results.append(function(z, self._centers(z.dtype, z.device)))
+                results.append(function(*self._pair(part, dtype)))
         return results
 
     def _recalled(self, z: Tensor, centers: Tensor) -> Tensor:
@@ -126,6 +135,21 @@ class Recall(TransformerMixin):
         rows = self._read(X)
         return rows.give_labels(self._nearest(rows)[0])
 
+    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """Fit, and the labels of the rows.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As in `fit`.
+
+        Returns
+        -------
+        array [N], int32, or for a tensor Tensor [N], int64, on its device
+            `labels_`.
+        """
+        return self.fit(X, sample_weight=sample_weight).labels_
+
     @small_on_one_thread
     def predict_proba(self, X: Any) -> Any:
         """softmax_k(-beta_ |x - rho_k|^2) of each row (paper: of the row after the recursion).
@@ -148,7 +172,8 @@ class Recall(TransformerMixin):
         top = p.amax(-1, keepdim=True)
         tied = p.argmax(-1, keepdim=True) != labels
         raised = torch.nextafter(top, torch.full_like(top, 2.0))
-        return rows.give(p.scatter(-1, labels, torch.where(tied, raised, p.gather(-1, labels))))
+        p = p.scatter(-1, labels, torch.where(tied, raised, p.gather(-1, labels)))
+        return rows.give(p.to(self._dtype(rows)))
 
     @small_on_one_thread
     def transform(self, X: Any) -> Any:
@@ -162,10 +187,11 @@ class Recall(TransformerMixin):
 
         Returns
         -------
-        array or Tensor [N, K], unit |x|
+        array or Tensor [N, K], unit |x|, |(x - rho_k) / scale_|
         """
         rows = self._read(X)
-        return rows.give(scaled(self._distances(rows), self._frame.unit))
+        far = scaled(self._distances(rows).double(), self._frame.unit)
+        return rows.give(far.to(self._dtype(rows)))
 
     @small_on_one_thread
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -212,7 +238,8 @@ class Recall(TransformerMixin):
             return energy
 
         energies = torch.cat(self._by_pieces(rows, measured))
-        return rows.give(scaled(energies, 2 * self._frame.unit))
+        energies = scaled(energies.double(), 2 * self._frame.unit)
+        return rows.give(energies.to(self._dtype(rows)))
 
     @small_on_one_thread
     def complete(
@@ -221,7 +248,8 @@ class Recall(TransformerMixin):
         """X with its NaN entries recalled from the memories; every other entry keeps its bits.
 
         Where `set_output` asks for a data frame, it has the names and the index of X, and a column
-        of X without a missing entry keeps its dtype.
+        of X without a missing entry keeps its dtype. A
+        recalled entry is inside the range that the fit observed in its column.
 
         Parameters
         ----------
@@ -248,10 +276,10 @@ class Recall(TransformerMixin):
         with torch.inference_mode():
             for _, part in pieces(rows):
                 hidden = part.isnan()
-                z = self._frame.states(part, part.dtype).masked_fill(hidden, 0.0)
+                z, centers = self._pair(part, part.dtype)
                 out = am_recursion(
-                    z,
-                    self._centers(z.dtype, z.device),
+                    z.masked_fill(hidden, 0.0),
+                    centers,
                     sharp,
                     steps,
                     step=step,

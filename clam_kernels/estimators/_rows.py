@@ -13,7 +13,7 @@ import functools
 import math
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from .._core.backend import float32_products
+from ..metrics import unmasked
 from . import _sparse
 from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
-from ._frame import scaled
+from ._frame import Frame, scaled
 from ._numbers import as_numbers
 
 # Entries of a block that is made on the way.
@@ -59,6 +60,11 @@ class Rows:
     missing: bool = False  # whether some entries are NaN
     mean: Tensor = field(default_factory=_no_features)  # [D] float64, scaled
     variance: float = 0.0  # mean over the features, scaled
+    seen_in: Frame | None = None  # rows are states of this frame
+    result: torch.dtype = field(init=False)  # of results; `dtype` is that of the computation
+
+    def __post_init__(self) -> None:
+        self.result = self.dtype
 
     def __len__(self) -> int:
         return int(self.source.shape[0])
@@ -73,7 +79,8 @@ class Rows:
         """Whether the source itself can be handed to an op."""
         plain = isinstance(self.source, Tensor) and self.source.device == self.device
         same = plain and self.source.dtype == self.dtype
-        return same and not self.exponent and not self.unit_norm and self.chunk_rows is None
+        plain = same and self.seen_in is None
+        return plain and not self.exponent and not self.unit_norm and self.chunk_rows is None
 
     @property
     def is_sparse(self) -> bool:
@@ -119,8 +126,10 @@ class Rows:
         if sparse.issparse(part):
             part = part.toarray()
         if not isinstance(part, Tensor):
-            part = torch.from_numpy(np.array(part, dtype=_NUMPY[self.dtype], order="C"))
-        x = part.to(self.device, self.dtype)
+            kept = np.float64 if self.seen_in is not None else _NUMPY[self.dtype]
+            part = torch.from_numpy(np.array(part, dtype=kept, order="C"))
+        x = part.to(self.device)
+        x = x.to(self.dtype) if self.seen_in is None else self.seen_in.states(x, self.dtype)
         x = in_scale(x, self.exponent)
         return normalised(x) if self.unit_norm else x
 
@@ -136,11 +145,24 @@ class Rows:
         """Multiply-adds of one matrix product of the CPU's, which is of a tile of rows."""
         return min(len(self) * k, TILE_ENTRIES) * self.features
 
+    def seen_from(self, frame: Frame) -> Rows:
+        """The same rows as states of a frame."""
+        top = max(float(bound.abs().max()) for bound in frame.bounds(frame.mean))
+        return replace(self, seen_in=frame, exponent=0, top=top)
+
     def choose_scale(self, top: float) -> None:
-        """Scale values of magnitude `top` by a power of two if their squares would not fit."""
-        least, most = SAFE[self.dtype]
+        """Make room for the squares of values of magnitude `top`, and of those far below it: in
+        float64 they have room, and what is too large or small for it is scaled by a power of two.
+        """
         power = math.frexp(top)[1] if top else 0
-        self.exponent = 0 if least <= power <= most or self.unit_norm else -power
+        least, most = SAFE[self.dtype]
+        self.exponent = 0
+        if least <= power <= most or self.unit_norm:
+            return
+        if self.dtype == torch.float32:
+            self.dtype = torch.float64
+        else:
+            self.exponent = most - power
 
     def frame(self) -> None:
         """Choose the scale, and learn mean and variance in one pass."""
@@ -249,8 +271,7 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
 
 
 def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
-    if np.ma.isMaskedArray(x) and np.ma.getmaskarray(x).any():
-        raise ValueError("X: expected an array without masked entries, got a masked array")
+    unmasked("X", x)
     if _is_mapped(x) and x.ndim == 2 and x.size and x.dtype.kind in "biuf":
         return np.asarray(validate_data(estimator, x, reset=reset, skip_check_array=True))
     narrow = _float_dtype(x) == np.float32
@@ -289,7 +310,8 @@ def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:
     if isinstance(sample_weight, Tensor):
         weight = sample_weight.detach().to(rows.device, torch.float64)
     else:
-        array = np.asarray(as_numbers("sample_weight", sample_weight), dtype=np.float64)
+        given = as_numbers("sample_weight", unmasked("sample_weight", sample_weight))
+        array = np.asarray(given, dtype=np.float64)
         weight = torch.from_numpy(np.array(array)).to(rows.device)
     if weight.ndim == 0:
         weight = weight.expand(len(rows)).clone()

@@ -121,8 +121,9 @@ def _as_published(
     seed: int,
     on_epoch: OnEpoch,
 ) -> list[float]:
-    given = RECIPES["paper"].betas if estimator.beta is None else (float(estimator.beta),)
-    cycle = [rescaled(b, 2 * frame.unit) for b in given]
+    cycle = [published_beta(frame, b) for b in RECIPES["paper"].betas]
+    if estimator.beta is not None:
+        cycle = [rescaled(float(estimator.beta), 2 * frame.unit)]
     plan = plan_of(estimator, frame, points, cycle, len(memories), seed)
     count = 0
 
@@ -148,6 +149,11 @@ def _as_published(
     return [float(x) for x in out.losses[:, contest.winner().number]]
 
 
+def published_beta(frame: Frame, beta: float) -> float:
+    """A beta of the published procedure, which is in absolute units, in the frame."""
+    return beta / frame.one / frame.one
+
+
 def recalled_labels(z: Tensor, memories: Tensor, beta: float, plan: Plan) -> Tensor:
     """Labels as published: the memory nearest to the state after the recursion."""
     states = am_recursion(z, memories, beta, plan.steps, step=plan.step, precision=plan.precision)
@@ -167,13 +173,19 @@ def _or_its_means(points: Points, contest: Contest, winner: Candidate) -> Tensor
     return winner.memories if worse or used < winner.used else means[0]
 
 
+def rates_of(deviation: Tensor, length: float) -> Tensor:
+    """Learning rate of every column beside that of the plan: steps are in units of deviations."""
+    return deviation / length
+
+
 def plan_of(
     estimator: Any, frame: Frame, points: Points, cycle: list[float], replicas: int, seed: int
 ) -> Plan:
     """How to train so many replicas, whose betas (in the frame) take turns."""
     recipe, z = RECIPES[estimator.recipe], points.z
-    size = float((z.double().square().sum(1) @ points.share / points.total / z.shape[1]).sqrt())
-    length = rescaled(1.0, -frame.unit) if recipe.authors else size or 1.0
+    size = float(frame.deviation.square().mean().sqrt())
+    length = frame.one if recipe.authors else size or 1.0
+    low, high = frame.bounds(z)
     betas = [cycle[r % len(cycle)] for r in range(replicas)]
     return Plan(
         beta=torch.tensor(betas, dtype=z.dtype, device=z.device)[:, None],
@@ -185,6 +197,9 @@ def plan_of(
         batch_size=resolved(estimator, "batch_size"),
         epochs=resolved(estimator, "max_iter"),
         length=length,
+        rates=None if recipe.authors else rates_of(frame.deviation, length).to(z.device, z.dtype),
+        low=low,
+        high=high,
         authors=recipe.authors,
         precision=estimator.precision,
         seed=seed,

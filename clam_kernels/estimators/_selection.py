@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from .._core.backend import float32_products
+from ._frame import LARGEST, exponent_of, scaled
 from ._points import Points
 from ._start import sample_index
 from ._threads import threads_for
 
 SILHOUETTE_ROWS = 2048
+# Rows whose distances say what is typical.
+SOME_ROWS = 64
 # Score of a candidate that does not count, beside that of one that does.
 PENALTY = 2.0
 # Silhouettes closer than this are equal: float32 sums.
@@ -49,7 +52,7 @@ class Silhouettes:
         top = float(share.max())
         self.unit = min(1.0, float(share.min())) / top  # one row
         self.share, self.weights = share, (share / top).float()
-        self.far = part.between().float()
+        self.far = _bounded(part.between())
 
     def __call__(self, labels: Tensor, k: int) -> Tensor:
         """Silhouettes [R] of labels [R, N], each row as often as its weight says; -1 where they are
@@ -78,6 +81,16 @@ class Silhouettes:
         used = (held[:, 0] > 0).sum(1)
         defined = (used > 1) & (held[:, 0] > alone).any(1)
         return torch.where(defined, width @ self.share / self.share.sum(), -1.0)
+
+
+def _bounded(far: Tensor) -> Tensor:
+    """Distances in float32 with room for those of one far row: in units near the median of some of
+    them, and of at most `LARGEST`.
+    """
+    some = far[:: max(1, len(far) // SOME_ROWS)]
+    some = some[some > 0]
+    typical = float(some.median()) if len(some) else 0.0
+    return scaled(far, -exponent_of(typical)).clamp_(max=LARGEST).float()
 
 
 def _rounded(inertia: float) -> float:

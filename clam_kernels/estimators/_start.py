@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..metrics import unmasked
 from ._frame import Frame
 from ._numbers import as_numbers
 from ._rows import in_memory
@@ -57,7 +58,7 @@ def starts(
         elif init == "random":
             found.append(_random(few, k, random))
         else:
-            drawn = random.normal(0.1, 0.1, (k, d)) / 2.0**frame.unit
+            drawn = random.normal(0.1, 0.1, (k, d)) * frame.one
             found.append(torch.from_numpy(drawn))
     return torch.stack([m.to(z.device, z.dtype) for m in found])
 
@@ -71,8 +72,9 @@ def _random(points: Points, k: int, random: np.random.RandomState) -> Tensor:
 
 def _given(init: Any, frame: Frame, like: Tensor, shape: tuple[int, int]) -> Tensor:
     """An array of starting memories, in the frame."""
-    init = as_numbers("init", init)
-    x = torch.as_tensor(np.array(init), device="cpu") if not isinstance(init, Tensor) else init
+    x = as_numbers("init", init if isinstance(init, Tensor) else unmasked("init", init))
+    if not isinstance(x, Tensor):
+        x = torch.as_tensor(np.array(x), device="cpu")
     if tuple(x.shape) != shape:
         raise ValueError(
             f"The shape of the initial centers {tuple(x.shape)} does not match the number of"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,14 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from ._completion import Batch, Plan, draw_masks, expected_masked
+from ._columns import frame_of, near
+from ._completion import Batch, Plan, draw_masks, expected_masked, in_rates, within
 from ._frame import Frame, rescaled
 from ._points import Points, points_of
 from ._rounds import START_ITERATIONS
 from ._rows import Rows
 from ._sample import Sample
-from ._search import RECIPES, plan_of, resolved
+from ._search import RECIPES, plan_of, published_beta, rates_of, resolved
 from ._seeding import plus_plus
 from ._selection import Silhouettes
 from ._start import gap_of, sample_index, starts
@@ -44,6 +46,8 @@ FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
 MEANS, TRAINED = 0, 1
 MAGNITUDE = "the memories became NaN or infinite: X is of another magnitude than the batches before"
 _TINY = torch.finfo(torch.float64).tiny
+# on_batch(loss) -> whether to stop
+OnBatch = Callable[[float], bool]
 
 
 @dataclass
@@ -72,7 +76,8 @@ class Stream:
 
 def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
     """Memories from the first batch: the best of several starts after Lloyd's iterations."""
-    frame = Frame.of(rows, weight, getattr(estimator, "feature_names_in_", None))
+    names = getattr(estimator, "feature_names_in_", None)
+    frame = frame_of(rows, weight, names, estimator.standardize)
     points = points_of(frame.all_states(rows), weight, estimator.precision)
     init, count = RECIPES[estimator.recipe].init, resolved(estimator, "n_init")
     seed = _seed(estimator)
@@ -103,7 +108,7 @@ def _at(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> S
 
 
 def advance(
-    estimator: Any, stream: Stream, rows: Rows, weight: Tensor | None
+    estimator: Any, stream: Stream, rows: Rows, weight: Tensor | None, on_batch: OnBatch
 ) -> tuple[Stream, list[float]]:
     """The stream after one more call, and the loss of each of its batches."""
     losses = []
@@ -119,6 +124,8 @@ def advance(
             stream = _searched(stream, whole)
             stream, loss = _trained(estimator, stream, whole)
             losses.append(loss)
+            if on_batch(loss):
+                break
     return _judged(estimator, stream), losses
 
 
@@ -128,17 +135,17 @@ def _centred(
     """The frame moved to the mean of all rows so far, with the batch and the memories in it."""
     frame, dtype = stream.frame, stream.memories.dtype
     z = frame.states(x, torch.float64)
-    seen = ~z.isnan()
+    seen = near(z, frame)
     share = torch.ones(len(z), 1, dtype=torch.float64, device=z.device)
     share = share if weight is None else weight[:, None]
     total = stream.held + (seen * share).sum(0)
-    by = (z.nan_to_num(0.0) * share).sum(0) / total.clamp(min=_TINY)
+    by = (torch.where(seen, z, 0.0) * share).sum(0) / total.clamp(min=_TINY)
     points = points_of((z - by).to(dtype), weight, precision)
     if not bool(points.z.square().sum().isfinite()):
         raise FloatingPointError(MAGNITUDE)
     fresh = dataclasses.replace(
         stream,
-        frame=Frame(frame.mean + by * 2.0**frame.spread, frame.range, frame.spread),
+        frame=frame.moved(by).widened(x if weight is None else x[weight > 0]),
         memories=(stream.memories.double() - by).to(dtype),
         sample=stream.sample.shifted(by),
         held=total,
@@ -223,13 +230,14 @@ def _trained(estimator: Any, stream: Stream, whole: Points) -> tuple[Stream, flo
     memories = stream.memories[TRAINED].clone().requires_grad_()
     batch = Batch(points.z, masks, points.seen, points.weight)
     loss = batch.backward(memories[None], plan, expected_masked(points, plan.mask_ratio))
-    slope = memories.grad
-    assert slope is not None
+    assert memories.grad is not None
+    slope = in_rates(memories.grad, plan)
     first = FIRST * stream.first + (1 - FIRST) * slope
     second = SECOND * stream.second + (1 - SECOND) * slope.square()
     rate = plan.learning_rate / (1 + stream.steps / HALFWAY)
     wide = (second / (1 - SECOND**stream.steps)).sqrt() + EPSILON * plan.length
-    moved = memories.detach() - rate * (first / (1 - FIRST**stream.steps)) / wide
+    move = -rate * (first / (1 - FIRST**stream.steps)) / wide
+    moved = within(memories.detach(), move, plan)
     both = torch.stack([stream.memories[MEANS], moved])
     fresh = dataclasses.replace(stream, memories=both, first=first, second=second)
     if not (bool(both.isfinite().all()) and math.isfinite(gap)):
@@ -256,15 +264,24 @@ def _revived(stream: Stream, whole: Points, random: np.random.Generator) -> Stre
 
 
 def _plan(estimator: Any, stream: Stream, points: Points) -> Plan:
-    given = estimator.beta
-    if estimator.recipe == "paper" and given is None:
-        given = RECIPES["paper"].betas[0]
-    unit = 2 * stream.frame.unit
-    beta = SHARPNESS / stream.gap if given is None else rescaled(float(given), unit)
+    beta = SHARPNESS / stream.gap
+    if estimator.beta is not None:
+        beta = rescaled(float(estimator.beta), 2 * stream.frame.unit)
+    elif estimator.recipe == "paper":
+        beta = published_beta(stream.frame, RECIPES["paper"].betas[0])
     plan = plan_of(estimator, stream.frame, points, [beta], 1, stream.seed)
     if estimator.recipe == "paper":
         return plan
-    square = float(points.z.double().square().sum(1) @ points.share) / points.total
-    size = math.sqrt(square / points.z.shape[1]) or 1.0
+    square = _squares(stream.frame, points)
+    size = math.sqrt(float(square.mean())) or 1.0
     rate = resolved(estimator, "learning_rate") * size
-    return dataclasses.replace(plan, learning_rate=rate, length=size)
+    rates = rates_of(square.sqrt(), size).to(points.z.dtype)
+    return dataclasses.replace(plan, learning_rate=rate, length=size, rates=rates)
+
+
+def _squares(frame: Frame, points: Points) -> Tensor:
+    """Mean [D] of the squared entries that are observed and not far."""
+    z = points.z.double()
+    z = z if points.seen is None else z.masked_fill(~points.seen, torch.nan)
+    share = near(z, frame) * points.share[:, None]
+    return (z.nan_to_num(0.0).square() * share).sum(0) / share.sum(0).clamp(min=_TINY)

@@ -304,7 +304,7 @@ class Bar:
     def __init__(self, verbose: int, name: str, run: Run) -> None:
         self.bar: Any = None
         if verbose:
-            self.bar = progress_bar(name, run.plan.epochs, run.epoch)
+            self.bar = progress_bar(name, run.plan.epochs, done=run.epoch)
 
     def __enter__(self) -> Bar:
         return self

@@ -24,6 +24,12 @@ from ._threads import threads_for
 ITERATIONS, PARTIAL_ITERATIONS = 20, 5
 
 
+def searches_all(estimator: Any, rows: int) -> bool:
+    """Whether the search sees all of so many rows; the published one has no sample."""
+    some = max(estimator.search_rows, SAMPLE_ROWS_PER_MEMORY * estimator.n_clusters)
+    return estimator.recipe == "paper" or rows <= some
+
+
 def sampled(
     estimator: Any, rows: Rows, weight: Tensor | None, frame: Frame, seed: int
 ) -> tuple[Points, bool]:
@@ -37,9 +43,9 @@ def sampled(
     total = len(rows) if index is None else len(index)
     if total == 0:
         raise ValueError("X: expected a row with a weight and an observed entry, got none")
-    some = max(estimator.search_rows, SAMPLE_ROWS_PER_MEMORY * estimator.n_clusters)
-    some = total if estimator.recipe == "paper" else some  # published without a sample
-    if total > some:
+    whole = searches_all(estimator, total)
+    if not whole:
+        some = max(estimator.search_rows, SAMPLE_ROWS_PER_MEMORY * estimator.n_clusters)
         random = np.random.default_rng([seed, 3])
         chosen = torch.from_numpy(np.sort(random.choice(total, some, replace=False)))
         index = chosen if index is None else index[chosen]
@@ -47,7 +53,7 @@ def sampled(
         return points_of(frame.all_states(rows), weight, estimator.precision), True
     own = None if weight is None else weight[index.to(weight.device)]
     z = frame.states(rows.take(index), rows.dtype)
-    return points_of(z, own, estimator.precision), total <= some
+    return points_of(z, own, estimator.precision), whole
 
 
 def _counting(rows: Rows, weight: Tensor | None) -> Tensor | None:
@@ -68,13 +74,17 @@ def through_all(
     if rows.missing:
         memories = _partial(estimator, found.memories, rows, weight, frame)
         return dataclasses.replace(found, memories=memories)
+    if frame.standard:
+        rows = rows.seen_from(frame)
     rows.frame()
-    start = in_scale(frame.data(found.memories), rows.exponent).to(rows.dtype)
+    first = found.memories if frame.standard else frame.data(found.memories)
+    start = in_scale(first, rows.exponent).to(rows.dtype)
     rule = Rule(ITERATIONS, 0.0, "keep", estimator.precision)
     with threads_for(rows.tile_work(len(start))):
         (run,) = lloyd(rows, weight, start[None], rule, np.random.RandomState(0))
     centres = in_scale(run.centres.double(), -rows.exponent)
-    return dataclasses.replace(found, memories=frame.states(centres, found.memories.dtype))
+    memories = centres if frame.standard else frame.states(centres, found.memories.dtype)
+    return dataclasses.replace(found, memories=memories.to(found.memories.dtype))
 
 
 def _partial(

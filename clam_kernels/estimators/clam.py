@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +14,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Cluster
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from .._core.backend import PRECISIONS
@@ -20,13 +22,14 @@ from .._core.registry import explain
 from . import _callbacks
 from . import _streaming as streaming
 from ._base import keeps_state_on_failure
+from ._columns import WARNED, frame_of
 from ._files import ModelFile
 from ._frame import Frame, rescaled
 from ._points import Points
 from ._progress import Progress
 from ._recall import COMPLETION, Recall, total
 from ._rows import Rows, read_rows, read_weight
-from ._search import RECIPES, Found, resolved, search
+from ._search import RECIPES, Found, published_beta, resolved, search
 from ._selection import COLUMNS, ROLES, SILHOUETTE_ROWS
 from ._start import gap_of
 from ._threads import small_on_one_thread, threads_for
@@ -38,7 +41,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
 
     The memories rho_k are trained so that the recursion v <- v + step (softmax_k(-beta |v -
     rho_k|^2) @ rho - v), started from rows with hidden entries, restores those entries (Saha,
-    Krotov, Zaki, Ram 2023, arXiv 2306.03209). Scale the features first; fit only centres them.
+    Krotov, Zaki, Ram 2023, arXiv 2306.03209). Columns in different units are standardised inside
+    (`standardize`), and results are in the units of X.
 
     Parameters
     ----------
@@ -49,8 +53,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         starts, rounds of training and of Lloyd's iterations, choice by silhouette among partitions
         that use all clusters and are nearly as compact as the most compact one. "paper" is the
         published procedure (normal random start, 10 steps of .1, batches of 8, its learning-rate
-        schedule, labels by the recursion), with its numbers in absolute units: standardise the
-        features.
+        schedule, labels by the recursion), with its numbers in absolute units: in deviations of the
+        columns where the fit standardises, else in those of X.
     init : "k-means++", "random", "normal", array [K, D] or callable, default by recipe
         Start: k-means++ seeding, random rows, the paper's normal(.1, .1) around the mean, given
         memories, or `init(X, n_clusters, random_state)`.
@@ -74,7 +78,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     clamp : bool, default True
         Whether visible entries are held while hidden ones evolve.
     learning_rate : float > 0, default by recipe (.05; paper .01)
-        Of Adam, in units of the data's root mean square (paper: absolute).
+        Of Adam, in units of each column's deviation (paper: absolute, the same for all columns).
     select : "silhouette", "inertia" or "loss", default "silhouette"
         Which restart is kept. In the default recipe a restart counts only if all clusters are used
         and, for "silhouette", if its inertia is at most `inertia_guard` times the lowest.
@@ -83,9 +87,17 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         off. The paper's recipe has none.
     min_cluster_size : int or float > 0, default 1
         Rows (weight; in units of the least one if that is below 1) that a cluster must have to
-        count as used.
+        count as used. A ConvergenceWarning says when no partition that was tried has only such
+        clusters.
     precision : "highest", "high", "medium" or None, default None
         Of the matrix products; None follows torch.
+    standardize : "auto", True or False, default "auto"
+        Whether a column counts by its deviations instead of its units. "auto" standardises where
+        the spread of one column is more than 256 times that of another, as in tables of different
+        units: pixels of 8 bits stay as they are. The spread of a column is its deviation, or the
+        median distance of its entries from its median, whichever differs less between the columns.
+        With False a fit warns where columns differ by more than 1000. Set True where columns have
+        different units that differ less than that.
     search_rows : int >= 1, default 20000
         Of more rows than this, and than 100 K, the default recipe searches a sample of so many; the
         winner then goes through all rows with Lloyd's iterations.
@@ -95,22 +107,31 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     random_state : int, RandomState or None, default None
         An int gives the same bits on the same device.
     verbose : int, default 0
-        1 shows a progress bar over epochs on stderr (needs tqdm).
+        1 shows a progress bar over epochs, or over the batches of a `partial_fit`, on stderr (needs
+        tqdm).
     callbacks : callable, object or list of them, optional
         Called after every epoch as `callback(estimator, info)`, info a dict of round, epoch, loss
         (mean over the replicas that train) and candidates (scored so far); returning what is true
-        ends the fit there. Objects may have some of `on_fit_begin(estimator)`,
-        `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
+        ends the fit there. `partial_fit` calls it after every batch: epoch counts all batches so
+        far, round and candidates are 0, and what is true ends the call there. Objects may have some
+        of `on_fit_begin(estimator)`, `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
 
     Attributes
     ----------
     cluster_centers_ : array [K, D]
         The memories: the means of their rows, or, where those would score worse, memories that
-        stand beyond their rows (docs/clam.md).
+        stand beyond their rows (docs/clam.md). In units of X, and inside the observed range of
+        each column.
+    scale_ : array [D]
+        What a distance divides each column by, 1 where nothing is standardised. Where it is, the
+        column's deviation over the root mean square of all deviations. Every distance of the model,
+        also in `inertia_`, `gap_`, `beta_` and `candidates_`, is |(x - rho_k) / scale_|.
     labels_ : array [N]
         Label of each training row.
     inertia_ : float
-        Weighted sum of squared distances of the rows to the memory of their label.
+        Weighted sum of squared distances of the rows to the memory of their label. It is above the
+        inertia of the partition, which is about the means of the labels, where the memories stand
+        beyond their rows: `candidates_["inertia"][candidates_["chosen"]]`.
     candidates_ : dict of arrays [C]
         Every replica each time it was scored: round (0 the start), replica, role ("start", "lloyd",
         "am"), beta, loss, silhouette (on one fixed sample), inertia (about the means of its own
@@ -161,6 +182,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         "inertia_guard": [Interval(Real, 1, None, closed="left"), None],
         "am_share": [Interval(Real, 0, 1, closed="both")],
         "min_cluster_size": [Interval(Real, 0, None, closed="neither")],
+        "standardize": [StrOptions({"auto"}), "boolean"],
         "search_rows": [Interval(Integral, 1, None, closed="left")],
         "precision": [StrOptions(set(PRECISIONS)), None],
         "device": [str],
@@ -203,6 +225,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         inertia_guard: float | None = 1.05,
         min_cluster_size: float = 1,
         am_share: float = 0.5,
+        standardize: str | bool = "auto",
         search_rows: int = 20_000,
         precision: str | None = None,
         device: str = "auto",
@@ -226,6 +249,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self.inertia_guard = inertia_guard
         self.min_cluster_size = min_cluster_size
         self.am_share = am_share
+        self.standardize = standardize
         self.search_rows = search_rows
         self.precision = precision
         self.device = device
@@ -242,6 +266,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
     @property
     def candidates_(self) -> dict[str, np.ndarray]:
         """Every replica each time it was scored, by columns."""
+        check_is_fitted(self, "cluster_centers_")
         rows = np.asarray(self._candidates)
         table = dict(zip(COLUMNS, rows.T, strict=True))
         squared = 2 * self._frame.unit
@@ -253,6 +278,12 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         table["chosen"] = table["counts"] == 2
         table["counts"] = table["counts"] > 0
         return table
+
+    @property
+    def scale_(self) -> np.ndarray:
+        """What a distance divides the difference of two rows by, column by column."""
+        check_is_fitted(self, "cluster_centers_")
+        return self._frame.scale.cpu().numpy()
 
     # ---- fitting -------------------------------------------------------------------------------
 
@@ -295,11 +326,14 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
             raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
         weight = read_weight(sample_weight, rows)
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        frame = Frame.of(rows, weight, getattr(self, "feature_names_in_", None))
+        names = getattr(self, "feature_names_in_", None)
+        frame = frame_of(rows, weight, names, self.standardize)
+        _warn_of_units(frame)
         points, whole = sampled(self, rows, weight, frame, seed)
         listeners = _callbacks.each(self.callbacks)
         _callbacks.call(listeners, "on_fit_begin", self)
-        with Progress(self, listeners) as progress:
+        epochs = resolved(self, "max_iter")
+        with Progress(self, listeners, frame.unit, epochs, "epoch") as progress:
             found = search(self, points, frame, X, seed, progress)
         if not whole:
             found = through_all(self, found, rows, weight, frame)
@@ -351,9 +385,17 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         if not fitted and len(rows) < self.n_clusters:
             raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
         stream = self._stream_so_far(rows, weight, X)
-        with threads_for(stream.won.numel() * resolved(self, "batch_size")):
-            self._stream, losses = streaming.advance(self, stream, rows, weight)
+        if not fitted:
+            _warn_of_units(stream.frame)
         before = list(self.loss_curve_) if fitted else []
+        listeners, size = _callbacks.each(self.callbacks), resolved(self, "batch_size")
+        _callbacks.call(listeners, "on_fit_begin", self)
+        progress = Progress(self, listeners, stream.frame.unit, -(-len(rows) // size), "batch")
+        number = itertools.count(len(before))
+        with progress, threads_for(stream.won.numel() * size):
+            self._stream, losses = streaming.advance(
+                self, stream, rows, weight, lambda loss: progress.batch(next(number), loss)
+            )
         squared = 2 * self._stream.frame.unit
         memories = self._stream.answer()
         self._store_memories(rows, self._stream.frame, memories, self._stream.gap)
@@ -363,6 +405,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self._store_labels(rows, weight)
         self._held = self._stream.won.cpu().numpy()
         self.n_clusters_used_ = self._stream.used
+        _callbacks.call(listeners, "on_fit_end", self)
         return self
 
     def _stream_so_far(self, rows: Rows, weight: Tensor | None, X: Any) -> streaming.Stream:
@@ -398,19 +441,34 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
                 ConvergenceWarning,
                 stacklevel=4,
             )
+        elif self._too_small(found):
+            warnings.warn(
+                f"min_cluster_size={self.min_cluster_size}: no partition that was tried has"
+                f" n_clusters={self.n_clusters} clusters of this size; the one that is kept has"
+                " smaller ones.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _too_small(self, found: Found) -> bool:
+        """Whether the partition that is kept has clusters below `min_cluster_size`."""
+        required = 1 if self.recipe == "paper" else self.n_clusters
+        (kept,) = found.table[found.table[:, COLUMNS.index("counts")] == 2]
+        return bool(kept[COLUMNS.index("clusters_used")] < required)
 
     def _store_memories(
         self, rows: Rows, frame: Frame, memories: Tensor, gap: float, beta: float | None = None
     ) -> None:
         """Memories in the frame, and the betas that come of the gap unless one was given."""
-        self.cluster_centers_ = rows.give(frame.data(memories).to(rows.dtype))
+        self.cluster_centers_ = rows.give(frame.data(memories).to(rows.result))
         self._frame = frame
         squared = 2 * frame.unit
         if self.recipe != "paper" and self.beta is None:
             beta = 3.0 / gap
+        elif self.beta is not None:
+            beta = rescaled(float(self.beta), squared)
         elif beta is None:
-            given = RECIPES["paper"].betas[0] if self.beta is None else float(self.beta)
-            beta = rescaled(given, squared)
+            beta = published_beta(frame, RECIPES["paper"].betas[0])
         # both betas in the frame: in units of the data they may be past the ends of the floats
         self._sharpness = [beta, COMPLETION / gap]
         self.gap_, self.beta_ = rescaled(gap, squared), rescaled(beta, -squared)
@@ -427,3 +485,14 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self._held = np.repeat(won[:, None], rows.features, axis=1)
         self.inertia_ = rescaled(total(sqdist, weight), 2 * self._frame.unit)
         self.n_clusters_used_ = len(labels.unique())
+
+
+def _warn_of_units(frame: Frame) -> None:
+    """Say that columns of large numbers alone decide, where nothing standardises."""
+    if not frame.standard and frame.contrast > WARNED:
+        warnings.warn(
+            f"standardize=False: the spread of one column of X is {frame.contrast:.0e} times that"
+            " of another, so that the columns of large spread decide alone.",
+            UserWarning,
+            stacklevel=4,
+        )

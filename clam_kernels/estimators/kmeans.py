@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
+from ..metrics import unmasked
 from . import _callbacks, _sparse
 from ._base import keeps_state_on_failure
 from ._files import ModelFile
@@ -43,7 +44,7 @@ def _numbers(given: Any) -> Tensor:
     """Centres that a user gave, in float64."""
     if isinstance(given, Tensor):
         return given.detach().double()
-    given = given.toarray() if hasattr(given, "toarray") else given
+    given = unmasked("init", given.toarray() if hasattr(given, "toarray") else given)
     try:
         found = np.array(as_numbers("init", given), dtype=np.float64)
     except (TypeError, ValueError):
@@ -352,7 +353,8 @@ class KMeans(
 
     def _store(self, rows: Rows, run: Run) -> None:
         """Learned state in units of the data."""
-        self.cluster_centers_ = rows.give(in_scale(run.centres, -rows.exponent))
+        centres = in_scale(run.centres, -rows.exponent)
+        self.cluster_centers_ = rows.give(centres.to(rows.result))
         self.labels_ = rows.give_labels(run.labels)
         self.inertia_ = rescaled(run.inertia, -2 * rows.exponent)
         self.n_iter_ = run.n_iter
@@ -383,7 +385,7 @@ class KMeans(
         if not isinstance(centres, Tensor):
             centres = torch.from_numpy(np.array(centres))
         centres = centres.to(rows.device)
-        rows.dtype = torch.promote_types(rows.dtype, centres.dtype)
+        rows.dtype = rows.result = torch.promote_types(rows.dtype, centres.dtype)
         rows.choose_scale(max(rows.top, float(centres.abs().max())))
         return rows, in_scale(centres.to(rows.dtype), rows.exponent)
 
@@ -416,7 +418,7 @@ class KMeans(
 
         Returns
         -------
-        array [N]
+        array [N], int32, or for a tensor Tensor [N], int64, on its device
             `labels_`.
         """
         return self.fit(X, sample_weight=sample_weight).labels_
@@ -444,7 +446,8 @@ class KMeans(
                 for _, block in rows.blocks()
                 for x in block.split(1 << 14)
             ]
-            return rows.give(in_scale(torch.cat(parts), -rows.exponent))
+            far = in_scale(torch.cat(parts), -rows.exponent)
+            return rows.give(far.to(rows.result))
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """Fit, and the distances of the rows to the centres.

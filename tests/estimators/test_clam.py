@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -99,13 +100,19 @@ def test_paper_schedule_is_in_the_units_of_the_data(
     """The frame the fit runs in is an implementation matter: the result does not depend on it."""
     settings = {"recipe": "paper", "n_init": 2, "max_iter": 40, "batch_size": 50, "random_state": 0}
     plain = ClAM(3, **settings).fit(iris)
-    given = clam.Frame.of
+    given, factor = clam.frame_of, 2.0**exponent
 
     def other(*rows: object) -> clam.Frame:
         frame = given(*rows)
-        return clam.Frame(frame.mean, frame.range, frame.spread + exponent)
+        return dataclasses.replace(
+            frame,
+            width=frame.width * factor,
+            deviation=frame.deviation / factor,
+            unit=frame.unit + exponent,
+            one=frame.one / factor,
+        )
 
-    monkeypatch.setattr(clam.Frame, "of", other)
+    monkeypatch.setattr(clam, "frame_of", other)
     moved = ClAM(3, **settings).fit(iris)
     np.testing.assert_allclose(moved.loss_curve_, plain.loss_curve_, rtol=1e-6)
     np.testing.assert_allclose(moved.cluster_centers_, plain.cluster_centers_, rtol=1e-6, atol=1e-8)

@@ -13,11 +13,12 @@ from _memory import most_bytes
 from scipy import sparse
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM, metrics
+from clam_kernels import KMeans as ClusterKMeans
 from clam_kernels.estimators import _frame, _points, _rows, _selection
 
 QUICK = {"n_init": 4, "max_iter": 6, "random_state": 0}
@@ -116,6 +117,15 @@ def test_min_cluster_size():
     assert np.bincount(with_outlier.labels_).min() == 1
     larger = ClAM(5, random_state=0, min_cluster_size=5).fit(x)
     assert np.bincount(larger.labels_).min() >= 5
+
+
+def test_a_min_cluster_size_that_nothing_has_warns():
+    x = _blobs(60)
+    with pytest.warns(ConvergenceWarning, match="min_cluster_size=40: no partition that was tried"):
+        ClAM(3, min_cluster_size=40, **QUICK).fit(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ClAM(3, min_cluster_size=2, **QUICK).fit(x)
 
 
 def test_silhouettes_of_the_contest_are_exact():
@@ -475,3 +485,74 @@ def test_partial_fit_refuses_and_keeps_its_state(iris):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         assert np.isfinite(_stream(fresh, iris, 50).cluster_centers_).all()
+
+
+def test_callbacks_of_partial_fit(iris):
+    heard = []
+
+    class Watch:
+        def on_fit_begin(self, estimator):
+            heard.append("begin")
+
+        def on_iteration(self, estimator, info):
+            heard.append((info["round"], info["epoch"], info["loss"], info["candidates"]))
+
+        def on_fit_end(self, estimator):
+            heard.append("end")
+
+    model = ClAM(3, n_init=2, batch_size=30, random_state=0, callbacks=Watch())
+    model.partial_fit(iris[:60]).partial_fit(iris[60:])
+    losses = list(model.loss_curve_)
+    told = [(0, epoch, loss, 0) for epoch, loss in enumerate(losses)]
+    assert len(told) == 5
+    assert heard == ["begin", *told[:2], "end", "begin", *told[2:], "end"]
+    stopped = ClAM(3, n_init=2, batch_size=30, random_state=0, callbacks=lambda e, info: True)
+    assert stopped.partial_fit(iris).n_iter_ == 1
+    assert stopped.partial_fit(iris).n_iter_ == 2
+
+    def fails(estimator, info):
+        raise KeyboardInterrupt
+
+    stopped.callbacks = fails
+    with pytest.raises(KeyboardInterrupt):
+        stopped.partial_fit(iris)
+    assert stopped.n_iter_ == 2
+
+
+def test_callbacks_hear_losses_in_units_of_the_data(iris):
+    heard = []
+    ClAM(3, callbacks=lambda e, info: heard.append(info["loss"]), **QUICK).fit(iris * 64)
+    model = ClAM(3, **QUICK).fit(iris * 64)
+    np.testing.assert_array_equal(heard, model.loss_curve_)
+
+
+def test_verbose_partial_fit_has_a_bar(iris, capsys):
+    pytest.importorskip("tqdm")
+    ClAM(3, n_init=2, batch_size=30, random_state=0, verbose=1).partial_fit(iris)
+    told = capsys.readouterr()
+    assert "/5 " in told.err
+    assert "batch/s" in told.err
+    assert told.out == ""
+
+
+def test_candidates_before_a_fit():
+    with pytest.raises(NotFittedError):
+        _ = ClAM(3).candidates_
+    assert not hasattr(ClAM(3), "candidates_")
+
+
+# ---- what is no data -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ClAM, ClusterKMeans])
+@pytest.mark.parametrize("name", ["X", "sample_weight", "init"])
+def test_masked_entries_are_refused(kind, name):
+    x = _blobs(60)
+    given = {"X": x, "sample_weight": np.ones(len(x)), "init": x[:4]}
+    given[name] = np.ma.masked_array(given[name], mask=np.zeros_like(given[name], bool))
+    init, fit = given.pop("init"), lambda: kind(4, init=init, n_init=1).fit(**given)
+    fit()
+    full = given.get(name, init)
+    full[1] = np.ma.masked
+    with pytest.raises(ValueError, match=f"{name}: expected an array without masked entries"):
+        fit()

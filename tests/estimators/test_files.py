@@ -158,7 +158,7 @@ def test_headers_that_lie(saved: Path, model: ClAM) -> None:
         "n_clusters": {"parameters": json.dumps({**model.get_params(), "n_clusters": -3})},
         "unexpected keyword": {"parameters": json.dumps({"evil": 1})},
         "shapes do not fit": {"parameters": json.dumps({**model.get_params(), "n_clusters": 4})},
-        "not those of this class": {"learned": json.dumps({"frame": [0, 0]})},
+        "not those of this class": {"learned": json.dumps({"frame": [0, 0, 1.0, False]})},
         "unknown metadata": {"extra": "1"},
     }
     good = saved.read_bytes()

@@ -419,7 +419,7 @@ def _with(value: float) -> np.ndarray:
         (X[:0], ValueError, r"data: expected shape \[N, \.\.\.\] with N >= 1, got \[0, 6\]"),
         (np.float32(3), ValueError, r"data: expected shape \[N, \.\.\.\] with N >= 1, got \[\]"),
         (np.array(["a"]), ValueError, "data: expected numbers, got dtype <U1"),
-        (np.ma.masked_less(X, 0), ValueError, "data: expected an array with all its entries"),
+        (np.ma.masked_less(X, 0), ValueError, "data: expected an array without masked entries"),
         (torch.zeros(3, device="meta"), ValueError, "data: expected a tensor with values, got one"),
         (torch.eye(3).to_sparse(), TypeError, "data: expected a dense tensor, got one of layout"),
         (torch.eye(3) + 1j, ValueError, "data: expected real numbers, got a complex tensor"),
