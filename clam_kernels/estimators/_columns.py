@@ -30,7 +30,7 @@ MOST = 400
 # column is far, the deviation counts all entries: two groups are no error of measurement.
 FAR, FEW = 2.0**14, 0.05
 # Entries and least rows of the sample behind medians.
-SAMPLE_ENTRIES, SAMPLE_ROWS, LEAST_ROWS = 1 << 20, 10_000, 256
+SAMPLE_ENTRIES, SAMPLE_ROWS, LEAST_ROWS = 1 << 17, 10_000, 256
 
 
 def frame_of(

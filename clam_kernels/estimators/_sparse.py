@@ -130,7 +130,7 @@ def moments(rows: Rows) -> tuple[Tensor, float]:
         spread = rows.squares.mean() - mean.square().sum()
         return mean, max(0.0, float(spread) / rows.features)
     x = rows.source
-    if rows.exponent:
+    if rows.exponent or (x.dtype == np.float32 and rows.dtype == torch.float64):
         data = scaled(torch.from_numpy(np.array(x.data, dtype=np.float64)), rows.exponent).numpy()
         x = sparse.csr_array((data, x.indices, x.indptr), shape=x.shape)
     mean, variance = mean_variance_axis(x, axis=0)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
+from .._core.warn import warn
 from . import _callbacks
 from . import _streaming as streaming
 from ._base import keeps_state_on_failure
@@ -435,19 +435,17 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         self.n_iter_ = len(found.curve)
         self._store_labels(rows, weight)
         if self.n_clusters_used_ < self.n_clusters:
-            warnings.warn(
+            warn(
                 f"{self.n_clusters_used_} of n_clusters={self.n_clusters} clusters are used: X has"
                 " too few distinct rows, or no partition that was tried uses more.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
         elif self._too_small(found):
-            warnings.warn(
+            warn(
                 f"min_cluster_size={self.min_cluster_size}: no partition that was tried has"
                 f" n_clusters={self.n_clusters} clusters of this size; the one that is kept has"
                 " smaller ones.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
 
     def _too_small(self, found: Found) -> bool:
@@ -490,9 +488,8 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
 def _warn_of_units(frame: Frame) -> None:
     """Say that columns of large numbers alone decide, where nothing standardises."""
     if not frame.standard and frame.contrast > WARNED:
-        warnings.warn(
+        warn(
             f"standardize=False: the spread of one column of X is {frame.contrast:.0e} times that"
             " of another, so that the columns of large spread decide alone.",
             UserWarning,
-            stacklevel=4,
         )

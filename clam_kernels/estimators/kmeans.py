@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .._core.backend import PRECISIONS
 from .._core.registry import explain
+from .._core.warn import warn
 from ..metrics import unmasked
 from . import _callbacks, _sparse
 from ._base import keeps_state_on_failure
@@ -265,18 +265,16 @@ class KMeans(
         once = given or (named and self.init != "random")
         self._n_init = (1 if once else several) if self.n_init == "auto" else self.n_init
         if given and self._n_init != 1:
-            warnings.warn(
+            warn(
                 "Explicit initial center position passed: performing only one init in KMeans"
                 f" instead of n_init={self._n_init}.",
                 RuntimeWarning,
-                stacklevel=4,
             )
             self._n_init = 1
         if self.algorithm == "elkan" and self.n_clusters == 1:
-            warnings.warn(
+            warn(
                 "algorithm='elkan' doesn't make sense for a single cluster. Using 'lloyd' instead.",
                 RuntimeWarning,
-                stacklevel=4,
             )
 
     def _search(
@@ -368,11 +366,10 @@ class KMeans(
             why = "Possibly due to duplicate points in X."
             if self.empty == "keep":
                 why = "empty='keep' leaves a cluster without rows where it is."
-            warnings.warn(
+            warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters"
                 f" ({self.n_clusters}). {why}",
                 ConvergenceWarning,
-                stacklevel=4,
             )
 
     # ---- using ---------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 from os import PathLike
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import serialize, tables
 from .._core import checks
+from .._core.warn import warn
 from . import _callbacks
 from ._base import choose_device, keeps_state_on_failure
 from ._inputs import Inputs, inputs_of
@@ -314,12 +314,11 @@ class SeLa(BaseEstimator):
         open_ = table["converged"][-self.n_heads :] == 0
         if open_.any():
             worst = table["err"][-self.n_heads :].max()
-            warnings.warn(
+            warn(
                 f"SeLa: {int(open_.sum())} of {self.n_heads} heads were last relabelled with an"
                 f" error of the shares up to {worst:.3g}, tol={training.tol:g}: raise max_iter,"
                 " or lower lam",
                 ConvergenceWarning,
-                stacklevel=4,
             )
 
     # ---- use -------------------------------------------------------------------------------------

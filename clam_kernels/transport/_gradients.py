@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._problem import Problem
-from ._warn import warn
+from ._warn import not_converged
 
 # Conjugate gradients end at this residual, relative to the right side, or after so many products.
 ENOUGH = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -98,7 +98,7 @@ def _solved(product: Any, right: Tensor, mass: Tensor, enough: float) -> Tensor:
         size = torch.where(stuck, 0.0, torch.where(going, new, size))
         along = turned + ratio * along
     residual = float((size / goal.clamp(min=1e-300)).max()) ** 0.5 * enough
-    warn(
+    not_converged(
         f"sinkhorn: the implicit gradient's equations are solved to {residual:.2g} after {MOST}"
         " steps: the plan is almost hard; raise epsilon"
     )

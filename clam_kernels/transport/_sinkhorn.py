@@ -16,7 +16,7 @@ from ._iterate import Found, iterate
 from ._passes import EMPTY, FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
 from ._problem import LARGE, Problem, Scores
 from ._result import Sinkhorn
-from ._warn import warn as warn_caller
+from ._warn import not_converged
 
 FAULTS = {
     NOT_FINITE: "hold NaN or +inf where something takes part",
@@ -295,10 +295,10 @@ def _warn_of(found: Sinkhorn, tol: float | None, max_iter: int) -> None:
     for fault, words in FAULTS.items():
         count = int((found.status == fault).sum())
         if count:
-            warn_caller(f"sinkhorn: {count} of {found.status.numel()} problems {words}")
+            not_converged(f"sinkhorn: {count} of {found.status.numel()} problems {words}")
     late = found.status == NOT_CONVERGED
     if bool(late.any()):
-        warn_caller(
+        not_converged(
             f"sinkhorn: the error of the marginals is {float(found.err[late].max()):.3g} after"
             f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or"
             " pass float64 scores, which large scores / epsilon need; what the scores of a row or"

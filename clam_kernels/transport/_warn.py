@@ -1,24 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings that name the line of the caller."""
+"""scikit-learn's warning of what did not converge."""
 
 from __future__ import annotations
 
-import sys
-import warnings
-
-# Frames of these packages are never the caller: autograd calls a backward.
-_INNER = ("clam_kernels", "torch")
+from .._core import warn
 
 
-def warn(text: str) -> None:
-    """A ConvergenceWarning at the nearest line outside this package and torch."""
+def not_converged(text: str) -> None:
+    """A ConvergenceWarning; scikit-learn is imported for it alone."""
     from sklearn.exceptions import ConvergenceWarning
 
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, ConvergenceWarning, stacklevel=level)
-
-
-def _is_inner(module: str) -> bool:
-    return module.partition(".")[0] in _INNER
+    warn.warn(text, ConvergenceWarning)

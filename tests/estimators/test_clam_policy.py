@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM, metrics
 from clam_kernels import KMeans as ClusterKMeans
-from clam_kernels.estimators import _frame, _points, _rows, _selection
+from clam_kernels.estimators import _columns, _frame, _points, _rows, _selection
 
 QUICK = {"n_init": 4, "max_iter": 6, "random_state": 0}
 
@@ -298,6 +298,7 @@ def test_a_memory_map_of_any_dtype_is_read_block_by_block(dtype, tmp_path, monke
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     monkeypatch.setattr(_rows, "BLOCK_ENTRIES", 1 << 15)
     monkeypatch.setattr(_frame, "CHUNK_ENTRIES", 1 << 15)
+    monkeypatch.setattr(_columns, "SAMPLE_ENTRIES", 1 << 14)
     model = ClAM(4, search_rows=200, n_init=2, max_iter=2, random_state=0)
     most = most_bytes(lambda: model.fit(mapped))
     assert most < 0.6 * mapped.size * model.cluster_centers_.itemsize
