@@ -19,9 +19,9 @@ class ClAMImputer(OneToOneFeatureMixin, ClAM):
 
     Parameters
     ----------
-    n_clusters, recipe, init, standardize, n_init, max_iter, am_share, batch_size, beta, steps, step, \
-mask_ratio, clamp, learning_rate, select, inertia_guard, min_cluster_size, search_rows, precision, \
-device, random_state, verbose, callbacks
+    n_clusters, recipe, init, standardize, n_init, max_iter, am_share, batch_size, beta, steps, \
+step, mask_ratio, clamp, learning_rate, select, inertia_guard, min_cluster_size, search_rows, \
+precision, device, random_state, verbose, callbacks
         As of `ClAM`. More clusters than classes complete better: 32 for a few hundred rows.
 
     Attributes
