@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._core.backend import float32_products
-from ._frame import LARGEST, exponent_of, scaled
+from ._frame import LARGEST, exponent_of
 from ._points import Points
 from ._start import sample_index
 from ._threads import threads_for
@@ -85,12 +85,13 @@ class Silhouettes:
 
 def _bounded(far: Tensor) -> Tensor:
     """Distances in float32 with room for those of one far row: in units near the median of some of
-    them, and of at most `LARGEST`.
+    them, and of at most `LARGEST`. `far` is scratch afterwards.
     """
     some = far[:: max(1, len(far) // SOME_ROWS)]
     some = some[some > 0]
     typical = float(some.median()) if len(some) else 0.0
-    return scaled(far, -exponent_of(typical)).clamp_(max=LARGEST).float()
+    power = max(-1000, min(1000, -exponent_of(typical)))
+    return far.mul_(2.0**power).clamp_(max=LARGEST).float()
 
 
 def _rounded(inertia: float) -> float:
