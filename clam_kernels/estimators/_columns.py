@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._frame import Frame, exponent_of, pieces, rescaled, scaled
+from ._frame import Frame
 from ._rows import Rows
+from ._scale import exponent_of, rescaled, scaled
 
 # "auto" standardises where the spread of one column is more than so many times that of another:
 # pixels of 8 bits stay as they are, and columns in other units do not.
@@ -174,7 +175,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 def _counting(rows: Rows, weight: Tensor | None, range_: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows in float64 and units of 2**range, their weights [n, 1]) piece by piece."""
-    for part, x in pieces(rows):
+    for part, x in rows.pieces():
         share = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
         yield scaled(x.double(), -range_), share if weight is None else weight[part, None]
 

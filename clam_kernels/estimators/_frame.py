@@ -9,56 +9,15 @@ for data near the ends of the float range and changes no digit.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ._rows import Rows
+from ._scale import chunks, scaled
 
-# Entries of a chunk of rows.
-CHUNK_ENTRIES = 1 << 21
 # Magnitude up to which float32 holds squares and their sums.
 LARGEST = 2.0**40
-
-
-def chunks(x: Tensor) -> Iterator[Tensor]:
-    """Row chunks of a data matrix."""
-    return iter(x.split(max(1, CHUNK_ENTRIES // x.shape[1])))
-
-
-def scaled(x: Tensor, exponent: int) -> Tensor:
-    """`x * 2**exponent` without an overflow on the way."""
-    while exponent:
-        part = max(-1000, min(1000, exponent))
-        x, exponent = x * 2.0**part, exponent - part
-    return x
-
-
-def rescaled(value: float, exponent: int) -> float:
-    """`value * 2**exponent`, 0 or inf where that is past the ends of the floats."""
-    try:
-        return math.ldexp(value, exponent)
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def exponent_of(top: float) -> int:
-    """The power of two just above a magnitude; 0 for 0."""
-    return math.frexp(top)[1] if top > 0 else 0
-
-
-def pieces(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, values) in chunks that a copy in float64 is no matter for."""
-    for part, block in rows.blocks():
-        start = part.start
-        for x in chunks(block):
-            yield slice(start, start + len(x)), x
-            start += len(x)
 
 
 @dataclass(frozen=True)
@@ -79,10 +38,6 @@ class Frame:
     def states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Data in the frame, chunk by chunk; in float64 if the dtype cannot hold its squares."""
         return torch.cat([self._states(part, dtype) for part in chunks(x)])
-
-    def all_states(self, rows: Rows) -> Tensor:
-        """Every row in the frame."""
-        return torch.cat([self._states(x, rows.dtype) for _, x in pieces(rows)])
 
     def _states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         z = scaled(x.double(), -self.range) - self.mean.to(x.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _callbacks
 from ._base import progress_bar
-from ._frame import rescaled
+from ._scale import rescaled
 from ._selection import Contest
 
 

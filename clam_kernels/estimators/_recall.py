@@ -17,9 +17,10 @@ from torch import Tensor
 from ..ops.am import am_energy, am_recursion
 from ..ops.kmeans import kmeans_assign
 from ._container import in_container
-from ._frame import Frame, pieces, rescaled, scaled
+from ._frame import Frame
 from ._points import masked_distances
 from ._rows import Rows, read_rows, read_weight
+from ._scale import rescaled, scaled
 from ._search import resolved
 from ._threads import small_on_one_thread
 
@@ -65,7 +66,7 @@ class Recall(TransformerMixin):
         dtype = self._dtype(rows)
         results = []
         with torch.inference_mode():
-            for _, part in pieces(rows):
+            for _, part in rows.pieces():
                 results.append(function(*self._pair(part, dtype)))
         return results
 
@@ -274,7 +275,7 @@ class Recall(TransformerMixin):
         sharp = self._sharpness[1] if beta is None else rescaled(beta, squared)
         done = []
         with torch.inference_mode():
-            for _, part in pieces(rows):
+            for _, part in rows.pieces():
                 hidden = part.isnan()
                 z, centers = self._pair(part, part.dtype)
                 out = am_recursion(

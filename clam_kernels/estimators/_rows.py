@@ -27,8 +27,9 @@ from .._core.backend import float32_products
 from ..metrics import unmasked
 from . import _sparse
 from ._base import NARROW, choose_device, read_tensor, refuse_bad_entries
-from ._frame import Frame, scaled
+from ._frame import Frame
 from ._numbers import as_numbers
+from ._scale import chunks, scaled
 
 # Entries of a block that is made on the way.
 BLOCK_ENTRIES = 1 << 22
@@ -107,6 +108,18 @@ class Rows:
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
             yield part, self._made(self.source[part])
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, values) in chunks that a copy in float64 is no matter for."""
+        for part, block in self.blocks():
+            start = part.start
+            for x in chunks(block):
+                yield slice(start, start + len(x)), x
+                start += len(x)
+
+    def states(self, frame: Frame) -> Tensor:
+        """Every row in a frame."""
+        return torch.cat([frame.states(x, self.dtype) for _, x in self.pieces()])
 
     def take(self, index: Tensor) -> Tensor:
         """Some rows."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..ops.am import am_recursion
 from ..ops.kmeans import kmeans_assign
 from ._completion import Plan, train
-from ._frame import Frame, rescaled
+from ._frame import Frame
 from ._points import Points
 from ._rounds import START_ITERATIONS, OnEpoch, Rounds
+from ._scale import rescaled
 from ._selection import Candidate, Contest
 from ._start import gap_of, starts
 from ._threads import threads_for

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .._core.backend import float32_products
-from ._frame import LARGEST, exponent_of
+from ._frame import LARGEST
 from ._points import Points
+from ._scale import exponent_of
 from ._start import sample_index
 from ._threads import threads_for
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,7 @@ from sklearn.utils.sparsefuncs import mean_variance_axis
 from torch import Tensor
 
 from ..ops.kmeans import kmeans_assign
-from ._frame import scaled
-
-if TYPE_CHECKING:
-    from ._rows import Rows
+from ._scale import scaled
 
 Array = np.ndarray[Any, Any]
 
@@ -33,6 +30,26 @@ TIE = 2.0**-40
 # Below this share of |x|^2 + |c|^2 a distance is computed from differences.
 CANCELLED = 2.0**-20
 UNIT = 2.0**-52
+
+
+class Rows(Protocol):
+    """Sparse rows [N, D]; `_rows.Rows` is one."""
+
+    source: Any  # a CSR matrix
+    dtype: torch.dtype
+    exponent: int
+    unit_norm: bool
+    chunk_rows: int | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def features(self) -> int: ...
+
+    @property
+    def squares(self) -> Tensor: ...
+
+    def take(self, index: Tensor) -> Tensor: ...
 
 
 @dataclass

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ._columns import frame_of, near
 from ._completion import Batch, Plan, draw_masks, expected_masked, in_rates, within
-from ._frame import Frame, rescaled
+from ._frame import Frame
 from ._points import Points, points_of
 from ._rounds import START_ITERATIONS
 from ._rows import Rows
 from ._sample import Sample
+from ._scale import rescaled
 from ._search import RECIPES, plan_of, published_beta, rates_of, resolved
 from ._seeding import plus_plus
 from ._selection import Silhouettes
@@ -78,7 +79,7 @@ def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
     """Memories from the first batch: the best of several starts after Lloyd's iterations."""
     names = getattr(estimator, "feature_names_in_", None)
     frame = frame_of(rows, weight, names, estimator.standardize)
-    points = points_of(frame.all_states(rows), weight, estimator.precision)
+    points = points_of(rows.states(frame), weight, estimator.precision)
     init, count = RECIPES[estimator.recipe].init, resolved(estimator, "n_init")
     seed = _seed(estimator)
     found, labels = points.lloyd(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._frame import Frame, pieces
+from ._frame import Frame
 from ._lloyd import Rule, lloyd
 from ._points import Points, points_of
 from ._rows import Rows, in_scale
@@ -50,7 +50,7 @@ def sampled(
         chosen = torch.from_numpy(np.sort(random.choice(total, some, replace=False)))
         index = chosen if index is None else index[chosen]
     if index is None:
-        return points_of(frame.all_states(rows), weight, estimator.precision), True
+        return points_of(rows.states(frame), weight, estimator.precision), True
     own = None if weight is None else weight[index.to(weight.device)]
     z = frame.states(rows.take(index), rows.dtype)
     return points_of(z, own, estimator.precision), whole
@@ -62,7 +62,7 @@ def _counting(rows: Rows, weight: Tensor | None) -> Tensor | None:
     if weight is not None:
         counts &= (weight > 0).cpu()
     if rows.missing:
-        for part, x in pieces(rows):
+        for part, x in rows.pieces():
             counts[part] &= (~x.isnan()).any(1).cpu()
     return None if bool(counts.all()) else counts.nonzero()[:, 0]
 
@@ -94,7 +94,7 @@ def _partial(
     k, d = memories.shape
     for _ in range(PARTIAL_ITERATIONS):
         sums, counts = torch.zeros(2, k, d, dtype=torch.float64, device=memories.device)
-        for part, x in pieces(rows):
+        for part, x in rows.pieces():
             own = None if weight is None else weight[part]
             points = points_of(frame.states(x, memories.dtype), own, estimator.precision)
             more, seen, _ = points.sums(points.assign(memories[None]), k)

@@ -24,11 +24,12 @@ from . import _streaming as streaming
 from ._base import keeps_state_on_failure
 from ._columns import WARNED, frame_of
 from ._files import ModelFile
-from ._frame import Frame, rescaled
+from ._frame import Frame
 from ._points import Points
 from ._progress import Progress
 from ._recall import COMPLETION, Recall, total
 from ._rows import Rows, read_rows, read_weight
+from ._scale import rescaled
 from ._search import RECIPES, Found, published_beta, resolved, search
 from ._selection import COLUMNS, ROLES, SILHOUETTE_ROWS
 from ._start import gap_of

@@ -27,11 +27,11 @@ from ..metrics import unmasked
 from . import _callbacks, _sparse
 from ._base import keeps_state_on_failure
 from ._files import ModelFile
-from ._frame import rescaled
 from ._lloyd import Rule, Run, inertia_of, labels_of, lloyd, same_clustering
 from ._minibatch import minibatch
 from ._numbers import as_numbers
 from ._rows import Rows, in_scale, normalised, read_rows, read_weight
+from ._scale import rescaled
 from ._seeding import start
 from ._threads import small_on_one_thread, threads_for
 

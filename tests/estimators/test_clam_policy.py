@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM, metrics
 from clam_kernels import KMeans as ClusterKMeans
-from clam_kernels.estimators import _columns, _frame, _points, _rows, _selection
+from clam_kernels.estimators import _columns, _points, _rows, _scale, _selection
 
 QUICK = {"n_init": 4, "max_iter": 6, "random_state": 0}
 
@@ -297,7 +297,7 @@ def test_a_memory_map_of_any_dtype_is_read_block_by_block(dtype, tmp_path, monke
     np.save(tmp_path / "x.npy", np.asfortranarray(x.astype(dtype)))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     monkeypatch.setattr(_rows, "BLOCK_ENTRIES", 1 << 13)
-    monkeypatch.setattr(_frame, "CHUNK_ENTRIES", 1 << 13)
+    monkeypatch.setattr(_scale, "CHUNK_ENTRIES", 1 << 13)
     monkeypatch.setattr(_columns, "SAMPLE_ENTRIES", 1 << 14)
     model = ClAM(4, search_rows=200, n_init=2, max_iter=2, random_state=0)
     most = most_bytes(lambda: model.fit(mapped))
@@ -463,7 +463,7 @@ def test_blocks_of_a_large_table_have_one_unit(monkeypatch):
     x[::7, 0] = np.nan
     weight = np.where(np.arange(3000) < 1500, 1e-3, 1.0)
     whole = ClAM(4, search_rows=500, **QUICK).fit(x, sample_weight=weight)
-    monkeypatch.setattr(_frame, "CHUNK_ENTRIES", 3 * 300)
+    monkeypatch.setattr(_scale, "CHUNK_ENTRIES", 3 * 300)
     parts = ClAM(4, search_rows=500, **QUICK).fit(x, sample_weight=weight)
     np.testing.assert_allclose(parts.cluster_centers_, whole.cluster_centers_, atol=1e-9)
 
