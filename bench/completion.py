@@ -21,7 +21,7 @@ from sklearn.cluster import KMeans
 from sklearn.impute import KNNImputer
 
 from clam_kernels import ClAM, am_recursion
-from clam_kernels.estimators._recall import COMPLETION, RECALL_STEPS
+from clam_kernels.estimators.clam.recall import COMPLETION, RECALL_STEPS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "completion.json"
 TABLES = {"wine": 12, "libras": 32, "segment": 32, "digits": 32}

@@ -307,7 +307,7 @@ def _partition_inertia(model: Any) -> float:
     """Inertia about the means of the labels. Of `ClAM` the memories may stand beyond their rows,
     but not where a sample was searched: there they are means in the end.
     """
-    from .estimators._whole import searches_all
+    from .estimators.clam.whole import searches_all
 
     tried = getattr(model, "candidates_", {"inertia": []})["inertia"]
     if not len(tried) or not searches_all(model, len(model.labels_)):

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimators built on the ops: scikit-learn's kind, and trainers of an encoder."""
+"""Estimators built on the ops: scikit-learn's kind, and trainers of an encoder.
+
+One package for each estimator; `common` is what all share, `training` what trainers of an encoder
+share.
+"""
 
 from .clam import ClAM as ClAM
-from .imputer import ClAMImputer as ClAMImputer
+from .clam import ClAMImputer as ClAMImputer
 from .kmeans import KMeans as KMeans
 from .sela import SeLa as SeLa

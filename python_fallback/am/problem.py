@@ -2,8 +2,8 @@
 """Chunked machinery of a softmax over memories: the centred memories of a cell, and the problem
 with its batch dims spelled out.
 
-Everything works in place on 3-D tiles [problems, rows, .] of `_chunk`; nothing is N x K. Tiles are
-padded (rows to ROWS, D and K to 4) and a product's second factor is contiguous: CPU libraries take
+Everything works in place on 3-D tiles [problems, rows, .] of `common/chunk.py`; nothing is N x K.
+Tiles are padded (rows to ROWS, D and K to 4) and a product's second factor is contiguous: CPU libraries take
 other kernels at ragged edges, and only so has a row the same bits wherever it stands, alone or in a
 batch. Padding rows and features are 0, padding memories have logits of -inf.
 """

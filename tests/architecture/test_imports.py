@@ -171,9 +171,9 @@ def test_imports(path):
         ("python_fallback/am/__init__.py", "import numpy as np", 1),
         ("clam_kernels/__init__.py", "from .estimators import ClAM", 1),
         ("clam_kernels/__init__.py", "import importlib\nimportlib.import_module('triton')", 2),
-        ("clam_kernels/estimators/clam.py", "from ..testing import samples", 1),
-        ("clam_kernels/estimators/clam.py", "from ..cli import main", 1),
-        ("clam_kernels/estimators/clam.py", "import matplotlib", 1),
+        ("clam_kernels/estimators/clam/estimator.py", "from ...testing import samples", 1),
+        ("clam_kernels/estimators/clam/estimator.py", "from ...cli import main", 1),
+        ("clam_kernels/estimators/clam/estimator.py", "import matplotlib", 1),
         ("clam_kernels/testing/am.py", "import pytest", 1),
     ],
 )
@@ -208,6 +208,35 @@ def test_the_table_has_no_cycle():
         assert free, f"a cycle among {sorted(below)}"
         for room in free:
             del below[room]
+
+
+def _edges() -> dict[str, set[str]]:
+    """Which file of the packages imports which, at run time or for a type checker."""
+    modules = {module_of(path): path for path in FILES}
+    edges: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        edges[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            named = {f"{base}.{alias.name}" for alias in node.names}
+            edges[name] |= {target for target in named if target in modules} or {base} & {*modules}
+    return edges
+
+
+def test_no_two_files_import_each_other():
+    """The files of a package can be put in an order; a package's __init__ collects and is last."""
+    edges = _edges()
+    left = {name for name in edges if not (ROOT / name.replace(".", "/")).is_dir()}
+    while left:
+        free = {name for name in left if not edges[name] & left - {name}}
+        assert free, f"a circle among {sorted(left)}"
+        left -= free
 
 
 # ---- one word per family in every room ----------------------------------------------------------
@@ -259,12 +288,25 @@ def test_a_room_holds_families_and_shared_files_only(room, pattern):
     assert names <= allowed, sorted(names - allowed)
 
 
-@pytest.mark.parametrize("room", ["python_fallback", "clam_kernels/kernels"])
-def test_a_family_is_one_package(room):
-    """A room of packages has one for each family, and `common` for what families share."""
+ESTIMATORS = {"clam", "kmeans", "sela"}
+
+
+@pytest.mark.parametrize(
+    ("room", "packages"),
+    [
+        ("python_fallback", {*FAMILIES, "common"}),
+        ("clam_kernels/kernels", {*FAMILIES, "common"}),
+        ("clam_kernels/estimators", {*ESTIMATORS, "common", "training"}),
+    ],
+)
+def test_a_room_of_packages(room, packages):
+    """One package for each family or estimator, and for what they share. Inside a package no file
+    begins with an underscore: the __init__ says what is public.
+    """
     names = {p.name for p in (ROOT / room).iterdir() if (p / "__init__.py").is_file()}
-    assert names == {*FAMILIES, "common"}
+    assert names == packages
     assert [p.name for p in (ROOT / room).glob("*.py")] == ["__init__.py"]
+    assert not [p for p in (ROOT / room).rglob("_*.py") if p.name != "__init__.py"]
 
 
 def test_kernels_live_where_their_names_say():

@@ -22,7 +22,7 @@ import clam_kernels as ck
 from clam_kernels import serialize, testing
 from clam_kernels._core import backend as choice
 from clam_kernels._core import registry
-from clam_kernels.estimators import _threads
+from clam_kernels.estimators.common import threads as _threads
 
 
 class InThread:

@@ -25,7 +25,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from clam_kernels import ClAM
-from clam_kernels.estimators import _completion, _points, clam
+from clam_kernels.estimators.clam import completion as _completion
+from clam_kernels.estimators.clam import estimator as clam
+from clam_kernels.estimators.clam import points as _points
 from clam_kernels.exceptions import BackendUnavailableError
 
 QUICK = {"n_init": 2, "max_iter": 4, "random_state": 0}

@@ -15,7 +15,8 @@ from sklearn.metrics.pairwise import nan_euclidean_distances
 from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM
-from clam_kernels.estimators import _completion, _points
+from clam_kernels.estimators.clam import completion as _completion
+from clam_kernels.estimators.clam import points as _points
 
 QUICK = {"n_init": 4, "max_iter": 10, "random_state": 0}
 

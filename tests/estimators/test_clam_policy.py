@@ -19,7 +19,11 @@ from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM, metrics
 from clam_kernels import KMeans as ClusterKMeans
-from clam_kernels.estimators import _columns, _points, _rows, _scale, _selection
+from clam_kernels.estimators.clam import columns as _columns
+from clam_kernels.estimators.clam import points as _points
+from clam_kernels.estimators.clam import selection as _selection
+from clam_kernels.estimators.common import rows as _rows
+from clam_kernels.estimators.common import scale as _scale
 
 QUICK = {"n_init": 4, "max_iter": 6, "random_state": 0}
 
@@ -457,7 +461,6 @@ def test_weights_of_batches_have_one_unit():
 
 
 def test_blocks_of_a_large_table_have_one_unit(monkeypatch):
-    from clam_kernels.estimators import _frame
 
     x = _blobs(3000)
     x[::7, 0] = np.nan

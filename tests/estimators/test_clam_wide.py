@@ -11,8 +11,8 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from clam_kernels import ClAM
-from clam_kernels.estimators import _completion
-from clam_kernels.estimators._completion import Batch, Plan
+from clam_kernels.estimators.clam import completion as _completion
+from clam_kernels.estimators.clam.completion import Batch, Plan
 
 R, N, K, D = 3, 9, 4, 7
 RANDOM = np.random.default_rng(0)

@@ -22,7 +22,9 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from clam_kernels import ClAM, KMeans
-from clam_kernels.estimators import _lloyd, _rows, _seeding
+from clam_kernels.estimators.common import rows as _rows
+from clam_kernels.estimators.kmeans import lloyd as _lloyd
+from clam_kernels.estimators.kmeans import seeding as _seeding
 from clam_kernels.exceptions import BackendUnavailableError
 
 REFERENCE = Path(__file__).parents[3] / "shared/data/lloyd_reference.tsv"

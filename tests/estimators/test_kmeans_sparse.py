@@ -13,7 +13,8 @@ from scipy import sparse
 from sklearn.cluster import KMeans as Peer
 
 from clam_kernels import KMeans, kmeans_assign
-from clam_kernels.estimators import _rows, _sparse
+from clam_kernels.estimators.common import rows as _rows
+from clam_kernels.estimators.common import sparse_rows as _sparse
 
 
 def _counts(rows: int = 400, features: int = 60, *, seed: int = 0) -> np.ndarray:

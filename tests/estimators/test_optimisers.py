@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clam_kernels.estimators._optimisers import SGD, Adam
+from clam_kernels.estimators.training.optimisers import SGD, Adam
 
 PAIRS: dict[str, tuple[Callable[[list[Tensor]], Any], Callable[[list[Tensor]], Any]]] = {
     "Adam": (

@@ -20,9 +20,10 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
-import clam_kernels.estimators.sela
+import clam_kernels.estimators.sela.estimator
 from clam_kernels import SeLa, serialize
-from clam_kernels.estimators import _labelling, _trainer
+from clam_kernels.estimators.sela import labelling as _labelling
+from clam_kernels.estimators.training import trainer as _trainer
 from clam_kernels.exceptions import DataFileError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -477,7 +478,7 @@ def test_parameters_are_stored_as_they_are():
 
 
 def test_examples_run():
-    result = doctest.testmod(clam_kernels.estimators.sela)
+    result = doctest.testmod(clam_kernels.estimators.sela.estimator)
     assert not result.failed
     assert result.attempted
 

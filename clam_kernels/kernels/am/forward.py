@@ -64,7 +64,7 @@ def run(
 
 
 def unit_of(call: Call, flags: dict[str, Any]) -> float:
-    """Bound on the error of a score, relative to the norms, as `_nearest.slack` takes it."""
+    """Bound on the error of a score, relative to the norms, as `nearest.slack` takes it."""
     return PRODUCTS[flags["PREC"]] + (MATRIX_STEPS * call.features + 6) * 2.0**-24
 
 

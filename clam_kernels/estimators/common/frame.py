@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The affine frame every fit runs in: features centred on their means, scaled by a power of two, or
+by their deviations where the fit standardises.
+
+Centring keeps float32 distances exact far from the origin; the power of two keeps squares finite
+for data near the ends of the float range and changes no digit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .scale import chunks, scaled
+
+# Magnitude up to which float32 holds squares and their sums.
+LARGEST = 2.0**40
+
+
+@dataclass(frozen=True)
+class Frame:
+    """`z = (x 2^-range - mean) / width`, mean and width in units of 2^range."""
+
+    mean: Tensor  # [D] float64
+    range: int
+    width: Tensor  # [D] float64, all equal unless the fit standardises
+    unit: int  # exponent of the length 1 of the frame in units of the data
+    one: float  # the length that counts as 1 where numbers are absolute
+    deviation: Tensor  # [D] float64, standard deviation of a column in the frame
+    low: Tensor  # [D] float64, least and greatest observed entry, in units of the data
+    high: Tensor
+    standard: bool  # whether every column is divided by its deviation
+    contrast: float = 1.0  # largest over smallest spread of the columns
+
+    def states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Data in the frame, chunk by chunk; in float64 if the dtype cannot hold its squares."""
+        return torch.cat([self._states(part, dtype) for part in chunks(x)])
+
+    def _states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        z = scaled(x.double(), -self.range) - self.mean.to(x.device)
+        z = z / self.width.to(x.device)
+        if dtype != torch.float64 and float(z.abs().nan_to_num(0.0).amax()) > LARGEST:
+            return z
+        return z.to(dtype)
+
+    def data(self, z: Tensor) -> Tensor:
+        """States as data, float64, inside the observed range of their columns."""
+        x = scaled(z.double() * self.width.to(z.device) + self.mean.to(z.device), self.range)
+        return torch.maximum(torch.minimum(x, self.high.to(z.device)), self.low.to(z.device))
+
+    def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The observed range [D] of every column as states of a device and dtype."""
+        low, high = (
+            (scaled(x, -self.range) - self.mean) / self.width for x in (self.low, self.high)
+        )
+        return low.to(like.device, like.dtype), high.to(like.device, like.dtype)
+
+    @property
+    def scale(self) -> Tensor:
+        """[D] float64: what a distance in units of the data divides the columns by."""
+        return scaled(self.width, self.range - self.unit)
+
+    def moved(self, by: Tensor) -> Frame:
+        """The frame centred on a state."""
+        return dataclasses.replace(self, mean=self.mean + by * self.width)
+
+    def widened(self, x: Tensor) -> Frame:
+        """The frame whose observed range includes more rows."""
+        inf = torch.inf
+        low = torch.minimum(self.low, x.double().nan_to_num(inf, inf, -inf).amin(0))
+        high = torch.maximum(self.high, x.double().nan_to_num(-inf, inf, -inf).amax(0))
+        return dataclasses.replace(self, low=low, high=high)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a data matrix holds numbers that floats can hold, before scikit-learn converts it.
+
+A conversion to float64 turns a missing date into -9.2e18 and rounds integers beyond 2^53. Both are
+refused here, and so is everything else that is no number; the error names the column and the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from torch import Tensor
+
+from ...tables._numbers import first_rounded
+
+DATES = "convert dates and durations to numbers first, or leave them out"
+# Scalars of numpy that `float` takes, and that are no real numbers.
+NO_NUMBERS = (np.datetime64, np.timedelta64, np.complexfloating)
+# Types of entries that need no look: a conversion to float64 keeps them.
+PLAIN = {float, bool, type(None), np.float64, np.float32, np.bool_}
+
+
+def as_numbers(name: str, x: Any) -> Any:
+    """`x` as scikit-learn may convert it; an error for entries that would be lost.
+
+    A list becomes an array, and NA among objects becomes NaN. Text is left to the conversion, which
+    reads numbers and refuses the rest.
+    """
+    if sparse.issparse(x):
+        _check_sparse(name, x)
+        return x
+    if isinstance(x, Tensor):
+        _check_array(name, x.detach().cpu().numpy() if _is_wide(x) else np.empty(0))
+        return x
+    if hasattr(x, "columns") and not isinstance(x, np.ndarray):
+        return _checked_frame(name, x)
+    if isinstance(x, list | tuple):
+        try:
+            x = np.asarray(x)
+        except ValueError:  # lists of several lengths: scikit-learn says so
+            return x
+    return _check_array(name, x) if isinstance(x, np.ndarray) else x
+
+
+def _is_wide(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex()) and x.element_size() == 8
+
+
+def _check_sparse(name: str, x: Any) -> None:
+    if x.dtype.kind not in "iu" or x.dtype.itemsize < 8:
+        return
+    entries = x.tocoo()
+    place = first_rounded(entries.data)
+    if place is not None:
+        row, column = int(entries.row[place]), int(entries.col[place])
+        raise _rounded(name, column, row, entries.data[place])
+
+
+def _check_array(name: str, x: np.ndarray) -> np.ndarray:
+    if x.dtype.kind in "mM":
+        raise TypeError(f"{name}: expected numbers, got dtype {x.dtype}; {DATES}")
+    if x.dtype.kind == "O" and x.ndim == 2:
+        columns = [_checked_objects(name, j, column) for j, column in enumerate(x.T)]
+        return x if all(column is None for column in columns) else _without_na(x)
+    place = first_rounded(x) if x.size else None
+    if place is not None:
+        row, *rest = (int(i) for i in np.unravel_index(place, x.shape))
+        raise _rounded(name, rest[0] if len(rest) == 1 else None, row, x.flat[place])
+    return x
+
+
+def _checked_frame(name: str, x: Any) -> Any:
+    """A data frame of pandas, polars or pyarrow; columns of floats are not looked at."""
+    names = list(getattr(x, "column_names", x.columns))
+    types = list(getattr(x, "dtypes", [None] * len(names)))
+    replaced = {}
+    for i, (label, dtype) in enumerate(zip(names, types, strict=True)):
+        kind = getattr(dtype, "kind", "O")
+        if kind in "fb":
+            continue
+        if kind in "mM":
+            raise _no_numbers(name, label, dtype)
+        column = x.iloc[:, i] if hasattr(x, "iloc") else x[label]
+        numbers = _checked_column(name, label, column)
+        if numbers is not None:
+            replaced[i] = numbers
+    if replaced:  # only pandas has NA
+        x = x.copy(deep=False)
+        for i, numbers in replaced.items():
+            x.isetitem(i, numbers)
+    return x
+
+
+def _checked_column(name: str, label: Any, column: Any) -> np.ndarray | None:
+    """The numbers of a column whose objects have NA among them; None where nothing changes."""
+    values = np.asarray(column)
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        # integers with gaps, which arrived as floats and may be rounded
+        fill = getattr(column, "fill_null", None) or column.fillna
+        values = np.asarray(fill(0))
+    if values.dtype.kind in "mM":
+        raise _no_numbers(name, label, values.dtype)
+    if values.dtype.kind == "c":
+        raise ValueError(
+            f"{name}: expected real numbers in column {label!r}, got dtype {values.dtype}: Complex"
+            " data not supported"
+        )
+    if values.dtype.kind in "OSTU":
+        return _checked_objects(name, label, values.astype(object))
+    row = first_rounded(values)
+    if row is not None:
+        raise _rounded(name, label, row, values[row])
+    return None
+
+
+def _checked_objects(name: str, label: Any, values: Iterable[Any]) -> np.ndarray | None:
+    """The values as float64 where NA is among them, else None."""
+    values = np.asarray(values)
+    if set(map(type, values)) <= PLAIN:
+        return None
+    has_na = False
+    for row, value in enumerate(values):
+        if _is_na(value):
+            has_na = True
+        elif type(value) not in PLAIN:
+            _check_object(name, label, row, value)
+    return _without_na(values).astype(np.float64) if has_na else None
+
+
+def _check_object(name: str, label: Any, row: int, value: Any) -> None:
+    where = f"{name}: expected numbers in column {label!r}, got {value!r} in row {row}"
+    if isinstance(value, NO_NUMBERS):
+        raise TypeError(where)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{where}: {error}") from None
+    if isinstance(value, int | np.integer) and int(number) != int(value):
+        raise _rounded(name, label, row, value)
+
+
+def _without_na(values: np.ndarray) -> np.ndarray:
+    """A copy in which NA of pandas is NaN."""
+    kept = values.copy()
+    kept[np.frompyfunc(_is_na, 1, 1)(values).astype(bool)] = np.nan
+    return kept
+
+
+def _is_na(value: Any) -> bool:
+    return type(value).__name__ == "NAType"
+
+
+def _no_numbers(name: str, label: Any, dtype: Any) -> TypeError:
+    return TypeError(f"{name}: expected numbers in column {label!r}, got dtype {dtype}; {DATES}")
+
+
+def _rounded(name: str, label: Any, row: int, value: Any) -> ValueError:
+    place = f"in row {row}" if label is None else f"in column {label!r}, row {row}"
+    return ValueError(
+        f"{name}: expected integers that float64 can hold, got {int(value)} {place}; beyond 2^53 it"
+        " rounds some"
+    )

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SeLa: an encoder and labels of its own data, found in turn. Equations: docs/sela.md."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from ... import serialize, tables
+from ..._core import checks
+from ..._core.warn import warn
+from ..common import callbacks
+from ..common.base import choose_device, keeps_state_on_failure
+from ..training.inputs import Inputs, inputs_of
+from ..training.trainer import SCHEDULES, batches_of, dtype_of, encoded, seed_of
+from .labelling import RECIPES, Training, resolved
+
+Schedule = str | Callable[[float], float]
+
+
+class SeLa(BaseEstimator):
+    """Self-labelling: an encoder learns labels of its own data, of equal shares, without classes.
+
+    In turn, (1) encoder and heads are trained by cross entropy with the current labels, mean over
+    heads, and (2) each head's labels are found anew from its log-probabilities averaged over
+    augmented draws, by the optimal transport that gives all labels equal shares (Asano, Rupprecht,
+    Vedaldi 2020, arXiv 1911.05371). Equal shares keep all rows from going to one label, and
+    augmentation says which differences are none.
+
+    Parameters
+    ----------
+    encoder : torch.nn.Module
+        From a batch to features [B, D]. `fit` trains a copy, `encoder_`.
+    n_clusters : int, >= 1
+        Number of labels K; more than the classes one hopes for.
+    n_heads : int, >= 1
+        Heads H, each with labels of its own.
+    recipe : "default" or "paper"
+        What the arguments below that are None stand for: a run of minutes, or the published one for
+        ImageNet (SGD with steps, 100 relabellings, one draw).
+    augment : callable, optional
+        `augment(batch, generator) -> batch` on the batch's device; all its draws must come from the
+        generator for a run to repeat.
+    n_epochs : int, >= 1, default by recipe (40; paper 400)
+        Passes over the data.
+    batch_size : int, >= 2, default by recipe (128; paper 256)
+        Rows of a batch; a last one of a single row joins the one before.
+    learning_rate : float, > 0
+        Of SGD.
+    momentum : float in [0, 1)
+        Of SGD.
+    weight_decay : float, >= 0, default by recipe (1e-4; paper 1e-5)
+        Of SGD.
+    schedule : "cosine", "steps", "constant" or callable, default by recipe (cosine; paper steps)
+        Factor of the learning rate; a callable gets the progress in [0, 1).
+    optimizer : callable, optional
+        `optimizer(parameters) -> torch.optim.Optimizer` instead of SGD, one that steps without a
+        closure; `schedule` still applies.
+    n_relabels : int, >= 1, default by recipe (12; paper 100)
+        Relabellings of all heads: at (n_epochs + 1.01) N linspace(0, 1, n_relabels)^2 rows seen,
+        and what falls past the end, the last one, at the end. 1 is the one before the first step.
+    n_augment : int, >= 1, default by recipe (4; paper 1)
+        Augmented draws of each row that a relabelling averages.
+    lam : float, > 0
+        Sharpness of the plan.
+    tol : float, > 0, default by recipe (1e-3; paper .1 / N)
+        L1 error of the label shares.
+    max_iter : int, >= 1, default by recipe (400; paper 2000)
+        Most iterations of a relabelling.
+    col_marginal : array-like [K], > 0, optional
+        Shares of the labels where they are not equal.
+    row_marginal : array-like [N], > 0, optional
+        Masses of the rows in these shares.
+    strict : bool
+        Whether counts are exactly the shares, rounded to whole rows.
+    image_size : int, >= 1, optional
+        Side that the images of a folder are cropped (at the centre) and scaled to.
+    device : str
+        "auto" is the tensor's device, for other data a GPU if there is one.
+    random_state : int, RandomState or None
+        An int repeats a run, to the bit on the CPU with the same number of threads, on a GPU as
+        far as the encoder's layers do. The caller's global generators are left as they were.
+    verbose : int
+        1 shows a bar over epochs on stderr (needs tqdm).
+    writer : object, optional
+        Told `writer.add_scalar(tag, value, step)` of losses, rate and relabellings; such as torch's
+        SummaryWriter.
+    callbacks : callable, object or list of them, optional
+        Called after every epoch as `callback(estimator, info)`, info a dict of epoch, loss and
+        changed; returning what is true ends the training there.
+
+    Attributes
+    ----------
+    labels_ : int32 array [H, N], or int64 Tensor on its device where data is a Tensor
+        Labels of the rows by each head.
+    encoder_ : torch.nn.Module
+        The trained copy, in eval mode.
+    heads_ : clam_kernels.nn.SelfLabeller
+        Heads, labels and potentials.
+    history_ : dict
+        "loss": mean of each epoch; "relabellings": dict of arrays, a row for each head each time:
+        seen (rows of training before it), head, n_iter, err, converged, changed (share of rows).
+    files_ : list of str
+        Where data is a folder of images: their paths in it, in the order of the rows.
+    n_steps_ : int
+        Steps of the optimiser.
+    device_ : str
+        What ran.
+
+    Notes
+    -----
+    Memory beside encoder and optimiser: N D features and N K scores of one head at a time, 8 N H
+    bytes of labels. The encoder stays in training mode, in random batches, while features for
+    relabelling are taken, as in the published code: on digits labels from eval mode made features
+    that cluster worse (docs/sela.md).
+
+    Dropout draws from torch's global generators, which all threads share. In each step a fit puts
+    its own states there, and the caller's back at the end of the step. Fits in several threads take
+    turns step by step, and each repeats as it does alone. A thread that is no fit must not draw
+    from these generators while a fit runs: its draws could be the fit's. Give it a generator of its
+    own.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from clam_kernels import SeLa
+    >>> rng = np.random.default_rng(0)
+    >>> X = np.concatenate([rng.normal(m, 0.1, (40, 2)) for m in (-1.0, 1.0)]).astype("float32")
+    >>> def noisy(batch, generator):
+    ...     return batch + 0.1 * torch.randn(batch.shape, generator=generator)
+    >>> encoder = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU())
+    >>> model = SeLa(encoder, 2, n_heads=3, n_epochs=5, augment=noisy, random_state=0).fit(X)
+    >>> model.labels_.shape, np.bincount(model.labels_[0]).tolist()
+    ((3, 80), [40, 40])
+    """
+
+    _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
+        "encoder": [nn.Module],
+        "n_clusters": [Interval(Integral, 1, None, closed="left")],
+        "n_heads": [Interval(Integral, 1, None, closed="left")],
+        "recipe": [StrOptions(set(RECIPES))],
+        "augment": [callable, None],
+        "n_epochs": [Interval(Integral, 1, None, closed="left"), None],
+        "batch_size": [Interval(Integral, 2, None, closed="left"), None],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "momentum": [Interval(Real, 0, 1, closed="left")],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), None],
+        "schedule": [StrOptions(set(SCHEDULES)), callable, None],
+        "optimizer": [callable, None],
+        "n_relabels": [Interval(Integral, 1, None, closed="left"), None],
+        "n_augment": [Interval(Integral, 1, None, closed="left"), None],
+        "lam": [Interval(Real, 0, None, closed="neither")],
+        "tol": [Interval(Real, 0, None, closed="neither"), None],
+        "max_iter": [Interval(Integral, 1, None, closed="left"), None],
+        "col_marginal": ["array-like", Tensor, None],
+        "row_marginal": ["array-like", Tensor, None],
+        "strict": ["boolean"],
+        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "device": [str],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+        "writer": "no_validation",  # type: ignore[dict-item]
+        "callbacks": "no_validation",  # type: ignore[dict-item]
+    }
+    _images: tuple[str, int | None] | None = None  # mode and side of the fit's images
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        n_clusters: int,
+        *,
+        n_heads: int = 10,
+        recipe: str = "default",
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        n_epochs: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float = 0.05,
+        momentum: float = 0.9,
+        weight_decay: float | None = None,
+        schedule: Schedule | None = None,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        n_relabels: int | None = None,
+        n_augment: int | None = None,
+        lam: float = 25.0,
+        tol: float | None = None,
+        max_iter: int | None = None,
+        col_marginal: Any = None,
+        row_marginal: Any = None,
+        strict: bool = False,
+        image_size: int | None = None,
+        device: str = "auto",
+        random_state: Any = None,
+        verbose: int = 0,
+        writer: Any = None,
+        callbacks: Any = None,
+    ) -> None:
+        self.encoder = encoder
+        self.n_clusters = n_clusters
+        self.n_heads = n_heads
+        self.recipe = recipe
+        self.augment = augment
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.optimizer = optimizer
+        self.n_relabels = n_relabels
+        self.n_augment = n_augment
+        self.lam = lam
+        self.tol = tol
+        self.max_iter = max_iter
+        self.col_marginal = col_marginal
+        self.row_marginal = row_marginal
+        self.strict = strict
+        self.image_size = image_size
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+        self.writer = writer
+        self.callbacks = callbacks
+
+    @keeps_state_on_failure
+    def fit(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
+    ) -> SeLa:
+        """Train a copy of the encoder and find labels.
+
+        Parameters
+        ----------
+        data : Tensor or array [N, ...], path, or map-style Dataset
+            Rows. A path is an .npy (memory-mapped), an .npz with one array or one called x, or a
+            folder of images (needs Pillow), read as they are asked for. Images of a folder are
+            [C, H, W] in [0, 1], grey (C = 1) if all of them are, else colour (C = 3); arrays, files
+            of them and tensors are taken as they are, not scaled. Items of a Dataset are tensors or
+            arrays, or tuples that begin with one. All go to the encoder in its dtype, but for whole
+            numbers of a Dataset, which keep theirs.
+        y : object, optional
+            Not used: there for pipelines.
+        checkpoint : str or PathLike, optional
+            File that all state of the run is written to, whole or not at all.
+        checkpoint_every : int, >= 1, optional
+            Batches between two writes; an epoch's unless given.
+        resume : bool
+            Go on from the file if it is there; a finished run is given back. On the CPU, with the
+            same number of threads, the result is, bit for bit, that of a fit that was never
+            interrupted. What only the interrupted process had is lost: the state of callbacks, and
+            of a Dataset with random items of its own generator.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        InvalidParameterError, ValueError, TypeError
+            A parameter, shape or dtype that does not fit; NaN or infinity in the data, with its
+            place; a checkpoint of other settings or data.
+        FloatingPointError
+            The loss is not finite.
+        FileExistsError
+            The checkpoint is there already, without `resume`.
+        ModelFileError
+            The checkpoint is damaged, or an encoder has more tensors than one can hold.
+        """
+        self._validate_params()
+        callbacks.check(self.callbacks)
+        told, kind = self.writer, type(self.writer).__name__
+        if told is not None and not callable(getattr(told, "add_scalar", None)):
+            raise TypeError(checks.wording("writer", "an object with add_scalar", kind))
+        inputs = inputs_of(data, self.image_size)
+        _check_fit(len(inputs), self.n_clusters, checkpoint, checkpoint_every, resume)
+        device = choose_device(self.device, inputs.origin)
+        seed = seed_of(self.random_state)
+        callbacks.call(callbacks.each(self.callbacks), "on_fit_begin", self)
+        training = Training(self, inputs, device, seed)
+        if checkpoint is not None:
+            training.keep(checkpoint, checkpoint_every, resume)
+        training.go()
+        self._store(training)
+        callbacks.call(callbacks.each(self.callbacks), "on_fit_end", self)
+        return self
+
+    def _store(self, training: Training) -> None:
+        self.encoder_ = training.encoder.eval()
+        self.heads_ = training.heads
+        self.labels_ = training.inputs.give(training.heads.labels)
+        self.device_, self.n_steps_ = str(training.device), training.run.steps
+        table = training.table()
+        self.history_ = {"loss": list(training.run.losses), "relabellings": table}
+        self._images = training.inputs.images
+        self.__dict__.pop("files_", None)
+        if training.inputs.files is not None:
+            self.files_ = training.inputs.files
+        open_ = table["converged"][-self.n_heads :] == 0
+        if open_.any():
+            worst = table["err"][-self.n_heads :].max()
+            warn(
+                f"SeLa: {int(open_.sum())} of {self.n_heads} heads were last relabelled with an"
+                f" error of the shares up to {worst:.3g}, tol={training.tol:g}: raise max_iter,"
+                " or lower lam",
+                ConvergenceWarning,
+            )
+
+    # ---- use -------------------------------------------------------------------------------------
+
+    def transform(self, data: Any) -> Any:
+        """Features of rows, by the trained encoder in eval mode, without augmentation.
+
+        Parameters
+        ----------
+        data : as in `fit`
+
+        Returns
+        -------
+        array or Tensor [N, D]
+            As the data is.
+        """
+        check_is_fitted(self, "encoder_")
+        inputs = self._inputs(data)
+        return inputs.give(self._features(inputs))
+
+    def predict(self, data: Any, head: int = 0) -> Any:
+        """Labels of rows by one head at the potentials of its last relabelling.
+
+        argmax_k(lam log p_k + g_k): what that relabelling would have given a row that did not move
+        the potentials; shares of new rows are what they are. Training rows get their `labels_`
+        again but for what changed them: augmented draws, `strict`, and the training mode of the
+        encoder. BatchNorm has the statistics of each batch there and its running ones here.
+
+        Parameters
+        ----------
+        data : as in `fit`
+        head : int
+            Which, 0 <= head < H.
+
+        Returns
+        -------
+        int32 array or int64 Tensor [N]
+            As the data is.
+        """
+        check_is_fitted(self, "encoder_")
+        inputs = self._inputs(data)
+        return inputs.give(self.heads_.assign(self._features(inputs), head))
+
+    def _inputs(self, data: Any) -> Inputs:
+        """New rows; images of a folder are brought to what those of `fit` were."""
+        mode, size = self._images or (None, self.image_size)
+        return inputs_of(data, size, mode)
+
+    def _features(self, inputs: Inputs) -> Tensor:
+        before = self.encoder_.training
+        self.encoder_.eval()
+        try:
+            with torch.no_grad():
+                device, dtype = self.heads_.weight.device, dtype_of(self.encoder_)
+                rows = torch.arange(len(inputs), dtype=torch.int64, device="cpu")
+                parts = [
+                    encoded(self.encoder_, inputs.take(some, device, dtype))
+                    for some in batches_of(rows, resolved(self, "batch_size"))
+                ]
+        finally:
+            self.encoder_.train(before)
+        return torch.cat(parts)
+
+    def export_labels(self, path: str | PathLike[str]) -> None:
+        """Write the labels to a file, which is whole or not there.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            .npz (arrays labels [H, N], g [H, K] and, of a folder, files [N]), .npy (labels), or
+            .csv, .tsv (also with .gz), .parquet (a row for each row of the data, a column head_h
+            for each head and before them, of a folder, one called file).
+
+        Raises
+        ------
+        DataFileError
+            Another suffix, or Parquet without pyarrow.
+        """
+        check_is_fitted(self, "heads_")
+        path = Path(path)
+        tables.check_output(path, also=(".npz",))
+        labels = self.heads_.labels.cpu().numpy().astype(np.int32)
+        if path.suffix == ".npz":
+            out = io.BytesIO()
+            arrays: dict[str, Any] = {"labels": labels, "g": self.heads_.g.cpu().numpy()}
+            if hasattr(self, "files_"):
+                arrays["files"] = np.array(self.files_)
+            np.savez(out, **arrays)
+            serialize.write_atomically(path, out.getvalue())
+        elif path.suffix == ".npy":
+            tables.write(path, labels, [])
+        else:
+            names = [f"head_{h}" for h in range(len(labels))]
+            if not hasattr(self, "files_"):
+                tables.write(path, labels.T, names)
+                return
+            columns = [np.array(self.files_, dtype=object)[:, None], labels.T.astype(object)]
+            tables.write(path, np.concatenate(columns, 1), ["file", *names])
+
+
+def _check_fit(count: int, clusters: int, checkpoint: Any, every: Any, resume: bool) -> None:
+    if count < clusters:
+        raise ValueError(f"n_samples={count} should be >= n_clusters={clusters}.")
+    if every is not None:
+        whole = isinstance(every, Integral) and not isinstance(every, bool)
+        if not whole or every < 1:
+            raise ValueError(checks.wording("checkpoint_every", "an int >= 1", repr(every)))
+    if checkpoint is None and (resume or every is not None):
+        name = "resume" if resume else "checkpoint_every"
+        raise ValueError(f"{name}: expected a checkpoint to go with it, got None")

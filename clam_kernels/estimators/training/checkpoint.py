@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a training run: its state as tensors and numbers in one safetensors file, which
+is the old or the new one at any moment, and is refused where settings or data are others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import serialize
+from .optimisers import Optimiser
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+class Checkpoint:
+    """Where a run is written to, with the settings that belong to it."""
+
+    def __init__(
+        self, path: str | PathLike[str], kind: str, settings: Mapping[str, Any], resume: bool
+    ) -> None:
+        self.path, self.kind, self.settings = Path(path), kind, dict(settings)
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(2, "No such folder", str(self.path.parent))
+        if self.path.exists() and not resume:
+            raise FileExistsError(
+                17, "checkpoint exists; go on from it with resume=True, or remove it", str(path)
+            )
+        for stray in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a killed run
+            with contextlib.suppress(OSError):
+                stray.unlink()
+
+    def write(self, state: State) -> None:
+        """Replace the file; what failed once, as on a busy network drive, is tried once more."""
+        tensors, numbers = state
+        learned = {"state": json.dumps(numbers)}
+        try:
+            serialize.save(self.path, self.kind, self.settings, learned, tensors)
+        except OSError:
+            serialize.save(self.path, self.kind, self.settings, learned, tensors)
+
+    def read(self) -> State | None:
+        """What was written last, or None before the first time."""
+        if not self.path.exists():
+            return None
+        settings, learned, tensors = serialize.load(self.path, self.kind)
+        for name in sorted({*settings, *self.settings}):
+            before, now = settings.get(name), json.loads(json.dumps(self.settings.get(name)))
+            if before != now:
+                raise ValueError(
+                    f"checkpoint: {self.path} was written with {name}={before!r}, this fit has"
+                    f" {name}={now!r}; give it the same settings and data, or remove the file"
+                )
+        with serialize.reading(self.path):
+            numbers = json.loads(learned["state"])
+            serialize.expect(isinstance(numbers, dict), "damaged metadata")
+        return tensors, numbers
+
+
+def of_module(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and extra state by name; buffers that are not persistent too, since a
+    forward may change them.
+    """
+    state = {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"{prefix}: its state_dict has a {kind} as {name}; expected tensors")
+    return {f"{prefix}.{name}": value for name, value in state.items()}
+
+
+def restore_module(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put a state back."""
+    known = module.state_dict().keys()
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    parts = dict(module.named_modules(remove_duplicate=False))
+    module.load_state_dict({name: t for name, t in tensors.items() if name in known})
+    for name in sorted((tensors.keys() | buffers.keys()) - known):
+        serialize.expect(name in tensors, f"no buffer {name}")
+        owner, _, leaf = name.rpartition(".")
+        held = parts[owner]._buffers
+        serialize.expect(leaf in held, f"unknown buffer {name}")
+        old, new = held[leaf], tensors[name]
+        if old is None or old.shape != new.shape or old.dtype != new.dtype:
+            held[leaf] = new.to(device if old is None else old.device)
+        elif not torch.equal(old, new.to(old.device)):  # constants may be views of one entry
+            old.copy_(new)  # in place: modules may share it
+
+
+def of_optimiser(optimiser: Optimiser) -> State:
+    """Tensors of the state, and its numbers and groups."""
+    packed = optimiser.state_dict()
+    tensors, numbers = {}, {}
+    for index, entries in packed["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                numbers[f"{index}.{name}"] = value
+    try:
+        json.dumps([numbers, packed["param_groups"]])
+    except TypeError as error:
+        raise TypeError(
+            f"optimizer: its state cannot be written to a checkpoint ({error})"
+        ) from None
+    return tensors, {"numbers": numbers, "groups": packed["param_groups"]}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    start = f"{prefix}."
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+
+
+def restore_optimiser(optimiser: Optimiser, state: State) -> None:
+    """Put a state back."""
+    tensors, saved = state
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in [*under("optimizer", tensors).items(), *saved["numbers"].items()]:
+        index, _, name = key.partition(".")
+        entries.setdefault(int(index), {})[name] = value
+    groups = saved["groups"]
+    for group, fresh in zip(groups, optimiser.param_groups, strict=True):
+        for name, value in group.items():  # JSON has no tuples
+            if isinstance(fresh.get(name), tuple):
+                group[name] = tuple(value)
+    optimiser.load_state_dict({"state": entries, "param_groups": groups})
