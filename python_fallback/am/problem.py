@@ -3,9 +3,9 @@
 with its batch dims spelled out.
 
 Everything works in place on 3-D tiles [problems, rows, .] of `common/chunk.py`; nothing is N x K.
-Tiles are padded (rows to ROWS, D and K to 4) and a product's second factor is contiguous: CPU libraries take
-other kernels at ragged edges, and only so has a row the same bits wherever it stands, alone or in a
-batch. Padding rows and features are 0, padding memories have logits of -inf.
+Tiles are padded (rows to ROWS, D and K to 4) and a product's second factor is contiguous: CPU
+libraries take other kernels at ragged edges, and only so has a row the same bits wherever it
+stands, alone or in a batch. Padding rows and features are 0, padding memories have logits of -inf.
 """
 
 from __future__ import annotations
