@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops as ops
 from ._core.backend import backend as backend
-from ._core.registry import all_ops as all_ops
-from ._core.registry import explain as explain
+from ._core.spec import all_ops as all_ops
+from ._core.spec import explain as explain
 from .ops.am import am_assign as am_assign
 from .ops.am import am_energy as am_energy
 from .ops.am import am_recursion as am_recursion

@@ -14,7 +14,7 @@ import torch
 
 from . import __version__
 from ._core import backend, library
-from ._core.registry import all_ops
+from ._core.spec import all_ops
 
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "triton", "matplotlib", "pyarrow", "tqdm")
 

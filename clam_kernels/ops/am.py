@@ -12,7 +12,8 @@ import python_fallback
 
 from .._core import checks
 from .._core.backend import PRECISIONS
-from .._core.registry import Gradient, op
+from .._core.install import op
+from .._core.spec import Gradient
 
 _BETA = {"beta_tensor": {"beta": "Tensor beta"}, "": {"beta": "float beta"}}
 # a tuple: a union would be built anew at every call

@@ -12,7 +12,7 @@ import python_fallback
 
 from .._core import checks
 from .._core.backend import PRECISIONS
-from .._core.registry import op
+from .._core.install import op
 
 # ---- checks and fakes: argument for argument those of the schemas ------------------------------
 

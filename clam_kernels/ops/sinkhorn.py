@@ -11,7 +11,8 @@ from torch import Tensor
 import python_fallback
 
 from .._core import checks
-from .._core.registry import Gradient, op
+from .._core.install import op
+from .._core.spec import Gradient
 from . import _sinkhorn as _parts
 
 # ---- the documented functions ------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .._core.registry import OpSpec, all_ops
+from .._core.spec import OpSpec, all_ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 P = ParamSpec("P")

@@ -264,7 +264,7 @@ def test_a_family_is_one_word_in_every_room(family):
     assert not missing
 
 
-def _kernels(spec: clam_kernels._core.registry.OpSpec) -> Iterator[str]:
+def _kernels(spec: clam_kernels._core.spec.OpSpec) -> Iterator[str]:
     tables = [spec.kernels]
     if spec.gradient is not None:
         tables += [spec.gradient.kernels, spec.gradient.saved_kernels]

@@ -209,7 +209,7 @@ def test_schema_conventions(spec):
         required = [not a.has_default_value() for a in arguments]
         assert required == sorted(required, reverse=True)
     first = next(iter(spec.overloads))
-    assert len(spec.overloads) == 1 or first.endswith("_tensor")  # Tensor first: see registry.py
+    assert len(spec.overloads) == 1 or first.endswith("_tensor")  # Tensor first: see spec.py
 
 
 DOCUMENTED = [inspect.getmodule(f) for f in public_functions() if f.__name__ not in BRIEF]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import clam_kernels as ck
 from clam_kernels import serialize, testing
 from clam_kernels._core import backend as choice
-from clam_kernels._core import registry
+from clam_kernels._core import dispatch
 from clam_kernels.estimators.common import threads as _threads
 
 
@@ -136,7 +136,7 @@ def test_a_cpu_multiplies_in_float32_in_all_modes(device, precision, exact):
     """There torch's lower modes may be bfloat16, of three digits."""
     torch.set_float32_matmul_precision("medium")
     wanted = ["ieee", "ieee"] if exact else modes()
-    part = registry._Part("am_step", reference=modes, kernels={})
+    part = dispatch.Part("am_step", reference=modes, kernels={})
     with ck.backend("reference"):
         assert choice.run(part, device, precision, ()) == wanted
 

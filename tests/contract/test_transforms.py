@@ -77,19 +77,20 @@ def test_nested_vmap(spec, sample):
 
 def test_vmap_refuses_an_op_without_a_rule(monkeypatch):
     """`core` None says that not all tensors take leading dims: a clear refusal, no slow loop."""
-    from clam_kernels._core import registry
+    from clam_kernels._core import install
+    from clam_kernels._core import spec as specs
 
-    kept = dict(registry._SPECS)
+    kept = dict(specs.SPECS)
     spec = next(s for s in kept.values() if s.gradient is None)
     fields = {f: getattr(spec, f) for f in ("arguments", "returns", "check", "fake", "truth")}
     first, *rest = testing.problem(spec.name, 3, 4, 2).args
     try:
-        registry.op(**fields, name="planted", reference=spec.reference, function=spec.function)
+        install.op(**fields, name="planted", reference=spec.reference, function=spec.function)
         with pytest.raises(NotImplementedError, match="clam::planted: vmap is not supported"):
             torch.vmap(lambda x: torch.ops.clam.planted(x, *rest))(torch.stack([first, first]))
     finally:
-        registry._SPECS.clear()
-        registry._SPECS.update(kept)
+        specs.SPECS.clear()
+        specs.SPECS.update(kept)
 
 
 # ---- torch.func, forward AD

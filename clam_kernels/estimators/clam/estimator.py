@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..._core.backend import PRECISIONS
-from ..._core.registry import explain
+from ..._core.spec import explain
 from ..._core.warn import warn
 from ..common import callbacks
 from ..common.base import keeps_state_on_failure

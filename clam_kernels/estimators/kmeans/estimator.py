@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..._core.backend import PRECISIONS
-from ..._core.registry import explain
+from ..._core.spec import explain
 from ..._core.warn import warn
 from ...metrics import unmasked
 from ..common import callbacks, sparse_rows

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Installs an op: it is declared once, as an `OpSpec`, and put here under every dispatch key.
+
+For each op: a kernel for CPU and CUDA (checks, then the chosen backend), a fake, an Autograd
+kernel, autocast, a vmap rule; and, where it has a `Gradient`, the ops `_<name>_forward` (if
+something beside inputs and output is saved) and `<name>_backward`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .autograd import function, refuse_gradient, register_autograd
+from .batching import register_vmap, register_vmap_backward
+from .dispatch import LIBRARY, Part, define, register, remember, seen_by_check
+from .spec import SPECS, Gradient, OpSpec, qualified, tensor_names
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def op(**fields: Any) -> OpSpec:
+    """Declare an op and install it."""
+    spec = OpSpec(**fields)
+    SPECS[spec.name] = spec
+    for overload, words in spec.overloads.items():
+        Installation(spec, overload, spec.arguments.format(**words)).install()
+    return spec
+
+
+class Installation:
+    """One overload of one op, and of what its gradient needs, put under the dispatch keys."""
+
+    def __init__(self, spec: OpSpec, overload: str, arguments: str) -> None:
+        self.spec, self.overload, self.arguments = spec, overload, arguments
+        self.defaults: tuple[Any, ...] = ()
+        self.names: list[str] = []
+        self.tensors: list[int] = []
+
+    def install(self) -> None:
+        spec = self.spec
+        self.op = define(spec.name, self.overload, f"({self.arguments}) -> {spec.returns}")
+        schema = self.op._schema.arguments
+        self.names = [a.name for a in schema]
+        self.defaults = tuple(a.default_value for a in schema)
+        self.tensors = [i for i, a in enumerate(schema) if "Tensor" in str(a.type)]
+        # a gradient for every argument that is a tensor in some overload
+        self.slots = tensor_names(spec)
+        part = Part(spec.name, spec.reference, spec.kernels, spec.limits)
+        kernel = self._kernels(self.op, part, self._checked(spec.fake))
+        differentiate = self._differentiable(kernel) if spec.gradient else None
+        register_autograd(spec, self.op, self._filled, self.tensors, kernel, differentiate)
+        self._autocast()
+        dims = [spec.core.get(n, 0) for n in self.names] if spec.core else []
+        register_vmap(self.op, qualified(spec.name, self.overload), spec.core, dims)
+
+    # ---- kernels -------------------------------------------------------------------------------
+
+    def _filled(self, a: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The dispatcher drops trailing defaults: put them back."""
+        return a + self.defaults[len(a) :]
+
+    def _checked(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        def checked_fake(*a: Any) -> Any:
+            a = self._filled(a)
+            self.spec.check(*a)
+            return fake(*a)
+
+        return checked_fake
+
+    def _kernels(self, op: Any, part: Part, fake: Callable[..., Any]) -> Callable[..., Any]:
+        spec = self.spec
+        passed: set[tuple[Any, ...]] = set()
+
+        def kernel(*a: Any) -> Any:
+            a = self._filled(a)
+            seen = seen_by_check(a)
+            if seen not in passed:
+                spec.check(*a)
+                remember(passed, seen)
+            if spec.check_values is not None:
+                spec.check_values(*a)
+            device = a[self.tensors[0]].device.type
+            if not spec.precise:
+                return backend.run(part, device, "highest", a)
+            precision = backend.resolve_precision(a[-1])
+            return backend.run(part, device, precision, (*a[:-1], precision))
+
+        register(op, kernel, fake)
+        return kernel
+
+    # ---- gradients -----------------------------------------------------------------------------
+
+    def _differentiable(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """Install the gradient's ops; returns the differentiable form of this overload, which
+        takes `is_direct` first.
+        """
+        gradient = self.spec.gradient
+        assert gradient is not None
+        forward = self.op
+        if gradient.saved is not None:
+            reference, fake = gradient.saved
+            name = f"_{self.spec.name}_forward"
+            forward = define(name, self.overload, f"({self.arguments}) -> (Tensor, Tensor)")
+            part = Part(name, reference, gradient.saved_kernels, self.spec.limits)
+            kernel = self._kernels(forward, part, self._checked(fake))
+            refuse_gradient(forward, kernel, f"{name} is internal; call {self.spec.name}")
+        return function(
+            self.spec, gradient, self.names, (forward, kernel), self._backward_op(gradient)
+        )
+
+    def _backward_op(self, gradient: Gradient) -> Any:
+        name = f"{self.spec.name}_backward"
+        kept = re.sub(r"=[^,]+", "", self.arguments.rpartition(", str? precision")[0])
+        saved = "" if gradient.saved is None else "Tensor saved, "
+        returns = ", ".join(["Tensor"] * len(self.slots))
+        count = len(gradient.outputs)
+        grads = ["Tensor grad"] if count == 1 else [f"Tensor grad_{i}" for i in range(count)]
+        schema = (
+            f"({', '.join(grads)}, {kept}, {saved}bool[] needs, str precision, str backend)"
+            f" -> ({returns})"
+        )
+        op = define(name, self.overload, schema)
+        part = Part(name, gradient.reference, gradient.kernels)
+
+        def kernel(*a: Any) -> Any:
+            *arguments, precision, chosen = a
+            # autocast had its say in the forward: a backward inside its block multiplies as outside
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+                device = a[0].device.type
+                return backend.run(part, device, precision, (*arguments, precision), chosen)
+
+        def fake(*a: Any) -> tuple[Tensor, ...]:
+            needs = a[-3]
+            given = dict(zip(self.names, a[count:], strict=False))
+            return tuple(
+                torch.empty_like(given[slot], memory_format=torch.contiguous_format)
+                if need
+                else a[count].new_empty(0)
+                for slot, need in zip(self.slots, needs, strict=True)
+            )
+
+        register(op, kernel, fake)
+        word = f"python_fallback.{self.spec.family}.{self.spec.name}"
+        refuse_gradient(
+            op,
+            kernel,
+            f"double backward is not implemented; call {word}, which is twice differentiable",
+        )
+        if self.spec.core is not None:
+            core = [self.spec.core.get(n, 0) for n in self.names[:-1]]
+            extra = [gradient.saved_dims] if saved else []
+            dims = [*gradient.outputs, *core, *extra, 0, 0, 0]
+            register_vmap_backward(
+                op, qualified(name, self.overload), dims, count, self.names, self.slots
+            )
+        return op
+
+    # ---- autocast ------------------------------------------------------------------------------
+
+    def _autocast(self) -> None:
+        """Promote what must share a dtype to the widest; a half autocast dtype means "medium"."""
+        promoted = [self.names.index(n) for n in self.spec.same_dtype]
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+            def autocast_kernel(
+                *a: Any, device: str = device, excluded: torch._C.DispatchKeySet = excluded
+            ) -> Any:
+                values = list(self._filled(a))
+                dtypes = [values[i].dtype for i in promoted]
+                for i in promoted if dtypes and all(d.is_floating_point for d in dtypes) else ():
+                    values[i] = values[i].to(functools.reduce(torch.promote_types, dtypes))
+                lower = self.spec.precise and values[-1] is None
+                if lower and torch.get_autocast_dtype(device) != torch.float32:
+                    values[-1] = "medium"
+                with torch._C._ExcludeDispatchKeyGuard(excluded):
+                    return self.op(*values)
+
+            LIBRARY.impl(qualified(self.spec.name, self.overload), autocast_kernel, key)

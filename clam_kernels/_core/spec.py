@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an op declares, and the list of all ops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+NAMESPACE = "clam"
+SPECS: dict[str, OpSpec] = {}
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How an op is differentiated.
+
+    `reference(*grads, *arguments without precision, [saved], needs, precision)` returns one
+    gradient for each tensor argument, empty where `needs` says no. `saved` is None where the
+    arguments suffice, else the `(reference, fake)` of `_<name>_forward`, which returns `(output,
+    saved)`. `output_dims` and `saved_dims` count the dims of the two below their batch dims; of
+    several outputs the first have a gradient, as many as there are `output_dims`.
+    """
+
+    reference: Callable[..., tuple[Tensor, ...]]
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    saved: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    output_dims: int | tuple[int, ...] = 2
+    saved_dims: int = 1
+    saved_kernels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Dims below the batch dims of each output that has a gradient."""
+        return self.output_dims if isinstance(self.output_dims, tuple) else (self.output_dims,)
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op. `arguments` is the schema's list, ending in `str? precision=None` if the op has
+    matrix products, where `{name}` is spelled by each entry of `overloads` in turn: those with
+    Tensors first, or the dispatcher turns a tensor into a number and drops its gradient. `limits`
+    name, by backend, a function that says why these arguments do not fit its kernels (None if they
+    do), and by "auto-<backend>" one that says why the automatic choice takes another.
+    """
+
+    name: str
+    arguments: str
+    returns: str
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    truth: Callable[..., Any]
+    reference: Callable[..., Any]
+    function: Callable[..., Any]
+    overloads: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: {"": {}})
+    check_values: Callable[..., None] | None = None
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
+    gradient: Gradient | None = None
+    same_dtype: tuple[str, ...] = ()
+    core: Mapping[str, int] | None = None  # dims of each tensor argument below its batch dims
+
+    @property
+    def family(self) -> str:
+        """The word that names this op's file in every room."""
+        return self.function.__module__.rpartition(".")[2]
+
+    @property
+    def precise(self) -> bool:
+        """Whether the op has matrix products, and with them a precision."""
+        return self.arguments.endswith("str? precision=None")
+
+    @property
+    def packet(self) -> Any:
+        """`torch.ops.clam.<name>`."""
+        return getattr(torch.ops.clam, self.name)
+
+    @property
+    def schemas(self) -> dict[str, str]:
+        """Overload name -> schema."""
+        return {
+            overload: f"{qualified(self.name, overload)}({self.arguments.format(**words)})"
+            f" -> {self.returns}"
+            for overload, words in self.overloads.items()
+        }
+
+
+def qualified(name: str, overload: str) -> str:
+    """The name of one overload."""
+    return f"{name}.{overload}" if overload else name
+
+
+def tensor_names(spec: OpSpec) -> list[str]:
+    """Arguments that are tensors in some overload, in order: the slots of the backward's result."""
+    text = spec.arguments.format(**next(iter(spec.overloads.values())))
+    return re.findall(r"Tensor\?? (\w+)", text)
+
+
+def all_ops() -> tuple[OpSpec, ...]:
+    """Every public op, in the order of registration."""
+    return tuple(SPECS.values())
+
+
+def explain(op: object, *arguments: object) -> str:
+    """Which backend would run an op on these arguments, at which precision, and why.
+
+    Parameters
+    ----------
+    op : str, `torch.ops.clam.<name>` or the public function
+        The op.
+    arguments
+        Its arguments; the first tensor decides the device. Without any, a CPU tensor is assumed.
+
+    Returns
+    -------
+    str
+        One line: op, backend, precision, reason.
+
+    Raises
+    ------
+    ValueError
+        There is no such op.
+    RuntimeError
+        A forced backend cannot run it.
+
+    Examples
+    --------
+    >>> import clam_kernels
+    >>> clam_kernels.explain("am_step")
+    'clam::am_step: reference at highest precision (the tensors are on cpu)'
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    spec = SPECS.get(name.removeprefix(f"{NAMESPACE}::").partition(".")[0])
+    if spec is None:
+        raise ValueError(f"op: expected one of {', '.join(SPECS)}, got {name}")
+    device = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
+    named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
+    precision = backend.resolve_precision(named)
+    given = arguments
+    if arguments and spec.precise:
+        given = (*arguments[: -1 if named else None], precision)
+    chosen, reason = backend.choose(spec, device, given)
+    if chosen == "reference" and device == "cpu":
+        precision = "highest" if precision == "highest" else f"{precision} (float32 on a CPU)"
+    return f"{NAMESPACE}::{spec.name}: {chosen} at {precision} precision ({reason})"
