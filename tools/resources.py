@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from clam_kernels.kernels.am import backward as am_backward
+from clam_kernels.kernels.am import energy as am_energy
 from clam_kernels.kernels.am import forward
 from clam_kernels.kernels.common import launch
 from clam_kernels.kernels.kmeans import assign, step
@@ -102,9 +103,9 @@ def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield from of_recursion("streamed", 1000, mode, d)
     v, rho = torch.zeros(4096, d), torch.zeros(1000, d)
     energy = (v[:, 0], v, rho, 1.0, None, [True] * 4, mode)
-    yield "streamed", partial(energy.am_energy, v, rho, 1.0, None, mode)
-    yield "streamed", partial(energy.am_assign, v, rho, None, mode)
-    yield "energy", partial(energy.am_energy_backward, *energy)
+    yield "streamed", partial(am_energy.am_energy, v, rho, 1.0, None, mode)
+    yield "streamed", partial(am_energy.am_assign, v, rho, None, mode)
+    yield "energy", partial(am_energy.am_energy_backward, *energy)
     yield "hard", partial(forward.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
     yield from of_kmeans(mode, v, rho)
     yield from of_features(mode, v, rho)
