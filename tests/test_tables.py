@@ -247,6 +247,36 @@ def test_the_index_of_a_csv_is_refused(tmp_path):
         np.testing.assert_array_equal(tables.read(path, index_col="")[0], np.eye(3))
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("names", [["a", "b"], ["0", "1"]])
+def test_every_level_of_an_index_is_refused(table, levels, names):
+    text = ",".join([*[""] * levels, *names]) + "\n" + ",".join(["5"] * levels + ["1", "2"]) + "\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataFileError, match=r"the column '' has .* --index-col '' leaves it"):
+            table(text)
+        x, found = table(text, index_col="")
+        assert (found, x.tolist()) == (names, [[1, 2]])
+        assert table(text, index_col=False)[0].shape == (1, levels + 2)
+
+
+def test_every_name_that_pandas_makes_is_refused(table):
+    text = "Unnamed: 0,Unnamed: 1,a\n7,8,1\n"
+    told = r"'Unnamed: 0', 'Unnamed: 1' .* --index-col 'Unnamed: 0,Unnamed: 1' leaves them out"
+    for index in (None, "Unnamed: 0", ["Unnamed: 1"]):
+        with pytest.raises(DataFileError, match=told):
+            table(text, index_col=index)
+    assert table(text, index_col=["Unnamed: 0", "Unnamed: 1"])[0].tolist() == [[1]]
+    assert table(text, drop=["0", "1"])[0].tolist() == [[1]]
+    assert table(text, index_col=False)[0].tolist() == [[7, 8, 1]]
+    assert table(text, expected=["Unnamed: 0", "Unnamed: 1", "a"])[0].tolist() == [[7, 8, 1]]
+    for name in ("Unnamed: 0.1", "Unnamed: 2", "Unnamed: 0_level_1"):
+        with pytest.raises(DataFileError, match=f"'{name}' has the name that pandas gives"):
+            table(f"a,{name},b\n1,2,3\n")
+    assert table(",NA\n1,2\n", header=False)[1] is None
+    assert table(",,\n1,2,3\n")[1] is None
+
+
 def test_columns_are_chosen(table):
     text = 'id,"a,b",c,label\nx,1,2,y\nz,3,4,q\n'
     for options in ({"drop": ["id", "label"]}, {"columns": ["a,b", "c"]}):

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..exceptions import DataFileError
 from . import _numbers
-from ._choice import UNNAMED, Choice
+from ._choice import Choice, leading_unnamed
 from ._source import Source
 
 SAMPLE = 1 << 16
@@ -221,9 +221,9 @@ def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: boo
         if any(map(_numbers.is_observed, names)):
             warnings.warn(as_names, stacklevel=5)
         return True
-    # an empty name before numbers is that of an index
-    counted = names[1:] if len(names) > 1 and names[0] in UNNAMED else names
-    if len(names) > 1 and counted == [str(i) for i in range(len(counted))]:
+    # empty names before numbers are those of an index
+    counted = names[leading_unnamed(names) :]
+    if len(names) > 1 and counted and counted == [str(i) for i in range(len(counted))]:
         warnings.warn(as_names, stacklevel=5)
         return True
     if _are_consecutive(names):
