@@ -303,6 +303,32 @@ def test_words_for_missing_cells(table, word):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("a;b\n1,5;1.000\n", "column 'b', row 1: expected a number, got '1.000'; write thousands"),
+        ("a;b\n1,5;2\n2,5;1.5\n", "column 'b', row 2: .* got '1.5'; --decimal . reads a point"),
+        ("a\n1\n1.000,5\n", "column 'a', row 2: .* got '1.000,5'; write thousands"),
+        ("1.000;2\n3;4\n", "column 0, row 1: expected a number, got '1.000'"),
+    ],
+)
+def test_a_point_is_refused_beside_a_decimal_comma(table, text, message):
+    text = text.replace("1.000,5", '"1.000,5"')
+    with pytest.raises(DataFileError, match=message):
+        table(text, decimal=",")
+
+
+def test_a_comma_between_thousands_is_no_decimal_comma(table):
+    for value in ("1,000", "-12,345,678", "1,000.5"):
+        with pytest.raises(DataFileError, match=r"expected a number, got .*; write thousands"):
+            table(f'a,b\n"{value}",2\n')
+    for value in ("0,125", "1,5", "1,0000"):
+        with pytest.raises(DataFileError, match="--decimal , reads a comma"):
+            table(f'a,b\n"{value}",2\n')
+    x, names = table('"1,5",2\n"2,5",3\n', decimal=",")
+    assert (names, x.tolist()) == (None, [[1.5, 2], [2.5, 3]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
         (
             "a,b\n" + "1,2\n" * 16 + "n/a?,3\n",
             "column 'a', row 17: expected a number, got 'n/a\\?'",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ from ..exceptions import DataFileError
 
 # Up to here float64 holds every integer.
 EXACT = 2**53
+# Numbers that may have a mark between thousands.
+THOUSANDS = {
+    mark: re.compile(rf"[+-]?[1-9]\d{{0,2}}(?:{re.escape(mark)}\d{{3}})+(?:{re.escape(point)}\d*)?")
+    for mark, point in (",.", ".,")
+}
 LEAVE_OUT = "; --drop leaves a column out"
 # Integers that are checked at a time.
 BLOCK = 1 << 20
@@ -96,17 +102,16 @@ def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
 
     text = pc.utf8_trim_whitespace(column)
     text = pc.if_else(pc.is_in(text, value_set=pa.array(NULLS)), None, text)
-    plain = text if decimal == "." else pc.replace_substring(text, decimal, ".")
+    plain = text
+    if decimal != ".":  # a point parts thousands there, if anything
+        plain = pc.replace_substring(pc.replace_substring(text, ".", "?"), decimal, ".")
     try:
         numbers = np.asarray(plain.cast(pa.float64()).to_numpy())
     except pa.ArrowInvalid:
         row = _first_bad(plain)
         value = column[row].as_py()
-        hint = ""
-        if decimal == "." and "," in value and _is_number(value.replace(",", ".", 1)):
-            hint = "; --decimal , reads a comma as the decimal point"
         raise DataFileError(
-            f"{where}, row {row + 1}: expected a number, got {value!r}{hint}"
+            f"{where}, row {row + 1}: expected a number, got {value!r}{_hint(value, decimal)}"
         ) from None
     for place in np.flatnonzero(np.abs(numbers) >= EXACT):
         value, number = text[int(place)].as_py(), float(numbers[place])
@@ -115,6 +120,17 @@ def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
         ):
             raise _rounded(where, int(place), value)
     return numbers
+
+
+def _hint(value: str, decimal: str) -> str:
+    """What may be meant by a cell that is no number."""
+    mark = "," if decimal == "." else "."
+    if THOUSANDS[mark].fullmatch(value.strip()):
+        return "; write thousands without a mark between them"
+    if mark in value and _is_number(value.replace(mark, ".", 1)):
+        name = "comma" if mark == "," else "point"
+        return f"; --decimal {mark} reads a {name} as the decimal point"
+    return ""
 
 
 def _first_bad(text: Any) -> int:

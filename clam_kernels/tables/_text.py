@@ -131,7 +131,9 @@ def _layout(source: Source, choice: Choice) -> Layout:
         raise DataFileError(f"{source.name}: expected text in UTF-8 in the first row") from None
     is_header = choice.header
     if is_header is None:
-        is_header = _is_header(source.name, row.cells, choice, delimiter != ",")
+        is_header = _is_header(
+            source.name, row.cells, choice, delimiter != "," or choice.decimal == ","
+        )
     return Layout(delimiter, row.cells, row.end, row.cells if is_header else None)
 
 
