@@ -41,7 +41,9 @@ class Choice:
         index, which is no feature.
         """
         left_out = set() if self.columns is not None else self._index(names, index)
-        levels = [self.index_col] if isinstance(self.index_col, str) else self.index_col or ()
+        levels: Sequence[str] = ()
+        if not isinstance(self.index_col, bool | None):
+            levels = [self.index_col] if isinstance(self.index_col, str) else self.index_col
         for name in (*levels, *(self.drop or ())):
             left_out |= set(_positions(source, names, count, name))
         if self.columns is None and self.expected is not None and names is not None:
