@@ -10,13 +10,16 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet as pq
 
 from clam_kernels import tables
 from clam_kernels.exceptions import DataFileError
@@ -340,6 +343,7 @@ def test_a_comma_between_thousands_is_no_decimal_comma(table):
         ("a,b\n1,2\n1,9007199254740993\n", "column 'b', row 2: .* 9007199254740993,"),
         ("a,b\n1,2\n1,-9223372036854775809\n", "column 'b', row 2: .* -9223372036854775809,"),
         ("a,b\n.5,18446744073709551617\n", "column 'b', row 1: .* 18446744073709551617,"),
+        ("a,b\n1,2\n1,9007199254740993.0\n", "column 'b', row 2: .* 9007199254740993.0,"),
         ("a\n" + "9" * 400 + "\n", "column 'a', row 1: "),
         ("a,b\n1\n", "Expected 2 columns"),
         ("", "the file is empty"),
@@ -361,6 +365,28 @@ def test_integers_that_float64_holds_are_read(table, tmp_path):
     assert tables.read(path, columns=["a"])[0].tolist() == [[1], [2.0**53]]
     with pytest.raises(DataFileError, match=f"column 'b', row 2: .* {2**63 - 1},"):
         tables.read(path)
+
+
+@pytest.mark.parametrize(("digits", "scale"), [(18, 0), (38, 5), (60, 20)])
+def test_decimals_are_read_as_integers_are(tmp_path, digits, scale):
+    path = tmp_path / "x.parquet"
+
+    def put(*values: str) -> None:
+        cells = [None if value is None else Decimal(value) for value in values]
+        kind = (pa.decimal128 if digits < 39 else pa.decimal256)(digits, scale)
+        pq.write_table(pa.table({"a": [0] * len(cells), "b": pa.array(cells, kind)}), path)
+
+    held = ["3", "-7", str(2**53 + 2), str(-(2**59)), "123456789012345680"]
+    put(*held, None)
+    np.testing.assert_array_equal(tables.read(path)[0][:, 1], [*map(float, held), NAN])
+    put("1", None, "9007199254740993")
+    with pytest.raises(DataFileError, match=r"column 'b', row 3: .* 9007199254740993, .*--drop"):
+        tables.read(path)
+    assert tables.read(path, drop=["b"])[0].tolist() == [[0]] * 3
+    if scale:
+        few = ["0.5", "0.1", "-0.00007", "9007199254740993.5"]
+        put(*few)
+        assert tables.read(path)[0][:, 1].tolist() == list(map(float, few))
 
 
 def test_integers_of_arrays_that_float64_rounds_are_refused(tmp_path):

@@ -18,6 +18,7 @@ THOUSANDS = {
     mark: re.compile(rf"[+-]?[1-9]\d{{0,2}}(?:{re.escape(mark)}\d{{3}})+(?:{re.escape(point)}\d*)?")
     for mark, point in (",.", ".,")
 }
+INTEGER = re.compile(r"([+-]?\d+)(?:[.,]0*)?")
 LEAVE_OUT = "; --drop leaves a column out"
 # Integers that are checked at a time.
 BLOCK = 1 << 20
@@ -37,10 +38,24 @@ def of_typed(where: str, column: Any) -> np.ndarray | None:
     if pa.types.is_integer(kind):
         _check_exact(where, column)
         return np.asarray(column.cast(pa.float64(), safe=False).to_numpy())
-    number = pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    if number or pa.types.is_boolean(kind) or pa.types.is_null(kind):
+    if pa.types.is_decimal(kind):
+        return _of_decimals(where, column)
+    if pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
         return np.asarray(column.cast(pa.float64()).to_numpy())
     return None
+
+
+def _of_decimals(where: str, column: Any) -> np.ndarray:
+    """A column of decimals; one that is an integer is refused as integers are."""
+    import pyarrow as pa
+
+    # through text: Arrow's own cast is not the nearest float64, and makes 3.0000000000000004 of 3
+    numbers = np.asarray(column.cast(pa.string()).cast(pa.float64()).to_numpy())
+    for place in np.flatnonzero(np.abs(numbers) >= EXACT):
+        value = column[int(place)].as_py()
+        if value == value.to_integral_value() and int(value) != int(numbers[place]):
+            raise _rounded(where, int(place), int(value))
+    return numbers
 
 
 def _check_exact(where: str, column: Any) -> None:
@@ -115,9 +130,8 @@ def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
         ) from None
     for place in np.flatnonzero(np.abs(numbers) >= EXACT):
         value, number = text[int(place)].as_py(), float(numbers[place])
-        if value.lstrip("+-").isdigit() and not (
-            abs(number) < np.inf and int(value) == int(number)
-        ):
+        integer = INTEGER.fullmatch(value)
+        if integer and not (abs(number) < np.inf and int(integer[1]) == int(number)):
             raise _rounded(where, int(place), value)
     return numbers
 
