@@ -88,6 +88,7 @@ def read(
     """
     source = Source(path)
     choice = Choice(columns, drop, index_col, header, decimal, expected)
+    source.check_key(key)
     with source.reading(KINDS):
         if source.magic in (NPY, NPZ):
             return _chosen(source, source.matrix(key), choice), None
@@ -138,6 +139,7 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
     (2, 8, 8)
     """
     source = Source(path)
+    source.check_key(key)
     with source.reading(ARRAYS):
         if source.magic not in (NPY, NPZ):
             raise DataFileError(f"{source.name}: expected {ARRAYS}")

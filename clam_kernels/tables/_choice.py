@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shlex
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class Choice:
         """Positions of the features among `count` columns; `index` are names of a data frame's
         index, which is no feature.
         """
+        if not count:
+            raise DataFileError(f"{source}: expected at least one column, got none")
         left_out = set() if self.columns is not None else self._index(names, index)
         levels: Sequence[str] = ()
         if not isinstance(self.index_col, bool | None):
@@ -51,8 +54,9 @@ class Choice:
         chosen = list(range(count))
         if self.columns is not None:
             chosen = [i for name in self.columns for i in _positions(source, names, count, name)]
+            _check_once(source, names, chosen)
         chosen = [i for i in chosen if i not in left_out]
-        if count and not chosen:
+        if not chosen:
             raise DataFileError(f"{source}: no column is left")
         self._check_unnamed(source, names, chosen)
         return chosen
@@ -123,6 +127,14 @@ def leading_unnamed(names: Sequence[str]) -> int:
         if name.strip() and not UNNAMED.fullmatch(name.strip()):
             return i
     return len(names)
+
+
+def _check_once(source: str, names: Sequence[str] | None, chosen: Sequence[int]) -> None:
+    """A feature that occurs twice would count twice."""
+    twice = [i for i, count in Counter(chosen).items() if count > 1]
+    if twice:
+        name = twice[0] if names is None else repr(names[twice[0]])
+        raise DataFileError(f"{source}: --columns: expected every column once, got {name} twice")
 
 
 def _columns(count: int) -> str:

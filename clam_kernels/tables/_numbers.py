@@ -111,10 +111,18 @@ def has_large(numbers: np.ndarray) -> bool:
 
 
 def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
-    """A column of text as numbers, or an error with the row and the value."""
+    """A column of bytes as numbers, or an error with the row and the value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    try:
+        column = column.cast(pa.string())
+    except pa.ArrowInvalid:
+        row = _first_bad(column, pa.string())
+        value = column[row].as_py()
+        raise DataFileError(
+            f"{where}, row {row + 1}: expected text in UTF-8, got {value!r}"
+        ) from None
     text = pc.utf8_trim_whitespace(column)
     text = pc.if_else(pc.is_in(text, value_set=pa.array(NULLS)), None, text)
     plain = text
@@ -123,7 +131,7 @@ def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
     try:
         numbers = np.asarray(plain.cast(pa.float64()).to_numpy())
     except pa.ArrowInvalid:
-        row = _first_bad(plain)
+        row = _first_bad(plain, pa.float64())
         value = column[row].as_py()
         raise DataFileError(
             f"{where}, row {row + 1}: expected a number, got {value!r}{_hint(value, decimal)}"
@@ -147,15 +155,15 @@ def _hint(value: str, decimal: str) -> str:
     return ""
 
 
-def _first_bad(text: Any) -> int:
-    """Position of the first value that is no number, by halving."""
+def _first_bad(values: Any, kind: Any) -> int:
+    """Position of the first value that is not of a kind, by halving."""
     import pyarrow as pa
 
-    low, high = 0, len(text)
+    low, high = 0, len(values)
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            text[low:middle].cast(pa.float64())
+            values[low:middle].cast(kind)
             low = middle
         except pa.ArrowInvalid:
             high = middle
