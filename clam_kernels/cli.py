@@ -106,7 +106,8 @@ def _add_reading(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--index-col",
-        metavar="A",
+        type=_levels,
+        metavar="A,B",
         help="index of a data frame, to leave out; none keeps what looks like one",
     )
     sub.add_argument(
@@ -136,6 +137,11 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
 def _names(text: str) -> list[str]:
     """Names between commas; one with a comma stands in quotes."""
     return next(csv.reader([text]), [""])
+
+
+def _levels(text: str) -> list[str]:
+    """The names of an index; without a name, one that is empty."""
+    return _names(text) or [""]
 
 
 class _Refused(Exception):
@@ -281,7 +287,7 @@ def _read(options: argparse.Namespace, expected: list[str] | None) -> tuple[Any,
         options.key,
         columns=options.columns,
         drop=options.drop,
-        index_col=False if options.index_col == "none" else options.index_col,
+        index_col=False if options.index_col == ["none"] else options.index_col,
         header=options.header,
         decimal=options.decimal,
         expected=expected,

@@ -518,3 +518,13 @@ def test_the_installed_command(folder: Path, tmp_path: Path) -> None:
     told = b"clam: 150 rows read, 150 rows written\n"
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", told)
     assert np.load(tmp_path / "l.npy").shape == (150,)
+
+
+def test_the_index_may_have_several_levels(tmp_path: Path) -> None:
+    rows = "".join(f"{i},{i % 3},{i % 2},{i % 5}\n" for i in range(20))
+    for names, asked in ((",,a,b", ""), ("u,v,a,b", "u,v"), (",Unnamed: 1,a,b", ",Unnamed: 1")):
+        (tmp_path / "x.csv").write_text(f"{names}\n{rows}")
+        fit = ["fit", tmp_path / "x.csv", "-k", 2, "--force", "-o", tmp_path / "m", *QUICK]
+        made = clam(*fit, "--json", "--index-col", asked)
+        assert made.returncode == 0, made.stderr
+        assert json.loads(made.stdout)["features"] == 2

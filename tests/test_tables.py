@@ -9,14 +9,16 @@ import subprocess
 import sys
 import tempfile
 import warnings
-import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet as pq
 
 from clam_kernels import tables
 from clam_kernels.exceptions import DataFileError
@@ -127,6 +129,10 @@ HOSTILE = [
     "x",
     "1;2",
     "t\tt",
+    "\ufeff",
+    "\ufeffa",
+    "k\n\ufeff",
+    '\ufeff"',
 ]
 
 
@@ -247,6 +253,36 @@ def test_the_index_of_a_csv_is_refused(tmp_path):
         np.testing.assert_array_equal(tables.read(path, index_col="")[0], np.eye(3))
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("names", [["a", "b"], ["0", "1"]])
+def test_every_level_of_an_index_is_refused(table, levels, names):
+    text = ",".join([*[""] * levels, *names]) + "\n" + ",".join(["5"] * levels + ["1", "2"]) + "\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataFileError, match=r"the column '' has .* --index-col '' leaves it"):
+            table(text)
+        x, found = table(text, index_col="")
+        assert (found, x.tolist()) == (names, [[1, 2]])
+        assert table(text, index_col=False)[0].shape == (1, levels + 2)
+
+
+def test_every_name_that_pandas_makes_is_refused(table):
+    text = "Unnamed: 0,Unnamed: 1,a\n7,8,1\n"
+    told = r"'Unnamed: 0', 'Unnamed: 1' .* --index-col 'Unnamed: 0,Unnamed: 1' leaves them out"
+    for index in (None, "Unnamed: 0", ["Unnamed: 1"]):
+        with pytest.raises(DataFileError, match=told):
+            table(text, index_col=index)
+    assert table(text, index_col=["Unnamed: 0", "Unnamed: 1"])[0].tolist() == [[1]]
+    assert table(text, drop=["0", "1"])[0].tolist() == [[1]]
+    assert table(text, index_col=False)[0].tolist() == [[7, 8, 1]]
+    assert table(text, expected=["Unnamed: 0", "Unnamed: 1", "a"])[0].tolist() == [[7, 8, 1]]
+    for name in ("Unnamed: 0.1", "Unnamed: 2", "Unnamed: 0_level_1"):
+        with pytest.raises(DataFileError, match=f"'{name}' has the name that pandas gives"):
+            table(f"a,{name},b\n1,2,3\n")
+    assert table(",NA\n1,2\n", header=False)[1] is None
+    assert table(",,\n1,2,3\n")[1] is None
+
+
 def test_columns_are_chosen(table):
     text = 'id,"a,b",c,label\nx,1,2,y\nz,3,4,q\n'
     for options in ({"drop": ["id", "label"]}, {"columns": ["a,b", "c"]}):
@@ -258,6 +294,12 @@ def test_columns_are_chosen(table):
         table(text, columns=["d"])
     with pytest.raises(DataFileError, match="no column '2'; the table has 2 columns without names"):
         table("5,1\n6,2\n", drop=["2"])
+    for twice in (["c", "c"], ["c", "2"], ["a,b", "c", "1"]):
+        with pytest.raises(DataFileError, match="--columns: expected every column once, got '"):
+            table(text, columns=twice)
+    with pytest.raises(DataFileError, match="every column once, got 1 twice"):
+        table("5,1\n6,2\n", columns=["1", "1"])
+    assert table("a,a\n1,2\n", columns=["a"])[0].tolist() == [[1, 2]]
     with pytest.raises(DataFileError, match="no column is left"):
         table("5,1\n6,2\n", drop=["0", "1"])
 
@@ -268,6 +310,32 @@ def test_columns_are_chosen(table):
 def test_words_for_missing_cells(table, word):
     x, _ = table(f"a,b\n1,2\n{word},3\n")
     np.testing.assert_array_equal(x, [[1, 2], [NAN, 3]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a;b\n1,5;1.000\n", "column 'b', row 1: expected a number, got '1.000'; write thousands"),
+        ("a;b\n1,5;2\n2,5;1.5\n", "column 'b', row 2: .* got '1.5'; --decimal . reads a point"),
+        ("a\n1\n1.000,5\n", "column 'a', row 2: .* got '1.000,5'; write thousands"),
+        ("1.000;2\n3;4\n", "column 0, row 1: expected a number, got '1.000'"),
+    ],
+)
+def test_a_point_is_refused_beside_a_decimal_comma(table, text, message):
+    text = text.replace("1.000,5", '"1.000,5"')
+    with pytest.raises(DataFileError, match=message):
+        table(text, decimal=",")
+
+
+def test_a_comma_between_thousands_is_no_decimal_comma(table):
+    for value in ("1,000", "-12,345,678", "1,000.5"):
+        with pytest.raises(DataFileError, match=r"expected a number, got .*; write thousands"):
+            table(f'a,b\n"{value}",2\n')
+    for value in ("0,125", "1,5", "1,0000"):
+        with pytest.raises(DataFileError, match="--decimal , reads a comma"):
+            table(f'a,b\n"{value}",2\n')
+    x, names = table('"1,5",2\n"2,5",3\n', decimal=",")
+    assert (names, x.tolist()) == (None, [[1.5, 2], [2.5, 3]])
 
 
 @pytest.mark.parametrize(
@@ -284,8 +352,15 @@ def test_words_for_missing_cells(table, word):
         ("a,b\n1,2\n1,9007199254740993\n", "column 'b', row 2: .* 9007199254740993,"),
         ("a,b\n1,2\n1,-9223372036854775809\n", "column 'b', row 2: .* -9223372036854775809,"),
         ("a,b\n.5,18446744073709551617\n", "column 'b', row 1: .* 18446744073709551617,"),
+        ("a,b\n1,2\n1,9007199254740993.0\n", "column 'b', row 2: .* 9007199254740993.0,"),
         ("a\n" + "9" * 400 + "\n", "column 'a', row 1: "),
-        ("a,b\n1\n", "Expected 2 columns"),
+        ("a,b\n1\n", "x.csv: row 1: expected 2 cells, as the first row has, got 1 in '1'"),
+        ("a,b\n1,2\n\n1,2,3\n1,2\n", "row 2: expected 2 cells, .* got 3 in '1,2,3'"),
+        ('a,b\n"1",2\n' + "1,2\n" * 400_000 + "1\n", "row 400002: expected 2 cells"),
+        (b"a,b\n1,2\n\xff\n", "row 2: expected 2 cells, as the first row has, got 1"),
+        ("a,b\n1,x\n1\n", "row 2: expected 2 cells"),
+        (b"a,b\n1,2\n3,\xff4\n", r"column 'b', row 2: expected text in UTF-8, got b'\\xff4'"),
+        (b"5,1\n1,2\nx,\xe9\n", "column 0, row 3: expected a number, got 'x'"),
         ("", "the file is empty"),
         ("\n\n", "the file is empty"),
         ("Größe\n1\n".encode("latin-1"), "expected text in UTF-8"),
@@ -307,23 +382,26 @@ def test_integers_that_float64_holds_are_read(table, tmp_path):
         tables.read(path)
 
 
-def test_integers_of_arrays_that_float64_rounds_are_refused(tmp_path):
-    x = np.zeros((2000, 3), dtype=np.int64)
-    x[1800, 1], x[1900, 2] = 2**53 + 1, 2**62
-    np.save(tmp_path / "x.npy", x)
-    np.savez(tmp_path / "x.npz", X=x.astype(np.uint64) + np.uint64(2**63))
-    with pytest.raises(DataFileError, match=f"column 1, row 1801: .* {2**53 + 1},"):
-        tables.read(tmp_path / "x.npy")
-    assert tables.read(tmp_path / "x.npy", columns=["2", "0"])[0][1900].tolist() == [2**62, 0]
-    with pytest.raises(DataFileError, match="column 1, row 1801"):
-        tables.read(tmp_path / "x.npy", columns=["2", "1"])
-    with pytest.raises(DataFileError, match="column 1, row 1801"):
-        tables.read(tmp_path / "x.npz")
-    with pytest.raises(DataFileError, match=r"x.npy, row 1801: .* beyond 2\^53$"):
-        tables.read_array(tmp_path / "x.npy")
-    least = np.array([[-(2**63), -(2**53)]])
-    np.save(tmp_path / "least.npy", least)
-    assert tables.read(tmp_path / "least.npy")[0].tolist() == least.tolist()
+@pytest.mark.parametrize(("digits", "scale"), [(18, 0), (38, 5), (60, 20)])
+def test_decimals_are_read_as_integers_are(tmp_path, digits, scale):
+    path = tmp_path / "x.parquet"
+
+    def put(*values: str) -> None:
+        cells = [None if value is None else Decimal(value) for value in values]
+        kind = (pa.decimal128 if digits < 39 else pa.decimal256)(digits, scale)
+        pq.write_table(pa.table({"a": [0] * len(cells), "b": pa.array(cells, kind)}), path)
+
+    held = ["3", "-7", str(2**53 + 2), str(-(2**59)), "123456789012345680"]
+    put(*held, None)
+    np.testing.assert_array_equal(tables.read(path)[0][:, 1], [*map(float, held), NAN])
+    put("1", None, "9007199254740993")
+    with pytest.raises(DataFileError, match=r"column 'b', row 3: .* 9007199254740993, .*--drop"):
+        tables.read(path)
+    assert tables.read(path, drop=["b"])[0].tolist() == [[0]] * 3
+    if scale:
+        few = ["0.5", "0.1", "-0.00007", "9007199254740993.5"]
+        put(*few)
+        assert tables.read(path)[0][:, 1].tolist() == list(map(float, few))
 
 
 def test_the_delimiter_is_told_by_whole_rows(table):
@@ -341,29 +419,6 @@ def test_the_delimiter_is_told_by_whole_rows(table):
 
 def test_gzip_is_told_by_content(table):
     assert table(gzip.compress(b"a,b\n1,2\n"))[0].tolist() == [[1, 2]]
-
-
-def test_an_npz_without_arrays_is_told(tmp_path):
-    np.savez(tmp_path / "x.npz")
-    with pytest.raises(DataFileError, match="holds no array"):
-        tables.read(tmp_path / "x.npz")
-
-
-def test_other_members_of_an_npz_do_not_matter(tmp_path):
-    path = tmp_path / "x.npz"
-    np.savez_compressed(path, X=np.eye(2), bomb=np.zeros((4000, 1000)))
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("README.txt", "how the array came about")
-    assert tables.read(path, "X")[0].shape == (2, 2)
-    with pytest.raises(DataFileError, match="holds X, bomb; choose one with --key"):
-        tables.read(path)
-    with pytest.raises(DataFileError, match="unpacks to more"):
-        tables.read(path, "bomb")
-    np.savez(path, X=np.eye(2))
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("README.txt", "how the array came about")
-    assert tables.read(path)[0].shape == (2, 2)
-    assert tables.read_array(path).shape == (2, 2)
 
 
 def test_standard_input_is_a_file(tmp_path, monkeypatch):

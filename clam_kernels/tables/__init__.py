@@ -30,7 +30,7 @@ def read(
     *,
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
-    index_col: str | bool | None = None,
+    index_col: str | Sequence[str] | bool | None = None,
     header: bool | None = None,
     decimal: str = ".",
     expected: Sequence[str] | None = None,
@@ -46,10 +46,10 @@ def read(
         Array of an .npz that holds several.
     columns, drop : sequence of str, optional
         The features, in this order, or columns that are none: names, or numbers from 0.
-    index_col : str or False, optional
-        A column that is no feature. None leaves out what a Parquet file itself calls the index of
-        a data frame, and refuses a CSV whose first column alone has no name, as pandas writes an
-        index. False keeps both.
+    index_col : str, sequence of str or False, optional
+        Columns that are no features. None leaves out what a Parquet file itself calls the index of
+        a data frame, and refuses names that pandas gives to an index: empty ones before all
+        others, and `Unnamed: 0`, `Unnamed: 1`, ... False keeps both.
     header : bool, optional
         Whether the first row of a text has the names. None decides: names are a row with text, or
         0 to D - 1, or `expected`; a warning says so where it may be wrong.
@@ -88,6 +88,7 @@ def read(
     """
     source = Source(path)
     choice = Choice(columns, drop, index_col, header, decimal, expected)
+    source.check_key(key)
     with source.reading(KINDS):
         if source.magic in (NPY, NPZ):
             return _chosen(source, source.matrix(key), choice), None
@@ -138,6 +139,7 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
     (2, 8, 8)
     """
     source = Source(path)
+    source.check_key(key)
     with source.reading(ARRAYS):
         if source.magic not in (NPY, NPZ):
             raise DataFileError(f"{source.name}: expected {ARRAYS}")

@@ -6,13 +6,14 @@ from __future__ import annotations
 import re
 import shlex
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..exceptions import DataFileError
 
-# What pandas calls a column without a name when it reads its own CSV again.
-UNNAMED = ("", "Unnamed: 0")
+# What pandas calls columns without a name when it reads its own CSV again.
+UNNAMED = re.compile(r"Unnamed: \d+(_level_\d+)?(\.\d+)?")
 INDEX_LEVEL = re.compile(r"__index_level_\d+__")
 MAX_LISTED = 12
 
@@ -23,14 +24,14 @@ class Choice:
 
     columns: Sequence[str] | None = None
     drop: Sequence[str] | None = None
-    index_col: str | bool | None = None
+    index_col: str | Sequence[str] | bool | None = None
     header: bool | None = None
     decimal: str = "."
     expected: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.index_col is True:
-            raise TypeError("index_col: expected a column name, False or None, got True")
+            raise TypeError("index_col: expected column names, False or None, got True")
         if self.decimal not in (".", ","):
             raise ValueError(f"decimal: expected '.' or ',', got {self.decimal!r}")
 
@@ -40,18 +41,22 @@ class Choice:
         """Positions of the features among `count` columns; `index` are names of a data frame's
         index, which is no feature.
         """
+        if not count:
+            raise DataFileError(f"{source}: expected at least one column, got none")
         left_out = set() if self.columns is not None else self._index(names, index)
-        if isinstance(self.index_col, str):
-            left_out |= set(_positions(source, names, count, self.index_col))
-        for name in self.drop or ():
+        levels: Sequence[str] = ()
+        if not isinstance(self.index_col, bool | None):
+            levels = [self.index_col] if isinstance(self.index_col, str) else self.index_col
+        for name in (*levels, *(self.drop or ())):
             left_out |= set(_positions(source, names, count, name))
         if self.columns is None and self.expected is not None and names is not None:
             return self._expected(source, names, left_out)
         chosen = list(range(count))
         if self.columns is not None:
             chosen = [i for name in self.columns for i in _positions(source, names, count, name)]
+            _check_once(source, names, chosen)
         chosen = [i for i in chosen if i not in left_out]
-        if count and not chosen:
+        if not chosen:
             raise DataFileError(f"{source}: no column is left")
         self._check_unnamed(source, names, chosen)
         return chosen
@@ -99,16 +104,37 @@ class Choice:
     def _check_unnamed(
         self, source: str, names: Sequence[str] | None, chosen: Sequence[int]
     ) -> None:
-        """The first column without a name is most likely the index of a data frame."""
+        """Columns without a name are most likely the index of a data frame."""
         asked = self.index_col is False or self.columns is not None
-        if asked or names is None or len(names) < 2 or 0 not in chosen:
+        if asked or names is None or len(names) < 2:
             return
-        if names[0] in UNNAMED and names[0] not in (self.expected or ()):
-            name = shlex.quote(names[0])
+        first = leading_unnamed(names)
+        nameless = [i for i, name in enumerate(names) if i < first or UNNAMED.fullmatch(name)]
+        known = self.expected or ()
+        levels = list(dict.fromkeys(names[i] for i in nameless if names[i] not in known))
+        if any(names[i] in levels for i in nameless if i in chosen):
+            has, it = ("has the name", "it") if len(levels) == 1 else ("have the names", "them")
             raise DataFileError(
-                f"{source}: the first column is called {names[0]!r}, as pandas writes the index of"
-                f" a frame: --index-col {name} leaves it out, --index-col none keeps it"
+                f"{source}: the {_columns(len(levels))} {listed(list(map(repr, levels)))} {has}"
+                f" that pandas gives to the index of a frame: --index-col"
+                f" {shlex.quote(','.join(levels))} leaves {it} out, --index-col none keeps {it}"
             )
+
+
+def leading_unnamed(names: Sequence[str]) -> int:
+    """How many names at the beginning are none: those of the index of a frame."""
+    for i, name in enumerate(names):
+        if name.strip() and not UNNAMED.fullmatch(name.strip()):
+            return i
+    return len(names)
+
+
+def _check_once(source: str, names: Sequence[str] | None, chosen: Sequence[int]) -> None:
+    """A feature that occurs twice would count twice."""
+    twice = [i for i, count in Counter(chosen).items() if count > 1]
+    if twice:
+        name = twice[0] if names is None else repr(names[twice[0]])
+        raise DataFileError(f"{source}: --columns: expected every column once, got {name} twice")
 
 
 def _columns(count: int) -> str:

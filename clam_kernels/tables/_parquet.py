@@ -27,8 +27,7 @@ def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str]]:
     names = list(table.column_names)
     chosen = choice.of(source.name, names, len(names), _index_of(table.schema))
     columns = [_column(source.name, names[i], table.column(i)) for i in chosen]
-    matrix = np.column_stack(columns) if columns else np.zeros((table.num_rows, 0))
-    return matrix, [names[i] for i in chosen]
+    return np.column_stack(columns), [names[i] for i in chosen]
 
 
 def _index_of(schema: Any) -> list[str]:

@@ -43,6 +43,13 @@ class Source:
         if self.magic == EMPTY_ZIP:
             self.magic = NPZ
 
+    def check_key(self, key: str | None) -> None:
+        """Only an .npz has arrays to choose from."""
+        if key is not None and self.magic != NPZ:
+            raise DataFileError(
+                f"{self.name}: --key: expected an .npz file, which holds several arrays"
+            )
+
     def file(self) -> Any:
         """The bytes as a file object."""
         return self.path.open("rb") if self.content is None else io.BytesIO(self.content)

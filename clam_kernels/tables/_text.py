@@ -16,13 +16,16 @@ import numpy as np
 
 from ..exceptions import DataFileError
 from . import _numbers
-from ._choice import UNNAMED, Choice
+from ._choice import Choice, leading_unnamed
 from ._source import Source
 
 SAMPLE = 1 << 16
 MARKS = ",\t;"
 # Rows that choose the delimiter.
 MAX_ROWS = 32
+# How pyarrow says that a row has another number of cells; it counts the rows on one thread alone.
+RAGGED = re.compile(r"(?:Row #(\d+): )?Expected (\d+) columns, got (\d+): (.*)", re.DOTALL)
+MAX_SHOWN = 60
 BOM = "\ufeff"
 
 
@@ -76,33 +79,43 @@ def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str] | None]:
 
 
 def _table(
-    source: Source, layout: Layout, choice: Choice, chosen: list[int], as_text: bool = False
+    source: Source,
+    layout: Layout,
+    choice: Choice,
+    chosen: list[int],
+    as_text: bool = False,
+    numbered: bool = False,
 ) -> Any:
-    """The chosen columns by pyarrow, under their numbers: names may occur twice."""
+    """The chosen columns by pyarrow, under their numbers: names may occur twice. As text they are
+    bytes. `numbered` reads on one thread, where an error has the number of its row.
+    """
     import pyarrow as pa
     from pyarrow import csv as reader
 
+    kind = pa.binary()  # bytes, as text may be no UTF-8
     every = [str(i) for i in range(len(layout.first))]
     some = list(dict.fromkeys(str(i) for i in chosen))
     convert = reader.ConvertOptions(
         null_values=list(_numbers.NULLS),
         include_columns=some,
         decimal_point=choice.decimal,
-        column_types=dict.fromkeys(some, pa.string()) if as_text else None,
+        column_types=dict.fromkeys(some, kind) if as_text else None,
     )
     try:
         with source.stream() as stream:
             stream.read(layout.start)
             rest = stream.read(1)
             if not rest:
-                empty = [pa.array([], pa.string() if as_text else pa.float64())] * len(chosen)
+                empty = [pa.array([], kind if as_text else pa.float64())] * len(chosen)
                 return pa.Table.from_arrays(empty, names=[str(i) for i in chosen])
         with source.stream() as stream:
             stream.read(layout.start)
             table = reader.read_csv(
                 stream,
                 read_options=reader.ReadOptions(
-                    column_names=every, block_size=max(1 << 20, 4 * layout.end)
+                    column_names=every,
+                    block_size=max(1 << 20, 4 * layout.end),
+                    use_threads=not numbered,
                 ),
                 # in a table of one column an empty line is a row with a missing cell
                 parse_options=reader.ParseOptions(
@@ -113,8 +126,20 @@ def _table(
                 convert_options=convert,
             )
     except pa.ArrowException as error:
-        raise DataFileError(f"{source.name}: {error}") from error
+        ragged = RAGGED.search(str(error))
+        if ragged is not None and not numbered:
+            return _table(source, layout, choice, chosen, as_text, numbered=True)
+        told = str(error) if ragged is None else _told(*ragged.groups())
+        raise DataFileError(f"{source.name}: {told}") from error
     return table.select([str(i) for i in chosen])
+
+
+def _told(row: str | None, expected: str, got: str, text: str) -> str:
+    """That a row has another number of cells than the first."""
+    place = "a row" if row is None else f"row {row}"
+    text = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    cells = "cell" if expected == "1" else "cells"
+    return f"{place}: expected {expected} {cells}, as the first row has, got {got} in {text!r}"
 
 
 def _layout(source: Source, choice: Choice) -> Layout:
@@ -131,7 +156,9 @@ def _layout(source: Source, choice: Choice) -> Layout:
         raise DataFileError(f"{source.name}: expected text in UTF-8 in the first row") from None
     is_header = choice.header
     if is_header is None:
-        is_header = _is_header(source.name, row.cells, choice, delimiter != ",")
+        is_header = _is_header(
+            source.name, row.cells, choice, delimiter != "," or choice.decimal == ","
+        )
     return Layout(delimiter, row.cells, row.end, row.cells if is_header else None)
 
 
@@ -163,8 +190,9 @@ def _rows(name: str, text: str, delimiter: str, whole: bool) -> Iterator[Row]:
     def lines() -> Iterator[str]:
         nonlocal count
         for line in io.StringIO(text, newline=""):
+            bare = line if count else line.removeprefix(BOM)
             count += len(line.encode("utf-8", "surrogateescape"))
-            yield line.removeprefix(BOM)
+            yield bare
 
     before: Row | None = None
     try:
@@ -221,9 +249,9 @@ def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: boo
         if any(map(_numbers.is_observed, names)):
             warnings.warn(as_names, stacklevel=5)
         return True
-    # an empty name before numbers is that of an index
-    counted = names[1:] if len(names) > 1 and names[0] in UNNAMED else names
-    if len(names) > 1 and counted == [str(i) for i in range(len(counted))]:
+    # empty names before numbers are those of an index
+    counted = names[leading_unnamed(names) :]
+    if len(names) > 1 and counted and counted == [str(i) for i in range(len(counted))]:
         warnings.warn(as_names, stacklevel=5)
         return True
     if _are_consecutive(names):

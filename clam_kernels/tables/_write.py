@@ -71,7 +71,9 @@ def _lines(columns: np.ndarray, names: Sequence[str], mark: str) -> Iterator[str
 
 def _cell(value: object) -> str:
     text = str(value)
-    if text and not SPECIAL.intersection(text) and text == text.strip():
+    # at the beginning of a file U+FEFF, bare, would be its byte order mark
+    bare = not text.startswith("\ufeff") and text == text.strip()
+    if text and bare and not SPECIAL.intersection(text):
         return text
     return '"' + text.replace('"', '""') + '"'
 

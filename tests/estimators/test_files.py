@@ -8,14 +8,19 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save as to_bytes
 from sklearn.datasets import load_iris
 
 from clam_kernels import ClAM, serialize
+from clam_kernels.cli import main
+from clam_kernels.estimators.common.files import COLUMNS
 from clam_kernels.exceptions import ModelFileError
 
 X = load_iris().data
@@ -166,6 +171,58 @@ def test_headers_that_lie(saved: Path, model: ClAM) -> None:
         saved.write_bytes(good)
         _rewrite(saved, **change)
         with pytest.raises(ModelFileError, match=text):
+            ClAM.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("_candidates", lambda x: x * 0, "candidates"),
+        ("_candidates", lambda x: x[:, :-1], "candidates"),
+        ("_candidates", lambda x: x[:-1] * np.nan, "candidates"),
+        ("_held", lambda x: x[:-1], "weights of clusters"),
+        ("_held", lambda x: x * np.inf, "weights of clusters"),
+        ("loss_curve_", lambda x: x[:-1], "losses"),
+        ("labels_", lambda x: x[None], "labels"),
+        ("cluster_centers_", lambda x: x.astype(np.int64), "values are not finite"),
+        *((f"frame.{x}", lambda x: x[:-1], "shapes do not fit") for x in COLUMNS),
+        *((f"frame.{x}", lambda x: x * np.nan, "not finite|> 0|empty") for x in COLUMNS),
+        ("frame.low", lambda x: x + 1e9, "ranges of columns are empty"),
+        ("frame.mean", lambda x: None, "contents"),
+    ],
+)
+def test_tensors_that_do_not_fit(saved: Path, name: str, damage: Any, told: str) -> None:
+    """The error names the file, in Python and in the command."""
+    with safe_open(saved, "np") as file:
+        tensors, metadata = {x: file.get_tensor(x) for x in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors[name] = damage(tensors[name])
+    if tensors[name] is None:
+        del tensors[name]
+    saved.write_bytes(to_bytes({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata))
+    with pytest.raises(ModelFileError, match=rf"model\.safetensors: .*({told})"):
+        ClAM.load(saved)
+    np.save(saved.parent / "x.npy", X)
+    assert main(["predict", str(saved), str(saved.parent / "x.npy")]) == 1
+
+
+def test_numbers_that_do_not_fit(saved: Path) -> None:
+    with safe_open(saved, "np") as file:
+        learned = json.loads(file.metadata()["learned"])
+    good = saved.read_bytes()
+    for change in (
+        *({name: "x"} for name in ("inertia_", "beta_", "gap_", "n_iter_", "_sharpness", "frame")),
+        *({name: None} for name in ("device_", "backend_", "n_features_in_", "n_clusters_used_")),
+        {"_sharpness": [1.0]},
+        {"_sharpness": [1.0, float("nan")]},
+        {"frame": [10**9, 0, 1.0, False]},
+        {"frame": [0, 0, float("nan"), False]},
+        {"feature_names_in_": ["a"]},
+        {"feature_names_in_": [1, 2, 3, 4]},
+        {"n_features_in_": 3},
+    ):
+        saved.write_bytes(good)
+        _rewrite(saved, learned=json.dumps({**learned, **change}))
+        with pytest.raises(ModelFileError, match=r"model\.safetensors: "):
             ClAM.load(saved)
 
 

@@ -21,13 +21,13 @@ from ..._core.spec import explain
 from ..._core.warn import warn
 from ..common import callbacks
 from ..common.base import keeps_state_on_failure
-from ..common.files import ModelFile
 from ..common.frame import Frame
 from ..common.rows import Rows, read_rows, read_weight
 from ..common.scale import rescaled
 from ..common.threads import small_on_one_thread, threads_for
 from . import streaming as streaming
 from .columns import WARNED, frame_of
+from .model_file import ClamFile
 from .points import Points
 from .progress import Progress
 from .recall import COMPLETION, Recall, total
@@ -37,7 +37,7 @@ from .start import gap_of
 from .whole import sampled, through_all
 
 
-class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, BaseEstimator):
+class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, BaseEstimator):
     """Clustering with associative memories.
 
     The memories rho_k are trained so that the recursion v <- v + step (softmax_k(-beta |v -
@@ -191,21 +191,6 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         "verbose": ["verbose"],
         "callbacks": "no_validation",  # type: ignore[dict-item]
     }
-
-    _framed = True
-    loss_curve_: np.ndarray[Any, Any]
-    _arrays = ("cluster_centers_", "labels_", "loss_curve_", "_candidates", "_held")
-    _learned = (
-        "n_features_in_",
-        "inertia_",
-        "beta_",
-        "gap_",
-        "n_clusters_used_",
-        "n_iter_",
-        "device_",
-        "backend_",
-        "_sharpness",
-    )
 
     def __init__(
         self,

@@ -18,6 +18,14 @@ E = TypeVar("E", bound="ModelFile")
 # What a file holds of a frame.
 COLUMNS = ("mean", "width", "deviation", "low", "high")
 
+# Exponents of two that scale a table lie far below.
+MOST_EXPONENT = 1 << 13
+SCALARS = {
+    **dict.fromkeys(("inertia_", "beta_", "gap_"), float),
+    **dict.fromkeys(("n_features_in_", "n_clusters_used_", "n_iter_", "n_relocated_"), int),
+    **dict.fromkeys(("device_", "backend_"), str),
+}
+
 
 class ModelFile:
     """Mixin of an estimator with `cluster_centers_` and `labels_`, which lists its learned arrays
@@ -43,16 +51,19 @@ class ModelFile:
 
     def _restored(self) -> None:
         """Check the restored state, and finish it."""
+        for name in self._learned:
+            if name in SCALARS:
+                _check_scalar(name, getattr(self, name))
         k, d = self.n_clusters, self.n_features_in_
         centres, labels = self.cluster_centers_, self.labels_
-        none = torch.zeros(d, dtype=torch.float64, device="cpu")
-        columns = [getattr(self._frame, name) for name in COLUMNS] if self._framed else [none]
-        fits = centres.shape == (k, d) and all(x.shape == (d,) for x in columns)
-        serialize.expect(fits, "shapes do not fit the header")
-        known = labels.dtype in (np.int32, np.int64) and bool(((labels >= 0) & (labels < k)).all())
+        serialize.expect(centres.shape == (k, d), "shapes do not fit the header")
+        known = labels.dtype in (np.int32, np.int64) and labels.ndim == 1
+        known = known and bool(((labels >= 0) & (labels < k)).all())
         serialize.expect(known, "labels are not those of its clusters")
-        finite = bool(np.isfinite(centres).all()) and all(bool(x.isfinite().all()) for x in columns)
+        finite = centres.dtype.kind == "f" and bool(np.isfinite(centres).all())
         serialize.expect(finite, "values are not finite")
+        names = getattr(self, "feature_names_in_", None)
+        serialize.expect(names is None or len(names) == d, "names do not fit the header")
         self._n_features_out = k
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -119,15 +130,20 @@ class ModelFile:
 
     def _restore(self, learned: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         names = learned.pop("feature_names_in_", None)
-        if self._framed:
-            self._frame = _framed(tensors, learned.pop("frame"))
-        known = set(learned) == set(self._learned) and set(tensors) == set(self._arrays)
+        framed = [f"frame.{name}" for name in COLUMNS] if self._framed else []
+        known = set(learned) == {*self._learned, *(["frame"] if self._framed else [])}
+        known = known and set(tensors) == {*self._arrays, *framed}
         serialize.expect(known, "its contents are not those of this class")
+        if self._framed:
+            shape = (learned["n_features_in_"],)
+            self._frame = _framed(tensors, learned.pop("frame"), shape)
         for name in self._arrays:
             setattr(self, name, tensors[name].numpy())
         for name in self._learned:
             setattr(self, name, learned[name])
         if names is not None:
+            known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            serialize.expect(known, "names of columns are no text")
             self.feature_names_in_ = np.asarray(names, dtype=object)
 
 
@@ -135,12 +151,23 @@ def _host(x: Any) -> Tensor:
     return x.cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
 
 
-def _framed(tensors: dict[str, Tensor], numbers: Any) -> Frame:
+def _check_scalar(name: str, value: Any) -> None:
+    kind = SCALARS[name]
+    known = type(value) in ((int, float) if kind is float else (kind,))
+    serialize.expect(known, f"{name} is no {kind.__name__}")
+    serialize.expect(kind is not int or value >= 0, f"{name} is not >= 0")
+
+
+def _framed(tensors: dict[str, Tensor], numbers: Any, shape: tuple[Any, ...]) -> Frame:
     """The frame that a file holds; its tensors are taken out of those of the model."""
     mean, width, deviation, low, high = (tensors.pop(f"frame.{x}").double() for x in COLUMNS)
+    for x in (mean, width, deviation, low, high):
+        serialize.expect(x.shape == shape, "shapes do not fit the header")
+        serialize.expect(bool(x.isfinite().all()), "values are not finite")
     range_, unit, one, standard = numbers
+    scale = all(type(x) is int and abs(x) <= MOST_EXPONENT for x in (range_, unit))
+    scale = scale and type(one) in (int, float) and one >= 0 and type(standard) is bool
+    serialize.expect(scale, "its scale is not one of numbers")
     serialize.expect(bool((width > 0).all()), "widths of columns are not > 0")
     serialize.expect(bool((low <= high).all()), "ranges of columns are empty")
-    return Frame(
-        mean, int(range_), width, int(unit), float(one), deviation, low, high, bool(standard)
-    )
+    return Frame(mean, range_, width, unit, float(one), deviation, low, high, standard)
