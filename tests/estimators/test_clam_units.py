@@ -205,6 +205,21 @@ def test_auto_leaves_columns_of_one_unit_alone():
     assert (ClAM(3, standardize=True, n_init=1, max_iter=1).fit(x).scale_ != 1).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_scale_of_a_tensor_is_a_tensor(raw, dtype, tmp_path: Path):
+    x = torch.from_numpy(raw).to(dtype)
+    model = ClAM(3, **QUICK).fit(x)
+    assert isinstance(model.scale_, torch.Tensor)
+    assert model.scale_.device == model.cluster_centers_.device
+    far = ((x[:, None] - model.cluster_centers_) / model.scale_).norm(dim=2)
+    torch.testing.assert_close(model.transform(x).double(), far, rtol=1e-4, atol=1e-2)
+    assert isinstance(model.partial_fit(x).scale_, torch.Tensor)
+    model.save(tmp_path / "m")
+    again = ClAM.load(tmp_path / "m")
+    assert type(again.scale_) is type(again.cluster_centers_) is np.ndarray
+    np.testing.assert_array_equal(again.scale_, model.scale_)
+
+
 def test_distances_are_in_units_of_the_data(raw):
     model = ClAM(3, **QUICK).fit(raw)
     deviation = raw.std(0)

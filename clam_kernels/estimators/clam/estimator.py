@@ -123,7 +123,7 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         The memories: the means of their rows, or, where those would score worse, memories that
         stand beyond their rows (docs/clam.md). In units of X, and inside the observed range of
         each column.
-    scale_ : array [D]
+    scale_ : array [D], float64
         What a distance divides each column by, 1 where nothing is standardised. Where it is, the
         column's deviation over the root mean square of all deviations. Every distance of the model,
         also in `inertia_`, `gap_`, `beta_` and `candidates_`, is |(x - rho_k) / scale_|.
@@ -281,10 +281,11 @@ class ClAM(Recall, ModelFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Bas
         return table
 
     @property
-    def scale_(self) -> np.ndarray:
+    def scale_(self) -> Any:
         """What a distance divides the difference of two rows by, column by column."""
         check_is_fitted(self, "cluster_centers_")
-        return self._frame.scale.cpu().numpy()
+        centers, scale = self.cluster_centers_, self._frame.scale
+        return scale.to(centers.device) if isinstance(centers, Tensor) else scale.cpu().numpy()
 
     # ---- fitting -------------------------------------------------------------------------------
 
