@@ -28,7 +28,7 @@ from ...metrics import unmasked
 from . import sparse_rows
 from .base import NARROW, choose_device, read_tensor, refuse_bad_entries
 from .frame import Frame
-from .numbers import as_numbers
+from .numbers import as_numbers, refuse_same_names
 from .scale import chunks, rescaled, scaled
 
 # Entries of a block that is made on the way.
@@ -321,6 +321,7 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
 
 def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
     unmasked("X", x)
+    refuse_same_names("X", x)
     if _is_mapped(x) and x.ndim == 2 and x.size and x.dtype.kind in "biuf":
         return np.asarray(validate_data(estimator, x, reset=reset, skip_check_array=True))
     narrow = _float_dtype(x) == np.float32
