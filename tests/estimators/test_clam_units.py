@@ -14,6 +14,8 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM
+from clam_kernels.estimators.clam.refresh import refreshed
+from clam_kernels.estimators.clam.sample import Sample
 
 QUICK = {"n_init": 4, "max_iter": 10, "random_state": 0}
 
@@ -93,7 +95,6 @@ def test_every_way_of_a_fit_standardises(raw, changes):
 
 
 def test_batches_are_standardised(raw):
-    """By the columns of the first batch."""
     gaps, _ = _with_gaps(raw[np.random.default_rng(0).permutation(len(raw))])
     model = ClAM(3, **QUICK)
     for batch in np.array_split(gaps, 4):
@@ -102,6 +103,92 @@ def test_batches_are_standardised(raw):
     assert silhouette_score(scaled, model.predict(raw)) > 0.26
     assert _outside(model.cluster_centers_, gaps) == 0
     assert _outside(model.complete(gaps), gaps) == 0
+
+
+def _unlike() -> tuple[np.ndarray, np.ndarray]:
+    """Five groups in columns of three units, shuffled, and their labels."""
+    rng = np.random.default_rng(0)
+    centres, labels = rng.normal(size=(5, 3)) * 10, np.repeat(np.arange(5), 200)
+    x = (centres[labels] + rng.normal(size=(1000, 3))) * [1e-3, 1, 1e6]
+    order = rng.permutation(1000)
+    return x[order], labels[order]
+
+
+def _first(x: np.ndarray, kind: str) -> np.ndarray:
+    """A first batch that says little of the columns."""
+    if kind == "zeros":
+        return np.zeros((50, 3), x.dtype)
+    if kind == "one column":
+        return np.hstack([np.tile(x[:1, :1], (50, 1)), x[:50, 1:]])
+    noise = 1e-6 if kind == "nearly" else 0.0
+    return (x[:1] * (1 + noise * np.random.default_rng(1).normal(size=(50, 3)))).astype(x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["one row", "one column", "nearly", "zeros"])
+@pytest.mark.parametrize("standardize", ["auto", True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_scale_recovers_from_a_constant_first_batch(kind, standardize, dtype):
+    x, labels = _unlike()
+    x = x.astype(dtype)
+    models = []
+    for _ in range(2):
+        model = ClAM(5, random_state=0, standardize=standardize).partial_fit(_first(x, kind))
+        for start in range(0, 1000, 200):
+            model.partial_fit(x[start : start + 200])
+        models.append(model)
+    wanted = x.std(0) / np.sqrt(np.square(x.std(0)).mean())
+    assert ((model.scale_ < 2 * wanted) & (model.scale_ > wanted / 2)).all()
+    assert adjusted_rand_score(labels, model.predict(x)) > 0.98
+    assert _outside(model.cluster_centers_, np.vstack([x, _first(x, kind)])) == 0
+    np.testing.assert_array_equal(models[0].cluster_centers_, models[1].cluster_centers_)
+    far = np.square((x[-200:, None] - model.cluster_centers_) / model.scale_).sum(2)
+    assert model.inertia_ == pytest.approx(far.min(1).sum(), rel=1e-4)
+
+
+def test_the_scale_recovers_from_a_constant_fit(tmp_path: Path):
+    x, labels = _unlike()
+    model = ClAM(5, standardize=True, **QUICK)
+    with pytest.warns(match="clusters are used"):
+        model.fit(_first(x, "one row"))
+    model.save(tmp_path / "m")
+    again = ClAM.load(tmp_path / "m")
+    for start in range(0, 1000, 200):
+        for one in (model, again):
+            one.partial_fit(x[start : start + 200])
+    assert adjusted_rand_score(labels, model.predict(x)) > 0.98
+    np.testing.assert_array_equal(again.scale_, model.scale_)
+
+
+def test_a_fit_keeps_its_scale_beside_few_rows():
+    x, _ = _unlike()
+    model = ClAM(1, standardize=True, **QUICK).fit(x)
+    before = model.scale_
+    np.testing.assert_array_equal(model.partial_fit(x[:3]).scale_, before)
+
+
+def test_columns_that_do_not_vary_in_the_sample_keep_their_scale():
+    """One has a single value there, one has none; the third has another deviation."""
+    x, _ = _unlike()
+    frame = ClAM(5, standardize=True, **QUICK).fit(x)._frame
+    z = frame.states(torch.from_numpy(x), torch.float64)
+    z[:, 0], z[:, 1], z[:, 2] = torch.nan, z[0, 1], z[:, 2] * 10
+    none = Sample.empty(z[:0], torch.zeros(0, dtype=torch.float64), frame.deviation)
+    found = refreshed(True, frame, none, z, None)
+    before, after = (f.deviation * f.width for f in (frame, found))
+    torch.testing.assert_close(after, before * torch.tensor([1.0, 1.0, 10.0]).double())
+
+
+def test_columns_that_begin_to_vary_warn():
+    x, _ = _unlike()
+    model = ClAM(5, standardize=False, **QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.partial_fit(_first(x, "one row"))
+    with pytest.warns(UserWarning, match="standardize=False: the spread of one column"):
+        model.partial_fit(x[:500])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.partial_fit(x[500:])
 
 
 # ---- units ---------------------------------------------------------------------------------------
@@ -116,6 +203,21 @@ def test_auto_leaves_columns_of_one_unit_alone():
         model = ClAM(3, n_init=1, max_iter=1, random_state=0).fit(x)
         np.testing.assert_array_equal(model.scale_, 1)
     assert (ClAM(3, standardize=True, n_init=1, max_iter=1).fit(x).scale_ != 1).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_scale_of_a_tensor_is_a_tensor(raw, dtype, tmp_path: Path):
+    x = torch.from_numpy(raw).to(dtype)
+    model = ClAM(3, **QUICK).fit(x)
+    assert isinstance(model.scale_, torch.Tensor)
+    assert model.scale_.device == model.cluster_centers_.device
+    far = ((x[:, None] - model.cluster_centers_) / model.scale_).norm(dim=2)
+    torch.testing.assert_close(model.transform(x).double(), far, rtol=1e-4, atol=1e-2)
+    assert isinstance(model.partial_fit(x).scale_, torch.Tensor)
+    model.save(tmp_path / "m")
+    again = ClAM.load(tmp_path / "m")
+    assert type(again.scale_) is type(again.cluster_centers_) is np.ndarray
+    np.testing.assert_array_equal(again.scale_, model.scale_)
 
 
 def test_distances_are_in_units_of_the_data(raw):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import sparse
 from sklearn.datasets import load_wine
 from sklearn.metrics import adjusted_rand_score
 
@@ -100,3 +101,77 @@ def test_a_far_cell_alone_is_no_other_unit():
     model = ClAM(4, **QUICK).fit(_beside(x, 1e12, True))
     np.testing.assert_array_equal(model.scale_, 1)
     assert (ClAM(4, **QUICK).fit(_beside(load_wine().data, 1e12, True)).scale_ != 1).any()
+
+
+# ---- values that cannot be squared beside the others ---------------------------------------------
+
+HUGE = (
+    r"X: expected values that float64 can square beside each other, got 1e\+290 in row 200, column "
+)
+
+
+@pytest.mark.parametrize(("rows", "cell"), [(1, False), (1, True), (300, False)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        KMeans(4, random_state=0),
+        KMeans(4, random_state=0, chunk_rows=50),
+        KMeans(4, random_state=0, algorithm="minibatch"),
+        ClAM(4, **QUICK),
+        ClAM(4, standardize=True, **QUICK),
+        ClAM(4, standardize=False, **QUICK),
+    ],
+)
+def test_a_huge_value_is_refused(model, rows, cell):
+    x, _ = _groups()
+    both = _beside(x, 1e290, cell)
+    both = np.vstack([both, *[both[-1:]] * (rows - 1)])
+    with pytest.raises(ValueError, match=HUGE):
+        model.fit(both)
+    if isinstance(model, KMeans):
+        with pytest.raises(ValueError, match=HUGE):
+            model.fit(sparse.csr_matrix(both))
+    else:
+        with pytest.raises(ValueError, match=HUGE):
+            model.partial_fit(both)
+
+
+@pytest.mark.parametrize("kind", [ClAM, KMeans])
+def test_huge_values_are_clustered_where_others_are_not_lost(kind):
+    x, labels = _groups()
+    for table in (x * 1e250, x * 1e290):
+        assert adjusted_rand_score(labels, kind(3, **QUICK).fit(table).labels_) == 1
+    alone = kind(3, **QUICK).fit(x)
+    for far in (1e150, 1e250):
+        model = kind(4, **QUICK).fit(_beside(x, far, True))
+        assert model.inertia_ == pytest.approx(alone.inertia_, rel=1e-5)
+    zeros = kind(2, **QUICK).fit(_beside(np.zeros((20, 4)), 1e290, True))
+    assert zeros.inertia_ == 0
+    assert list(zeros.labels_[:-1]) == [1 - zeros.labels_[-1]] * 20
+
+
+def test_a_model_refuses_rows_that_it_cannot_tell_apart():
+    x, _ = _groups()
+    model = KMeans(3, random_state=0).fit(x)
+    both = _beside(x, 1e290, True)
+    for method in (model.predict, model.transform, model.score):
+        with pytest.raises(ValueError, match=HUGE):
+            method(both)
+    with pytest.raises(ValueError, match=HUGE):
+        model.predict(_beside(np.zeros_like(x), 1e290, True))
+    np.testing.assert_allclose(model.transform(both[-1:]), 1e290)
+
+
+def test_a_huge_row_leaves_the_labels_of_others_alone():
+    x, _ = _groups()
+    model = ClAM(3, **QUICK).fit(x)
+    np.testing.assert_array_equal(model.predict(_beside(x, 1e290, True))[:-1], model.labels_)
+    with pytest.raises(FloatingPointError, match="another magnitude"):
+        ClAM(3, **QUICK).partial_fit(x).partial_fit(_beside(x, 1e290, True))
+
+
+def test_a_column_of_huge_values_is_standardised():
+    x, labels = _groups()
+    both = np.vstack([_beside(x, 1e290, True), *[_beside(x[:0], 1e290, True)] * 299])
+    model = ClAM(4, **QUICK).fit(both)
+    assert adjusted_rand_score([*labels, *[3] * 300], model.labels_) == 1

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from clam_kernels import ClAM, ClAMImputer
+from clam_kernels import ClAM, ClAMImputer, KMeans
 
 QUICK: dict[str, Any] = {"n_init": 2, "max_iter": 3, "random_state": 0}
 WHY = "a row of weight 2 draws k-means++ starts otherwise than two shuffled rows do"
@@ -74,6 +74,37 @@ def test_arrays_become_frames_and_tensors_stay() -> None:
     model = ClAM(3, **QUICK).set_output(transform="pandas").fit(gaps)
     assert list(model.complete(gaps).columns) == ["x0", "x1", "x2", "x3"]
     assert isinstance(model.complete(torch.from_numpy(gaps)), torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [range(4), [0.5, 1.5, 2.5, 3.5], pd.MultiIndex.from_product([["a", "b"], [1, 2]])],
+    ids=["integers", "floats", "levels"],
+)
+@pytest.mark.parametrize("kind", [ClAM, ClAMImputer])
+def test_names_that_are_no_strings_become_those_of_scikit_learn(kind: type[ClAM], names) -> None:
+    table = pd.DataFrame(X, columns=names, index=range(5, 155))
+    table.isetitem(3, np.arange(150, dtype=np.int16))
+    table.iloc[::7, 1] = np.nan
+    model = kind(3, **QUICK).set_output(transform="pandas").fit(table)
+    filled = model.complete(table)
+    assert list(filled.columns) == ["x0", "x1", "x2", "x3"]
+    assert list(filled.dtypes) == list(table.dtypes)
+    assert filled.index.equals(table.index)
+    array = clone(model).set_output(transform="default").fit(table.to_numpy()).complete(table)
+    np.testing.assert_array_equal(filled, array)
+    if kind is ClAMImputer:
+        pd.testing.assert_frame_equal(clone(model).fit_transform(table), filled)
+    other = model.fit(table.to_numpy()).complete(table)
+    pd.testing.assert_frame_equal(other, filled)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a", "c"], [0, 0, 0, 1]])
+@pytest.mark.parametrize("model", [ClAMImputer(3, **QUICK), KMeans(3)])
+def test_columns_of_one_name_are_refused(model, names) -> None:
+    text = f"X: expected columns of different names, got {names[0]!r} {names.count(names[0])} times"
+    with pytest.raises(ValueError, match=text):
+        model.fit(pd.DataFrame(X, columns=names))
 
 
 def test_the_imputer_is_a_step_of_a_pipeline(frame) -> None:

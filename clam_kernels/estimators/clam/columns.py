@@ -26,6 +26,8 @@ UNLIKE = 256.0
 WARNED = 1e3
 # Exponent up to which float64 holds squares and their sums.
 MOST = 400
+# Exponent of the largest value in the frame from which on others may be lost beside it.
+WIDE = 300
 
 # An entry is far beyond so many typical distances from the median. Where more than a share of the
 # column is far, the deviation counts all entries: two groups are no error of measurement.
@@ -43,7 +45,8 @@ def frame_of(
     """The frame of a data matrix, centred on the means of what is observed. Entries that lie far
     from all others (`FAR`) count neither in the means nor in the widths.
 
-    ValueError if a feature has no observed entry (in a row that counts).
+    ValueError if a feature has no observed entry (in a row that counts), or rows are lost beside a
+    value.
     """
     range_ = exponent_of(rows.top)
     columns = Columns.of(rows, weight, range_)
@@ -60,6 +63,8 @@ def frame_of(
     spread = max(exponent_of(near), exponent_of(top) - MOST)
     width = base * math.ldexp(1.0, spread)
     unit = range_ + spread + exponent
+    if range_ > MOST or exponent_of(top) > spread + WIDE:
+        rows.refuse_lost(lambda x: scaled(x.double(), -range_) / width)
     return Frame(
         mean=columns.mean,
         range=range_,

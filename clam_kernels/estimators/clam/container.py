@@ -22,7 +22,7 @@ def in_container(estimator: Any, X: Any, filled: Any) -> Any:
     if not adapter.is_supported_container(X):
         return frame
     for i, name in enumerate(names):
-        column = X[name]
+        column = X.iloc[:, i] if hasattr(X, "iloc") else X[X.columns[i]]
         if not np.asarray(column.is_null() if hasattr(column, "is_null") else column.isna()).any():
             frame = _with_column(frame, i, name, column)
     return frame

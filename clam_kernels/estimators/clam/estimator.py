@@ -123,7 +123,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
         The memories: the means of their rows, or, where those would score worse, memories that
         stand beyond their rows (docs/clam.md). In units of X, and inside the observed range of
         each column.
-    scale_ : array [D]
+    scale_ : array [D], float64
         What a distance divides each column by, 1 where nothing is standardised. Where it is, the
         column's deviation over the root mean square of all deviations. Every distance of the model,
         also in `inertia_`, `gap_`, `beta_` and `candidates_`, is |(x - rho_k) / scale_|.
@@ -266,10 +266,11 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
         return table
 
     @property
-    def scale_(self) -> np.ndarray:
+    def scale_(self) -> Any:
         """What a distance divides the difference of two rows by, column by column."""
         check_is_fitted(self, "cluster_centers_")
-        return self._frame.scale.cpu().numpy()
+        centers, scale = self.cluster_centers_, self._frame.scale
+        return scale.to(centers.device) if isinstance(centers, Tensor) else scale.cpu().numpy()
 
     # ---- fitting -------------------------------------------------------------------------------
 
@@ -337,7 +338,8 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
         wins and training by completion. The second is the answer where its silhouette is better and
         its inertia inside `inertia_guard`. The estimator keeps a sample of all rows so far (2,000,
         or 100 for each cluster), measures both lines on it and moves both where a search on it
-        gives better memories, so that rows may come in any order.
+        gives better memories, so that rows may come in any order. The scale of the columns is that
+        of the sample, within a factor of 2.
         After `fit` or `load` it goes on from there. `labels_` and `inertia_` are those of the
         batch, `n_iter_` and `loss_curve_` of all steps; `n_clusters_used_` is of the sample.
 
@@ -371,21 +373,20 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
         if not fitted and len(rows) < self.n_clusters:
             raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
         stream = self._stream_so_far(rows, weight, X)
-        if not fitted:
-            _warn_of_units(stream.frame)
         before = list(self.loss_curve_) if fitted else []
         listeners, size = callbacks.each(self.callbacks), resolved(self, "batch_size")
         callbacks.call(listeners, "on_fit_begin", self)
-        progress = Progress(self, listeners, stream.frame.unit, -(-len(rows) // size), "batch")
+        progress = Progress(self, listeners, 0, -(-len(rows) // size), "batch")
         number = itertools.count(len(before))
         with progress, threads_for(stream.won.numel() * size):
             self._stream, losses = streaming.advance(
                 self, stream, rows, weight, lambda loss: progress.batch(next(number), loss)
             )
-        squared = 2 * self._stream.frame.unit
+        if not fitted or self._frame.contrast <= WARNED:
+            _warn_of_units(self._stream.frame)
         memories = self._stream.answer()
         self._store_memories(rows, self._stream.frame, memories, self._stream.gap)
-        self.loss_curve_ = np.array([*before, *(rescaled(loss, squared) for loss in losses)])
+        self.loss_curve_ = np.array([*before, *losses])
         self._candidates = np.zeros((0, len(COLUMNS)))
         self.n_iter_ = len(self.loss_curve_)
         self._store_labels(rows, weight)

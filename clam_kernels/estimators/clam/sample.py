@@ -18,6 +18,7 @@ from .points import Points, points_of
 
 # The most rows of a sample.
 ROWS, ROWS_PER_MEMORY = 2000, 100
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,18 @@ class Sample:
     count: int  # rows so far, without those of the fit
     memories: Tensor  # [A, D]
     held: Tensor  # [A] float64, the weight of the rows that each of them stands for
+    beside: Tensor  # [D] float64, the deviation of those rows beside their memories
 
     @classmethod
-    def empty(cls, memories: Tensor, held: Tensor) -> Sample:
-        """A sample without rows."""
+    def empty(cls, memories: Tensor, held: Tensor, deviation: Tensor) -> Sample:
+        """A sample without rows; `deviation` [D] is that of the rows of the fit."""
         none = torch.zeros(0, dtype=torch.float64, device=held.device)
         keys = torch.zeros(0, dtype=torch.float64, device="cpu")
-        return cls(memories[:0], none, keys, 0, memories, held)
+        share = held[:, None] / held.sum().clamp(min=_TINY)
+        wide = memories.double()
+        between = ((wide - (wide * share).sum(0)).square() * share).sum(0)
+        beside = (deviation.square() - between).clamp(min=0).sqrt()
+        return cls(memories[:0], none, keys, 0, memories, held, beside)
 
     @property
     def rows_per_row(self) -> float:
@@ -47,6 +53,20 @@ class Sample:
         """The sample in a frame whose mean is moved."""
         rows, memories = ((x.double() - by).to(x.dtype) for x in (self.rows, self.memories))
         return dataclasses.replace(self, rows=rows, memories=memories)
+
+    def stretched(self, by: Tensor) -> Sample:
+        """The sample in a frame whose columns are multiplied."""
+        rows, memories = ((x.double() * by).to(x.dtype) for x in (self.rows, self.memories))
+        return dataclasses.replace(self, rows=rows, memories=memories, beside=self.beside * by)
+
+    def table(self, z: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(rows [N, D] in float64, weights [N]) with the moments of all rows so far, those of a
+        batch z among them; two rows stand for the rows of a memory of a fit.
+        """
+        memories, half = self.memories.double(), self.held / 2
+        rows = [self.rows.double(), memories - self.beside, memories + self.beside, z.double()]
+        own = torch.ones(len(z), dtype=torch.float64, device=z.device) if weight is None else weight
+        return torch.cat(rows), torch.cat([self.weight * self.rows_per_row, half, half, own])
 
     def with_rows(self, points: Points, k: int, random: np.random.Generator) -> Sample:
         """The sample after more rows of the stream."""

@@ -5,6 +5,7 @@ Line 0 keeps running means of the rows that each memory wins (mini-batch k-means
 completion with Adam; as in a fit, line 1 is the answer where its silhouette is better and its
 inertia inside the guard. Both are measured on a sample of all rows so far, and both move where a
 search on that sample finds memories that are clearly better: the order of the rows does not matter.
+The frame, too, follows the sample.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..kmeans.seeding import plus_plus
 from .columns import frame_of, near
 from .completion import Batch, Plan, draw_masks, expected_masked, in_rates, within
 from .points import Points, points_of
+from .refresh import refreshed, size_in
 from .rounds import START_ITERATIONS
 from .sample import Sample
 from .search import RECIPES, plan_of, published_beta, rates_of, resolved
@@ -35,6 +37,7 @@ from .start import gap_of, sample_index, starts
 
 # The sample is searched again where its inertia, or the weight of all rows so far, has grown by
 # this factor; the memories move where that makes the inertia less than this share of what it was.
+# The frame is compared with the sample where the number of rows has grown by that factor.
 GROWN, BETTER = 1.05, 0.97
 # Fresh starts of a search, beside that from line 0.
 STARTS = 3
@@ -68,6 +71,7 @@ class Stream:
     searched: float = 0.0  # weight of the observed entries at the last search
     steps: int = 0
     line: int = MEANS  # the line that counts
+    framed: int = 0  # rows when the frame was last compared with the sample
     used: int = 0  # memories of that line with a row in the sample
 
     def answer(self) -> Tensor:
@@ -88,13 +92,14 @@ def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
     means, _ = points.means(labels, found)
     best = found[int(points.inertia(labels, means).argmin())]
     nothing = torch.zeros_like(best, dtype=torch.float64)
-    return _at(seed, frame, best, nothing, gap_of(points, best[None], seed))
+    stream = _at(seed, frame, best, nothing, gap_of(points, best[None], seed))
+    return dataclasses.replace(stream, framed=len(points))
 
 
 def resume(estimator: Any, memories: Tensor, frame: Frame, gap: float) -> Stream:
     """From a fitted estimator."""
     won = torch.from_numpy(np.array(estimator._held)).to(memories.device)
-    return _at(_seed(estimator), frame, memories, won, gap)
+    return _at(_seed(estimator), frame.on(memories.device), memories, won, gap)
 
 
 def _seed(estimator: Any) -> int:
@@ -104,36 +109,38 @@ def _seed(estimator: Any) -> int:
 def _at(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> Stream:
     still = torch.zeros_like(memories)
     both = torch.stack([memories, memories])
-    sample = Sample.empty(memories, won.amax(1))
+    sample = Sample.empty(memories, won.amax(1), frame.deviation)
     return Stream(seed, frame, both, won.sum(0), won, sample, gap, still, still.clone())
 
 
 def advance(
     estimator: Any, stream: Stream, rows: Rows, weight: Tensor | None, on_batch: OnBatch
 ) -> tuple[Stream, list[float]]:
-    """The stream after one more call, and the loss of each of its batches."""
+    """The stream after one more call, and the loss of each of its batches, in units of the data."""
     losses = []
     size = resolved(estimator, "batch_size")
     for start in range(0, len(rows), size):
         stop = min(start + size, len(rows))
         index = torch.arange(start, stop, dtype=torch.int64, device="cpu")
         own = None if weight is None else weight[index.to(weight.device)]
-        stream, points = _centred(stream, rows.take(index), own, estimator.precision)
+        stream, points = _centred(estimator, stream, rows.take(index), own)
         if len(points):
             stream = _averaged(stream, points)
             whole = stream.sample.points(estimator.precision)
             stream = _searched(stream, whole)
             stream, loss = _trained(estimator, stream, whole)
-            losses.append(loss)
-            if on_batch(loss):
+            losses.append(rescaled(loss, 2 * stream.frame.unit))
+            if on_batch(losses[-1]):
                 break
     return _judged(estimator, stream), losses
 
 
 def _centred(
-    stream: Stream, x: Tensor, weight: Tensor | None, precision: str | None
+    estimator: Any, stream: Stream, x: Tensor, weight: Tensor | None
 ) -> tuple[Stream, Points]:
-    """The frame moved to the mean of all rows so far, with the batch and the memories in it."""
+    """The frame moved to the mean of all rows so far, and with their deviations; the batch and the
+    memories in it.
+    """
     frame, dtype = stream.frame, stream.memories.dtype
     z = frame.states(x, torch.float64)
     seen = near(z, frame)
@@ -141,7 +148,8 @@ def _centred(
     share = share if weight is None else weight[:, None]
     total = stream.held + (seen * share).sum(0)
     by = (torch.where(seen, z, 0.0) * share).sum(0) / total.clamp(min=_TINY)
-    points = points_of((z - by).to(dtype), weight, precision)
+    z = z - by
+    points = points_of(z.to(dtype), weight, estimator.precision)
     if not bool(points.z.square().sum().isfinite()):
         raise FloatingPointError(MAGNITUDE)
     fresh = dataclasses.replace(
@@ -151,7 +159,32 @@ def _centred(
         sample=stream.sample.shifted(by),
         held=total,
     )
-    return fresh, points
+    if fresh.sample.count + len(points) <= GROWN * fresh.framed:
+        return fresh, points
+    frame = refreshed(estimator.standardize, fresh.frame, fresh.sample, z, weight)
+    fresh = dataclasses.replace(fresh, framed=fresh.sample.count + len(points))
+    if frame is fresh.frame:
+        return fresh, points
+    z = (z * (fresh.frame.width / frame.width)).to(dtype)
+    return _stretched(estimator, fresh, frame), points_of(z, weight, estimator.precision)
+
+
+def _stretched(estimator: Any, stream: Stream, frame: Frame) -> Stream:
+    """The stream in a frame with other widths; a search is due there."""
+    by = stream.frame.width / frame.width
+    # Adam's gradients are divided by the rates of the columns, or they are absolute
+    size = size_in(frame, by)
+    slope = by if estimator.recipe == "paper" else size_in(frame) / size if size else 1.0
+    return dataclasses.replace(
+        stream,
+        frame=frame,
+        memories=(stream.memories.double() * by).to(stream.memories.dtype),
+        sample=stream.sample.stretched(by),
+        first=(stream.first.double() * slope).to(stream.first.dtype),
+        second=(stream.second.double() * slope * slope).to(stream.second.dtype),
+        level=math.inf,
+        searched=0.0,
+    )
 
 
 def _averaged(stream: Stream, points: Points) -> Stream:

@@ -63,6 +63,11 @@ class Frame:
         """[D] float64: what a distance in units of the data divides the columns by."""
         return scaled(self.width, self.range - self.unit)
 
+    def on(self, device: torch.device) -> Frame:
+        """The frame on a device."""
+        names = ("mean", "width", "deviation", "low", "high")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     def moved(self, by: Tensor) -> Frame:
         """The frame centred on a state."""
         return dataclasses.replace(self, mean=self.mean + by * self.width)

@@ -7,6 +7,7 @@ refused here, and so is everything else that is no number; the error names the c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,6 +44,18 @@ def as_numbers(name: str, x: Any) -> Any:
         except ValueError:  # lists of several lengths: scikit-learn says so
             return x
     return _check_array(name, x) if isinstance(x, np.ndarray) else x
+
+
+def refuse_same_names(name: str, x: Any) -> None:
+    """ValueError for a data frame two of whose columns have the same name."""
+    if not hasattr(x, "columns") or isinstance(x, np.ndarray):
+        return
+    labels = list(getattr(x, "column_names", x.columns))
+    label, count = max(Counter(labels).items(), key=lambda item: item[1], default=(None, 0))
+    if count > 1:
+        raise ValueError(
+            f"{name}: expected columns of different names, got {label!r} {count} times"
+        )
 
 
 def _is_wide(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,8 +28,8 @@ from ...metrics import unmasked
 from . import sparse_rows
 from .base import NARROW, choose_device, read_tensor, refuse_bad_entries
 from .frame import Frame
-from .numbers import as_numbers
-from .scale import chunks, scaled
+from .numbers import as_numbers, refuse_same_names
+from .scale import chunks, rescaled, scaled
 
 # Entries of a block that is made on the way.
 BLOCK_ENTRIES = 1 << 22
@@ -37,6 +37,9 @@ BLOCK_ENTRIES = 1 << 22
 TILE_ENTRIES = 1 << 18
 # Squares of values between these need no scaling: (least, most) exponent.
 SAFE = {torch.float32: (-40, 40), torch.float64: (-400, 400)}
+
+# Rows below this have digits whose squares are 0 in float64.
+LEAST = 2.0**-459
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -177,9 +180,42 @@ class Rows:
         else:
             self.exponent = most - power
 
+    def refuse_lost(self, scale: Callable[[Tensor], Tensor], centres: Tensor | None = None) -> None:
+        """ValueError where a row is so small beside the largest value that the square of what tells
+        it from others is 0: from other rows, or from centres. `scale` gives values as they are
+        squared; centres are so already.
+        """
+        near = None if centres is None else centres.abs().amax(1)
+        if near is not None and not bool((near < LEAST).any()):
+            return
+        among = near is not None and bool(((near > 0) & (near < LEAST)).any())
+        small: tuple[int, float] | None = None
+        top, at, value = -1.0, (0, 0), 0.0
+        for part, x in self.pieces():
+            far = scale(x).abs().nan_to_num(0.0)
+            most = far.amax(1)
+            lost = ((most < LEAST) & ((most > 0) | among)).nonzero()[:, 0]
+            if small is None and len(lost):
+                row = int(lost[0])
+                given = float(x[row].abs().nan_to_num(0.0).max())
+                small = part.start + row, rescaled(given, -self.exponent)
+            if float(most.max()) > top:
+                top, row = float(most.max()), int(most.argmax())
+                column = int(far[row].argmax())
+                at = part.start + row, column
+                value = rescaled(float(x[row, column]), -self.exponent)
+        if small is not None:
+            raise ValueError(
+                "X: expected values that float64 can square beside each other, got"
+                f" {value:.3g} in row {at[0]}, column {at[1]}, and at most {small[1]:.3g} in row"
+                f" {small[0]}; leave out or replace values beyond about 1e150"
+            )
+
     def frame(self) -> None:
         """Choose the scale, and learn mean and variance in one pass."""
         self.choose_scale(self.top)
+        if self.exponent < 0:
+            self.refuse_lost(lambda x: x)
         if self.is_sparse:
             self.mean, self.variance = sparse_rows.moments(self)
             return
@@ -285,6 +321,7 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
 
 def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
     unmasked("X", x)
+    refuse_same_names("X", x)
     if _is_mapped(x) and x.ndim == 2 and x.size and x.dtype.kind in "biuf":
         return np.asarray(validate_data(estimator, x, reset=reset, skip_check_array=True))
     narrow = _float_dtype(x) == np.float32

@@ -384,7 +384,10 @@ class KMeans(
         centres = centres.to(rows.device)
         rows.dtype = rows.result = torch.promote_types(rows.dtype, centres.dtype)
         rows.choose_scale(max(rows.top, float(centres.abs().max())))
-        return rows, in_scale(centres.to(rows.dtype), rows.exponent)
+        centres = in_scale(centres.to(rows.dtype), rows.exponent)
+        if rows.exponent < 0:
+            rows.refuse_lost(lambda x: x, centres)
+        return rows, centres
 
     def _labels(self, rows: Rows, centres: Tensor) -> Tensor:
         with torch.inference_mode(), threads_for(rows.tile_work(len(centres))):
