@@ -153,3 +153,34 @@ def test_small_distances_keep_their_digits():
     assert model.inertia_ == pytest.approx(want.inertia_, rel=1e-6)
     distances = model.transform(sparse.csr_array(x))
     np.testing.assert_allclose(distances, want.transform(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "lil"])
+@pytest.mark.parametrize("index", [7, -1])
+def test_an_index_outside_the_matrix_is_refused(kind, index):
+    """Compiled code of scipy would write where it points to."""
+    x = sparse.csr_matrix((np.ones(3), [0, 1, 2], [0, 1, 2, 3]), shape=(3, 5)).asformat(kind)
+    if kind == "coo":
+        x.col[2] = index
+    elif kind == "lil":
+        x.rows[2] = [index]
+    else:
+        x.indices[2] = index
+    axis, most = ("row", 2) if kind == "csc" else ("column", 4)
+    unit = " of blocks" if kind == "bsr" else ""
+    other = "column" if kind == "csc" else "row"
+    words = f"X: expected {axis} indices{unit} from 0 to {most}, got {index} in {other} 2"
+    with pytest.raises(ValueError, match=words):
+        KMeans(2, n_init=1).fit(x)
+    model = KMeans(2, n_init=1).fit(np.eye(3, 5))
+    for method in (model.predict, model.transform, model.score):
+        with pytest.raises(ValueError, match=words):
+            method(x)
+
+
+@pytest.mark.parametrize("ends", [[0, 2, 1, 3], [0, 1, 2, 4], [1, 1, 2, 3], [0, 1, 3]])
+def test_an_indptr_that_does_not_rise_to_the_end_is_refused(ends):
+    x = sparse.csr_matrix((np.ones(3), [0, 1, 2], [0, 1, 2, 3]), shape=(3, 5))
+    x.indptr = np.array(ends, dtype=np.int32)
+    with pytest.raises(ValueError, match=r"X: expected an indptr of 4 numbers that rises from 0"):
+        KMeans(2, n_init=1).fit(x)
