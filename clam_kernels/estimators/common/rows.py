@@ -28,7 +28,7 @@ from ...metrics import unmasked
 from . import sparse_rows
 from .base import NARROW, choose_device, read_tensor, refuse_bad_entries
 from .frame import Frame
-from .numbers import as_numbers
+from .numbers import as_numbers, check_integers
 from .scale import chunks, scaled
 
 # Entries of a block that is made on the way.
@@ -275,6 +275,8 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
         rows.top = float(max(data.max(initial=0), -data.min(initial=0)))
         return
     for part, block in rows.blocks():
+        if isinstance(rows.source, np.ndarray):  # the conversion to a block may have rounded
+            check_integers("X", rows.source[part], part.start)
         low, high = (float(end) for end in torch.aminmax(block))
         if not (math.isfinite(low) and math.isfinite(high)):
             refuse_bad_entries(estimator, block, allow_nan, first_row=part.start)
