@@ -33,6 +33,8 @@ from .scale import chunks, scaled
 
 # Entries of a block that is made on the way.
 BLOCK_ENTRIES = 1 << 22
+# Entries of a piece of float32 rows that are normalised in float64: on a CPU it stays in the cache.
+UNIT_ENTRIES = 1 << 16
 # Rows x centres of one product on a CPU, about.
 TILE_ENTRIES = 1 << 18
 # Squares of values between these need no scaling: (least, most) exponent.
@@ -229,11 +231,26 @@ def in_scale(x: Tensor, exponent: int) -> Tensor:
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Rows of unit norm; a row of zeros stays."""
-    top = x.abs().amax(-1, keepdim=True)
-    x = x / torch.where(top > 0, top, 1.0)  # squares neither overflow nor vanish
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1.0)
+    """Rows of unit norm, rounded once, as those of sparse rows are; a row of zeros stays."""
+    if x.dtype == torch.float64:
+        top = x.abs().amax(-1, keepdim=True)
+        x = x / torch.where(top > 0, top, 1.0)  # squares neither overflow nor vanish
+        return x.div_(_divisor(x))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    features = x.shape[-1]
+    size = max(1, (UNIT_ENTRIES if x.device.type == "cpu" else BLOCK_ENTRIES) // features)
+    for part, own in zip(
+        x.reshape(-1, features).split(size), out.view(-1, features).split(size), strict=True
+    ):
+        wide = part.double()
+        own.copy_(wide.div_(_divisor(wide)))
+    return out
+
+
+def _divisor(x: Tensor) -> Tensor:
+    """The norm of each row, 1 for a row of zeros."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, norm, 1.0)
 
 
 def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
