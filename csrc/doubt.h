@@ -27,9 +27,9 @@ constexpr float kMost = 3.0e38f;
 // Keeps NaN.
 CLAM_HD float clamped(float x) { return x > kMost ? kMost : x < -kMost ? -kMost : x; }
 
-// What the rule needs of all memories that take part: the largest beta, not finite where a beta or a
-// log-weight is not; how many times the least beta it is; and kCalm, or with a beta for each memory
-// kCalmOfMany.
+// What the rule needs of all memories that take part: the largest beta, not finite where a beta or
+// a log-weight is not; how many times the least beta it is; and kCalm, or with a beta for each
+// memory kCalmOfMany.
 struct Betas {
   float sharp, ratio, calm;
 };

@@ -299,6 +299,36 @@ def test_a_thread_that_begins_inside_a_block_of_another_has_its_number(threads, 
     assert [thread(torch.get_num_threads) for thread in threads] == [2] * 3
 
 
+def test_a_thread_that_begins_while_a_block_begins_or_ends_has_its_number(two_threads, monkeypatch):
+    """`torch.set_num_threads(1)` gives one thread, for good, to those that begin right after it."""
+    seen, plain = [], torch.set_num_threads
+
+    def set_number(number: int) -> None:
+        plain(number)
+        seen.append(InThread()(torch.get_num_threads))
+
+    monkeypatch.setattr(torch, "set_num_threads", set_number)
+    block = _threads.threads_for(1)
+    block.__enter__()
+    seen.append(InThread()(torch.get_num_threads))
+    block.__exit__(None, None, None)
+    seen.append(InThread()(torch.get_num_threads))
+    assert set(seen) == {2}
+
+
+def test_fits_in_new_threads_leave_their_numbers_of_threads(two_threads):
+    def fit(_: int) -> list[int]:
+        numbers = [torch.get_num_threads()]
+        for _ in range(3):
+            ck.KMeans(3, n_init=1, max_iter=2).fit(X)
+            numbers.append(torch.get_num_threads())
+        return numbers
+
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(fit, range(8))) == [[2] * 4] * 8
+
+
 def test_a_number_that_a_thread_set_itself_stays(threads, two_threads):
     """One thread of torch is what it asked for, not what another block left."""
     block, own = _threads.threads_for(1), _threads.threads_for(1)

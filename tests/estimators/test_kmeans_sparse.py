@@ -153,3 +153,89 @@ def test_small_distances_keep_their_digits():
     assert model.inertia_ == pytest.approx(want.inertia_, rel=1e-6)
     distances = model.transform(sparse.csr_array(x))
     np.testing.assert_allclose(distances, want.transform(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "lil"])
+@pytest.mark.parametrize("index", [7, -1])
+def test_an_index_outside_the_matrix_is_refused(kind, index):
+    """Compiled code of scipy would write where it points to."""
+    x = sparse.csr_matrix((np.ones(3), [0, 1, 2], [0, 1, 2, 3]), shape=(3, 5)).asformat(kind)
+    if kind == "coo":
+        x.col[2] = index
+    elif kind == "lil":
+        x.rows[2] = [index]
+    else:
+        x.indices[2] = index
+    axis, most = ("row", 2) if kind == "csc" else ("column", 4)
+    unit = " of blocks" if kind == "bsr" else ""
+    other = "column" if kind == "csc" else "row"
+    words = f"X: expected {axis} indices{unit} from 0 to {most}, got {index} in {other} 2"
+    with pytest.raises(ValueError, match=words):
+        KMeans(2, n_init=1).fit(x)
+    model = KMeans(2, n_init=1).fit(np.eye(3, 5))
+    for method in (model.predict, model.transform, model.score):
+        with pytest.raises(ValueError, match=words):
+            method(x)
+
+
+@pytest.mark.parametrize("ends", [[0, 2, 1, 3], [0, 1, 2, 4], [1, 1, 2, 3], [0, 1, 3]])
+def test_an_indptr_that_does_not_rise_to_the_end_is_refused(ends):
+    x = sparse.csr_matrix((np.ones(3), [0, 1, 2], [0, 1, 2, 3]), shape=(3, 5))
+    x.indptr = np.array(ends, dtype=np.int32)
+    with pytest.raises(ValueError, match=r"X: expected an indptr of 4 numbers that rises from 0"):
+        KMeans(2, n_init=1).fit(x)
+
+
+def test_rows_at_their_centres_are_not_made_dense(monkeypatch):
+    """It took 30 times as long as scikit-learn."""
+    own = np.random.default_rng(0).integers(0, 30, 2000)
+    x = sparse.csr_array((np.ones(2000), (np.arange(2000), own)), shape=(2000, 500))
+    model = KMeans(30, n_init=1, max_iter=5, random_state=0).fit(x)
+    rows = _rows.read_rows(model, x, reset=True)
+    rows.frame()
+    monkeypatch.setattr(_rows.Rows, "take", None)
+    centres = torch.from_numpy(model.cluster_centers_)
+    labels = torch.from_numpy(model.labels_).long()
+    assert float(_sparse.pair_distances(rows, centres, labels).max()) == 0.0
+    assert model.inertia_ == 0.0
+    far = _sparse.distances(rows, centres, exact=True)
+    assert torch.equal(far, 2.0 - 2.0 * torch.nn.functional.one_hot(labels, 30).double().mT)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("gap", [0.0, 1e-9, 1e-3, 1.0])
+def test_distances_of_pairs_are_those_of_differences(metric, dtype, scale, gap):
+    """A gap at the nonzero entries of a row and a gap at the others."""
+    rng = np.random.default_rng(0)
+    x = (_counts() * scale).astype(dtype)
+    model = KMeans(12, metric=metric, random_state=0)
+    rows = _rows.read_rows(model, sparse.csr_array(x), reset=True)
+    rows.frame()
+    dense = rows.take(torch.arange(len(x)))
+    centres = dense[:24] + gap * dense.max() * torch.from_numpy(rng.normal(size=(24, 60)) ** 9)
+    centres = centres.to(dense.dtype)
+    labels = torch.arange(len(x)) % 24
+    wanted = (dense.double() - centres.double()[labels]).square_().sum(1)
+    got = _sparse.pair_distances(rows, centres, labels)
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=0.0)
+    assert float(got.sum()) == pytest.approx(float(wanted.sum()), rel=1e-12)
+    every = _sparse.distances(rows, centres, exact=True)[labels, torch.arange(len(x))]
+    torch.testing.assert_close(every, wanted, rtol=1e-8, atol=0.0)
+
+
+def test_unit_rows_of_float32_are_rounded_alike():
+    """Dense rows were rounded three times, and 17 fits of 20 came to other labels."""
+    x = sparse.random_array((500, 200), density=0.05, format="csr", dtype=np.float32, rng=0)
+    for seed in range(5):
+        model = KMeans(8, n_init=1, metric="cosine", random_state=seed)
+        labels, inertia = model.fit(x.toarray()).labels_, model.inertia_
+        np.testing.assert_array_equal(model.fit(x).labels_, labels)
+        assert model.inertia_ == pytest.approx(inertia, rel=1e-6)
+    rows = _rows.read_rows(model, x, reset=True)
+    wide = torch.from_numpy(x.toarray()).double()
+    wanted = torch.nn.functional.normalize(wide).float()
+    assert torch.equal(_sparse.dense(rows), wanted)
+    assert torch.equal(_rows.normalised(wide.float()), wanted)
+    assert torch.equal(_rows.normalised(wide.float().mT.contiguous().mT), wanted)

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pytest
 import torch
 from scipy import sparse
+from sklearn.base import clone
 
 from clam_kernels import ClAM, KMeans, plots
+from clam_kernels.estimators.common import rows as _rows
 
 ROWS = 8
 FLOATS = np.linspace(0, 1, ROWS)
@@ -116,6 +118,21 @@ def test_integers_of_arrays_are_refused_by_place(made):
     x[5, 1] = -(2**53) - 1
     with pytest.raises(ValueError, match=f"got {-(2**53) - 1} in column 1, row 5"):
         KMeans(2, n_init=1).fit(made(x))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("kind", ["<i8", ">i8", "<u8"])
+def test_integers_of_a_memory_map_are_refused_by_place(estimator, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(_rows, "BLOCK_ENTRIES", 6)  # two rows
+    x = np.arange(ROWS * 3).reshape(ROWS, 3).astype(kind)
+    np.save(tmp_path / "small.npy", x)
+    x[5, 1] = 2**53 + 1
+    np.save(tmp_path / "big.npy", x)
+    model = clone(estimator).fit(np.load(tmp_path / "small.npy", mmap_mode="r"))
+    words = rf"X: expected integers .* got {2**53 + 1} in column 1, row 5"
+    for method in (clone(estimator).fit, model.predict):
+        with pytest.raises(ValueError, match=words):
+            method(np.load(tmp_path / "big.npy", mmap_mode="r"))
 
 
 def test_integers_that_float64_holds_are_taken():

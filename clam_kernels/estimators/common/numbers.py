@@ -18,6 +18,7 @@ from torch import Tensor
 from ...tables._numbers import first_rounded
 
 DATES = "convert dates and durations to numbers first, or leave them out"
+AXES = ("row", "column")
 # Scalars of numpy that `float` takes, and that are no real numbers.
 NO_NUMBERS = (np.datetime64, np.timedelta64, np.complexfloating)
 # Types of entries that need no look: a conversion to float64 keeps them.
@@ -31,8 +32,7 @@ def as_numbers(name: str, x: Any) -> Any:
     reads numbers and refuses the rest.
     """
     if sparse.issparse(x):
-        _check_sparse(name, x)
-        return x
+        return _checked_sparse(name, x)
     if isinstance(x, Tensor):
         _check_array(name, x.detach().cpu().numpy() if _is_wide(x) else np.empty(0))
         return x
@@ -62,14 +62,65 @@ def _is_wide(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex()) and x.element_size() == 8
 
 
-def _check_sparse(name: str, x: Any) -> None:
-    if x.dtype.kind not in "iu" or x.dtype.itemsize < 8:
+def _checked_sparse(name: str, x: Any) -> Any:
+    """A sparse matrix whose indices stay inside it; compiled code writes where they point to."""
+    if x.ndim != 2:
+        return x  # scikit-learn says so
+    if x.format not in ("csr", "csc", "bsr", "coo"):
+        x = x.tocsr()
+    if x.format == "coo":
+        for axis, indices in zip(AXES, (x.row, x.col), strict=True):
+            _check_indices(name, x, axis, indices)
+    else:
+        _check_compressed(name, x)
+    if x.dtype.kind in "iu" and x.dtype.itemsize == 8:
+        entries = x.tocoo()
+        place = first_rounded(entries.data)
+        if place is not None:
+            row, column = int(entries.row[place]), int(entries.col[place])
+            raise _rounded(name, column, row, entries.data[place])
+    return x
+
+
+def _check_compressed(name: str, x: Any) -> None:
+    block = x.blocksize if x.format == "bsr" else (1, 1)
+    major, minor = (1, 0) if x.format == "csc" else (0, 1)
+    ends, most = x.indptr, min(len(x.indices), len(x.data))
+    rising = len(ends) == x.shape[major] // block[major] + 1 and ends[0] == 0
+    if not rising or ends[-1] > most or bool((ends[1:] < ends[:-1]).any()):
+        raise ValueError(
+            f"{name}: expected an indptr of {x.shape[major] // block[major] + 1} numbers that rises"
+            f" from 0 to at most {most}, the number of entries, got {ends}"
+        )
+    _check_indices(name, x, AXES[minor], x.indices[: ends[-1]], block[minor])
+
+
+def _check_indices(name: str, x: Any, axis: str, indices: np.ndarray, block: int = 1) -> None:
+    size = x.shape[AXES.index(axis)] // block
+    if not len(indices) or (indices.min() >= 0 and indices.max() < size):
         return
-    entries = x.tocoo()
-    place = first_rounded(entries.data)
+    place = int(((indices < 0) | (indices >= size)).argmax())
+    if x.format == "coo":
+        at = int((x.col if axis == "row" else x.row)[place])
+    else:
+        at = int(np.searchsorted(x.indptr, place, side="right")) - 1
+    other = AXES[1 - AXES.index(axis)]
+    unit = " of blocks" if x.format == "bsr" else ""
+    raise ValueError(
+        f"{name}: expected {axis} indices{unit} from 0 to {size - 1}, got {int(indices[place])} in"
+        f" {other} {at}{unit}"
+    )
+
+
+def check_integers(name: str, x: Any, first_row: int = 0) -> None:
+    """ValueError for an integer of an array [N, D] that float64 rounds; rows count from
+    `first_row`.
+    """
+    place = first_rounded(x)
     if place is not None:
-        row, column = int(entries.row[place]), int(entries.col[place])
-        raise _rounded(name, column, row, entries.data[place])
+        row, *rest = (int(i) for i in np.unravel_index(place, x.shape))
+        column = rest[0] if len(rest) == 1 else None
+        raise _rounded(name, column, first_row + row, x.flat[place])
 
 
 def _check_array(name: str, x: np.ndarray) -> np.ndarray:
@@ -78,10 +129,8 @@ def _check_array(name: str, x: np.ndarray) -> np.ndarray:
     if x.dtype.kind == "O" and x.ndim == 2:
         columns = [_checked_objects(name, j, column) for j, column in enumerate(x.T)]
         return x if all(column is None for column in columns) else _without_na(x)
-    place = first_rounded(x) if x.size else None
-    if place is not None:
-        row, *rest = (int(i) for i in np.unravel_index(place, x.shape))
-        raise _rounded(name, rest[0] if len(rest) == 1 else None, row, x.flat[place])
+    if x.size:
+        check_integers(name, x)
     return x
 
 

@@ -28,11 +28,13 @@ from ...metrics import unmasked
 from . import sparse_rows
 from .base import NARROW, choose_device, read_tensor, refuse_bad_entries
 from .frame import Frame
-from .numbers import as_numbers, refuse_same_names
+from .numbers import as_numbers, check_integers, refuse_same_names
 from .scale import chunks, rescaled, scaled
 
 # Entries of a block that is made on the way.
 BLOCK_ENTRIES = 1 << 22
+# Entries of a piece of float32 rows that are normalised in float64: on a CPU it stays in the cache.
+UNIT_ENTRIES = 1 << 16
 # Rows x centres of one product on a CPU, about.
 TILE_ENTRIES = 1 << 18
 # Squares of values between these need no scaling: (least, most) exponent.
@@ -265,11 +267,26 @@ def in_scale(x: Tensor, exponent: int) -> Tensor:
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Rows of unit norm; a row of zeros stays."""
-    top = x.abs().amax(-1, keepdim=True)
-    x = x / torch.where(top > 0, top, 1.0)  # squares neither overflow nor vanish
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1.0)
+    """Rows of unit norm, rounded once, as those of sparse rows are; a row of zeros stays."""
+    if x.dtype == torch.float64:
+        top = x.abs().amax(-1, keepdim=True)
+        x = x / torch.where(top > 0, top, 1.0)  # squares neither overflow nor vanish
+        return x.div_(_divisor(x))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    features = x.shape[-1]
+    size = max(1, (UNIT_ENTRIES if x.device.type == "cpu" else BLOCK_ENTRIES) // features)
+    for part, own in zip(
+        x.reshape(-1, features).split(size), out.view(-1, features).split(size), strict=True
+    ):
+        wide = part.double()
+        own.copy_(wide.div_(_divisor(wide)))
+    return out
+
+
+def _divisor(x: Tensor) -> Tensor:
+    """The norm of each row, 1 for a row of zeros."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, norm, 1.0)
 
 
 def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
@@ -311,6 +328,8 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
         rows.top = float(max(data.max(initial=0), -data.min(initial=0)))
         return
     for part, block in rows.blocks():
+        if isinstance(rows.source, np.ndarray):  # the conversion to a block may have rounded
+            check_integers("X", rows.source[part], part.start)
         low, high = (float(end) for end in torch.aminmax(block))
         if not (math.isfinite(low) and math.isfinite(high)):
             refuse_bad_entries(estimator, block, allow_nan, first_row=part.start)

@@ -2,8 +2,8 @@
 """Sparse rows on a CPU: labels, sums and distances by products with their nonzero entries alone.
 
 A squared distance is |x|^2 + |c|^2 - 2 x.c in float64. Where a bound on its error does not decide a
-label, or a distance is so small that digits cancel, the row is made dense and goes the way of dense
-rows.
+label, the row is made dense and goes the way of dense rows. Where digits cancel, the distance is
+computed from differences at the nonzero entries and the rest of |c|^2, which sums on a grid keep.
 """
 
 from __future__ import annotations
@@ -77,6 +77,12 @@ class Tile:
         """The rows as a matrix [n, D]."""
         shape = len(self.ends) - 1, self.features
         return sparse.csr_array((self.values, self.columns, self.ends), shape=shape)
+
+    def some(self, index: Tensor) -> Tile:
+        """Some of the rows, as a tile that is no part of the rows of a matrix."""
+        found = self.matrix[index.numpy()]
+        part = slice(0, len(index))
+        return Tile(part, found.data, found.indices, found.indptr, self.features)
 
     def products(self, table: Array) -> Tensor:
         """Products [n, K] of the rows with a table [D, K]."""
@@ -243,31 +249,68 @@ def distances(rows: Rows, centres: Tensor, *, exact: bool) -> Tensor:
     differences.
     """
     norms, table = _norms(centres), _table(centres)
+    points = Points(centres) if exact else None
     out = torch.empty(len(centres), len(rows), dtype=torch.float64, device="cpu")
-    small = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
     for tile in tiles(rows, len(centres)):
         whole = rows.squares[tile.part, None] + norms
         far = tile.products(table).mul_(-2.0).add_(whole)
-        out[:, tile.part] = far.masked_fill_(far <= whole * _noise(tile)[:, None], 0.0).mT
-        if exact:
-            small[tile.part] = (far < whole * CANCELLED).any(1)
-    for index, x in _dense(rows, small.nonzero()[:, 0], 1):
-        gap = torch.cdist(centres, x, compute_mode="donot_use_mm_for_euclid_dist")
-        out[:, index] = gap.double().square_()
+        small = (far < whole * CANCELLED) if points else None
+        far.masked_fill_(far <= whole * _noise(tile)[:, None], 0.0)
+        while points and small is not None and bool(small.any()):
+            some = small.any(1).nonzero()[:, 0]  # one centre of each
+            label = small[some].to(torch.uint8).argmax(1)
+            far[some, label] = points.distances(tile.some(some), label)
+            small[some, label] = False
+        out[:, tile.part] = far.mT
     return out
 
 
 def pair_distances(rows: Rows, centres: Tensor, labels: Tensor) -> Tensor:
-    """|x_n - c_label|^2 [N] in float64."""
-    out = torch.empty(len(rows), dtype=torch.float64, device="cpu")
-    small = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
-    norms, flat = _norms(centres), centres.numpy().reshape(-1)
-    for tile in tiles(rows, 1):
-        own = labels[tile.part]
-        terms = tile.values * flat[tile.places(own)]
-        whole = rows.squares[tile.part] + norms[own]
-        far = whole - 2 * torch.from_numpy(tile.sums(terms))
-        out[tile.part], small[tile.part] = far, far < whole * CANCELLED
-    for index, x in _dense(rows, small.nonzero()[:, 0], 1):
-        out[index] = (x - centres[labels[index]]).square_().sum(1).double()
-    return out
+    """|x_n - c_label|^2 [N] in float64, from differences."""
+    points = Points(centres)
+    found = [points.distances(tile, labels[tile.part]) for tile in tiles(rows, 1)]
+    return torch.cat(found)
+
+
+class Points:
+    """Centres [K, D] that distances are computed to from differences.
+
+    |x - c|^2 is the sum of (x_j - c_j)^2 over the nonzero entries of x and of c_j^2 over all
+    others, which is |c|^2 less the c_j^2 at the nonzero entries. Each c_j^2 is cut into multiples
+    of two powers of two, so large that sums of D of them are exact in any order: what is left over
+    of each is below D^2 2^-103 of the largest.
+    """
+
+    def __init__(self, centres: Tensor) -> None:
+        k, features = centres.shape
+        self.flat = centres.numpy().reshape(-1)
+        self.bits = 53 - features.bit_length()
+        self.grid = np.ones(k)
+        self.totals = np.zeros((2, k))
+        step = max(1, DENSE_ENTRIES // features)
+        for start in range(0, k, step):
+            part = slice(start, min(start + step, k))
+            squares = centres[part].double().square().numpy()
+            # a power of two is above the least normal number
+            power = np.maximum(np.frexp(squares.max(1))[1] - self.bits, -900)
+            self.grid[part] = np.ldexp(1.0, power)
+            for total, cut in zip(
+                self.totals, self._cut(squares, self.grid[part, None]), strict=True
+            ):
+                total[part] = cut.sum(1)
+
+    def _cut(self, squares: Array, grid: Array) -> tuple[Array, Array]:
+        """Two parts of squares, multiples of the grid and of a finer one."""
+        high = np.floor(squares / grid) * grid
+        fine = grid * 2.0**-self.bits
+        return high, np.floor((squares - high) / fine) * fine
+
+    def distances(self, tile: Tile, labels: Tensor) -> Tensor:
+        """Squared distances [n] of the rows of a tile to the centres of their labels."""
+        own = labels.numpy()
+        c = self.flat[tile.places(labels)].astype(np.float64)
+        far = tile.sums(np.square(tile.values - c))
+        cuts = self._cut(np.square(c, out=c), np.repeat(self.grid[own], tile.counts))
+        for total, cut in zip(self.totals, cuts, strict=True):
+            far += total[own] - tile.sums(cut)
+        return torch.from_numpy(far)

@@ -9,9 +9,10 @@ waits for threads that are not there. Small work therefore starts none.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
-import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,31 +23,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Multiply-adds of one product below which more threads gain nothing: about 1 ms of one core.
 SMALL_PRODUCT = 1 << 26
 
-_lock = threading.Lock()
+
+@functools.cache
+def _library() -> Any:
+    """The library of torch through which its OpenMP and its MKL are reached."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
-def _set_own(number: int) -> None:
-    """Set the number of threads of the calling thread, and leave that of new threads as it is.
-
-    `torch.set_num_threads` sets both. Only a new thread can read what new threads begin with.
+def _call(name: str, number: int) -> int:
+    """What a function of the library returns for a number; 0 where this torch has no such function,
+    and a block then runs on all threads.
     """
-    known, changed = threading.Event(), threading.Event()
-
-    def keep() -> None:
-        default = torch.get_num_threads()
-        known.set()
-        changed.wait()
-        torch.set_num_threads(default)
-
-    with _lock:
-        keeper = threading.Thread(target=keep, daemon=True)
-        keeper.start()
-        try:
-            known.wait()
-            torch.set_num_threads(number)
-        finally:  # Ctrl-C may end the wait
-            changed.set()
-        keeper.join()
+    with contextlib.suppress(AttributeError, OSError):
+        return int(getattr(_library(), name)(ctypes.c_int(number)))
+    return 0
 
 
 @contextlib.contextmanager
@@ -54,16 +44,20 @@ def threads_for(product: int) -> Iterator[None]:
     """Run the block on one thread if its products are small.
 
     Only the calling thread changes its number of threads, and it has its own again afterwards.
+    `torch.set_num_threads` would also set the number that new threads begin with.
     """
-    before = torch.get_num_threads()
+    before = torch.get_num_threads()  # the first call of a thread sets its number
     if product >= SMALL_PRODUCT or before == 1:
         yield
         return
+    products = 0
     try:
-        _set_own(1)
+        products = _call("MKL_Set_Num_Threads_Local", 1)  # 0: the number of all threads
+        _call("omp_set_num_threads", 1)
         yield
     finally:
-        _set_own(before)
+        _call("omp_set_num_threads", before)
+        _call("MKL_Set_Num_Threads_Local", products)
 
 
 def small_on_one_thread(method: F) -> F:
