@@ -24,7 +24,7 @@ from .scale import scaled
 Array = np.ndarray[Any, Any]
 
 # Most scores, and about the most nonzero entries, of a tile; entries of dense rows at once.
-TILE_SCORES, TILE_NONZERO, DENSE_ENTRIES = 1 << 16, 1 << 16, 1 << 18
+TILE_SCORES, TILE_NONZERO, DENSE_ENTRIES = 1 << 16, 1 << 15, 1 << 18
 # Squared distances are equal within this share, as in `kmeans_assign`.
 TIE = 2.0**-40
 # Below this share of |x|^2 + |c|^2 a distance is computed from differences.
@@ -206,7 +206,8 @@ def assign(rows: Rows, centres: Tensor, precision: str | None) -> tuple[Tensor, 
     """(labels [N], squared distances [N] in float64 to the nearest of centres [K, D])."""
     norms = _norms(centres)
     reach = float(norms.max()) ** 0.5
-    norms, table = _without_copies(centres, norms), -2.0 * _table(centres)
+    norms, table = _without_copies(centres, norms), _table(centres)
+    table *= -2.0
     labels = torch.empty(len(rows), dtype=torch.int64, device="cpu")
     far = torch.empty(len(rows), dtype=torch.float64, device="cpu")
     doubts = []
@@ -287,7 +288,7 @@ class Points:
         self.bits = 53 - features.bit_length()
         self.grid = np.ones(k)
         self.totals = np.zeros((2, k))
-        step = max(1, DENSE_ENTRIES // features)
+        step = max(1, (DENSE_ENTRIES >> 4) // features)
         for start in range(0, k, step):
             part = slice(start, min(start + step, k))
             squares = centres[part].double().square().numpy()
