@@ -14,13 +14,13 @@ import importlib
 import importlib.util
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from . import checks, library
+from .warn import warn
 
 BACKENDS = ("reference", "triton", "cuda")
 PRECISIONS = ("highest", "high", "medium")
@@ -202,11 +202,10 @@ def choose(spec: Runnable, device: str, arguments: tuple[Any, ...] = ()) -> tupl
 def _tell_fallback(spec: Runnable, reason: str) -> None:
     """Say once per process that a GPU runs the reference."""
     if requested() == "auto" and _fallback_told.acquire(blocking=False):
-        warnings.warn(
+        warn(
             f"clam::{spec.name} runs its reference on the GPU ({reason}); "
             "CLAM_BACKEND=reference silences this",
             RuntimeWarning,
-            stacklevel=3,
         )
 
 

@@ -10,7 +10,7 @@ import warnings
 _INNER = ("clam_kernels", "torch")
 
 
-def warn(text: str, category: type[Warning]) -> None:
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
     """Warn of the nearest line outside this package and torch, however deep the call is."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):

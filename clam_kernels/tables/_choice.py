@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._core.warn import warn
 from ..exceptions import DataFileError
 
 # What pandas calls columns without a name when it reads its own CSV again.
@@ -82,11 +82,10 @@ class Choice:
             )
         others = [name for name in places if name not in expected]
         if others:
-            warnings.warn(
+            warn(
                 f"{source}: the model was not fitted on {_columns(len(others))}"
                 f" {listed(list(map(repr, others)))}, which {'is' if len(others) == 1 else 'are'}"
-                " left out",
-                stacklevel=5,
+                " left out"
             )
         return [places[name].pop(0) for name in expected]
 

@@ -7,13 +7,13 @@ import codecs
 import csv
 import io
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .._core.warn import warn
 from ..exceptions import DataFileError
 from . import _numbers
 from ._choice import Choice, leading_unnamed
@@ -247,15 +247,15 @@ def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: boo
     as_data = f"{source}: the first row ({shown}) became data; --header reads it as column names"
     if not all(_numbers.is_value(name, decimal_comma) for name in names):
         if any(map(_numbers.is_observed, names)):
-            warnings.warn(as_names, stacklevel=5)
+            warn(as_names)
         return True
     # empty names before numbers are those of an index
     counted = names[leading_unnamed(names) :]
     if len(names) > 1 and counted and counted == [str(i) for i in range(len(counted))]:
-        warnings.warn(as_names, stacklevel=5)
+        warn(as_names)
         return True
     if _are_consecutive(names):
-        warnings.warn(as_data, stacklevel=5)
+        warn(as_data)
     return False
 
 

@@ -60,6 +60,7 @@ ADDED: dict[str, dict[str, str]] = {
     "clam_kernels.tables": {
         "numpy": "rows of a file as an array",
         "pyarrow": "CSV and Parquet files",
+        "clam_kernels._core": "warnings that name the line of the caller",
         "clam_kernels.exceptions": "a bad file has an error of its own",
         "clam_kernels.serialize": "files appear whole or not at all",
     },
