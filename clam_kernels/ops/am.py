@@ -11,146 +11,12 @@ from torch import Tensor
 import python_fallback
 
 from .._core import checks
-from .._core.backend import PRECISIONS
 from .._core.install import op
 from .._core.spec import Gradient
+from . import _am as _parts
 
 _BETA = {"beta_tensor": {"beta": "Tensor beta"}, "": {"beta": "float beta"}}
-# a tuple: a union would be built anew at every call
 _CORE = {"v": 2, "rho": 2, "beta": 1, "update_mask": 2, "log_weights": 1}
-
-
-# ---- checks and fakes: argument for argument those of the schemas ------------------------------
-
-
-def _check_pair(v: Tensor, rho: Tensor) -> None:
-    """V [..., N, D] and rho [..., K, D] belong together; K and D are not 0."""
-    for name, x in (("v", v), ("rho", rho)):
-        checks.floating(name, x)
-        checks.device(name, x)
-    checks.same_dtype("rho", rho, "v", v)
-    checks.same_device("rho", rho, "v", v)
-    checks.shape("v", v, "[..., N, D]", v.ndim >= 2)
-    checks.shape("rho", rho, "[..., K, D]", rho.ndim >= 2)
-    checks.non_empty("v", v, -1, "D")
-    pattern, size = f"[..., K, {v.shape[-1]}]", v.shape[-1]
-    checks.shape("rho", rho, pattern, rho.shape[-1] == size, f"v {checks.spell(*v.shape)}")
-    checks.non_empty("rho", rho, -2, "K")
-
-
-def _check_memory_side(
-    name: str, x: Tensor, v: Tensor, rho: Tensor, size: Any, letter: str
-) -> None:
-    checks.floating(name, x)
-    checks.same_device(name, x, "v", v)
-    checks.core_fits(name, x, [size], letter, f"rho {checks.spell(*rho.shape)}")
-
-
-def _batch(
-    v: Tensor, rho: Tensor, beta: Any, update_mask: Tensor | None, log_weights: Tensor | None
-) -> list[Any]:
-    options = [("update_mask", update_mask, 2), ("log_weights", log_weights, 1)]
-    return checks.broadcast([("v", v, 2), ("rho", rho, 2), ("beta", beta, 1), *options])
-
-
-def _check_recursion(
-    v: Tensor,
-    rho: Tensor,
-    beta: Any,
-    steps: Any,
-    step: Any,
-    update_mask: Tensor | None,
-    log_weights: Tensor | None,
-    precision: str | None,
-) -> None:
-    _check_pair(v, rho)
-    if isinstance(beta, Tensor):
-        _check_memory_side("beta", beta, v, rho, rho.shape[-2], "K")
-    else:
-        checks.number("beta", beta, 0.0, finite=False)
-    checks.at_least("steps", steps, 0)
-    checks.number("step", step, 0.0, finite=True)
-    if update_mask is not None:
-        if update_mask.dtype != torch.bool:
-            checks.floating("update_mask", update_mask)
-        checks.same_device("update_mask", update_mask, "v", v)
-        match = f"v {checks.spell(*v.shape)}"
-        checks.core_fits("update_mask", update_mask, v.shape[-2:], "N, D", match)
-    if log_weights is not None:
-        _check_memory_side("log_weights", log_weights, v, rho, rho.shape[-2], "K")
-    _batch(v, rho, beta, update_mask, log_weights)
-    checks.one_of("precision", precision, PRECISIONS)
-
-
-def _check_step(v: Tensor, rho: Tensor, beta: Any, step: Any, *rest: Any) -> None:
-    _check_recursion(v, rho, beta, 1, step, *rest)
-
-
-def _check_energy(
-    v: Tensor, rho: Tensor, beta: Any, log_weights: Tensor | None, precision: str | None
-) -> None:
-    if not isinstance(beta, Tensor):
-        checks.number("beta", beta, 0.0, finite=True, strict=True)
-    _check_recursion(v, rho, beta, 0, 1.0, None, log_weights, precision)
-    if isinstance(beta, Tensor):
-        checks.shape(
-            "beta", beta, "[] or [..., 1] (one for all memories)", checks.fits(beta.shape[-1:], [1])
-        )
-
-
-def _check_assign(
-    v: Tensor, rho: Tensor, log_weights: Tensor | None, precision: str | None
-) -> None:
-    _check_recursion(v, rho, 1.0, 0, 1.0, None, log_weights, precision)
-
-
-def _check_beta_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
-    if isinstance(beta, Tensor):
-        checks.values("beta", beta, 0.0, finite=False)
-
-
-def _check_energy_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
-    if isinstance(beta, Tensor):
-        checks.values("beta", beta, 0.0, finite=True, strict=True)
-
-
-def _wide(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
-def _fake_recursion(
-    v: Tensor,
-    rho: Tensor,
-    beta: Any,
-    steps: Any,
-    step: Any,
-    update_mask: Tensor | None,
-    log_weights: Tensor | None,
-    precision: str | None,
-) -> Tensor:
-    return v.new_empty([*_batch(v, rho, beta, update_mask, log_weights), *v.shape[-2:]])
-
-
-def _fake_step(v: Tensor, rho: Tensor, beta: Any, step: Any, *rest: Any) -> Tensor:
-    return _fake_recursion(v, rho, beta, 1, step, *rest)
-
-
-def _fake_step_saved(v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out = _fake_step(v, *rest)
-    return out, out.new_empty(out.shape[:-1], dtype=_wide(v))
-
-
-def _fake_energy(
-    v: Tensor, rho: Tensor, beta: Any, log_weights: Tensor | None, precision: str | None
-) -> Tensor:
-    return v.new_empty([*_batch(v, rho, beta, None, log_weights), v.shape[-2]], dtype=_wide(v))
-
-
-def _fake_assign(
-    v: Tensor, rho: Tensor, log_weights: Tensor | None, precision: str | None
-) -> tuple[Tensor, Tensor]:
-    sqdist = _fake_energy(v, rho, 1.0, log_weights, precision)
-    return torch.empty_like(sqdist, dtype=torch.int64), sqdist
 
 
 # ---- the documented functions ------------------------------------------------------------------
@@ -456,9 +322,9 @@ AM_STEP = op(
     arguments=f"Tensor v, Tensor rho, {{beta}}, {_REST}",
     returns="Tensor",
     overloads=_BETA,
-    check=_check_step,
-    check_values=_check_beta_values,
-    fake=_fake_step,
+    check=_parts.check_step,
+    check_values=_parts.check_beta_values,
+    fake=_parts.fake_step,
     truth=_truth.am_step,
     reference=_truth.am_step_forward,
     function=am_step,
@@ -467,7 +333,7 @@ AM_STEP = op(
     gradient=Gradient(
         reference=_truth.am_step_backward,
         kernels=_kernels("am_step_backward", file="backward", small=True),
-        saved=(_truth.am_step_saved, _fake_step_saved),
+        saved=(_truth.am_step_saved, _parts.fake_step_saved),
         saved_kernels=_kernels("am_step_saved", small=True),
     ),
     same_dtype=("v", "rho"),
@@ -479,9 +345,9 @@ AM_RECURSION = op(
     arguments=f"Tensor v, Tensor rho, {{beta}}, SymInt steps, {_REST}",
     returns="Tensor",
     overloads=_BETA,
-    check=_check_recursion,
-    check_values=_check_beta_values,
-    fake=_fake_recursion,
+    check=_parts.check_recursion,
+    check_values=_parts.check_beta_values,
+    fake=_parts.fake_recursion,
     truth=_truth.am_recursion,
     reference=_truth.am_recursion_forward,
     function=am_recursion,
@@ -500,9 +366,9 @@ AM_ENERGY = op(
     arguments="Tensor v, Tensor rho, {beta}, Tensor? log_weights=None, str? precision=None",
     returns="Tensor",
     overloads=_BETA,
-    check=_check_energy,
-    check_values=_check_energy_values,
-    fake=_fake_energy,
+    check=_parts.check_energy,
+    check_values=_parts.check_energy_values,
+    fake=_parts.fake_energy,
     truth=_truth.am_energy,
     reference=_truth.am_energy_forward,
     function=am_energy,
@@ -521,8 +387,8 @@ AM_ASSIGN = op(
     name="am_assign",
     arguments="Tensor v, Tensor rho, Tensor? log_weights=None, str? precision=None",
     returns="(Tensor, Tensor)",
-    check=_check_assign,
-    fake=_fake_assign,
+    check=_parts.check_assign,
+    fake=_parts.fake_assign,
     truth=_truth.am_assign,
     reference=_truth.am_assign_forward,
     function=am_assign,
