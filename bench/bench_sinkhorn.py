@@ -15,7 +15,10 @@ from torch import Tensor
 
 from clam_kernels import testing
 
-SCORES, FEATURES = testing.workloads("sinkhorn"), testing.workloads("sinkhorn_features")
+SCORES, FEATURES = (
+    testing.workloads("sinkhorn_potentials"),
+    testing.workloads("sinkhorn_potentials_features"),
+)
 # Entries of the largest problem that POT, ten times slower, is given.
 MOST_OF_POT = 20_000 * 300
 TIMER = {"timer": time.process_time, "min_rounds": 1}
@@ -63,13 +66,13 @@ def test_forward(workload: testing.Workload, race: Any) -> None:
     n_iter = next(a for a in args if isinstance(a, int))
 
     def logits() -> Tensor:
-        return args[0] if workload.op == "sinkhorn" else args[0] @ args[1].T
+        return args[0] if workload.op == "sinkhorn_potentials" else args[0] @ args[1].T
 
     rivals = {
         "logsumexp": lambda: logsumexp_loop(logits(), n_iter),
         "linear": lambda: linear_loop(logits(), n_iter),
     }
-    if workload.op == "sinkhorn" and logits().numel() <= MOST_OF_POT and has_pot():
+    if workload.op == "sinkhorn_potentials" and logits().numel() <= MOST_OF_POT and has_pot():
         rivals["POT"] = lambda: pot(logits().numpy(), n_iter)
         rivals["POT on torch"] = lambda: pot(logits(), n_iter)
     exact = testing.spec_of(workload.op).truth(

@@ -138,9 +138,14 @@ def of_features(
     scale = torch.ones(())
     half, full = (z.bfloat16(), c.bfloat16()), (g, z[:, 0], g, g)
     few = torch.zeros(64, z.shape[1])  # so that no product of torch is worth mentioning
-    backward = partial(sinkhorn_backward.sinkhorn_features_backward, few[:, 0], g, few, c)
-    yield "features", partial(solver.sinkhorn_features, z, c, 1, *none, True, None, mode)
-    yield "features-full", partial(solver.sinkhorn_features, *half, 2, *full, False, scale, mode)
+    backward = partial(
+        sinkhorn_backward.sinkhorn_potentials_features_backward, few[:, 0], g, few, c
+    )
+    yield "features", partial(solver.sinkhorn_potentials_features, z, c, 1, *none, True, None, mode)
+    yield (
+        "features-full",
+        partial(solver.sinkhorn_potentials_features, *half, 2, *full, False, scale, mode),
+    )
     yield "features-backward", partial(backward, 1, *none, True, scale, needs, mode)
 
 
@@ -150,14 +155,17 @@ def of_scores() -> Iterator[tuple[str, Callable[[], object]]]:
     for label, k in (("", 3000), *((f"-{k}", k) for k in (16, 32, 64, 128, 256, 512, 1000, 2048))):
         yield (
             f"scores{label}",
-            partial(solver.sinkhorn, torch.zeros(4096, k), 2, *plain, None, "high"),
+            partial(solver.sinkhorn_potentials, torch.zeros(4096, k), 2, *plain, None, "high"),
         )
-    yield "scores-5000", partial(solver.sinkhorn, torch.zeros(64, 5000), 2, *plain, None, "high")
+    yield (
+        "scores-5000",
+        partial(solver.sinkhorn_potentials, torch.zeros(64, 5000), 2, *plain, None, "high"),
+    )
     x, odd = torch.zeros(256, 3000), torch.zeros(256, 3001).half()
     row, column = odd[:, 0], odd[0]
-    backward = partial(sinkhorn_backward.sinkhorn_backward, x[:, 0], x[0])
+    backward = partial(sinkhorn_backward.sinkhorn_potentials_backward, x[:, 0], x[0])
     full = (row, column, column, False, column, scale)
-    yield "scores-full", partial(solver.sinkhorn, odd, 2, *full, "high")
+    yield "scores-full", partial(solver.sinkhorn_potentials, odd, 2, *full, "high")
     yield "scores-full", partial(solver.sinkhorn_pass, odd, column, row, column, scale, "high")
     yield "scores-backward", partial(backward, x, 1, *plain, scale, needs, "high")
 

@@ -183,7 +183,7 @@ def iterations(setting: Setting, row: Row) -> Bout:
         "compile": Contestant(lambda: fast(x, steps)),
     }
     return Bout(
-        ours=lambda: torch.ops.clam.sinkhorn(x, steps, precision=row.mode),
+        ours=lambda: torch.ops.clam.sinkhorn_potentials(x, steps, precision=row.mode),
         args=(x, steps),
         peers=peers,
         errors=code_errors(lambda part: x[part].double(), *x.shape, steps, setting),
@@ -200,7 +200,7 @@ def features(setting: Setting, row: Row) -> Bout:
         return z[part].double() @ c.double().T
 
     def stored() -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.ops.clam.sinkhorn(products(z, c), steps)
+        found: tuple[Tensor, ...] = torch.ops.clam.sinkhorn_potentials(products(z, c), steps)
         return found
 
     peers = {
@@ -210,7 +210,7 @@ def features(setting: Setting, row: Row) -> Bout:
         "geomloss": Contestant(lambda: samples_loss("geomloss", z, c)),
     }
     return Bout(
-        ours=lambda: torch.ops.clam.sinkhorn_features(z, c, steps, precision=row.mode),
+        ours=lambda: torch.ops.clam.sinkhorn_potentials_features(z, c, steps, precision=row.mode),
         args=(z, c, steps),
         peers=peers,
         errors=code_errors(tile, len(z), len(c), steps, setting),
@@ -243,7 +243,7 @@ def codes(setting: Setting, row: Row) -> Bout:
     x = products(z, c).view(2, -1, len(c))
 
     def ours() -> Tensor:
-        g = torch.ops.clam.sinkhorn(x, steps, precision=row.mode)[1]
+        g = torch.ops.clam.sinkhorn_potentials(x, steps, precision=row.mode)[1]
         return torch.softmax(x + g[:, None], -1)
 
     whole = compiled(setting, swav_form)

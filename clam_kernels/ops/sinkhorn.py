@@ -18,7 +18,7 @@ from . import _sinkhorn as _parts
 # ---- the documented functions ------------------------------------------------------------------
 
 
-def sinkhorn(
+def sinkhorn_potentials(
     logits: Tensor,
     n_iter: int,
     *,
@@ -89,9 +89,9 @@ def sinkhorn(
     Examples
     --------
     >>> import torch
-    >>> from clam_kernels.ops.sinkhorn import sinkhorn
+    >>> from clam_kernels.ops.sinkhorn import sinkhorn_potentials
     >>> logits = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    >>> f, g, err, status = sinkhorn(logits, 1)
+    >>> f, g, err, status = sinkhorn_potentials(logits, 1)
     >>> torch.softmax(logits + g, -1)
     tensor([[0.5938, 0.4062],
             [0.3498, 0.6502]])
@@ -99,13 +99,13 @@ def sinkhorn(
     checks.tensor("logits", logits)
     _check_rule(n_iter, prototype_first, precision)
     _check_tensors(log_row=log_row, log_col=log_col, init=init, bias=bias, scale=scale)
-    f, g, err, status = torch.ops.clam.sinkhorn(
+    f, g, err, status = torch.ops.clam.sinkhorn_potentials(
         logits, n_iter, log_row, log_col, init, prototype_first, bias, scale, precision
     )
     return f, g, err, status
 
 
-def sinkhorn_features(
+def sinkhorn_potentials_features(
     z: Tensor,
     prototypes: Tensor,
     n_iter: int,
@@ -118,7 +118,7 @@ def sinkhorn_features(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sinkhorn` of the scores z @ prototypes^T, which every tile computes anew.
+    """`sinkhorn_potentials` of the scores z @ prototypes^T, which every tile computes anew.
 
         L_ij = scale * (z_i . prototypes_j) + bias_j                 (eq. 4 of docs/ops/sinkhorn.md)
 
@@ -129,7 +129,7 @@ def sinkhorn_features(
     prototypes : Tensor [..., K, D], dtype and device of z
         Prototypes; divided by epsilon unless scale = 1 / epsilon.
     n_iter : int, >= 0
-        As of `sinkhorn`, and so are the arguments from log_row on.
+        As of `sinkhorn_potentials`, and so are the arguments from log_row on.
     bias : Tensor [..., K], any float dtype, optional
         Added to the scaled scores of each prototype.
     log_row : Tensor [..., N], optional
@@ -148,7 +148,7 @@ def sinkhorn_features(
     Returns
     -------
     f, g, err, status : Tensors
-        As of `sinkhorn`.
+        As of `sinkhorn_potentials`.
 
     Raises
     ------
@@ -164,16 +164,17 @@ def sinkhorn_features(
     Examples
     --------
     >>> import torch
-    >>> from clam_kernels.ops.sinkhorn import sinkhorn, sinkhorn_features
+    >>> from clam_kernels.ops.sinkhorn import sinkhorn_potentials, sinkhorn_potentials_features
     >>> z, prototypes = torch.eye(3)[:2], torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.0]])
-    >>> torch.equal(sinkhorn_features(z, prototypes, 3)[1], sinkhorn(z @ prototypes.T, 3)[1])
+    >>> g = sinkhorn_potentials_features(z, prototypes, 3)[1]
+    >>> torch.equal(g, sinkhorn_potentials(z @ prototypes.T, 3)[1])
     True
     """
     checks.tensor("z", z)
     checks.tensor("prototypes", prototypes)
     _check_rule(n_iter, prototype_first, precision)
     _check_tensors(bias=bias, log_row=log_row, log_col=log_col, init=init, scale=scale)
-    f, g, err, status = torch.ops.clam.sinkhorn_features(
+    f, g, err, status = torch.ops.clam.sinkhorn_potentials_features(
         z, prototypes, n_iter, bias, log_row, log_col, init, prototype_first, scale, precision
     )
     return f, g, err, status
@@ -198,7 +199,7 @@ def sinkhorn_pass(
     Parameters
     ----------
     logits : Tensor [..., N, K], float16, bfloat16, float32 or float64
-        As of `sinkhorn`. Leading dims of all arguments broadcast.
+        As of `sinkhorn_potentials`. Leading dims of all arguments broadcast.
     g : Tensor [..., K], any float dtype
         Potentials of the prototypes; -inf: the column takes no part, whatever it holds.
     log_row : Tensor [..., N], any float dtype, optional
@@ -224,7 +225,7 @@ def sinkhorn_pass(
     Raises
     ------
     TypeError, ValueError
-        As of `sinkhorn`.
+        As of `sinkhorn_potentials`.
 
     Notes
     -----
@@ -285,7 +286,7 @@ def sinkhorn_features_pass(
     Raises
     ------
     TypeError, ValueError
-        As of `sinkhorn_features`.
+        As of `sinkhorn_potentials_features`.
 
     Examples
     --------
@@ -330,41 +331,41 @@ _KERNELS = "clam_kernels.kernels.sinkhorn"
 _LIMITS = {"triton": "clam_kernels.kernels.common.launch:why_not"}
 _VECTORS = {"bias": 1, "log_row": 1, "log_col": 1, "init": 1, "g": 1, "scale": 0}
 
-SINKHORN = op(
-    name="sinkhorn",
+SINKHORN_POTENTIALS = op(
+    name="sinkhorn_potentials",
     arguments=f"Tensor logits, SymInt n_iter, {_MASSES}, Tensor? bias=None, {_LAST}",
     returns="(Tensor, Tensor, Tensor, Tensor)",
     check=_parts.check_sinkhorn,
     check_values=_parts.check_scale_values,
     fake=_parts.fake_sinkhorn,
-    truth=_truth.sinkhorn,
-    reference=_truth.sinkhorn_forward,
-    function=sinkhorn,
-    kernels={"triton": f"{_KERNELS}.solver:sinkhorn"},
+    truth=_truth.sinkhorn_potentials,
+    reference=_truth.sinkhorn_potentials_forward,
+    function=sinkhorn_potentials,
+    kernels={"triton": f"{_KERNELS}.solver:sinkhorn_potentials"},
     limits=_LIMITS,
     gradient=Gradient(
-        reference=_truth.sinkhorn_backward,
-        kernels={"triton": f"{_KERNELS}.backward:sinkhorn_backward"},
+        reference=_truth.sinkhorn_potentials_backward,
+        kernels={"triton": f"{_KERNELS}.backward:sinkhorn_potentials_backward"},
         output_dims=(1, 1),
     ),
     core={"logits": 2, **_VECTORS},
 )
 
-SINKHORN_FEATURES = op(
-    name="sinkhorn_features",
+SINKHORN_POTENTIALS_FEATURES = op(
+    name="sinkhorn_potentials_features",
     arguments=f"Tensor z, Tensor prototypes, SymInt n_iter, Tensor? bias=None, {_MASSES}, {_LAST}",
     returns="(Tensor, Tensor, Tensor, Tensor)",
     check=_parts.check_features,
     check_values=_parts.check_scale_values,
     fake=_parts.fake_features,
-    truth=_truth.sinkhorn_features,
-    reference=_truth.sinkhorn_features_forward,
-    function=sinkhorn_features,
-    kernels={"triton": f"{_KERNELS}.solver:sinkhorn_features"},
+    truth=_truth.sinkhorn_potentials_features,
+    reference=_truth.sinkhorn_potentials_features_forward,
+    function=sinkhorn_potentials_features,
+    kernels={"triton": f"{_KERNELS}.solver:sinkhorn_potentials_features"},
     limits=_LIMITS,
     gradient=Gradient(
-        reference=_truth.sinkhorn_features_backward,
-        kernels={"triton": f"{_KERNELS}.backward:sinkhorn_features_backward"},
+        reference=_truth.sinkhorn_potentials_features_backward,
+        kernels={"triton": f"{_KERNELS}.backward:sinkhorn_potentials_features_backward"},
         output_dims=(1, 1),
     ),
     same_dtype=("z", "prototypes"),

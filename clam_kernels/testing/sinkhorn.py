@@ -17,7 +17,7 @@ from . import DTYPES, Bad, Row, Sample, Workload, given, refusals, zeros
 B, N, K, D = 2, 7, 4, 3
 T = 3
 WIDE = (torch.float64, torch.float32)
-SCORES, FEATURES = "sinkhorn", "sinkhorn_features"
+SCORES, FEATURES = "sinkhorn_potentials", "sinkhorn_potentials_features"
 SCORES_PASS, FEATURES_PASS = "sinkhorn_pass", "sinkhorn_features_pass"
 
 

@@ -227,7 +227,9 @@ class Calls:
         scores = problem.scores
         stored = isinstance(scores, Tensor)
         self.entries: tuple[Tensor, ...] = (scores,) if isinstance(scores, Tensor) else scores
-        self.iterations: Any = ops.sinkhorn if stored else ops.sinkhorn_features
+        self.iterations: Any = (
+            ops.sinkhorn_potentials if stored else ops.sinkhorn_potentials_features
+        )
         self.step: Any = ops.sinkhorn_pass if stored else ops.sinkhorn_features_pass
         self.rest: dict[str, Any] = {
             "bias": problem.bias, "scale": problem.scale(), "precision": problem.precision

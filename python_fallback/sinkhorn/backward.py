@@ -8,7 +8,7 @@ from torch import Tensor
 from .scaling_batch import Case, through_all, through_pass
 
 
-def sinkhorn_backward(
+def sinkhorn_potentials_backward(
     grad_f: Tensor,
     grad_g: Tensor,
     logits: Tensor,
@@ -30,7 +30,7 @@ def sinkhorn_backward(
     return x, a, b, g, h, times
 
 
-def sinkhorn_features_backward(
+def sinkhorn_potentials_features_backward(
     grad_f: Tensor,
     grad_g: Tensor,
     z: Tensor,

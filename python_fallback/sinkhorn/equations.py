@@ -17,7 +17,7 @@ from .scaling import EMPTY, FINE, INFEASIBLE, NOT_FINITE, half_steps
 from .scaling_batch import pass_results, results
 
 
-def sinkhorn(
+def sinkhorn_potentials(
     logits: Tensor,
     n_iter: int,
     log_row: Tensor | None = None,
@@ -28,7 +28,7 @@ def sinkhorn(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The equations of `clam_kernels.ops.sinkhorn.sinkhorn`, by logsumexp over N x K arrays."""
+    """The equations of `clam_kernels.ops.sinkhorn.sinkhorn_potentials`, by `torch.logsumexp`."""
     x = _logits(logits, log_row, log_col, bias, scale)
     log_a, log_b, g = _operands(x, log_row, log_col, init)
     dead_row, dead_col = (m.detach() == -torch.inf for m in (log_a, log_b))
@@ -48,7 +48,7 @@ def sinkhorn(
     return results(f, g, gap.abs().sum(-1), status)
 
 
-def sinkhorn_features(
+def sinkhorn_potentials_features(
     z: Tensor,
     prototypes: Tensor,
     n_iter: int,
@@ -60,9 +60,9 @@ def sinkhorn_features(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sinkhorn` of the scores z @ prototypes^T."""
+    """`sinkhorn_potentials` of the scores z @ prototypes^T."""
     scores = _scores(z, prototypes, log_row, log_col)
-    return sinkhorn(scores, n_iter, log_row, log_col, init, prototype_first, bias, scale)
+    return sinkhorn_potentials(scores, n_iter, log_row, log_col, init, prototype_first, bias, scale)
 
 
 def sinkhorn_pass(

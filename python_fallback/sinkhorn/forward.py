@@ -10,7 +10,7 @@ from torch import Tensor
 from .scaling_batch import Case
 
 
-def sinkhorn_forward(
+def sinkhorn_potentials_forward(
     logits: Tensor,
     n_iter: int,
     log_row: Tensor | None = None,
@@ -21,12 +21,12 @@ def sinkhorn_forward(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sinkhorn` in row chunks."""
+    """`sinkhorn_potentials` in row chunks."""
     case = Case((logits,), (bias, log_row, log_col, init), scale)
     return case.forward(n_iter, prototype_first)
 
 
-def sinkhorn_features_forward(
+def sinkhorn_potentials_features_forward(
     z: Tensor,
     prototypes: Tensor,
     n_iter: int,
@@ -38,7 +38,7 @@ def sinkhorn_features_forward(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sinkhorn_features` in row chunks; the logits of one chunk exist at a time."""
+    """`sinkhorn_potentials_features` in row chunks; the logits of one chunk exist at a time."""
     case = Case((z, prototypes), (bias, log_row, log_col, init), scale)
     return case.forward(n_iter, prototype_first)
 

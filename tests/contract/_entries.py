@@ -96,7 +96,9 @@ def _functions() -> Calls:
         "kmeans_update": lambda: ck.kmeans_update(x, labels, K),
         "kmeans_step": lambda: ck.kmeans_step(x, c),
         "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn(s, 3),
-        "sinkhorn_features of ops": lambda: ck.ops.sinkhorn.sinkhorn_features(x, c, 3),
+        "sinkhorn_potentials_features of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials_features(
+            x, c, 3
+        ),
         "sinkhorn_pass": lambda: ck.ops.sinkhorn.sinkhorn_pass(s, s[0]),
         "sinkhorn_features_pass": lambda: ck.ops.sinkhorn.sinkhorn_features_pass(x, c, s[0]),
     }

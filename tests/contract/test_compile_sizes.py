@@ -49,7 +49,9 @@ def _ops() -> dict[str, Case]:
         "kmeans_update": lambda x, at: ck.kmeans_update(x, at % K, K, weight=WEIGHTS[at]),
         "kmeans_step": lambda x, at: ck.kmeans_step(x, CENTRES, weight=WEIGHTS[at]),
         "ops.sinkhorn": lambda x, at: OPS.sinkhorn(x, 3, log_row=_masses(at).log()),
-        "ops.sinkhorn_features": lambda x, at: OPS.sinkhorn_features(x, CENTRES, 3, bias=SHARES),
+        "ops.sinkhorn_potentials_features": lambda x, at: OPS.sinkhorn_potentials_features(
+            x, CENTRES, 3, bias=SHARES
+        ),
         "ops.sinkhorn_pass": lambda x, at: OPS.sinkhorn_pass(x, x[0], log_row=_masses(at).log()),
         "ops.sinkhorn_features_pass": lambda x, at: OPS.sinkhorn_features_pass(x, CENTRES, SHARES),
     }

@@ -97,14 +97,14 @@ def test_rows_longer_than_registers(backend, kernels, monkeypatch, n, k, first):
     _small(monkeypatch, kernels)
     monkeypatch.setattr(kernels, "MOST", 8)
     args = (3 * _random(n, k), 2, _masses(n), _masses(k, seed=1), _random(k, seed=2), first)
-    _agrees("sinkhorn", *args)
+    _agrees("sinkhorn_potentials", *args)
 
 
 @pytest.mark.parametrize("n", [1, 16, 17, 70])
 def test_chunks_of_rows(backend, kernels, monkeypatch, n):
     """Of one row, of whole tiles, and one row more or less."""
     _small(monkeypatch, kernels)
-    _agrees("sinkhorn", 2 * _random(n, 5), 2, None, None, None, True)
+    _agrees("sinkhorn_potentials", 2 * _random(n, 5), 2, None, None, None, True)
     _agrees("sinkhorn_features_pass", _random(n, 3), _random(5, 3), _random(5, seed=1), None, None)
 
 
@@ -117,7 +117,7 @@ def test_a_chunk_of_many_rows(backend, kernels, monkeypatch):
 @pytest.mark.parametrize("d", [150, 300])
 def test_features_too_wide_for_registers(backend, d):
     z, c = _random(40, d), _random(9, d, seed=1) / math.sqrt(d)
-    _agrees("sinkhorn_features", z, c, 2, _random(9), None, None, None, True, atol=2e-5)
+    _agrees("sinkhorn_potentials_features", z, c, 2, _random(9), None, None, None, True, atol=2e-5)
 
 
 def test_chunks_are_of_n_and_k_alone(backend, kernels, monkeypatch):
@@ -147,7 +147,7 @@ def test_a_scale_and_a_bias(backend, kernels, monkeypatch, most, first):
     _small(monkeypatch, kernels)
     monkeypatch.setattr(kernels, "MOST", most)
     x, bias, scale = _random(18, 20), _random(20, seed=1), torch.tensor([0.5, 2.5])
-    _agrees("sinkhorn", x, 2, None, None, None, first, bias, scale)
+    _agrees("sinkhorn_potentials", x, 2, None, None, None, first, bias, scale)
     _agrees("sinkhorn_pass", x, _random(20, seed=2), None, bias, scale)
 
 
@@ -155,7 +155,7 @@ def test_a_scale_of_features(backend, kernels, monkeypatch):
     _small(monkeypatch, kernels)
     z, c, bias = _random(2, 17, 3), _random(9, 3, seed=1), _random(9, seed=2)
     scale = torch.tensor([0.5, 2.5])
-    _agrees("sinkhorn_features", z, c, 2, bias, None, None, None, True, scale)
+    _agrees("sinkhorn_potentials_features", z, c, 2, bias, None, None, None, True, scale)
     _agrees("sinkhorn_features_pass", z, c, _random(9, seed=3), bias, None, scale)
 
 
@@ -171,7 +171,7 @@ def test_the_gradient_of_a_scale_alone_takes_bounded_scratch(backend, monkeypatc
 
     x, scale = _random(35, 6), torch.tensor(1.5, requires_grad=True)
     weight = _random(6, seed=1)
-    loss = (torch.ops.clam.sinkhorn(x, 2, scale=scale)[1] * weight).sum()
+    loss = (torch.ops.clam.sinkhorn_potentials(x, 2, scale=scale)[1] * weight).sum()
     monkeypatch.setattr(launch, "empty", note)
     (found,) = torch.autograd.grad(loss, scale)
     assert max(largest) < x.numel()
@@ -185,7 +185,7 @@ def test_the_gradient_of_a_scale_alone_takes_bounded_scratch(backend, monkeypatc
 def test_a_forbidden_pair_gives_the_scale_no_gradient(backend):
     x = _random(9, 4)
     x[0, 1] = x[3, 2] = -INF
-    _agrees("sinkhorn", x, 2, None, None, None, True, None, torch.tensor(0.5))
+    _agrees("sinkhorn_potentials", x, 2, None, None, None, True, None, torch.tensor(0.5))
 
 
 # ---- columns that their masses cannot tell -------------------------------------------------------
@@ -201,11 +201,11 @@ def _low(k: int = 5) -> Tensor:
 def test_a_prototype_far_below(backend, kernels, monkeypatch, init, first):
     """Its mass underflows where no exact step of the columns went before."""
     args = (_low(), 2, None, None, init, first)
-    _, g, _, status = _agrees("sinkhorn", *args, atol=4e-5)
+    _, g, _, status = _agrees("sinkhorn_potentials", *args, atol=4e-5)
     assert int(status) == 0
     assert float(g[2]) > 250
     monkeypatch.setattr(kernels.Solver, "rescue", lambda *_: None)
-    assert not bool(torch.ops.clam.sinkhorn(*args)[1].isfinite().all())
+    assert not bool(torch.ops.clam.sinkhorn_potentials(*args)[1].isfinite().all())
 
 
 def test_its_mass_in_a_pass(backend):
@@ -217,14 +217,14 @@ def test_masses_too_small_for_float32(backend):
     """Rows and columns of 1e-60: no step may lose them."""
     a, b = _masses(9), _masses(4, seed=1)
     a[3] = b[1] = -140.0
-    _agrees("sinkhorn", _random(9, 4), 3, a, b, None, True, atol=2e-5)
+    _agrees("sinkhorn_potentials", _random(9, 4), 3, a, b, None, True, atol=2e-5)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_large_potentials(backend, first):
     """Logits and potentials of a thousand: the side made exact last is exact all the same."""
     x = _random(30, 6) + torch.tensor([0.0, 1000.0, -700.0, 0.0, 256.0, 0.0])
-    f, g, _, _ = torch.ops.clam.sinkhorn(x, 3, None, None, None, first)
+    f, g, _, _ = torch.ops.clam.sinkhorn_potentials(x, 3, None, None, None, first)
     want = truth.sinkhorn(x.double(), 3, None, None, None, first)
     for found, exact in ((f, want[0]), (g, want[1])):
         torch.testing.assert_close(found.double(), exact, rtol=1e-7, atol=2e-4)
@@ -242,9 +242,11 @@ def test_dead_rows_and_columns_may_hold_anything(backend, kernels, monkeypatch, 
     monkeypatch.setattr(kernels, "MOST", most)
     x, a, b = _random(9, 6), _masses(9), _masses(6, seed=1)
     a[4] = b[2] = -INF
-    want = _agrees("sinkhorn", x, 2, a, b, None, first)
+    want = _agrees("sinkhorn_potentials", x, 2, a, b, None, first)
     x[4], x[:, 2], x[4, 1] = NAN, INF, -INF
-    for got, value in zip(torch.ops.clam.sinkhorn(x, 2, a, b, None, first), want, strict=True):
+    for got, value in zip(
+        torch.ops.clam.sinkhorn_potentials(x, 2, a, b, None, first), want, strict=True
+    ):
         assert torch.equal(got, value)
 
 
@@ -253,7 +255,7 @@ def test_forbidden_pairs(backend, kernels, monkeypatch, most):
     monkeypatch.setattr(kernels, "MOST", most)
     x = _random(6, 4)
     x[0, 0] = x[3, 1] = x[3, 2] = x[3, 3] = -INF
-    f, g, _, status = torch.ops.clam.sinkhorn(x, 3, None, None, None, True)
+    f, g, _, status = torch.ops.clam.sinkhorn_potentials(x, 3, None, None, None, True)
     want = truth.sinkhorn(x.double(), 3)
     torch.testing.assert_close(f.double(), want[0], rtol=0, atol=2e-6)
     torch.testing.assert_close(g.double(), want[1], rtol=0, atol=2e-6)
@@ -296,7 +298,7 @@ def test_failures_are_those_of_the_equations(backend, kernels, monkeypatch, name
     x, a, b, start = FAILURES[name]
     for n_iter, first in ((0, True), (1, True), (1, False)):
         given = None if n_iter and "start" not in name else start
-        got = torch.ops.clam.sinkhorn(x, n_iter, a, b, given, first)
+        got = torch.ops.clam.sinkhorn_potentials(x, n_iter, a, b, given, first)
         want = truth.sinkhorn(*_double((x, n_iter, a, b, given, first)))
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(
@@ -314,13 +316,15 @@ def test_a_bias_is_a_logit_of_its_column(backend, value, status):
     z, c, bias = _random(7, 3), _random(4, 3, seed=1), _random(4, seed=2)
     bias[1] = value
     for n_iter, first in ((0, True), (1, True), (1, False)):
-        got = torch.ops.clam.sinkhorn_features(z, c, n_iter, bias, None, None, None, first)
+        got = torch.ops.clam.sinkhorn_potentials_features(
+            z, c, n_iter, bias, None, None, None, first
+        )
         assert int(got[3]) == status
         assert bool(got[0].isnan().all() & got[1].isnan().all() & got[2].isnan())
     out = torch.zeros(4).log_softmax(0)
     out[1] = -INF  # and takes no part if that does not
-    got = torch.ops.clam.sinkhorn_features(z, c, 2, bias, None, out, None, True)
-    want = truth.sinkhorn_features(*_double((z, c, 2, bias, None, out)))
+    got = torch.ops.clam.sinkhorn_potentials_features(z, c, 2, bias, None, out, None, True)
+    want = truth.sinkhorn_potentials_features(*_double((z, c, 2, bias, None, out)))
     assert int(got[3]) == 0
     torch.testing.assert_close(got[1].double(), want[1], rtol=0, atol=4e-6)
 
@@ -328,10 +332,10 @@ def test_a_bias_is_a_logit_of_its_column(backend, value, status):
 def test_a_problem_that_fails_spoils_no_other(backend):
     x = _random(3, 7, 4)
     x[1, 2, 2] = NAN
-    got = torch.ops.clam.sinkhorn(x, 2, None, None, None, True)
+    got = torch.ops.clam.sinkhorn_potentials(x, 2, None, None, None, True)
     assert got[3].tolist() == [0, 2, 0]
     for at in (0, 2):
-        alone = torch.ops.clam.sinkhorn(x[at], 2, None, None, None, True)
+        alone = torch.ops.clam.sinkhorn_potentials(x[at], 2, None, None, None, True)
         assert all(torch.equal(a[at], b) for a, b in zip(got, alone, strict=True))
 
 
@@ -357,13 +361,15 @@ def test_launches(backend, launched):
     """
     step = ["pass", "merge"]
     x = _random(2, 20, 6)
-    torch.ops.clam.sinkhorn(x, 3, None, None, None, True)
+    torch.ops.clam.sinkhorn_potentials(x, 3, None, None, None, True)
     assert launched == ["columns", "merge", *3 * step, "finish"]
     launched.clear()
-    torch.ops.clam.sinkhorn(x, 2, None, None, torch.zeros(6), True)
+    torch.ops.clam.sinkhorn_potentials(x, 2, None, None, torch.zeros(6), True)
     assert launched == [*2 * [*step, "rescue"], *step, "finish"]
     launched.clear()
-    torch.ops.clam.sinkhorn_features(x[..., :3], x[0, :6, :3], 3, None, None, None, None, True)
+    torch.ops.clam.sinkhorn_potentials_features(
+        x[..., :3], x[0, :6, :3], 3, None, None, None, None, True
+    )
     assert launched == ["columns", "merge", *3 * ["rows", "columns", "merge"], "finish"]
 
 
@@ -376,20 +382,22 @@ def test_offsets_are_64_bits_wide(backend):
         pytest.skip("no 17 GB of address space here")
     x = buffer.as_strided((3, 4), (far, 1))
     x.copy_(_random(3, 4))
-    got = torch.ops.clam.sinkhorn(x, 2, None, None, None, True)
-    want = torch.ops.clam.sinkhorn(x.clone(), 2, None, None, None, True)
+    got = torch.ops.clam.sinkhorn_potentials(x, 2, None, None, None, True)
+    want = torch.ops.clam.sinkhorn_potentials(x.clone(), 2, None, None, None, True)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     z, c = buffer.as_strided((2, 3, 4), (far, 4, 1)), _random(5, 4, seed=1)
     z.copy_(_random(2, 3, 4))
-    got = torch.ops.clam.sinkhorn_features(z, c, 1, None, None, None, None, True)
-    want = torch.ops.clam.sinkhorn_features(z.clone(), c, 1, None, None, None, None, True)
+    got = torch.ops.clam.sinkhorn_potentials_features(z, c, 1, None, None, None, None, True)
+    want = torch.ops.clam.sinkhorn_potentials_features(
+        z.clone(), c, 1, None, None, None, None, True
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_one_row_many_times(backend):
     """Stride 0 along the rows is read as it is: g has a closed form."""
     row = _random(1, 6)
-    _, g, _, _ = torch.ops.clam.sinkhorn(row.expand(50, 6), 1, None, None, None, True)
+    _, g, _, _ = torch.ops.clam.sinkhorn_potentials(row.expand(50, 6), 1, None, None, None, True)
     torch.testing.assert_close(g, -math.log(6) - row[0] - math.log(50), rtol=1e-6, atol=1e-6)
 
 
@@ -404,8 +412,8 @@ def test_few_shapes_are_compiled_anew(backend):
         "    x = torch.zeros(*([3] if i % 5 == 0 else []), 1000 + 37 * i, 70 + i)\n"
         "    z, c = torch.zeros(500 + 37 * i, 16), torch.zeros(70 + 13 * i, 16)\n"
         "    def call():\n"
-        "        solver.sinkhorn(x, 2, None, None, None, True, None, None, 'highest')\n"
-        "        solver.sinkhorn_features(z, c, 2, *[None] * 4, True, None, 'highest')\n"
+        "        solver.sinkhorn_potentials(x, 2, None, None, None, True, None, None, 'highest')\n"
+        "        solver.sinkhorn_potentials_features(z, c, 2, *[None] * 4, True, None, 'highest')\n"
         "    for one in resources.record('sm_90', call):\n"
         "        words = ('FORM', 'STARTED', 'FUSED', 'USED')\n"
         "        name = one.name, *(one.options.get(w) for w in words)\n"

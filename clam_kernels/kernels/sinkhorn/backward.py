@@ -405,7 +405,7 @@ def _of_entries(
     return found
 
 
-def sinkhorn_backward(
+def sinkhorn_potentials_backward(
     grad_f: Tensor,
     grad_g: Tensor,
     logits: Tensor,
@@ -428,7 +428,7 @@ def sinkhorn_backward(
     return _differentiated(operands, needs, precision, (grad_f, grad_g), through)
 
 
-def sinkhorn_features_backward(
+def sinkhorn_potentials_features_backward(
     grad_f: Tensor,
     grad_g: Tensor,
     z: Tensor,

@@ -358,7 +358,7 @@ def _one_pass(
     return f, log_mass, status
 
 
-def sinkhorn(
+def sinkhorn_potentials(
     logits: Tensor,
     n_iter: int,
     log_row: Tensor | None,
@@ -374,7 +374,7 @@ def sinkhorn(
     return _solved((logits,), vectors, n_iter, prototype_first, scale, precision)
 
 
-def sinkhorn_features(
+def sinkhorn_potentials_features(
     z: Tensor,
     prototypes: Tensor,
     n_iter: int,
@@ -386,7 +386,7 @@ def sinkhorn_features(
     scale: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `sinkhorn`, of logits that are made anew in every pass."""
+    """As `sinkhorn_potentials`, of logits that are made anew in every pass."""
     vectors = (bias, log_row, log_col, init)
     return _solved((z, prototypes), vectors, n_iter, prototype_first, scale, precision)
 
