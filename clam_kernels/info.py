@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from . import __version__
 from ._core import backend, library
 from ._core.spec import all_ops
+from ._version import __version__
 
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "triton", "matplotlib", "pyarrow", "tqdm")
 

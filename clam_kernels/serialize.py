@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._version import __version__
 from .exceptions import ModelFileError
 
 FORMAT = 1
@@ -73,8 +74,6 @@ def save(
     file that `load` would refuse for its size is not written: ModelFileError.
     """
     from safetensors.torch import save as to_bytes
-
-    from . import __version__
 
     plain = {name: _parameter(name, value) for name, value in parameters.items()}
     metadata = {
@@ -179,8 +178,6 @@ def load(
     """(parameters, learned numbers, tensors) of a model of class `kind`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-
-    from . import __version__
 
     path = Path(path)
     if not path.exists():

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,8 +107,17 @@ def all_ops() -> tuple[OpSpec, ...]:
     return tuple(SPECS.values())
 
 
-def explain(op: object, *arguments: object) -> str:
-    """Which backend would run an op on these arguments, at which precision, and why.
+class Choice(NamedTuple):
+    """Which backend computes a call of an op, at which precision, and why."""
+
+    op: str
+    backend: str
+    precision: str
+    reason: str
+
+
+def choice(op: object, *arguments: object) -> Choice:
+    """Which backend computes an op with these arguments, at which precision, and why.
 
     Parameters
     ----------
@@ -119,15 +128,58 @@ def explain(op: object, *arguments: object) -> str:
 
     Returns
     -------
-    str
-        One line: op, backend, precision, reason.
+    Choice
+        A named tuple (op, backend, precision, reason) of strings. `explain` makes one line of it.
 
     Raises
     ------
     ValueError
         There is no such op.
     RuntimeError
-        A forced backend cannot run it.
+        The backend that the caller forces cannot compute it.
+
+    Examples
+    --------
+    >>> import clam_kernels
+    >>> clam_kernels.choice("am_step").backend
+    'reference'
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    spec = SPECS.get(name.removeprefix(f"{NAMESPACE}::").partition(".")[0])
+    if spec is None:
+        raise ValueError(f"op: expected one of {', '.join(SPECS)}, got {name}")
+    device = _device_of(arguments)
+    named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
+    precision = backend.resolve_precision(named)
+    given = arguments
+    if arguments and spec.precise:
+        given = (*arguments[: -1 if named else None], precision)
+    chosen, reason = backend.choose(spec, device, given)
+    return Choice(f"{NAMESPACE}::{spec.name}", chosen, precision, reason)
+
+
+def _device_of(arguments: Sequence[object]) -> str:
+    """The device type of the first tensor, "cpu" without one."""
+    return next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
+
+
+def explain(op: object, *arguments: object) -> str:
+    """The `choice` for a call of an op as one line of text.
+
+    Parameters
+    ----------
+    op, *arguments
+        As for `choice`.
+
+    Returns
+    -------
+    str
+        The op, the backend, the precision and the reason.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for `choice`.
 
     Examples
     --------
@@ -135,17 +187,7 @@ def explain(op: object, *arguments: object) -> str:
     >>> clam_kernels.explain("am_step")
     'clam::am_step: reference at highest precision (the tensors are on cpu)'
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
-    spec = SPECS.get(name.removeprefix(f"{NAMESPACE}::").partition(".")[0])
-    if spec is None:
-        raise ValueError(f"op: expected one of {', '.join(SPECS)}, got {name}")
-    device = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
-    named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
-    precision = backend.resolve_precision(named)
-    given = arguments
-    if arguments and spec.precise:
-        given = (*arguments[: -1 if named else None], precision)
-    chosen, reason = backend.choose(spec, device, given)
-    if chosen == "reference" and device == "cpu":
-        precision = "highest" if precision == "highest" else f"{precision} (float32 on a CPU)"
-    return f"{NAMESPACE}::{spec.name}: {chosen} at {precision} precision ({reason})"
+    name, chosen, precision, reason = choice(op, *arguments)
+    if chosen == "reference" and precision != "highest" and _device_of(arguments) == "cpu":
+        precision = f"{precision} (float32 on a CPU)"
+    return f"{name}: {chosen} at {precision} precision ({reason})"

@@ -109,6 +109,7 @@ def ops() -> Calls:
     calls |= _functions()
     calls["silhouette"] = lambda: metrics.silhouette(X, LABELS)
     calls["silhouette of a sample"] = lambda: metrics.silhouette(tensor(X), tensor(LABELS), 20)
+    calls["choice"] = lambda: [ck.choice(name) for name in ck.list_ops()]
     calls["explain"] = lambda: [ck.explain(name) for name in ck.list_ops()]
     calls["samples"] = lambda: [
         [sample.args for sample in testing.samples(name)] for name in SAMPLES
