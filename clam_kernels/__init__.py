@@ -17,6 +17,10 @@ from .ops.am import am_assign as am_assign
 from .ops.am import am_energy as am_energy
 from .ops.am import am_recursion as am_recursion
 from .ops.am import am_step as am_step
+from .ops.dec import DecTarget as DecTarget
+from .ops.dec import dec_loss as dec_loss
+from .ops.dec import dec_target as dec_target
+from .ops.dec import student_t_stats as student_t_stats
 from .ops.kmeans import kmeans_assign as kmeans_assign
 from .ops.kmeans import kmeans_step as kmeans_step
 from .ops.kmeans import kmeans_update as kmeans_update
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClAM",
     "ClAMImputer",
+    "DecTarget",
     "KMeans",
     "SeLa",
     "all_ops",
@@ -43,6 +48,8 @@ __all__ = [
     "am_step",
     "backend",
     "choice",
+    "dec_loss",
+    "dec_target",
     "explain",
     "kmeans_assign",
     "kmeans_step",
@@ -52,6 +59,7 @@ __all__ = [
     "nn",
     "sela_labels",
     "sinkhorn",
+    "student_t_stats",
     "swav_codes",
 ]
 

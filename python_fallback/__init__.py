@@ -7,5 +7,6 @@ chunks, in place, never N x K.
 """
 
 from . import am as am
+from . import dec as dec
 from . import kmeans as kmeans
 from . import sinkhorn as sinkhorn

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradients of deep embedded clustering on a CPU, written by hand: row chunks, in place, never
+N x K.
+
+With g_i the gradient of l_i, P_i = sum_j p_ij and y_ij the scaled distance of `Distances`:
+
+    m_ij    = (p_ij - P_i q_ij) / (1 + y_ij),   a_i = g_i (alpha + 1) / (alpha + min_j d2_ij)
+    dz_i    =  a_i (z_i sum_j m_ij - sum_j m_ij mu_j)
+    dmu_j   =  mu_j sum_i a_i m_ij - sum_i a_i m_ij z_i
+    dalpha  =  sum_ij g_i (P_i q_ij - p_ij) ds_ij/dalpha
+
+All sums are float64 products of values less the centre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .distances import Distances
+from .equations import Alpha
+from .forward import Chunk, Losses, Problem, filled
+
+# Below it `log1p(x) - x / (1 + x)` is a series of so many terms.
+SMALL, TERMS = 0.01, 8
+
+
+class Totals:
+    """The gradients of z, mu and alpha of one call; of what is shared by problems their sum."""
+
+    def __init__(self, call: Losses, needs: Sequence[bool]) -> None:
+        self.call, self.needs = call, needs
+        self.sums: list[Tensor | None] = [None] * 3
+        for i, (x, core) in enumerate(call.operands[:3]):
+            if needs[i] and x is not None:
+                shared = x.shape[: max(x.ndim - core, 0)].numel() < call.batch.numel()
+                dtype = torch.float64 if shared or i > 0 else x.dtype
+                self.sums[i] = torch.zeros(x.shape, dtype=dtype, device=x.device)
+
+    def part(self, i: int, at: tuple[int, ...]) -> Tensor | None:
+        """The part of the gradient of one operand that belongs to a problem."""
+        total, core = self.sums[i], self.call.operands[i][1]
+        if total is None:
+            return None
+        batch = total.shape[: max(total.ndim - core, 0)]
+        index = at[len(at) - len(batch) :]
+        return total[tuple(0 if size == 1 else j for size, j in zip(batch, index, strict=True))]
+
+    def results(self) -> tuple[Tensor, ...]:
+        """One gradient for each tensor argument: zeros for those that p depends on alone."""
+        found = []
+        for i, (x, _) in enumerate(self.call.operands):
+            total = self.sums[i] if i < 3 else None
+            if total is not None and x is not None:
+                found.append(total.to(x.dtype))
+            elif self.needs[i] and x is not None:
+                found.append(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+            else:
+                found.append(self.call.empty)
+        return tuple(found)
+
+
+class ProblemGradients:
+    """The gradients of one problem, chunk after chunk."""
+
+    def __init__(self, one: Problem, totals: Totals, at: tuple[int, ...], grad: Tensor) -> None:
+        d = one.now
+        self.d, self.grad = d, grad
+        self.z, self.mu, self.alpha = (totals.part(i, at) for i in range(3))
+        ones = d.mu.new_ones(d.size, 1)
+        self.factor = torch.cat([d.centred, ones], 1).mT.contiguous()  # [D + 1, K]
+        self.sums = d.mu.new_zeros(d.size, d.features + 1)  # of a_i m_ij (z_i, 1)
+
+    def add(self, c: Chunk) -> None:
+        """Add the gradients of one chunk."""
+        d, (r, _, stretch) = self.d, c.ratios
+        g = filled(self.grad, c.part, r.shape[1], self.sums)  # [rows]
+        upstream = g
+        if c.lost is not None:
+            g = torch.where(c.lost, 0.0, g)
+        # [K, rows], p - P q
+        gap = torch.addcmul(c.target.p, r, (c.target.total / c.total).expand_as(r), value=-1)
+        if self.alpha is not None and not d.is_gaussian:
+            self.alpha += (slopes(d, r.shape[1]).mul_(gap).sum(0) * -g).sum()
+        if stretch is not None:
+            gap.mul_(r)
+        elif not d.is_gaussian:
+            gap.mul_(damping(d, gap))
+        m = d.wide_tile(r.shape[1]).copy_(gap)
+        a = g / d.scale if d.is_gaussian else g * (d.alpha + 1) / d.scale
+        if self.mu is not None:
+            lines = torch.cat([d.points * a, a[None]])  # [D + 1, rows]
+            self.sums.addmm_(m, lines.mT)
+        if self.z is not None:
+            self._add_rows(c, m, a, upstream)
+
+    def _add_rows(self, c: Chunk, m: Tensor, a: Tensor, upstream: Tensor) -> None:
+        """Add dz of one chunk; NaN for a row that is not finite and has a gradient."""
+        d, n = self.d, c.part.stop - c.part.start
+        assert self.z is not None
+        found = self.factor @ m  # [D + 1, rows]
+        found = (d.points * found[-1]).sub_(found[:-1]).mul_(a)
+        if c.lost is not None:
+            found[:, c.lost & (upstream != 0)] = torch.nan
+        rows = self.z[c.part]
+        rows += found[:, :n].mT.to(rows.dtype)
+
+    def finish(self) -> None:
+        """Add dmu."""
+        if self.mu is not None:
+            self.mu += self.d.centred * self.sums[:, -1:] - self.sums[:, :-1]
+
+
+def damping(d: Distances, like: Tensor) -> Tensor:
+    """1 / (1 + y), [K, rows] in the compute dtype."""
+    return (d.wide_tile(like.shape[1]) + 1.0).reciprocal_().to(like.dtype)
+
+
+def slopes(d: Distances, width: int) -> Tensor:
+    """ds_ij/dalpha less that of the nearest centroid, [K, rows] in float64.
+
+    `ds/dalpha = -1/2 (log1p(x) - x/(1 + x)) + x/(1 + x)/(2 alpha)` with x = d2 / alpha.
+    """
+    x = (d.wide_tile(width) * d.scale).add_(d.nearest).div_(d.alpha)  # [K, rows]
+    return _slope(x, d.alpha).sub_(_slope(d.nearest / d.alpha, d.alpha))
+
+
+def _slope(x: Tensor, alpha: float) -> Tensor:
+    share = x / (1 + x)
+    series = torch.zeros_like(x)
+    for n in range(TERMS, 1, -1):  # sum_n (-1)^n (n - 1)/n x^n, by Horner's rule
+        series = series.mul_(x).add_((n - 1) / n * (-1) ** n)
+    series.mul_(x).mul_(x)
+    excess = torch.where(x < SMALL, series, torch.log1p(x) - share)
+    return share.div_(2 * alpha).sub_(excess, alpha=0.5)
+
+
+def dec_losses_backward(
+    grad: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    alpha: Alpha,
+    weight: Tensor | None,
+    log_counts: Tensor | None,
+    z0: Tensor | None,
+    mu0: Tensor | None,
+    alpha0: float,
+    log_norm: Tensor | None,
+    p: Tensor | None,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of (z, mu, alpha, weight, log_counts, z0, mu0, log_norm, p); only the first three
+    are not zero.
+    """
+    call = Losses(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p)
+    totals = Totals(call, needs)
+    if not any(total is not None for total in totals.sums):
+        return totals.results()
+    grads = grad.expand(*call.batch, call.rows)
+    for at, one in call.problems():
+        if one.is_lost:
+            for i in range(3):
+                part = totals.part(i, at)
+                if part is not None:
+                    part += torch.nan
+            continue
+        gradients = ProblemGradients(one, totals, at, grads[at])
+        if call.size == 1:
+            if gradients.z is not None:
+                gradients.z += torch.where(one.regular() | (grads[at] == 0), 0.0, torch.nan)[:, None]
+            continue
+        for chunk in one.chunks(at):
+            gradients.add(chunk)
+        gradients.finish()
+    return totals.results()
