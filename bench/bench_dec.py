@@ -108,6 +108,4 @@ def test_stats(workload: testing.Workload, race: Any) -> None:
     plain: Any = testing.eager(workload.op)
     row = race(workload.name, "forward", bytes=workload.bytes, flops=workload.flops)
     with torch.inference_mode():
-        row.run(
-            lambda: torch.ops.clam.student_t_stats(*args), {"eager": lambda: plain(*args)}
-        )
+        row.run(lambda: torch.ops.clam.student_t_stats(*args), {"eager": lambda: plain(*args)})

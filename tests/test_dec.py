@@ -67,7 +67,7 @@ def test_one_row_is_its_own_target():
 
 @pytest.mark.parametrize(("reduction", "share"), [("sum", 1.0), ("mean", 0.5)])
 def test_two_rows_on_two_centroids(reduction, share):
-    lse, _, counts, _ = ck.student_t_stats(T2, T2)
+    _lse, _, counts, _ = ck.student_t_stats(T2, T2)
     close(counts, [1.0, 1.0])
     target = ck.dec_target(T2, T2, store="recompute")
     close(target.log_norm, [0.223143551314] * 2)
@@ -113,7 +113,9 @@ def test_a_frozen_target(store):
     target = ck.dec_target(z0, mu, alpha=2.0, store=store)
     close(target.log_counts, wide([0.967441960611, 1.02601664567, 1.00654139372]).log())
     close(target.shares()[0], [0.886770399602, 0.00668916160470, 0.106540438793])
-    close(ck.student_t_stats(z, mu, alpha=2.0)[0], [0.176087868864, -0.255435239813, -1.11311843626])
+    close(
+        ck.student_t_stats(z, mu, alpha=2.0)[0], [0.176087868864, -0.255435239813, -1.11311843626]
+    )
     loss, dz, dmu, dalpha = graded(z, mu, wide(2.0), target=target)
     close(loss, 0.231410853358)
     close(dz, [[0.0319836512905, 0.0399046071322], [-0.0799675809199, -0.12171176804],
@@ -157,7 +159,6 @@ def test_a_centroid_that_no_row_reaches():
 def test_rows_far_from_the_origin(features):
     """float32 at an offset that is no whole number; the expanded distance is off by .027 there."""
     z, mu = ((0.37 * x + 1000.123).float().repeat(1, features) for x in T5)
-    exact = [x.double() / features**0.5 for x in (z, mu)]
     z, mu = (x / features**0.5 for x in (z, mu))
     exact = [x.double() for x in (z, mu)]
     got = graded(z, mu, torch.tensor(3.0), mode="minibatch", reduction="sum")
@@ -193,8 +194,10 @@ def test_no_rows(reduction):
     assert (lse.shape, labels.shape, int(bad)) == ((0,), (0,), 0)
     assert counts.tolist() == [0.0] * 4
     loss, dz, dmu = graded(z, mu, mode="minibatch", reduction=reduction)
-    assert bool((loss == 0).all()) and loss.ndim == (reduction == "none")
-    assert dz.shape == (0, 3) and bool((dmu == 0).all())
+    assert bool((loss == 0).all())
+    assert loss.ndim == (reduction == "none")
+    assert dz.shape == (0, 3)
+    assert bool((dmu == 0).all())
     with pytest.raises(ValueError, match=r"z: expected N >= 1, got \[0, 3\]"):
         ck.dec_target(z, mu)
 
@@ -221,10 +224,13 @@ def test_a_row_that_is_not_finite(mode, dtype, bad):
     lost = z.clone()
     lost[5, 1] = bad
     lse, labels, counts, count = ck.student_t_stats(lost, mu)
-    assert math.isnan(lse[5]) and int(labels[5]) == -1 and int(count) == 1
+    assert math.isnan(lse[5])
+    assert int(labels[5]) == -1
+    assert int(count) == 1
     close(counts, ck.student_t_stats(z[kept], mu)[2], 1e-12)
     loss, dz, dmu = graded(lost, mu, target=target, mode=mode)
-    assert math.isnan(loss) and bool(dz[5].isnan().all())
+    assert math.isnan(loss)
+    assert bool(dz[5].isnan().all())
     want = graded(z[kept], mu, target=some, mode=mode, reduction="sum")
     close(dz[kept] * 9, want[1], 1e-6 if dtype == torch.float32 else 1e-14)
     close(dmu * 9, want[2], 1e-6 if dtype == torch.float32 else 1e-14)
@@ -241,9 +247,12 @@ def test_a_target_of_a_row_that_is_not_finite():
     for store in ("dense", "recompute"):
         lost = z.clone()
         lost[2] = math.nan
-        losses, dz, dmu = graded(z, mu, target=ck.dec_target(lost, mu, store=store), reduction="none")
+        losses, dz, dmu = graded(
+            z, mu, target=ck.dec_target(lost, mu, store=store), reduction="none"
+        )
         assert losses.isnan().tolist() == [False, False, True, False, False, False]
-        assert bool(dz[2].isnan().all()) and bool(dmu.isfinite().all())
+        assert bool(dz[2].isnan().all())
+        assert bool(dmu.isfinite().all())
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF])
@@ -251,7 +260,9 @@ def test_a_centroid_that_is_not_finite(bad):
     z, mu = normal(6, 3), normal(4, 3)
     mu[1, 0] = bad
     lse, labels, counts, count = ck.student_t_stats(z, mu)
-    assert bool(lse.isnan().all()) and bool(counts.isnan().all()) and int(count) == 0
+    assert bool(lse.isnan().all())
+    assert bool(counts.isnan().all())
+    assert int(count) == 0
     assert labels.tolist() == [-1] * 6
     for part in graded(z, mu, wide(1.0), mode="minibatch"):
         assert bool(part.isnan().all())
@@ -267,15 +278,16 @@ def test_rows_whose_distances_leave_float32(scale, alpha):
     got, want = dec_losses(*args[:2], alpha=alpha, log_counts=args[4]), truth.dec_losses(*args)
     close(got, want, 1e-5)
     assert torch.equal(got[:3], dec_losses(*near, alpha=alpha, log_counts=args[4]))
-    found = testing.evaluate(
-        torch.ops.clam.dec_losses, testing.Sample("dec_losses", "", args), ("z", "mu")
+    sample = testing.Sample("dec_losses", "", args)
+    found, exact = (
+        testing.evaluate(f, sample, ("z", "mu")).gradients
+        for f in (torch.ops.clam.dec_losses, truth.dec_losses)
     )
-    exact = testing.evaluate(
-        truth.dec_losses, testing.Sample("dec_losses", "", args), ("z", "mu")
-    )
-    for name in ("z", "mu"):
-        a, b = found.gradients[name], exact.gradients[name]
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b[3:].abs().max()))
+    # dz of a far row is what terms of the size (alpha + 1) / |z| leave
+    terms = 1e-6 * (alpha + 1) / float(z[3:].double().norm(dim=1).amin())
+    close(found["z"][3:], exact["z"][3:], terms)
+    for a, b in ((found["z"][:3], exact["z"][:3]), (found["mu"], exact["mu"])):
+        close(a, b, 1e-6 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("d", [3, 100])
@@ -304,8 +316,9 @@ def test_strides_and_odd_sizes(k, d):
     z, mu = normal(2 * 45, d, dtype=torch.float32)[::2], normal(d, k, dtype=torch.float32).T
     assert not mu.is_contiguous() or min(k, d) == 1
     logs = normal(k, dtype=torch.float32)
-    got, want = torch.ops.clam.dec_losses(z, mu, 1.0, None, logs), truth.dec_losses(
-        z.double(), mu.double(), 1.0, None, logs
+    got, want = (
+        torch.ops.clam.dec_losses(z, mu, 1.0, None, logs),
+        truth.dec_losses(z.double(), mu.double(), 1.0, None, logs),
     )
     close(got, want, 2e-6)
 
@@ -453,10 +466,9 @@ def test_the_target_has_no_gradient():
     p = p / p.sum(1, keepdim=True)
     (through,) = torch.autograd.grad((p * (p / q).log()).sum(1).mean(), leaf)
     assert float(torch.cosine_similarity(dz.flatten(), through.flatten(), 0)) < -0.5
-    (fixed,) = torch.autograd.grad(
-        (p.detach() * (p.detach() / truth.equations.student_t_scores(leaf, mu, 1.0).softmax(1)).log())
-        .sum(1).mean(), leaf
-    )  # fmt: skip
+    p = p.detach()
+    q = truth.equations.student_t_scores(leaf, mu, 1.0).softmax(1)
+    (fixed,) = torch.autograd.grad((p * (p / q).log()).sum(1).mean(), leaf)
     close(dz, fixed, 1e-15)
     weight = normal(256).exp().requires_grad_()
     loss = torch.ops.clam.dec_losses(z.clone().requires_grad_(), mu, 1.0, weight)
@@ -483,163 +495,3 @@ def test_a_loss_of_equal_distributions(alpha, bound):
     z, mu = 3 * normal(500, 10, dtype=torch.float32), 3 * normal(20, 10, dtype=torch.float32)
     q = truth.equations.student_t_scores(z, mu, alpha).softmax(1).float()
     assert float(dec_losses(z, mu, alpha=alpha, p=q).abs().max()) <= bound
-
-
-# ---- storage and reductions ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("store", ["dense", "recompute"])
-@pytest.mark.parametrize("alpha", [1.0, 3.0])
-def test_rows_of_the_target_sum_to_one(alpha, store, dtype):
-    """The log-normaliser of rows that were rounded afterwards gives .993 to 1.01."""
-    z, mu = 3 * normal(400, 10, dtype=torch.float32), 3 * normal(10, 10, dtype=torch.float32)
-    target = ck.dec_target(z, mu, alpha=alpha, store=store, dtype=dtype)
-    shares = target.shares()
-    close(shares.double().sum(1), torch.ones(400), 2e-6)
-    exact = ck.dec_target(z, mu, alpha=alpha, store="dense").shares()
-    close(shares, exact, 2e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-6)
-    stored = target.p if store == "dense" else target.z0
-    assert stored.dtype == (dtype or torch.float32)
-    # the op has the same target
-    q = truth.equations.student_t_scores(z, mu, alpha).log_softmax(1)
-    want = (torch.xlogy(shares.double(), shares.double()) - shares * q).sum(1)
-    close(ck.dec_loss(z, mu, target, alpha=alpha, reduction="none"), want, 5e-6)
-
-
-def test_auto_stores_the_smaller():
-    z = normal(20, 4)
-    assert ck.dec_target(z, normal(5, 4)).p is not None
-    target = ck.dec_target(z, normal(6, 4))
-    assert target.p is None and target.z0 is not None
-    assert target.n_rows == 20
-
-
-def test_rows_of_a_target():
-    z, mu = normal(20, 4), normal(5, 4)
-    index = torch.tensor([3, 3, 19, 0])
-    for store in ("dense", "recompute"):
-        target = ck.dec_target(z, mu, store=store)
-        assert torch.equal(target.rows(index).shares(), target.shares()[index])
-        a = ck.dec_loss(z[index] + 0.1, mu, target, index)
-        close(a, ck.dec_loss(z[index] + 0.1, mu, target.rows(index)), 0.0)
-        assert target.to("cpu").shares().device.type == "cpu"
-
-
-def test_reductions():
-    """The mean is of sums over centroids: a mean over all N x K terms is K times smaller."""
-    z, mu, weight = normal(7, 3), normal(4, 3), normal(7).abs()
-    losses = dec_losses(z, mu)
-    rest = {"mode": "minibatch"}
-    close(ck.dec_loss(z, mu, **rest), losses.mean(), 1e-15)
-    close(ck.dec_loss(z, mu, reduction="sum", **rest), losses.sum(), 1e-15)
-    close(ck.dec_loss(z, mu, reduction="none", **rest), losses, 0.0)
-    heavy = dec_losses(z, mu, weight=weight) * weight
-    close(ck.dec_loss(z, mu, weight=weight, **rest), heavy.sum() / weight.sum(), 1e-15)
-    close(ck.dec_loss(z, mu, weight=weight, reduction="none", **rest), heavy, 0.0)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_heads(mode):
-    """Each head has its own problem: its loss and its gradients are those of a call of its own."""
-    z, mu = normal(9, 3), normal(2, 4, 3)
-    target = ck.dec_target(z + 0.1, mu)
-    loss, dz, dmu = graded(z, mu, target=target, mode=mode)
-    assert loss.shape == (2,)
-    one = [
-        graded(z, m, target=ck.dec_target(z + 0.1, m), mode=mode) for m in mu
-    ]  # fmt: skip
-    close(loss, torch.stack([x[0] for x in one]), 1e-15)
-    close(dz, one[0][1] + one[1][1], 1e-15)
-    close(dmu, torch.stack([x[2] for x in one]), 1e-15)
-
-
-def test_rows_of_weight_zero_at_the_end_change_no_bit():
-    z, mu = normal(301, 5, dtype=torch.float32), normal(9, 5, dtype=torch.float32)
-    weight = torch.ones(301)
-    padded = torch.cat([z, normal(77, 5, seed=2, dtype=torch.float32)])
-    longer = torch.cat([weight, torch.zeros(77)])
-    a, b = ck.student_t_stats(z, mu, weight=weight), ck.student_t_stats(padded, mu, weight=longer)
-    assert torch.equal(a[2], b[2])
-    assert torch.equal(a[0], b[0][:301])
-    a, b = (dec_losses(x, mu, weight=w) for x, w in ((z, weight), (padded, longer)))
-    assert torch.equal(a, b[:301])
-
-
-@pytest.mark.parametrize(
-    ("error", "text", "change"),
-    [
-        (TypeError, "target: expected a DecTarget or None, got list", {"target": []}),
-        (ValueError, "target: expected a DecTarget to match mode 'frozen', got None", {}),
-        (ValueError, "target: expected a DecTarget to match mode 'self', got None",
-            {"mode": "self"}),
-        (ValueError, "mode: expected 'frozen', 'minibatch', 'self', got 'batch'",
-            {"mode": "batch"}),
-        (ValueError, "reduction: expected 'mean', 'sum', 'none', got 'max'",
-            {"mode": "minibatch", "reduction": "max"}),
-        (TypeError, "reduction: expected a str, got NoneType",
-            {"mode": "minibatch", "reduction": None}),
-        (TypeError, "index: expected a Tensor or None, got list",
-            {"mode": "minibatch", "index": [0]}),
-        (TypeError, "alpha: expected a number or a Tensor, got str",
-            {"mode": "minibatch", "alpha": "1"}),
-    ],
-)  # fmt: skip
-def test_errors_of_the_loss(error, text, change):
-    with pytest.raises(error) as caught:
-        ck.dec_loss(normal(5, 3), normal(4, 3), **change)
-    assert str(caught.value) == text
-
-
-@pytest.mark.parametrize(
-    ("error", "text", "change"),
-    [
-        (ValueError, "store: expected 'auto', 'dense', 'recompute', got 'sparse'",
-            {"store": "sparse"}),
-        (TypeError, "dtype: expected float16, bfloat16, float32, float64 or None, got torch.int64",
-            {"dtype": torch.int64}),
-        (ValueError, "alpha: expected a number > 0, got 0.0", {"alpha": 0.0}),
-        (ValueError, "weight: expected shape [..., 5] to match z [5, 3], got [4]",
-            {"weight": torch.ones(4)}),
-    ],
-)  # fmt: skip
-def test_errors_of_the_target(error, text, change):
-    with pytest.raises(error) as caught:
-        ck.dec_target(normal(5, 3), normal(4, 3), **change)
-    assert str(caught.value) == text
-
-
-# ---- size ----------------------------------------------------------------------------------------
-
-
-def test_soft_counts_of_many_rows():
-    """One running sum in float32 is off by 3e-4."""
-    few, mu = normal(2000, 2, dtype=torch.float32), normal(3, 2, dtype=torch.float32)
-    counts = ck.student_t_stats(few.repeat(1000, 1), mu)[2]
-    exact = 1000 * ck.student_t_stats(few.double(), mu.double())[2]
-    assert float((counts / exact - 1).abs().max()) <= 1e-6
-
-
-def _iteration(n: int, k: int) -> int:
-    """Peak bytes of a refresh, a loss and its gradients beside what they return."""
-    z, mu = (normal(size, 10, dtype=torch.float32) for size in (n, k))
-    leaf = z.clone().requires_grad_()
-
-    def call() -> Any:
-        target = ck.dec_target(z, mu, store="recompute")
-        loss = ck.dec_loss(leaf, mu, target)
-        return target, torch.autograd.grad(loss, leaf)
-
-    returned = 4 * n * (10 + 1 + 10)
-    return testing.peak_bytes(call) - returned
-
-
-@pytest.mark.parametrize("n", [20_000, 200_000])
-def test_memory_does_not_grow_with_the_rows(n):
-    """N labels, log-sum-exps and losses are results too: the soft counts alone are wanted."""
-    assert _iteration(n, 64) - 12 * n < 32e6
-
-
-@pytest.mark.slow
-def test_memory_of_a_million_rows():
-    assert _iteration(1_000_000, 1000) + 84e6 < 250e6

@@ -85,7 +85,7 @@ class DecTarget:
             outside = (index < 0) | (index >= n)
             index = index.clamp(0, n - 1)
         at = index.to(self.log_counts.device)
-        chosen = {
+        chosen: dict[str, Any] = {
             name: None if x is None else x.index_select(dim, at)
             for name, x, dim in (
                 ("z0", self.z0, -2), ("p", self.p, -2), ("log_norm", self.log_norm, -1),
@@ -94,7 +94,7 @@ class DecTarget:
         if outside is not None:
             name = "z0" if self.z0 is not None else "p"
             hidden = outside.to(at.device)[:, None]
-            chosen[name] = torch.where(hidden, torch.nan, chosen[name])  # type: ignore[arg-type]
+            chosen[name] = torch.where(hidden, torch.nan, chosen[name])
         return replace(self, **chosen)
 
     def to(self, device: torch.device | str) -> DecTarget:
@@ -109,7 +109,7 @@ class DecTarget:
         -------
         DecTarget
         """
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device)
             for name in ("log_counts", "mu0", "z0", "log_norm", "p")
             if isinstance(value := getattr(self, name), Tensor)
@@ -196,13 +196,13 @@ def dec_target(
         counts = call(z0.to(z.dtype), mu0, alpha0, weight, None)[2]
         log_counts = counts.clamp(min=torch.finfo(torch.float32).tiny).log()
         if not dense:
-            norm = _reference.target_norms(z0, mu0, alpha0, log_counts)
+            norm: Tensor = _reference.target_norms(z0, mu0, alpha0, log_counts)
             z0 = z0.clone() if z0.dtype == z.dtype else z0
             return DecTarget(log_counts, mu0, alpha0, z0=z0, log_norm=norm)
         p = _reference.target_shares(z0, mu0, alpha0, log_counts, dtype)
         narrow = p.dtype in (torch.float16, torch.bfloat16)
-        norm = p.sum(-1, dtype=torch.float32).log() if narrow else None
-        return DecTarget(log_counts, mu0, alpha0, log_norm=norm, p=p)
+        total = p.sum(-1, dtype=torch.float32).log() if narrow else None
+        return DecTarget(log_counts, mu0, alpha0, log_norm=total, p=p)
 
 
 def _check_target(
@@ -340,7 +340,9 @@ def _check_loss(
         raise ValueError(checks.wording("target", f"a DecTarget to match mode '{mode}'", "None"))
 
 
-def _frozen(z: Tensor, target: DecTarget | None, index: Tensor | None, mode: str) -> tuple[Any, ...]:
+def _frozen(
+    z: Tensor, target: DecTarget | None, index: Tensor | None, mode: str
+) -> tuple[Any, ...]:
     """The arguments log_counts, z0, mu0, alpha0, log_norm, p of the op."""
     if mode == "minibatch" or target is None:
         return None, None, None, 1.0, None, None

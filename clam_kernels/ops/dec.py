@@ -172,9 +172,7 @@ def dec_losses(
     alpha0 = checks.real("alpha0", alpha0)
     packet = torch.ops.clam.dec_losses
     call: Any = packet.alpha_tensor if isinstance(alpha, Tensor) else packet.default
-    out: Tensor = call(
-        z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p, precision
-    )
+    out: Tensor = call(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p, precision)
     return out
 
 

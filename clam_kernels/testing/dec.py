@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.dec import dec_target
-from . import Bad, Row, Sample, Workload, given, refusals, spec_of, zeros
+from . import DTYPES, Bad, Row, Sample, Workload, given, refusals, spec_of, zeros
 
 B, N, K, D = 2, 5, 4, 3
 WIDE = (torch.float64, torch.float32)
@@ -47,11 +49,11 @@ class _Call:
     ) -> None:
         self.name, self.z, self.mu, self.alpha = name, z, mu, alpha
         self.weight, self.alpha0 = weight, alpha0
-        self.rest = {"dtypes": WIDE} if wide else {}
+        self.dtypes = WIDE if wide else DTYPES
 
     def stats(self) -> Sample:
         args = (self.z, self.mu, self.alpha, self.weight)
-        return Sample("student_t_stats", self.name, args, **self.rest)
+        return Sample("student_t_stats", self.name, args, dtypes=self.dtypes)
 
     def losses(self, draw: _Draw) -> Sample:
         """The call with a frozen target, from rows and centroids a little apart."""
@@ -67,8 +69,8 @@ class _Call:
     def _sample(self, args: tuple[Any, ...], smooth: bool, name: str = "") -> Sample:
         """`smooth`: p does not depend on what is differentiated."""
         names = ("z", "mu", *(["alpha"] if isinstance(self.alpha, Tensor) else []))
-        which = (names, ()) if smooth else ((), names)
-        return Sample("dec_losses", name or self.name, args, *which, **self.rest)
+        first, rest = (names, ()) if smooth else ((), names)
+        return Sample("dec_losses", name or self.name, args, first, rest, self.dtypes)
 
 
 def _regular(draw: _Draw) -> list[_Call]:
@@ -174,8 +176,9 @@ def samples(op: str, seed: int) -> list[Sample]:
     for call in odd:
         smooth = not call.name.startswith("lost")
         one = call.losses(draw)
-        which = (one.differentiable, ()) if smooth else ((), one.differentiable)
-        found.append(Sample(op, one.name, one.args, *which, dtypes=one.dtypes))
+        if not smooth:
+            one = replace(one, differentiable=(), kinks=one.differentiable)
+        found.append(one)
     return found + _targets(draw)
 
 
@@ -446,10 +449,11 @@ _ROWS: list[Row] = [
 _VALUES: list[Row] = [
     *(
         (f"alpha {value}", ALL, ValueError, f"alpha: expected values > 0, got {value}",
-            {"alpha": lambda value=value: torch.tensor([value])})  # type: ignore[misc]
+            {"alpha": partial(torch.tensor, [value])})
         for value in (0.0, -1.0, math.nan)
     ),
 ]  # fmt: skip
+_NO_ALPHA: tuple[Any, ...] = ("1", None, True, [])
 _TYPES: list[Row] = [
     ("z list", ALL, TypeError, "z: expected a Tensor, got list", given(z=[[0.0]])),
     ("mu None", ALL, TypeError, "mu: expected a Tensor, got NoneType", given(mu=None)),
@@ -457,7 +461,7 @@ _TYPES: list[Row] = [
         (f"alpha {value!r}", ALL, TypeError,
             f"alpha: expected a number or a Tensor, got {type(value).__name__}",
             given(alpha=value))
-        for value in ("1", None, True, [])
+        for value in _NO_ALPHA
     ),
     ("weight list", ALL, TypeError, "weight: expected a Tensor or None, got list",
         given(weight=[1.0])),

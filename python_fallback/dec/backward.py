@@ -107,6 +107,12 @@ class ProblemGradients:
         rows = self.z[c.part]
         rows += found[:, :n].mT.to(rows.dtype)
 
+    def add_one_centroid(self, one: Problem) -> None:
+        """The gradients for K = 1: 0, and NaN in dz of a row that is not finite."""
+        if self.z is not None:
+            has_value = one.regular() | (self.grad == 0)
+            self.z += torch.where(has_value, 0.0, torch.nan).to(self.z.dtype)[:, None]
+
     def finish(self) -> None:
         """Add dmu."""
         if self.mu is not None:
@@ -114,8 +120,9 @@ class ProblemGradients:
 
 
 def damping(d: Distances, like: Tensor) -> Tensor:
-    """1 / (1 + y), [K, rows] in the compute dtype."""
-    return (d.wide_tile(like.shape[1]) + 1.0).reciprocal_().to(like.dtype)
+    """`1 / (1 + y) = g_i / (alpha + d2)`, [K, rows] in the dtype of `like`."""
+    far = d.wide_tile(like.shape[1]).clamp(min=0.0)
+    return far.add_(d.alpha).reciprocal_().mul_(d.scale).to(like.dtype)
 
 
 def slopes(d: Distances, width: int) -> Tensor:
@@ -123,7 +130,7 @@ def slopes(d: Distances, width: int) -> Tensor:
 
     `ds/dalpha = -1/2 (log1p(x) - x/(1 + x)) + x/(1 + x)/(2 alpha)` with x = d2 / alpha.
     """
-    x = (d.wide_tile(width) * d.scale).add_(d.nearest).div_(d.alpha)  # [K, rows]
+    x = d.wide_tile(width).clamp(min=0.0).div_(d.alpha)  # [K, rows]
     return _slope(x, d.alpha).sub_(_slope(d.nearest / d.alpha, d.alpha))
 
 
@@ -162,17 +169,21 @@ def dec_losses_backward(
     grads = grad.expand(*call.batch, call.rows)
     for at, one in call.problems():
         if one.is_lost:
-            for i in range(3):
-                part = totals.part(i, at)
-                if part is not None:
-                    part += torch.nan
+            _spread(totals, at)
             continue
         gradients = ProblemGradients(one, totals, at, grads[at])
         if call.size == 1:
-            if gradients.z is not None:
-                gradients.z += torch.where(one.regular() | (grads[at] == 0), 0.0, torch.nan)[:, None]
+            gradients.add_one_centroid(one)
             continue
-        for chunk in one.chunks(at):
+        for chunk in one.chunks():
             gradients.add(chunk)
         gradients.finish()
     return totals.results()
+
+
+def _spread(totals: Totals, at: tuple[int, ...]) -> None:
+    """NaN in each gradient of a problem whose centroids are not finite."""
+    for i in range(3):
+        part = totals.part(i, at)
+        if part is not None:
+            part += torch.nan

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..common.chunk import padded
-from ..common.score import centre_of
 
 # Entries of one tile, about a second-level cache, and the bounds on the rows of a chunk.
 TILE_ENTRIES, MIN_ROWS, MAX_ROWS = 1 << 17, 32, 4096
@@ -48,9 +47,9 @@ class Distances:
         self.rows, self.mu, self.alpha = rows, wide, alpha
         self.is_gaussian = math.isinf(alpha)
         self.size, self.features = mu.shape
-        self.is_lost = not bool(wide.isfinite().all()) or math.isnan(alpha)
-        self.centre = centre_of(wide, None)[0] if not self.is_lost else torch.zeros_like(wide[0])
-        self.centred = torch.where(wide.isfinite(), wide - self.centre, 0.0)  # [K, D]
+        self.is_lost = math.isnan(alpha) or not bool(wide.isfinite().all())
+        self.centre = torch.zeros_like(wide[0]) if self.is_lost else wide.mean(0)
+        self.centred = wide - self.centre  # [K, D]
         norms = self.centred.square().sum(1, keepdim=True)  # [K, 1]
         self.reach = float(norms.amax().sqrt())
         self.left = torch.cat([-2 * self.centred, norms, torch.ones_like(norms)], 1)  # [K, D + 2]
@@ -65,8 +64,8 @@ class Distances:
         self.nearest = self.scale = self.points = self.right
 
     def load(self, part: slice) -> Tensor:
-        """y of some rows, [K, padded rows]. Rows that are not finite are
-        computed as rows of 0, and `lost` marks them.
+        """Y of some rows, [K, padded rows]. Rows that are not finite are computed as rows of 0, and
+        `lost` marks them.
         """
         n = part.stop - part.start
         width = padded(n, GROUP)
@@ -74,31 +73,37 @@ class Distances:
         self.points = points = side[: self.features]
         points[:, n:] = 0.0
         torch.sub(self.rows[part].mT, self.centre[:, None], out=points[:, :n])
-        norms = self._norms(points)
-        tile = self.wide[: self.size * width].view(self.size, width)  # [K, rows]
+        norms, size = self._sizes(points)
+        most = float(size.amax())
+        tile = self.wide_tile(width)
         if self.rows.dtype == torch.float64:
             differences(self.centred, points, tile)
-            nearest = tile.amin(0)
         else:
             side[-2], side[-1] = 1.0, norms
             torch.mm(self.left, side, out=tile)
-            nearest = self._settle(part, tile, tile.amin(0), norms)
-        self.nearest = nearest.clamp(min=0.0)  # [rows]
-        self.scale = torch.ones_like(nearest) if self.is_gaussian else self.alpha + self.nearest
-        tile.sub_(nearest).mul_(self.scale.reciprocal())
-        far = (norms.sqrt() + self.reach).square() / self.scale
-        if not float(far.amax()) <= FARTHEST:
-            tile.clamp_(max=FARTHEST)
-        if self.narrow is self.wide:
-            return tile
-        return self.narrow[: self.size * width].view(self.size, width).copy_(tile)
+            if most * PRODUCT > ALLOWED * min(self.alpha, 1.0):
+                self._settle(part, tile, size)
+        y = self.narrow[: self.size * width].view(self.size, width)
+        if y.dtype == torch.float64:
+            return self._scaled(tile, tile.amin(0), y)
+        nearest = y.copy_(tile).amin(0).double()
+        if most <= FARTHEST:
+            return self._scaled(y, nearest, y)
+        far = size > FARTHEST  # these rows leave float32
+        nearest = torch.where(far, tile.amin(0), nearest)
+        exact = self._scaled(tile, nearest, torch.empty_like(tile))
+        return torch.where(far, exact.to(y.dtype), self._scaled(y, nearest, y))
 
     def wide_tile(self, width: int) -> Tensor:
-        """The float64 tile, [K, rows]; it holds y until something else is written to it."""
+        """The float64 tile, [K, rows]. After `load` it has squared distances, which rounding may
+        leave below 0; with `dtype` None it has y.
+        """
         return self.wide[: self.size * width].view(self.size, width)
 
-    def _norms(self, points: Tensor) -> Tensor:
-        """|z - centre|^2 of the chunk, [rows]; sets rows that are not finite to 0."""
+    def _sizes(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """`|z - centre|^2` and `(|z - centre| + reach)^2` of the chunk, [rows] each; sets rows that
+        are not finite to 0.
+        """
         norms = points.square().sum(0)
         self.lost = None
         if not math.isfinite(float(norms.sum())):
@@ -106,22 +111,23 @@ class Distances:
             self.lost = ~regular
             points.copy_(torch.where(regular, points, 0.0))
             norms = points.square().sum(0)
-        return norms
+        return norms, norms.sqrt().add_(self.reach).square_()
 
-    def _settle(self, part: slice, tile: Tensor, nearest: Tensor, norms: Tensor) -> Tensor:
-        """Compute the distances of the rows in doubt from differences; the smallest of each row."""
-        bound = PRODUCT * (norms.sqrt() + self.reach).square()
-        doubt = bound > ALLOWED * (min(self.alpha, 1.0) + nearest.clamp(min=0.0))
-        if not bool(doubt.any()):
-            return nearest
+    def _scaled(self, tile: Tensor, nearest: Tensor, out: Tensor) -> Tensor:
+        """Y [K, rows] from squared distances, of which `nearest` are the least."""
+        self.nearest = nearest.clamp(min=0.0)  # [rows]
+        self.scale = torch.ones_like(nearest) if self.is_gaussian else self.alpha + self.nearest
+        torch.sub(tile, nearest.to(tile.dtype), out=out)
+        return out.mul_(self.scale.reciprocal().to(tile.dtype)).clamp_(max=FARTHEST)
+
+    def _settle(self, part: slice, tile: Tensor, size: Tensor) -> None:
+        """Compute the distances of the rows in doubt from differences."""
+        doubt = PRODUCT * size > ALLOWED * (min(self.alpha, 1.0) + tile.amin(0).clamp(min=0.0))
         if self.lost is not None:
             doubt &= ~self.lost
         index = doubt[: part.stop - part.start].nonzero()[:, 0]
         rows = self.rows[part][index].double().mT  # [D, rows in doubt]
-        exact = differences(self.mu, rows, tile.new_empty(self.size, len(index)))
-        tile[:, index] = exact
-        nearest[index] = exact.amin(0)
-        return nearest
+        tile[:, index] = differences(self.mu, rows, tile.new_empty(self.size, len(index)))
 
 
 def differences(mu: Tensor, points: Tensor, out: Tensor) -> Tensor:

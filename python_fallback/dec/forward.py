@@ -88,7 +88,6 @@ def student_t_stats_forward(
 class Chunk(NamedTuple):
     """What one chunk of rows of one problem has."""
 
-    at: tuple[int, ...]  # index of the problem
     part: slice  # the rows
     now: Distances  # of z, loaded
     ratios: Ratios  # of z
@@ -133,7 +132,10 @@ class Problem:
     def __init__(self, call: Losses, own: list[Tensor]) -> None:
         z, mu, freedom, weight, log_counts, z0, mu0, self.log_norm, self.p = own
         alpha = exact_alpha(call.alpha if freedom is None else freedom)
-        self.now = Distances(z, mu, alpha, call.dtype)
+        # reciprocals are safe in float32; logarithms and exponentials of other alphas are float64
+        is_plain = alpha == 1.0 and (z0 is None or call.alpha0 == 1.0)
+        dtype = call.dtype if is_plain else torch.float64
+        self.now = Distances(z, mu, alpha, dtype)
         self.held = [x for x in (z, z0 if self.p is None else self.p) if x is not None]
         self.then: Distances | None = None
         self.counts: Counts | None = None
@@ -141,17 +143,17 @@ class Problem:
         if self.p is not None or self.is_lost or call.size == 1:
             return
         if z0 is not None:
-            self.then = Distances(z0, mu0, call.alpha0, call.dtype)
+            self.then = Distances(z0, mu0, call.alpha0, dtype)
             self.is_lost = self.then.is_lost
         if log_counts is None:
             log_counts = log_counts_of(soft_counts(z, mu, alpha, weight))
-        self.counts = Counts(log_counts, call.dtype)
+        self.counts = Counts(log_counts, dtype)
 
     def regular(self) -> Tensor:
         """Which rows are finite, with their target, [N]."""
         return torch.stack(torch.broadcast_tensors(*map(is_regular, self.held))).all(0)
 
-    def chunks(self, at: tuple[int, ...]) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
         """Each chunk of rows with its assignments and its target."""
         for part in row_chunks(len(self.now.rows), self.now.limit):
             target, lost = self._frozen(part)
@@ -161,7 +163,7 @@ class Problem:
             if self.now.lost is not None:
                 lost = self.now.lost if lost is None else lost | self.now.lost
             assert target is not None
-            yield Chunk(at, part, self.now, ratios, ratios.r.sum(0), target, lost)
+            yield Chunk(part, self.now, ratios, ratios.r.sum(0), target, lost)
 
     def _frozen(self, part: slice) -> tuple[Target | None, Tensor | None]:
         """The target of some rows that does not follow from z, if any, and which are not finite."""
@@ -210,7 +212,7 @@ def dec_losses_forward(
         elif call.size == 1:
             out[at] = torch.where(one.regular(), 0.0, torch.nan).to(out.dtype)
         else:
-            for chunk in one.chunks(at):
+            for chunk in one.chunks():
                 found = divergence(chunk.ratios, chunk.total, chunk.target)
                 if chunk.lost is not None:
                     found[chunk.lost] = torch.nan

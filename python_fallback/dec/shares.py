@@ -33,7 +33,7 @@ class Ratios(NamedTuple):
 
 
 def ratios_of(d: Distances, y: Tensor) -> Ratios:
-    """r of the chunk that d loaded; y [K, rows] is scratch afterwards."""
+    """R of the chunk that d loaded; y [K, rows] is scratch afterwards."""
     if d.alpha == 1.0:
         stretch = y.add_(1.0)
         return Ratios(stretch.reciprocal(), None, stretch)
@@ -61,7 +61,7 @@ class Counts:
 
 
 def log_counts_of(counts: Tensor) -> Tensor:
-    """log f, with f at least the smallest normal number of float32."""
+    """Log f, with f at least the smallest normal number of float32."""
     return counts.clamp(min=LEAST_COUNT).log()
 
 
@@ -78,7 +78,7 @@ def target_of(d: Distances, ratios: Ratios, counts: Counts, log_norm: Tensor | N
     1. The ratios are kept.
     """
     r, log, _ = ratios
-    if log is None and counts.is_narrow:
+    if counts.is_narrow:
         p = torch.mul(r, r).mul_(counts.inverse)
         total = p.sum(0)
         if log_norm is None:
@@ -100,7 +100,7 @@ def norms_of(d: Distances, ratios: Ratios, counts: Counts) -> Tensor:
     """`R_i = logsumexp_j(2 s_ij - log f_j)`, [rows] in float64."""
     r, log, _ = ratios
     largest = 2 * largest_scores(d)
-    if log is None and counts.is_narrow:
+    if counts.is_narrow:
         total = torch.mul(r, r).mul_(counts.inverse).sum(0).double()
         return total.log_().add_(largest).sub_(counts.shift)
     t = torch.log(r).mul_(2.0) if log is None else log * 2.0

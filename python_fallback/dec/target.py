@@ -23,7 +23,7 @@ def _chunks(
     """Each chunk of rows of each problem: index, rows, distances, ratios, log counts."""
     batch = batch_of((z, 2), (mu, 2), (log_counts, 1))
     for at, (rows, centroids, logs) in problems(batch, (z, 2), (mu, 2), (log_counts, 1)):
-        dtype = compute_dtype(z)
+        dtype = compute_dtype(z) if alpha == 1.0 else torch.float64
         d, counts = Distances(rows, centroids, alpha, dtype), Counts(logs, dtype)
         for part in row_chunks(len(rows), d.limit):
             yield at, part, d, ratios_of(d, d.load(part)), counts

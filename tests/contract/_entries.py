@@ -86,7 +86,7 @@ def _on_samples(name: str) -> Any:
 def _functions() -> Calls:
     """The documented functions with plain arguments."""
     x, c, s = tensor(X), tensor(X[:K]), tensor(SCORES)
-    labels = tensor(LABELS)
+    labels, share = tensor(LABELS), tensor(SHARES[:1])
     return {
         "am_step": lambda: ck.am_step(x, c, 1.5, step=0.5),
         "am_recursion": lambda: ck.am_recursion(x, c, 1.5, 4),
@@ -95,6 +95,13 @@ def _functions() -> Calls:
         "kmeans_assign": lambda: ck.kmeans_assign(x, c),
         "kmeans_update": lambda: ck.kmeans_update(x, labels, K),
         "kmeans_step": lambda: ck.kmeans_step(x, c),
+        "student_t_stats": lambda: ck.student_t_stats(x, c, alpha=2.0, weight=tensor(WEIGHTS)),
+        "dec_target": lambda: [
+            ck.dec_target(x, c, store=store, dtype=torch.bfloat16).rows(labels).shares()
+            for store in ("dense", "recompute")
+        ],
+        "dec_loss": lambda: [_deep(mode, alpha) for mode in _MODES for alpha in (1.0, share)],
+        "dec_losses of ops": lambda: ck.ops.dec.dec_losses(x, c),
         "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn(s, 3),
         "sinkhorn_potentials_features of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials_features(
             x, c, 3
@@ -102,6 +109,18 @@ def _functions() -> Calls:
         "sinkhorn_pass": lambda: ck.ops.sinkhorn.sinkhorn_pass(s, s[0]),
         "sinkhorn_features_pass": lambda: ck.ops.sinkhorn.sinkhorn_features_pass(x, c, s[0]),
     }
+
+
+_MODES = ("frozen", "minibatch", "self")
+
+
+def _deep(mode: str, alpha: Any) -> Any:
+    """A loss of deep embedded clustering of some rows, and its gradients."""
+    x, c, rows = tensor(X), tensor(X[:K]), torch.arange(0, N, 2, device="cpu")
+    leaves = [x[rows].requires_grad_(), c.clone().requires_grad_()]
+    target = ck.dec_target(x, c)
+    loss = ck.dec_loss(*leaves, target, rows, alpha=alpha, mode=mode)
+    return [loss.detach(), torch.autograd.grad(loss.sum(), leaves)]
 
 
 def ops() -> Calls:

@@ -30,6 +30,7 @@ def _draw(*shape: int) -> Tensor:
 CENTRES, WEIGHTS, MASK = _draw(K, D), _draw(N).exp(), _draw(N, D) > 0
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 OPS = ck.ops.sinkhorn
+TARGET = ck.dec_target(_draw(N, D), CENTRES)
 
 
 # ---- ops -----------------------------------------------------------------------------------------
@@ -48,6 +49,12 @@ def _ops() -> dict[str, Case]:
         "kmeans_assign": lambda x, at: ck.kmeans_assign(x, CENTRES, mask=SHARES > 0.25),
         "kmeans_update": lambda x, at: ck.kmeans_update(x, at % K, K, weight=WEIGHTS[at]),
         "kmeans_step": lambda x, at: ck.kmeans_step(x, CENTRES, weight=WEIGHTS[at]),
+        "student_t_stats": lambda x, at: ck.student_t_stats(x, CENTRES, weight=WEIGHTS[at]),
+        "dec_target": lambda x, at: ck.dec_target(x, CENTRES).log_counts,
+        "dec_loss": lambda x, at: ck.dec_loss(x, CENTRES, TARGET, at, weight=WEIGHTS[at]),
+        "dec_loss, self": lambda x, at: ck.dec_loss(x, CENTRES, TARGET, alpha=beta[0], mode="self"),
+        "dec_loss, minibatch": lambda x, at: ck.dec_loss(x, CENTRES, mode="minibatch"),
+        "ops.dec_losses": lambda x, at: ck.ops.dec.dec_losses(x, CENTRES, weight=WEIGHTS[at]),
         "ops.sinkhorn": lambda x, at: OPS.sinkhorn_potentials(x, 3, log_row=_masses(at).log()),
         "ops.sinkhorn_potentials_features": lambda x, at: OPS.sinkhorn_potentials_features(
             x, CENTRES, 3, bias=SHARES
