@@ -177,6 +177,11 @@ def dec_target(
     ValueError
         A shape, device or value that does not fit, or a set without rows.
 
+    Notes
+    -----
+    Memory O(N (D + 1) + K D) with "recompute", N x K only where p is stored. It reads values of its
+    arguments: call it outside torch.compile.
+
     Examples
     --------
     >>> import torch, clam_kernels

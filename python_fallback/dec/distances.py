@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.chunk import padded
 
 # Entries of one tile, about a second-level cache, and the bounds on the rows of a chunk.
-TILE_ENTRIES, MIN_ROWS, MAX_ROWS = 1 << 17, 32, 4096
+TILE_ENTRIES, MIN_ROWS, MAX_ROWS = 1 << 17, 32, 1 << 13
 # Rows that are summed together in the compute dtype before float64.
 GROUP = 32
 # A float64 product of centred values may be off by PRODUCT (|z| + max |mu|)^2; a row for which that
@@ -72,7 +72,8 @@ class Distances:
         side = self.right[: (self.features + 2) * width].view(-1, width)  # [D + 2, rows]
         self.points = points = side[: self.features]
         points[:, n:] = 0.0
-        torch.sub(self.rows[part].mT, self.centre[:, None], out=points[:, :n])
+        points[:, :n] = self.rows[part].mT
+        points[:, :n] -= self.centre[:, None]
         norms, size = self._sizes(points)
         most = float(size.amax())
         tile = self.wide_tile(width)

@@ -38,11 +38,12 @@ def filled(x: Tensor | None, part: slice, width: int, like: Tensor) -> Tensor:
 
 def soft_counts(
     z: Tensor, mu: Tensor, alpha: float, weight: Tensor | None, lse: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, int]:
     """`f_j = sum_i w_i q_ij`, [K], all in float64: sums of GROUP rows, one after the other. Rows
-    with weight 0 at the end change no bit. Fills `lse` [N] with the log-sum-exp of each row.
+    with weight 0 at the end change no bit. Beside it the number of rows that are not finite. Fills
+    `lse` [N] with the log-sum-exp of each row.
     """
-    d = Distances(z, mu, alpha)
+    d, bad = Distances(z, mu, alpha), 0
     total = d.mu.new_zeros(d.size)
     for part in row_chunks(len(d.rows), d.limit):
         r = ratios_of(d, d.load(part)).r
@@ -50,7 +51,7 @@ def soft_counts(
         sums = r.sum(0)
         share = filled(weight, part, width, total)
         if d.lost is not None:
-            share[d.lost] = 0.0
+            share[d.lost], bad = 0.0, bad + int(d.lost.sum())
         r.mul_(share / sums)
         groups = r.view(d.size, -1, GROUP).sum(2)  # [K, groups]
         total = torch.cat([total[:, None], groups], 1).cumsum(1)[:, -1]
@@ -59,7 +60,7 @@ def soft_counts(
             if d.lost is not None:
                 found[d.lost] = torch.nan
             lse[part] = found[:n]
-    return total.fill_(torch.nan) if d.is_lost else total
+    return (total.fill_(torch.nan) if d.is_lost else total), bad
 
 
 def student_t_stats_forward(
@@ -76,10 +77,10 @@ def student_t_stats_forward(
     counts = z.new_empty((*batch, mu.shape[-2]), dtype=torch.float64)
     found, _ = kmeans.kmeans_assign_forward(z, mu, None, None, False)
     labels = torch.empty_like(lse, dtype=torch.int64).copy_(found)
-    bad = (~z.isfinite().all(-1)).sum(-1).expand(batch).contiguous()
+    bad = z.new_empty(batch, dtype=torch.int64)
     for at, (own, centroids, freedom, share) in problems(batch, *operands):
         number = exact_alpha(alpha if freedom is None else freedom)
-        counts[at] = soft_counts(own, centroids, number, share, lse[at])
+        counts[at], bad[at] = soft_counts(own, centroids, number, share, lse[at])
         if math.isnan(number) or not bool(centroids.isfinite().all()):
             lse[at], labels[at] = torch.nan, -1
     return lse, labels, counts, bad
@@ -146,7 +147,7 @@ class Problem:
             self.then = Distances(z0, mu0, call.alpha0, dtype)
             self.is_lost = self.then.is_lost
         if log_counts is None:
-            log_counts = log_counts_of(soft_counts(z, mu, alpha, weight))
+            log_counts = log_counts_of(soft_counts(z, mu, alpha, weight)[0])
         self.counts = Counts(log_counts, dtype)
 
     def regular(self) -> Tensor:

@@ -296,7 +296,10 @@ ESTIMATORS = {"clam", "kmeans", "sela"}
     ("room", "packages"),
     [
         ("python_fallback", {*FAMILIES, "common"}),
-        ("clam_kernels/kernels", {*FAMILIES, "common"}),
+        (
+            "clam_kernels/kernels",
+            {*(s.family for s in clam_kernels.all_ops() if s.kernels), "common"},
+        ),
         ("clam_kernels/estimators", {*ESTIMATORS, "common", "training"}),
     ],
 )

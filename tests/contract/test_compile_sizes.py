@@ -50,7 +50,6 @@ def _ops() -> dict[str, Case]:
         "kmeans_update": lambda x, at: ck.kmeans_update(x, at % K, K, weight=WEIGHTS[at]),
         "kmeans_step": lambda x, at: ck.kmeans_step(x, CENTRES, weight=WEIGHTS[at]),
         "student_t_stats": lambda x, at: ck.student_t_stats(x, CENTRES, weight=WEIGHTS[at]),
-        "dec_target": lambda x, at: ck.dec_target(x, CENTRES).log_counts,
         "dec_loss": lambda x, at: ck.dec_loss(x, CENTRES, TARGET, at, weight=WEIGHTS[at]),
         "dec_loss, self": lambda x, at: ck.dec_loss(x, CENTRES, TARGET, alpha=beta[0], mode="self"),
         "dec_loss, minibatch": lambda x, at: ck.dec_loss(x, CENTRES, mode="minibatch"),
