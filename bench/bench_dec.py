@@ -72,9 +72,9 @@ def errors(z: Tensor, mu: Tensor, new: Tensor) -> dict[str, float]:
     """Largest error of dz over its largest entry against float64, on a sample of rows."""
     parts = z[:SAMPLE_ROWS], mu, new[:SAMPLE_ROWS]
     exact = RIVALS["broadcast"](*(x.double() for x in parts))[1]
-    found = {"ours": iteration(*parts)[1], "eager": RIVALS["cdist"](*parts)[1]}
+    results = {"ours": iteration(*parts)[1], "eager": RIVALS["cdist"](*parts)[1]}
     return {
-        name: float((out - exact).abs().max() / exact.abs().max()) for name, out in found.items()
+        name: float((out - exact).abs().max() / exact.abs().max()) for name, out in results.items()
     }
 
 

@@ -72,9 +72,9 @@ def test_two_rows_on_two_centroids(reduction, share):
     target = ck.dec_target(T2, T2, store="recompute")
     close(target.log_norm, [0.223143551314] * 2)
     close(target.shares(), [[0.8, 0.2], [0.2, 0.8]])
-    found = graded(T2, T2, wide(1.0), mode="minibatch", reduction=reduction)
+    results = graded(T2, T2, wide(1.0), mode="minibatch", reduction=reduction)
     exact = 0.0873842413639, [[2 / 15], [-2 / 15]], [[2 / 15], [-2 / 15]], 0.0409137092587
-    for got, want in zip(found, exact, strict=True):
+    for got, want in zip(results, exact, strict=True):
         close(got, share * wide(want))
 
 
@@ -83,11 +83,11 @@ def test_a_gaussian_is_the_limit():
     close(loss, 0.0526891719538)
     close(dz, [[0.108599247428], [-0.108599247428]])
     close(ck.dec_target(T2, T2, alpha=INF).shares()[0, 1], 0.268941421370)
-    found = graded(T2, T2, wide(1e12), mode="minibatch", reduction="sum")
-    for got, want in zip(found, (loss, dz, dmu, wide(0.0)), strict=True):
+    results = graded(T2, T2, wide(1e12), mode="minibatch", reduction="sum")
+    for got, want in zip(results, (loss, dz, dmu, wide(0.0)), strict=True):
         close(got, want)
-    found = graded(T2, T2, wide(INF), mode="minibatch")
-    assert all(bool(part.isnan().all()) for part in found)
+    results = graded(T2, T2, wide(INF), mode="minibatch")
+    assert all(bool(part.isnan().all()) for part in results)
 
 
 def test_distances_are_squared():
@@ -151,8 +151,8 @@ def test_a_centroid_that_no_row_reaches():
     close(target.log_counts, [math.log(2), math.log(tiny)])
     assert target.shares().tolist() == [[1.0, 0.0], [1.0, 0.0]]
     for mode in MODES:
-        found = graded(z, mu, torch.tensor(100.0), target=target, mode=mode)
-        assert all(bool((part == 0).all()) for part in found)
+        results = graded(z, mu, torch.tensor(100.0), target=target, mode=mode)
+        assert all(bool((part == 0).all()) for part in results)
 
 
 @pytest.mark.parametrize("features", [1, 50])
@@ -180,8 +180,8 @@ def test_one_centroid(mode, alpha, dtype):
     z, mu = normal(7, 3, dtype=dtype), normal(1, 3, dtype=dtype)
     for store in ("dense", "recompute"):
         target = ck.dec_target(z + 0.1, mu, alpha=alpha, store=store)
-        found = graded(z, mu, alpha, target=target, mode=mode)
-        assert all(bool((part == 0).all()) for part in found)
+        results = graded(z, mu, alpha, target=target, mode=mode)
+        assert all(bool((part == 0).all()) for part in results)
     _, labels, counts, _ = ck.student_t_stats(z, mu, alpha=alpha)
     assert labels.tolist() == [0] * 7
     close(counts, [7.0])
@@ -218,24 +218,24 @@ def test_rows_on_centroids_and_equal_centroids(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_that_is_not_finite(mode, dtype, bad):
     z, mu = normal(9, 3, dtype=dtype), normal(4, 3, dtype=dtype)
-    kept = torch.arange(9) != 5
+    others = torch.arange(9) != 5
     target = ck.dec_target(z + 0.1, mu, store="recompute")
-    some = target.rows(kept.nonzero()[:, 0])
+    some = target.rows(others.nonzero()[:, 0])
     lost = z.clone()
     lost[5, 1] = bad
     lse, labels, counts, count = ck.student_t_stats(lost, mu)
     assert math.isnan(lse[5])
     assert int(labels[5]) == -1
     assert int(count) == 1
-    close(counts, ck.student_t_stats(z[kept], mu)[2], 1e-12)
+    close(counts, ck.student_t_stats(z[others], mu)[2], 1e-12)
     loss, dz, dmu = graded(lost, mu, target=target, mode=mode)
     assert math.isnan(loss)
     assert bool(dz[5].isnan().all())
-    want = graded(z[kept], mu, target=some, mode=mode, reduction="sum")
-    close(dz[kept] * 9, want[1], 1e-6 if dtype == torch.float32 else 1e-14)
+    want = graded(z[others], mu, target=some, mode=mode, reduction="sum")
+    close(dz[others] * 9, want[1], 1e-6 if dtype == torch.float32 else 1e-14)
     close(dmu * 9, want[2], 1e-6 if dtype == torch.float32 else 1e-14)
     # weight 0: no influence, whatever the row contains
-    weight = kept.to(dtype)
+    weight = others.to(dtype)
     loss, dz, dmu = graded(lost, mu, target=target, mode=mode, weight=weight, reduction="sum")
     close(loss, want[0], 1e-6)
     assert bool((dz[5] == 0).all())
@@ -279,14 +279,14 @@ def test_rows_whose_distances_leave_float32(scale, alpha):
     close(got, want, 1e-5)
     assert torch.equal(got[:3], dec_losses(*near, alpha=alpha, log_counts=args[4]))
     sample = testing.Sample("dec_losses", "", args)
-    found, exact = (
+    results, exact = (
         testing.evaluate(f, sample, ("z", "mu")).gradients
         for f in (torch.ops.clam.dec_losses, truth.dec_losses)
     )
     # dz of a far row is what terms of the size (alpha + 1) / |z| leave
     terms = 1e-6 * (alpha + 1) / float(z[3:].double().norm(dim=1).amin())
-    close(found["z"][3:], exact["z"][3:], terms)
-    for a, b in ((found["z"][:3], exact["z"][:3]), (found["mu"], exact["mu"])):
+    close(results["z"][3:], exact["z"][3:], terms)
+    for a, b in ((results["z"][:3], exact["z"][:3]), (results["mu"], exact["mu"])):
         close(a, b, 1e-6 * float(b.abs().max()))
 
 
@@ -393,9 +393,9 @@ def test_three_modes_are_equal_at_the_moment_of_freezing(store, dtype, alpha):
     z, mu = normal(60, 4, dtype=dtype), normal(6, 4, dtype=dtype)
     weight = 0.5 + normal(60, dtype=dtype).abs()
     target = ck.dec_target(z, mu, alpha=alpha, weight=weight, store=store)
-    found = [graded(z, mu, alpha, target=target, mode=m, weight=weight) for m in MODES]
+    results = [graded(z, mu, alpha, target=target, mode=m, weight=weight) for m in MODES]
     bound = 1e-14 if dtype == torch.float64 else 1e-6
-    for parts in zip(*found, strict=True):
+    for parts in zip(*results, strict=True):
         close(parts[1], parts[0], bound)
         close(parts[2], parts[0], bound)
 

@@ -44,8 +44,8 @@ def _check_core(name: str, x: Tensor | None, core: list[Any], z: Tensor, match: 
         return
     checks.floating(name, x)
     checks.same_device(name, x, "z", z)
-    given = list(x.shape[-len(core) :])
-    ok = x.ndim >= len(core) and all(a == b for a, b in zip(given, core, strict=True))
+    last = list(x.shape[-len(core) :])
+    ok = x.ndim >= len(core) and all(a == b for a, b in zip(last, core, strict=True))
     sizes = ", ".join([f"{size}" for size in core])
     checks.shape(name, x, f"[..., {sizes}]", ok, match)
 

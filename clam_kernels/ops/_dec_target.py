@@ -157,12 +157,12 @@ def dec_target(
     alpha : float or Tensor [], > 0, unit |z|^2
         Degrees of freedom; the number inf is a Gaussian of variance 1.
     weight : Tensor [..., N], any float dtype, optional
-        Of each row in the soft counts; 1 unless given.
+        Of each row in the soft counts; 1 by default.
     store : "auto", "dense" or "recompute"
         "dense" stores p, K numbers a row; "recompute" stores z and R, D + 1 numbers a row; "auto"
         stores the fewer, p if K <= D + 1.
     dtype : torch.dtype, optional
-        A float dtype in which the rows or p are stored; that of z unless given (of p float32 for
+        A float dtype in which the rows or p are stored; that of z by default (of p float32 for
         narrower z). Soft counts and R are computed from the rows as stored.
 
     Returns
@@ -254,7 +254,7 @@ def dec_loss(
     target : DecTarget, optional
         The frozen target; `mode="minibatch"` needs none.
     index : Tensor [N], int64, optional
-        Which rows of the target these rows are; all rows in order unless given. Only
+        Which rows of the target these rows are; all rows in order by default. Only
         `mode="frozen"` uses it.
     alpha : float or Tensor [] or [..., 1], > 0, unit |z|^2
         Degrees of freedom of q; a tensor receives a gradient.

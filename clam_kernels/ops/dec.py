@@ -48,7 +48,7 @@ def student_t_stats(
     alpha : float or Tensor [] or [..., 1], > 0, unit |z|^2
         Degrees of freedom. The number inf is a Gaussian of variance 1; inf in a tensor gives NaN.
     weight : Tensor [..., N], any float dtype, optional
-        Of each row in the soft counts; 1 unless given.
+        Of each row in the soft counts; 1 by default.
     precision : "highest", "high" or "medium", optional
         Of the matrix products; None follows torch.get_float32_matmul_precision(). On a CPU all
         modes are the same.

@@ -171,15 +171,15 @@ def samples(op: str, seed: int) -> list[Sample]:
     if op in STATS:
         return [call.stats() for call in [plain, *calls, *odd]]
     p = draw.normal(1, K).softmax(1)
-    found = [plain.of_target("plain", True, None, None, None, 1.0, None, p)]
-    found += [call.losses(draw) for call in calls]
+    result = [plain.of_target("plain", True, None, None, None, 1.0, None, p)]
+    result += [call.losses(draw) for call in calls]
     for call in odd:
         smooth = not call.name.startswith("lost")
         one = call.losses(draw)
         if not smooth:
             one = replace(one, differentiable=(), kinks=one.differentiable)
-        found.append(one)
-    return found + _targets(draw)
+        result.append(one)
+    return result + _targets(draw)
 
 
 # ---- workloads -----------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def _blobs(seed: int, n: int, d: int, k: int) -> tuple[Tensor, Tensor]:
 
 def workloads() -> list[Workload]:
     """Calls worth timing."""
-    found = []
+    result = []
     for n, d, k in ((200_000, 10, 64), (200_000, 10, 10)):
         size = f"{n // 1000}k-{d}-{k}-fp32"
 
@@ -209,11 +209,11 @@ def workloads() -> list[Workload]:
             return *moved, 1.0, None, t.log_counts, t.z0, t.mu0, t.alpha0, t.log_norm, None
 
         rows, products = 4 * (n * d + k * d), 2 * n * k * d
-        found += [
+        result += [
             Workload(f"student_t_stats/{size}", STATS[0], stats, rows + 12 * n, products),
             Workload(f"dec_losses/{size}", LOSSES[0], losses, 2 * rows + 8 * n, 2 * products),
         ]
-    return found
+    return result
 
 
 # ---- what the contract asks of this family -------------------------------------------------------

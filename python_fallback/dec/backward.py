@@ -50,16 +50,16 @@ class Totals:
 
     def results(self) -> tuple[Tensor, ...]:
         """One gradient for each tensor argument: zeros for those that p depends on alone."""
-        found = []
+        gradients = []
         for i, (x, _) in enumerate(self.call.operands):
             total = self.sums[i] if i < 3 else None
             if total is not None and x is not None:
-                found.append(total.to(x.dtype))
+                gradients.append(total.to(x.dtype))
             elif self.needs[i] and x is not None:
-                found.append(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+                gradients.append(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
             else:
-                found.append(self.call.z.new_empty(0))
-        return tuple(found)
+                gradients.append(self.call.z.new_empty(0))
+        return tuple(gradients)
 
 
 class ProblemGradients:
@@ -100,12 +100,12 @@ class ProblemGradients:
         """Add dz of one chunk; NaN for a row that is not finite and has a gradient."""
         d, n = self.d, c.part.stop - c.part.start
         assert self.z is not None
-        found = self.factor @ m  # [D + 1, rows]
-        found = (d.points * found[-1]).sub_(found[:-1]).mul_(a)
+        products = self.factor @ m  # [D + 1, rows]
+        products = (d.points * products[-1]).sub_(products[:-1]).mul_(a)
         if c.lost is not None:
-            found[:, c.lost & (upstream != 0)] = torch.nan
+            products[:, c.lost & (upstream != 0)] = torch.nan
         rows = self.z[c.part]
-        rows += found[:, :n].mT.to(rows.dtype)
+        rows += products[:, :n].mT.to(rows.dtype)
 
     def add_one_centroid(self, one: Problem) -> None:
         """The gradients for K = 1: 0, and NaN in dz of a row that is not finite."""

@@ -64,7 +64,7 @@ class Distances:
         self.nearest = self.scale = self.points = self.right
 
     def load(self, part: slice) -> Tensor:
-        """Y of some rows, [K, padded rows]. Rows that are not finite are computed as rows of 0, and
+        """The tile y of some rows, [K, padded rows]. Rows that are not finite count as 0, and
         `lost` marks them.
         """
         n = part.stop - part.start

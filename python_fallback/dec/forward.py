@@ -56,10 +56,10 @@ def soft_counts(
         groups = r.view(d.size, -1, GROUP).sum(2)  # [K, groups]
         total = torch.cat([total[:, None], groups], 1).cumsum(1)[:, -1]
         if lse is not None:
-            found = sums.log_().add_(largest_scores(d))
+            line = sums.log_().add_(largest_scores(d))
             if d.lost is not None:
-                found[d.lost] = torch.nan
-            lse[part] = found[:n]
+                line[d.lost] = torch.nan
+            lse[part] = line[:n]
     return (total.fill_(torch.nan) if d.is_lost else total), bad
 
 
@@ -75,12 +75,12 @@ def student_t_stats_forward(
     batch, rows, dtype = batch_of(*operands), z.shape[-2], compute_dtype(z)
     lse = z.new_empty((*batch, rows), dtype=dtype)
     counts = z.new_empty((*batch, mu.shape[-2]), dtype=torch.float64)
-    found, _ = kmeans.kmeans_assign_forward(z, mu, None, None, False)
-    labels = torch.empty_like(lse, dtype=torch.int64).copy_(found)
+    nearest, _ = kmeans.kmeans_assign_forward(z, mu, None, None, False)
+    labels = torch.empty_like(lse, dtype=torch.int64).copy_(nearest)
     bad = z.new_empty(batch, dtype=torch.int64)
-    for at, (own, centroids, freedom, share) in problems(batch, *operands):
+    for at, (rows_of, centroids, freedom, share) in problems(batch, *operands):
         number = exact_alpha(alpha if freedom is None else freedom)
-        counts[at], bad[at] = soft_counts(own, centroids, number, share, lse[at])
+        counts[at], bad[at] = soft_counts(rows_of, centroids, number, share, lse[at])
         if math.isnan(number) or not bool(centroids.isfinite().all()):
             lse[at], labels[at] = torch.nan, -1
     return lse, labels, counts, bad
@@ -123,21 +123,21 @@ class Losses:
 
     def problems(self) -> Iterator[tuple[tuple[int, ...], Problem]]:
         """Each problem, by index."""
-        for at, own in problems(self.batch, *self.operands):
-            yield at, Problem(self, own)
+        for at, tensors in problems(self.batch, *self.operands):
+            yield at, Problem(self, tensors)
 
 
 class Problem:
     """One problem: its rows, and where its target comes from."""
 
-    def __init__(self, call: Losses, own: list[Tensor]) -> None:
-        z, mu, freedom, weight, log_counts, z0, mu0, self.log_norm, self.p = own
+    def __init__(self, call: Losses, tensors: list[Tensor]) -> None:
+        z, mu, freedom, weight, log_counts, z0, mu0, self.log_norm, self.p = tensors
         alpha = exact_alpha(call.alpha if freedom is None else freedom)
         # reciprocals are safe in float32; logarithms and exponentials of other alphas are float64
         is_plain = alpha == 1.0 and (z0 is None or call.alpha0 == 1.0)
         dtype = call.dtype if is_plain else torch.float64
         self.now = Distances(z, mu, alpha, dtype)
-        self.held = [x for x in (z, z0 if self.p is None else self.p) if x is not None]
+        self.inputs = [x for x in (z, z0 if self.p is None else self.p) if x is not None]
         self.then: Distances | None = None
         self.counts: Counts | None = None
         self.is_lost = self.now.is_lost
@@ -152,7 +152,7 @@ class Problem:
 
     def regular(self) -> Tensor:
         """Which rows are finite, with their target, [N]."""
-        return torch.stack(torch.broadcast_tensors(*map(is_regular, self.held))).all(0)
+        return torch.stack(torch.broadcast_tensors(*map(is_regular, self.inputs))).all(0)
 
     def chunks(self) -> Iterator[Chunk]:
         """Each chunk of rows with its assignments and its target."""
@@ -214,8 +214,8 @@ def dec_losses_forward(
             out[at] = torch.where(one.regular(), 0.0, torch.nan).to(out.dtype)
         else:
             for chunk in one.chunks():
-                found = divergence(chunk.ratios, chunk.total, chunk.target)
+                losses = divergence(chunk.ratios, chunk.total, chunk.target)
                 if chunk.lost is not None:
-                    found[chunk.lost] = torch.nan
-                out[at][chunk.part] = found[: chunk.part.stop - chunk.part.start]
+                    losses[chunk.lost] = torch.nan
+                out[at][chunk.part] = losses[: chunk.part.stop - chunk.part.start]
     return out

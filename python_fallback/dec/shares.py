@@ -75,7 +75,7 @@ class Target(NamedTuple):
 
 def target_of(d: Distances, ratios: Ratios, counts: Counts, log_norm: Tensor | None) -> Target:
     """`p_ij = exp(2 s_ij - log f_j - R_i)` with R_i = log_norm [rows], or so that the row sums to
-    1. The ratios are kept.
+    1. It does not change the ratios.
     """
     r, log, _ = ratios
     if counts.is_narrow:

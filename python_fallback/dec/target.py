@@ -36,10 +36,10 @@ def target_norms(z: Tensor, mu: Tensor, alpha: float, log_counts: Tensor) -> Ten
     batch = batch_of((z, 2), (mu, 2), (log_counts, 1))
     out = z.new_empty((*batch, z.shape[-2]), dtype=compute_dtype(z))
     for at, part, d, ratios, counts in _chunks(z, mu, alpha, log_counts):
-        found = norms_of(d, ratios, counts)
+        norms = norms_of(d, ratios, counts)
         if d.lost is not None:
-            found[d.lost] = torch.nan
-        out[at][part] = torch.nan if d.is_lost else found[: part.stop - part.start].to(out.dtype)
+            norms[d.lost] = torch.nan
+        out[at][part] = torch.nan if d.is_lost else norms[: part.stop - part.start].to(out.dtype)
     return out
 
 
