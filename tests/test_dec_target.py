@@ -173,6 +173,7 @@ def test_memory_does_not_grow_with_the_rows(n):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_memory_of_a_million_rows():
     z, mu = (normal(size, 10, dtype=torch.float32) for size in (1_000_000, 1000))
 
