@@ -72,15 +72,20 @@ class Launch:
 
     name: str
     kernel: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
+    args: dict[str, Any]  # runtime arguments by name; None where the kernel reads none
+    options: dict[str, Any]  # constants of the kernel, and triton's options
 
 
 def record(arch: str, call: Callable[[], object]) -> list[Launch]:
     """The launches of a call, as a GPU of `arch` would get them."""
     found: list[Launch] = []
 
-    def note(kernel: Any, grid: Any, device: Any, *args: Any, **options: Any) -> None:
+    def note(kernel: Any, grid: Any, device: Any, **arguments: Any) -> None:
+        runtime = {p.name for p in kernel.params if not p.is_constexpr}
+        args = {n: value for n, value in arguments.items() if n in runtime}
+        options = {n: value for n, value in arguments.items() if n not in runtime}
+        missing = runtime - args.keys()
+        assert not missing, f"{kernel.fn.__name__} is launched without {sorted(missing)}"
         found.append(Launch(kernel.fn.__name__, kernel, args, options))
 
     before = launch.launch, launch.arch_of
@@ -193,8 +198,13 @@ def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, An
     types = dict.fromkeys(names, "constexpr")
     constants = {(names.index(n),): v for n, v in one.options.items() if n in names}
     attributes = {}
-    for i, (name, value) in enumerate(zip(names, one.args, strict=False)):
-        if isinstance(value, torch.Tensor):
+    for i, name in enumerate(names):
+        if name not in one.args:
+            continue
+        value = one.args[name]
+        if value is None:
+            constants[(i,)] = None
+        elif isinstance(value, torch.Tensor):
             types[name] = POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):

@@ -121,12 +121,12 @@ def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device
     found: list[Any] = []
     real = launch.launch
 
-    def note(one: Any, grid: Any, where: Any, *args: Any, **options: Any) -> None:
+    def note(one: Any, grid: Any, where: Any, **arguments: Any) -> None:
         if device == "cuda" and 0 not in grid:
             with torch.cuda.device(where):
-                found.append(one[tuple(grid)](*args, enable_fp_fusion=True, **options))
+                found.append(one[tuple(grid)](enable_fp_fusion=True, **arguments))
         else:
-            real(one, grid, where, *args, **options)
+            real(one, grid, where, **arguments)
 
     launch.launch = note
     try:

@@ -268,10 +268,10 @@ def flagged(monkeypatch):
     launch, found = importlib.import_module("clam_kernels.kernels.common.launch"), []
     real = launch.launch
 
-    def counted(kernel, grid, device, *args, **options):
+    def counted(kernel, grid, device, **arguments):
         if kernel.fn.__name__.startswith("exact_") and "sums" not in kernel.fn.__name__:
-            found.append(int((args[0] != 0).sum()))
-        real(kernel, grid, device, *args, **options)
+            found.append(int((arguments["FLAG"] != 0).sum()))
+        real(kernel, grid, device, **arguments)
 
     monkeypatch.setattr(launch, "launch", counted)
     return found

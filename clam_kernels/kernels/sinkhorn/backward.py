@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..._core.backend import float32_products
 from ..common import launch
-from ..common.sweep import NUMBERS
+from ..common.sweep import UNSPECIALISED
 from .entries import opened
 from .kernels import begin_of, parts_of, scale_of, side_of, tile_of
 from .potentials import less, level, pair, pairs, whole
@@ -42,7 +42,7 @@ def shifted(x, high, low, other, below):
     return tl.exp(tl.where(out, float("-inf"), x + below[None, :]))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def weigh_kernel(
     X, C, SCALE, HELD_P, SWEPT_P, ADJOINT, PART,
     rows, count, inner, blocks, splits, share, step, x_o, x_i, c_o, c_i,
@@ -81,7 +81,7 @@ def weigh_kernel(
     tl.store(PART + (p * splits + split) * own + at, total, mask=known)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def slopes_kernel(
     X, C, SCALE, F, G, ADJ_F, ADJ_G, LEVEL, OUT, SLOPE,
     rows, count, inner, blocks, k, steps, first, size, strip, share, splits, step,

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..common.fold import finite, lse_init
 from ..common.score import dot, dot_onto, load_rows
-from ..common.sweep import NUMBERS, offset
+from ..common.sweep import UNSPECIALISED, offset
 
 # A column's mass below this has lost digits: its logarithm is taken anew.
 LEAST = tl.constexpr(2.0**-100)
@@ -191,7 +191,7 @@ def heaviest_of(HEAVIEST, problem, rows, HAS_ROW: tl.constexpr):
 # ---- one side after the other --------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def rows_kernel(
     X, C, SCALE, G, LOG_ROW, F, WORD,
     rows, count, inner, blocks, step, x_o, x_i, c_o, c_i,
@@ -217,7 +217,7 @@ def rows_kernel(
     tl.store(WORD + pid, word_of(bits))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def columns_kernel(
     X, C, SCALE, F, TOP, SUM,
     rows, count, inner, blocks, splits, share, step, x_o, x_i, c_o, c_i,
@@ -247,7 +247,7 @@ def columns_kernel(
 # ---- both sides in one read ----------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def pass_kernel(
     X, SCALE, G, LOG_ROW, HEAVIEST, F, TOP, TOTAL, PART, WORD,
     rows, count, inner, splits, share, step, x_o, x_i,
@@ -356,7 +356,7 @@ def log_column(LOG_COL, G, at, known, count, HAS_COL: tl.constexpr, COVERED: tl.
     return log_b
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def merge_kernel(
     TOP, SUM, G, LOG_COL, BIAS, HEAVIEST, FOUND, MASS, ERR, NEED, WORD, ROW_WORD,
     rows, count, blocks, splits, strip, first,
@@ -412,7 +412,7 @@ def merge_kernel(
     tl.store(here, tl.load(here, mask=later, other=0) | word)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def rescue_kernel(
     X, SCALE, F, G, LOG_COL, NEED, FOUND, MASS, WORD,
     rows, count, inner, blocks, step, x_o, x_i,
@@ -447,7 +447,7 @@ def rescue_kernel(
         tl.store(WORD + pid, tl.load(WORD + pid) | word)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def finish_kernel(
     F, G, BIAS, ERR, WORD, OUT_F, OUT_G, OUT_ERR, STATUS,
     rows, count, blocks, splits, strip,
