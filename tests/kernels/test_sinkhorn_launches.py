@@ -78,7 +78,7 @@ def _agrees(op: str, *args: Any, atol: float = 4e-6) -> tuple[Tensor, ...]:
 def _small(monkeypatch: pytest.MonkeyPatch, kernels: Any, rows: int = 16) -> None:
     """Tiles of so many rows and columns, chunks of few tiles."""
     tile, whole = kernels.Entries.tile, kernels.pass_tile
-    monkeypatch.setattr(kernels.Entries, "tile", lambda *a: tile(*a) | {"HELD": 16, "SWEPT": 16})
+    monkeypatch.setattr(kernels.Entries, "tile", lambda *a: tile(*a) | {"OWN": 16, "SWEPT": 16})
     monkeypatch.setattr(kernels, "pass_tile", lambda *a: whole(*a) | {"ROWS": rows})
     monkeypatch.setattr(kernels, "MOST_ROWS", rows)
     monkeypatch.setattr(kernels, "CHUNKS", 2)

@@ -14,7 +14,8 @@ from .score import logits
 # Batch strides are among them, so that the same code computes a row in every batch.
 UNSPECIALISED = [
     "rows", "count", "inner", "blocks", "first", "steps", "step", "strip", "splits", "share",
-    "size", "keep", "unit", "grain", "k", "pieces", "every", "beta", "beta_bits", "step_bits",
+    "size", "problems", "first_problem", "f_count", "g_count", "keep", "unit", "grain", "k",
+    "pieces", "every", "beta", "beta_bits", "step_bits",
     "v_o", "v_i", "m_o", "m_i", "x_o", "x_i", "c_o", "c_i", "l_o", "l_i", "rho_o", "rho_i",
 ]  # fmt: skip
 
