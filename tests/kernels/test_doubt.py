@@ -30,14 +30,14 @@ def _rule() -> Any:
 
 def test_both_rules_have_the_same_numbers():
     rule, unit = _rule(), 2.0**-24
-    assert rule.CANCEL.value * doubt.CANCEL == 1
-    assert rule.GROWTH.value == doubt.GROWTH * unit
-    assert (rule.CALM.value, rule.WARM.value) == (doubt.CALM, doubt.WARM)
-    assert rule.CALM_OF_MANY.value == doubt.CALM_OF_MANY
-    assert rule.CALM_OF_ENERGY.value == doubt.CALM_OF_ENERGY
-    assert rule.CANCEL_OF_ENERGY.value * doubt.CANCEL_OF_ENERGY == 1
+    assert rule.NEAR_FACTOR.value * doubt.CANCEL == 1
+    assert rule.LOGIT_ERROR.value == doubt.GROWTH * unit
+    assert (rule.NEAR_LIMIT.value, rule.FAR_LIMIT.value) == (doubt.CALM, doubt.WARM)
+    assert rule.NEAR_LIMIT_OF_MANY.value == doubt.CALM_OF_MANY
+    assert rule.NEAR_LIMIT_OF_ENERGY.value == doubt.CALM_OF_ENERGY
+    assert rule.NEAR_FACTOR_OF_ENERGY.value * doubt.CANCEL_OF_ENERGY == 1
     assert rule.LONGEST.value == doubt.LARGEST[torch.float32]
-    assert rule.LARGE.value == doubt.HOTTEST[torch.float32]
+    assert rule.LARGEST_LOGIT.value == doubt.HOTTEST[torch.float32]
 
 
 def test_both_rules_choose_the_same_rows():
@@ -65,7 +65,7 @@ def test_both_rules_choose_the_same_rows():
 def doubts_kernel(SIZE, FAR, TOTAL, sharp, FOUND, ROWS: tl.constexpr):
     i = tl.arange(0, ROWS)
     size, far, total = tl.load(SIZE + i), tl.load(FAR + i), tl.load(TOTAL + i)
-    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, CALM).to(tl.int32))
+    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32))
 
 
-doubted, CALM = _rule().doubted, _rule().CALM
+doubted, NEAR_LIMIT = _rule().doubted, _rule().NEAR_LIMIT

@@ -295,7 +295,7 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask,
       }
       for (auto& w : walks) {
         am::end_back<D>(w);
-        heat += w.heat;
+        heat += w.beta_sum;
       }
     }
     for (int lane = 0; lane < kWarp && group * kWarp + lane < c.rows; ++lane)
@@ -346,8 +346,8 @@ extern "C" int recursion_backward(const float* v, const float* rho, const float*
 }
 
 extern "C" void numbers(float* out) {
-  const float all[] = {am::kCancel, am::kCalm,    am::kCalmOfMany, am::kWarm,
-                       am::kGrowth, am::kLongest, am::kSharpest,   am::kMost};
+  const float all[] = {am::kNearFactor, am::kNearLimit,    am::kNearLimitOfMany, am::kFarLimit,
+                       am::kLogitError, am::kLongest, am::kSharpest,   am::kMost};
   std::copy(all, all + 8, out);
 }
 
@@ -357,7 +357,7 @@ extern "C" void doubts(const float* x, const float* recalled, const float* large
     float a[4], b[4];
     std::copy(x + 4 * row, x + 4 * row + 4, a);
     std::copy(recalled + 4 * row, recalled + 4 * row + 4, b);
-    out[row] = am::doubted<4>(a, b, 1.0f, largest[row], {sharp, 1.0f, am::kCalm});
+    out[row] = am::doubted<4>(a, b, 1.0f, largest[row], {sharp, 1.0f, am::kNearLimit});
   }
 }
 
@@ -965,7 +965,10 @@ def test_memories_near_the_end_of_float32_have_a_finite_centre(library: Any) -> 
 
 def test_the_rule_is_that_of_the_kernels_in_triton(library: Any) -> None:
     rule = importlib.import_module("clam_kernels.kernels.am.doubt")
-    names = ("CANCEL", "CALM", "CALM_OF_MANY", "WARM", "GROWTH", "LONGEST", "SHARPEST", "MOST")
+    names = (
+        "NEAR_FACTOR", "NEAR_LIMIT", "NEAR_LIMIT_OF_MANY", "FAR_LIMIT", "LOGIT_ERROR", "LONGEST",
+        "SHARPEST", "MOST",
+    )  # fmt: skip
     found = torch.zeros(len(names))
     library.numbers(*pointers(found))
     for name, number in zip(names, found.tolist(), strict=True):

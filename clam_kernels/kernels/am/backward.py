@@ -22,6 +22,7 @@ from ..common import launch
 from ..common.fold import finite
 from ..common.score import dot, load_memories, load_rows, load_sides, logits, own_inner, wide_inner
 from . import backward_fused, exact_backward
+from .backward_fused import store_memories
 from .backward_rows import rows_backward_kernel, rows_backward_wide_kernel
 from .call import Call, ScratchCell, Totals
 from .doubt import MOST
@@ -42,34 +43,20 @@ _LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
-def inverse_of(TOTAL, at, live):
+def inverse_of(TOTAL, at, valid):
     """1 / total [ROWS] of the weights; 0 where all memories are masked."""
-    total = tl.load(TOTAL + at, mask=live, other=0.0)
+    total = tl.load(TOTAL + at, mask=valid, other=0.0)
     return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
 
 
 @triton.jit
-def norms_in(PATH, at, live, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
+def norms_in(PATH, at, valid, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
     """|x|^2 [ROWS] of states in scratch, DIM features at a time."""
     norm = tl.zeros((at.shape[0],), tl.float32)
     for d0 in range(0, D, DIM):
-        part = load_rows(PATH, at, live, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        part = load_rows(PATH, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         norm += tl.sum(part * part, 1)
     return norm
-
-
-@triton.jit
-def store_memories(
-    PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum,
-    STRIDE: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    """Store the sums of one tile of memories: acc [PROTOS, DIM], the others [PROTOS]."""
-    d = d0 + tl.arange(0, DIM)
-    where = known[:, None] & (d < STRIDE)[None, :]
-    tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
-    if piece == 0:
-        tl.store(SUMS + slot * 2, mass, mask=known)
-        tl.store(SUMS + slot * 2 + 1, beta_sum, mask=known)
 
 
 @triton.jit(do_not_specialize=["count", "inner", "steps", "strip", "rows", "share"])
@@ -108,18 +95,18 @@ def memories_backward_kernel(
         first = tl.cast(t, tl.int64) * strip + problem.to(tl.int64) * rows
         for n0 in range(begin, end, ROWS):
             n = n0 + tl.arange(0, ROWS)
-            live = n < end
+            valid = n < end
             at = first + n
             # top = inf: rows past the end have the weight exp2(-inf), whatever the biases are
-            top = tl.load(TOP + at, mask=live, other=float("inf"))
+            top = tl.load(TOP + at, mask=valid, other=float("inf"))
             sure = top != float("inf")
-            inverse = tl.where(sure, inverse_of(TOTAL, at, live), 0.0)
-            delta = tl.load(DELTA + at, mask=live, other=0.0)
-            x = load_rows(PATH, at, live, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+            inverse = tl.where(sure, inverse_of(TOTAL, at, valid), 0.0)
+            delta = tl.load(DELTA + at, mask=valid, other=0.0)
+            x = load_rows(PATH, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
             norm = tl.sum(x * x, 1)
             if WIDE:
-                norm = norms_in(PATH, at, live, D, STRIDE, DIM)
-                inside = wide_inner(((PATH, at, live), norm), tile, count, D, STRIDE, DIM, PREC)
+                norm = norms_in(PATH, at, valid, D, STRIDE, DIM)
+                inside = wide_inner(((PATH, at, valid), norm), tile, count, D, STRIDE, DIM, PREC)
             else:
                 inside = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
             s = logits(inside, 0.5 * norm, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
@@ -131,13 +118,13 @@ def memories_backward_kernel(
                 surprise = lift[None, :] - (s - top[:, None]) - tl.log2(inverse)[:, None]
                 beta_sum += tl.sum(tl.where(w == 0.0, 0.0, q * surprise), 0)
             else:
-                h = load_rows(PULL, at, live, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+                h = load_rows(PULL, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
                 if HARD:
                     w = tl.where(k.to(tl.float32)[None, :] == top[:, None], 1.0, 0.0)
                     acc += dot(tl.trans(w), h, PREC)
                 else:
                     if WIDE:
-                        hs = ((PULL, at, live), norm)
+                        hs = ((PULL, at, valid), norm)
                         slope = wide_inner(hs, tile, count, D, STRIDE, DIM, PREC)
                     else:
                         slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]

@@ -29,6 +29,20 @@ _LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
+def store_memories(
+    PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum,
+    STRIDE: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of one tile of memories: acc [PROTOS, DIM], the others [PROTOS]."""
+    d = d0 + tl.arange(0, DIM)
+    where = known[:, None] & (d < STRIDE)[None, :]
+    tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
+    if piece == 0:
+        tl.store(SUMS + slot * 2, mass, mask=known)
+        tl.store(SUMS + slot * 2 + 1, beta_sum, mask=known)
+
+
+@triton.jit
 def walked(
     PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -88,18 +102,18 @@ def fused_backward_kernel(
     # the sum of both may be past 2^31
     for n0 in range(begin, begin + tl.minimum(share, rows - begin), ROWS):
         row = n0 + tl.arange(0, ROWS)
-        live, at = row < rows, row.to(tl.int64)
-        inside = live[:, None] & (d < D)[None, :]
+        valid, at = row < rows, row.to(tl.int64)
+        inside = valid[:, None] & (d < D)[None, :]
         whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]
-        raw = load_rows(V, at, live, 0, D, D, DIM)  # [ROWS, DIM]
-        x = centred(raw, CENTRE, live, 0, D, DIM)  # [ROWS, DIM]
+        raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
+        x = centred(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         poison = tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
         flag = walked(
             PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
         )  # fmt: skip
-        tl.store(FLAG + problem.to(tl.int64) * rows + at, flag.to(tl.uint8), mask=live)
+        tl.store(FLAG + problem.to(tl.int64) * rows + at, flag.to(tl.uint8), mask=valid)
         poison = tl.where(flag > 0, float("-inf"), poison)  # a row in doubt adds 0 to every sum
         tl.debug_barrier()  # the states are read in another layout
         g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
@@ -120,7 +134,7 @@ def fused_backward_kernel(
             h = moves * gain * g
             slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
             inverse, delta = normalised(total, tl.sum(w * slope, 1))
-            w = tl.where(live[:, None], w * inverse[:, None], 0.0)
+            w = tl.where(valid[:, None], w * inverse[:, None], 0.0)
             gz = w * (slope - delta[:, None])
             if MEMORIES:
                 mass += tl.sum(gz, 0)
@@ -136,10 +150,7 @@ def fused_backward_kernel(
         tl.debug_barrier()  # the next block's states take this one's place
     if MEMORIES:
         slot = pid.to(tl.int64) * count + k
-        where = (k < count)[:, None] & (d < STRIDE)[None, :]
-        tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
-        tl.store(SUMS + slot * 2, mass, mask=k < count)
-        tl.store(SUMS + slot * 2 + 1, beta_sum, mask=k < count)
+        store_memories(PART, SUMS, slot, k < count, 0, 0, acc, mass, beta_sum, STRIDE, DIM)
 
 
 def serves(call: Call, mask_grad: bool) -> bool:

@@ -104,8 +104,8 @@ def rows_backward_kernel(
     if MASK:
         U += offset(problem, inner, u_o, u_i)
     d = tl.arange(0, DIM)
-    live, at = row < rows, row.to(tl.int64)
-    inside = live[:, None] & (d < D)[None, :]
+    valid, at = row < rows, row.to(tl.int64)
+    inside = valid[:, None] & (d < D)[None, :]
     stored = (d < STRIDE)[None, :]
     p = problem.to(tl.int64) * rows + at
     whole = p[:, None] * D + d[None, :]
@@ -158,7 +158,7 @@ def wide_slopes(
 
 @triton.jit
 def wide_h(
-    OUT, MASKED, PATH, PULL, U, p, here, row, live, every, top, u_row, u_feature, step,
+    OUT, MASKED, PATH, PULL, U, p, here, row, valid, every, top, u_row, u_feature, step,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +168,7 @@ def wide_h(
     norm = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        inside = live[:, None] & (d < D)[None, :]
+        inside = valid[:, None] & (d < D)[None, :]
         whole = p[:, None] * D + d[None, :]
         g = tl.where(doubt, 0.0, tl.load(OUT + whole, mask=inside, other=0.0))  # [ROWS, DIM]
         x = load_rows(PATH, here, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
@@ -204,14 +204,14 @@ def rows_backward_wide_kernel(
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     if MASK:
         U += offset(problem, inner, u_o, u_i)
-    live, at = row < rows, row.to(tl.int64)
+    valid, at = row < rows, row.to(tl.int64)
     p = problem.to(tl.int64) * rows + at
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     every = local >= 0
     table = (RHO, SIDE)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        inside = live[:, None] & (d < D)[None, :]
+        inside = valid[:, None] & (d < D)[None, :]
         whole = p[:, None] * D + d[None, :]
         g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
         tl.store(OUT + whole, g, mask=inside)
@@ -220,7 +220,7 @@ def rows_backward_wide_kernel(
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
         top = tl.load(TOP + here)
         norm = wide_h(
-            OUT, MASKED, PATH, PULL, U, p, here, row, live, every, top, u_row, u_feature, step,
+            OUT, MASKED, PATH, PULL, U, p, here, row, valid, every, top, u_row, u_feature, step,
             D, STRIDE, DIM, ROWS, MASK, MASK_GRAD,
         )  # fmt: skip
         tl.debug_barrier()
@@ -250,7 +250,7 @@ def rows_backward_wide_kernel(
                     total += tl.sum(gz, 1)
                 if PER_MEMORY:
                     acc -= total[:, None] * load_rows(PATH, here, every, d0, D, STRIDE, DIM)
-                inside = live[:, None] & (d < D)[None, :]
+                inside = valid[:, None] & (d < D)[None, :]
                 whole = p[:, None] * D + d[None, :]
                 g = tl.load(OUT + whole, mask=inside, other=0.0)
                 tl.store(OUT + whole, g + acc / _LOG2E, mask=inside)

@@ -78,17 +78,13 @@ class Call:
         if table.shape[:-2].numel() == 1:
             flat = arrange((*self.batch, v.shape[-2]), [(x, 1) for x in large])
             if flat[0].shape[0] == 1 and flat[0].stride(1) == self.features:
-                shared = [x.reshape(1, 1, *x.shape[-n:]) for x, n in ((table, 2), (side, 2))]
-                rows = [x[None] for x in flat]
-                return Views(
-                    rows[0],
-                    rows[1] if mask is not None else None,
-                    *shared,
-                    centre.reshape(1, 1, -1),
-                )
+                table, side = (x.reshape(1, 1, *x.shape[-2:]) for x in (table, side))
+                u = None if mask is None else flat[1][None]
+                return Views(flat[0][None], u, table, side, centre.reshape(1, 1, -1))
         small = [(table, 2), (side, 2), (centre, 1)]
         views = arrange(self.batch, [*((x, 2) for x in large), *small])
-        return Views(views[0], views[1] if mask is not None else None, *views[-3:])
+        table, side, centre = views[-3:]
+        return Views(views[0], None if mask is None else views[1], table, side, centre)
 
     def operands(self) -> exact.Operands:
         """The caller's own arguments, for the launch that computes rows in doubt again."""
@@ -116,7 +112,10 @@ class Call:
 
     def at(self, o: int, problems: slice) -> Views:
         """The operands of one cell."""
-        return Views(*(x if x is None else x[o : o + 1, problems] for x in self.views))
+        v, mask, *rest = self.views
+        table, side, centre = (x[o : o + 1, problems] for x in rest)
+        u = None if mask is None else mask[o : o + 1, problems]
+        return Views(v[o : o + 1, problems], u, table, side, centre)
 
     def recursion(self, keep: int) -> dict[str, Any]:
         """Tile and options of the recursion. A mask, a beta per memory and saved states cost

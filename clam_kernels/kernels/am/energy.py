@@ -22,7 +22,7 @@ from ..kmeans.nearest import squared
 from . import exact, exact_backward
 from .backward import cells, fit, sweep_memories, whole
 from .call import Call, Totals
-from .doubt import CALM_OF_ENERGY, doubted, settled, sharpest
+from .doubt import NEAR_LIMIT_OF_ENERGY, doubted, settled, sharpest
 from .memories import LOG2E, memories_of
 
 
@@ -43,43 +43,49 @@ def energy_kernel(
     CENTRE += m * STRIDE
     RAW += m * count * D
     V += offset(problem, inner, v_o, v_i) * D
-    live, at = row < rows, row.to(tl.int64)
+    valid, at = row < rows, row.to(tl.int64)
     norm, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        raw = load_rows(V, at, live, d0, D, D, DIM)  # [ROWS, DIM]
-        x = centred(raw, CENTRE, live, d0, D, DIM)  # [ROWS, DIM]
+        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
+        x = centred(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
         norm += tl.sum(x * x, 1)
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
     table = (RHO, SIDE)
     if WIDE:
-        own = ((V, CENTRE, at, live), norm)
+        own = ((V, CENTRE, at, valid), norm)
         state = sweep(
             lse_first_init(ROWS), own, table, count, load_sides, raw_inner, lse_first_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
     else:
-        own = (centred(load_rows(V, at, live, 0, D, D, DIM), CENTRE, live, 0, D, DIM), norm)
+        own = (centred(load_rows(V, at, valid, 0, D, D, DIM), CENTRE, valid, 0, D, DIM), norm)
         state = sweep(
             lse_first_init(ROWS), own, table, count, load_memories, own_inner, lse_first_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
     _, index, total = state
     first = tl.maximum(index, 0).to(tl.int64)
-    far = squared(V, RAW, at, first, live & (index >= 0), D, DIM if DIM < 32 else 32, tl.float32)
+    far = squared(V, RAW, at, first, valid & (index >= 0), D, DIM if DIM < 32 else 32, tl.float32)
     lift = tl.load(SIDE + 2 * count + first)
     energy = far - (lift + tl.log2(total)) / (0.5 * tl.load(SIDE))
     energy = tl.where(total == 0.0, float("inf"), energy) + poison
 
     sharp, ratio, _ = sharpest(SIDE, count, PROTOS, False)
     doubt = doubted(
-        norm + tl.load(SIDE + 3 * count + first), far, total, sharp, ratio, 0.0, CALM_OF_ENERGY
+        norm + tl.load(SIDE + 3 * count + first),
+        far,
+        total,
+        sharp,
+        ratio,
+        0.0,
+        NEAR_LIMIT_OF_ENERGY,
     )
     flag = settled(doubt.to(tl.int32), total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
-    tl.store(OUT + p, energy, mask=live)
-    tl.store(FLAG + p, tl.where(poison == 0.0, flag, 0).to(tl.uint8), mask=live)
+    tl.store(OUT + p, energy, mask=valid)
+    tl.store(FLAG + p, tl.where(poison == 0.0, flag, 0).to(tl.uint8), mask=valid)
 
 
 def am_energy(

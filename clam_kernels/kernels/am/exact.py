@@ -47,21 +47,21 @@ def sides(
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """(betas, log-weights, which are active) of the memories k [PROTOS], in float64."""
-    live, at = k < count, k.to(tl.int64)
+    valid, at = k < count, k.to(tl.int64)
     beta = tl.zeros((k.shape[0],), tl.float64) + number(beta_bits)
     lift = tl.zeros((k.shape[0],), tl.float64)
     if HAS_BETA:
-        beta = tl.load(BETA + at * beta_k, mask=live, other=0.0).to(tl.float64)
+        beta = tl.load(BETA + at * beta_k, mask=valid, other=0.0).to(tl.float64)
     if HAS_WEIGHTS:
-        lift = tl.load(WEIGHTS + at * weights_k, mask=live, other=0.0).to(tl.float64)
-    return beta, lift, live & (lift != float("-inf"))
+        lift = tl.load(WEIGHTS + at * weights_k, mask=valid, other=0.0).to(tl.float64)
+    return beta, lift, valid & (lift != float("-inf"))
 
 
 @triton.jit
-def gaps(X, RHO, k, alive, d0, D: tl.constexpr, DIM: tl.constexpr):
+def gaps(X, RHO, k, active, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of rho_k - x, [PROTOS, DIM], 0 beyond the edges; X is in float64."""
     d = d0 + tl.arange(0, DIM)
-    inside = alive[:, None] & (d < D)[None, :]
+    inside = active[:, None] & (d < D)[None, :]
     rho = tl.load(RHO + k.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
     x = tl.load(X + d, mask=d < D, other=0.0)
     return tl.where(inside, rho.to(tl.float64) - x[None, :], 0.0)
@@ -81,16 +81,16 @@ def peak(
     total = tl.zeros((1,), tl.float64)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        beta, lift, alive = sides(
+        beta, lift, active = sides(
             BETA, WEIGHTS, k, count, beta_bits, beta_k, weights_k, HAS_BETA, HAS_WEIGHTS
         )
         far = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
-            t = gaps(X, RHO, k, alive, d0, D, DIM)  # [PROTOS, DIM]
+            t = gaps(X, RHO, k, active, d0, D, DIM)  # [PROTOS, DIM]
             far += tl.sum(t * t, 1)
         tl.store(FAR + k, far, mask=k < count)
         z = -far if HARD else lift - beta * far
-        z = tl.where(alive, z, float("-inf"))
+        z = tl.where(active, z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), 0)
@@ -107,15 +107,15 @@ def weights_of(
     """(weights, betas, squared distances, which are active) of the memories k [PROTOS]; `chosen` is
     the largest logit, or the index of the nearest memory.
     """
-    beta, lift, alive = sides(
+    beta, lift, active = sides(
         BETA, WEIGHTS, k, count, beta_bits, beta_k, weights_k, HAS_BETA, HAS_WEIGHTS
     )
     far = tl.load(FAR + k, mask=k < count, other=0.0)
     if HARD:
         p = tl.where(k == chosen, 1.0, 0.0).to(tl.float64)
     else:
-        p = tl.where(alive, tl.exp(lift - beta * far - chosen) / total, 0.0)
-    return p, beta, far, alive
+        p = tl.where(active, tl.exp(lift - beta * far - chosen) / total, 0.0)
+    return p, beta, far, active
 
 
 @triton.jit
@@ -127,9 +127,9 @@ def first_nearest(
     index = tl.full((1,), 2147483647, tl.int32)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        alive = sides(BETA, WEIGHTS, k, count, 0, 0, weights_k, False, HAS_WEIGHTS)[2]
+        active = sides(BETA, WEIGHTS, k, count, 0, 0, weights_k, False, HAS_WEIGHTS)[2]
         far = tl.load(FAR + k, mask=k < count, other=0.0)
-        tied = alive & (far <= least + least * TIE)
+        tied = active & (far <= least + least * TIE)
         index = tl.minimum(index, tl.min(tl.where(tied, k, 2147483647), 0))
     return index
 
@@ -179,11 +179,11 @@ def advance(
         pull = tl.zeros((DIM,), tl.float64)
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
-            p, _, _, alive = weights_of(
+            p, _, _, active = weights_of(
                 FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
                 HARD, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
-            pull += tl.sum(p[:, None] * gaps(X, RHO, k, alive, d0, D, DIM), 0)
+            pull += tl.sum(p[:, None] * gaps(X, RHO, k, active, d0, D, DIM), 0)
         x = tl.load(X + d, mask=d < D, other=0.0)
         gain = gain_at(U, u_row, u_feature, one, d, step_bits, D, MASK)
         tl.debug_barrier()

@@ -72,7 +72,7 @@ def slopes(
     mean = tl.zeros((1,), tl.float64)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        p, _, _, alive = weights_of(
+        p, _, _, active = weights_of(
             FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
             HARD, HAS_BETA, HAS_WEIGHTS,
         )  # fmt: skip
@@ -80,7 +80,7 @@ def slopes(
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             h = tl.load(H + d, mask=d < D, other=0.0)
-            s += tl.sum(h[None, :] * gaps(X, RHO, k, alive, d0, D, DIM), 1)
+            s += tl.sum(h[None, :] * gaps(X, RHO, k, active, d0, D, DIM), 1)
         tl.store(SLOPE + k, s, mask=k < count)
         mean += tl.sum(p * s, 0)
     tl.debug_barrier()
@@ -120,11 +120,11 @@ def step_back(
         more, pull = tl.zeros((DIM,), tl.float64), tl.zeros((DIM,), tl.float64)
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
-            p, beta, far, alive = weights_of(
+            p, beta, far, active = weights_of(
                 FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
                 HARD, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
-            t = gaps(X, RHO, k, alive, d0, D, DIM)  # [PROTOS, DIM]
+            t = gaps(X, RHO, k, active, d0, D, DIM)  # [PROTOS, DIM]
             pull += tl.sum(p[:, None] * t, 0)
             grad_rho = p[:, None] * h[None, :]  # [PROTOS, DIM]
             gz = tl.zeros((PROTOS,), tl.float64)
@@ -258,12 +258,12 @@ def exact_energy_backward_kernel(
                 pull = tl.zeros((DIM,), tl.float64)
                 for k0 in range(0, count, PROTOS):
                     k = k0 + tl.arange(0, PROTOS)
-                    p, _sharps, far, alive = weights_of(
+                    p, _sharps, far, active = weights_of(
                         FAR, beta, weights, k, count, top, total, beta_bits, b_k, w_k,
                         False, HAS_BETA, HAS_WEIGHTS,
                     )  # fmt: skip
                     q = p * upstream
-                    moved = q[:, None] * gaps(X, rho, k, alive, d0, D, DIM)  # [PROTOS, DIM]
+                    moved = q[:, None] * gaps(X, rho, k, active, d0, D, DIM)  # [PROTOS, DIM]
                     pull += tl.sum(moved, 0)
                     place = PART + k.to(tl.int64) * (D + 2)
                     inside = (k < count)[:, None] & (d < D)[None, :]

@@ -60,12 +60,12 @@ def memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE: tl.constexpr
 
 
 @triton.jit
-def lifts_of(WEIGHTS, k, live, weights_k, HAS_WEIGHTS: tl.constexpr):
+def lifts_of(WEIGHTS, k, valid, weights_k, HAS_WEIGHTS: tl.constexpr):
     """(log-weights [k] of memories, whether each is active)."""
     lift = tl.zeros((k.shape[0],), tl.float32)
     if HAS_WEIGHTS:
-        lift = tl.load(WEIGHTS + k.to(tl.int64) * weights_k, mask=live, other=0.0).to(tl.float32)
-    return lift, live & (lift != float("-inf"))
+        lift = tl.load(WEIGHTS + k.to(tl.int64) * weights_k, mask=valid, other=0.0).to(tl.float32)
+    return lift, valid & (lift != float("-inf"))
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS: tl.constexpr):
     i = tl.arange(0, SAMPLE_TILE)
     size = tl.minimum(count, SAMPLE)
     k = i.to(tl.int64) * count // size
-    alive = lifts_of(WEIGHTS, k, i < size, weights_k, HAS_WEIGHTS)[1]
-    return k, alive, tl.sum(alive.to(tl.int32), 0)
+    active = lifts_of(WEIGHTS, k, i < size, weights_k, HAS_WEIGHTS)[1]
+    return k, active, tl.sum(active.to(tl.int32), 0)
 
 
 @triton.jit
@@ -86,30 +86,30 @@ def sampled_median(
     """The lower median of features [d0, d0 + DIM) over the active memories of the sample; 0 if none
     is active.
     """
-    k, alive, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
+    k, active, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
     i = tl.arange(0, SAMPLE_TILE)
-    mine = load_rows(RHO, k, alive, d0, D, D, DIM)  # [SAMPLE_TILE, DIM]
-    mine = tl.where(alive[:, None], mine, float("inf"))
+    mine = load_rows(RHO, k, active, d0, D, D, DIM)  # [SAMPLE_TILE, DIM]
+    mine = tl.where(active[:, None], mine, float("inf"))
     rank = tl.zeros((SAMPLE_TILE, DIM), tl.int32)
     size = tl.minimum(count, SAMPLE)
     for j in range(0, size):
         other = tl.zeros((1,), tl.int64) + tl.cast(j, tl.int64) * count // size
-        active = lifts_of(WEIGHTS, other, other >= 0, weights_k, HAS_WEIGHTS)[1]
-        theirs = load_rows(RHO, other, active, d0, D, D, DIM)  # [1, DIM]
-        theirs = tl.where(active[:, None], theirs, float("inf"))
+        is_active = lifts_of(WEIGHTS, other, other >= 0, weights_k, HAS_WEIGHTS)[1]
+        theirs = load_rows(RHO, other, is_active, d0, D, D, DIM)  # [1, DIM]
+        theirs = tl.where(is_active[:, None], theirs, float("inf"))
         before = (theirs < mine) | ((theirs == mine) & (j < i)[:, None])
         rank += before.to(tl.int32)
-    middle = alive[:, None] & (rank == (met - 1) // 2)
+    middle = active[:, None] & (rank == (met - 1) // 2)
     return tl.sum(tl.where(middle, mine, 0.0), 0)
 
 
 @triton.jit
-def from_centre(RHO, CENTRE, k, alive, d0, D: tl.constexpr, DIM: tl.constexpr):
+def from_centre(RHO, CENTRE, k, active, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of memories minus CENTRE, in float64; 0 where masked."""
     d = d0 + tl.arange(0, DIM)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0).to(tl.float64)
-    row = load_rows(RHO, k, alive, d0, D, D, DIM).to(tl.float64)
-    return tl.where(alive[:, None], row - c[None, :], 0.0)
+    row = load_rows(RHO, k, active, d0, D, D, DIM).to(tl.float64)
+    return tl.where(active[:, None], row - c[None, :], 0.0)
 
 
 @triton.jit
@@ -120,17 +120,17 @@ def reach_of_centre(
     """The squared distance from the median up to which memories count for the centre: 16 times the
     median of the squared distances. All count if none of the sample is active.
     """
-    k, alive, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
+    k, active, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
     i = tl.arange(0, SAMPLE_TILE)
     far = tl.zeros((SAMPLE_TILE,), tl.float64)
     for d0 in range(0, D, DIM):
-        gap = from_centre(RHO, CENTRE, k, alive, d0, D, DIM)
+        gap = from_centre(RHO, CENTRE, k, active, d0, D, DIM)
         far += tl.sum(gap * gap, 1)
-    far = tl.minimum(tl.where(alive, far, float("inf")), MOST).to(tl.float32)
+    far = tl.minimum(tl.where(active, far, float("inf")), MOST).to(tl.float32)
     tied = (far[None, :] == far[:, None]) & (i[None, :] < i[:, None])
-    behind = ((far[None, :] < far[:, None]) | tied) & alive[None, :]
+    behind = ((far[None, :] < far[:, None]) | tied) & active[None, :]
     rank = tl.sum(behind.to(tl.int32), 1)
-    middle = alive & (rank == (met - 1) // 2)
+    middle = active & (rank == (met - 1) // 2)
     reach = tl.minimum(16.0 * tl.sum(tl.where(middle, far, 0.0), 0), MOST)
     return tl.where(met > 0, reach, MOST)
 
@@ -154,14 +154,14 @@ def store_centre(
     near = tl.zeros((1,), tl.float32)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        alive = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)[1]
+        active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)[1]
         far = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
-            gap = from_centre(RHO, CENTRE, k.to(tl.int64), alive, d0, D, DIM)
+            gap = from_centre(RHO, CENTRE, k.to(tl.int64), active, d0, D, DIM)
             far += tl.sum(gap * gap, 1)
         far = tl.minimum(far, MOST).to(tl.float32)
-        near += tl.sum((alive & (far <= reach)).to(tl.float32), 0)
-        tl.store(FAR + k, tl.where(alive, far, float("inf")), mask=k < count)
+        near += tl.sum((active & (far <= reach)).to(tl.float32), 0)
+        tl.store(FAR + k, tl.where(active, far, float("inf")), mask=k < count)
     tl.debug_barrier()
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
@@ -169,8 +169,8 @@ def store_centre(
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
             far = tl.load(FAR + k, mask=k < count, other=float("inf"))
-            alive = far < float("inf")
-            bad += tl.sum(load_rows(RHO, k.to(tl.int64), alive, d0, D, D, DIM) * 0.0, 0)
+            active = far < float("inf")
+            bad += tl.sum(load_rows(RHO, k.to(tl.int64), active, d0, D, D, DIM) * 0.0, 0)
             total += tl.sum(from_centre(RHO, CENTRE, k.to(tl.int64), far <= reach, d0, D, DIM), 0)
         c = tl.load(CENTRE + d, mask=d < D, other=0.0).to(tl.float64)
         c = (c + total / tl.maximum(near, 1.0)).to(tl.float32) + bad + poison
@@ -207,11 +207,11 @@ def memories_kernel(
     poison = 0.0
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        lift, alive = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
-        here = tl.where(alive, lift * 0.0, 0.0)
+        lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
+        here = tl.where(active, lift * 0.0, 0.0)
         if HAS_BETA:
             scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
-            here += tl.where(alive, scale.to(tl.float32) * 0.0, 0.0)
+            here += tl.where(active, scale.to(tl.float32) * 0.0, 0.0)
         poison += tl.sum(here, 0)
     store_centre(
         RHO, WEIGHTS, SIDE + 3 * count, CENTRE, count, poison, weights_k,
@@ -220,13 +220,13 @@ def memories_kernel(
 
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        lift, alive = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
+        lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
         norm = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-            row = load_rows(RHO, k.to(tl.int64), alive, d0, D, D, DIM)  # [PROTOS, DIM]
-            row = tl.where(alive[:, None], row - c[None, :], 0.0)
+            row = load_rows(RHO, k.to(tl.int64), active, d0, D, D, DIM)  # [PROTOS, DIM]
+            row = tl.where(active[:, None], row - c[None, :], 0.0)
             row = tl.minimum(tl.maximum(row, -MOST), MOST)
             norm += tl.sum(row.to(tl.float64) * row.to(tl.float64), 1)
             at = TABLE + k.to(tl.int64)[:, None] * STRIDE + d[None, :]
@@ -237,18 +237,18 @@ def memories_kernel(
         else:
             if HAS_BETA:
                 scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
-                scale = tl.where(alive | (beta_k == 0), scale.to(tl.float32), 0.0)
+                scale = tl.where(active | (beta_k == 0), scale.to(tl.float32), 0.0)
             else:
                 scale = tl.zeros((PROTOS,), tl.float32) + beta
             # from the rounded scale: the error of both then moves all rows alike
             scale = tl.minimum(2.0 * scale * _LOG2E, MOST)
             bias = lift.to(tl.float64) * _LOG2E - 0.5 * scale.to(tl.float64) * norm
-        live = k < count
+        valid = k < count
         bias = tl.maximum(bias, -MOST)  # only masked memories have a bias of -inf
-        tl.store(SIDE + k, scale, mask=live)
-        tl.store(SIDE + count + k, tl.where(alive, bias, float("-inf")), mask=live)
-        tl.store(SIDE + 2 * count + k, lift * _LOG2E, mask=live)
-        tl.store(SIDE + 3 * count + k, tl.minimum(norm, MOST), mask=live)
+        tl.store(SIDE + k, scale, mask=valid)
+        tl.store(SIDE + count + k, tl.where(active, bias, float("-inf")), mask=valid)
+        tl.store(SIDE + 2 * count + k, lift * _LOG2E, mask=valid)
+        tl.store(SIDE + 3 * count + k, tl.minimum(norm, MOST), mask=valid)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -156,6 +156,53 @@ def store_step(
     tl.store(TOTAL + here, total)
 
 
+@triton.jit
+def store_result(
+    V, CENTRE, U, OUT, x, p, at, row, valid, inside, none, poison, u_row, u_feature, step,
+    D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Store the last states in the caller's coordinates; returns 1 for rows that lost digits to the
+    centre. A row keeps its bits where `none`, an entry where its gain is 0.
+    """
+    d = tl.arange(0, DIM)
+    c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+    out = x + c[None, :] + poison[:, None]  # [ROWS, DIM]
+    raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
+    flag = lost(tl.sum(x * x, 1), tl.sum(out * out, 1), tl.sum(raw * raw, 1))
+    if MASK:
+        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
+        out = tl.where(gain == 0.0, raw, out)
+    out = tl.where(none[:, None], raw, out)
+    tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+    return flag
+
+
+@triton.jit
+def limits_of(SIDE, count, PROTOS: tl.constexpr, PER_MEMORY: tl.constexpr, KEEP: tl.constexpr):
+    """(sharp, ratio, near_limit) of `sharpest`, and the largest log-weight if KEEP is 3, else 0."""
+    sharp, ratio, near_limit = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+    lift = heaviest(SIDE, count, PROTOS) if KEEP == 3 else 0.0
+    return sharp, ratio, near_limit, lift
+
+
+@triton.jit
+def step_in_doubt(
+    x, xb, norm, top, total, sharp, ratio, floor, near_limit, lift,
+    HARD: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """1 for rows whose step may be wrong, else 0: `doubted`, and `energy_lost` if KEEP is 3."""
+    if HARD:
+        flag = hard_doubted(norm, total)
+    else:
+        gap = xb - x  # [ROWS, DIM]
+        # one sum of both squares: |x|^2 would take a register through the sweep
+        norms, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
+        flag = doubted(norms, far, total, sharp, ratio, floor, near_limit).to(tl.int32)
+        if KEEP == 3:
+            flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
+    return flag
+
+
 # `recursion_wide_kernel` is no branch of this kernel: a state that lies in memory needs loops over
 # features and barriers where this one has registers, and they would share the first lines alone.
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -182,28 +229,27 @@ def recursion_kernel(
         U += offset(problem, inner, u_o, u_i)
 
     d = tl.arange(0, DIM)
-    live, at = row < rows, row.to(tl.int64)
-    inside = live[:, None] & (d < D)[None, :]
-    raw = load_rows(V, at, live, 0, D, D, DIM)  # [ROWS, DIM]
-    x = centred(raw, CENTRE, live, 0, D, DIM)  # [ROWS, DIM]
+    valid, at = row < rows, row.to(tl.int64)
+    inside = valid[:, None] & (d < D)[None, :]
+    raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
+    x = centred(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
     # a row that is not finite gives NaN, whatever the memories are, and so does such a memory
     poison = tl.sum(raw * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
     flag = tl.where(poison == 0.0, 0, POISONED)  # a number of its own would take a register
     IN_HALVES: tl.constexpr = PREC == "f16x3"
-    table, scale, reach, floor = (RHO, SIDE), 1.0, 1.0, 0.0
+    table, parts, scale, reach, floor = (RHO, SIDE), (RHO, SIDE, 0), 1.0, 1.0, 0.0
+    sharp, ratio, near_limit, lift = 0.0, 0.0, 0.0, 0.0
     if HARD:
-        reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
+        reach = reach_of(SIDE, count, PROTOS)
     else:
-        sharp, ratio, calm = sharpest(SIDE, count, PROTOS, PER_MEMORY)
-        if KEEP == 3:
-            lift = heaviest(SIDE, count, PROTOS)
+        sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
     if IN_HALVES:
         scale, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
         floor = reach * SHARED_SCALE
         floor = floor * floor
         if not RESIDENT:
-            table = (HALVES + 2 * m * size * DIM, SIDE, size)
+            parts = (HALVES + 2 * m * size * DIM, SIDE, size)
         k, rho, _scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
         tile = (k, halves(rho * power(reach)), k, bias)
     top, total = lse_init(ROWS)
@@ -212,7 +258,7 @@ def recursion_kernel(
         norm = tl.sum(x * x, 1)
         if IN_HALVES:
             xb, top, total = recalled_in_halves(
-                x, tile, table, count, scale, reach,
+                x, tile, parts, count, scale, reach,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT,
             )  # fmt: skip
         else:
@@ -221,15 +267,9 @@ def recursion_kernel(
                 x, 0.5 * norm, tile, table, count, width,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
             )  # fmt: skip
-        if HARD:
-            flag |= hard_doubted(norm, total)
-        else:
-            gap = xb - x  # [ROWS, DIM]
-            # one sum of both squares: |x|^2 would take a register through the sweep
-            norms, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
-            flag |= doubted(norms, far, total, sharp, ratio, floor, calm).to(tl.int32)
-            if KEEP == 3:
-                flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
+        flag |= step_in_doubt(
+            x, xb, norm, top, total, sharp, ratio, floor, near_limit, lift, HARD, KEEP
+        )  # fmt: skip
         if KEEP >= 2:
             here = tl.cast(t, tl.int64) * strip + local
             store_step(
@@ -245,17 +285,12 @@ def recursion_kernel(
         tl.debug_barrier()
         take_out(TOP, PATH, local, flag, steps, strip, 0, D, STRIDE, DIM, ROWS)
     else:
-        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        out = x + c[None, :] + poison[:, None]  # [ROWS, DIM]
-        raw = load_rows(V, at, live, 0, D, D, DIM)
-        flag |= lost(tl.sum(x * x, 1), tl.sum(out * out, 1), tl.sum(raw * raw, 1))
-        flag = tl.where(poison == 0.0, flag, 0)
-        if MASK:  # an entry of gain 0 keeps its bits
-            gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
-            out = tl.where(gain == 0.0, raw, out)
         none = (top == float("-inf")) & (poison == 0.0)
-        out = tl.where(none[:, None], raw, out)
-        tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+        flag |= store_result(
+            V, CENTRE, U, OUT, x, p, at, row, valid, inside, none, poison, u_row, u_feature, step,
+            D, DIM, MASK,
+        )  # fmt: skip
+        flag = tl.where(poison == 0.0, flag, 0)
         if KEEP == 1:
-            tl.store(TOP + p, (top + tl.log2(total)) * LN2 + poison, mask=live)
-    tl.store(FLAG + p, flag.to(tl.uint8), mask=live)
+            tl.store(TOP + p, (top + tl.log2(total)) * LN2 + poison, mask=valid)
+    tl.store(FLAG + p, flag.to(tl.uint8), mask=valid)

@@ -13,14 +13,14 @@ from ..common.halves import reach_of
 from ..common.score import centred, dot, load_rows, load_sides, logits, wide_inner
 from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from ..kmeans.nearest import slack
-from .doubt import doubted, energy_lost, hard_doubted, heaviest, lost, settled, sharpest
+from .doubt import doubted, energy_lost, hard_doubted, lost, settled
 from .memories import memories_of
-from .recursion import LN2, POISONED, gain_of, moved, poison_of, take_out
+from .recursion import LN2, POISONED, gain_of, limits_of, moved, poison_of, take_out
 
 
 @triton.jit
 def store_starts(
-    V, CENTRE, PATH, at, live, local,
+    V, CENTRE, PATH, at, valid, local,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Store the centred rows as the first states; returns NaN for rows that are not finite, and for
@@ -29,8 +29,8 @@ def store_starts(
     poison = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        raw = load_rows(V, at, live, d0, D, D, DIM)  # [ROWS, DIM]
-        x = centred(raw, CENTRE, live, d0, D, DIM)  # [ROWS, DIM]
+        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
+        x = centred(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
         tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
@@ -96,8 +96,48 @@ def wide_recall(
 
 
 @triton.jit
+def store_step_wide(
+    PATH, PULL, U, own, table, count, top, total, index, none, following, row, valid,
+    u_row, u_feature, step, more,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
+    MASK: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Store the next states x + gain (xb - x), DIM features at a time; returns |x|^2 + |xb|^2 and
+    |xb - x|^2. KEEP >= 2: store the recalls xb too, but no state after the last step (not `more`).
+    """
+    _path, slot, every = own[0]
+    RHO, _SIDE = table
+    norms, far = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        if HARD:
+            nearest = tl.minimum(index, count - 1).to(tl.int64)
+            xb = load_rows(RHO, nearest, index >= 0, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        else:
+            xb = wide_recall(
+                own, table, count, d0, finite(top),
+                D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
+            )  # fmt: skip
+            xb = xb * inverse(total)[:, None]
+        x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        xb = tl.where(none[:, None], x, xb)
+        norms += tl.sum(x * x + xb * xb, 1)
+        far += tl.sum((xb - x) * (xb - x), 1)
+        if KEEP >= 2:
+            keep = slot[:, None] * STRIDE + d[None, :]
+            tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
+        inside = valid[:, None] & (d < D)[None, :]
+        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
+        if KEEP < 2 or more:
+            keep = following[:, None] * STRIDE + d[None, :]
+            tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
+    return norms, far
+
+
+@triton.jit
 def store_results(
-    V, CENTRE, U, OUT, PATH, p, at, row, live, slot, every, none, poison,
+    V, CENTRE, U, OUT, PATH, p, at, row, valid, slot, every, none, poison,
     u_row, u_feature, step,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     MASK: tl.constexpr,
@@ -109,11 +149,11 @@ def store_results(
     start = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        inside = live[:, None] & (d < D)[None, :]
+        inside = valid[:, None] & (d < D)[None, :]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         out = x + c[None, :] + poison[:, None]  # [ROWS, DIM]
-        raw = load_rows(V, at, live, d0, D, D, DIM)  # [ROWS, DIM]
+        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
         norm += tl.sum(x * x, 1)
         result += tl.sum(out * out, 1)
         start += tl.sum(raw * raw, 1)
@@ -147,18 +187,16 @@ def recursion_wide_kernel(
     if MASK:
         U += offset(problem, inner, u_o, u_i)
 
-    live, at = row < rows, row.to(tl.int64)
+    valid, at = row < rows, row.to(tl.int64)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     every = local >= 0
-    poison = store_starts(V, CENTRE, PATH, at, live, local, D, STRIDE, DIM, ROWS)
+    poison = store_starts(V, CENTRE, PATH, at, valid, local, D, STRIDE, DIM, ROWS)
     table, reach = (RHO, SIDE), 1.0
     top, total = lse_init(ROWS)
     if HARD:
-        reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
+        reach = reach_of(SIDE, count, PROTOS)
     else:
-        sharp, ratio, calm = sharpest(SIDE, count, PROTOS, PER_MEMORY)
-        if KEEP == 3:
-            lift = heaviest(SIDE, count, PROTOS)
+        sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
     flag = tl.where(poison == 0.0, 0, POISONED)
     for t in range(0, steps):
         slot = tl.cast(t if KEEP >= 2 else t % 2, tl.int64) * strip + local
@@ -174,34 +212,15 @@ def recursion_wide_kernel(
             tl.store(TOTAL + slot, total)
         none = top == float("-inf")
 
-        norms, far = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-        for d0 in range(0, D, DIM):
-            d = d0 + tl.arange(0, DIM)
-            if HARD:
-                nearest = tl.minimum(index, count - 1).to(tl.int64)
-                xb = load_rows(RHO, nearest, index >= 0, d0, D, STRIDE, DIM)  # [ROWS, DIM]
-            else:
-                xb = wide_recall(
-                    own, table, count, d0, finite(top),
-                    D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
-                )  # fmt: skip
-                xb = xb * inverse(total)[:, None]
-            x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
-            xb = tl.where(none[:, None], x, xb)
-            norms += tl.sum(x * x + xb * xb, 1)
-            far += tl.sum((xb - x) * (xb - x), 1)
-            if KEEP >= 2:
-                keep = slot[:, None] * STRIDE + d[None, :]
-                tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
-            inside = live[:, None] & (d < D)[None, :]
-            x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
-            if KEEP < 2 or t + 1 < steps:
-                keep = following[:, None] * STRIDE + d[None, :]
-                tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
+        norms, far = store_step_wide(
+            PATH, PULL, U, own, table, count, top, total, index, none, following, row, valid,
+            u_row, u_feature, step, t + 1 < steps,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, MASK, KEEP,
+        )  # fmt: skip
         if HARD:
             flag |= hard_doubted(norm, total)
         else:
-            flag |= doubted(norms, far, total, sharp, ratio, 0.0, calm).to(tl.int32)
+            flag |= doubted(norms, far, total, sharp, ratio, 0.0, near_limit).to(tl.int32)
             if KEEP == 3:
                 flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
         tl.debug_barrier()
@@ -217,10 +236,10 @@ def recursion_wide_kernel(
         slot = tl.cast(steps % 2, tl.int64) * strip + local
         none = (top == float("-inf")) & (poison == 0.0)
         flag |= store_results(
-            V, CENTRE, U, OUT, PATH, p, at, row, live, slot, every, none, poison,
+            V, CENTRE, U, OUT, PATH, p, at, row, valid, slot, every, none, poison,
             u_row, u_feature, step, D, STRIDE, DIM, ROWS, MASK,
         )  # fmt: skip
         if KEEP == 1:
-            tl.store(TOP + p, (top + tl.log2(total)) * LN2 + poison, mask=live)
+            tl.store(TOP + p, (top + tl.log2(total)) * LN2 + poison, mask=valid)
     flag = tl.where(poison == 0.0, flag, 0)
-    tl.store(FLAG + p, flag.to(tl.uint8), mask=live)
+    tl.store(FLAG + p, flag.to(tl.uint8), mask=valid)

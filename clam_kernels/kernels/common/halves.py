@@ -126,16 +126,16 @@ def raw_halves(
     own, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
     """As `own_halves` for the caller's rows, centred and scaled here, DIM features at a time; own =
-    ((V, CENTRE, at, live, scale), the inverse of both scales).
+    ((V, CENTRE, at, valid, scale), the inverse of both scales).
     """
-    V, CENTRE, at, live, scale = own[0]
+    V, CENTRE, at, valid, scale = own[0]
     _code, parts, _keep, bias = tile
     HIGH, skip = parts
     k = tl.arange(0, bias.shape[0])
     s = tl.zeros((at.shape[0], bias.shape[0]), tl.float32)
     for d0 in range(0, D, DIM):
         # two of [ROWS, DIM]
-        x = halves(centred_rows(V, CENTRE, at, live, d0, D, DIM) * scale[:, None])
+        x = halves(centred_rows(V, CENTRE, at, valid, d0, D, DIM) * scale[:, None])
         where = HIGH + k.to(tl.int64)[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]
         c = (tl.trans(tl.load(where)), tl.trans(tl.load(where + skip)))  # two of [DIM, PROTOS]
         s = halved_onto(x, c, s, PREC)

@@ -32,12 +32,12 @@ def dot_onto(a, b, c, PREC: tl.constexpr):
 
 
 @triton.jit
-def load_rows(X, at, live, d0, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
+def load_rows(X, at, valid, d0, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of rows `at` (int64) as float32; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
     where = X + at[:, None] * STRIDE + d[None, :]
     # [rows, DIM]
-    return tl.load(where, mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    return tl.load(where, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -80,13 +80,13 @@ def wide_inner(
     own, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
     """Products x @ rho^T [ROWS, PROTOS] of centred rows in memory, DIM features at a time; own =
-    ((X, at, live), |x|^2 / 2).
+    ((X, at, valid), |x|^2 / 2).
     """
-    X, at, live = own[0]
+    X, at, valid = own[0]
     k, RHO, _scale, _bias = tile
     s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
     for d0 in range(0, D, DIM):
-        x = load_rows(X, at, live, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        x = load_rows(X, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         s = dot_onto(x, tl.trans(rho), s, PREC)
     return s
@@ -96,29 +96,29 @@ def wide_inner(
 def raw_inner(
     own, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
-    """As `wide_inner`, from the caller's rows, centred here; own = ((V, CENTRE, at, live), ...)."""
-    V, CENTRE, at, live = own[0]
+    """As `wide_inner`, but centres the caller's rows; own = ((V, CENTRE, at, valid), ...)."""
+    V, CENTRE, at, valid = own[0]
     k, RHO, _scale, _bias = tile
     s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
     for d0 in range(0, D, DIM):
-        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)  # [ROWS, DIM]
+        x = centred_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         s = dot_onto(x, tl.trans(rho), s, PREC)
     return s
 
 
 @triton.jit
-def centred_rows(V, CENTRE, at, live, d0, D: tl.constexpr, DIM: tl.constexpr):
+def centred_rows(V, CENTRE, at, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of the caller's rows minus the centre; 0 beyond the edges."""
-    return centred(load_rows(V, at, live, d0, D, D, DIM), CENTRE, live, d0, D, DIM)
+    return centred(load_rows(V, at, valid, d0, D, D, DIM), CENTRE, valid, d0, D, DIM)
 
 
 @triton.jit
-def centred(raw, CENTRE, live, d0, D: tl.constexpr, DIM: tl.constexpr):
+def centred(raw, CENTRE, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
     """A tile [ROWS, DIM] of rows minus the centre; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-    return tl.where(live[:, None], raw - c[None, :], 0.0)
+    return tl.where(valid[:, None], raw - c[None, :], 0.0)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ OTHER = tl.constexpr(1 << 32)
 
 @triton.jit
 def scored(
-    X, table, ORIGIN, row, live, count, reach, unit, grain,
+    X, table, ORIGIN, row, valid, count, reach, unit, grain,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -50,20 +50,20 @@ def scored(
     differ by at most `slack`.
     """
     at = row.to(tl.int64)
-    raw = load_rows(X, at, live, 0, D, D, DIM)  # [ROWS, DIM]
+    raw = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
     poison = tl.sum(raw * 0.0, 1) + tl.where(reach == reach, 0.0, float("nan"))
-    x = centred(raw, ORIGIN, live, 0, D, DIM)  # [ROWS, DIM]
+    x = centred(raw, ORIGIN, valid, 0, D, DIM)  # [ROWS, DIM]
     norm, largest = tl.sum(x * x, 1), tl.max(tl.abs(x), 1)
     if WIDE:
         for d0 in range(DIM, D, DIM):
-            raw = load_rows(X, at, live, d0, D, D, DIM)  # [ROWS, DIM]
+            raw = load_rows(X, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
             poison += tl.sum(raw * 0.0, 1)
-            part = centred(raw, ORIGIN, live, d0, D, DIM)  # [ROWS, DIM]
+            part = centred(raw, ORIGIN, valid, d0, D, DIM)  # [ROWS, DIM]
             norm += tl.sum(part * part, 1)
             largest = tl.maximum(largest, tl.max(tl.abs(part), 1))
     undo = unpower(largest) * unpower(reach)
     if WIDE:
-        own = ((X, ORIGIN, at, live, power(largest)), undo)
+        own = ((X, ORIGIN, at, valid, power(largest)), undo)
         state = sweep(
             ranks_init(ROWS, PROTOS // 2), own, table, count, load_biases, raw_halves,
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
@@ -78,7 +78,7 @@ def scored(
     best, label, second, runner, third = ranked(state, keep, PROTOS)
     width = slack(norm, reach, unit, grain, D)
     # poison is NaN where the row is not finite, reach -1 where all centroids are masked
-    regular = live & (poison + reach >= 0.0)
+    regular = valid & (poison + reach >= 0.0)
     # not "<=": with a NaN the two are too close
     more = regular & ~(best - third > width)
     pair = regular & ~more & ~(best - second > width)
@@ -124,19 +124,19 @@ def kmeans_assign_kernel(
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     m = offset(problem, inner, m_o, m_i)
     X += offset(problem, inner, x_o, x_i) * D
-    live, at = row < rows, row.to(tl.int64)
+    valid, at = row < rows, row.to(tl.int64)
     table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
     label, runner, pair, more, poison = scored(
-        X, table, ORIGIN + m * D, row, live, count, tl.load(REACH + m), unit, grain,
+        X, table, ORIGIN + m * D, row, valid, count, tl.load(REACH + m), unit, grain,
         D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
     )  # fmt: skip
     p = problem.to(tl.int64) * rows + at
     both = label.to(tl.int64) + (runner.to(tl.int64) + 1) * OTHER
     code = tl.where(more, -2, tl.where(pair, -2 - both, label.to(tl.int64)))
-    tl.store(LABEL + p, code, mask=live)
+    tl.store(LABEL + p, code, mask=valid)
     if DISTANCES:
         C += offset(problem, inner, c_o, c_i) * D
-        tl.store(SQDIST + p, distance(X, C, at, label, poison, D, DIM), mask=live)
+        tl.store(SQDIST + p, distance(X, C, at, label, poison, D, DIM), mask=valid)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -173,7 +173,7 @@ class Nearest(NamedTuple):
     batch: tuple[int, ...]
     problems: tuple[int, int]  # [O, I]
     rows: int
-    given: dict[str, Any]  # operands and their strides, by name
+    operands: dict[str, Any]  # with their strides, by name
     numbers: dict[str, Any]  # of the table of centroids and of the bound on a score
     chosen: dict[str, Any]  # tile and options
     shift: Tensor | None  # view [O, I, 2, D]
@@ -207,7 +207,7 @@ def arranged(
     views = one or arrange(batch, operands)
     rows, c, parts, side, origin, reach = views[:6]
     keep, grain = grain_of(triton.cdiv(count, chosen["PROTOS"]))
-    given = {
+    named = {
         "X": rows, **by_name(("x_o", "x_i"), in_rows(rows, d)),
         "C": c, **by_name(("c_o", "c_i"), in_rows(c, d)),
         "SIDE": side, **by_name(("m_o", "m_i"), reach.stride()[:2]),
@@ -218,7 +218,7 @@ def arranged(
     chosen |= {"D": d, "STRIDE": tables.halves.shape[-1]}
     shape = (rows.shape[0], rows.shape[1])
     parts_of_shift = None if moved is None else views[-1]
-    return Nearest(batch, shape, rows.shape[2], given, numbers, chosen, parts_of_shift)
+    return Nearest(batch, shape, rows.shape[2], named, numbers, chosen, parts_of_shift)
 
 
 def kmeans_assign(
@@ -239,13 +239,13 @@ def kmeans_assign(
     blocks = triton.cdiv(a.rows, a.chosen["ROWS"])
     launch.launch(
         kmeans_assign_kernel, (outer * inner * blocks,), x.device,
-        **a.given, **outs, blocks=blocks, **a.numbers, **a.chosen,
+        **a.operands, **outs, blocks=blocks, **a.numbers, **a.chosen,
     )  # fmt: skip
     unread = ("HALVES", "ORIGIN", "REACH")
-    given = {name: value for name, value in a.given.items() if name not in unread}
+    operands = {name: value for name, value in a.operands.items() if name not in unread}
     blocks = triton.cdiv(a.rows, SETTLED)
     launch.launch(
-        settle_kernel, (outer * inner * blocks,), x.device, **given, **outs, blocks=blocks,
+        settle_kernel, (outer * inner * blocks,), x.device, **operands, **outs, blocks=blocks,
         D=x.shape[-1], DIM=a.chosen["DIM"], ROWS=SETTLED, num_warps=4, num_stages=1, maxnreg=255,
     )  # fmt: skip
     return labels, sqdist
@@ -327,15 +327,15 @@ def pieces_kernel(
         total, mass = tl.zeros((DIM,), tl.float64), tl.zeros((1,), tl.float64)
         for n0 in range(0, size, TILE):
             n = n0 + tl.arange(0, TILE)
-            live = n < size
-            at = tl.load(ORDER + begin + n, mask=live, other=0)
-            gap = load_rows(X, at, live, d0, D, D, DIM)  # [TILE, DIM]
+            valid = n < size
+            at = tl.load(ORDER + begin + n, mask=valid, other=0)
+            gap = load_rows(X, at, valid, d0, D, D, DIM)  # [TILE, DIM]
             if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
                 high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
                 low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
-                gap = tl.where(live[:, None], (gap - high) - low, 0.0)
+                gap = tl.where(valid[:, None], (gap - high) - low, 0.0)
             if WEIGHTED:
-                w = tl.load(WEIGHT + at * w_n, mask=live, other=0.0)
+                w = tl.load(WEIGHT + at * w_n, mask=valid, other=0.0)
                 if w.dtype != tl.float64:
                     w = w.to(tl.float32)
                 gap = gap * w[:, None]

@@ -21,7 +21,7 @@ from ..common.sweep import UNSPECIALISED, offset
 SAMPLE = 1024
 PROTOS = 64
 # The score of a masked centroid: finite, because `ranks_fold` changes bits of it.
-DEAD = tl.constexpr(-1e38)
+MASKED_SCORE = tl.constexpr(-1e38)
 
 
 class Centroids(NamedTuple):
@@ -29,7 +29,7 @@ class Centroids(NamedTuple):
 
     rows: Tensor  # [*own batch, K, D], the caller's, dense
     halves: Tensor  # [*batch, 2, size, stride] float16: c minus the origin, scaled, in two parts
-    side: Tensor  # [*batch, 2, size]: -|c|^2 / 2, DEAD where masked; |c|, -1 where masked
+    side: Tensor  # [*batch, 2, size]: -|c|^2 / 2, MASKED_SCORE where masked; |c|, -1 where masked
     origin: Tensor  # [*batch, D] float32
     reach: Tensor  # [*batch, 1]: the largest |c|, -1 where all are masked
 
@@ -40,24 +40,24 @@ class Centroids(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def origin_kernel(
-    C, GONE, ORIGIN, count, inner, every, c_o, c_i, gone_o, gone_i, gone_k,
+    C, MASKED, ORIGIN, count, inner, every, c_o, c_i, masked_o, masked_i, masked_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Mean over every `every`-th centroid that is active and finite, DIM features a program; 0
-    where it overflows. The kernel reads GONE, 1 where a centroid is masked, if MASK.
+    where it overflows. The kernel reads MASKED, 1 where a centroid is masked, if MASK.
     """
     problem, d0 = tl.program_id(0), tl.program_id(1) * DIM
     C += offset(problem, inner, c_o, c_i) * D
     if MASK:
-        GONE += offset(problem, inner, gone_o, gone_i)
+        MASKED += offset(problem, inner, masked_o, masked_i)
     total, met = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
     for k0 in range(0, count, PROTOS * every):
         k = (k0 + tl.arange(0, PROTOS) * every).to(tl.int64)
-        live = k < count
+        valid = k < count
         if MASK:
-            live = live & (tl.load(GONE + k * gone_k, mask=live, other=1) == 0)
-        c = load_rows(C, k, live, d0, D, D, DIM)  # [PROTOS, DIM]
-        real = live[:, None] & (c * 0.0 == 0.0)
+            valid = valid & (tl.load(MASKED + k * masked_k, mask=valid, other=1) == 0)
+        c = load_rows(C, k, valid, d0, D, D, DIM)  # [PROTOS, DIM]
+        real = valid[:, None] & (c * 0.0 == 0.0)
         total += tl.sum(tl.where(real, c, 0.0), 0)
         met += tl.sum(real.to(tl.float32), 0)
     mean = total / tl.maximum(met, 1.0)
@@ -67,60 +67,62 @@ def origin_kernel(
 
 
 @triton.jit
-def there_of(GONE, at, live, gone_k, MASK: tl.constexpr):
+def active_of(MASKED, at, valid, masked_k, MASK: tl.constexpr):
     """Which centroids are active, finite or not."""
-    there = live
+    active = valid
     if MASK:
-        there = there & (tl.load(GONE + at * gone_k, mask=live, other=1) == 0)
-    return there
+        active = active & (tl.load(MASKED + at * masked_k, mask=valid, other=1) == 0)
+    return active
 
 
 @triton.jit
-def alive_of(C, GONE, at, live, gone_k, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr):
+def finite_of(
+    C, MASKED, at, valid, masked_k, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr
+):
     """Which centroids are active and finite."""
     poison = tl.zeros((at.shape[0],), tl.float32)
     for d0 in range(0, D, DIM):
-        poison += tl.sum(load_rows(C, at, live, d0, D, D, DIM) * 0.0, 1)
-    return there_of(GONE, at, live & (poison == 0.0), gone_k, MASK)
+        poison += tl.sum(load_rows(C, at, valid, d0, D, D, DIM) * 0.0, 1)
+    return active_of(MASKED, at, valid & (poison == 0.0), masked_k, MASK)
 
 
 @triton.jit
-def gap_of(C, ORIGIN, at, alive, d0, D: tl.constexpr, DIM: tl.constexpr):
-    """Features [d0, d0 + DIM) of centroids minus the origin, in float64; 0 where not `alive`."""
+def gap_of(C, ORIGIN, at, active, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """Features [d0, d0 + DIM) of centroids minus the origin, in float64; 0 where not `active`."""
     d = d0 + tl.arange(0, DIM)
     origin = tl.load(ORIGIN + d, mask=d < D, other=0.0)[None, :]
-    raw = load_rows(C, at, alive, d0, D, D, DIM)  # [PROTOS, DIM]
-    return tl.where(alive[:, None], raw.to(tl.float64) - origin.to(tl.float64), 0.0)
+    raw = load_rows(C, at, active, d0, D, D, DIM)  # [PROTOS, DIM]
+    return tl.where(active[:, None], raw.to(tl.float64) - origin.to(tl.float64), 0.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def norms_kernel(
-    C, GONE, ORIGIN, SIDE, count, inner, blocks, size, c_o, c_i, gone_o, gone_i, gone_k,
+    C, MASKED, ORIGIN, SIDE, count, inner, blocks, size, c_o, c_i, masked_o, masked_i, masked_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, MASK: tl.constexpr,
     STRICT: tl.constexpr,
 ):  # fmt: skip
-    """SIDE of PROTOS centroids: -|c|^2 / 2 and |c|, with c minus the origin; DEAD and -1 where
-    masked or not finite. STRICT: the norm of an active centroid that is not finite is NaN, and with
-    it the largest norm and every row's result.
+    """SIDE of PROTOS centroids: -|c|^2 / 2 and |c|, with c minus the origin; MASKED_SCORE and -1
+    where masked or not finite. STRICT: the norm of an active centroid that is not finite is NaN,
+    and with it the largest norm and every row's result.
     """
     pid = tl.program_id(0)
     problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
     C += offset(problem, inner, c_o, c_i) * D
     if MASK:
-        GONE += offset(problem, inner, gone_o, gone_i)
+        MASKED += offset(problem, inner, masked_o, masked_i)
     ORIGIN += problem.to(tl.int64) * D
     SIDE += problem.to(tl.int64) * 2 * size
     at = k.to(tl.int64)
-    alive = alive_of(C, GONE, at, k < count, gone_k, D, DIM, MASK)
+    active = finite_of(C, MASKED, at, k < count, masked_k, D, DIM, MASK)
     norm = tl.zeros((PROTOS,), tl.float64)
     for d0 in range(0, D, DIM):
-        gap = gap_of(C, ORIGIN, at, alive, d0, D, DIM)  # [PROTOS, DIM]
+        gap = gap_of(C, ORIGIN, at, active, d0, D, DIM)  # [PROTOS, DIM]
         norm += tl.sum(gap * gap, 1)
-    tl.store(SIDE + k, tl.where(alive, -0.5 * norm, DEAD).to(tl.float32))
-    length = tl.where(alive, tl.sqrt(norm), -1.0)
+    tl.store(SIDE + k, tl.where(active, -0.5 * norm, MASKED_SCORE).to(tl.float32))
+    length = tl.where(active, tl.sqrt(norm), -1.0)
     if STRICT:
-        there = there_of(GONE, at, k < count, gone_k, MASK)
-        length = tl.where(there & ~alive, float("nan"), length)
+        unmasked = active_of(MASKED, at, k < count, masked_k, MASK)
+        length = tl.where(unmasked & ~active, float("nan"), length)
     tl.store(SIDE + size + k, length.to(tl.float32))
 
 
@@ -137,10 +139,10 @@ def halves_kernel(
     SIDE += problem.to(tl.int64) * 2 * size
     HALVES += problem.to(tl.int64) * 2 * size * STRIDE
     at = k.to(tl.int64)
-    alive = tl.load(SIDE + size + k) >= 0.0
+    active = tl.load(SIDE + size + k) >= 0.0
     grow = power(tl.load(REACH + problem))
     for d0 in range(0, STRIDE, DIM):
-        gap = gap_of(C, ORIGIN, at, alive, d0, D, DIM).to(tl.float32)  # [PROTOS, DIM]
+        gap = gap_of(C, ORIGIN, at, active, d0, D, DIM).to(tl.float32)  # [PROTOS, DIM]
         high, low = halves(gap * grow)
         where = HALVES + at[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]
         tl.store(where, high)
@@ -174,16 +176,18 @@ def centroids(
     operands += [] if mask is None else [(mask.view(torch.uint8), 1)]
     batch = batch_of(operands)
     view, *masks = arrange(batch, [operands[0], *([] if mask is None else operands[-1:])])
-    gone, problems = masks[0] if masks else None, view.shape[0] * view.shape[1]
+    masked, problems = masks[0] if masks else None, view.shape[0] * view.shape[1]
     common = {
         "C": view, **by_name(("c_o", "c_i"), in_rows(view, d)), "inner": view.shape[1],
         "D": d, "DIM": min(32, launch.dim(d)), "PROTOS": PROTOS,
         "num_warps": 4, "num_stages": 1, "maxnreg": 255,
     }  # fmt: skip
-    masked = {"GONE": gone, "MASK": gone is not None}
-    masked |= by_name(("gone_o", "gone_i", "gone_k"), None if gone is None else gone.stride())
+    mask_arguments = {"MASKED": masked, "MASK": masked is not None}
+    mask_arguments |= by_name(
+        ("masked_o", "masked_i", "masked_k"), None if masked is None else masked.stride()
+    )
     if shift is None:
-        origin = _origin(problems, count, common | masked, batch, device)
+        origin = _origin(problems, count, common | mask_arguments, batch, device)
     else:
         origin = torch.nan_to_num(shift.float(), 0.0, 0.0, 0.0).expand(*batch, d).contiguous()
     blocks, stride = triton.cdiv(count, PROTOS), triton.cdiv(d, width) * width
@@ -192,7 +196,8 @@ def centroids(
     parts = launch.empty((*batch, 2, size, stride), torch.float16, device)
     common |= {"ORIGIN": origin, "SIDE": side, "blocks": blocks, "size": size}
     launch.launch(
-        norms_kernel, (problems * blocks,), device, **common, **masked, count=count, STRICT=strict
+        norms_kernel, (problems * blocks,), device, **common, **mask_arguments,
+        count=count, STRICT=strict,
     )  # fmt: skip
     reach = side[..., 1, :].amax(-1, True)
     launch.launch(

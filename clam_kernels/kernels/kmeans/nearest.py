@@ -113,23 +113,23 @@ def ranked(state, keep, PROTOS: tl.constexpr):
 
 
 @triton.jit
-def squared(X, C, at, k, live, D: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr):
+def squared(X, C, at, k, valid, D: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr):
     """sum_d (x_d - c_d)^2 of pairs (row `at`, centroid `k`), both int64 [ROWS], in dtype KIND."""
     total = tl.zeros((at.shape[0],), KIND)
     for d0 in range(0, D, DIM):
-        c = load_rows(C, k, live, d0, D, D, DIM).to(KIND)  # [ROWS, DIM]
-        gap = load_rows(X, at, live, d0, D, D, DIM).to(KIND) - c
+        c = load_rows(C, k, valid, d0, D, D, DIM).to(KIND)  # [ROWS, DIM]
+        gap = load_rows(X, at, valid, d0, D, D, DIM).to(KIND) - c
         total += tl.sum(gap * gap, 1)
     return total
 
 
 @triton.jit
-def nearer(X, C, at, one, other, live, D: tl.constexpr):
+def nearer(X, C, at, one, other, valid, D: tl.constexpr):
     """The nearer of two centroids of each row in float64, the lower index on a tie."""
     low = tl.minimum(one, other)
     high = tl.maximum(one, other)
-    low_far = squared(X, C, at, low.to(tl.int64), live, D, PIECE, tl.float64)
-    high_far = squared(X, C, at, high.to(tl.int64), live, D, PIECE, tl.float64)
+    low_far = squared(X, C, at, low.to(tl.int64), valid, D, PIECE, tl.float64)
+    high_far = squared(X, C, at, high.to(tl.int64), valid, D, PIECE, tl.float64)
     return tl.where(low_far <= high_far + high_far * TIE, low, high)
 
 
@@ -137,10 +137,10 @@ def nearer(X, C, at, one, other, live, D: tl.constexpr):
 def _distances(X, C, NORM, at, k0, count, D: tl.constexpr):
     """(k [MEETS], squared distances of one row to these centroids); inf for masked ones."""
     k = k0 + tl.arange(0, MEETS)
-    alive = tl.load(NORM + k, mask=k < count, other=-1.0) >= 0.0
+    active = tl.load(NORM + k, mask=k < count, other=-1.0) >= 0.0
     rows = at + tl.zeros((MEETS,), tl.int64)
-    far = squared(X, C, rows, k.to(tl.int64), alive, D, PIECE, tl.float64)
-    return k, tl.where(alive, far, float("inf"))
+    far = squared(X, C, rows, k.to(tl.int64), active, D, PIECE, tl.float64)
+    return k, tl.where(active, far, float("inf"))
 
 
 @triton.jit

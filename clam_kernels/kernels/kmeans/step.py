@@ -82,14 +82,14 @@ def kmeans_step_kernel(
         number = tl.zeros((LABELS,), tl.float32)
         for n0 in range(g0, g0 + tl.minimum(end - g0, ROWS * TILES), ROWS):
             row = n0 + tl.arange(0, ROWS)
-            live, at = row < rows, row.to(tl.int64)
+            valid, at = row < rows, row.to(tl.int64)
             label, runner, pair, more, _ = scored(
-                X, table, ORIGIN + m * D, row, live, count, reach, unit, grain,
+                X, table, ORIGIN + m * D, row, valid, count, reach, unit, grain,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
             )  # fmt: skip
             label = settled(X, C, table[1] + size, row, label, runner, pair, more, count, D)
-            tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=live)
-            x = load_rows(X, at, live, 0, D, D, DIM)  # [ROWS, DIM]
+            tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=valid)
+            x = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
             if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
                 high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
                 x = (x - high) - tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
@@ -150,7 +150,7 @@ def _fused(
     part = launch.empty((problems, splits, count, d), torch.float64, x.device)
     number = launch.empty((problems, splits, count), torch.int64, x.device)
     launch.launch(
-        kmeans_step_kernel, (problems * splits,), x.device, **a.given,
+        kmeans_step_kernel, (problems * splits,), x.device, **a.operands,
         SHIFT=s, **by_name(("s_o", "s_i"), None if s is None else s.stride()[:2]),
         LABEL=labels, PART=part, COUNT=number, splits=splits, share=share,
         **a.numbers, **a.chosen, LABELS=MOST, SHIFTED=s is not None,

@@ -24,9 +24,9 @@ from ..._core.backend import float32_products
 from ..common import launch
 from ..common.sweep import UNSPECIALISED
 from .entries import opened
-from .kernels import begin_of, parts_of, scale_of, side_of, tile_of
 from .potentials import less, level, pair, pairs, whole
 from .solver import Solver, share_of, wide
+from .tiles import begin_of, parts_of, scale_of, side_of, tile_of
 
 FINE = 0
 
@@ -73,12 +73,12 @@ def weigh_kernel(
     total = tl.zeros((OWN,), tl.float32)
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
-        live = w < end
+        valid = w < end
         x = tile_of(
-            mine, other, side, scale, step, at, known, w, live, BY_ROWS, D, DIM, UNIT, FORM, PREC
+            mine, other, side, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
-        beside, below = parts_of(SWEPT_P + 2 * p * far, w, far, live)
-        weight = tl.load(ADJOINT + p * far + w, mask=live, other=0.0)
+        beside, below = parts_of(SWEPT_P + 2 * p * far, w, far, valid)
+        weight = tl.load(ADJOINT + p * far + w, mask=valid, other=0.0)
         total += tl.sum(shifted(x, high, low, beside, below) * weight[None, :], 1)
     tl.store(PART + (p * splits + split) * own + at, total, mask=known)
 
@@ -109,12 +109,12 @@ def slopes_kernel(
     near = ((pid // wide) % blocks) * OWN + tl.arange(0, OWN)
     at = (first + near).to(tl.int64)
     w = ((pid % wide) * SWEPT + tl.arange(0, SWEPT)).to(tl.int64)
-    known, live = near < size, w < kinds
+    known, valid = near < size, w < kinds
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
     side = side_of(mine, at, known, D, DIM, FORM)
     scale = scale_of(SCALE, problem, HAS_SCALE)
     x = tile_of(
-        mine, other, side, scale, step, at, known, w, live, True, D, DIM, UNIT, FORM, PREC
+        mine, other, side, scale, step, at, known, w, valid, True, D, DIM, UNIT, FORM, PREC
     )  # fmt: skip
     total = tl.zeros((OWN, SWEPT), tl.float32)
     for h in range(0, steps):
@@ -127,7 +127,7 @@ def slopes_kernel(
         f_at = F + 2 * (own_f * tl.cast(problems, tl.int64) + p) * rows
         g_at = G + 2 * (own_g * tl.cast(problems, tl.int64) + p) * kinds
         row, low_row = parts_of(f_at, at, rows, known)
-        column, low_column = parts_of(g_at, w, kinds, live)
+        column, low_column = parts_of(g_at, w, kinds, valid)
         out = (row == float("-inf"))[:, None] | (column == float("-inf"))[None, :]
         y = x  # [OWN, SWEPT]; the potential that the step used is added first
         y += tl.where(by_row, 0.0, row)[:, None] + tl.where(by_row, column, 0.0)[None, :]
@@ -137,13 +137,13 @@ def slopes_kernel(
         f_at = (f * tl.cast(problems, tl.int64) + p) * rows + at
         g_at = (g * tl.cast(problems, tl.int64) + p) * kinds + w
         adj_f = tl.load(ADJ_F + f_at, mask=known, other=0.0)
-        adj_g = tl.load(ADJ_G + g_at, mask=live, other=0.0)
+        adj_g = tl.load(ADJ_G + g_at, mask=valid, other=0.0)
         weight = tl.where(by_row, adj_f, 1.0)[:, None] * tl.where(by_row, 1.0, adj_g)[None, :]
         total -= tl.exp(tl.where(out, float("-inf"), y)) * weight
     where = (local.to(tl.int64) * size + near)[:, None] * kinds + w[None, :]
-    tl.store(OUT + where, total * scale, mask=known[:, None] & live[None, :])
+    tl.store(OUT + where, total * scale, mask=known[:, None] & valid[None, :])
     # a masked logit may be NaN, and that of a forbidden pair is -inf: both have the gradient 0
-    x -= tl.load(LEVEL + p * kinds + w, mask=live, other=0.0)[None, :]
+    x -= tl.load(LEVEL + p * kinds + w, mask=valid, other=0.0)[None, :]
     product = tl.where(total == 0.0, 0.0, x * total)  # [OWN, SWEPT]
     # one sum of a flat tile: for sm_100 triton 3.6 does not compile a sum over axis 0 or 1 of it
     tl.store(SLOPE + pid, tl.sum(tl.reshape(product, (OWN * SWEPT,)), 0))
@@ -168,10 +168,10 @@ class Back:
         self.log_b = self._marginal(solver.log_col, k)
         if not solver.covered:
             self.log_b = torch.where(gs[0] == -torch.inf, -torch.inf, 0.0).double()
-        self.dead = (self.log_a == -torch.inf, self.log_b == -torch.inf)
+        self.masked = (self.log_a == -torch.inf, self.log_b == -torch.inf)
         self.f, self.g = (
-            torch.where(fine & ~dead, x.double().expand_as(dead), 0.0)
-            for x, dead in zip(grads, self.dead, strict=True)
+            torch.where(fine & ~masked, x.double().expand_as(masked), 0.0)
+            for x, masked in zip(grads, self.masked, strict=True)
         )
         self.adj_f, self.adj_g = (torch.zeros_like(x, dtype=torch.float32) for x in (fs, gs))
         self.row, self.column = torch.zeros_like(self.log_a), torch.zeros_like(self.log_b)
@@ -338,7 +338,7 @@ def _of_features(
     with float32_products() if exact else contextlib.nullcontext():
         for problem, at, part, slope in _chunks(back, batch, sums):
             # masked rows may hold NaN, and 0 * NaN is NaN: set them to 0 first
-            rows, columns = (out[problem][:, None] for out in back.dead)
+            rows, columns = (out[problem][:, None] for out in back.masked)
             if "z" in totals:
                 c = torch.where(columns, 0.0, prototypes[at].float())
                 totals["z"].view[at][part].add_(slope @ c)

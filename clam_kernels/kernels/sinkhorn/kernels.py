@@ -1,16 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of Sinkhorn scaling: steps of the rows and of the columns over logits that are loaded, or
-computed from features tile by tile.
-
-Tiles x [OWN, SWEPT] are logits, the scores times the scale of their problem: a program owns some
-rows and sweeps the columns, or owns columns and sweeps the rows. A vector of potentials is [2,
-size] float32, two parts of each number: large potentials cancel large logits, and the rounding
-error of one would be a common factor of a whole row or column. A row or column whose potential is
--inf is masked, and its logits may be NaN.
-
-FORM: "scores" [N, K] in memory, rows `step` UNITs apart; "narrow" features, which fit in registers;
-"wide" features, read DIM at a time. Columns and the strides of scores are counted in UNITs, so that
-the compiler knows how addresses are aligned.
+"""Kernels of Sinkhorn scaling: steps of the rows and of the columns over tiles of logits; see
+`sinkhorn/tiles.py` for the tiles and potentials.
 """
 
 from __future__ import annotations
@@ -19,14 +9,14 @@ import triton
 import triton.language as tl
 
 from ..common.fold import finite, lse_init
-from ..common.score import dot, dot_onto, load_rows
 from ..common.sweep import UNSPECIALISED, offset
+from .tiles import begin_of, parts_of, scale_of, side_of, store_parts, tile_of, whole_of
 
 # A column mass below this has lost digits: `rescue_kernel` computes its logarithm again.
 LEAST = tl.constexpr(2.0**-100)
 # Bits of a word of flags: the problem has an active row; a value is not finite; a row or column has
 # no finite logit.
-LIVE = tl.constexpr(1)
+ACTIVE = tl.constexpr(1)
 NOT_FINITE = tl.constexpr(2)
 STUCK = tl.constexpr(4)
 # Words and partial sums of one load.
@@ -34,87 +24,6 @@ PIECE = tl.constexpr(128)
 SPLITS = tl.constexpr(32)
 # Rows whose logarithms `pass_kernel` computes together.
 TAIL = tl.constexpr(256)
-
-
-# ---- tiles ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def parts_of(P, at, size, known):
-    """Both parts of the potentials `at`; -inf past the end."""
-    low = tl.load(P + size + at, mask=known, other=0.0)
-    return tl.load(P + at, mask=known, other=float("-inf")), low
-
-
-@triton.jit
-def store_parts(P, at, size, known, value):
-    """Store float64 values as potentials in two parts."""
-    high = value.to(tl.float32)
-    whole = high.to(tl.float64)
-    low = tl.where(whole * 0.0 == 0.0, value - whole, 0.0).to(tl.float32)
-    tl.store(P + at, high, mask=known)
-    tl.store(P + size + at, low, mask=known)
-
-
-@triton.jit
-def whole_of(P, at, size, known):
-    """The potentials `at` in float64."""
-    high, low = parts_of(P, at, size, known)
-    return high.to(tl.float64) + low.to(tl.float64)
-
-
-@triton.jit
-def side_of(MINE, at, known, D: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr):
-    """The features [OWN, DIM] of a program's own rows or columns if "narrow", else `at`."""
-    return load_rows(MINE, at, known, 0, D, D, DIM) if FORM == "narrow" else at
-
-
-@triton.jit
-def tile_of(
-    MINE, OTHER, mine, scale, step, at, known, w, live,
-    BY_ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
-    FORM: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """Logits [OWN, SWEPT], the scores times the scale, of the program's own side (`at`, rows if
-    BY_ROWS) and the swept side (`w`).
-    """
-    if FORM == "scores":
-        far = tl.cast(step, tl.int64) * UNIT
-        where = at[:, None] * far + w[None, :] if BY_ROWS else at[:, None] + w[None, :] * far
-        x = tl.load(MINE + where, mask=known[:, None] & live[None, :], other=0.0).to(tl.float32)
-    elif FORM == "narrow":
-        x = dot(mine, tl.trans(load_rows(OTHER, w, live, 0, D, D, DIM)), PREC)
-    else:
-        x = tl.zeros((at.shape[0], w.shape[0]), tl.float32)
-        for d0 in range(0, D, DIM):
-            one = load_rows(MINE, at, known, d0, D, D, DIM)  # [OWN, DIM]
-            x = dot_onto(one, tl.trans(load_rows(OTHER, w, live, d0, D, D, DIM)), x, PREC)
-    return x * scale
-
-
-@triton.jit
-def scale_of(SCALE, problem, HAS_SCALE: tl.constexpr):
-    """The factor of the scores of a problem, 1 without SCALE."""
-    return tl.load(SCALE + problem) if HAS_SCALE else tl.full((), 1.0, tl.float32)
-
-
-@triton.jit
-def begin_of(
-    X, C, problem, inner, x_o, x_i, c_o, c_i,
-    BY_ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, FORM: tl.constexpr,
-):  # fmt: skip
-    """(pointer to the own side, pointer to the swept side) of a problem."""
-    if FORM == "scores":
-        X += offset(problem, inner, x_o, x_i) * UNIT
-        mine, other = X, X
-    else:
-        X += offset(problem, inner, x_o, x_i) * D
-        C += offset(problem, inner, c_o, c_i) * D
-        if BY_ROWS:
-            mine, other = X, C
-        else:
-            mine, other = C, X
-    return mine, other
 
 
 @triton.jit
@@ -131,16 +40,16 @@ def swept(
     top, total = lse_init(at.shape[0])
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
-        live = w < end
+        valid = w < end
         x = tile_of(
-            MINE, OTHER, mine, scale, step, at, known, w, live, BY_ROWS, D, DIM, UNIT, FORM, PREC
+            MINE, OTHER, mine, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         if STARTED:
-            high, low = parts_of(P, w, size, live)
+            high, low = parts_of(P, w, size, valid)
             masked = high == float("-inf")
             x = tl.where(masked[None, :], float("-inf"), (x + high[None, :]) + low[None, :])
         else:
-            x = tl.where(live[None, :], x, float("-inf"))
+            x = tl.where(valid[None, :], x, float("-inf"))
         best = tl.maximum(top, tl.max(x, 1))
         safe = finite(best)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
@@ -151,21 +60,21 @@ def swept(
 @triton.jit
 def word_of(bits):
     """The bitwise or of all entries."""
-    some = tl.max(bits & LIVE, 0) | tl.max(bits & NOT_FINITE, 0)
+    some = tl.max(bits & ACTIVE, 0) | tl.max(bits & NOT_FINITE, 0)
     return some | tl.max(bits & STUCK, 0)
 
 
 @triton.jit
-def made_exact(top, total, log_mass, live):
+def made_exact(top, total, log_mass, valid):
     """(log_mass - top - log(total), the flags) of rows or columns: -inf and STUCK where total is 0,
-    NaN and NOT_FINITE where a number is not finite, -inf where not `live`.
+    NaN and NOT_FINITE where a number is not finite, -inf where not `valid`.
     """
-    lost = live & ~(total < float("inf"))
-    stuck = live & (total == 0.0)
+    lost = valid & ~(total < float("inf"))
+    stuck = valid & (total == 0.0)
     lse = finite(top).to(tl.float64) + tl.log(tl.where(total > 0.0, total, 1.0).to(tl.float64))
-    potential = tl.where(live & ~stuck, log_mass - lse, float("-inf"))
-    lost = lost | (live & ~(log_mass < float("inf")))
-    bits = tl.where(live, LIVE, 0) | tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0)
+    potential = tl.where(valid & ~stuck, log_mass - lse, float("-inf"))
+    lost = lost | (valid & ~(log_mass < float("inf")))
+    bits = tl.where(valid, ACTIVE, 0) | tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0)
     return tl.where(lost, float("nan"), potential), bits
 
 
@@ -286,12 +195,12 @@ def pass_kernel(
         where = row[:, None] * far + k[None, :]
         x = tl.load(X + where, mask=here[:, None] & known[None, :], other=0.0)  # [ROWS, COLUMNS]
         x = x.to(tl.float32) * scale
-        weight, live = tl.where(here, 1.0, 0.0), here
+        weight, valid = tl.where(here, 1.0, 0.0), here
         if HAS_ROW:
             log_mass = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
             weight = tl.exp((log_mass - heaviest).to(tl.float32))
-            live = log_mass != float("-inf")
-        out = masked[None, :] | ~live[:, None]
+            valid = log_mass != float("-inf")
+        out = masked[None, :] | ~valid[:, None]
         x = tl.where(out, float("-inf"), (x + high[None, :]) + low[None, :])
         top = tl.max(x, 1)
         x = tl.exp(x - finite(top)[:, None])
@@ -370,7 +279,7 @@ def merge_kernel(
     COLUMNS: tl.constexpr, FUSED: tl.constexpr, USED: tl.constexpr, HAS_ROW: tl.constexpr,
     HAS_COL: tl.constexpr, HAS_BIAS: tl.constexpr, COVERED: tl.constexpr,
 ):  # fmt: skip
-    """The step of COLUMNS columns from the parts of the chunks: FOUND_k = log_col_k - lse_k, lse_k
+    """The step of COLUMNS columns from the parts of the chunks: OUT_k = log_col_k - lse_k, lse_k
     = logsumexp_n(logits_nk + F_n). USED, after a rows' step at G: MASS_k = G_k + lse_k, and ERR =
     sum_k |exp(MASS_k) - exp(log_col_k)|. FUSED: the parts are masses, and NEED marks the columns
     whose mass is too small. G has the BIAS in it already; here it is only checked. WORD takes the
@@ -386,30 +295,30 @@ def merge_kernel(
     tops = 0 if FUSED else TOP + parts
     top, total = merged(tops, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
     log_b = log_column(LOG_COL, G, p, at, known, count, HAS_COL, COVERED)
-    alive = log_b != float("-inf")
+    active = log_b != float("-inf")
     some = total > 0.0
     lse = top.to(tl.float64) + tl.log(tl.where(some, total, 1.0))
     lse = tl.where(total == 0.0, float("-inf"), tl.where(some, lse, float("nan")))
-    stuck = alive & (lse == float("-inf"))
-    lost = alive & ~((lse < float("inf")) & (log_b < float("inf")))
+    stuck = active & (lse == float("-inf"))
+    lost = active & ~((lse < float("inf")) & (log_b < float("inf")))
     if USED:
         g = whole_of(G + 2 * p * count, at, count, known)
         mass = g + lse
         if FUSED:  # the sums are masses already; `rescue_kernel` serves those that are too small
             mass = lse + heaviest_of(HEAVIEST, problem, rows, HAS_ROW)
             lse = mass - tl.where(g == float("-inf"), 0.0, g)
-            tl.store(NEED + p * count + at, (alive & (total < LEAST)).to(tl.int32), mask=known)
-        mass = tl.where(alive & (g != float("-inf")), mass, float("-inf"))
+            tl.store(NEED + p * count + at, (active & (total < LEAST)).to(tl.int32), mask=known)
+        mass = tl.where(active & (g != float("-inf")), mass, float("-inf"))
         tl.store(MASS + p * count + at, mass, mask=known)
-        gap = tl.where(alive, tl.abs(tl.exp(mass) - tl.exp(log_b)), 0.0)
+        gap = tl.where(active, tl.abs(tl.exp(mass) - tl.exp(log_b)), 0.0)
         tl.store(ERR + pid, tl.sum(gap, 0))
     if FUSED or not COVERED:
         stuck = stuck & False
     if HAS_BIAS:
         bias = tl.load(BIAS + p * count + at, mask=known, other=0.0)
-        lost = lost | (alive & ~(bias < float("inf")))
-        stuck = stuck | (alive & (bias == float("-inf")))
-    potential = tl.where(alive & (lse != float("-inf")), log_b - lse, float("-inf"))
+        lost = lost | (active & ~(bias < float("inf")))
+        stuck = stuck | (active & (bias == float("-inf")))
+    potential = tl.where(active & (lse != float("-inf")), log_b - lse, float("-inf"))
     store_parts(OUT + 2 * p * count, at, count, known, potential)
     word = word_of(tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0))
     if USED:
@@ -476,7 +385,7 @@ def finish_kernel(
         w = w0 + tl.arange(0, PIECE)
         bits |= tl.load(WORD + p * strip + w, mask=w < strip, other=0)
     word = word_of(bits)
-    empty = (word & LIVE) == 0
+    empty = (word & ACTIVE) == 0
     failed = ((word & (NOT_FINITE | STUCK)) != 0) & ~empty
     at = (block * SIZE + tl.arange(0, SIZE)).to(tl.int64)
     inside = at < rows

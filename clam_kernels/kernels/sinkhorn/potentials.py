@@ -32,8 +32,10 @@ def level(f: Tensor, g: Tensor) -> Tensor:
     sum of the logits times their gradients it would cancel to few digits; its product with the sum
     of the gradients (`Back.down`) is added apart.
     """
-    alive = f.isfinite()
-    middle = torch.where(alive, f, 0.0).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(1)
+    active = f.isfinite()
+    middle = torch.where(active, f, 0.0).sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(
+        1
+    )
     common = torch.where(g.isfinite(), -g - middle, 0.0)
     return torch.where(common.abs() > LARGE, common, 0.0).float().contiguous()
 
