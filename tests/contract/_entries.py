@@ -95,7 +95,7 @@ def _functions() -> Calls:
         "kmeans_assign": lambda: ck.kmeans_assign(x, c),
         "kmeans_update": lambda: ck.kmeans_update(x, labels, K),
         "kmeans_step": lambda: ck.kmeans_step(x, c),
-        "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn(s, 3),
+        "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials(s, 3),
         "sinkhorn_potentials_features of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials_features(
             x, c, 3
         ),
