@@ -205,10 +205,10 @@ def completion_table() -> str:
     rows = json.loads((RESULTS / "completion.json").read_text(encoding="utf-8"))["rows"]
     heads = {
         "clam": "ClAM",
-        "oracle": "its rule, k-means centres of the complete data",
-        "kmeans_mean_filled": "its rule, k-means centres of the mean-filled data",
+        "oracle": "its rule, k-means centroids of the complete data",
+        "kmeans_mean_filled": "its rule, k-means centroids of the mean-filled data",
         "knn_imputer": "KNNImputer(10)",
-        "mean": "mean",
+        "mean": "column means",
     }
     lines = [f"| table | K | {' | '.join(heads.values())} |", f"|{' --- |' * (2 + len(heads))}"]
     for row in rows:
@@ -244,12 +244,12 @@ def relabelling_table() -> str:
     report = json.loads((RESULTS / "relabelling.json").read_text(encoding="utf-8"))
     names = {
         "scores": "`sinkhorn`, stored scores, tol 1e-3",
-        "features": "`sinkhorn`, scores made anew in each pass, tol 1e-3",
+        "features": "`sinkhorn`, scores computed in each pass, tol 1e-3",
         "scores, tight": "`sinkhorn`, stored scores, tol of the published test",
         "published": "the published algorithm (float64, plain domain)",
     }
     lines = [
-        "| | CPU seconds | passes | memory over the input | labels unlike float64's to 1e-10 |",
+        "| | CPU seconds | passes | memory over the input | labels that differ from float64's (to 1e-10) |",
         f"|{' --- |' * 5}",
     ]
     for method, name in names.items():
