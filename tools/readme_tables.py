@@ -249,7 +249,8 @@ def relabelling_table() -> str:
         "published": "the published algorithm (float64, plain domain)",
     }
     lines = [
-        "| | CPU seconds | passes | memory over the input | labels that differ from float64's (to 1e-10) |",
+        "| | CPU seconds | passes | memory over the input |"
+        " labels that differ from float64's (to 1e-10) |",
         f"|{' --- |' * 5}",
     ]
     for method, name in names.items():
