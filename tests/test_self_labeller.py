@@ -194,7 +194,7 @@ def test_failed_relabelling_raises_and_changes_nothing(value):
     for name, kept in heads.state_dict().items():
         assert torch.equal(kept, before[name])
     logp[7] = -torch.inf
-    with pytest.raises(FloatingPointError, match="head 1: expected log-probabilities that have a plan, got a row or col"):
+    with pytest.raises(FloatingPointError, match=r"head 1: .* got a row or column with -inf only"):
         heads.relabel(logp, 1)
 
 

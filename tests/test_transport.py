@@ -266,7 +266,7 @@ def test_labels_that_raise_do_not_warn():
     scores[0, 0] = torch.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ValueError, match="log_probabilities: .* got NaN at row 0, col"):
+        with pytest.raises(ValueError, match=r"log_probabilities: .* got NaN at row 0, col"):
             sela_labels(scores)
 
 

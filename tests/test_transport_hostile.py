@@ -174,7 +174,7 @@ def test_no_rows(batch, rule):
 def test_what_failed_is_said():
     scores = _draw(0, 6, 3)
     scores[1, 1] = math.nan
-    with pytest.raises(ValueError, match="log_probabilities: .* got NaN at row 1, column 1"):
+    with pytest.raises(ValueError, match=r"log_probabilities: .* got NaN at row 1, column 1"):
         sela_labels(scores)
     with pytest.warns(ConvergenceWarning, match="1 of 1 problems have NaN"):
         sinkhorn(scores, tol=1e-3)

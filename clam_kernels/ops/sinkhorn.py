@@ -36,27 +36,42 @@ def sinkhorn_potentials(
         g_j = log_col_j - logsumexp_i(L_ij + f_i)                    (eq. 1)
         f_i = log_row_i - logsumexp_j(L_ij + g_j)                    (eq. 2)
 
-    Parameters ---------- logits : Tensor [..., N, K], float16, bfloat16, float32 or float64 Scores
-    of N rows for K prototypes, divided by epsilon, unless scale = 1 / epsilon. -inf forbids a pair.
-    Leading dims of all arguments broadcast. n_iter : int, >= 0 Number of iterations, (1) and (2)
-    each; 0 computes only f from the first g. log_row : Tensor [..., N], any float dtype, optional
-    Logarithm of each row's mass; -inf masks the row, which may then be NaN. Default 1/N each.
-    log_col : Tensor [..., K], any float dtype, optional Logarithm of each prototype's mass, with
-    the same total; default 1/K each. init : Tensor [..., K], any float dtype, optional The first g,
-    for example that of an earlier call; default 0. With `prototype_first`, (2) runs once before the
-    iterations. prototype_first : bool Whether (1) runs before (2) in each iteration. For small
-    n_iter the order changes the result. bias : Tensor [..., K], any float dtype, optional Added to
-    the scaled logits of each prototype. scale : Tensor [...], any float dtype, finite, > 0,
-    optional Factor of the logits of each problem, applied as they are loaded: no array of the
-    products exists. Default 1. precision : "highest", "high" or "medium", optional No effect: there
-    is no matrix product.
+    Parameters
+    ----------
+    logits : Tensor [..., N, K], float16, bfloat16, float32 or float64
+        Scores of N rows for K prototypes, divided by epsilon, unless scale = 1 / epsilon. -inf
+        forbids a pair. Leading dims of all arguments broadcast.
+    n_iter : int, >= 0
+        Number of iterations, (1) and (2) each; 0 computes only f from the first g.
+    log_row : Tensor [..., N], any float dtype, optional
+        Logarithm of each row's mass; -inf masks the row, which may then be NaN. Default 1/N each.
+    log_col : Tensor [..., K], any float dtype, optional
+        Logarithm of each prototype's mass, with the same total; default 1/K each.
+    init : Tensor [..., K], any float dtype, optional
+        The first g, for example that of an earlier call; default 0. With `prototype_first`, (2)
+        runs once before the iterations.
+    prototype_first : bool
+        Whether (1) runs before (2) in each iteration. For small n_iter the order matters.
+    bias : Tensor [..., K], any float dtype, optional
+        Added to the scaled logits of each prototype.
+    scale : Tensor [...], any float dtype, finite, > 0, optional
+        Factor of the logits of each problem, applied as they are loaded: no array of the products
+        exists. Default 1.
+    precision : "highest", "high" or "medium", optional
+        No effect: there is no matrix product.
 
-    Returns ------- f : Tensor [..., N], float32 (float64 for float64) -inf for masked rows. g :
-    Tensor [..., K], float32 (float64 for float64) The codes of the rows are softmax_j(L + g). err :
-    Tensor [...], float32 (float64 for float64) L1 error of the marginal sums of the side whose
-    half-step was not the last (eq. 3). No gradient. status : Tensor [...], int64 0: fine. 2: NaN or
-    +inf in an active entry. 3: a row or prototype with mass has no pair above -inf. 4: no active
-    row. f, g and err are NaN for 2 and 3.
+    Returns
+    -------
+    f : Tensor [..., N], float32 (float64 for float64)
+        -inf for masked rows.
+    g : Tensor [..., K], float32 (float64 for float64)
+        The codes of the rows are softmax_j(L + g).
+    err : Tensor [...], float32 (float64 for float64)
+        L1 error of the marginal sums of the side whose half-step was not the last (eq. 3). No
+        gradient.
+    status : Tensor [...], int64
+        0: fine. 2: NaN or +inf in an active entry. 3: a row or prototype with mass has no pair
+        above -inf. 4: no active row. f, g and err are NaN for 2 and 3.
 
     Raises
     ------
@@ -175,8 +190,9 @@ def sinkhorn_pass(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The half-step of the rows, and the column masses after it. An iteration needs no more of the
-    N x K entries, also with acceleration or over several processes.
+    """The half-step of the rows, and the column masses after it.
+
+    An iteration needs no more of the N x K entries, also with acceleration or several processes.
 
         L_ij = scale * logits_ij + bias_j                            (eq. 0 of docs/ops/sinkhorn.md)
         f_i = log_row_i - logsumexp_j(L_ij + g_j)                    (eq. 2)
@@ -213,8 +229,10 @@ def sinkhorn_pass(
     TypeError, ValueError
         As in `sinkhorn_potentials`.
 
-    Notes ----- Reads each entry once and computes one exponential of it. Hand-written gradients for
-    all tensors.
+    Notes
+    -----
+    Reads each entry once and computes one exponential of it. Hand-written gradients for all
+    tensors.
 
     Examples
     --------

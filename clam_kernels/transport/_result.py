@@ -104,10 +104,13 @@ class Sinkhorn:
     def labels(self, strict: bool = False) -> Tensor:
         """The prototype of each row's largest code, without an N x K array.
 
-        Parameters ---------- strict : bool Whether to enforce capacities: no prototype gets more
-        rows than its mass times N, rounded down, plus one for the largest remainders (lowest index
-        on ties). Rows then move to other prototypes where that costs least. N counts the rows of
-        all processes of a group.
+        Parameters
+        ----------
+        strict : bool
+            Whether to enforce capacities: no prototype gets more rows than its mass times N,
+            rounded down, plus one for the largest remainders (lowest index of a tie). Rows then
+            move to other prototypes where that costs least. N counts the rows of all processes of
+            a group.
 
         Returns
         -------
