@@ -29,10 +29,10 @@ def _assigned(seed: int) -> dict[str, tuple[Any, ...]]:
     def rows(*shape: int) -> Tensor:
         return _rows(g, *shape)
 
-    one_masked = torch.tensor([False, True, False, False])
-    not_finite, bad_centroids = rows(N, D), rows(K, D)
-    not_finite[2, 1], not_finite[4, 0] = torch.nan, torch.inf
-    bad_centroids[1, 0] = torch.nan
+    mask = torch.tensor([False, True, False, False])
+    odd, bad = rows(N, D), rows(K, D)
+    odd[2, 1], odd[4, 0] = torch.nan, torch.inf
+    bad[1, 0] = torch.nan
     none_finite = torch.full((K, D), torch.inf, dtype=torch.float64)
     none_finite[::2, 0] = torch.nan
     pairs = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.5, 3.0]], dtype=torch.float64)
@@ -49,45 +49,27 @@ def _assigned(seed: int) -> dict[str, tuple[Any, ...]]:
         "offset": (1000 + rows(N, D), 1000 + rows(K, D), None, None, True),
         "shift": (1000 + rows(N, D), 1000 + rows(K, D), 1000 + rows(D), None, True),
         "shift-batch": (rows(N, D), rows(K, D), rows(B, D), None, True),
-        "mask": (rows(N, D), rows(K, D), None, one_masked, True),
-        "mask-batch": (
-            rows(N, D),
-            rows(K, D),
-            None,
-            torch.stack([one_masked, one_masked.flip(0)]),
-            True,
-        ),
+        "mask": (rows(N, D), rows(K, D), None, mask, True),
+        "mask-batch": (rows(N, D), rows(K, D), None, torch.stack([mask, mask.flip(0)]), True),
         "batch": (rows(B, N, D), rows(B, K, D), None, None, True),
         "restarts": (rows(N, D), rows(B, K, D), None, None, True),
         "batch-of-rows": (rows(B, N, D), rows(K, D), None, None, True),
         "batch-crossed": (rows(B, 1, N, D), rows(3, K, D), None, None, True),
         "no-batch": (rows(0, N, D), rows(K, D), None, None, True),
-        "lost-rows": (not_finite, rows(K, D), None, None, True),
-        "lost-centroid": (rows(N, D), bad_centroids, None, None, True),
+        "lost-rows": (odd, rows(K, D), None, None, True),
+        "lost-centroid": (rows(N, D), bad, None, None, True),
         "labels-alone": (rows(N, D), rows(K, D), None, None, False),
-        "everything": (rows(B, 1, N, D), rows(3, K, D), rows(3, D), one_masked, True),
+        "everything": (rows(B, 1, N, D), rows(3, K, D), rows(3, D), mask, True),
         "no-rows-restarts": (rows(0, D), rows(B, K, D), None, None, True),
-        "no-rows-batch": (rows(B, 0, D), rows(K, D), None, one_masked, True),
+        "no-rows-batch": (rows(B, 0, D), rows(K, D), None, mask, True),
         "no-restarts": (rows(N, D), rows(0, K, D), None, None, True),
         "one-lost-centroid": (rows(N, D), none_finite[:1].clone(), None, None, True),
-        "lost-centroids": (not_finite.clone(), none_finite.clone(), rows(D), None, True),
-        "lost-or-masked": (rows(N, D), bad_centroids.clone(), None, ~one_masked, True),
-        "lost-restart": (
-            rows(N, D),
-            torch.stack([bad_centroids[1:2], bad_centroids[:1]]),
-            None,
-            None,
-            True,
-        ),
+        "lost-centroids": (odd.clone(), none_finite.clone(), rows(D), None, True),
+        "lost-or-masked": (rows(N, D), bad.clone(), None, ~mask, True),
+        "lost-restart": (rows(N, D), torch.stack([bad[1:2], bad[:1]]), None, None, True),
         "labels-alone-batch": (rows(B, N, D), rows(K, D), None, None, False),
         "labels-alone-no-rows": (rows(0, D), rows(B, K, D), None, None, False),
-        "labels-alone-lost": (
-            rows(N, D),
-            torch.stack([bad_centroids[1:2], bad_centroids[:1]]),
-            None,
-            None,
-            False,
-        ),
+        "labels-alone-lost": (rows(N, D), torch.stack([bad[1:2], bad[:1]]), None, None, False),
     }
 
 

@@ -40,7 +40,7 @@ class _PrototypesFirst:
         return self.passes.column_error(result.log_mass)
 
     def next_g(self, g: Tensor, result: Pass, err: Tensor) -> Tensor:
-        """The g after the columns' half-step, accelerated if asked for."""
+        """The g after the columns' half-step, accelerated with `accelerate`."""
         passes = self.passes
         step = passes.residual(result.log_mass)
         if self.anderson is None:
