@@ -64,15 +64,14 @@ def refuse_not_finite(name: str, x: Tensor, factor: float) -> None:
     """Raise a ValueError for the first NaN or +inf of x [..., K], or of factor * x."""
     for values, what in (
         (x, "finite values or -inf"),
-        (factor * x, f"values finite times {factor:g}"),
+        (factor * x.to(potentials_dtype(x)), f"values finite times {factor:g}"),
     ):
         bad = (values.isnan() | (values == torch.inf)).reshape(-1, x.shape[-1]).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
             place = f"row {row}, column {column}" if x.ndim > 1 else f"index {column}"
-            got = f"{float(x.reshape(-1, x.shape[-1])[row, column]):g}".replace(
-                "nan", "NaN"
-            ).replace("inf", "+inf")
+            got = f"{float(x.reshape(-1, x.shape[-1])[row, column]):g}"
+            got = {"nan": "NaN", "inf": "+inf"}.get(got, got)
             raise ValueError(checks.wording(name, what, f"{got} at {place}"))
 
 
@@ -83,7 +82,7 @@ def refuse_infeasible(name: str, x: Tensor) -> None:
         if closed:
             text = f"a value above -inf in every {kind}"
             raise ValueError(checks.wording(name, text, f"none in {kind} {closed[0]}"))
-    raise ValueError(checks.wording(name, "columns that can have equal shares", "one without rows"))
+    raise ValueError(checks.wording(name, "equal column shares", "a column without mass"))
 
 
 def check_type(scores: Any) -> None:
