@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,28 +10,27 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..._core.backend import PRECISIONS
-from ..._core.spec import explain
 from ..._core.warn import warn
-from ..common import callbacks
 from ..common.base import keeps_state_on_failure
 from ..common.frame import Frame
-from ..common.rows import Rows, read_rows, read_weight
+from ..common.progress import ProgressBar
+from ..common.rows import Rows, backend_of, read_rows, read_weight, weighted_sum
 from ..common.scale import rescaled
 from ..common.threads import small_on_one_thread, threads_for
 from . import streaming as streaming
-from .columns import WARNED, frame_of
+from .columns import WARNED_CONTRAST, frame_of
 from .model_file import ClamFile
 from .points import Points
-from .progress import Progress
-from .recall import COMPLETION, Recall, total
-from .search import RECIPES, Found, published_beta, resolved, search
+from .progress import BatchProgress, FitProgress
+from .recall import COMPLETION, Recall
+from .search import SearchResult, search
 from .selection import COLUMNS, ROLES, SILHOUETTE_ROWS
+from .settings import RECIPES, ClAMSettings
 from .start import gap_of
 from .whole import sampled, through_all
 
@@ -251,7 +249,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
 
     @property
     def candidates_(self) -> dict[str, np.ndarray]:
-        """Every replica each time it was scored, by columns."""
+        """The table of candidates by columns: every replica each time it was scored."""
         check_is_fitted(self, "cluster_centers_")
         rows = np.asarray(self._candidates)
         table = dict(zip(COLUMNS, rows.T, strict=True))
@@ -267,7 +265,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
 
     @property
     def scale_(self) -> Any:
-        """What a distance divides the difference of two rows by, column by column."""
+        """The divisor of each column in a distance between two rows."""
         check_is_fitted(self, "cluster_centers_")
         centers, scale = self.cluster_centers_, self._frame.scale
         return scale.to(centers.device) if isinstance(centers, Tensor) else scale.cpu().numpy()
@@ -275,13 +273,13 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
     # ---- fitting -------------------------------------------------------------------------------
 
     def _work(self, rows: int, features: int) -> int:
-        """Multiply-adds of the largest product of a fit, which may be that of the silhouettes."""
+        """Multiply-adds of the largest product of a fit, maybe that of the silhouettes."""
         return rows * features * max(int(self.n_clusters), min(rows, SILHOUETTE_ROWS))
 
     @keeps_state_on_failure
     @small_on_one_thread
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> ClAM:
-        """Find the memories of X [N, D].
+        """Train the memories of X [N, D].
 
         Parameters
         ----------
@@ -307,25 +305,24 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
         BackendUnavailableError
             The device is not there.
         """
-        self._check_parameters()
-        rows = read_rows(self, X, reset=True)
-        if len(rows) < self.n_clusters:
-            raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
+        self._validate_params()
+        settings = self._settings()
+        rows = read_rows(self, X, device=settings.device, reset=True)
+        _check_rows(rows, settings)
         weight = read_weight(sample_weight, rows)
-        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        seed = settings.draw_seed()
         names = getattr(self, "feature_names_in_", None)
-        frame = frame_of(rows, weight, names, self.standardize)
+        frame = frame_of(rows, weight, names, settings.standardize)
         _warn_of_units(frame)
-        points, whole = sampled(self, rows, weight, frame, seed)
-        listeners = callbacks.each(self.callbacks)
-        callbacks.call(listeners, "on_fit_begin", self)
-        epochs = resolved(self, "max_iter")
-        with Progress(self, listeners, frame.unit, epochs, "epoch") as progress:
-            found = search(self, points, frame, X, seed, progress)
-        if not whole:
-            found = through_all(self, found, rows, weight, frame)
-        self._store(rows, weight, frame, points, found)
-        callbacks.call(listeners, "on_fit_end", self)
+        points, is_whole = sampled(settings, rows, weight, frame, seed)
+        settings.callbacks.fit_begin()
+        with ProgressBar(settings.verbose, "ClAM", settings.max_iter) as bar:
+            progress = FitProgress(bar, settings.callbacks, frame.unit)
+            result = search(settings, points, frame, X, seed, progress)
+        if not is_whole:
+            result = through_all(settings, result, rows, weight, frame)
+        self._store(settings, rows, weight, frame, points, result)
+        settings.callbacks.fit_end()
         return self
 
     @keeps_state_on_failure
@@ -361,122 +358,142 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
         ValueError, TypeError, BackendUnavailableError
             As in `fit`; the first batch has fewer rows than clusters.
         """
-        self._check_parameters()
-        fitted = hasattr(self, "cluster_centers_")
-        rows = read_rows(self, X, reset=not fitted)
+        self._validate_params()
+        settings = self._settings()
+        is_fitted = hasattr(self, "cluster_centers_")
+        rows = read_rows(self, X, device=settings.device, reset=not is_fitted)
         weight = read_weight(sample_weight, rows)
-        if fitted and len(self.cluster_centers_) != self.n_clusters:
+        if not is_fitted:
+            _check_rows(rows, settings)
+        elif len(self.cluster_centers_) != settings.n_clusters:
             raise ValueError(
                 f"n_clusters: expected {len(self.cluster_centers_)}, as it was fitted, got"
-                f" {self.n_clusters}; fit anew"
+                f" {settings.n_clusters}; fit anew"
             )
-        if not fitted and len(rows) < self.n_clusters:
-            raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
-        stream = self._stream_so_far(rows, weight, X)
-        before = list(self.loss_curve_) if fitted else []
-        listeners, size = callbacks.each(self.callbacks), resolved(self, "batch_size")
-        callbacks.call(listeners, "on_fit_begin", self)
-        progress = Progress(self, listeners, 0, -(-len(rows) // size), "batch")
-        number = itertools.count(len(before))
-        with progress, threads_for(stream.won.numel() * size):
-            self._stream, losses = streaming.advance(
-                self, stream, rows, weight, lambda loss: progress.batch(next(number), loss)
-            )
-        if not fitted or self._frame.contrast <= WARNED:
-            _warn_of_units(self._stream.frame)
-        memories = self._stream.answer()
-        self._store_memories(rows, self._stream.frame, memories, self._stream.gap)
-        self.loss_curve_ = np.array([*before, *losses])
+        stream = self._stream_so_far(settings, rows, weight, X)
+        losses_before = list(self.loss_curve_) if is_fitted else []
+        settings.callbacks.fit_begin()
+        size = settings.batch_size
+        with (
+            ProgressBar(settings.verbose, "ClAM", -(-len(rows) // size), "batch") as bar,
+            threads_for(stream.won.numel() * size),
+        ):
+            progress = BatchProgress(bar, settings.callbacks, len(losses_before))
+            stream, losses = streaming.advance(settings, stream, rows, weight, progress)
+        self._stream = stream
+        if not is_fitted or self._frame.contrast <= WARNED_CONTRAST:
+            _warn_of_units(stream.frame)
+        self._store_memories(settings, rows, stream.frame, stream.answer(), stream.gap)
+        self.loss_curve_ = np.array([*losses_before, *losses])
         self._candidates = np.zeros((0, len(COLUMNS)))
         self.n_iter_ = len(self.loss_curve_)
-        self._store_labels(rows, weight)
-        self._held = self._stream.won.cpu().numpy()
-        self.n_clusters_used_ = self._stream.used
-        callbacks.call(listeners, "on_fit_end", self)
+        self._store_labels(settings, rows, weight)
+        self._held = stream.won.cpu().numpy()
+        self.n_clusters_used_ = stream.used
+        settings.callbacks.fit_end()
         return self
 
-    def _stream_so_far(self, rows: Rows, weight: Tensor | None, X: Any) -> streaming.Stream:
+    def _stream_so_far(
+        self, settings: ClAMSettings, rows: Rows, weight: Tensor | None, X: Any
+    ) -> streaming.Stream:
+        """The stream of the last call, or a new one: from a fit, else from the first batch."""
         if hasattr(self, "_stream"):
             return self._stream
         if not hasattr(self, "cluster_centers_"):
-            return streaming.begin(self, rows, weight, X)
-        memories = self._centers(rows.dtype, rows.device)
-        return streaming.resume(self, memories, self._frame, COMPLETION / self._sharpness[1])
-
-    def _check_parameters(self) -> None:
-        self._validate_params()
-        if isinstance(self.n_clusters, bool):
-            raise TypeError("n_clusters: expected an int >= 1, got True")
-        callbacks.check(self.callbacks)
+            names = getattr(self, "feature_names_in_", None)
+            return streaming.begin(settings, rows, weight, X, names)
+        memories = self._memories(rows.dtype, rows.device)
+        won = torch.from_numpy(np.array(self._held)).to(memories.device)
+        gap = COMPLETION / self._sharpness[1]
+        return streaming.resume(settings.draw_seed(), memories, self._frame, won, gap)
 
     def _store(
-        self, rows: Rows, weight: Tensor | None, frame: Frame, points: Points, found: Found
+        self,
+        settings: ClAMSettings,
+        rows: Rows,
+        weight: Tensor | None,
+        frame: Frame,
+        points: Points,
+        result: SearchResult,
     ) -> None:
-        """Learned state; labels are those that predict gives."""
+        """Store the attributes of a fit; labels are those of `predict`."""
         self.__dict__.pop("_stream", None)
         squared = 2 * frame.unit  # exponent of a squared length
-        gap = gap_of(points, found.memories[None], 0)
-        self._store_memories(rows, frame, found.memories, gap, found.beta)
-        self.loss_curve_ = np.array([rescaled(loss, squared) for loss in found.curve])
-        self._candidates = found.table
-        self.n_iter_ = len(found.curve)
-        self._store_labels(rows, weight)
-        if self.n_clusters_used_ < self.n_clusters:
+        gap = gap_of(points, result.memories[None], 0)
+        self._store_memories(settings, rows, frame, result.memories, gap, result.beta)
+        self.loss_curve_ = np.array([rescaled(loss, squared) for loss in result.curve])
+        self._candidates = result.table
+        self.n_iter_ = len(result.curve)
+        self._store_labels(settings, rows, weight)
+        if self.n_clusters_used_ < settings.n_clusters:
             warn(
-                f"{self.n_clusters_used_} of n_clusters={self.n_clusters} clusters are used: X has"
-                " too few distinct rows, or no partition that was tried uses more.",
+                f"{self.n_clusters_used_} of n_clusters={settings.n_clusters} clusters are used: X"
+                " has too few distinct rows, or no partition that was tried uses more.",
                 ConvergenceWarning,
             )
-        elif self._too_small(found):
+        elif _has_small_clusters(settings, result):
             warn(
-                f"min_cluster_size={self.min_cluster_size}: no partition that was tried has"
-                f" n_clusters={self.n_clusters} clusters of this size; the one that is kept has"
-                " smaller ones.",
+                f"min_cluster_size={settings.min_cluster_size}: no partition that was tried has"
+                f" n_clusters={settings.n_clusters} clusters of this size; the chosen one has"
+                " smaller clusters.",
                 ConvergenceWarning,
             )
-
-    def _too_small(self, found: Found) -> bool:
-        """Whether the partition that is kept has clusters below `min_cluster_size`."""
-        required = 1 if self.recipe == "paper" else self.n_clusters
-        (kept,) = found.table[found.table[:, COLUMNS.index("counts")] == 2]
-        return bool(kept[COLUMNS.index("clusters_used")] < required)
 
     def _store_memories(
-        self, rows: Rows, frame: Frame, memories: Tensor, gap: float, beta: float | None = None
+        self,
+        settings: ClAMSettings,
+        rows: Rows,
+        frame: Frame,
+        memories: Tensor,
+        gap: float,
+        published_beta: float | None = None,
     ) -> None:
-        """Memories in the frame, and the betas that come of the gap unless one was given."""
+        """Store memories that are in a frame, and the betas: by the gap unless the parameter or
+        the published procedure has one.
+        """
         self.cluster_centers_ = rows.give(frame.data(memories).to(rows.result))
         self._frame = frame
-        squared = 2 * frame.unit
-        if self.recipe != "paper" and self.beta is None:
+        if settings.beta is None and not settings.is_published:
             beta = 3.0 / gap
-        elif self.beta is not None:
-            beta = rescaled(float(self.beta), squared)
-        elif beta is None:
-            beta = published_beta(frame, RECIPES["paper"].betas[0])
-        # both betas in the frame: in units of the data they may be past the ends of the floats
+        elif settings.beta is None and published_beta is not None:
+            beta = published_beta
+        else:
+            beta = settings.betas(frame)[0]
+        # in the frame, as betas in units of the data may be 0 or inf
         self._sharpness = [beta, COMPLETION / gap]
+        squared = 2 * frame.unit
         self.gap_, self.beta_ = rescaled(gap, squared), rescaled(beta, -squared)
 
-    def _store_labels(self, rows: Rows, weight: Tensor | None) -> None:
-        self.device_ = str(rows.device)
-        probe = torch.zeros(1, rows.features, dtype=rows.dtype, device=rows.device)
-        self.backend_ = explain("am_recursion", probe).split(": ")[1].split(" at ")[0]
-        self._n_features_out = self.n_clusters
-        labels, sqdist = self._nearest(rows)
+    def _store_labels(self, settings: ClAMSettings, rows: Rows, weight: Tensor | None) -> None:
+        self.device_, self.backend_ = str(rows.device), backend_of("am_recursion", rows)
+        self._n_features_out = settings.n_clusters
+        labels, sqdist = self._nearest(rows, settings)
         self.labels_ = rows.give_labels(labels)
-        share = np.ones(len(rows)) if weight is None else weight.cpu().numpy()
-        won = np.bincount(labels.cpu().numpy(), share, minlength=self.n_clusters)
+        weights = np.ones(len(rows)) if weight is None else weight.cpu().numpy()
+        won = np.bincount(labels.cpu().numpy(), weights, minlength=settings.n_clusters)
         self._held = np.repeat(won[:, None], rows.features, axis=1)
-        self.inertia_ = rescaled(total(sqdist, weight), 2 * self._frame.unit)
+        self.inertia_ = rescaled(weighted_sum(sqdist, weight), 2 * self._frame.unit)
         self.n_clusters_used_ = len(labels.unique())
 
 
+def _check_rows(rows: Rows, settings: ClAMSettings) -> None:
+    """ValueError unless there are as many rows as clusters."""
+    if len(rows) < settings.n_clusters:
+        raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={settings.n_clusters}.")
+
+
+def _has_small_clusters(settings: ClAMSettings, result: SearchResult) -> bool:
+    """Whether the chosen partition has clusters below `min_cluster_size`."""
+    required = 1 if settings.is_published else settings.n_clusters
+    (chosen,) = result.table[result.table[:, COLUMNS.index("counts")] == 2]
+    return bool(chosen[COLUMNS.index("clusters_used")] < required)
+
+
 def _warn_of_units(frame: Frame) -> None:
-    """Say that columns of large numbers alone decide, where nothing standardises."""
-    if not frame.standard and frame.contrast > WARNED:
+    """Warn where nothing standardises columns whose spreads differ much."""
+    if not frame.standard and frame.contrast > WARNED_CONTRAST:
         warn(
             f"standardize=False: the spread of one column of X is {frame.contrast:.0e} times that"
-            " of another, so that the columns of large spread decide alone.",
+            " of another: columns of large spread alone decide the labels.",
             UserWarning,
         )

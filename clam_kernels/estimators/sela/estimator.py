@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SeLa: an encoder and labels of its own data, found in turn. Equations: docs/sela.md."""
+"""SeLa: training of an encoder on labels of its own data, which are computed from its features.
+
+Equations: docs/sela.md.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from torch import Tensor, nn
 from ... import serialize, tables
 from ..._core import checks
 from ..._core.warn import warn
-from ..common import callbacks
 from ..common.base import choose_device, keeps_state_on_failure
 from ..training.inputs import Inputs, inputs_of
 from ..training.trainer import SCHEDULES, batches_of, dtype_of, encoded, seed_of
-from .labelling import RECIPES, Training, resolved
+from .labelling import Training
+from .settings import RECIPES, SeLaSettings
 
 Schedule = str | Callable[[float], float]
 
@@ -283,24 +286,25 @@ class SeLa(BaseEstimator):
             The checkpoint is damaged, or an encoder has more tensors than one can hold.
         """
         self._validate_params()
-        callbacks.check(self.callbacks)
-        told, kind = self.writer, type(self.writer).__name__
-        if told is not None and not callable(getattr(told, "add_scalar", None)):
+        settings = SeLaSettings.of(self)
+        writer, kind = settings.writer, type(settings.writer).__name__
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(checks.wording("writer", "an object with add_scalar", kind))
-        inputs = inputs_of(data, self.image_size)
-        _check_fit(len(inputs), self.n_clusters, checkpoint, checkpoint_every, resume)
-        device = choose_device(self.device, inputs.origin)
-        seed = seed_of(self.random_state)
-        callbacks.call(callbacks.each(self.callbacks), "on_fit_begin", self)
-        training = Training(self, inputs, device, seed)
+        inputs = inputs_of(data, settings.image_size)
+        _check_fit(len(inputs), settings.n_clusters, checkpoint, checkpoint_every, resume)
+        device = choose_device(settings.device, inputs.origin)
+        seed = seed_of(settings.random_state)
+        settings.callbacks.fit_begin()
+        training = Training(settings, inputs, device, seed)
         if checkpoint is not None:
-            training.keep(checkpoint, checkpoint_every, resume)
+            training.use_checkpoint(checkpoint, checkpoint_every, resume)
         training.go()
         self._store(training)
-        callbacks.call(callbacks.each(self.callbacks), "on_fit_end", self)
+        settings.callbacks.fit_end()
         return self
 
     def _store(self, training: Training) -> None:
+        """Store the attributes of a fit; warn of heads that did not converge."""
         self.encoder_ = training.encoder.eval()
         self.heads_ = training.heads
         self.labels_ = training.inputs.give(training.heads.labels)
@@ -311,11 +315,12 @@ class SeLa(BaseEstimator):
         self.__dict__.pop("files_", None)
         if training.inputs.files is not None:
             self.files_ = training.inputs.files
-        open_ = table["converged"][-self.n_heads :] == 0
-        if open_.any():
-            worst = table["err"][-self.n_heads :].max()
+        heads = training.settings.n_heads
+        is_open = table["converged"][-heads:] == 0
+        if is_open.any():
+            worst = table["err"][-heads:].max()
             warn(
-                f"SeLa: {int(open_.sum())} of {self.n_heads} heads were last relabelled with an"
+                f"SeLa: {int(is_open.sum())} of {heads} heads were last relabelled with an"
                 f" error of the shares up to {worst:.3g}, tol={training.tol:g}: raise max_iter,"
                 " or lower lam",
                 ConvergenceWarning,
@@ -336,8 +341,9 @@ class SeLa(BaseEstimator):
             As the data is.
         """
         check_is_fitted(self, "encoder_")
-        inputs = self._inputs(data)
-        return inputs.give(self._features(inputs))
+        settings = SeLaSettings.of(self)
+        inputs = self._inputs(settings, data)
+        return inputs.give(self._features(settings, inputs))
 
     def predict(self, data: Any, head: int = 0) -> Any:
         """Labels of rows by one head at the potentials of its last relabelling.
@@ -359,15 +365,16 @@ class SeLa(BaseEstimator):
             As the data is.
         """
         check_is_fitted(self, "encoder_")
-        inputs = self._inputs(data)
-        return inputs.give(self.heads_.assign(self._features(inputs), head))
+        settings = SeLaSettings.of(self)
+        inputs = self._inputs(settings, data)
+        return inputs.give(self.heads_.assign(self._features(settings, inputs), head))
 
-    def _inputs(self, data: Any) -> Inputs:
-        """New rows; images of a folder are brought to what those of `fit` were."""
-        mode, size = self._images or (None, self.image_size)
+    def _inputs(self, settings: SeLaSettings, data: Any) -> Inputs:
+        """New rows; images of a folder get the mode and size of those of `fit`."""
+        mode, size = self._images or (None, settings.image_size)
         return inputs_of(data, size, mode)
 
-    def _features(self, inputs: Inputs) -> Tensor:
+    def _features(self, settings: SeLaSettings, inputs: Inputs) -> Tensor:
         before = self.encoder_.training
         self.encoder_.eval()
         try:
@@ -375,8 +382,8 @@ class SeLa(BaseEstimator):
                 device, dtype = self.heads_.weight.device, dtype_of(self.encoder_)
                 rows = torch.arange(len(inputs), dtype=torch.int64, device="cpu")
                 parts = [
-                    encoded(self.encoder_, inputs.take(some, device, dtype))
-                    for some in batches_of(rows, resolved(self, "batch_size"))
+                    encoded(self.encoder_, inputs.take(batch, device, dtype))
+                    for batch in batches_of(rows, settings.batch_size)
                 ]
         finally:
             self.encoder_.train(before)
@@ -423,8 +430,8 @@ def _check_fit(count: int, clusters: int, checkpoint: Any, every: Any, resume: b
     if count < clusters:
         raise ValueError(f"n_samples={count} should be >= n_clusters={clusters}.")
     if every is not None:
-        whole = isinstance(every, Integral) and not isinstance(every, bool)
-        if not whole or every < 1:
+        is_whole = isinstance(every, Integral) and not isinstance(every, bool)
+        if not is_whole or every < 1:
             raise ValueError(checks.wording("checkpoint_every", "an int >= 1", repr(every)))
     if checkpoint is None and (resume or every is not None):
         name = "resume" if resume else "checkpoint_every"
