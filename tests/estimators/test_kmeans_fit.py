@@ -133,7 +133,7 @@ def test_sums_brought_up_to_date_are_those_of_all_rows(monkeypatch):
     start = x[:20]
     found = []
     for few in (1e9, 1.0):
-        monkeypatch.setattr(_lloyd, "FEW", few)
+        monkeypatch.setattr(_lloyd, "INCREMENTAL_UPDATE_RATIO", few)
         found.append(KMeans(20, init=start, n_init=1, tol=0).fit(x))
     assert found[0].n_iter_ == found[1].n_iter_ > 10
     assert np.array_equal(found[0].labels_, found[1].labels_)

@@ -56,9 +56,9 @@ def frame_of(
         which = empty if names is None else [str(names[i]) for i in empty]
         raise ValueError(f"X: expected an observed entry in every column, got none in {which}")
     contrast = columns.contrast
-    standard = contrast > STANDARDISED_CONTRAST if standardize == "auto" else bool(standardize)
+    is_standard = contrast > STANDARDISED_CONTRAST if standardize == "auto" else bool(standardize)
     base, mantissa, exponent = torch.ones_like(columns.mean), 1.0, 0
-    if standard:
+    if is_standard:
         base, mantissa, exponent = _widths(columns.deviation)
     near, top = (float((distance / base).max()) for distance in (columns.near, columns.top))
     spread = max(exponent_of(near), exponent_of(top) - SQUARE_EXPONENT)
@@ -71,11 +71,11 @@ def frame_of(
         range=range_,
         width=width,
         unit=unit,
-        one=math.ldexp(mantissa, -spread) if standard else rescaled(1.0, -unit),
+        one=math.ldexp(mantissa, -spread) if is_standard else rescaled(1.0, -unit),
         deviation=columns.deviation / width,
         low=scaled(columns.low, range_),
         high=scaled(columns.high, range_),
-        standard=standard,
+        is_standard=is_standard,
         contrast=contrast,
     )
 

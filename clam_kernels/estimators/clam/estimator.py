@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..._core.backend import PRECISIONS
 from ..._core.warn import warn
 from ..common.base import keeps_state_on_failure
 from ..common.frame import Frame
@@ -30,7 +27,7 @@ from .progress import BatchProgress, FitProgress
 from .recall import COMPLETION, Recall
 from .search import SearchResult, search
 from .selection import COLUMNS, ROLES, SILHOUETTE_ROWS
-from .settings import RECIPES, ClAMSettings
+from .settings import CONSTRAINTS, ClAMSettings
 from .start import gap_of
 from .whole import sampled, through_all
 
@@ -40,114 +37,117 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
 
     The memories rho_k are trained so that the recursion v <- v + step (softmax_k(-beta |v -
     rho_k|^2) @ rho - v), started from rows with hidden entries, restores those entries (Saha,
-    Krotov, Zaki, Ram 2023, arXiv 2306.03209). Columns in different units are standardised inside
-    (`standardize`), and results are in the units of X.
+    Krotov, Zaki, Ram 2023, arXiv 2306.03209). The fit standardises columns in different units
+    (`standardize`); results are in the units of X.
 
     Parameters
     ----------
     n_clusters : int, default 8
         Number of memories K.
     recipe : "default" or "paper", default "default"
-        What the arguments below that are None stand for. "default" searches without labels: k-means
-        starts, rounds of training and of Lloyd's iterations, choice by silhouette among partitions
-        that use all clusters and are nearly as compact as the most compact one. "paper" is the
-        published procedure (normal random start, 10 steps of .1, batches of 8, its learning-rate
-        schedule, labels by the recursion), with its numbers in absolute units: in deviations of the
-        columns where the fit standardises, else in those of X.
+        The values of parameters that are None. "default" has k-means starts, rounds of training and
+        of Lloyd's iterations, and a choice by silhouette among partitions that use all clusters and
+        whose inertia is near the least one. "paper" is the published procedure (normal random
+        start, 10 steps of .1, batches of 8, the published learning-rate schedule, labels by the
+        recursion). Its numbers are in absolute units: in deviations of the columns where the fit
+        standardises, else in units of X.
     init : "k-means++", "random", "normal", array [K, D] or callable, default by recipe
-        Start: k-means++ seeding, random rows, the paper's normal(.1, .1) around the mean, given
-        memories, or `init(X, n_clusters, random_state)`.
+        Start: k-means++ seeding, random rows, the paper's normal(.1, .1) around the mean, an array
+        of memories, or `init(X, n_clusters, random_state)`.
     n_init : int, default by recipe (32; paper 4)
-        Replicas, trained together as leading dims of one op call.
+        Number of replicas, which are leading dims of one op call.
     max_iter : int, default by recipe (50; paper 200)
-        Epochs. Those of the default recipe make five rounds; between rounds the best replicas are
-        copied, and in most copies one memory jumps to a far row.
+        Number of epochs. The default recipe divides them into five rounds; between rounds it copies
+        the best replicas, and in most copies one memory jumps to a far row.
     am_share : float in [0, 1], default .5
-        Share of the replicas of the default recipe that train by completion; the others go on with
-        Lloyd's iterations, their limit of beta to infinity.
+        Share of the replicas of the default recipe that train by completion. The others run Lloyd's
+        iterations, the limit of the training for beta to infinity.
     batch_size : int, default by recipe (512; paper 8)
-        Rows of a training batch; of the default recipe about, all are of one size.
+        Rows of a training batch; about so many in the default recipe, whose batches have one size.
     beta : float > 0, unit 1/|x|^2, default by recipe
-        Inverse temperature of training and of `beta_`. Default: 1, 3 and 10 over the gap of the
-        data in turn (paper: .55, .75, .95, 1.2).
+        Inverse temperature of training and of `beta_`. Default: replicas use 1, 3 and 10 divided by
+        the gap of the data in turn (paper: .55, .75, .95, 1.2).
     steps, step : int >= 1 and float in (0, 2], default by recipe (1 and 1.0; paper 10 and .1)
-        The recursion in training, and in the labels of the paper's recipe.
+        Number and size of the steps of the recursion in training, and of the labels of the paper's
+        recipe.
     mask_ratio : float in (0, 1), default by recipe (.2)
-        Share of entries hidden in training, at least one of each row.
+        Share of the entries that training hides, at least one of each row.
     clamp : bool, default True
-        Whether visible entries are held while hidden ones evolve.
+        Whether the recursion of the training updates hidden entries alone.
     learning_rate : float > 0, default by recipe (.05; paper .01)
-        Of Adam, in units of each column's deviation (paper: absolute, the same for all columns).
+        Learning rate of Adam, in units of each column's deviation (paper: absolute, the same for
+        all columns).
     select : "silhouette", "inertia" or "loss", default "silhouette"
-        Which restart is kept. In the default recipe a restart counts only if all clusters are used
-        and, for "silhouette", if its inertia is at most `inertia_guard` times the lowest.
+        The figure by which one replica is chosen. In the default recipe a replica counts only if it
+        uses all clusters and, for "silhouette", if its inertia is at most `inertia_guard` times the
+        least one.
     inertia_guard : float >= 1 or None, default 1.05
-        See `select`: it keeps a choice by silhouette from small clusters of outliers. None turns it
-        off. The paper's recipe has none.
+        Limit of the inertia in a choice by silhouette (see `select`), which may choose small
+        clusters of outliers without it. None is no limit, as in the paper's recipe.
     min_cluster_size : int or float > 0, default 1
-        Rows (weight; in units of the least one if that is below 1) that a cluster must have to
-        count as used. A ConvergenceWarning says when no partition that was tried has only such
-        clusters.
+        Least number of rows of a cluster that counts as used (least weight, in units of the least
+        weight of a row if that is below 1). A ConvergenceWarning says that every partition that was
+        tried has smaller clusters.
     precision : "highest", "high", "medium" or None, default None
-        Of the matrix products; None follows torch.
+        Precision of the matrix products; None is the setting of torch.
     standardize : "auto", True or False, default "auto"
-        Whether a column counts by its deviations instead of its units. "auto" standardises where
-        the spread of one column is more than 256 times that of another, as in tables of different
-        units: pixels of 8 bits stay as they are. The spread of a column is its deviation, or the
-        median distance of its entries from its median, whichever differs less between the columns.
-        With False a fit warns where columns differ by more than 1000. Set True where columns have
-        different units that differ less than that.
+        Whether distances divide each column by its deviation. "auto" standardises where the spread
+        of one column is more than 256 times that of another, as in tables of different units, but
+        not for pixels of 8 bits. The spread of a column is its deviation, or the median distance of
+        its entries from its median, whichever differs less between the columns. With False a fit
+        warns where spreads differ by a factor of more than 1000. Set True where columns have
+        different units but similar spreads.
     search_rows : int >= 1, default 20000
-        Of more rows than this, and than 100 K, the default recipe searches a sample of so many; the
-        winner then goes through all rows with Lloyd's iterations.
+        For more rows than this, and than 100 K, the default recipe searches on a sample of that
+        size, and then runs Lloyd's iterations of all rows from the memories of the search.
     device : str, default "auto"
-        "auto" is the tensor's device, for arrays a GPU if there is one. A device that is not there
-        raises, it never falls back.
+        "auto" is the tensor's device, for arrays a GPU if there is one. A device that this machine
+        does not have raises.
     random_state : int, RandomState or None, default None
         An int gives the same bits on the same device.
     verbose : int, default 0
         1 shows a progress bar over epochs, or over the batches of a `partial_fit`, on stderr (needs
         tqdm).
     callbacks : callable, object or list of them, optional
-        Called after every epoch as `callback(estimator, info)`, info a dict of round, epoch, loss
-        (mean over the replicas that train) and candidates (scored so far); returning what is true
-        ends the fit there. `partial_fit` calls it after every batch: epoch counts all batches so
-        far, round and candidates are 0, and what is true ends the call there. Objects may have some
-        of `on_fit_begin(estimator)`, `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
+        Called after every epoch as `callback(estimator, info)`; a true result ends the fit. `info`
+        is a dict of round, epoch, loss (mean over the replicas that train) and candidates (number
+        so far). `partial_fit` calls it after every batch: epoch counts all batches so far, round
+        and candidates are 0, and a true result ends the call. Objects may have some of
+        `on_fit_begin(estimator)`, `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
 
     Attributes
     ----------
     cluster_centers_ : array [K, D]
-        The memories: the means of their rows, or, where those would score worse, memories that
-        stand beyond their rows (docs/clam.md). In units of X, and inside the observed range of
-        each column.
+        The memories: the means of their rows, or, where the means have a lower score, memories
+        beyond their rows (docs/clam.md). In units of X, and inside the observed range of each
+        column.
     scale_ : array [D], float64
-        What a distance divides each column by, 1 where nothing is standardised. Where it is, the
-        column's deviation over the root mean square of all deviations. Every distance of the model,
+        The divisor of each column in distances: the column's deviation divided by the root mean
+        square of all deviations where the fit standardises, else 1. Every distance of the model,
         also in `inertia_`, `gap_`, `beta_` and `candidates_`, is |(x - rho_k) / scale_|.
     labels_ : array [N]
         Label of each training row.
     inertia_ : float
-        Weighted sum of squared distances of the rows to the memory of their label. It is above the
-        inertia of the partition, which is about the means of the labels, where the memories stand
-        beyond their rows: `candidates_["inertia"][candidates_["chosen"]]`.
+        Weighted sum of squared distances of the rows to the memory of their label. Where memories
+        are beyond their rows, it is larger than the inertia about the means of the labels, which is
+        `candidates_["inertia"][candidates_["chosen"]]`.
     candidates_ : dict of arrays [C]
-        Every replica each time it was scored: round (0 the start), replica, role ("start", "lloyd",
-        "am"), beta, loss, silhouette (on one fixed sample), inertia (about the means of its own
-        labels), clusters_used, counts (all clusters used, inside the guard), chosen.
+        Every replica each time it was measured: round (0 is the start), replica, role ("start",
+        "lloyd", "am"), beta, loss, silhouette (on one fixed sample), inertia (about the means of
+        its own labels), clusters_used, counts (uses all clusters, inside the guard), chosen.
     beta_ : float
-        Inverse temperature of `predict_proba` and `energy`: 3 / gap_ unless given (paper: that of
-        the restart kept).
+        Inverse temperature of `predict_proba` and `energy`: the parameter, or 3 / gap_ (paper: that
+        of the chosen replica).
     gap_ : float
         Median over rows of second-nearest minus nearest squared distance.
     n_clusters_used_ : int
         Number of distinct labels; a ConvergenceWarning says when it is below n_clusters.
     loss_curve_ : array [n_iter_]
-        Mean loss over the replicas that train, epoch by epoch (paper: loss of the one kept).
+        Mean loss over the replicas that train, for each epoch (paper: loss of the chosen replica).
     n_iter_ : int
         Epochs run.
     device_, backend_ : str
-        What ran.
+        Device and backend of the fit.
     n_features_in_, feature_names_in_
         As everywhere in scikit-learn.
 
@@ -164,31 +164,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
     (1, 3)
     """
 
-    _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
-        "n_clusters": [Interval(Integral, 1, None, closed="left")],
-        "recipe": [StrOptions(set(RECIPES))],
-        "init": [StrOptions({"k-means++", "random", "normal"}), callable, "array-like", None],
-        "n_init": [Interval(Integral, 1, None, closed="left"), None],
-        "max_iter": [Interval(Integral, 1, None, closed="left"), None],
-        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
-        "beta": [Interval(Real, 0, None, closed="neither"), None],
-        "steps": [Interval(Integral, 1, None, closed="left"), None],
-        "step": [Interval(Real, 0, 2, closed="right"), None],
-        "mask_ratio": [Interval(Real, 0, 1, closed="neither"), None],
-        "clamp": ["boolean"],
-        "learning_rate": [Interval(Real, 0, None, closed="neither"), None],
-        "select": [StrOptions({"silhouette", "inertia", "loss"})],
-        "inertia_guard": [Interval(Real, 1, None, closed="left"), None],
-        "am_share": [Interval(Real, 0, 1, closed="both")],
-        "min_cluster_size": [Interval(Real, 0, None, closed="neither")],
-        "standardize": [StrOptions({"auto"}), "boolean"],
-        "search_rows": [Interval(Integral, 1, None, closed="left")],
-        "precision": [StrOptions(set(PRECISIONS)), None],
-        "device": [str],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
-        "callbacks": "no_validation",  # type: ignore[dict-item]
-    }
+    _parameter_constraints = CONSTRAINTS
 
     def __init__(
         self,
@@ -301,9 +277,9 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
             X has inf (the message names the first) or a column without observed entry, fewer rows
             than clusters, no feature; a parameter or a weight does not fit.
         TypeError
-            n_clusters is True, a callback is none, X is sparse.
+            n_clusters is True, a callback is not callable, X is sparse.
         BackendUnavailableError
-            The device is not there.
+            This machine does not have the device.
         """
         self._validate_params()
         settings = self._settings()
@@ -328,17 +304,19 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
     @keeps_state_on_failure
     @small_on_one_thread
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> ClAM:
-        """Train the memories on one more batch X [N, D].
+        """Train the memories on another batch X [N, D].
 
-        The first call chooses memories among its rows, of which it needs as many as clusters; then
-        every `batch_size` rows are one step of two lines, running means of the rows that a memory
-        wins and training by completion. The second is the answer where its silhouette is better and
-        its inertia inside `inertia_guard`. The estimator keeps a sample of all rows so far (2,000,
-        or 100 for each cluster), measures both lines on it and moves both where a search on it
-        gives better memories, so that rows may come in any order. The scale of the columns is that
-        of the sample, within a factor of 2.
-        After `fit` or `load` it goes on from there. `labels_` and `inertia_` are those of the
-        batch, `n_iter_` and `loss_curve_` of all steps; `n_clusters_used_` is of the sample.
+        The first call needs at least as many rows as clusters, and computes memories from them.
+        Then every `batch_size` rows update two sets of memories: one is the running means of the
+        rows that each memory wins, the other trains by completion. The second is the answer where
+        its silhouette is better and its inertia inside `inertia_guard`. The estimator stores a
+        sample of all rows so far (2,000, or 100 for each cluster), measures both sets on it, and
+        replaces both where a search on it gives better memories: the order of the rows does not
+        matter. The scale of the columns is that of the sample, within a factor of 2.
+
+        After `fit` or `load` the memories are those of the model. `labels_` and `inertia_` are
+        those of the batch, `n_iter_` and `loss_curve_` of all steps; `n_clusters_used_` is of the
+        sample.
 
         Parameters
         ----------
@@ -395,7 +373,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, Base
 
     def _stream_so_far(
         self, settings: ClAMSettings, rows: Rows, weight: Tensor | None, X: Any
-    ) -> streaming.Stream:
+    ) -> streaming.StreamState:
         """The stream of the last call, or a new one: from a fit, else from the first batch."""
         if hasattr(self, "_stream"):
             return self._stream
@@ -491,7 +469,7 @@ def _has_small_clusters(settings: ClAMSettings, result: SearchResult) -> bool:
 
 def _warn_of_units(frame: Frame) -> None:
     """Warn where nothing standardises columns whose spreads differ much."""
-    if not frame.standard and frame.contrast > WARNED_CONTRAST:
+    if not frame.is_standard and frame.contrast > WARNED_CONTRAST:
         warn(
             f"standardize=False: the spread of one column of X is {frame.contrast:.0e} times that"
             " of another: columns of large spread alone decide the labels.",

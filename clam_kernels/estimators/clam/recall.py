@@ -99,7 +99,7 @@ class Recall(TransformerMixin):
             labels, sqdist = kmeans_assign(recalled, memories, precision=settings.precision)
             if recalled is not z:
                 sqdist = (z - memories[labels]).square().sum(-1)
-            if rows.missing:
+            if rows.has_missing:
                 some = z.isnan().any(1).nonzero()[:, 0]
                 distances = masked_distances(z[some], memories)
                 if recalled is z:
@@ -118,7 +118,7 @@ class Recall(TransformerMixin):
             mode = "donot_use_mm_for_euclid_dist"
             recalled = self._recalled(z, memories, settings)
             out = torch.cdist(recalled, memories, compute_mode=mode)
-            if rows.missing and recalled is z:
+            if rows.has_missing and recalled is z:
                 some = z.isnan().any(1).nonzero()[:, 0]
                 out[some] = masked_distances(z[some], memories).sqrt_()
             return out
@@ -242,7 +242,7 @@ class Recall(TransformerMixin):
 
         def energies(z: Tensor, memories: Tensor) -> Tensor:
             energy = am_energy(z, memories, beta, precision=settings.precision)
-            if rows.missing:
+            if rows.has_missing:
                 some = z.isnan().any(1).nonzero()[:, 0]
                 logits = masked_distances(z[some], memories).mul_(-beta)
                 energy[some] = logits.logsumexp(1).div_(-beta).to(energy.dtype)

@@ -37,16 +37,16 @@ def refreshed(
     width = scaled(fresh.width, fresh.range)
     before, after = frame.deviation * frame.width, fresh.deviation * width
     differs = (after > DEVIATION_RATIO * before) | (DEVIATION_RATIO * after < before)
-    if not bool(differs.any()) and fresh.standard == frame.standard:
+    if not bool(differs.any()) and fresh.is_standard == frame.is_standard:
         return frame
     unit = frame.range + fresh.unit
     return dataclasses.replace(
         frame,
         width=width,
         unit=unit,
-        one=fresh.one if fresh.standard else rescaled(1.0, -unit),
+        one=fresh.one if fresh.is_standard else rescaled(1.0, -unit),
         deviation=fresh.deviation,
-        standard=fresh.standard,
+        is_standard=fresh.is_standard,
         contrast=fresh.contrast,
     )
 

@@ -115,7 +115,7 @@ def _recalled_labels(z: Tensor, memories: Tensor, beta: float, plan: CompletionP
 def _memories_or_means(points: Points, candidates: Candidates, best: Candidate) -> Tensor:
     """The memories of the best candidate, or the means of their rows if those score as well.
 
-    Memories that were trained on hidden entries stand beyond their rows. Silhouettes are of a
+    Memories that were trained on hidden entries lie beyond their rows. Silhouettes are of a
     sample: a difference below `SILHOUETTE_TOLERANCE` does not count.
     """
     if candidates.select == "loss":

@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
 
+from ..._core.backend import PRECISIONS
 from ..common.callbacks import Callbacks
 from ..common.frame import Frame
 from ..common.scale import rescaled
 from ..common.settings import check_n_clusters, parameters_of
 
-# What parameters that are None stand for.
+# The values of parameters that are None.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "init": "k-means++",
@@ -44,6 +47,33 @@ BETAS = (1.0, 3.0, 10.0)
 # code, whose weights are exp(-beta d^2 / 2).
 PUBLISHED_BETAS = (0.55, 0.75, 0.95, 1.2)
 
+# What scikit-learn checks of each parameter.
+CONSTRAINTS: dict[str, list[Any]] = {
+    "n_clusters": [Interval(Integral, 1, None, closed="left")],
+    "recipe": [StrOptions(set(RECIPES))],
+    "init": [StrOptions({"k-means++", "random", "normal"}), callable, "array-like", None],
+    "n_init": [Interval(Integral, 1, None, closed="left"), None],
+    "max_iter": [Interval(Integral, 1, None, closed="left"), None],
+    "batch_size": [Interval(Integral, 1, None, closed="left"), None],
+    "beta": [Interval(Real, 0, None, closed="neither"), None],
+    "steps": [Interval(Integral, 1, None, closed="left"), None],
+    "step": [Interval(Real, 0, 2, closed="right"), None],
+    "mask_ratio": [Interval(Real, 0, 1, closed="neither"), None],
+    "clamp": ["boolean"],
+    "learning_rate": [Interval(Real, 0, None, closed="neither"), None],
+    "select": [StrOptions({"silhouette", "inertia", "loss"})],
+    "inertia_guard": [Interval(Real, 1, None, closed="left"), None],
+    "am_share": [Interval(Real, 0, 1, closed="both")],
+    "min_cluster_size": [Interval(Real, 0, None, closed="neither")],
+    "standardize": [StrOptions({"auto"}), "boolean"],
+    "search_rows": [Interval(Integral, 1, None, closed="left")],
+    "precision": [StrOptions(set(PRECISIONS)), None],
+    "device": [str],
+    "random_state": ["random_state"],
+    "verbose": ["verbose"],
+    "callbacks": "no_validation",  # type: ignore[dict-item]
+}
+
 
 @dataclass(frozen=True)
 class ClAMSettings:
@@ -55,7 +85,7 @@ class ClAMSettings:
     n_init: int
     max_iter: int
     batch_size: int
-    beta: float | None  # in units of the data; None stands for the betas of the recipe
+    beta: float | None  # in units of the data; None is the betas of the recipe
     steps: int
     step: float
     mask_ratio: float

@@ -65,7 +65,7 @@ OnBatch = Callable[[float], bool]
 
 
 @dataclass
-class Stream:
+class StreamState:
     """The state between two batches; lengths in units of the frame."""
 
     seed: int
@@ -91,7 +91,7 @@ class Stream:
 
 def begin(
     settings: ClAMSettings, rows: Rows, weight: Tensor | None, X: Any, names: Any = None
-) -> Stream:
+) -> StreamState:
     """Memories from the first batch: the best of several starts after Lloyd's iterations."""
     frame = frame_of(rows, weight, names, settings.standardize)
     points = points_of(rows.states(frame), weight, settings.precision)
@@ -105,21 +105,27 @@ def begin(
     return dataclasses.replace(stream, framed=len(points))
 
 
-def resume(seed: int, memories: Tensor, frame: Frame, won: Tensor, gap: float) -> Stream:
-    """A stream that goes on from fitted memories, of which each won rows of a weight `won`."""
+def resume(seed: int, memories: Tensor, frame: Frame, won: Tensor, gap: float) -> StreamState:
+    """A stream that continues from fitted memories; `won` [K, D] is the weight of the entries that
+    each memory won.
+    """
     return _new_stream(seed, frame.on(memories.device), memories, won, gap)
 
 
-def _new_stream(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> Stream:
+def _new_stream(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> StreamState:
     zeros = torch.zeros_like(memories)
     both = torch.stack([memories, memories])
     sample = StreamSample.empty(memories, won.amax(1), frame.deviation)
-    return Stream(seed, frame, both, won.sum(0), won, sample, gap, zeros, zeros.clone())
+    return StreamState(seed, frame, both, won.sum(0), won, sample, gap, zeros, zeros.clone())
 
 
 def advance(
-    settings: ClAMSettings, stream: Stream, rows: Rows, weight: Tensor | None, on_batch: OnBatch
-) -> tuple[Stream, list[float]]:
+    settings: ClAMSettings,
+    stream: StreamState,
+    rows: Rows,
+    weight: Tensor | None,
+    on_batch: OnBatch,
+) -> tuple[StreamState, list[float]]:
     """The stream after one more call, and the loss of each of its batches, in units of the data."""
     losses = []
     size = settings.batch_size
@@ -140,8 +146,8 @@ def advance(
 
 
 def _recenter(
-    settings: ClAMSettings, stream: Stream, x: Tensor, weight: Tensor | None
-) -> tuple[Stream, Points]:
+    settings: ClAMSettings, stream: StreamState, x: Tensor, weight: Tensor | None
+) -> tuple[StreamState, Points]:
     """(the stream in a frame with the mean and the deviations of all rows so far, the batch in that
     frame).
     """
@@ -175,7 +181,7 @@ def _recenter(
     return _rescale(settings, stream, frame), points_of(z, weight, settings.precision)
 
 
-def _rescale(settings: ClAMSettings, stream: Stream, frame: Frame) -> Stream:
+def _rescale(settings: ClAMSettings, stream: StreamState, frame: Frame) -> StreamState:
     """The stream in a frame with other widths; the next step searches there."""
     factor = stream.frame.width / frame.width
     # Adam's gradients are divided by the rates of the columns; the published ones are absolute
@@ -196,7 +202,7 @@ def _rescale(settings: ClAMSettings, stream: Stream, frame: Frame) -> Stream:
     )
 
 
-def _update_means(stream: Stream, points: Points) -> Stream:
+def _update_means(stream: StreamState, points: Points) -> StreamState:
     """Update set 0 and the sample with a batch.
 
     c_k <- c_k + (sum of the rows of label k - n_k c_k) / N_k, with n_k the weight of these rows and
@@ -213,7 +219,7 @@ def _update_means(stream: Stream, points: Points) -> Stream:
     return dataclasses.replace(stream, memories=memories, won=won, sample=sample, steps=steps)
 
 
-def _search_sample(stream: Stream, sample: Points) -> Stream:
+def _search_sample(stream: StreamState, sample: Points) -> StreamState:
     """Search the sample again where that is due; both sets become the result where it is clearly
     better.
     """
@@ -249,7 +255,7 @@ def _mean_inertia(points: Points, memories: Tensor) -> list[float]:
     return (points.inertia(labels, memories) / points.total).tolist()
 
 
-def _choose_set(settings: ClAMSettings, stream: Stream) -> Stream:
+def _choose_set(settings: ClAMSettings, stream: StreamState) -> StreamState:
     """Choose the set that is the answer, by the figures of both on the sample."""
     sample = stream.sample.points(settings.precision)
     k = stream.memories.shape[1]
@@ -266,7 +272,9 @@ def _choose_set(settings: ClAMSettings, stream: Stream) -> Stream:
     return dataclasses.replace(stream, chosen=chosen, used=used)
 
 
-def _train(settings: ClAMSettings, stream: Stream, sample: Points) -> tuple[Stream, float]:
+def _train(
+    settings: ClAMSettings, stream: StreamState, sample: Points
+) -> tuple[StreamState, float]:
     """(the stream after one step of Adam of set 1 on rows of the sample, the loss)."""
     random = np.random.default_rng([stream.seed, stream.steps, 1])
     stream = _move_unused(stream, sample, random)
@@ -297,7 +305,7 @@ def _train(settings: ClAMSettings, stream: Stream, sample: Points) -> tuple[Stre
     return dataclasses.replace(stream, memories=both, first=first, second=second), float(loss)
 
 
-def _move_unused(stream: Stream, sample: Points, random: np.random.Generator) -> Stream:
+def _move_unused(stream: StreamState, sample: Points, random: np.random.Generator) -> StreamState:
     """The stream after memories of set 1 without a row have jumped to rows that are drawn by their
     squared distance.
     """
@@ -315,7 +323,7 @@ def _move_unused(stream: Stream, sample: Points, random: np.random.Generator) ->
     return dataclasses.replace(stream, memories=both, first=first, second=second)
 
 
-def _plan(settings: ClAMSettings, stream: Stream, points: Points) -> CompletionPlan:
+def _plan(settings: ClAMSettings, stream: StreamState, points: Points) -> CompletionPlan:
     """How to train set 1; the deviations of the columns are those of the points."""
     if settings.is_published or settings.beta is not None:
         beta = settings.betas(stream.frame)[0]

@@ -64,7 +64,7 @@ def _counted_rows(rows: Rows, weight: Tensor | None) -> Tensor | None:
     counted = torch.ones(len(rows), dtype=torch.bool, device="cpu")
     if weight is not None:
         counted &= (weight > 0).cpu()
-    if rows.missing:
+    if rows.has_missing:
         for part, x in rows.pieces():
             counted[part] &= (~x.isnan()).any(1).cpu()
     return None if bool(counted.all()) else counted.nonzero()[:, 0]
@@ -74,19 +74,19 @@ def through_all(
     settings: ClAMSettings, result: SearchResult, rows: Rows, weight: Tensor | None, frame: Frame
 ) -> SearchResult:
     """The result with its memories after Lloyd's iterations of all rows."""
-    if rows.missing:
+    if rows.has_missing:
         memories = _lloyd_of_partial_rows(settings, result.memories, rows, weight, frame)
         return dataclasses.replace(result, memories=memories)
-    if frame.standard:
+    if frame.is_standard:
         rows = rows.in_frame(frame)
     rows.frame()
-    first = result.memories if frame.standard else frame.data(result.memories)
+    first = result.memories if frame.is_standard else frame.data(result.memories)
     start = in_scale(first, rows.exponent).to(rows.dtype)
     rule = LloydRule(ITERATIONS, 0.0, "keep", settings.precision)
     with threads_for(rows.tile_work(len(start))):
         (run,) = lloyd(rows, weight, start[None], rule, np.random.RandomState(0))
     memories = in_scale(run.centroids.double(), -rows.exponent)
-    if not frame.standard:
+    if not frame.is_standard:
         memories = frame.states(memories, result.memories.dtype)
     return dataclasses.replace(result, memories=memories.to(result.memories.dtype))
 

@@ -82,22 +82,22 @@ def refuse_bad_entries(
     )
 
 
-def choose_device(wanted: str, origin: torch.device | None) -> torch.device:
-    """Where to compute: "auto" is the tensor's device, for arrays a GPU if there is one."""
-    if wanted == "auto":
+def choose_device(name: str, origin: torch.device | None) -> torch.device:
+    """The device of a fit: "auto" is the tensor's device, for arrays a GPU if there is one."""
+    if name == "auto":
         return origin or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {wanted!r}") from None
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
-        raise BackendUnavailableError(f"device: expected 'auto', 'cpu' or 'cuda', got {wanted!r}")
+        raise BackendUnavailableError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            there = f"{count or 'no'} CUDA device{'s' if count > 1 else ''}"
+            devices = f"{count or 'no'} CUDA device{'s' if count > 1 else ''}"
             raise BackendUnavailableError(
-                f"device: expected one of this machine, which has {there}, got {wanted!r}"
+                f"device: expected one of this machine, which has {devices}, got {name!r}"
             )
     return device
 

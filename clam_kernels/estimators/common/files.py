@@ -92,7 +92,7 @@ class ModelFile:
         if self._has_frame:
             tensors |= {f"frame.{name}": getattr(self._frame, name).cpu() for name in COLUMNS}
             frame = self._frame
-            learned["frame"] = [frame.range, frame.unit, frame.one, frame.standard]
+            learned["frame"] = [frame.range, frame.unit, frame.one, frame.is_standard]
         names = getattr(self, "feature_names_in_", None)
         if names is not None:
             learned["feature_names_in_"] = list(names)
@@ -103,7 +103,7 @@ class ModelFile:
 
     @classmethod
     def load(cls: type[E], path: str | PathLike[str]) -> E:
-        """Read a model that `save` wrote; arrays come back as numpy arrays.
+        """Read a model that `save` wrote; arrays are numpy arrays.
 
         Parameters
         ----------

@@ -33,7 +33,7 @@ class Frame:
     deviation: Tensor  # [D] float64, standard deviation of a column in the frame
     low: Tensor  # [D] float64, least and largest observed entry, in units of the data
     high: Tensor
-    standard: bool  # whether every column is divided by its deviation
+    is_standard: bool  # whether every column is divided by its deviation
     contrast: float = 1.0  # largest over smallest spread of the columns
 
     def states(self, x: Tensor, dtype: torch.dtype) -> Tensor:

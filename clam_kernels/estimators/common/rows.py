@@ -65,7 +65,7 @@ class Rows:
     unit_norm: bool = False
     exponent: int = 0
     top: float = 0.0  # the largest magnitude
-    missing: bool = False  # whether some entries are NaN
+    has_missing: bool = False  # whether some entries are NaN
     mean: Tensor = field(default_factory=_no_features)  # [D] float64, scaled
     variance: float = 0.0  # mean over the features, scaled
     frame_of_rows: Frame | None = None  # the rows are states of this frame, if there is one
@@ -83,7 +83,7 @@ class Rows:
         return int(self.source.shape[1])
 
     @property
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether an op can take the source itself."""
         is_scaled = self.frame_of_rows is not None or self.exponent != 0 or self.unit_norm
         if is_scaled or self.chunk_rows is not None or not isinstance(self.source, Tensor):
@@ -101,14 +101,14 @@ class Rows:
         return sparse_rows.squares(self)
 
     @property
-    def in_place(self) -> bool:
+    def is_in_memory(self) -> bool:
         """Whether the rows are in a CPU's memory: reading some costs less than reading all."""
-        return self.whole and self.device.type == "cpu"
+        return self.is_whole and self.device.type == "cpu"
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, values) of every block, in order."""
         n = len(self)
-        if self.whole:
+        if self.is_whole:
             yield slice(0, n), self.source
             return
         step = self.chunk_rows or max(1, BLOCK_ENTRIES // self.features)
@@ -367,7 +367,7 @@ def _check_entries(estimator: BaseEstimator, rows: Rows) -> None:
         low, high = (float(end) for end in torch.aminmax(block))
         if not (math.isfinite(low) and math.isfinite(high)):
             refuse_bad_entries(name, block, allow_nan, first_row=part.start)
-            rows.missing = True
+            rows.has_missing = True
             low, high = (float(end) for end in torch.aminmax(block.nan_to_num(0.0)))
         rows.top = max(rows.top, -low, high)
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KMeans with scikit-learn's interface, exact labels and the same bits at every run."""
+"""KMeans with scikit-learn's interface, exact labels, and the same bits at every run."""
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,9 @@ from sklearn.base import (
 )
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..._core.backend import PRECISIONS
 from ..._core.warn import warn
 from ...metrics import unmasked
 from ..common import sparse_rows
@@ -34,9 +31,8 @@ from ..common.threads import small_on_one_thread, threads_for
 from .lloyd import LloydResult, LloydRule, inertia_of, labels_of, lloyd, same_clustering
 from .minibatch import minibatch
 from .seeding import start
-from .settings import KMeansSettings
+from .settings import CONSTRAINTS, KMeansSettings
 
-STARTS = {"k-means++", "k-means||", "random"}
 # Largest magnitude of a start by the dtype of the rows: float64 holds its squared distances.
 LARGEST = {torch.float32: 3e38, torch.float64: 1e150}
 
@@ -62,53 +58,53 @@ class KMeans(
 ):
     """k-means clustering: scikit-learn's KMeans on tensors, arrays and files, on CPU and GPU.
 
-    Labels are those of float64 on the given values, lowest index on ties, whatever the precision of
-    the matrix products; sums are in a fixed order, so one seed gives the same bits.
+    Labels are those of float64, with the lowest index on ties, for every precision of the matrix
+    products. Sums have a fixed order, so one seed gives the same bits.
 
     Parameters
     ----------
     n_clusters : int, default 8
         Number of centroids K.
     init : "k-means++", "k-means||", "random", array [K, D] or callable, default "k-means++"
-        Start. "k-means++" is the greedy one and draws the rows that scikit-learn's draws; beyond
-        1e11 multiply-adds k-means|| takes its place. Callables are called as `init(X, n_clusters,
+        Start. "k-means++" is greedy and draws the rows that scikit-learn draws; beyond 1e11
+        multiply-adds k-means|| replaces it. A callable is called as `init(X, n_clusters,
         random_state=...)`.
     n_init : "auto" or int, default "auto"
-        Starts, of which the one with the least inertia is kept. "auto" is 1 for k-means++,
+        Number of starts; the result is that of the least inertia. "auto" is 1 for k-means++,
         k-means|| and arrays, else 10 (3 for minibatch).
     max_iter : int, default 300
         Iterations of one start (minibatch: passes over the rows).
     tol : float >= 0, default 1e-4
-        Stops when the sum of the centroids' squared moves is at most tol times the mean variance of
-        the features. Minibatch has no use for it.
+        A start has converged when the sum of the centroids' squared moves is at most tol times the
+        mean variance of the features. Minibatch does not use it.
     verbose : int, default 0
         1 prints iterations and their inertia, as scikit-learn does.
     random_state : int, RandomState or None, default None
         An int gives the same bits on the same device.
     copy_x : bool, default True
-        Accepted and ignored: X is never changed and never copied.
+        Ignored: X is never changed and never copied.
     algorithm : "lloyd", "elkan" or "minibatch", default "lloyd"
-        "elkan" runs as "lloyd", whose results it has.
+        "elkan" runs "lloyd", which has the same results.
     metric : "euclidean" or "cosine", default "euclidean"
         "cosine" normalises rows and centroids (spherical k-means); a row of zeros has label 0 and
-        counts for nothing.
+        weight 0.
     empty : "relocate", "split" or "keep", default "relocate"
-        What a cluster without rows gets: "relocate" the row that is farthest from its own centroid,
-        "split" one of two centroids beside that of a large cluster, "keep" nothing. Minibatch
-        relocates at its end, for "split" too.
+        The new centroid of a cluster without rows: for "relocate" the row that is farthest from its
+        own centroid, for "split" one of two centroids near that of a large cluster, for "keep" the
+        old one. Minibatch relocates at its end, also for "split".
     batch_size : int, default 1024
         Rows of a step of minibatch.
     precision : "highest", "high", "medium" or None, default None
-        Of the matrix products; labels are the same in all. None follows torch.
+        Precision of the matrix products; labels do not depend on it. None is the setting of torch.
     device : str, default "auto"
-        "auto" is the tensor's device, for arrays a GPU if there is one. A device that is not there
-        raises, it never falls back.
+        "auto" is the tensor's device, for arrays a GPU if there is one. A device that this machine
+        does not have raises.
     chunk_rows : int or None, default None
-        Rows that are read at once from a file, a sparse matrix or for the cosine metric; given, all
-        data are read so.
+        Rows that are read at once from a file, a sparse matrix or for the cosine metric; a number
+        applies to all data.
     callbacks : callable, object or list of them, optional
-        Called after every iteration as `callback(estimator, info)`, info a dict of start,
-        iteration and shift; returning what is true ends the fit there. Objects may have some of
+        Called after every iteration as `callback(estimator, info)`, with a dict of start, iteration
+        and shift; a true result ends the fit. Objects may have some of
         `on_fit_begin(estimator)`, `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
 
     Attributes
@@ -121,11 +117,11 @@ class KMeans(
         Sum of weighted squared distances to the centroid of the label (cosine: half of it, over
         unit rows); inf where no float holds it.
     n_iter_ : int
-        Iterations of the start that was kept.
+        Iterations of the start of the result.
     n_relocated_ : int
-        Clusters without rows that were relocated or split off, over its iterations.
+        Number of clusters without rows that were relocated or split off, over its iterations.
     device_, backend_ : str
-        What ran.
+        Device and backend of the fit.
     n_features_in_, feature_names_in_
         As everywhere in scikit-learn.
 
@@ -138,24 +134,7 @@ class KMeans(
     78.8557
     """
 
-    _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
-        "n_clusters": [Interval(Integral, 1, None, closed="left")],
-        "init": [StrOptions(STARTS), callable, "array-like"],
-        "n_init": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "verbose": ["verbose"],
-        "random_state": ["random_state"],
-        "copy_x": ["boolean"],
-        "algorithm": [StrOptions({"lloyd", "elkan", "minibatch"})],
-        "metric": [StrOptions({"euclidean", "cosine"})],
-        "empty": [StrOptions({"relocate", "split", "keep"})],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "precision": [StrOptions(set(PRECISIONS)), None],
-        "device": [str],
-        "chunk_rows": [Interval(Integral, 1, None, closed="left"), None],
-        "callbacks": "no_validation",  # type: ignore[dict-item]
-    }
+    _parameter_constraints = CONSTRAINTS
 
     _arrays = ("cluster_centers_", "labels_")
     _learned = ("n_features_in_", "inertia_", "n_iter_", "n_relocated_", "device_", "backend_")
@@ -212,7 +191,7 @@ class KMeans(
     @keeps_state_on_failure
     @small_on_one_thread
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
-        """Find the centroids of X [N, D].
+        """Compute the centroids of X [N, D].
 
         Parameters
         ----------
@@ -233,9 +212,9 @@ class KMeans(
             X has NaN or inf (the message names the first), fewer rows than clusters, no feature; a
             parameter, a start or a weight does not fit.
         TypeError
-            n_clusters is True, a callback is none, X is a sparse tensor.
+            n_clusters is True, a callback is not callable, X is a sparse tensor.
         BackendUnavailableError
-            The device is not there.
+            This machine does not have the device.
         """
         self._validate_params()
         settings = self._settings()

@@ -47,9 +47,8 @@ class LloydRule:
     empty: str
     precision: str | None
     print_line: Callable[[str], None] | None = None  # gets the lines of a verbose fit
-    on_iteration: Callable[[int, int, float], bool] | None = (
-        None  # (start, iteration, shift) -> stop
-    )
+    # on_iteration(start, iteration, shift) -> whether to stop
+    on_iteration: Callable[[int, int, float], bool] | None = None
 
 
 def lloyd(
@@ -74,7 +73,7 @@ def lloyd(
 
 def _is_small(rows: Rows, k: int) -> bool:
     """Whether a call of an op takes longer than its products."""
-    return rows.whole and len(rows) * k <= SMALL_PROBLEM
+    return rows.is_whole and len(rows) * k <= SMALL_PROBLEM
 
 
 class _Fit:
@@ -135,8 +134,8 @@ class _Fit:
     @property
     def in_one_pass(self) -> bool:
         """Whether one op computes labels and sums: a GPU reads the rows once for both."""
-        whole = self.rows.whole and not self.rows.unit_norm
-        return whole and self.rows.device.type == "cuda"
+        is_whole = self.rows.is_whole and not self.rows.unit_norm
+        return is_whole and self.rows.device.type == "cuda"
 
     def _next_labels(self) -> Tensor:
         if not self.in_one_pass:
@@ -165,7 +164,7 @@ class _Fit:
             return self.step_sums
         k = self.centroids.shape[1]
         small = _is_small(self.rows, k)
-        alone = len(labels) == 1 and self.weight is None and self.rows.in_place and not small
+        alone = len(labels) == 1 and self.weight is None and self.rows.is_in_memory and not small
         changed = None
         if alone and self.last_sums is not None:
             changed = (labels[0] != self.labels[0]).nonzero()[:, 0]
@@ -224,16 +223,16 @@ class _Fit:
     def _relocate(self, a: int, labels: Tensor, sums: Tensor, masses: Tensor) -> None:
         """Move the rows farthest from their centroids to the clusters without rows, in place."""
         empty = (masses == 0).nonzero()[:, 0]
-        far = pair_distances(self.rows, self.centroids[a], labels)
+        sqdist = pair_distances(self.rows, self.centroids[a], labels)
         if self.weight is not None:
-            far = torch.where(self.weight > 0, far, -1.0)
-        if float(far.max()) <= 0:
+            sqdist = torch.where(self.weight > 0, sqdist, -1.0)
+        if float(sqdist.max()) <= 0:
             return
         # stable: the first of equally far rows
-        chosen = torch.sort(far, descending=True, stable=True).indices[: len(empty)]
+        chosen = torch.sort(sqdist, descending=True, stable=True).indices[: len(empty)]
         values = self.rows.take(chosen).double()
         values = values if self.shift is None else values - self.shift.double()
-        weights = torch.ones(len(chosen), dtype=torch.float64, device=far.device)
+        weights = torch.ones(len(chosen), dtype=torch.float64, device=sqdist.device)
         weights = weights if self.weight is None else self.weight[chosen]
         for k, row, value, w in zip(empty.tolist(), chosen.tolist(), values, weights, strict=True):
             old = int(labels[row])
@@ -307,7 +306,7 @@ def labels_of(rows: Rows, centroids: Tensor, precision: str | None) -> Tensor:
     """Labels [A, N] of all rows by centroids [A, K, D]."""
     if rows.is_sparse:
         return torch.stack([sparse_rows.assign(rows, one, precision)[0] for one in centroids])
-    if rows.whole:
+    if rows.is_whole:
         return nearest(rows.source, centroids, rows, precision)
     size = len(centroids), len(rows)
     labels = torch.empty(size, dtype=torch.int64, device=centroids.device)
@@ -332,10 +331,10 @@ def pair_distances(rows: Rows, centroids: Tensor, labels: Tensor) -> Tensor:
     for part, block in rows.blocks():
         step = max(1, CHUNK_ENTRIES // rows.features)
         own = out[part]
-        for x, k, far in zip(
+        for x, k, sqdist in zip(
             block.split(step), labels[part].split(step), own.split(step), strict=True
         ):
-            far.copy_(centroids[k].sub_(x).square_().sum(-1))
+            sqdist.copy_(centroids[k].sub_(x).square_().sum(-1))
     return out
 
 

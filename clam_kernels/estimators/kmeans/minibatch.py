@@ -81,12 +81,12 @@ def _without_empty(
         empty = (torch.bincount(counted, minlength=len(centroids)) == 0).nonzero()[:, 0]
         if not len(empty) or rule.empty == "keep":
             return centroids, labels, jumps
-        far = pair_distances(rows, centroids, labels)
+        sqdist = pair_distances(rows, centroids, labels)
         if weight is not None:
-            far = far.masked_fill(weight == 0, 0.0)
+            sqdist = sqdist.masked_fill(weight == 0, 0.0)
         # stable: the first of equally far rows
-        order = torch.sort(far, descending=True, stable=True).indices[: len(empty)]
-        order = order[far[order] > 0]
+        order = torch.sort(sqdist, descending=True, stable=True).indices[: len(empty)]
+        order = order[sqdist[order] > 0]
         if not len(order):
             return centroids, labels, jumps
         centroids = centroids.index_copy(0, empty[: len(order)], rows.take(order))
@@ -134,10 +134,10 @@ def _step(
     number of these rows.
     """
     if x.is_sparse:
-        labels, far = sparse_rows.assign(x, centroids, rule.precision)
+        labels, sqdist = sparse_rows.assign(x, centroids, rule.precision)
         sums, counts = sparse_rows.sums(x, labels, len(centroids), None)
     else:
-        labels, far = kmeans_assign(x.source, centroids, precision=rule.precision)
+        labels, sqdist = kmeans_assign(x.source, centroids, precision=rule.precision)
         sums, counts = kmeans_update(x.source, labels, len(centroids))
     total = masses + counts
     moved = (centroids.double() * masses[:, None] + sums) / total.clamp(min=1.0)[:, None]
@@ -145,7 +145,7 @@ def _step(
     moved = torch.where((counts > 0)[:, None], moved, centroids.double())
     if rows.unit_norm:
         moved = normalised(moved)
-    return moved.to(centroids.dtype), float(far.double().mean())
+    return moved.to(centroids.dtype), float(sqdist.double().mean())
 
 
 def _reassign(x: Rows, centroids: Tensor, masses: Tensor, random: np.random.RandomState) -> None:

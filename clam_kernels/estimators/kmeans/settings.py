@@ -4,13 +4,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from sklearn.base import BaseEstimator
+from sklearn.utils._param_validation import Interval, StrOptions
 
+from ..._core.backend import PRECISIONS
 from ..._core.warn import warn
 from ..common.callbacks import Callbacks
 from ..common.settings import check_n_clusters, parameters_of
+
+# What scikit-learn checks of each parameter.
+CONSTRAINTS: dict[str, list[Any]] = {
+    "n_clusters": [Interval(Integral, 1, None, closed="left")],
+    "init": [StrOptions({"k-means++", "k-means||", "random"}), callable, "array-like"],
+    "n_init": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+    "max_iter": [Interval(Integral, 1, None, closed="left")],
+    "tol": [Interval(Real, 0, None, closed="left")],
+    "verbose": ["verbose"],
+    "random_state": ["random_state"],
+    "copy_x": ["boolean"],
+    "algorithm": [StrOptions({"lloyd", "elkan", "minibatch"})],
+    "metric": [StrOptions({"euclidean", "cosine"})],
+    "empty": [StrOptions({"relocate", "split", "keep"})],
+    "batch_size": [Interval(Integral, 1, None, closed="left")],
+    "precision": [StrOptions(set(PRECISIONS)), None],
+    "device": [str],
+    "chunk_rows": [Interval(Integral, 1, None, closed="left"), None],
+    "callbacks": "no_validation",  # type: ignore[dict-item]
+}
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Training:
     def go(self) -> None:
         """Run from the current state to the end."""
         run = self.run
-        if run.over and self.due == len(self.times):
+        if run.is_over and self.due == len(self.times):
             return  # the checkpoint is that of a finished run: do not write it again
         epochs = self.settings.n_epochs
         with ProgressBar(self.settings.verbose, "SeLa", epochs, done=run.epoch) as bar:
@@ -124,10 +124,10 @@ class Training:
                 self._step(rows)
                 if run.batch == 0:
                     bar.advance(loss=f"{run.losses[-1]:.4f}", changed=f"{self.changed:.4f}")
-                    run.stopped = self._after_epoch()
+                    run.is_stopped = self._after_epoch()
                 # after the callbacks, whose result is part of the state
                 checkpoint = self.checkpoint
-                if checkpoint and (run.stopped or run.steps % checkpoint.every == 0):
+                if checkpoint and (run.is_stopped or run.steps % checkpoint.every == 0):
                     checkpoint.file.write(self.state())
             if self.due < len(self.times):
                 self.relabel()
@@ -163,7 +163,7 @@ class Training:
         self.run.scalar("err", max(result.err for result in results))
         self.run.scalar("n_iter", float(np.mean([result.n_iter for result in results])))
         last = len(self.times) - 1
-        while self.due <= last and (self.times[self.due] <= self.run.seen or self.run.over):
+        while self.due <= last and (self.times[self.due] <= self.run.seen or self.run.is_over):
             self.due += 1
 
     @torch.no_grad()

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
 from ..common.callbacks import Callbacks
 from ..common.settings import parameters_of
 from ..training.trainer import SCHEDULES
 
-# What parameters that are None stand for.
+# The values of parameters that are None.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "n_epochs": 40,
@@ -40,6 +42,36 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # Least tolerance that float32 potentials can meet.
 LEAST_TOL = 1e-6
+
+# What scikit-learn checks of each parameter.
+CONSTRAINTS: dict[str, list[Any]] = {
+    "encoder": [nn.Module],
+    "n_clusters": [Interval(Integral, 1, None, closed="left")],
+    "n_heads": [Interval(Integral, 1, None, closed="left")],
+    "recipe": [StrOptions(set(RECIPES))],
+    "augment": [callable, None],
+    "n_epochs": [Interval(Integral, 1, None, closed="left"), None],
+    "batch_size": [Interval(Integral, 2, None, closed="left"), None],
+    "learning_rate": [Interval(Real, 0, None, closed="neither")],
+    "momentum": [Interval(Real, 0, 1, closed="left")],
+    "weight_decay": [Interval(Real, 0, None, closed="left"), None],
+    "schedule": [StrOptions(set(SCHEDULES)), callable, None],
+    "optimizer": [callable, None],
+    "n_relabels": [Interval(Integral, 1, None, closed="left"), None],
+    "n_augment": [Interval(Integral, 1, None, closed="left"), None],
+    "lam": [Interval(Real, 0, None, closed="neither")],
+    "tol": [Interval(Real, 0, None, closed="neither"), None],
+    "max_iter": [Interval(Integral, 1, None, closed="left"), None],
+    "col_marginal": ["array-like", Tensor, None],
+    "row_marginal": ["array-like", Tensor, None],
+    "strict": ["boolean"],
+    "image_size": [Interval(Integral, 1, None, closed="left"), None],
+    "device": [str],
+    "random_state": ["random_state"],
+    "verbose": ["verbose"],
+    "writer": "no_validation",  # type: ignore[dict-item]
+    "callbacks": "no_validation",  # type: ignore[dict-item]
+}
 
 
 @dataclass(frozen=True)

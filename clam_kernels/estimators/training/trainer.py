@@ -189,20 +189,20 @@ class TrainingRun:
         self.base = [float(group["lr"]) for group in optimiser.param_groups]
         self.epoch, self.batch, self.steps = 0, 0, 0
         self.seen = 0  # rows of training so far
-        self.stopped = False  # whether a callback ended it
+        self.is_stopped = False  # whether a callback ended it
         self.order: Tensor | None = None
         self.losses: list[float] = []  # mean of each epoch
         self.sum = 0.0  # of the losses of this epoch
         self._unread: list[Tensor] = []
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the training has ended."""
-        return self.stopped or self.epoch >= self.length.epochs
+        return self.is_stopped or self.epoch >= self.length.epochs
 
     def batches(self) -> Iterator[Tensor]:
         """Rows of each batch until the run is over."""
-        while not self.over:
+        while not self.is_over:
             if self.order is None:
                 self.order = self.permutation()
             start = self.batch * self.length.batch_size
@@ -271,7 +271,7 @@ class TrainingRun:
             tensors["order"] = self.order
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
         counts = [self.epoch, self.batch, self.seen, self.steps]
-        rest = {"sum": self.sum, "stopped": self.stopped}
+        rest = {"sum": self.sum, "stopped": self.is_stopped}
         return tensors, {"optimizer": numbers, "at": counts, **rest}
 
     def restore(self, state: State) -> None:
@@ -298,4 +298,4 @@ class TrainingRun:
         is_inside = 0 <= self.batch < length.steps_per_epoch and 0 <= self.epoch <= length.epochs
         is_inside &= self.steps == self.epoch * length.steps_per_epoch + self.batch
         serialize.expect(is_inside, "epoch and batch lie outside this run")
-        self.sum, self.stopped = float(numbers["sum"]), bool(numbers["stopped"])
+        self.sum, self.is_stopped = float(numbers["sum"]), bool(numbers["stopped"])
