@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of the memories by completing masked patterns, all replicas in one op call.
 
-Replica r of R sees the same batches and masks as the others, so its result does not depend on R.
+All replicas get the same batches and masks, so that the result of one does not depend on R.
 """
 
 from __future__ import annotations

@@ -9,9 +9,7 @@ from ...exceptions import needs
 
 
 class ProgressBar:
-    """A bar over `total` epochs or batches on stderr, of which `done` are over; none unless
-    verbose.
-    """
+    """A bar on stderr over `total` epochs or batches, from `done` on; none unless verbose."""
 
     def __init__(
         self, verbose: int, name: str, total: int, unit: str = "epoch", done: int = 0

@@ -224,6 +224,7 @@ class KMeans(
             raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={k}.")
         weight = read_weight(sample_weight, rows)
         settings.warn_of_ignored()
+        self._n_init = settings.starts  # scikit-learn's tests read it
         random = check_random_state(settings.random_state)
         with torch.no_grad():
             rows.frame()
