@@ -16,7 +16,7 @@ import numpy as np
 from ..exceptions import DataFileError, needs
 from ..serialize import write_atomically
 from . import _numbers, _write
-from ._choice import Choice, listed
+from ._choice import ColumnChoice, listed
 from ._source import NPY, NPZ, PARQUET, Source
 
 __all__ = ["check_output", "encode", "listed", "read", "read_array", "write"]
@@ -88,7 +88,7 @@ def read(
     (2, 2)
     """
     source = Source(path)
-    choice = Choice(columns, drop, index_col, header, decimal, expected)
+    choice = ColumnChoice(columns, drop, index_col, header, decimal, expected)
     source.check_key(key)
     with source.reading(KINDS):
         if source.magic in (NPY, NPZ):
@@ -102,7 +102,7 @@ def read(
         return (_parquet if source.magic == PARQUET else _text).read(source, choice)
 
 
-def _chosen(source: Source, matrix: np.ndarray, choice: Choice) -> np.ndarray:
+def _chosen(source: Source, matrix: np.ndarray, choice: ColumnChoice) -> np.ndarray:
     """The features of a matrix; the matrix itself if all columns are features."""
     chosen = choice.of(source.name, None, matrix.shape[1])
     features = matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]

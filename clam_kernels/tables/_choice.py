@@ -19,7 +19,7 @@ MAX_LISTED = 12
 
 
 @dataclass(frozen=True)
-class Choice:
+class ColumnChoice:
     """The arguments of `read` about the columns, the header and the numbers of a table."""
 
     columns: Sequence[str] | None = None

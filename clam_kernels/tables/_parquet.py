@@ -9,11 +9,11 @@ import numpy as np
 
 from ..exceptions import DataFileError
 from . import _numbers
-from ._choice import Choice
+from ._choice import ColumnChoice
 from ._source import Source
 
 
-def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str]]:
+def read(source: Source, choice: ColumnChoice) -> tuple[np.ndarray, list[str]]:
     """(matrix, column names) of a Parquet file."""
     import pyarrow as pa
     from pyarrow import parquet as pq

@@ -16,7 +16,7 @@ import numpy as np
 from .._core.warn import warn
 from ..exceptions import DataFileError
 from . import _numbers
-from ._choice import Choice, leading_unnamed
+from ._choice import ColumnChoice, leading_unnamed
 from ._source import Source
 
 SAMPLE = 1 << 16
@@ -56,7 +56,7 @@ class Layout:
         return 0 if self.names is None else self.end
 
 
-def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str] | None]:
+def read(source: Source, choice: ColumnChoice) -> tuple[np.ndarray, list[str] | None]:
     """(matrix, column names or None) of a text table."""
     layout = _layout(source, choice)
     names = layout.names
@@ -81,7 +81,7 @@ def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str] | None]:
 def _table(
     source: Source,
     layout: Layout,
-    choice: Choice,
+    choice: ColumnChoice,
     chosen: list[int],
     as_text: bool = False,
     numbered: bool = False,
@@ -144,7 +144,7 @@ def _ragged_row(row: str | None, expected: str, got: str, text: str) -> str:
     return f"{place}: expected {expected} {cells}, as the first row has, got {got} in {text!r}"
 
 
-def _layout(source: Source, choice: Choice) -> Layout:
+def _layout(source: Source, choice: ColumnChoice) -> Layout:
     text, whole = _sample(source)
     delimiter = _delimiter(text, whole)
     row = next(
@@ -237,7 +237,7 @@ def _quotes_whole_cells(text: str, mark: str) -> bool:
     return re.match(rf"[{BOM}\s]*?{cell}(?:{mark}{cell})*(?:[\r\n]|$)", text) is not None
 
 
-def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: bool) -> bool:
+def _is_header(source: str, cells: list[str], choice: ColumnChoice, decimal_comma: bool) -> bool:
     """Whether the first row has names; a warning where it may not."""
     names = [cell.strip() for cell in cells]
     if choice.expected and set(choice.expected) <= set(cells):

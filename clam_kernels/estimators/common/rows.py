@@ -25,7 +25,7 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from ..._core.backend import float32_products
-from ..._core.spec import explain
+from ..._core.spec import choice
 from ...metrics import unmasked
 from . import sparse_rows
 from .base import choose_device, computed_dtype, read_tensor, refuse_bad_entries
@@ -304,9 +304,9 @@ def _divisor(x: Tensor) -> Tensor:
 
 
 def backend_of(op: str, rows: Rows) -> str:
-    """The backend that runs an op on rows: a word of the sentence of `explain`."""
+    """The backend that computes an op on these rows."""
     probe = torch.zeros(1, rows.features, dtype=rows.dtype, device=rows.device)
-    return explain(op, probe).split(": ")[1].split(" at ")[0]
+    return choice(op, probe).backend
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> float:
