@@ -39,7 +39,7 @@ SCENES = {
 }
 # A call of these families is a dozen launches or more: of them these samples alone are in the other
 # tests, the long samples in none, and the first alone in float16.
-FEW_SAMPLES = {"sinkhorn_potentials": ("plain", "bias")}
+FEW_SAMPLES = {"sinkhorn": ("plain", "bias")}
 LONG_SAMPLES = ("batch-crossed", "ten-iterations")
 
 

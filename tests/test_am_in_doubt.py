@@ -27,15 +27,15 @@ def _clumps(features: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many rows each way serves."""
-    counts = {"Differences": 0, "Expanded": 0}
-    part_of = ExactRows._part
+    counts = {"Differences": 0, "ExpandedDistances": 0}
+    part_of = ExactRows._tile
 
     def counted(self: Any, way: Any, *args: Any) -> Any:
         part = part_of(self, way, *args)
-        counts[type(way).__name__] += int(part.served.sum())
+        counts[type(way).__name__] += int(part.valid.sum())
         return part
 
-    monkeypatch.setattr(ExactRows, "_part", counted)
+    monkeypatch.setattr(ExactRows, "_tile", counted)
     return counts
 
 
@@ -57,7 +57,7 @@ def test_rows_in_a_clump_are_expanded_and_far_rows_are_not(served):
     """Heat of 100 and heat of 1e12."""
     rows, rho = _clumps(16)
     clam_kernels.am_step(rows, rho, 4.0)
-    assert served["Expanded"] > 150
+    assert served["ExpandedDistances"] > 150
     assert served["Differences"] == 0
     clam_kernels.am_step(1e5 * rows.sign() + rows, 1e5 * rho.sign() + rho, 4.0)
     assert served["Differences"] > 150
@@ -71,9 +71,9 @@ def _both(rows: Tensor, rho: Tensor, beta: Tensor, lift: Tensor | None) -> list[
         sums = ExactSums(exact)
         gain = torch.rand(rows.shape, generator=torch.Generator().manual_seed(2)).double()
         x, grad = rows.double(), _normal(3, *rows.shape).double()
-        found = [exact.advance(x, gain, 2), *sums.back(x, grad, gain, 2)]
+        found = [exact.advance(x, gain, 2), *sums.backward(x, grad, gain, 2)]
         if len(beta) == 1:
-            found += [exact.energy(x), sums.energy_back(x, grad[:, 0])]
+            found += [exact.energy(x), sums.energy_backward(x, grad[:, 0])]
         found += [sums.rho, sums.beta, sums.log_weights]
         results.append(found)
     return results
@@ -103,7 +103,7 @@ def test_both_ways_agree(features, per_memory):
 def test_an_expanded_row_has_the_same_bits_in_any_company(served):
     rows, rho = _clumps(7)
     together = clam_kernels.am_recursion(rows, rho, 8.0, 3)
-    assert served["Expanded"] > 200
+    assert served["ExpandedDistances"] > 200
     for n in (0, 17, 399):
         assert torch.equal(clam_kernels.am_recursion(rows[n : n + 1], rho, 8.0, 3)[0], together[n])
     half = clam_kernels.am_recursion(rows[::2], rho, 8.0, 3)

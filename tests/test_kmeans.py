@@ -210,7 +210,7 @@ def test_between_two_centroids(size):
 @pytest.mark.parametrize("slack", [0.0, 1e-9])
 def test_without_the_bound_labels_are_wrong(monkeypatch, slack):
     """The tests above can fail: scores of float32 do not decide these rows."""
-    monkeypatch.setattr(nearest.Table, "slack", lambda *_: slack)
+    monkeypatch.setattr(nearest.CentroidTable, "slack", lambda *_: slack)
     x, centroids = _hard(4000, 50, 16)
     labels = clam_kernels.kmeans_assign(x, centroids)[0]
     assert int((labels != fallback.kmeans_assign(x, centroids)[0]).sum()) > 100
@@ -238,13 +238,13 @@ def test_the_bound_covers_the_error_of_every_score():
 def test_few_rows_are_computed_again(monkeypatch):
     """The bound is not so wide that float64 does the work."""
     counted: list[int] = []
-    kept = nearest.Pairs.add
+    kept = nearest.UndecidedRows.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         counted.append(len(rows))
         kept(self, rows, near)
 
-    monkeypatch.setattr(nearest.Pairs, "add", add)
+    monkeypatch.setattr(nearest.UndecidedRows, "add", add)
     x, centroids = (t.float() for t in _blobs(10, 20_000, 32, 16))
     far = centroids.clone()
     far[7] = 1e6  # neither the centre nor the bound of the other scores may follow it
@@ -547,13 +547,13 @@ def test_a_lost_row_costs_its_neighbours_nothing(monkeypatch):
     x, centroids = torch.randn(1000, 4), torch.randn(8, 4)
     x[10, 2], x[20, 1] = torch.nan, 3e38
     asked = []
-    real = nearest.Pairs.add
+    real = nearest.UndecidedRows.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         asked.append(len(rows))
         real(self, rows, near)
 
-    monkeypatch.setattr(nearest.Pairs, "add", add)
+    monkeypatch.setattr(nearest.UndecidedRows, "add", add)
     labels, _ = clam_kernels.kmeans_assign(x, centroids)
     assert sum(asked) < 20
     assert torch.equal(labels, fallback.kmeans_assign(x, centroids)[0])

@@ -237,9 +237,9 @@ def test_a_replica_does_not_depend_on_how_many_there_are(iris: np.ndarray) -> No
     z = torch.from_numpy(iris)
     start = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def train(replicas: int) -> _completion.Trained:
+    def train(replicas: int) -> _completion.TrainingResult:
         beta = torch.full((replicas, 1), 0.5, dtype=torch.float64)
-        plan = _completion.Plan(beta, 1, 1.0, 0.2, True, 0.05, 32, 3, 1.0, False, None, 0)
+        plan = _completion.CompletionPlan(beta, 1, 1.0, 0.2, True, 0.05, 32, 3, 1.0, False, None, 0)
         return _completion.train(_points.points_of(z, None, None), start[:replicas], plan)
 
     torch.testing.assert_close(train(6).last[:2], train(2).last, atol=1e-12, rtol=0)

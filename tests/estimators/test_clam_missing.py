@@ -97,7 +97,9 @@ def test_masks_hide_what_is_seen_and_never_all(wine, share):
     assert not masks[~several].any()
     points = _points.points_of(torch.where(seen, 0.5, torch.nan), None, None)
     drawn = [
-        _completion.draw_masks(*points.z.shape, 0.3, torch.Generator().manual_seed(s), points.seen)
+        _completion.draw_masks(
+            *points.z.shape, 0.3, torch.Generator().manual_seed(s), points.observed
+        )
         for s in range(200)
     ]
     average = torch.stack(drawn).double().sum(2).mean()
@@ -110,9 +112,9 @@ def test_the_loss_does_not_see_what_is_missing(wine):
     assert bool((points.z[gone] == 0).all())
     masks = torch.zeros_like(gone)
     masks[:, 0] = ~gone[:, 0]
-    batch = _completion.Batch(points.z, masks, points.seen, None)
+    batch = _completion.Batch(points.z, masks, points.observed, None)
     beta = torch.full((1, 1), 0.1, dtype=torch.float64)
-    plan = _completion.Plan(beta, 1, 1.0, 0.2, True, 0.1, 512, 1, 1.0, False, None, 0)
+    plan = _completion.CompletionPlan(beta, 1, 1.0, 0.2, True, 0.1, 512, 1, 1.0, False, None, 0)
     memories = torch.from_numpy(wine[:3])[None].requires_grad_()
     loss = batch.backward(memories, plan, 1.0)
     states = points.z.masked_fill(masks, 0.0)

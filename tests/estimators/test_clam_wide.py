@@ -12,14 +12,14 @@ from sklearn.metrics import adjusted_rand_score
 
 from clam_kernels import ClAM
 from clam_kernels.estimators.clam import completion as _completion
-from clam_kernels.estimators.clam.completion import Batch, Plan
+from clam_kernels.estimators.clam.completion import Batch, CompletionPlan
 
 R, N, K, D = 3, 9, 4, 7
 RANDOM = np.random.default_rng(0)
-PLAN = Plan(
+PLAN = CompletionPlan(
     beta=torch.tensor([[0.3], [1.0], [4.0]], dtype=torch.float64), steps=1, step=1.0,
     mask_ratio=0.3, clamp=True, learning_rate=0.1, batch_size=N, epochs=1, length=1.0,
-    authors=False, precision=None, seed=0,
+    is_published=False, precision=None, seed=0,
 )  # fmt: skip
 
 

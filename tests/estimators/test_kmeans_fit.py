@@ -133,7 +133,7 @@ def test_sums_brought_up_to_date_are_those_of_all_rows(monkeypatch):
     start = x[:20]
     found = []
     for few in (1e9, 1.0):
-        monkeypatch.setattr(_lloyd, "FEW", few)
+        monkeypatch.setattr(_lloyd, "INCREMENTAL_UPDATE_RATIO", few)
         found.append(KMeans(20, init=start, n_init=1, tol=0).fit(x))
     assert found[0].n_iter_ == found[1].n_iter_ > 10
     assert np.array_equal(found[0].labels_, found[1].labels_)
@@ -147,14 +147,14 @@ def test_stacked_starts_have_the_bits_of_separate_ones():
     rows = _rows.read_rows(KMeans(), x, reset=True)
     rows.frame()
     starts = torch.stack([x[i : i + 4] for i in (0, 9, 50, 300)])
-    rule = _lloyd.Rule(50, 1e-8, "relocate", None)
+    rule = _lloyd.LloydRule(50, 1e-8, "relocate", None)
     random = np.random.RandomState(0)
     alone = [_lloyd.lloyd(rows, None, one[None], rule, random)[0] for one in starts]
     stacked = _lloyd._Fit(rows, None, starts, rule, random, 0).run()
     for a, b in zip(alone, stacked, strict=True):
         assert a.n_iter == b.n_iter
         assert torch.equal(a.labels, b.labels)
-        torch.testing.assert_close(a.centres, b.centres, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(a.centroids, b.centroids, rtol=1e-14, atol=1e-14)
 
 
 # ---- starts --------------------------------------------------------------------------------------

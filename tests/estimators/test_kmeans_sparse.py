@@ -233,7 +233,7 @@ def test_unit_rows_of_float32_are_rounded_alike():
         labels, inertia = model.fit(x.toarray()).labels_, model.inertia_
         np.testing.assert_array_equal(model.fit(x).labels_, labels)
         assert model.inertia_ == pytest.approx(inertia, rel=1e-6)
-    rows = _rows.read_rows(model, x, reset=True)
+    rows = _rows.read_rows(model, x, reset=True, unit_norm=True)
     wide = torch.from_numpy(x.toarray()).double()
     wanted = torch.nn.functional.normalize(wide).float()
     assert torch.equal(_sparse.dense(rows), wanted)

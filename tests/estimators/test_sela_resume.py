@@ -334,7 +334,7 @@ def test_damaged_and_foreign_files(written, tmp_path):
     nowhere = {"state": learned["state"].replace('"at": [4, 0, ', '"at": [4, 1, ')}
     assert nowhere != learned
     serialize.save(path, "SeLa checkpoint", settings, nowhere, tensors)
-    with pytest.raises(ModelFileError, match="its place in the run is none"):
+    with pytest.raises(ModelFileError, match="epoch and batch lie outside this run"):
         sela().fit(X, checkpoint=path, resume=True)
     del tensors["heads.g"]
     serialize.save(path, "SeLa checkpoint", settings, learned, tensors)
@@ -366,7 +366,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_not_overwritten_unasked(written, tmp_path):
     content = written.read_bytes()
-    with pytest.raises(FileExistsError, match="go on from it with resume=True, or remove it"):
+    with pytest.raises(FileExistsError, match="resume=True continues it, or remove it"):
         sela().fit(X, checkpoint=written)
     assert written.read_bytes() == content
     with pytest.raises(FileNotFoundError, match="No such folder"):

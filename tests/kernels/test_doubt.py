@@ -30,14 +30,14 @@ def _rule() -> Any:
 
 def test_both_rules_have_the_same_numbers():
     rule, unit = _rule(), 2.0**-24
-    assert rule.NEAR_FACTOR.value * doubt.CANCEL == 1
-    assert rule.LOGIT_ERROR.value == doubt.GROWTH * unit
-    assert (rule.NEAR_LIMIT.value, rule.FAR_LIMIT.value) == (doubt.CALM, doubt.WARM)
-    assert rule.NEAR_LIMIT_OF_MANY.value == doubt.CALM_OF_MANY
-    assert rule.NEAR_LIMIT_OF_ENERGY.value == doubt.CALM_OF_ENERGY
-    assert rule.NEAR_FACTOR_OF_ENERGY.value * doubt.CANCEL_OF_ENERGY == 1
+    assert rule.NEAR_FACTOR.value * doubt.NEAR_PART == 1
+    assert rule.LOGIT_ERROR.value == doubt.LOGIT_ERROR * unit
+    assert (rule.NEAR_LIMIT.value, rule.FAR_LIMIT.value) == (doubt.NEAR_LIMIT, doubt.FAR_LIMIT)
+    assert rule.NEAR_LIMIT_OF_MANY.value == doubt.NEAR_LIMIT_OF_MANY
+    assert rule.NEAR_LIMIT_OF_ENERGY.value == doubt.NEAR_LIMIT_OF_ENERGY
+    assert rule.NEAR_FACTOR_OF_ENERGY.value * doubt.NEAR_PART_OF_ENERGY == 1
     assert rule.LONGEST.value == doubt.LARGEST[torch.float32]
-    assert rule.LARGEST_LOGIT.value == doubt.HOTTEST[torch.float32]
+    assert rule.LARGEST_LOGIT.value == doubt.LARGEST_LOGIT[torch.float32]
 
 
 def test_both_rules_choose_the_same_rows():
