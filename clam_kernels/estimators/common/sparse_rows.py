@@ -24,7 +24,7 @@ from .scale import scaled
 Array = np.ndarray[Any, Any]
 
 # Most scores, and about the most nonzero entries, of a chunk; entries of a chunk of dense rows.
-CHUNK_SCORES, CHUNK_NONZERO, DENSE_ENTRIES = 1 << 16, 1 << 15, 1 << 18
+CHUNK_SCORES, CHUNK_NONZERO, DENSE_ENTRIES = 1 << 17, 1 << 17, 1 << 18
 # Squared distances that differ by less than this share are equal, as in `kmeans_assign`.
 TIE = 2.0**-40
 # A distance below this share of |x|^2 + |c|^2 is computed from differences.
@@ -90,9 +90,7 @@ class SparseChunk:
 
     def sums(self, terms: Array) -> Array:
         """Sums [n] over the entries of each row, in their order, of one term for each entry."""
-        shape = len(self.ends) - 1, self.features
-        matrix = sparse.csr_array((terms, self.columns, self.ends), shape=shape)
-        return np.asarray(matrix @ np.ones(self.features))
+        return np.bincount(self.owner, terms, len(self.ends) - 1)
 
     def places(self, labels: Tensor) -> Array:
         """Places [M] in a flat table [K, D]: D times the label of the row, plus the column."""
