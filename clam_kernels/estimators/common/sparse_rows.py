@@ -3,7 +3,7 @@
 
 A squared distance is |x|^2 + |c|^2 - 2 x.c in float64. Where the bound on its error does not decide
 a label, the row becomes dense, and its label is that of a dense row. Where digits cancel, the
-distance is computed from differences (`Differences`).
+distance is computed from differences (`CentroidDifferences`).
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def distances(rows: SparseRows, centroids: Tensor, *, exact: bool) -> Tensor:
     whose digits cancel are computed from differences.
     """
     norms, table = _norms(centroids), _table(centroids)
-    differences = Differences(centroids) if exact else None
+    differences = CentroidDifferences(centroids) if exact else None
     out = torch.empty(len(centroids), len(rows), dtype=torch.float64, device="cpu")
     for chunk in sparse_chunks(rows, len(centroids)):
         whole = rows.squares[chunk.part, None] + norms
@@ -264,12 +264,12 @@ def distances(rows: SparseRows, centroids: Tensor, *, exact: bool) -> Tensor:
 
 def pair_distances(rows: SparseRows, centroids: Tensor, labels: Tensor) -> Tensor:
     """|x_n - c_label|^2 [N] in float64, from differences."""
-    differences = Differences(centroids)
+    differences = CentroidDifferences(centroids)
     parts = [differences.distances(chunk, labels[chunk.part]) for chunk in sparse_chunks(rows, 1)]
     return torch.cat(parts)
 
 
-class Differences:
+class CentroidDifferences:
     """Squared distances from sparse rows to centroids [K, D], from differences.
 
     |x - c|^2 is the sum of (x_j - c_j)^2 over the nonzero entries of x, and of c_j^2 over all
