@@ -232,7 +232,7 @@ def test_processes_of_the_suite_add_up_to_the_whole(part):
 def test_what_a_tool_found_adds_up_over_its_processes(part, text, code, status, reason):
     sanitizer = part("sanitizer")
     good = "sanitize: 4 calls done, 1 refused, 0 failed\n========= ERROR SUMMARY: 0 errors"
-    found = {"a": sanitizer.judged(good, 0), "b": sanitizer.judged(text, code)}
+    found = {"a": sanitizer.tool_verdict(good, 0), "b": sanitizer.tool_verdict(text, code)}
     whole = sanitizer.added(found)
     assert whole["status"] == status
     assert whole["reason"] is None if reason is None else whole["reason"].startswith(reason)
@@ -295,7 +295,7 @@ def test_a_refused_call_is_no_failure(part, limited, tmp_path):
     assert checks["am_step few large"] == "K > 20"
     assert checks["am_step reference large"]() == []
     memory, clock = part("memory"), part("clock").Clock("cpu")
-    for stage in (memory.held, memory.wide):
+    for stage in (memory.peaks, memory.wide):
         entries = {entry["what"]: entry for entry in stage(setting, clock, "am_assign")}
         refused = [what for what, entry in entries.items() if "refused" in entry]
         assert [what.split()[:2] for what in refused] == [["am_assign", "few"]]
@@ -304,10 +304,10 @@ def test_a_refused_call_is_no_failure(part, limited, tmp_path):
 
 def test_a_refused_backend_has_no_row(part, limited, tmp_path, monkeypatch):
     targets, setting = part("targets"), part("setting").Setting(tmp_path, 1, 60.0, dry_run=True)
-    table, (row, *_) = targets.Table(setting), part("rows_am").ROWS
-    table.run(row, 1.0)  # its stand-in has 16 memories
-    assert [found["backend"] for found in table.rows] == ["reference", "few"]
+    table, (target, *_) = targets.Table(setting), part("targets_am").TARGETS
+    table.run(target, 1.0)  # its stand-in has 16 memories
+    assert [row["backend"] for row in table.rows] == ["reference", "few"]
     monkeypatch.setattr(targets, "refusal", lambda name, *_: "no" if name == "few" else None)
-    table.run(row, 1.0)
-    assert [found["backend"] for found in table.rows[2:]] == ["reference"]
+    table.run(target, 1.0)
+    assert [row["backend"] for row in table.rows[2:]] == ["reference"]
     assert table.rows[-1]["refusals"] == {"few": "no"}

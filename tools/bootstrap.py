@@ -137,12 +137,12 @@ def stamp() -> str:
     """Of everything the environment depends on; the folder too, since the install is editable."""
     files = [ROOT / name for name in WATCHED]
     files += sorted(path for path in (ROOT / "csrc").glob("*") if path.is_file())
-    found = hashlib.sha256(str(ROOT).encode())
+    digest = hashlib.sha256(str(ROOT).encode())
     for name in WISHES:
-        found.update(f"{name}={os.environ.get(name, '')}\n".encode())
+        digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
     for path in files:
-        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def up_to_date() -> bool:

@@ -17,9 +17,9 @@ REST = (*PYTEST, *(f"--ignore={folder}" for folder in FIRST), "-p", "no:cachepro
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         first = subprocess.Popen((*PYTEST, *FIRST))
-        rest = subprocess.Popen(REST, stdout=said, stderr=subprocess.STDOUT)
+        rest = subprocess.Popen(REST, stdout=output, stderr=subprocess.STDOUT)
         halves = (first, rest)
         try:
             codes = [half.wait() for half in halves]
@@ -31,8 +31,8 @@ def main() -> int:
             for half in halves:
                 half.kill()
                 half.wait()
-        said.seek(0)
-        print(said.read().decode(errors="replace"), flush=True)
+        output.seek(0)
+        print(output.read().decode(errors="replace"), flush=True)
     return 1 if any(codes) else 0
 
 

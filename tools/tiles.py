@@ -149,13 +149,13 @@ def verdict(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> 
     """ "" if every variant fits, else what does not."""
     for one in launches(kernel, mode, d, arch, tile):
         try:
-            found = resources.resources(resources.compiled(one, arch))
+            usage = resources.resources(resources.compiled(one, arch))
         except Exception as error:
             return f"{type(error).__name__}"
-        if found["spills"] or found["atomics"]:
-            return f"{found['spills']} bytes of spill"
-        if found["shared"] > SHARED[arch]:
-            return f"{found['shared']} bytes of shared memory"
+        if usage["spills"] or usage["atomics"]:
+            return f"{usage['spills']} bytes of spill"
+        if usage["shared"] > SHARED[arch]:
+            return f"{usage['shared']} bytes of shared memory"
     return ""
 
 
@@ -166,15 +166,15 @@ def main() -> None:
     parser.add_argument("--kernel", default=",".join(KERNELS))
     parser.add_argument("--dim", default=",".join(map(str, resources.DIMS)))
     parser.add_argument("--cache", type=Path, default=Path("build/tiles.json"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     version = triton.__version__
-    for arch in map(int, given.arch.split(",")):
-        for mode in given.mode.split(","):
-            for kernel in given.kernel.split(","):
-                for d in map(int, given.dim.split(",")):
+    for arch in map(int, arguments.arch.split(",")):
+        for mode in arguments.mode.split(","):
+            for kernel in arguments.kernel.split(","):
+                for d in map(int, arguments.dim.split(",")):
                     if (kernel in WHOLE and d > 16) or (kernel == "kmeans_step" and d > 32):
                         continue
-                    choose(kernel, mode, d, arch, version, given.cache)
+                    choose(kernel, mode, d, arch, version, arguments.cache)
 
 
 def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path) -> None:

@@ -90,18 +90,18 @@ def exact(kernel: str, v: Tensor, rho: Tensor) -> Any:
         return torch.autograd.grad(torch.ops.clam.am_recursion(*leaves, 1.0 / d, STEPS), leaves, v)
 
 
-def errors(found: Any, truth: Any) -> dict[str, float]:
+def errors(result: Any, truth: Any) -> dict[str, float]:
     """Largest error over the largest entry, the worst of the results; the share of wrong labels."""
     one = isinstance(truth, Tensor)
-    pairs = [(found, truth)] if one else list(zip(found, truth, strict=False))
-    told: dict[str, float] = {}
+    pairs = [(result, truth)] if one else list(zip(result, truth, strict=False))
+    figures: dict[str, float] = {}
     for a, b in pairs:
         if b.is_floating_point():
             error = float((a.double() - b).abs().max() / b.abs().max())
-            told["err_vs_f64"] = max(error, told.get("err_vs_f64", 0.0))
+            figures["err_vs_f64"] = max(error, figures.get("err_vs_f64", 0.0))
         else:
-            told["wrong_labels"] = float((a != b).double().mean())
-    return told
+            figures["wrong_labels"] = float((a != b).double().mean())
+    return figures
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
@@ -118,13 +118,13 @@ def seconds(call: Callable[[], object], device: str) -> float:
 def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device: str) -> bool:
     """Whether what this call launches spills, as the driver says; also compiles it."""
 
-    found: list[Any] = []
+    kernels: list[Any] = []
     real = launch.launch
 
     def note(one: Any, grid: Any, where: Any, *args: Any, **options: Any) -> None:
         if device == "cuda" and 0 not in grid:
             with torch.cuda.device(where):
-                found.append(one[tuple(grid)](*args, enable_fp_fusion=True, **options))
+                kernels.append(one[tuple(grid)](*args, enable_fp_fusion=True, **options))
         else:
             real(one, grid, where, *args, **options)
 
@@ -133,7 +133,7 @@ def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device
         with_tile(kernel, tile, call)()
     finally:
         launch.launch = real
-    return any(getattr(one, "n_spills", 0) for one in found)
+    return any(getattr(one, "n_spills", 0) for one in kernels)
 
 
 def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], Any]) -> Callable[[], Any]:
@@ -199,34 +199,34 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=262_144)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         print("no CUDA device: tiles are timed on a GPU (tools/tiles.py chooses by compiling)")
         return 3
     if not DRY and torch.cuda.get_device_capability()[0] not in (9, 10):
         print("rows of sm_80 serve GPUs of less shared memory too: they stay as compiled")
         return 3
-    device, rows = ("cpu", 64) if DRY else ("cuda", given.rows)
+    device, rows = ("cpu", 64) if DRY else ("cuda", arguments.rows)
     measured: list[dict[str, Any]] = []
-    for kernel in given.kernel.split(","):
-        for mode in given.mode.split(","):
-            for d in map(int, given.dim.split(",")):
+    for kernel in arguments.kernel.split(","):
+        for mode in arguments.mode.split(","):
+            for d in map(int, arguments.dim.split(",")):
                 if kernel in tiles.WHOLE and d > 16:
                     continue
-                found = list(race(kernel, mode, d, rows, device))
-                if not found:
+                results = list(race(kernel, mode, d, rows, device))
+                if not results:
                     print(f"{kernel} {mode} {d}: the wide form serves, nothing is timed")
                     continue
-                measured += found
-                own, best = found[0], min(found, key=lambda row: row["ms_median"])
+                measured += results
+                own, best = results[0], min(results, key=lambda row: row["ms_median"])
                 before, after = own["ms_median"], best["ms_median"]
                 print(f"{kernel} {mode} {d}: {before:.3f} ms, best {after:.3f} ms {best['tile']}")
                 if not DRY and best["tile"] != own["tile"] and after < GAIN * before:
                     arch = int(launch.arch_of(torch.device("cuda", 0)).removeprefix("sm_"))
                     tiles.put(kernel, arch, f"{mode}/{launch.dim(d)}", best["tile"])
-    if given.json:
+    if arguments.json:
         report = {**record.facts(device), "what": WHAT, "dry_run": DRY, "rows": measured}
-        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every sample of every op, on every backend of the device, with numbers of a seed that no run had
-before: `python3 -m bench.gpu.fresh --seed N [--device cuda] [--ops OP ...]`.
+"""Check every sample of every op on every backend of the device, with the random numbers of a new
+seed: `python3 -m bench.gpu.fresh --seed N [--device cuda] [--ops OP ...]`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def judge(spec: Any, samples: list[testing.Sample], wanted: tuple[str, ...]) -> 
 
 
 def cases(ops: Sequence[str], device: str, seed: int) -> Iterator[tuple[str, Any]]:
-    """(label, what to do under its forced backend, or why that refuses the call)."""
+    """(label, check under the forced backend, or the reason of its refusal)."""
     for spec in map(testing.spec_of, ops):
         for backend in backends(spec.name, device)[0]:
             for sample in testing.samples(spec.name, seed):
@@ -75,19 +75,19 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=sys.maxsize, help="stop after so many")
     ops = with_kernels()
     parser.add_argument("--ops", nargs="+", choices=ops, help="all by default")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
-    print(f"fresh seed {given.seed}", flush=True)
+    print(f"fresh seed {arguments.seed}", flush=True)
     failed = done = 0
-    for label, call in cases(given.ops or ops, given.device, given.seed):
-        if done >= given.most:
+    for label, call in cases(arguments.ops or ops, arguments.device, arguments.seed):
+        if done >= arguments.most:
             break
         if isinstance(call, str):
             print(f"refused {label}: {call}", flush=True)
             continue
         try:
             call()
-        except Exception as error:  # every case is judged, whatever another died of
+        except Exception as error:  # the other cases still run
             failed += 1
             print(f"FAILED {label}: {type(error).__name__}: {error}"[:400], flush=True)
         done += 1
