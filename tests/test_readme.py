@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README holds: its examples print what it says, its tables are the current ones, its commands
-and files exist."""
+"""The README is true: its examples print the lines that it shows, its tables are current, its
+commands and files exist.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def test_tables_are_current() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_changed_results_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_fails_for_changed_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import readme_tables
 

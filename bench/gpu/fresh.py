@@ -16,6 +16,10 @@ import torch
 from clam_kernels import testing
 
 from .cases import backends, forced, refusal, with_kernels
+from .setting import ROOT
+
+sys.path.append(str(ROOT / "tests"))
+from _accuracy import assert_accurate
 
 DRAWS = 6
 
@@ -27,19 +31,14 @@ def drawn(op: str, name: str, dtype: torch.dtype, device: str, seed: int) -> tes
 
 def judge(spec: Any, samples: list[testing.Sample], wanted: tuple[str, ...]) -> None:
     """AssertionError where a result is worse than twice plain torch, on the average of draws."""
-    values = []
+    draws = []
     for sample in samples:
         exact = sample.cast(torch.float64, sample.args[0].device.type)
         ours = testing.evaluate(spec.packet, sample)
         grads = testing.upstream(ours.outputs)
         ways = ((spec.packet, sample), (spec.truth, exact), (spec.truth, sample))
-        values.append([testing.evaluate(f, s, wanted, grads) for f, s in ways])
-    for i in range(len(values[0][0].outputs)):
-        triples = [tuple(one.outputs[i] for one in row) for row in values]
-        testing.assert_close_on_average(triples, what=f"output {i}")
-    for name in wanted:
-        triples = [tuple(one.gradients[name] for one in row) for row in values]
-        testing.assert_close_on_average(triples, what=f"gradient of {name}", scale=1.0)
+        draws.append(tuple(testing.evaluate(f, s, wanted, grads) for f, s in ways))
+    assert_accurate(draws)
 
 
 def cases(ops: Sequence[str], device: str, seed: int) -> Iterator[tuple[str, Any]]:

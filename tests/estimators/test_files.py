@@ -79,8 +79,8 @@ def test_a_parameter_that_is_no_data_is_refused_by_name(tmp_path: Path) -> None:
 def test_callbacks_of_a_fit_are_left_out(tmp_path: Path) -> None:
     from clam_kernels import KMeans
 
-    seen: list[int] = []
-    fitted = KMeans(3, random_state=0, callbacks=lambda *event: seen.append(1)).fit(X)
+    epochs: list[int] = []
+    fitted = KMeans(3, random_state=0, callbacks=lambda *event: epochs.append(1)).fit(X)
     fitted.save(tmp_path / "m")
     loaded = KMeans.load(tmp_path / "m")
     assert loaded.callbacks is None

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is no number, or what float64 would round, is refused by its column."""
+"""Values that are no numbers, or that float64 would round, are refused with the name of their
+column.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,7 @@ def test_integers_of_a_memory_map_are_refused_by_place(estimator, kind, tmp_path
             method(np.load(tmp_path / "big.npy", mmap_mode="r"))
 
 
-def test_integers_that_float64_holds_are_taken():
+def test_integers_that_float64_can_represent_are_accepted():
     x = np.array([[2**53, 2**62], [-(2**53) - 2, -(2**63)], [0, 1]])
     model = KMeans(3, n_init=1, random_state=0).fit(x)
     assert sorted(map(tuple, model.cluster_centers_)) == sorted(map(tuple, x.astype(float)))

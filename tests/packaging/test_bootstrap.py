@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/bootstrap.py: which torch it takes where, what it says, that a second run does nothing."""
+"""tools/bootstrap.py: the torch that it installs on each machine, its messages, and that a second
+run does nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ INDEX = "https://wheels.example/cpu"
 
 @pytest.fixture
 def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, at work in a folder of its own."""
+    """The module, working in a temporary folder."""
     spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "tools" / "bootstrap.py")
     assert spec is not None
     assert spec.loader is not None
@@ -72,7 +74,7 @@ def test_torch_of_the_base_interpreter_wins(
 
 @pytest.mark.parametrize("old", [None, "2.9.1"])
 def test_every_way_in_the_order_of_the_machine(bootstrap: ModuleType, old: str | None) -> None:
-    """A torch that is too old counts as none, and no way that may succeed is left out."""
+    """A torch that is too old counts as none, and every attempt that may succeed is in the plan."""
     cpu, plain = ("-c", "constraints-cpu.txt", "torch"), ("torch>=2.10",)
     named = [("--index-url", INDEX, *plain), ("--extra-index-url", INDEX, *plain)]
 
@@ -109,7 +111,7 @@ def test_constraints_name_the_cpu_build_and_follow_it_alone(bootstrap: ModuleTyp
 # ---- the probes ----------------------------------------------------------------------------------
 
 
-def test_an_activated_environment_does_not_count(
+def test_torch_of_an_activated_environment_does_not_count(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "prefix", "env")
@@ -136,7 +138,7 @@ def test_driver(
     code: int | None,
     found: bool,
 ) -> None:
-    """A tool that fails, as in a container without a GPU, is no driver."""
+    """A tool that fails, as in a container without a GPU, counts as no driver."""
     if code is not None:
         tool = tmp_path / "nvidia-smi"
         tool.write_text(f"#!/bin/sh\nexit {code}\n", encoding="utf-8")
@@ -149,7 +151,7 @@ def test_driver(
 
 
 class Machine:
-    """A machine whose interpreters and pip are lists; `calls` is what was done to it."""
+    """A machine whose interpreters and pip are lists; `calls` records what the setup ran."""
 
     def __init__(self, bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bootstrap = bootstrap
@@ -258,7 +260,7 @@ def test_plain_build_where_nothing_else_is_offered(
     assert capsys.readouterr().out.count("several GB") == 1
 
 
-def test_driver_without_a_plain_build_tries_on(machine: Machine) -> None:
+def test_driver_without_a_plain_build_tries_the_next(machine: Machine) -> None:
     machine.driver = True
     machine.offers = lambda arguments: "torch>=2.10" not in arguments
     assert machine.bootstrap.main() == 0
@@ -283,7 +285,7 @@ def test_cpu_build_in_the_environment_keeps_its_constraints(machine: Machine) ->
 
 @pytest.mark.parametrize("version", [None, "2.9.1"])
 def test_an_interrupted_setup_goes_on(machine: Machine, version: str | None) -> None:
-    """The environment is there, torch is not: it is not made again."""
+    """The environment exists without torch: setup does not create it again."""
     machine.make_venv()
     machine.venv_torch = version
     assert machine.bootstrap.main() == 0
