@@ -141,12 +141,12 @@ def ranks(tmp_path_factory):
 def _whole(ranks, name: str, dim: int = 0):
     """(codes, labels, g, err, status, iterations); the last four are equal on all processes."""
     outputs = [rank[name] for rank in ranks]
-    for rank in ranks[1:]:
-        for mine, first in zip(rank[2:5], ranks[0][2:5], strict=True):
+    for output in outputs[1:]:
+        for mine, first in zip(output[2:5], outputs[0][2:5], strict=True):
             assert torch.equal(mine.nan_to_num(), first.nan_to_num())
-        assert rank[5] == ranks[0][5]
-    return (torch.cat([r[0] for r in ranks], dim), torch.cat([r[1] for r in ranks], dim),
-        *ranks[0][2:])  # fmt: skip
+        assert output[5] == outputs[0][5]
+    return (torch.cat([r[0] for r in outputs], dim), torch.cat([r[1] for r in outputs], dim),
+        *outputs[0][2:])  # fmt: skip
 
 
 def _same(result, expected, atol: float, gauge: float) -> None:

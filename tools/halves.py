@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The test suite in two halves side by side, one a core: the contract tests with those that compile
-for GPUs, and the rest, whose output follows when both are done. Ctrl-C stops both.
+"""Run the test suite in two processes at once, one for each core: the contract tests with those
+that compile for GPUs, and the other tests, whose output follows when both are done. Ctrl-C stops
+both.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def main() -> int:
         halves = (first, rest)
         try:
             codes = [half.wait() for half in halves]
-        except KeyboardInterrupt:  # it reached the halves, too, which clean up after themselves
+        except KeyboardInterrupt:  # both processes get it too, and clean up after themselves
             for half in halves:
                 half.wait()
             return 130

@@ -35,7 +35,7 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "clam-setup")
-    for name in (*module.WISHES, "TORCH_INDEX"):
+    for name in (*module.VARIABLES, "TORCH_INDEX"):
         monkeypatch.delenv(name, raising=False)
     return module
 
@@ -311,7 +311,7 @@ def test_second_run_does_nothing_until_something_changes(
             file.write("\n# changed\n")
         assert calls() > 0, name
         assert calls() == 0, name
-    for name in bootstrap.WISHES:
+    for name in bootstrap.VARIABLES:
         monkeypatch.setenv(name, "0")
         assert calls() > 0, name
         assert calls() == 0, name
