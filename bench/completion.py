@@ -28,7 +28,7 @@ TABLES = {"wine": 12, "libras": 32, "segment": 32, "digits": 32}
 SHARE, BAR = 0.2, 1.15
 
 
-def recalled(shown: np.ndarray, hidden: np.ndarray, fitted_on: np.ndarray, k: int, seed: int
+def recall(shown: np.ndarray, hidden: np.ndarray, fitted_on: np.ndarray, k: int, seed: int
              ) -> np.ndarray:  # fmt: skip
     """The hidden entries by the rule of `ClAM.complete`, with k-means centroids as memories."""
     model = KMeans(k, n_init=10, random_state=seed).fit(fitted_on)
@@ -38,7 +38,7 @@ def recalled(shown: np.ndarray, hidden: np.ndarray, fitted_on: np.ndarray, k: in
     return am_recursion(states, centroids, COMPLETION / gap, RECALL_STEPS, update_mask=mask).numpy()
 
 
-def one(x: np.ndarray, k: int, seed: int) -> dict[str, float]:
+def run_mask(x: np.ndarray, k: int, seed: int) -> dict[str, float]:
     """Root mean squared error of the hidden entries for one mask, by method."""
     hidden = np.random.default_rng(seed).random(x.shape) < SHARE
     gaps, shown = np.where(hidden, np.nan, x), np.where(hidden, 0.0, x)
@@ -47,8 +47,8 @@ def one(x: np.ndarray, k: int, seed: int) -> dict[str, float]:
         raise RuntimeError("an observed entry has changed")
     completions = {
         "clam": completed,
-        "oracle": recalled(shown, hidden, x, k, seed),
-        "kmeans_mean_filled": recalled(shown, hidden, shown, k, seed),
+        "oracle": recall(shown, hidden, x, k, seed),
+        "kmeans_mean_filled": recall(shown, hidden, shown, k, seed),
         "knn_imputer": KNNImputer(n_neighbors=10).fit_transform(gaps),
         "mean": np.zeros_like(x),
     }
@@ -66,7 +66,7 @@ def main() -> int:
     short = False
     for name, k in TABLES.items():
         x = load(name)[0].astype(np.float64)
-        runs = [one(x, k, seed) for seed in range(options.masks)]
+        runs = [run_mask(x, k, seed) for seed in range(options.masks)]
         errors = {method: float(np.mean([run[method] for run in runs])) for method in runs[0]}
         ratio = errors["clam"] / errors["oracle"]
         met = ratio <= BAR and errors["clam"] < errors["kmeans_mean_filled"]

@@ -34,7 +34,7 @@ def data(rows: int, seed: int = 0) -> np.ndarray:
     return (centers[label] + noise).astype(np.float32)
 
 
-def measured(method: str, rows: int, seed: int) -> dict[str, Any]:
+def measure(method: str, rows: int, seed: int) -> dict[str, Any]:
     """One fit in this process."""
     x = data(rows)
     estimator = (
@@ -68,7 +68,7 @@ def main() -> int:
         run: dict[str, Any] = {"seed": seed}
         for method in ("kmeans", "clam"):
             with fresh.Pool(1) as pool:
-                run[method] = pool.apply(measured, (method, options.rows, seed))
+                run[method] = pool.apply(measure, (method, options.rows, seed))
             print(seed, method, {k: float(f"{v:.4g}") for k, v in run[method].items()}, flush=True)
         run["inertia_ratio"] = run["clam"]["inertia"] / run["kmeans"]["inertia"]
         run["time_ratio"] = run["clam"]["seconds"] / run["kmeans"]["seconds"]

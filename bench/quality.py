@@ -84,7 +84,7 @@ def chosen_kmeans(x: np.ndarray, k: int, seed: int) -> np.ndarray:
     return max(labels, key=lambda candidate: metrics.silhouette(x, candidate))
 
 
-def judged(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def scores_of(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     return {
         "silhouette": metrics.silhouette(x, labels),
         "nmi": float(normalized_mutual_info_score(y, labels)),
@@ -94,20 +94,20 @@ def judged(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+def timed_call(run: Callable[[], Any]) -> tuple[Any, float]:
     """(result, CPU seconds)."""
     start = time.process_time()
     return run(), time.process_time() - start
 
 
-def one(name: str, seed: int) -> dict[str, Any]:
+def run_seed(name: str, seed: int) -> dict[str, Any]:
     """One seed on one table: the scores of every method, and the time of ClAM's fit over that of
     k-means.
     """
     x, y = load(name)
     k = len(np.unique(y))
-    ours, seconds = timed(lambda: ClAM(k, random_state=seed).fit(x))
-    peer, base = timed(lambda: KMeans(k, n_init=RESTARTS, random_state=seed).fit(x))
+    ours, seconds = timed_call(lambda: ClAM(k, random_state=seed).fit(x))
+    peer, base = timed_call(lambda: KMeans(k, n_init=RESTARTS, random_state=seed).fit(x))
     off = ClAM(k, random_state=seed, am_share=0.0).fit(x)
     labels_of = {
         "clam": ours.labels_,
@@ -115,7 +115,7 @@ def one(name: str, seed: int) -> dict[str, Any]:
         "kmeans_chosen": chosen_kmeans(x, k, seed),
         "kmeans": peer.labels_,
     }
-    rows = {method: judged(x, y, labels) for method, labels in labels_of.items()}
+    rows = {method: scores_of(x, y, labels) for method, labels in labels_of.items()}
     return {"seed": seed, "k": k, "seconds": seconds, "cost": seconds / base, "methods": rows}
 
 
@@ -157,7 +157,7 @@ def main() -> int:
     with threadpool_limits(1):
         ClAM(2, n_init=2, max_iter=2).fit(load("iris")[0])  # the first calls of torch are slow
         for name in options.sets:
-            runs = [one(name, seed) for seed in range(options.seeds)]
+            runs = [run_seed(name, seed) for seed in range(options.seeds)]
             report["sets"][name] = runs
             words = missed(name, runs)
             missed_count += len(words)

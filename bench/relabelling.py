@@ -43,7 +43,7 @@ def data(rows: int, classes: int, device: str) -> tuple[Tensor, Tensor]:
     return z.to(device), head.to(device)
 
 
-def published(logits: Tensor) -> tuple[Tensor, int]:
+def published_labels(logits: Tensor) -> tuple[Tensor, int]:
     """The algorithm of its authors: float64, linear domain, two matrix-vector products per
     iteration; every ten iterations it tests sum |c / c_new - 1| < 0.1. Returns labels and the
     number of iterations.
@@ -65,7 +65,7 @@ def published(logits: Tensor) -> tuple[Tensor, int]:
 def labels_by(method: str, entries: tuple[Tensor, ...]) -> tuple[Tensor, int, float]:
     """(labels, iterations, error of the shares) of one method."""
     if method == "published":
-        return (*published(entries[0]), 0.0)
+        return (*published_labels(entries[0]), 0.0)
     scores = entries[0] if len(entries) == 1 else (entries[0], entries[1])
     tol = 0.1 / len(entries[0]) if "tight" in method else 1e-3
     result = sinkhorn(
@@ -74,7 +74,7 @@ def labels_by(method: str, entries: tuple[Tensor, ...]) -> tuple[Tensor, int, fl
     return result.labels(), result.n_iter, float(result.err)
 
 
-def measured(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
+def measure(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
     """Measure one run in this process. Scores are computed before: they are an input."""
     torch.set_num_threads(1)
     z, head = data(rows, classes, device)
@@ -107,10 +107,10 @@ def exact(rows: int, classes: int) -> Tensor:
     return result.labels()
 
 
-def apart(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
-    """`measured` in a new process."""
+def measure_in_new_process(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
+    """`measure` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        result = pool.apply(measured, (method, rows, classes, device))
+        result = pool.apply(measure, (method, rows, classes, device))
     print(rows, method, result["row"], flush=True)
     return result
 
@@ -159,9 +159,9 @@ def main() -> int:
     growth = []
     for count in (rows // 8, rows // 4, rows // 2):
         for method in methods:
-            row = apart(method, count, classes, device)["row"]
+            row = measure_in_new_process(method, count, classes, device)["row"]
             growth.append({"method": method, "rows": count, **row})
-    results = {method: apart(method, rows, classes, device) for method in methods}
+    results = {method: measure_in_new_process(method, rows, classes, device) for method in methods}
     growth += [{"method": m, "rows": rows, **results[m]["row"]} for m in methods]
     truth = exact(rows, classes) if device == "cpu" else results["scores, tight"]["labels"]
     for method in methods:

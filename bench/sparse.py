@@ -65,7 +65,7 @@ def extra_bytes(ours: bool, shape: tuple[int, int, float], clusters: int) -> flo
     raise RuntimeError("/proc/self/status: expected a line VmHWM, got none")
 
 
-def measured(shape: tuple[int, int, float], clusters: int, repeats: int) -> dict[str, Any]:
+def measure(shape: tuple[int, int, float], clusters: int, repeats: int) -> dict[str, Any]:
     """Times of both estimators in alternation, their memory, and whether their results agree."""
     x = data(*shape)
     ours, theirs = model(True, clusters).fit(x), model(False, clusters).fit(x)
@@ -102,7 +102,7 @@ def main() -> int:
     torch.set_num_threads(1)
     cases = []
     for shape in SHAPES:
-        case = measured(shape, options.clusters, options.repeats)
+        case = measure(shape, options.clusters, options.repeats)
         times = case["seconds"]
         case["fit_ratio"] = times["fit_sklearn"] / times["fit"]
         case["predict_ratio"] = times["predict_sklearn"] / times["predict"]

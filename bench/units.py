@@ -51,7 +51,7 @@ def load(name: str, raw: bool) -> np.ndarray:
     return x if raw else x * 10.0**units
 
 
-def one(x: np.ndarray, k: int, seed: int) -> dict[str, Any]:
+def run_seed(x: np.ndarray, k: int, seed: int) -> dict[str, Any]:
     """One table and one seed: both silhouettes, the number of cells out of range, and the errors in
     standard deviations.
     """
@@ -99,7 +99,7 @@ def main() -> int:
     cases = [(name, False) for name in TABLES] + [(name, True) for name in RAW]
     for name, raw in cases:
         x = load(name, raw)
-        runs = [one(x, TABLES[name], seed) for seed in range(options.seeds)]
+        runs = [run_seed(x, TABLES[name], seed) for seed in range(options.seeds)]
         short |= not all(met(run) for run in runs)
         units = "own" if raw else "random"
         rows.append({"name": name, "k": TABLES[name], "units": units, "runs": runs})

@@ -198,8 +198,8 @@ def test_processes_of_the_suite_add_up_to_the_whole(part):
     ]
     ids.append("tests/test_cli.py::test_which_asks_for_cuda")
     text = "\n".join([*ids, "", f"{len(ids)}/999 tests collected (9 deselected) in 1.00s"])
-    assert tests.named(text) == ids
-    assert tests.named(text.replace(ids[3], "")) == []
+    assert tests.listed_cases(text) == ids
+    assert tests.listed_cases(text.replace(ids[3], "")) == []
     plan = tests.on_device(ids)
     cases_of = [[word for word in words if word.startswith("tests/")] for _, words, _ in plan]
     assert sorted(itertools.chain(*cases_of)) == sorted(ids)
@@ -235,7 +235,7 @@ def test_verdicts_of_a_tool_add_up_over_its_processes(part, text, code, status, 
     sanitizer = part("sanitizer")
     good = "sanitize: 4 calls done, 1 refused, 0 failed\n========= ERROR SUMMARY: 0 errors"
     verdicts = {"a": sanitizer.tool_verdict(good, 0), "b": sanitizer.tool_verdict(text, code)}
-    whole = sanitizer.added(verdicts)
+    whole = sanitizer.combined_verdict(verdicts)
     assert whole["status"] == status
     assert whole["reason"] is None if reason is None else whole["reason"].startswith(reason)
     assert whole["calls"] == 4 + verdicts["b"].get("calls", 0)
@@ -274,7 +274,7 @@ def limited(part, monkeypatch):
         for name, stand_in in (
             ("refusal", refusal),
             ("backends", lambda op, device: (["reference", "few"], {})),
-            ("forced", lambda name: contextlib.nullcontext),
+            ("forced_backend", lambda name: contextlib.nullcontext),
         ):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
@@ -285,9 +285,9 @@ def test_a_backend_gets_the_first_shape_that_it_accepts(part, limited, tmp_path,
     setting = part("setting").Setting(tmp_path, 1, 60.0)
     monkeypatch.setattr(type(setting), "device", "cpu")
     shapes = ((50, 33, 3), (60, 20, 3), (70, 10, 3))
-    calls = dict(limited.fitted("am_step", shapes, setting))
+    calls = dict(limited.calls_by_backend("am_step", shapes, setting))
     assert (calls["reference"].n, calls["few"].n) == (50, 60)
-    assert dict(limited.fitted("am_step", shapes[:1], setting))["few"] == "K > 20"
+    assert dict(limited.calls_by_backend("am_step", shapes[:1], setting))["few"] == "K > 20"
 
 
 def test_a_refused_call_is_no_failure(part, limited, tmp_path):

@@ -198,7 +198,7 @@ def refusal(name: str, op: str, *args: Any) -> str | None:
     return None
 
 
-def fitted(
+def calls_by_backend(
     op: str, shapes: tuple[tuple[int, ...], ...], setting: Setting
 ) -> Iterator[tuple[str, Invocation | str]]:
     """Each backend with a call of the first shape that it accepts, or the reason of its last
@@ -216,7 +216,7 @@ def fitted(
     yield from waiting.items()
 
 
-def forced(name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
+def forced_backend(name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """A context that forces a backend."""
     return lambda: clam_kernels.backend(name)
 

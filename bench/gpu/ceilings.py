@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .clock import Clock, captured, products
+from .clock import Clock, graph_replay, products
 from .setting import Setting
 
 SIDE = 8192
@@ -70,9 +70,9 @@ def latencies(clock: Clock, device: str) -> dict[str, float]:
     many()
     result = {"launch_us": 1e3 * clock.device(many) / LAUNCHES}
     if clock.cuda:
-        replay = captured(many)
+        replay = graph_replay(many)
         result["launch_in_graph_us"] = 1e3 * clock.device(replay) / LAUNCHES
-        single = captured(lambda: x.add_(1.0))
+        single = graph_replay(lambda: x.add_(1.0))
         result["graph_replay_us"] = 1e6 * statistics.median(clock.host(single) for _ in range(50))
         result["synchronize_us"] = 1e6 * statistics.median(
             clock.host(lambda: None) for _ in range(50)

@@ -109,7 +109,7 @@ def products(mode: str) -> Any:
         torch.set_float32_matmul_precision(before)
 
 
-def captured(call: Call) -> Call:
+def graph_replay(call: Call) -> Call:
     """The replay of a CUDA graph of a call; capture needs a warm-up on a stream of its own."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -142,10 +142,10 @@ def race(
     calls: dict[str, tuple[Contestant, int]] = {}
     for name, contestant in contestants.items():
         try:
-            calls[name] = _warm(clock, contestant, kind)
+            calls[name] = _prepare(clock, contestant, kind)
         except Exception as error:  # whatever a rival dies of is a fact of the table
             times[name].reason = f"{type(error).__name__}: {error}"[:300]
-        tidy(clock)
+        free_memory(clock)
     names = list(calls)
     for turn in range(rounds):
         if turn >= 5 and time.monotonic() > ends:
@@ -157,11 +157,11 @@ def race(
     return times
 
 
-def _warm(clock: Clock, contestant: Contestant, kind: str) -> tuple[Contestant, int]:
+def _prepare(clock: Clock, contestant: Contestant, kind: str) -> tuple[Contestant, int]:
     """The contestant ready to be timed, and its lead."""
     with contestant.around():
         if kind == "graph" and clock.cuda:
-            contestant = Contestant(captured(contestant.call), contestant.around)
+            contestant = Contestant(graph_replay(contestant.call), contestant.around)
         for _ in range(2):
             contestant.call()
         return contestant, clock.lead(contestant.call) if kind == "device" else 0
@@ -173,7 +173,7 @@ def _once(clock: Clock, call: Call, lead: int, kind: str) -> float:
     return clock.device(call, lead, REPLAYS if kind == "graph" else 1)
 
 
-def tidy(clock: Clock) -> None:
+def free_memory(clock: Clock) -> None:
     """Free the memory of earlier contestants."""
     if clock.cuda:
         gc.collect()
@@ -201,7 +201,7 @@ def peak_bytes(clock: Clock, contestant: Contestant) -> int | None:
 
         with contestant.around():
             return testing.peak_bytes(contestant.call)
-    tidy(clock)
+    free_memory(clock)
     with contestant.around():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

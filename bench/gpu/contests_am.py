@@ -37,7 +37,7 @@ def points(
     return v, rho, 3.0 / d
 
 
-def drawn(setting: Setting, target: Target) -> tuple[Tensor, Tensor, float, int]:
+def operands_of(setting: Setting, target: Target) -> tuple[Tensor, Tensor, float, int]:
     """(v, rho, beta, steps) of a target; few rows and memories in a dry run."""
     n, d, k, steps = (target.shape[name] for name in ("n", "d", "k", "steps"))
     if setting.dry_run:
@@ -172,7 +172,7 @@ def gradient_errors(
 
 def recall(setting: Setting, target: Target) -> Contest:
     """Rows 1, 2, 3, 16, 17: forward."""
-    v, rho, beta, steps = drawn(setting, target)
+    v, rho, beta, steps = operands_of(setting, target)
     args = (v, rho, beta) if target.op == "am_step" else (v, rho, beta, steps)
     op, mode = getattr(torch.ops.clam, target.op), torch_mode(target.mode)
     peers = {"eager": Contestant(lambda: eager(v, rho, beta, steps), mode)}
@@ -202,7 +202,7 @@ def recall(setting: Setting, target: Target) -> Contest:
 
 def recall_trained(setting: Setting, target: Target) -> Contest:
     """Target 4: forward and backward."""
-    v, rho, number, steps = drawn(setting, target)
+    v, rho, number, steps = operands_of(setting, target)
     leaves = [x.requires_grad_() for x in (v, rho, torch.tensor(number, device=v.device))]
     generator = torch.Generator(v.device).manual_seed(setting.seed + 1)
     grad = torch.randn(v.shape, generator=generator, device=v.device)
@@ -230,7 +230,7 @@ def recall_trained(setting: Setting, target: Target) -> Contest:
 
 def inference(setting: Setting, target: Target) -> Contest:
     """Target 5: eager cannot run it whole, so the peers are eager in chunks of rows."""
-    v, rho, beta, steps = drawn(setting, target)
+    v, rho, beta, steps = operands_of(setting, target)
     half = {"dtype": torch.bfloat16} if target.mode == "medium" else {}
     peers = {
         f"eager_chunks_{size >> 10}k": Contestant(

@@ -40,7 +40,7 @@ def blobs(n: int, d: int, k: int, device: str, seed: int) -> tuple[Tensor, Tenso
     return x, x[torch.randperm(n, generator=generator, device=device)[:k]].clone()
 
 
-def drawn(setting: Setting, target: Target) -> tuple[Tensor, Tensor]:
+def operands_of(setting: Setting, target: Target) -> tuple[Tensor, Tensor]:
     n, d, k = (target.shape[name] for name in ("n", "d", "k"))
     if setting.dry_run:
         n, k = STAND_IN_ROWS, min(k, 16)
@@ -139,7 +139,7 @@ def scikit_learn(x: Tensor, centroids: Tensor) -> dict[str, Any]:
 
 def iteration(setting: Setting, target: Target) -> Contest:
     """Target 7: labels and sums of one Lloyd iteration."""
-    x, centroids = drawn(setting, target)
+    x, centroids = operands_of(setting, target)
     ops, k = torch.ops.clam, len(centroids)
 
     def ours() -> tuple[Tensor, ...]:
@@ -167,7 +167,7 @@ def step(setting: Setting, target: Target) -> Contest:
     """Target 7s: the iteration of target 7 for few centroids and features, against the two ops that
     it replaces.
     """
-    x, centroids = drawn(setting, target)
+    x, centroids = operands_of(setting, target)
     ops = torch.ops.clam
 
     def ours() -> tuple[Tensor, ...]:
@@ -194,7 +194,7 @@ def step(setting: Setting, target: Target) -> Contest:
 
 def assignment(setting: Setting, target: Target) -> Contest:
     """Target 8: labels alone."""
-    x, centroids = drawn(setting, target)
+    x, centroids = operands_of(setting, target)
 
     def ours() -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = torch.ops.clam.kmeans_assign(

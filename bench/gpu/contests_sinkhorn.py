@@ -43,7 +43,7 @@ def products(z: Tensor, c: Tensor) -> Tensor:
     return out
 
 
-def drawn(setting: Setting, target: Target) -> tuple[Tensor, Tensor, int]:
+def operands_of(setting: Setting, target: Target) -> tuple[Tensor, Tensor, int]:
     """(z, prototypes, iterations) of a target; few rows and prototypes in a dry run."""
     n, d, k, steps = (target.shape[name] for name in ("n", "d", "k", "steps"))
     if setting.dry_run:
@@ -178,7 +178,7 @@ def samples_loss(package: str, z: Tensor, c: Tensor) -> Tensor:
 
 def iterations(setting: Setting, target: Target) -> Contest:
     """Target 9: an iteration on stored logits; a call runs `steps` of them after one pass."""
-    z, c, steps = drawn(setting, target)
+    z, c, steps = operands_of(setting, target)
     x = products(z, c)
     fast = compiled(setting, by_logarithms)
     peers = {
@@ -198,7 +198,7 @@ def iterations(setting: Setting, target: Target) -> Contest:
 
 def features(setting: Setting, target: Target) -> Contest:
     """Target 10: an iteration on features; nothing stores the logits."""
-    z, c, steps = drawn(setting, target)
+    z, c, steps = operands_of(setting, target)
 
     def tile(part: slice) -> Tensor:
         return z[part].double() @ c.double().T
@@ -227,7 +227,7 @@ def features(setting: Setting, target: Target) -> Contest:
 
 def relabelling(setting: Setting, target: Target) -> Contest:
     """Target 11: a relabelling of SeLa by `sela_labels`, to its stopping rule."""
-    z, c, _ = drawn(setting, target)
+    z, c, _ = operands_of(setting, target)
     log_p = products(z, c).mul_(EPSILON).log_softmax(1)
     tol = 1e-2 if setting.dry_run else 1e-3
 
@@ -245,7 +245,7 @@ def relabelling(setting: Setting, target: Target) -> Contest:
 
 def codes(setting: Setting, target: Target) -> Contest:
     """Target 12: SwAV's codes of two crops."""
-    z, c, steps = drawn(setting, target)
+    z, c, steps = operands_of(setting, target)
     x = products(z, c).view(2, -1, len(c))
 
     def ours() -> Tensor:

@@ -17,10 +17,10 @@ from clam_kernels import testing
 from .cases import (
     Invocation,
     backends,
+    calls_by_backend,
     differentiable,
     family_of,
-    fitted,
-    forced,
+    forced_backend,
     poison,
     refusal,
     same_bits,
@@ -72,7 +72,7 @@ def outcome(call: Invocation) -> tuple[Tensor, ...]:
     return result
 
 
-def unequal(call: Invocation, device: str) -> list[str]:
+def repeat_differences(call: Invocation, device: str) -> list[str]:
     """The results of a call that differ between runs."""
     first = outcome(call)
     differences = []
@@ -89,7 +89,7 @@ def unequal(call: Invocation, device: str) -> list[str]:
     return differences
 
 
-def unequal_parts(call: Invocation, device: str) -> list[str]:
+def differences_in_parts(call: Invocation, device: str) -> list[str]:
     """The results of a call that differ if its rows come in two batches."""
     whole = call.forward()
     differences = []
@@ -104,7 +104,7 @@ def unequal_parts(call: Invocation, device: str) -> list[str]:
     return differences
 
 
-def sampled(op: str, device: str, seed: int) -> Iterator[tuple[str, Invocation]]:
+def sample_calls(op: str, device: str, seed: int) -> Iterator[tuple[str, Invocation]]:
     """The samples of an op in float32."""
     names = testing.argument_names(op)
     for sample in testing.samples(op, seed):
@@ -121,25 +121,27 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], list[str]] | str
     """
     device, ops = setting.device, with_kernels()
     for op in ops:
-        for backend, call in fitted(op, family_of(op).large, setting):
-            apart = [] if op in family_of(op).coupled else [("split", unequal_parts)]
-            for word, check in [("large", unequal), *apart]:
+        for backend, call in calls_by_backend(op, family_of(op).large, setting):
+            part_checks = [] if op in family_of(op).coupled else [("split", differences_in_parts)]
+            for word, check in [("large", repeat_differences), *part_checks]:
                 check_or_refusal = (
-                    call if isinstance(call, str) else under(backend, check, call, device)
+                    call if isinstance(call, str) else forced_check(backend, check, call, device)
                 )
                 yield f"{op} {backend} {word}", check_or_refusal
     for op in ops:
         for backend in backends(op, device)[0]:
-            for name, call in sampled(op, device, setting.seed):
-                check_or_refusal = refusal(backend, op, *call.args) or under(
-                    backend, unequal, call, device
+            for name, call in sample_calls(op, device, setting.seed):
+                check_or_refusal = refusal(backend, op, *call.args) or forced_check(
+                    backend, repeat_differences, call, device
                 )
                 yield f"{op} {backend} {name}", check_or_refusal
 
 
-def under(backend: str, check: Check, call: Invocation, device: str) -> Callable[[], list[str]]:
+def forced_check(
+    backend: str, check: Check, call: Invocation, device: str
+) -> Callable[[], list[str]]:
     def run() -> list[str]:
-        with forced(backend)():
+        with forced_backend(backend)():
             return check(call, device)
 
     return run

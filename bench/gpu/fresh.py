@@ -15,7 +15,7 @@ import torch
 
 from clam_kernels import testing
 
-from .cases import backends, forced, refusal, with_kernels
+from .cases import backends, forced_backend, refusal, with_kernels
 from .setting import ROOT
 
 sys.path.append(str(ROOT / "tests"))
@@ -24,7 +24,7 @@ from _accuracy import assert_accurate
 DRAWS = 6
 
 
-def drawn(op: str, name: str, dtype: torch.dtype, device: str, seed: int) -> testing.Sample:
+def draw_sample(op: str, name: str, dtype: torch.dtype, device: str, seed: int) -> testing.Sample:
     found = next(s for s in testing.samples(op, seed) if s.name == name)
     return found.cast(dtype, device)
 
@@ -49,7 +49,7 @@ def cases(ops: Sequence[str], device: str, seed: int) -> Iterator[tuple[str, Any
                 if torch.float32 not in sample.dtypes:
                     continue
                 draws = [
-                    drawn(spec.name, sample.name, torch.float32, device, seed + i)
+                    draw_sample(spec.name, sample.name, torch.float32, device, seed + i)
                     for i in range(DRAWS)
                 ]
                 wanted = (*sample.differentiable, *sample.kinks) if spec.gradient else ()
@@ -60,7 +60,7 @@ def cases(ops: Sequence[str], device: str, seed: int) -> Iterator[tuple[str, Any
                     draws: Any = draws,
                     wanted: Any = wanted,
                 ) -> None:
-                    with forced(backend)():
+                    with forced_backend(backend)():
                         judge(spec, draws, wanted)
 
                 why = refusal(backend, spec.name, *draws[0].args)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cases import Family, Invocation, backends, differentiable, families, forced, same_bits
-from .clock import captured
+from .cases import Family, Invocation, backends, differentiable, families, forced_backend, same_bits
+from .clock import graph_replay
 from .setting import Setting
 
 Results = tuple[Tensor, ...]
 
 
-def twin(
+def draw_call(
     family: Family, op: str, shape: tuple[int, ...], setting: Setting, seed: int
 ) -> Invocation:
     return family.make(op, shape, setting.device, setting.seed + seed)
@@ -29,7 +29,7 @@ def overwrite(target: Invocation, source: Invocation) -> None:
             a.copy_(b)
 
 
-def replayed(
+def replay_check(
     setting: Setting, family: Family, op: str, backward: bool
 ) -> Callable[[], tuple[bool, str]]:
     """Capture a graph on some inputs and replay it on others: it returns the bits of a
@@ -37,11 +37,11 @@ def replayed(
     """
 
     def check() -> tuple[bool, str]:
-        first, second = (twin(family, op, family.small, setting, i) for i in range(2))
+        first, second = (draw_call(family, op, family.small, setting, i) for i in range(2))
         call = first.backward if backward else first.forward
         stale = [x.clone() for x in call()]
         expected = second.backward() if backward else second.forward()
-        replay: Callable[[], Results] = captured(call) if setting.device == "cuda" else call
+        replay: Callable[[], Results] = graph_replay(call) if setting.device == "cuda" else call
         for _ in range(2):
             overwrite(first, second)
             result = replay()
@@ -68,7 +68,7 @@ class Module(nn.Module):
         return floats[-1] + 1.0
 
 
-def traced(setting: Setting, family: Family, op: str) -> Callable[[], tuple[bool, str]]:
+def compile_check(setting: Setting, family: Family, op: str) -> Callable[[], tuple[bool, str]]:
     """torch.compile makes one graph for every N: the second and third size compile nothing."""
 
     def check() -> tuple[bool, str]:
@@ -88,7 +88,7 @@ def traced(setting: Setting, family: Family, op: str) -> Callable[[], tuple[bool
 
         _, *others = family.small
         n = 2048  # `make` gives smaller calls masks of N rows, which are not marked dynamic
-        call = twin(family, op, (n, *others), setting, 0)
+        call = draw_call(family, op, (n, *others), setting, 0)
         plain = Module(call)
         fast = torch.compile(plain, backend=counting, fullgraph=True)
         good = True
@@ -108,17 +108,17 @@ def cases(setting: Setting) -> Iterator[tuple[str, str, Callable[[], tuple[bool,
             for backend in backends(op, setting.device)[0]:
                 for backward in (False, True) if differentiable(op) else (False,):
                     label = f"{op} {'forward + backward' if backward else 'forward'} replayed"
-                    yield label, backend, replayed(setting, family, op, backward)
+                    yield label, backend, replay_check(setting, family, op, backward)
         for op in family.compiled:
             for backend in backends(op, setting.device)[0]:
-                yield f"{op} compiled", backend, traced(setting, family, op)
+                yield f"{op} compiled", backend, compile_check(setting, family, op)
 
 
 def run(setting: Setting) -> dict[str, Any]:
     results: list[dict[str, Any]] = []
     for label, backend, check in cases(setting):
         try:
-            with forced(backend)():
+            with forced_backend(backend)():
                 passed, detail = check()
         except Exception as error:  # the other cases still run
             passed, detail = False, f"{type(error).__name__}: {error}"[:300]

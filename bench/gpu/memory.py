@@ -12,14 +12,14 @@ from torch import Tensor
 from .cases import (
     PERIOD,
     Invocation,
+    calls_by_backend,
     differentiable,
     family_of,
-    fitted,
-    forced,
+    forced_backend,
     same_bits,
     with_kernels,
 )
-from .clock import Clock, Contestant, peak_bytes, tidy
+from .clock import Clock, Contestant, free_memory, peak_bytes
 from .setting import Setting
 
 SPOT = 256
@@ -29,15 +29,15 @@ CLOSE = 1e-4
 def peaks(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
     """Peak bytes of an op, at a size where an N x K array would exceed what is allowed."""
     family = family_of(op)
-    for backend, call in fitted(op, family.large, setting):
+    for backend, call in calls_by_backend(op, family.large, setting):
         if isinstance(call, str):
             yield {"what": f"{op} {backend} held", "ok": True, "refused": call}
             continue
         for backward in (False, True) if differentiable(op) else (False,):
             method = call.backward if backward else call.forward
-            with forced(backend)():
+            with forced_backend(backend)():
                 method()
-            peak = peak_bytes(clock, Contestant(method, forced(backend)))
+            peak = peak_bytes(clock, Contestant(method, forced_backend(backend)))
             allowed = family.allowance(call, backward)
             label = f"{op} {backend} {'backward' if backward else 'forward'}"
             yield {
@@ -50,7 +50,7 @@ def sizes(call: Invocation) -> list[list[int]]:
     return [list(a.shape) for a in call.args if isinstance(a, Tensor)]
 
 
-def spots(n: int, d: int) -> Tensor:
+def probe_rows(n: int, d: int) -> Tensor:
     """Indices of rows at both ends and on both sides of entry 2^31, where 32-bit offsets
     overflow.
     """
@@ -120,14 +120,14 @@ def sums_agree(call: Invocation, at: Tensor) -> tuple[bool, bool]:
 
 def wide(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
     """Calls with over 2^31 entries."""
-    for backend, call in fitted(op, family_of(op).wide, setting):
+    for backend, call in calls_by_backend(op, family_of(op).wide, setting):
         label = f"{op} {backend} wide"
         if isinstance(call, str):
             yield {"what": label, "ok": True, "refused": call}
             continue
-        tidy(clock)
-        at = spots(call.n, call.args[0].shape[-1]).to(setting.device)
-        with forced(backend)():
+        free_memory(clock)
+        at = probe_rows(call.n, call.args[0].shape[-1]).to(setting.device)
+        with forced_backend(backend)():
             close, exact = compare(call, at)
         yield {"what": label, "shape": sizes(call), "ok": close, "bitwise": exact}
 

@@ -12,7 +12,15 @@ import warnings
 
 import torch
 
-from .cases import Invocation, backends, differentiable, family_of, forced, refusal, with_kernels
+from .cases import (
+    Invocation,
+    backends,
+    differentiable,
+    family_of,
+    forced_backend,
+    refusal,
+    with_kernels,
+)
 
 
 def copied(call: Invocation, device: str) -> Invocation:
@@ -27,7 +35,7 @@ def outcome(call: Invocation, backend: str, device: str) -> str | None:
     if reason is not None:
         return f"refused: {reason}"
     try:
-        with forced(backend)():
+        with forced_backend(backend)():
             call.forward()
             if differentiable(call.op):
                 call.backward()

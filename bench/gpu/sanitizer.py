@@ -58,7 +58,7 @@ def environment() -> dict[str, str]:
 def tool_verdict(text: str, code: int | None) -> dict[str, Any]:
     """The verdict of one tool in one process, from its output and exit code."""
     refusal = next((line for line in text.splitlines() if any(r in line for r in REFUSALS)), None)
-    summary, counts = SUMMARY.findall(text), counted(text)
+    summary, counts = SUMMARY.findall(text), call_counts(text)
     if refusal is not None:
         return {"status": "unavailable", "reason": refusal.strip()[:300]}
     if code is None:
@@ -75,13 +75,13 @@ def tool_verdict(text: str, code: int | None) -> dict[str, Any]:
     return {"status": "pass" if clean else "fail", **counts, "reason": reason}
 
 
-def counted(text: str) -> dict[str, Any]:
+def call_counts(text: str) -> dict[str, Any]:
     """Number of calls that the script ran and that backends refused, from its last line."""
     done = DONE.search(text)
     return {"calls": int(done[1]) if done else 0, "refused": int(done[2]) if done else 0}
 
 
-def added(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def combined_verdict(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The verdicts of several processes, by label, as one: it passes if all of them pass."""
     states = [verdict["status"] for verdict in verdicts.values()]
     reasons = [
@@ -122,7 +122,7 @@ def plain_run(setting: Setting) -> tuple[str | None, str]:
     failures = [
         f"{label}: exit code {code}"
         for label, (output, code) in outputs.items()
-        if code or not counted(output)["calls"]
+        if code or not call_counts(output)["calls"]
     ]
     return (f"the script without tools fails: {'; '.join(failures)}" if failures else None), text
 
@@ -164,7 +164,7 @@ def run(setting: Setting) -> dict[str, Any]:
     log = "\n".join(f"==== {label}\n{text}" for label, (text, _) in outputs.items())
     (setting.out / "sanitizer.log").write_text(log[-(8 << 20) :], encoding="utf-8")
     tools = {
-        tool: added({o: tool_verdict(*outputs[f"{tool} {o}"]) for o in parts(setting)})
+        tool: combined_verdict({o: tool_verdict(*outputs[f"{tool} {o}"]) for o in parts(setting)})
         for tool in TOOLS
     }
     for status in ("fail", "unavailable"):

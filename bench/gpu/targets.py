@@ -10,8 +10,8 @@ import statistics
 from typing import Any
 
 from .. import record
-from .cases import Contest, Target, Work, backends, families, forced, refusal
-from .clock import Clock, Contestant, Times, peak_bytes, race, tidy
+from .cases import Contest, Target, Work, backends, families, forced_backend, refusal
+from .clock import Clock, Contestant, Times, free_memory, peak_bytes, race
 from .setting import Setting, write_json
 from .table import best
 
@@ -175,11 +175,11 @@ class Table:
             self.rows.append({**self.blank(target, "-"), "reason": reason, "missed": [reason]})
         if refusals:
             self.rows[-1]["refusals"] = refusals
-        tidy(self.clock)
+        free_memory(self.clock)
         self.save()
 
     def contest(self, target: Target, contest: Contest, able: list[str], seconds: float) -> None:
-        contestants = {name: Contestant(contest.ours, forced(name)) for name in able}
+        contestants = {name: Contestant(contest.ours, forced_backend(name)) for name in able}
         contestants |= {f"peer {name}": peer for name, peer in contest.peers.items()}
         rounds = FEW_ROUNDS if self.setting.dry_run else ROUNDS
         times = race(self.clock, contestants, rounds, seconds, target.kind)

@@ -95,7 +95,7 @@ def listing(dry_run: bool) -> list[str]:
     return pytest(*chosen, "-k", ON_DEVICE, "--collect-only")
 
 
-def named(text: str) -> list[str]:
+def listed_cases(text: str) -> list[str]:
     """The cases in pytest's listing; none if their number is not the one that it prints."""
     cases = [line for line in text.splitlines() if line.startswith("tests/") and "::" in line]
     count = COLLECTED.search(text)
@@ -155,10 +155,10 @@ def shards(setting: Setting, folder: Path, cases: list[str]) -> list[Shard]:
     plan += on_device(cases)
     chosen = sorted(files(), key=lambda f: "contract" not in f)
     plan += [(f, pytest(f, "-k", f"not ({ON_DEVICE})"), False) for f in chosen]
-    return numbered(plan, folder)
+    return numbered_shards(plan, folder)
 
 
-def numbered(plan: list[tuple[str, list[str], bool]], folder: Path) -> list[Shard]:
+def numbered_shards(plan: list[tuple[str, list[str], bool]], folder: Path) -> list[Shard]:
     return [
         Shard(name, words, folder / f"{i}.log", device=device)
         for i, (name, words, device) in enumerate(plan)
@@ -168,10 +168,10 @@ def numbered(plan: list[tuple[str, list[str], bool]], folder: Path) -> list[Shar
 def stand_ins(setting: Setting, folder: Path) -> list[Shard]:
     """A few fresh cases, to test that every module can be imported."""
     plan = [("fresh seed", fresh(setting, "--most", "12"), False)]
-    return numbered(plan, folder)
+    return numbered_shards(plan, folder)
 
 
-def executed(text: str) -> dict[str, int]:
+def case_counts(text: str) -> dict[str, int]:
     """Number of executed contract cases of each op, as tests/conftest.py prints it."""
     line = EXECUTED.search(text)
     parts = (part.split() for part in line[1].split(", ")) if line else ()
@@ -186,7 +186,7 @@ def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
         words = " ".join(shard.command[:SHOWN])
         log.write(f"==== {shard.name}: {shard.outcome}\n$ {words}\n{text[-LOGGED:]}\n")
         entry = {"name": shard.name, "outcome": shard.outcome, **shard.counts}
-        entry |= {"cases": executed(text)} if shard.device else {}
+        entry |= {"cases": case_counts(text)} if shard.device else {}
         if shard.outcome.startswith("exit"):
             entry["tail"] = text[-2500:]
         entries.append(entry)
@@ -200,7 +200,7 @@ def run(setting: Setting) -> dict[str, Any]:
         plan, cases = [first], list[str]()
         try:
             run_jobs(setting, plan, most, SPARE)
-            cases = named(first.close())
+            cases = listed_cases(first.close())
             plan += (
                 stand_ins(setting, Path(folder))
                 if setting.dry_run
