@@ -23,9 +23,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # @triton.jit reads it, so it must be set before any import of triton
+# @triton.jit reads it, so it must be set before any import of triton
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import _slow

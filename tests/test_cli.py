@@ -248,7 +248,7 @@ def test_the_columns_of_a_model_are_chosen_by_name(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("words", "message"),
     [
         (["-k", 0], "argument -k/--clusters: expected a whole number >= 1, got '0'"),
         (["-k", "2.5"], "argument -k/--clusters: expected a whole number >= 1, got '2.5'"),
@@ -258,10 +258,10 @@ def test_the_columns_of_a_model_are_chosen_by_name(folder: Path, tmp_path: Path)
     ],
 )
 @pytest.mark.parametrize("algo", ["clam", "kmeans"])
-def test_wrong_numbers_name_the_option(folder: Path, tmp_path: Path, asked, told, algo) -> None:
-    run = clam("fit", folder / "x.npy", "--algo", algo, *asked, "-o", tmp_path / "m", "--force")
+def test_wrong_numbers_name_the_option(folder: Path, tmp_path: Path, words, message, algo) -> None:
+    run = clam("fit", folder / "x.npy", "--algo", algo, *words, "-o", tmp_path / "m", "--force")
     assert run.returncode == 2
-    assert told in run.stderr
+    assert message in run.stderr
 
 
 @pytest.mark.filterwarnings("default")

@@ -298,9 +298,8 @@ def test_a_state_with_a_marginal_does_not_load_into_a_layer_without(name):
             layers[target].load_state_dict(state)
         assert str(caught.value).splitlines()[1:] == [f"\t{words}: make the layer {source} {name}"]
     heads = {part: state[f"0.{part}"] for part in ("weight", "bias")}
-    lost = layers["with"][0].load_state_dict(
-        heads, strict=False
-    )  # its labels do not have other shares
+    # its labels do not have other shares
+    lost = layers["with"][0].load_state_dict(heads, strict=False)
     assert set(lost.missing_keys) == {"labels", "g", name}
 
 

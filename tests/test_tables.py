@@ -66,7 +66,7 @@ def test_names_and_rows_are_distinguished(table, text, names, rows):
 
 
 @pytest.mark.parametrize(
-    ("text", "names", "rows", "told"),
+    ("text", "names", "rows", "message"),
     [
         ("0,1,2\n5,6,7\n", ["0", "1", "2"], 1, "became column names; --no-header"),
         ("2019,2020\n5,6\n", None, 2, "became data; --header"),
@@ -74,8 +74,8 @@ def test_names_and_rows_are_distinguished(table, text, names, rows):
         ("5.1,setosa\n4.9,2\n", ["5.1", "setosa"], 1, "became column names; --no-header"),
     ],
 )
-def test_a_doubtful_header_warns(table, text, names, rows, told):
-    with pytest.warns(UserWarning, match=told):
+def test_a_doubtful_header_warns(table, text, names, rows, message):
+    with pytest.warns(UserWarning, match=message):
         x, names_read = table(text)
     assert (names_read, len(x)) == (names, rows)
 

@@ -175,7 +175,6 @@ class Refusing:
 
 
 def test_a_mode_that_torch_refuses_leaves_no_state(monkeypatch):
-    """-"""
     torch.set_float32_matmul_precision("medium")
     before = modes()
     monkeypatch.setattr(torch.backends.mkldnn, "matmul", Refusing())

@@ -327,9 +327,9 @@ def test_int8_does_not_wrap_around() -> None:
 
 
 @pytest.mark.parametrize(
-    "made", ["fortran", "reversed", "readonly", "big-endian", "list", "longdouble"]
+    "kind", ["fortran", "reversed", "readonly", "big-endian", "list", "longdouble"]
 )
-def test_unusual_arrays_give_the_same_labels(iris: np.ndarray, fitted: ClAM, made: str) -> None:
+def test_unusual_arrays_give_the_same_labels(iris: np.ndarray, fitted: ClAM, kind: str) -> None:
     readonly = iris.copy()
     readonly.flags.writeable = False
     x = {
@@ -339,7 +339,7 @@ def test_unusual_arrays_give_the_same_labels(iris: np.ndarray, fitted: ClAM, mad
         "big-endian": iris.astype(">f8"),
         "list": iris.tolist(),
         "longdouble": iris.astype(np.longdouble),
-    }[made]
+    }[kind]
     np.testing.assert_array_equal(ClAM(3, **QUICK).fit(x).labels_, fitted.labels_)
 
 

@@ -110,7 +110,7 @@ def test_any_csr_matrix_is_accepted_and_not_changed(kind):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "options",
     [
         {},
         {"init": "k-means++"},
@@ -119,10 +119,10 @@ def test_any_csr_matrix_is_accepted_and_not_changed(kind):
     ],
     ids=str,
 )
-def test_no_pass_makes_the_rows_dense(given):
+def test_no_pass_makes_the_rows_dense(options):
     x = _topics(4000, 40_000)
     plain = {"n_clusters": 4, "init": "random", "n_init": 1, "max_iter": 3, "random_state": 0}
-    model = KMeans(**{**plain, **given})
+    model = KMeans(**{**plain, **options})
 
     def run() -> None:
         model.fit(x)

@@ -103,7 +103,7 @@ def test_integers_that_float64_rounds_are_refused_by_name(estimator, kind):
 
 
 @pytest.mark.parametrize(
-    "made",
+    "container",
     [
         lambda x: x,
         lambda x: x.tolist(),
@@ -115,11 +115,11 @@ def test_integers_that_float64_rounds_are_refused_by_name(estimator, kind):
     ],
     ids=["array", "list", "big-endian", "Fortran", "tensor", "objects", "sparse"],
 )
-def test_integers_of_arrays_are_refused_by_place(made):
+def test_integers_of_arrays_are_refused_by_place(container):
     x = np.zeros((ROWS, 3), dtype=np.int64)
     x[5, 1] = -(2**53) - 1
     with pytest.raises(ValueError, match=f"got {-(2**53) - 1} in column 1, row 5"):
-        KMeans(2, n_init=1).fit(made(x))
+        KMeans(2, n_init=1).fit(container(x))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)

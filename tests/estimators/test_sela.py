@@ -238,7 +238,7 @@ def _picture(x: np.ndarray) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "got"),
+    ("make", "kind"),
     [
         (lambda x: {"x": x}, "dict in row 0"),
         (lambda x: ({"x": x}, 1), "dict in row 0"),
@@ -247,8 +247,8 @@ def _picture(x: np.ndarray) -> Any:
         (_picture, "Image in row 0"),
     ],
 )
-def test_items_that_are_no_numbers(make, got):
-    with pytest.raises(TypeError, match=f"data: expected a Dataset whose items are, .* got {got}"):
+def test_items_that_are_no_numbers(make, kind):
+    with pytest.raises(TypeError, match=f"data: expected a Dataset whose items are, .* got {kind}"):
         sela().fit(Items(make))
 
 

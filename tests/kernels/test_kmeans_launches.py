@@ -73,7 +73,7 @@ def test_equal_centroids(backend, monkeypatch, n):
     """Ties across tiles and in the last tile, which is not full; nor is the last tile of rows."""
     launch = importlib.import_module("clam_kernels.kernels.common.launch")
     real = launch.settings
-    monkeypatch.setattr(launch, "settings", lambda *given: {**real(*given), "ROWS": 64})
+    monkeypatch.setattr(launch, "settings", lambda *arguments: {**real(*arguments), "ROWS": 64})
     c = random(1, 7, seed=1).expand(130, 7).contiguous()
     assert not _agrees(random(n, 7), c).any()
     c[:65] += 1.0
@@ -81,11 +81,11 @@ def test_equal_centroids(backend, monkeypatch, n):
 
 
 @pytest.mark.parametrize("offset", [1e4, 1e5])
-@pytest.mark.parametrize("given", [True, False])
-def test_far_from_the_origin(backend, offset, given):
+@pytest.mark.parametrize("has_shift", [True, False])
+def test_far_from_the_origin(backend, offset, has_shift):
     centres = offset + 3 * random(32, 16)
     x = centres[torch.arange(600) % 32] + 0.3 * random(600, 16, seed=1)
-    labels = _agrees(x, centres, x.double().mean(0).float() if given else None)
+    labels = _agrees(x, centres, x.double().mean(0).float() if has_shift else None)
     assert torch.equal(labels, torch.arange(600) % 32)
 
 
@@ -145,9 +145,8 @@ def test_two_candidates_in_float64(backend, monkeypatch, d):
     assert not torch.equal(_assign(x, c)[0], expected)
     _bounded(monkeypatch, 2.0**-9)
     _agrees(x, c)
-    _agrees(
-        x[::6], c[:2]
-    )  # no other centroids: a third candidate is impossible, however wide the bound
+    # no other centroids: a third candidate is impossible, however wide the bound
+    _agrees(x[::6], c[:2])
     _bounded(monkeypatch, 1e9)
     _agrees(x[::6], c[:2])
 
@@ -205,16 +204,16 @@ def test_codes_of_tiles_are_in_the_bound(backend, k):
     _agrees(c[:40] + 1e-6 * x, c)
 
 
-def _parts(x: Tensor, kept: int) -> list[Tensor]:
+def _parts(x: Tensor, halves: int) -> list[Tensor]:
     """The parts of a scaled factor that the matrix units get."""
     parts: list[Tensor] = []
-    for _ in range(kept):
+    for _ in range(halves):
         parts.append((x - sum(parts, torch.zeros(()))).half().float())
     return parts
 
 
-@pytest.mark.parametrize(("precision", "kept"), [("f16", 1), ("f16x3", 2)])
-def test_the_error_of_products_is_bounded(backend, precision, kept):
+@pytest.mark.parametrize(("precision", "halves"), [("f16", 1), ("f16x3", 2)])
+def test_the_error_of_products_is_bounded(backend, precision, halves):
     """The bounds of both kinds of product hold, and each kind exceeds the bound of the
     finer one.
     """
@@ -224,10 +223,10 @@ def test_the_error_of_products_is_bounded(backend, precision, kept):
         x, c = random(60_000 // d, d), random(60_000 // d, d, seed=1)
         x = x * 2.0 ** (7 - x.abs().amax(1, keepdim=True).log2().floor())
         c = c * 2.0 ** (7 - c.norm(dim=1, keepdim=True).log2().floor())
-        parts = [_parts(t, kept) for t in (x, c)]
+        parts = [_parts(t, halves) for t in (x, c)]
         product = sum(
             (a.double() * b.double()).sum(1)
-            for i, a in enumerate(parts[0]) for j, b in enumerate(parts[1]) if i + j < kept
+            for i, a in enumerate(parts[0]) for j, b in enumerate(parts[1]) if i + j < halves
         )  # fmt: skip
         error = (product - (x.double() * c.double()).sum(1)).abs()
         worst = max(worst, float((error / (x.double().norm(dim=1) * c.double().norm(dim=1))).max()))

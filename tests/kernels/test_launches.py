@@ -133,7 +133,7 @@ def _agrees(op: str, *draws: tuple[object, ...], scale: float = 4.0) -> None:
 def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d, fused):
     """A cell is a part of a problem, one problem or several; either side may have batch dims."""
     if not fused:
-        monkeypatch.setattr(am_fused(), "serves", lambda *given: False)
+        monkeypatch.setattr(am_fused(), "serves", lambda *arguments: False)
     launch = importlib.import_module("clam_kernels.kernels.common.launch")
     monkeypatch.setattr(launch, "SCRATCH", budget)
     call = importlib.import_module("clam_kernels.kernels.am.call")
@@ -163,7 +163,7 @@ TWO = ("plain", "batch-crossed", "beta-k-weights", "all-dead-in-one-problem", "T
 @pytest.mark.parametrize("name", TWO)
 def test_few_features_through_the_two_kernels(monkeypatch, name):
     """The kernels for many memories also compute calls that the fused backward serves."""
-    monkeypatch.setattr(am_fused(), "serves", lambda *given: False)
+    monkeypatch.setattr(am_fused(), "serves", lambda *arguments: False)
     samples = [
         s for i in range(DRAWS) for s in testing.samples("am_recursion", i) if s.name == name
     ]
@@ -251,20 +251,20 @@ def test_the_automatic_choice_on_a_gpu(monkeypatch, d, dtype, precision, name, s
     assert says in reason
 
 
-@pytest.mark.parametrize(("given", "name"), [((), "cuda"), (("high",), "triton")])
-def test_explain_works_without_the_memories(monkeypatch, given, name):
+@pytest.mark.parametrize(("options", "name"), [((), "cuda"), (("high",), "triton")])
+def test_explain_works_without_the_memories(monkeypatch, options, name):
     """`ClAM.fit` calls it before the memories exist."""
     backend = importlib.import_module("clam_kernels._core.backend")
     monkeypatch.setattr(backend.library, "why_unavailable", lambda: None)
     v = torch.zeros(5, 16)
-    assert backend.choose(testing.spec_of("am_recursion"), "cuda", (v, *given))[0] == name
+    assert backend.choose(testing.spec_of("am_recursion"), "cuda", (v, *options))[0] == name
     for spec in clam_kernels.all_ops():
-        assert clam_kernels.explain(spec.name, v, *given).startswith(f"clam::{spec.name}: ")
+        assert clam_kernels.explain(spec.name, v, *options).startswith(f"clam::{spec.name}: ")
         if not spec.kernels:
             continue
         with clam_kernels.backend("triton"):
-            mode = given[0] if given else "highest"
-            assert f"triton at {mode} precision" in clam_kernels.explain(spec.name, v, *given)
+            mode = options[0] if options else "highest"
+            assert f"triton at {mode} precision" in clam_kernels.explain(spec.name, v, *options)
 
 
 def test_a_forced_backend_says_why_it_cannot(monkeypatch):
@@ -347,11 +347,8 @@ def test_rows_past_the_end_reach_no_gradient(monkeypatch):
     monkeypatch.setattr(call.Call, "settings", settings)
     weights = 100.0 + _random(7, seed=3)
     beta = torch.tensor(0.5, dtype=torch.float64)
-    v, rho, size = (
-        _random(5, 4),
-        _random(7, 4, seed=1),
-        100.0,
-    )  # the size of the logits, so their rounding is relative to it
+    # `size` is that of the logits, so their rounding is relative to it
+    v, rho, size = _random(5, 4), _random(7, 4, seed=1), 100.0
     _agrees("am_recursion", (v, rho, beta, 2, 0.7, None, weights), scale=size)
     _agrees("am_energy", (v, rho, beta, weights), scale=size)
 

@@ -130,13 +130,13 @@ def test_ask(bootstrap: ModuleType, tmp_path: Path) -> None:
     assert bootstrap.ask(sys.executable, "import time; time.sleep(60)", timeout=0.2) is None
 
 
-@pytest.mark.parametrize(("code", "found"), [(0, True), (9, False), (None, False)])
+@pytest.mark.parametrize(("code", "expected"), [(0, True), (9, False), (None, False)])
 def test_driver(
     bootstrap: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     code: int | None,
-    found: bool,
+    expected: bool,
 ) -> None:
     """A tool that fails, as in a container without a GPU, counts as no driver."""
     if code is not None:
@@ -144,7 +144,7 @@ def test_driver(
         tool.write_text(f"#!/bin/sh\nexit {code}\n", encoding="utf-8")
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert bootstrap.has_driver() is found
+    assert bootstrap.has_driver() is expected
 
 
 # ---- the steps -----------------------------------------------------------------------------------
