@@ -306,7 +306,7 @@ def test_a_refused_call_is_no_failure(part, limited, tmp_path):
 
 def test_a_refused_backend_has_no_row(part, limited, tmp_path, monkeypatch):
     targets, setting = part("targets"), part("setting").Setting(tmp_path, 1, 60.0, dry_run=True)
-    table, (target, *_) = targets.Table(setting), part("targets_am").TARGETS
+    table, (target, *_) = targets.TargetTable(setting), part("targets_am").TARGETS
     table.run(target, 1.0)  # in a dry run it has 16 memories
     assert [row["backend"] for row in table.rows] == ["reference", "few"]
     monkeypatch.setattr(targets, "refusal", lambda name, *_: "no" if name == "few" else None)

@@ -231,7 +231,7 @@ def test_features_of_two_dtypes_are_promoted_where_sinkhorn_is_called():
     assert torch.equal(result.value(), expected.value())
 
 
-class _Products(TorchDispatchMode):
+class ProductDtypes(TorchDispatchMode):
     """Records the dtypes of the matrix products."""
 
     def __init__(self) -> None:
@@ -253,7 +253,7 @@ def test_highest_is_no_lower_than_float32_where_torch_multiplies_lower(precision
     expected = result.codes()
     torch.set_float32_matmul_precision(precision)
     try:
-        with _Products() as log:
+        with ProductDtypes() as log:
             codes = result.codes()
     finally:
         torch.set_float32_matmul_precision("highest")

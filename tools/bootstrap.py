@@ -53,7 +53,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TorchPlan:
     """Where torch comes from: the base interpreter, or the first attempt that succeeds."""
 
     system_site: bool
@@ -67,10 +67,10 @@ def new_enough(version: str | None) -> bool:
     return numbers is not None and tuple(map(int, numbers.groups())) >= TORCH_FLOOR
 
 
-def decide(base_torch: str | None, driver: bool, index: str | None) -> Plan:
+def decide(base_torch: str | None, driver: bool, index: str | None) -> TorchPlan:
     """Choose the plan from the results of the probes; it has every attempt that may succeed."""
     if new_enough(base_torch):
-        return Plan(True, f"torch: {base_torch} of the base interpreter")
+        return TorchPlan(True, f"torch: {base_torch} of the base interpreter")
     cpu = Attempt(("-c", CONSTRAINTS, "torch"), "torch: the CPU build", constraints=True)
     plain = Attempt((TORCH,), "torch: what pip finds" if driver else SEVERAL_GB)
     named: tuple[Attempt, ...] = ()
@@ -83,8 +83,8 @@ def decide(base_torch: str | None, driver: bool, index: str | None) -> Plan:
             Attempt(("--extra-index-url", index, TORCH), f"{says}, beside pip's own"),
         )
     if driver:
-        return Plan(False, "torch: for the NVIDIA driver found", (plain, *named, cpu))
-    return Plan(False, "torch: for a machine without an NVIDIA driver", (cpu, *named, plain))
+        return TorchPlan(False, "torch: for the NVIDIA driver found", (plain, *named, cpu))
+    return TorchPlan(False, "torch: for a machine without an NVIDIA driver", (cpu, *named, plain))
 
 
 # ---- the probes ----------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def make_venv(base: str, system_site: bool) -> None:
         raise SetupError(f"python -m venv failed:\n{tail(done.stdout + done.stderr)}")
 
 
-def install_torch(plan: Plan) -> bool:
+def install_torch(plan: TorchPlan) -> bool:
     """Install torch by the first attempt that succeeds; returns whether the rest of the
     installation uses constraints-cpu.txt.
     """

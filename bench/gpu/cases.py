@@ -95,7 +95,7 @@ class Goal:
 
 
 @dataclass
-class Contest:
+class TimedContest:
     """A target, ready to run. A backend accepts or refuses it by `args`, the operands of `ours`.
     `plain` is the eager call whose error bounds ours. `scale` is the whole workload over the work
     of one call. `errors` maps a result to figures; it may return several draws of a figure as
@@ -122,7 +122,7 @@ class Target:
     shape: dict[str, int]
     work: Work
     goal: Goal
-    build: Callable[[Setting, Target], Contest]
+    build: Callable[[Setting, Target], TimedContest]
     kind: str = "device"
     note: str = ""
     dtype: str = "float32"

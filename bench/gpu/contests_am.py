@@ -13,7 +13,7 @@ from torch import Tensor
 import clam_kernels  # noqa: F401  registers torch.ops.clam
 from python_fallback import am as truth
 
-from .cases import Contest, Target
+from .cases import Target, TimedContest
 from .clock import Contestant, launches, products, tf32
 from .setting import Setting
 
@@ -170,7 +170,7 @@ def gradient_errors(
 # ---- contests -----------------------------------------------------------------------------------
 
 
-def recall(setting: Setting, target: Target) -> Contest:
+def recall(setting: Setting, target: Target) -> TimedContest:
     """Rows 1, 2, 3, 16, 17: forward."""
     v, rho, beta, steps = operands_of(setting, target)
     args = (v, rho, beta) if target.op == "am_step" else (v, rho, beta, steps)
@@ -190,7 +190,7 @@ def recall(setting: Setting, target: Target) -> Contest:
                 "launches_eager": launches(lambda: eager(v, rho, beta, steps)),
             }
 
-    return Contest(
+    return TimedContest(
         ours=lambda: op(*args, precision=target.mode),
         args=args,
         peers=peers,
@@ -200,7 +200,7 @@ def recall(setting: Setting, target: Target) -> Contest:
     )
 
 
-def recall_trained(setting: Setting, target: Target) -> Contest:
+def recall_trained(setting: Setting, target: Target) -> TimedContest:
     """Target 4: forward and backward."""
     v, rho, number, steps = operands_of(setting, target)
     leaves = [x.requires_grad_() for x in (v, rho, torch.tensor(number, device=v.device))]
@@ -219,7 +219,7 @@ def recall_trained(setting: Setting, target: Target) -> Contest:
     exact = exact_gradients(v, rho, leaves[2], steps, grad)
     forward = forward_errors(v.detach(), rho.detach(), number, steps, setting.seed)
     at = sample_of(len(v), setting.seed, str(v.device))
-    return Contest(
+    return TimedContest(
         ours=lambda: trained(torch.ops.clam.am_recursion, precision=target.mode),
         args=tuple(leaves),
         peers=peers,
@@ -228,7 +228,7 @@ def recall_trained(setting: Setting, target: Target) -> Contest:
     )
 
 
-def inference(setting: Setting, target: Target) -> Contest:
+def inference(setting: Setting, target: Target) -> TimedContest:
     """Target 5: eager cannot run it whole, so the peers are eager in chunks of rows."""
     v, rho, beta, steps = operands_of(setting, target)
     half = {"dtype": torch.bfloat16} if target.mode == "medium" else {}
@@ -239,7 +239,7 @@ def inference(setting: Setting, target: Target) -> Contest:
         for size in CHUNKS
     }
     peers["sdpa"] = Contestant(lambda: attention(v, rho, beta, steps))
-    return Contest(
+    return TimedContest(
         ours=lambda: torch.ops.clam.am_recursion(v, rho, beta, steps, precision=target.mode),
         args=(v, rho, beta),
         peers=peers,
@@ -303,7 +303,7 @@ def eager_masked_chunks(v: Tensor, *rest: Any) -> Tensor:
     return torch.cat([eager_masked(x, *between, u) for x, u in pairs])
 
 
-def training(setting: Setting, target: Target) -> Contest:
+def training(setting: Setting, target: Target) -> TimedContest:
     """Target 6: one batch of the epoch; the losses of a few batches beside those of eager
     float32.
     """
@@ -330,7 +330,7 @@ def training(setting: Setting, target: Target) -> Contest:
             "curve_ok": off(losses) <= max(2 * off(rival), 1e-3 * float(exact.abs().max())),
         }
 
-    return Contest(
+    return TimedContest(
         ours=ours.batch,
         args=(ours.x, ours.rho, ours.beta),
         peers={"eager_chunks_32k": Contestant(plain.batch, tf32)},

@@ -15,7 +15,7 @@ from torch import Tensor
 import clam_kernels  # noqa: F401  registers torch.ops.clam
 from python_fallback import kmeans as truth
 
-from .cases import Contest, Target
+from .cases import Target, TimedContest
 from .clock import Contestant
 from .contests_am import STAND_IN_ROWS, sample_of, torch_mode
 from .setting import Setting
@@ -137,7 +137,7 @@ def scikit_learn(x: Tensor, centroids: Tensor) -> dict[str, Any]:
 # ---- contests -----------------------------------------------------------------------------------
 
 
-def iteration(setting: Setting, target: Target) -> Contest:
+def iteration(setting: Setting, target: Target) -> TimedContest:
     """Target 7: labels and sums of one Lloyd iteration."""
     x, centroids = operands_of(setting, target)
     ops, k = torch.ops.clam, len(centroids)
@@ -153,7 +153,7 @@ def iteration(setting: Setting, target: Target) -> Contest:
         "fast_pytorch": Contestant(lambda: fast_pytorch(x, centroids)),
         "cuml": Contestant(lambda: cuml(x, centroids)),
     }
-    return Contest(
+    return TimedContest(
         ours=ours,
         args=(x, centroids),
         peers=peers,
@@ -163,7 +163,7 @@ def iteration(setting: Setting, target: Target) -> Contest:
     )
 
 
-def step(setting: Setting, target: Target) -> Contest:
+def step(setting: Setting, target: Target) -> TimedContest:
     """Target 7s: the iteration of target 7 for few centroids and features, against the two ops that
     it replaces.
     """
@@ -183,7 +183,7 @@ def step(setting: Setting, target: Target) -> Contest:
         "eager": Contestant(lambda: eager_iteration(x, centroids), torch_mode(target.mode)),
         "flash": Contestant(lambda: flash(x, centroids)),
     }
-    return Contest(
+    return TimedContest(
         args=(x, centroids),
         ours=ours,
         peers=peers,
@@ -192,7 +192,7 @@ def step(setting: Setting, target: Target) -> Contest:
     )
 
 
-def assignment(setting: Setting, target: Target) -> Contest:
+def assignment(setting: Setting, target: Target) -> TimedContest:
     """Target 8: labels alone."""
     x, centroids = operands_of(setting, target)
 
@@ -207,7 +207,7 @@ def assignment(setting: Setting, target: Target) -> Contest:
         "flash": Contestant(lambda: flash(x, centroids)),
         "faiss": Contestant(lambda: faiss(x.float(), centroids)),
     }
-    return Contest(
+    return TimedContest(
         ours=ours,
         args=(x, centroids),
         peers=peers,

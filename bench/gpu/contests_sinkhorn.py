@@ -13,7 +13,7 @@ from torch import Tensor
 
 import clam_kernels
 
-from .cases import Contest, Target
+from .cases import Target, TimedContest
 from .clock import Contestant, launches
 from .contests_am import STAND_IN_ROWS, compiled, sample_of, torch_mode
 from .setting import Setting
@@ -176,7 +176,7 @@ def samples_loss(package: str, z: Tensor, c: Tensor) -> Tensor:
 # ---- contests -----------------------------------------------------------------------------------
 
 
-def iterations(setting: Setting, target: Target) -> Contest:
+def iterations(setting: Setting, target: Target) -> TimedContest:
     """Target 9: an iteration on stored logits; a call runs `steps` of them after one pass."""
     z, c, steps = operands_of(setting, target)
     x = products(z, c)
@@ -186,7 +186,7 @@ def iterations(setting: Setting, target: Target) -> Contest:
         "products": Contestant(lambda: by_products(x, steps), torch_mode(target.mode)),
         "compile": Contestant(lambda: fast(x, steps)),
     }
-    return Contest(
+    return TimedContest(
         ours=lambda: torch.ops.clam.sinkhorn_potentials(x, steps, precision=target.mode),
         args=(x, steps),
         peers=peers,
@@ -196,7 +196,7 @@ def iterations(setting: Setting, target: Target) -> Contest:
     )
 
 
-def features(setting: Setting, target: Target) -> Contest:
+def features(setting: Setting, target: Target) -> TimedContest:
     """Target 10: an iteration on features; nothing stores the logits."""
     z, c, steps = operands_of(setting, target)
 
@@ -213,7 +213,7 @@ def features(setting: Setting, target: Target) -> Contest:
         "flash": Contestant(lambda: samples_loss("flash_sinkhorn", z, c)),
         "geomloss": Contestant(lambda: samples_loss("geomloss", z, c)),
     }
-    return Contest(
+    return TimedContest(
         ours=lambda: torch.ops.clam.sinkhorn_potentials_features(
             z, c, steps, precision=target.mode
         ),
@@ -225,7 +225,7 @@ def features(setting: Setting, target: Target) -> Contest:
     )
 
 
-def relabelling(setting: Setting, target: Target) -> Contest:
+def relabelling(setting: Setting, target: Target) -> TimedContest:
     """Target 11: a relabelling of SeLa by `sela_labels`, to its stopping rule."""
     z, c, _ = operands_of(setting, target)
     log_p = products(z, c).mul_(EPSILON).log_softmax(1)
@@ -238,12 +238,12 @@ def relabelling(setting: Setting, target: Target) -> Contest:
         shares = torch.bincount(out, minlength=len(c)).double() / len(out)
         return {"out": 0.0, "share_error": float((shares - 1 / len(c)).abs().sum())}
 
-    return Contest(
+    return TimedContest(
         ours=ours, args=(log_p, 1), peers={}, errors=errors, plain=Contestant(ours)
     )  # fmt: skip
 
 
-def codes(setting: Setting, target: Target) -> Contest:
+def codes(setting: Setting, target: Target) -> TimedContest:
     """Target 12: SwAV's codes of two crops."""
     z, c, steps = operands_of(setting, target)
     x = products(z, c).view(2, -1, len(c))
@@ -269,7 +269,7 @@ def codes(setting: Setting, target: Target) -> Contest:
                 "launches_eager": launches(lambda: swav_form(x, steps)),
             }
 
-    return Contest(
+    return TimedContest(
         ours=ours,
         args=(x, steps),
         peers=peers,

@@ -10,7 +10,7 @@ import statistics
 from typing import Any
 
 from .. import record
-from .cases import Contest, Target, Work, backends, families, forced_backend, refusal
+from .cases import Target, TimedContest, Work, backends, families, forced_backend, refusal
 from .clock import Clock, Contestant, Times, free_memory, peak_bytes, race
 from .setting import Setting, write_json
 from .table import best
@@ -128,7 +128,7 @@ def misses(target: Target, facts: dict[str, Any], plain: dict[str, Any]) -> list
     return missed
 
 
-class Table:
+class TargetTable:
     """The rows of the report so far; it is on disk after each."""
 
     def __init__(self, setting: Setting) -> None:
@@ -178,7 +178,9 @@ class Table:
         free_memory(self.clock)
         self.save()
 
-    def contest(self, target: Target, contest: Contest, able: list[str], seconds: float) -> None:
+    def contest(
+        self, target: Target, contest: TimedContest, able: list[str], seconds: float
+    ) -> None:
         contestants = {name: Contestant(contest.ours, forced_backend(name)) for name in able}
         contestants |= {f"peer {name}": peer for name, peer in contest.peers.items()}
         rounds = FEW_ROUNDS if self.setting.dry_run else ROUNDS
@@ -199,11 +201,11 @@ class Table:
             facts["pass"] = not facts["missed"]
             self.rows.append(facts)
 
-    def errors(self, contest: Contest, contestant: Contestant) -> dict[str, Any]:
+    def errors(self, contest: TimedContest, contestant: Contestant) -> dict[str, Any]:
         with contestant.around():
             return contest.errors(contestant.call())
 
-    def peer(self, contest: Contest, name: str, times: dict[str, Times]) -> dict[str, Any]:
+    def peer(self, contest: TimedContest, name: str, times: dict[str, Times]) -> dict[str, Any]:
         own = times[f"peer {name}"]
         if not own.ms:
             return {"ms": None, "err": None, "absent": own.reason}
@@ -213,7 +215,11 @@ class Table:
                 "err": errors.get("out"), "errors": errors}  # fmt: skip
 
     def measure(
-        self, facts: dict[str, Any], contest: Contest, contestant: Contestant, plain: dict[str, Any]
+        self,
+        facts: dict[str, Any],
+        contest: TimedContest,
+        contestant: Contestant,
+        plain: dict[str, Any],
     ) -> None:
         """Share of the lower bound, error and memory of our call."""
         if not self.setting.dry_run:  # the stand-in is smaller than the target
@@ -232,7 +238,7 @@ class Table:
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    table = Table(setting)
+    table = TargetTable(setting)
     targets = [target for family in families() for target in family.targets]
     for at, target in enumerate(targets):
         if setting.left() < 5 and not setting.dry_run:

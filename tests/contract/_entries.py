@@ -317,7 +317,7 @@ def noisy(batch: Tensor, random: torch.Generator) -> Tensor:
     return batch + 0.1 * noise
 
 
-class Pairs(torch.utils.data.Dataset):
+class LabelledRows(torch.utils.data.Dataset):
     """Rows as a map-style dataset, each with a label that SeLa ignores."""
 
     def __len__(self) -> int:
@@ -373,7 +373,7 @@ def estimators() -> Calls:
         "ClAMImputer": lambda: _imputed(GAPS),
         "SeLa": sela,
         "SeLa of a tensor": lambda: sela(x, strict=True),
-        "SeLa of a dataset": lambda: sela(Pairs()),
+        "SeLa of a dataset": lambda: sela(LabelledRows()),
         "SeLa with marginals": lambda: sela(col_marginal=SHARES, row_marginal=list(WEIGHTS)),
     }
 

@@ -318,7 +318,7 @@ def test_a_memory_map_of_any_dtype_is_read_block_by_block(dtype, tmp_path, monke
 def test_callbacks(iris):
     calls: list[object] = []
 
-    class Watch:
+    class FitRecorder:
         def on_fit_begin(self, estimator):
             calls.append("begin")
 
@@ -329,7 +329,7 @@ def test_callbacks(iris):
         def on_fit_end(self, estimator):
             calls.append(estimator.n_iter_)
 
-    ClAM(3, n_init=4, max_iter=10, random_state=0, callbacks=Watch()).fit(iris)
+    ClAM(3, n_init=4, max_iter=10, random_state=0, callbacks=FitRecorder()).fit(iris)
     assert calls == ["begin", *((r, e) for r in range(1, 6) for e in range(2)), 10]
     stopped = ClAM(3, n_init=4, max_iter=10, random_state=0, callbacks=lambda e, info: True).fit(
         iris
@@ -496,7 +496,7 @@ def test_partial_fit_refuses_and_keeps_its_state(iris):
 def test_callbacks_of_partial_fit(iris):
     heard = []
 
-    class Watch:
+    class BatchRecorder:
         def on_fit_begin(self, estimator):
             heard.append("begin")
 
@@ -506,7 +506,7 @@ def test_callbacks_of_partial_fit(iris):
         def on_fit_end(self, estimator):
             heard.append("end")
 
-    model = ClAM(3, n_init=2, batch_size=30, random_state=0, callbacks=Watch())
+    model = ClAM(3, n_init=2, batch_size=30, random_state=0, callbacks=BatchRecorder())
     model.partial_fit(iris[:60]).partial_fit(iris[60:])
     losses = list(model.loss_curve_)
     expected = [(0, epoch, loss, 0) for epoch, loss in enumerate(losses)]

@@ -543,7 +543,7 @@ def test_files_pickles_and_clones(tmp_path):
 def test_callbacks():
     calls: list[object] = []
 
-    class Watch:
+    class Recorder:
         def on_fit_begin(self, estimator):
             calls.append("begin")
 
@@ -554,7 +554,7 @@ def test_callbacks():
         def on_fit_end(self, estimator):
             calls.append(estimator.n_iter_)
 
-    KMeans(10, random_state=0, tol=0, callbacks=Watch()).fit(_data("digits"))
+    KMeans(10, random_state=0, tol=0, callbacks=Recorder()).fit(_data("digits"))
     assert calls == ["begin", 1, 2, 3, 3]
     moves: list[float] = []
     KMeans(3, random_state=0, callbacks=[lambda e, info: moves.append(info["shift"])]).fit(

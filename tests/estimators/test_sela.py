@@ -184,7 +184,7 @@ def test_a_warning_where_the_last_labels_are_not_of_the_shares():
 # ---- kinds of data -------------------------------------------------------------------------------
 
 
-class Pairs:
+class LabelledItems:
     def __len__(self) -> int:
         return N
 
@@ -198,8 +198,8 @@ def test_the_same_rows_in_any_form_give_the_same_labels(model, tmp_path):
     np.savez(tmp_path / "two.npz", x=X, y=Y)
     memory = np.load(tmp_path / "x.npy", mmap_mode="r")
     forms = [
-        tmp_path / "x.npy", str(tmp_path / "one.npz"), tmp_path / "two.npz", memory, Pairs(),
-        X.tolist(), np.asfortranarray(X), X.astype(">f8"), X.astype(np.longdouble), X[::-1][::-1],
+        tmp_path / "x.npy", str(tmp_path / "one.npz"), tmp_path / "two.npz", memory,
+        LabelledItems(), X.tolist(), np.asfortranarray(X), X.astype(">f8"), X.astype(np.longdouble), X[::-1][::-1],
     ]  # fmt: skip
     for form in forms:
         same(sela().fit(form), model)
@@ -400,7 +400,7 @@ def test_training_of_the_heads_alone():
     assert SeLa(nn.Identity(), K, random_state=0, **QUICK).fit(X).labels_.shape == (H, N)
 
 
-class Stream(torch.utils.data.IterableDataset):
+class RowStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Any:
         return iter(X)
 
@@ -425,7 +425,7 @@ def _with(value: float) -> np.ndarray:
         (torch.eye(3).to_sparse(), TypeError, "data: expected a dense tensor, got one of layout"),
         (torch.eye(3) + 1j, ValueError, "data: expected real numbers, got a complex tensor"),
         (3, TypeError, "data: expected a Tensor, an array, a path to .* got int"),
-        (Stream(), TypeError, "got an iterable dataset, which has no row"),
+        (RowStream(), TypeError, "got an iterable dataset, which has no row"),
     ],
 )
 def test_refused_data(data, error, text):

@@ -314,13 +314,13 @@ def test_rows_in_doubt_of_crossed_batches():
     output, gv, gm = torch.empty_like(out).float(), torch.empty(3, 2, 7, 5), torch.empty(3, 2, 7, 5)
     exact.recursion(operands, 3, 0.7, flags, output)
     sums = backward.recursion_backward(operands, upstream, 3, 0.7, flags, gv, gm, True)
-    pulled, mass, heat = sums.of_batch()
+    rho_sums, weight_sums, beta_sums = sums.of_batch()
     close = {"rtol": 2e-7, "atol": 1e-6}
     torch.testing.assert_close(output.double(), out.detach(), **close)
     torch.testing.assert_close(gv.double().sum(1, keepdim=True), grads[0], **close)
     torch.testing.assert_close(gm.double().sum((0, 1)), grads[3], **close)
     wide = {"rtol": 1e-11, "atol": 1e-11}
-    for mine, truth in ((pulled, grads[1]), (-heat, grads[2]), (mass, grads[4])):
+    for mine, truth in ((rho_sums, grads[1]), (-beta_sums, grads[2]), (weight_sums, grads[4])):
         torch.testing.assert_close(mine, truth, **wide)
 
 
@@ -336,14 +336,16 @@ def test_parts_of_any_size_add_up(monkeypatch, budget):
     operands = exact.operands(v, rho, beta, None, lift)
     output, gv = torch.empty(3, 2, 7), torch.empty(3, 2, 7, 5)
     exact.energy(operands, flags, output)
-    pulled, mass, heat = backward.energy_backward(operands, upstream, flags, gv).of_batch()
+    rho_sums, weight_sums, beta_sums = backward.energy_backward(
+        operands, upstream, flags, gv
+    ).of_batch()
     torch.testing.assert_close(output.double(), out.detach(), rtol=2e-7, atol=1e-6)
     torch.testing.assert_close(gv.double().sum(1, keepdim=True), grads[0], rtol=2e-7, atol=1e-6)
     wide = {"rtol": 1e-11, "atol": 1e-11}
     sharp = beta.double()
     for mine, truth in (
-        (pulled, grads[1]),
-        (heat.sum() / sharp, grads[2]),
-        (-mass / sharp, grads[3]),
+        (rho_sums, grads[1]),
+        (beta_sums.sum() / sharp, grads[2]),
+        (-weight_sums / sharp, grads[3]),
     ):
         torch.testing.assert_close(mine, truth, **wide)

@@ -682,15 +682,15 @@ def test_the_centre_is_the_mean_of_active_memories(library: Any) -> None:
         weights = torch.randn(k, generator=g)
         center = torch.zeros(d + 1)
         for log_weights in (None, weights):
-            alive = torch.ones(k, dtype=torch.bool)
+            active = torch.ones(k, dtype=torch.bool)
             if log_weights is not None:
                 log_weights[::2] = -torch.inf
                 rho[::2] = torch.nan
-                alive = log_weights > -torch.inf
+                active = log_weights > -torch.inf
             library.centre(*pointers(rho, log_weights, center), k, d)
-            assert center[d] == alive.sum()
-            if alive.any():
-                mean = rho[alive].double().mean(0)
+            assert center[d] == active.sum()
+            if active.any():
+                mean = rho[active].double().mean(0)
                 assert (center[:d] - mean).abs().max() <= 4e-7 * 100
             else:
                 assert torch.equal(center[:d], torch.zeros(d))
