@@ -30,7 +30,9 @@ def draw_sample(op: str, name: str, dtype: torch.dtype, device: str, seed: int) 
 
 
 def judge(spec: Any, samples: list[testing.Sample], wanted: tuple[str, ...]) -> None:
-    """AssertionError where a result is worse than twice plain torch, on the average of draws."""
+    """AssertionError if an output or a gradient is worse than twice plain torch, on the average of
+    draws.
+    """
     draws = []
     for sample in samples:
         exact = sample.cast(torch.float64, sample.args[0].device.type)

@@ -199,7 +199,8 @@ def test_the_same_rows_in_any_form_give_the_same_labels(model, tmp_path):
     memory = np.load(tmp_path / "x.npy", mmap_mode="r")
     forms = [
         tmp_path / "x.npy", str(tmp_path / "one.npz"), tmp_path / "two.npz", memory,
-        LabelledItems(), X.tolist(), np.asfortranarray(X), X.astype(">f8"), X.astype(np.longdouble), X[::-1][::-1],
+        LabelledItems(), X.tolist(), np.asfortranarray(X), X.astype(">f8"),
+        X.astype(np.longdouble), X[::-1][::-1],
     ]  # fmt: skip
     for form in forms:
         same(sela().fit(form), model)

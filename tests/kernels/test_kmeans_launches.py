@@ -10,8 +10,8 @@ import math
 
 import pytest
 import torch
-from _apart import compiled
 from _interpreted import INTERPRETED_BACKEND, NEEDS_INTERPRETER, random
+from _subprocess import output_of
 from torch import Tensor
 
 from clam_kernels import testing
@@ -380,5 +380,5 @@ def test_many_shapes_need_few_compilations(backend):
         "        keys.setdefault(one.name, set()).add(repr(resources.signature(one)))\n"
         "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
     )
-    output = compiled(code)
+    output = output_of(code)
     assert int(output.split()[0]) <= 4, output

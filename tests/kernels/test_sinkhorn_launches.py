@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from _apart import compiled
 from _interpreted import INTERPRETED_BACKEND, NEEDS_INTERPRETER, random
+from _subprocess import output_of
 from torch import Tensor
 
 from clam_kernels import testing
@@ -408,5 +408,5 @@ def test_many_shapes_need_few_compilations(backend):
         "        keys.setdefault(name, set()).add(repr(resources.signature(one)))\n"
         "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
     )
-    output = compiled(code)
+    output = output_of(code)
     assert int(output.split()[0]) <= 4, output
