@@ -19,8 +19,8 @@ def _normal(seed: int, *size: int) -> Tensor:
 
 def _clumps(features: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
     """400 rows in 10 tight clusters, and 64 of them as memories."""
-    centres = reach * _normal(0, 10, features)
-    rows = centres[torch.arange(400) % 10] + 0.15 * _normal(1, 400, features)
+    centers = reach * _normal(0, 10, features)
+    rows = centers[torch.arange(400) % 10] + 0.15 * _normal(1, 400, features)
     return rows, rows[::6][:64].clone()
 
 

@@ -42,8 +42,8 @@ def _draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list
 def _blobs(seed: int, n: int, k: int, d: int, spread: float = 0.3) -> tuple[Tensor, Tensor]:
     """Rows in k blobs, and k of the rows as centroids; float64."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(k, d, generator=generator, dtype=F64)
-    x = centres[torch.randint(k, (n,), generator=generator)]
+    centers = torch.randn(k, d, generator=generator, dtype=F64)
+    x = centers[torch.randint(k, (n,), generator=generator)]
     x = x + spread * torch.randn(n, d, generator=generator, dtype=F64)
     return x, x[torch.randperm(n, generator=generator)[:k]].clone()
 

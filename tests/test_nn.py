@@ -497,10 +497,10 @@ def test_frozen_parameters_receive_nothing():
     assert not layer(v.detach()).requires_grad
 
 
-def test_training_finds_the_centres():
+def test_training_finds_the_blobs():
     """The memories of three blobs whose rows have hidden entries."""
-    centres = 4 * torch.eye(3, dtype=F64)
-    x = (centres[:, None] + 0.1 * _draw(0, 3, 30, 3)).reshape(-1, 3)
+    centers = 4 * torch.eye(3, dtype=F64)
+    x = (centers[:, None] + 0.1 * _draw(0, 3, 30, 3)).reshape(-1, 3)
     layer = AssociativeMemory.from_patterns(x[[0, 30, 60]], beta=0.5, learn_memories=True)
     optimiser = torch.optim.Adam([layer.memories], 0.05)
     generator = torch.Generator().manual_seed(0)
@@ -510,7 +510,7 @@ def test_training_finds_the_centres():
         optimiser.zero_grad()
         (out - x).square().mean().backward()
         optimiser.step()
-    _close(layer.memories.data, centres, 0.2)
+    _close(layer.memories.data, centers, 0.2)
     _equal(layer.assign(x)[0], torch.arange(3).repeat_interleave(30))
 
 

@@ -53,8 +53,8 @@ def test_never_below_k_means_chosen_by_inertia(load, seed):
     theirs = KMeans(k, n_init=32, random_state=seed).fit(x)
     assert ours.n_clusters_used_ == k
     assert silhouette_score(x, ours.labels_) >= silhouette_score(x, theirs.labels_) - 0.005
-    centres = np.stack([x[ours.labels_ == i].mean(0) for i in range(k)])
-    inertia = np.square(x - centres[ours.labels_]).sum()
+    means = np.stack([x[ours.labels_ == i].mean(0) for i in range(k)])
+    inertia = np.square(x - means[ours.labels_]).sum()
     assert inertia <= 1.05 * theirs.inertia_ * 1.001
 
 

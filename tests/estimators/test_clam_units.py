@@ -108,8 +108,8 @@ def test_batches_are_standardised(raw):
 def _unlike() -> tuple[np.ndarray, np.ndarray]:
     """Five groups in columns of three units, shuffled, and their labels."""
     rng = np.random.default_rng(0)
-    centres, labels = rng.normal(size=(5, 3)) * 10, np.repeat(np.arange(5), 200)
-    x = (centres[labels] + rng.normal(size=(1000, 3))) * [1e-3, 1, 1e6]
+    centers, labels = rng.normal(size=(5, 3)) * 10, np.repeat(np.arange(5), 200)
+    x = (centers[labels] + rng.normal(size=(1000, 3))) * [1e-3, 1, 1e6]
     order = rng.permutation(1000)
     return x[order], labels[order]
 

@@ -118,7 +118,7 @@ def test_weights():
 
 @pytest.mark.parametrize("empty", ["relocate", "split", "keep"])
 @pytest.mark.parametrize("seed", range(4))
-def test_centres_are_finite_whatever_becomes_empty(empty, seed):
+def test_centroids_are_finite_whichever_clusters_become_empty(empty, seed):
     random = np.random.RandomState(seed)
     x = random.randint(0, 3, size=(30, 2)).astype(float)  # at most nine distinct rows
     with warnings.catch_warnings():
@@ -201,7 +201,7 @@ def test_a_row_without_weight_is_no_start(init):
 
 
 @pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
-def test_fewer_distinct_rows_than_centres(init):
+def test_fewer_distinct_rows_than_centroids(init):
     x = np.repeat(np.arange(3.0)[:, None], 5, 0)
     with pytest.warns(ConvergenceWarning, match="Possibly due to duplicate points"):
         model = KMeans(5, init=init, n_init=2, random_state=0).fit(x)
@@ -366,8 +366,8 @@ def test_every_container_gives_the_same(kind, tmp_path):
     expected = KMeans(3, random_state=0).fit(x)
     container = _kinds(x, tmp_path)[kind]
     model = KMeans(3, random_state=0, chunk_rows=40 if kind == "chunks" else None).fit(container)
-    centres = np.asarray(model.cluster_centers_)
-    np.testing.assert_allclose(centres, expected.cluster_centers_, rtol=1e-12)
+    centroids = np.asarray(model.cluster_centers_)
+    np.testing.assert_allclose(centroids, expected.cluster_centers_, rtol=1e-12)
     assert np.array_equal(np.asarray(model.labels_), expected.labels_)
     assert np.array_equal(np.asarray(model.predict(container)), expected.labels_)
     np.testing.assert_allclose(

@@ -44,11 +44,11 @@ def test_labels_are_those_of_dense_rows(metric, dtype, scale):
     rows = _rows.read_rows(model, sparse.csr_array(x), reset=True)
     rows.frame()
     dense = rows.take(torch.arange(len(x)))
-    centres = dense[torch.arange(0, 360, 30)].clone()
-    centres[5] = centres[2]  # a copy of a centroid never gets a row
-    centres[7:] += centres[:5]
-    expected, far = kmeans_assign(dense, centres)
-    labels, near = _sparse.assign(rows, centres, None)
+    centroids = dense[torch.arange(0, 360, 30)].clone()
+    centroids[5] = centroids[2]  # a copy of a centroid never gets a row
+    centroids[7:] += centroids[:5]
+    expected, far = kmeans_assign(dense, centroids)
+    labels, near = _sparse.assign(rows, centroids, None)
     assert torch.equal(labels, expected)
     torch.testing.assert_close(near, far.double(), rtol=1e-5, atol=1e-6)
     assert not (labels == 5).any()
@@ -130,9 +130,9 @@ def test_no_pass_makes_the_rows_dense(options):
         model.score(x)
 
     run()
-    centres = model.cluster_centers_.nbytes
+    centroid_bytes = model.cluster_centers_.nbytes
     # a block of dense rows would take 33 MB
-    assert most_bytes(run) < 6 * centres + 16e6
+    assert most_bytes(run) < 6 * centroid_bytes + 16e6
 
 
 def test_empty_rows_and_one_cluster():
@@ -188,7 +188,7 @@ def test_an_indptr_that_does_not_rise_to_the_end_is_refused(ends):
         KMeans(2, n_init=1).fit(x)
 
 
-def test_rows_at_their_centres_are_not_made_dense(monkeypatch):
+def test_rows_at_their_centroids_are_not_made_dense(monkeypatch):
     """An earlier version took 30 times as long as scikit-learn here."""
     own = np.random.default_rng(0).integers(0, 30, 2000)
     x = sparse.csr_array((np.ones(2000), (np.arange(2000), own)), shape=(2000, 500))
@@ -196,11 +196,11 @@ def test_rows_at_their_centres_are_not_made_dense(monkeypatch):
     rows = _rows.read_rows(model, x, reset=True)
     rows.frame()
     monkeypatch.setattr(_rows.Rows, "take", None)
-    centres = torch.from_numpy(model.cluster_centers_)
+    centroids = torch.from_numpy(model.cluster_centers_)
     labels = torch.from_numpy(model.labels_).long()
-    assert float(_sparse.pair_distances(rows, centres, labels).max()) == 0.0
+    assert float(_sparse.pair_distances(rows, centroids, labels).max()) == 0.0
     assert model.inertia_ == 0.0
-    far = _sparse.distances(rows, centres, exact=True)
+    far = _sparse.distances(rows, centroids, exact=True)
     assert torch.equal(far, 2.0 - 2.0 * torch.nn.functional.one_hot(labels, 30).double().mT)
 
 
@@ -216,14 +216,14 @@ def test_distances_of_pairs_are_those_of_differences(metric, dtype, scale, gap):
     rows = _rows.read_rows(model, sparse.csr_array(x), reset=True)
     rows.frame()
     dense = rows.take(torch.arange(len(x)))
-    centres = dense[:24] + gap * dense.max() * torch.from_numpy(rng.normal(size=(24, 60)) ** 9)
-    centres = centres.to(dense.dtype)
+    centroids = dense[:24] + gap * dense.max() * torch.from_numpy(rng.normal(size=(24, 60)) ** 9)
+    centroids = centroids.to(dense.dtype)
     labels = torch.arange(len(x)) % 24
-    expected = (dense.double() - centres.double()[labels]).square_().sum(1)
-    result = _sparse.pair_distances(rows, centres, labels)
+    expected = (dense.double() - centroids.double()[labels]).square_().sum(1)
+    result = _sparse.pair_distances(rows, centroids, labels)
     torch.testing.assert_close(result, expected, rtol=1e-11, atol=0.0)
     assert float(result.sum()) == pytest.approx(float(expected.sum()), rel=1e-12)
-    every = _sparse.distances(rows, centres, exact=True)[labels, torch.arange(len(x))]
+    every = _sparse.distances(rows, centroids, exact=True)[labels, torch.arange(len(x))]
     torch.testing.assert_close(every, expected, rtol=1e-8, atol=0.0)
 
 

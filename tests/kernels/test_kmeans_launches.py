@@ -83,9 +83,9 @@ def test_equal_centroids(backend, monkeypatch, n):
 @pytest.mark.parametrize("offset", [1e4, 1e5])
 @pytest.mark.parametrize("has_shift", [True, False])
 def test_far_from_the_origin(backend, offset, has_shift):
-    centres = offset + 3 * random(32, 16)
-    x = centres[torch.arange(600) % 32] + 0.3 * random(600, 16, seed=1)
-    labels = _agrees(x, centres, x.double().mean(0).float() if has_shift else None)
+    centroids = offset + 3 * random(32, 16)
+    x = centroids[torch.arange(600) % 32] + 0.3 * random(600, 16, seed=1)
+    labels = _agrees(x, centroids, x.double().mean(0).float() if has_shift else None)
     assert torch.equal(labels, torch.arange(600) % 32)
 
 
@@ -136,10 +136,10 @@ def test_two_candidates_in_float64(backend, monkeypatch, d):
     """Pairs of centroids one rounding apart: scores alone give wrong labels; float64 on the pair
     decides.
     """
-    centres = 4 * random(10, d)
-    near = torch.nextafter(centres, centres + random(10, d, seed=1).sign())
-    c = torch.stack([centres, near], 1).flatten(0, 1)
-    x = centres[torch.arange(60) % 10] + 0.1 * random(60, d, seed=2)
+    centers = 4 * random(10, d)
+    near = torch.nextafter(centers, centers + random(10, d, seed=1).sign())
+    c = torch.stack([centers, near], 1).flatten(0, 1)
+    x = centers[torch.arange(60) % 10] + 0.1 * random(60, d, seed=2)
     expected = truth.kmeans_assign(x, c)[0]
     _bounded(monkeypatch, NOTHING)
     assert not torch.equal(_assign(x, c)[0], expected)

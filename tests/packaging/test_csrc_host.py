@@ -680,20 +680,20 @@ def test_the_centre_is_the_mean_of_active_memories(library: Any) -> None:
     for k, d in ((1, 1), (7, 3), (32, 16), (33, 5), (200, 8)):
         rho = torch.randn(k, d, generator=g) + 100.0
         weights = torch.randn(k, generator=g)
-        center = torch.zeros(d + 1)
+        result = torch.zeros(d + 1)
         for log_weights in (None, weights):
             active = torch.ones(k, dtype=torch.bool)
             if log_weights is not None:
                 log_weights[::2] = -torch.inf
                 rho[::2] = torch.nan
                 active = log_weights > -torch.inf
-            library.centre(*pointers(rho, log_weights, center), k, d)
-            assert center[d] == active.sum()
+            library.centre(*pointers(rho, log_weights, result), k, d)
+            assert result[d] == active.sum()
             if active.any():
                 mean = rho[active].double().mean(0)
-                assert (center[:d] - mean).abs().max() <= 4e-7 * 100
+                assert (result[:d] - mean).abs().max() <= 4e-7 * 100
             else:
-                assert torch.equal(center[:d], torch.zeros(d))
+                assert torch.equal(result[:d], torch.zeros(d))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
