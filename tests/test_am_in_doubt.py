@@ -25,7 +25,7 @@ def _clumps(features: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def rows_by_method(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many rows each method computes."""
     counts = {"Differences": 0, "Expanded": 0}
     part_of = ExactRows._part
@@ -40,27 +40,27 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("features", "k", "beta"), [(1, 64, 4.0), (2, 64, 4.0), (4, 256, 1.0)])
-def test_normal_rows_are_not_computed_again(served, features, k, beta):
+def test_normal_rows_are_not_computed_again(rows_by_method, features, k, beta):
     rho = _normal(0, k, features)
     clam_kernels.am_recursion(_normal(1, 400, features), rho, beta, 5)
-    assert sum(served.values()) <= 2
+    assert sum(rows_by_method.values()) <= 2
 
 
-def test_no_float64_row_is_in_doubt(served):
+def test_no_float64_row_is_in_doubt(rows_by_method):
     rows, rho = _clumps(8)
     clam_kernels.am_recursion(rows.double(), rho.double(), 4.0, 5)
     clam_kernels.am_energy(rows.double(), rho.double(), 4.0)
-    assert sum(served.values()) == 0
+    assert sum(rows_by_method.values()) == 0
 
 
-def test_rows_in_a_clump_are_expanded_and_far_rows_are_not(served):
+def test_rows_in_a_clump_are_expanded_and_far_rows_are_not(rows_by_method):
     """beta |x|^2 is 100 in the clump and 1e12 for the far rows."""
     rows, rho = _clumps(16)
     clam_kernels.am_step(rows, rho, 4.0)
-    assert served["Expanded"] > 150
-    assert served["Differences"] == 0
+    assert rows_by_method["Expanded"] > 150
+    assert rows_by_method["Differences"] == 0
     clam_kernels.am_step(1e5 * rows.sign() + rows, 1e5 * rho.sign() + rho, 4.0)
-    assert served["Differences"] > 150
+    assert rows_by_method["Differences"] > 150
 
 
 def _both(rows: Tensor, rho: Tensor, beta: Tensor, lift: Tensor | None) -> list[list[Tensor]]:
@@ -100,10 +100,10 @@ def test_both_methods_agree(features, per_memory):
         rows[:37].double(), 1.0, 1), rtol=1e-9, atol=1e-10)  # fmt: skip
 
 
-def test_bits_of_an_expanded_row_do_not_depend_on_other_rows(served):
+def test_bits_of_an_expanded_row_do_not_depend_on_other_rows(rows_by_method):
     rows, rho = _clumps(7)
     together = clam_kernels.am_recursion(rows, rho, 8.0, 3)
-    assert served["Expanded"] > 200
+    assert rows_by_method["Expanded"] > 200
     for n in (0, 17, 399):
         assert torch.equal(clam_kernels.am_recursion(rows[n : n + 1], rho, 8.0, 3)[0], together[n])
     half = clam_kernels.am_recursion(rows[::2], rho, 8.0, 3)

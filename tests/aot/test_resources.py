@@ -52,7 +52,7 @@ def committed(triton: str) -> dict[str, Any]:
     return table
 
 
-def judge(name: str, usage: dict[str, Any]) -> None:
+def assert_clean(name: str, usage: dict[str, Any]) -> None:
     assert "error" not in usage, f"{name}: {usage['error']}"
     arch = name.partition("/")[0]
     assert usage["spills"] == 0, name
@@ -85,7 +85,7 @@ def test_the_committed_table_is_clean(triton, arch):
     """No spill and no atomic in any mode and width."""
     table = {n: row for n, row in committed(triton).items() if n.startswith(f"{arch}/")}
     for name, row in table.items():
-        judge(name, row)
+        assert_clean(name, row)
     for mode in ("highest", "high", "medium"):
         for width in ("16", "32", "64", "128", "200"):
             assert [n for n in table if "/recursion" in n and f"/{mode}/{width}/" in n], (
@@ -125,14 +125,14 @@ def test_a_sample_compiles_to_the_table(tmp_path):
 
     table = TABLES.get(triton.__version__)
     for name, row in compiles(tmp_path, *SAMPLE).items():
-        judge(name, row)
+        assert_clean(name, row)
         assert table is None or row == table[name], name
 
 
 @pytest.mark.skipif(not SECOND.is_dir(), reason=".venv/triton36 is missing: make setup")
 def test_a_sample_compiles_with_the_gpu_machines_triton(tmp_path):
     for name, row in compiles(tmp_path, *SAMPLE, "--kernel", "recursion", path=SECOND).items():
-        judge(name, row)
+        assert_clean(name, row)
         assert row == committed("3.6.0")[name], name
 
 

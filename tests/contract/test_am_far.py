@@ -147,7 +147,9 @@ def _results(function: Callable[..., Tensor], call: tuple[Any, ...], dtype: torc
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def _assert_held(ours: Callable[..., Tensor], plain: Callable[..., Tensor], calls: list) -> None:
+def _assert_accurate(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], calls: list
+) -> None:
     triples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], [], [], []]
     for call in calls:
         result = _results(ours, call, torch.float32)
@@ -168,7 +170,7 @@ def _assert_held(ours: Callable[..., Tensor], plain: Callable[..., Tensor], call
 def test_recursion(spec, backend, name, steps, step):
     calls = [(*_draw(name, seed, backend), steps, step) for seed in _draws(backend)]
     with clam_kernels.backend(backend.name):
-        _assert_held(torch.ops.clam.am_recursion, _recursion, calls)
+        _assert_accurate(torch.ops.clam.am_recursion, _recursion, calls)
 
 
 @pytest.mark.contract(ops=("am_recursion",))
@@ -186,7 +188,7 @@ def test_a_sharp_memory_among_broad_ones(spec, backend, size, steps):
         v = torch.cat([rho[5] + near, far])[:: 6 if backend.interpreted else 1]
         calls.append((v.to(backend.device), rho.to(backend.device), beta, steps, 0.8))
     with clam_kernels.backend(backend.name):
-        _assert_held(torch.ops.clam.am_recursion, _recursion, calls)
+        _assert_accurate(torch.ops.clam.am_recursion, _recursion, calls)
 
 
 @pytest.mark.contract(ops=("am_energy",))
@@ -194,7 +196,7 @@ def test_a_sharp_memory_among_broad_ones(spec, backend, size, steps):
 def test_energy(spec, backend, name):
     calls = [_draw(name, seed, backend) for seed in _draws(backend)]
     with clam_kernels.backend(backend.name):
-        _assert_held(torch.ops.clam.am_energy, _energy, calls)
+        _assert_accurate(torch.ops.clam.am_energy, _energy, calls)
 
 
 @pytest.mark.contract(ops=("am_assign",))

@@ -21,7 +21,7 @@ HAS_COMPILER = shutil.which("g++") is not None or shutil.which("clang++") is not
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def _around(spec: Any) -> Any:
+def _between_ops(spec: Any) -> Any:
     """The op between two others, so that there is a graph to capture."""
 
     def call(v: Tensor, *rest: Any) -> Any:
@@ -33,14 +33,14 @@ def _around(spec: Any) -> Any:
 
 @pytest.mark.contract(samples="compiled")
 def test_fullgraph(spec, sample):
-    call = _around(spec)
+    call = _between_ops(spec)
     result = torch.compile(call, backend="aot_eager", fullgraph=True)(*sample.args)
     torch.testing.assert_close(result, call(*sample.args), rtol=0, atol=0)
 
 
 @pytest.mark.contract(gradient=True, samples="compiled")
 def test_fullgraph_backward(spec, sample):
-    call = _around(spec)
+    call = _between_ops(spec)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     result = testing.evaluate(compiled, sample, sample.differentiable)
     inputs = testing.evaluate(call, sample, sample.differentiable)
@@ -52,7 +52,7 @@ def test_fullgraph_backward(spec, sample):
 @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
 @pytest.mark.contract(samples=("plain",))
 def test_inductor(spec, sample):
-    call = _around(spec)
+    call = _between_ops(spec)
     inputs = sample.differentiable
     # the probe for vector instructions takes a dozen compilations
     with torch._inductor.config.patch("cpp.vec_isa_ok", False):
@@ -70,22 +70,22 @@ ROW_COUNTS = (5, 6, 7, 8, 19)
 
 def test_third_row_count_does_not_recompile(spec):
     counting = Counting()
-    compiled = torch.compile(_around(spec), backend=counting, fullgraph=True)
+    compiled = torch.compile(_between_ops(spec), backend=counting, fullgraph=True)
     for rows in ROW_COUNTS:
         args = testing.problem(spec.name, rows, 4, 3, torch.float64).args
-        torch.testing.assert_close(compiled(*args), _around(spec)(*args))
+        torch.testing.assert_close(compiled(*args), _between_ops(spec)(*args))
     assert counting.compiled <= 2
 
 
 @pytest.mark.contract(gradient=True, samples=("plain",))
 def test_third_row_count_does_not_recompile_backward(spec, sample):
     counting = Counting()
-    compiled = torch.compile(_around(spec), backend=counting, fullgraph=True)
+    compiled = torch.compile(_between_ops(spec), backend=counting, fullgraph=True)
     for rows in ROW_COUNTS:
         v = torch.randn(rows, *sample.args[0].shape[1:], dtype=torch.float64, requires_grad=True)
         result, expected = (
             torch.autograd.grad(call(v, *sample.args[1:]).sum(), v)[0]
-            for call in (testing.single(spec.name, f) for f in (compiled, _around(spec)))
+            for call in (testing.single(spec.name, f) for f in (compiled, _between_ops(spec)))
         )
         torch.testing.assert_close(result, expected)
     assert counting.compiled <= 2

@@ -14,7 +14,9 @@ from _accuracy import assert_accurate
 from clam_kernels import testing
 
 
-def _check(spec: Any, calls: list[Any], inputs: tuple[str, ...], backend: Any) -> None:
+def _assert_close_to_float64(
+    spec: Any, calls: list[Any], inputs: tuple[str, ...], backend: Any
+) -> None:
     """Compare outputs and gradients of several draws of a call; the upstream gradients are of order
     1.
     """
@@ -33,12 +35,14 @@ def _check(spec: Any, calls: list[Any], inputs: tuple[str, ...], backend: Any) -
     )
 
 
-def _check_again_if_missed(spec: Any, draw: Any, inputs: tuple[str, ...], backend: Any) -> None:
+def _assert_close_or_check_again(
+    spec: Any, draw: Any, inputs: tuple[str, ...], backend: Any
+) -> None:
     """Check one draw; if it misses the bound, check the average of six."""
     try:
-        _check(spec, [draw(0)], inputs, backend)
+        _assert_close_to_float64(spec, [draw(0)], inputs, backend)
     except AssertionError:
-        _check(spec, [draw(seed) for seed in range(6)], inputs, backend)
+        _assert_close_to_float64(spec, [draw(seed) for seed in range(6)], inputs, backend)
 
 
 def test_samples(spec, sample, backend, dtype):
@@ -48,7 +52,7 @@ def test_samples(spec, sample, backend, dtype):
         rows = testing.samples(spec.name, seed)
         return next(s for s in rows if s.name == sample.name).cast(dtype, backend.device)
 
-    _check_again_if_missed(spec, draw, sample.differentiable + sample.kinks, backend)
+    _assert_close_or_check_again(spec, draw, sample.differentiable + sample.kinks, backend)
 
 
 def test_large(spec, backend, dtype):
@@ -57,16 +61,16 @@ def test_large(spec, backend, dtype):
 
     inputs = draw(0).differentiable
     if backend.interpreted:  # six draws take a minute
-        _check_again_if_missed(spec, draw, inputs, backend)
+        _assert_close_or_check_again(spec, draw, inputs, backend)
     else:
-        _check(spec, [draw(seed) for seed in range(6)], inputs, backend)
+        _assert_close_to_float64(spec, [draw(seed) for seed in range(6)], inputs, backend)
 
 
 @pytest.mark.parametrize("d", [3, 100])
 def test_narrow_and_wide(spec, backend, d):
     dtype = torch.float32
     calls = [testing.large(spec.name, dtype, backend.device, d=d, seed=seed) for seed in range(6)]
-    _check(spec, calls, calls[0].differentiable, backend)
+    _assert_close_to_float64(spec, calls, calls[0].differentiable, backend)
 
 
 @pytest.mark.parametrize("offset", [1000.0, 1e5])
@@ -76,7 +80,7 @@ def test_far_from_the_origin(spec, backend, offset):
         testing.large(spec.name, torch.float32, backend.device, offset=offset, seed=seed)
         for seed in range(6)
     ]
-    _check(spec, calls, calls[0].differentiable, backend)
+    _assert_close_to_float64(spec, calls, calls[0].differentiable, backend)
 
 
 def test_repeats_bit_for_bit(spec, backend, dtype):

@@ -143,7 +143,7 @@ def test_backward_runs_where_forward_ran(spec, sample, backend, ran):
 
 
 @pytest.fixture
-def planted(monkeypatch):
+def backend_calls(monkeypatch):
     """A "triton" for every op: it counts its calls and computes the result of the reference."""
     calls: list[str] = []
 
@@ -174,20 +174,20 @@ def planted(monkeypatch):
 
 
 @pytest.mark.contract(gradient=True, samples=("plain",))
-def test_backward_follows_its_forward_out_of_the_block(spec, sample, planted):
+def test_backward_follows_its_forward_out_of_the_block(spec, sample, backend_calls):
     """Forward stores the choice, so leaving the block or another thread changes nothing."""
     call, leaves = _call(spec, sample, _first(spec))
     with clam_kernels.backend("triton"):
         out = call(*leaves)
-    assert len(planted) == 1
+    assert len(backend_calls) == 1
     with clam_kernels.backend("reference"):
         out.sum().backward()
-    assert planted[1:] == [f"{spec.name}_backward"]
+    assert backend_calls[1:] == [f"{spec.name}_backward"]
     with clam_kernels.backend("reference"):
         out = call(*leaves)
     with clam_kernels.backend("triton"):
         out.sum().backward()
-    assert len(planted) == 2
+    assert len(backend_calls) == 2
 
 
 @pytest.mark.contract(gradient=True, samples=("plain",))

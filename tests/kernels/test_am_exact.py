@@ -115,7 +115,7 @@ SCENES = {
 }
 
 
-def judge(
+def assert_accurate_parts(
     truth: Callable[..., Tensor],
     ours: Callable[..., Tensor],
     draws: list[tuple[Any, ...]],
@@ -147,7 +147,9 @@ def judge(
 @pytest.mark.parametrize("name", SCENES)
 def test_recursion_at_any_position_of_memories(name):
     draws = [(*SCENES[name](seed), torch.tensor(1.0)) for seed in range(DRAWS)]
-    judge(recursion, ours_recursion, draws, len(draws[0][0]) // ROWS if "groups" in name else 1)
+    assert_accurate_parts(
+        recursion, ours_recursion, draws, len(draws[0][0]) // ROWS if "groups" in name else 1
+    )
 
 
 @pytest.mark.parametrize("name", ["sentinel-1e+10", "two-groups"])
@@ -159,7 +161,7 @@ def test_a_recursion_with_every_option(name):
         beta, mask = 0.5 + torch.rand(len(rho)), torch.rand(v.shape)
         draws.append((v, rho, beta, mask, _normal(seed, len(rho))))
     parts = len(draws[0][0]) // ROWS if "groups" in name else 1
-    judge(recursion, ours_recursion, draws, parts)
+    assert_accurate_parts(recursion, ours_recursion, draws, parts)
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -168,15 +170,17 @@ def test_energy_at_any_position_of_memories(name):
         (*SCENES[name](seed), torch.tensor(1.0), _normal(seed, len(SCENES[name](seed)[1])))
         for seed in range(DRAWS)
     ]
-    judge(energy, ours_energy, draws, len(draws[0][0]) // ROWS if "groups" in name else 1)
+    assert_accurate_parts(
+        energy, ours_energy, draws, len(draws[0][0]) // ROWS if "groups" in name else 1
+    )
 
 
 def test_rows_too_wide_for_registers():
     places = torch.tensor([0.0, 1e6])
     rho = places.repeat_interleave(2)[:, None] + 0.1 * _normal(0, 4, 150)
     v = places.repeat_interleave(2)[:, None] + 0.1 * _normal(1, 4, 150)
-    judge(recursion, ours_recursion, [(v, rho, torch.tensor(1.0))], 1)
-    judge(energy, ours_energy, [(v, rho, torch.tensor(1.0))], 1)
+    assert_accurate_parts(recursion, ours_recursion, [(v, rho, torch.tensor(1.0))], 1)
+    assert_accurate_parts(energy, ours_energy, [(v, rho, torch.tensor(1.0))], 1)
 
 
 # ---- extremes ------------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ def test_extremes_of_float32(scale, beta):
 def test_gradients_of_large_numbers():
     v, rho = _normal(0, 20, 3) * 1e15, _normal(1, 5, 3) * 1e15
     beta = torch.tensor(1e-30)
-    judge(
+    assert_accurate_parts(
         lambda v, rho: recursion(v, rho, beta.to(v.dtype)),
         lambda v, rho: ours_recursion(v, rho, 1e-30),
         [(v, rho)],

@@ -30,7 +30,7 @@ def _assign(*args: object) -> tuple[Tensor, Tensor]:
     return labels, sqdist
 
 
-def _agrees(*args: object) -> Tensor:
+def _assert_agrees(*args: object) -> Tensor:
     """Check labels and distances of a call against the equation in float64."""
     labels, sqdist = _assign(*args)
     expected, far = truth.kmeans_assign(*args)
@@ -52,7 +52,7 @@ def test_samples(backend, op, name, dtype):
         pytest.skip("the grid is too coarse")
     args = sample.cast(dtype).args
     if op == "kmeans_assign":
-        _agrees(*args)
+        _assert_agrees(*args)
         return
     (sums, counts), (expected, counted) = (
         torch.ops.clam.kmeans_update(*args),
@@ -65,7 +65,7 @@ def test_samples(backend, op, name, dtype):
 
 @pytest.mark.parametrize(("n", "k", "d"), [(70, 33, 150), (40, 9, 700), (50, 1, 3), (257, 300, 5)])
 def test_narrow_and_wide(backend, n, k, d):
-    _agrees(random(n, d), random(k, d, seed=1))
+    _assert_agrees(random(n, d), random(k, d, seed=1))
 
 
 @pytest.mark.parametrize("n", [1, 65])
@@ -75,7 +75,7 @@ def test_equal_centroids(backend, monkeypatch, n):
     real = launch.settings
     monkeypatch.setattr(launch, "settings", lambda *arguments: {**real(*arguments), "ROWS": 64})
     c = random(1, 7, seed=1).expand(130, 7).contiguous()
-    assert not _agrees(random(n, 7), c).any()
+    assert not _assert_agrees(random(n, 7), c).any()
     c[:65] += 1.0
     assert set(_assign(c[70:75], c)[0].tolist()) == {65}
 
@@ -85,7 +85,7 @@ def test_equal_centroids(backend, monkeypatch, n):
 def test_far_from_the_origin(backend, offset, has_shift):
     centroids = offset + 3 * random(32, 16)
     x = centroids[torch.arange(600) % 32] + 0.3 * random(600, 16, seed=1)
-    labels = _agrees(x, centroids, x.double().mean(0).float() if has_shift else None)
+    labels = _assert_agrees(x, centroids, x.double().mean(0).float() if has_shift else None)
     assert torch.equal(labels, torch.arange(600) % 32)
 
 
@@ -93,7 +93,7 @@ def test_far_from_the_origin(backend, offset, has_shift):
 @pytest.mark.parametrize("size", [1e-41, 1e-30, 1e-19, 1e18, 1e19, 1e38])
 def test_huge_and_tiny(backend, size):
     """If scores overflow or underflow, float64 decides."""
-    _agrees(random(40, 3) * size, random(9, 3, seed=1) * size)
+    _assert_agrees(random(40, 3) * size, random(9, 3, seed=1) * size)
 
 
 @pytest.mark.parametrize("offset", [0, 4096])
@@ -144,11 +144,11 @@ def test_two_candidates_in_float64(backend, monkeypatch, d):
     _bounded(monkeypatch, NOTHING)
     assert not torch.equal(_assign(x, c)[0], expected)
     _bounded(monkeypatch, 2.0**-9)
-    _agrees(x, c)
+    _assert_agrees(x, c)
     # no other centroids: a third candidate is impossible, however wide the bound
-    _agrees(x[::6], c[:2])
+    _assert_agrees(x[::6], c[:2])
     _bounded(monkeypatch, 1e9)
-    _agrees(x[::6], c[:2])
+    _assert_agrees(x[::6], c[:2])
 
 
 @pytest.mark.parametrize("unit", [1e9, math.inf, math.nan])
@@ -162,7 +162,7 @@ def test_all_candidates_in_float64(backend, monkeypatch, d, unit):
     mask = torch.zeros(70, dtype=torch.bool)
     mask[0] = True
     _bounded(monkeypatch, unit)
-    _agrees(random(8 if d > 3 else 50, d), c, None, mask)
+    _assert_agrees(random(8 if d > 3 else 50, d), c, None, mask)
 
 
 def test_equal_to_rounding_is_a_tie(backend, monkeypatch):
@@ -178,7 +178,7 @@ def test_equal_to_rounding_is_a_tie(backend, monkeypatch):
     for order in ([0, 1, 2, 3, 4], [4, 0, 3, 2, 1], [2, 0, 1], [4, 2], [2, 4]):
         for bound in (2.0**-24, 1e9):
             _bounded(monkeypatch, bound)
-            _agrees(torch.zeros(3, 2), c[order])
+            _assert_agrees(torch.zeros(3, 2), c[order])
 
 
 @pytest.mark.parametrize(("mode", "wrong"), [("medium", True), ("high", False)])
@@ -200,8 +200,8 @@ def test_codes_of_tiles_are_in_the_bound(backend, k):
     """
     x = random(40, 2)
     c = 1 + 1e-5 * random(k, 2, seed=1)
-    _agrees(x, c)
-    _agrees(c[:40] + 1e-6 * x, c)
+    _assert_agrees(x, c)
+    _assert_agrees(c[:40] + 1e-6 * x, c)
 
 
 def _parts(x: Tensor, halves: int) -> list[Tensor]:

@@ -105,10 +105,10 @@ WIDEST = [pytest.param(1024, case, marks=pytest.mark.slow) for case in (0, 1)]
 def test_rows_too_wide_for_registers(d, case):
     """D above 128 runs the wide kernels: outputs and gradients against float64."""
     op, args = _wide_calls(d)[case]
-    _agrees(op, args)
+    _assert_agrees(op, args)
 
 
-def _agrees(op: str, *draws: tuple[object, ...], scale: float = 4.0) -> None:
+def _assert_agrees(op: str, *draws: tuple[object, ...], scale: float = 4.0) -> None:
     """Check outputs and gradients of calls that differ in their values alone, against float64."""
     spec, names = testing.spec_of(op), testing.argument_names(op)
     expected = tuple(
@@ -143,9 +143,9 @@ def test_cells_of_scratch_change_nothing_but_rounding(monkeypatch, budget, d, fu
     lead, n = (3, 37) if d == 5 else (2, 18)
     v, rho = _random(lead, 2, n, d), _random(7, d, seed=1)
     beta = torch.rand(lead, 1, 7, dtype=torch.float64) / d
-    _agrees("am_recursion", (v, rho, beta, 2, 0.7, None, None))
+    _assert_agrees("am_recursion", (v, rho, beta, 2, 0.7, None, None))
     if d == 5:
-        _agrees("am_recursion", (v, rho, beta.new_tensor(1.0 / d), 2, 0.7, None, None))
+        _assert_agrees("am_recursion", (v, rho, beta.new_tensor(1.0 / d), 2, 0.7, None, None))
 
 
 SETTINGS = importlib.import_module("clam_kernels.kernels.am.call").Call.settings
@@ -167,7 +167,7 @@ def test_few_features_through_the_two_kernels(monkeypatch, name):
     samples = [
         s for i in range(DRAWS) for s in testing.samples("am_recursion", i) if s.name == name
     ]
-    _agrees("am_recursion", *(sample.cast(torch.float64).args for sample in samples))
+    _assert_agrees("am_recursion", *(sample.cast(torch.float64).args for sample in samples))
 
 
 def test_the_fused_backward_is_one_launch(monkeypatch):
@@ -349,8 +349,8 @@ def test_rows_past_the_end_reach_no_gradient(monkeypatch):
     beta = torch.tensor(0.5, dtype=torch.float64)
     # `size` is that of the logits, so their rounding is relative to it
     v, rho, size = _random(5, 4), _random(7, 4, seed=1), 100.0
-    _agrees("am_recursion", (v, rho, beta, 2, 0.7, None, weights), scale=size)
-    _agrees("am_energy", (v, rho, beta, weights), scale=size)
+    _assert_agrees("am_recursion", (v, rho, beta, 2, 0.7, None, weights), scale=size)
+    _assert_agrees("am_energy", (v, rho, beta, weights), scale=size)
 
 
 def test_a_step_of_0_keeps_every_bit():
@@ -384,4 +384,4 @@ def test_highest_does_not_multiply_in_halves():
         assert "f16x3" not in kinds, kernel
     v, rho = _random(70, 32).float(), _random(20, 32, seed=1).float()
     rho[3], rho[4] = 1e4, -1e4
-    _agrees("am_recursion", (v.double(), rho.double(), 0.5, 1, 1.0, None, None))
+    _assert_agrees("am_recursion", (v.double(), rho.double(), 0.5, 1, 1.0, None, None))

@@ -36,7 +36,7 @@ def _double(args: tuple[Any, ...]) -> list[Any]:
     return [a.double() if isinstance(a, Tensor) else a for a in args]
 
 
-def _agrees(op: str, *args: Any, atol: float = 4e-6) -> tuple[Tensor, ...]:
+def _assert_agrees(op: str, *args: Any, atol: float = 4e-6) -> tuple[Tensor, ...]:
     """Check results and gradients of a call against the equations in float64."""
     expected = tuple(
         n for n, a in zip(testing.argument_names(op), args, strict=False) if isinstance(a, Tensor)
@@ -83,27 +83,31 @@ def test_rows_longer_than_registers(backend, kernels, monkeypatch, n, k, first):
     _small(monkeypatch, kernels)
     monkeypatch.setattr(kernels, "MOST", 8)
     args = (3 * random(n, k), 2, _masses(n), _masses(k, seed=1), random(k, seed=2), first)
-    _agrees("sinkhorn_potentials", *args)
+    _assert_agrees("sinkhorn_potentials", *args)
 
 
 @pytest.mark.parametrize("n", [1, 16, 17, 70])
 def test_chunks_of_rows(backend, kernels, monkeypatch, n):
     """Chunks of one row, of whole tiles, and of one row more or less."""
     _small(monkeypatch, kernels)
-    _agrees("sinkhorn_potentials", 2 * random(n, 5), 2, None, None, None, True)
-    _agrees("sinkhorn_features_pass", random(n, 3), random(5, 3), random(5, seed=1), None, None)
+    _assert_agrees("sinkhorn_potentials", 2 * random(n, 5), 2, None, None, None, True)
+    _assert_agrees(
+        "sinkhorn_features_pass", random(n, 3), random(5, 3), random(5, seed=1), None, None
+    )
 
 
 def test_a_chunk_of_many_rows(backend, kernels, monkeypatch):
     """More rows than one program finishes."""
     monkeypatch.setattr(kernels, "CHUNKS", 1)
-    _agrees("sinkhorn_pass", random(600, 3), random(3, seed=1), _masses(600))
+    _assert_agrees("sinkhorn_pass", random(600, 3), random(3, seed=1), _masses(600))
 
 
 @pytest.mark.parametrize("d", [150, 300])
 def test_features_too_wide_for_registers(backend, d):
     z, c = random(40, d), random(9, d, seed=1) / math.sqrt(d)
-    _agrees("sinkhorn_potentials_features", z, c, 2, random(9), None, None, None, True, atol=2e-5)
+    _assert_agrees(
+        "sinkhorn_potentials_features", z, c, 2, random(9), None, None, None, True, atol=2e-5
+    )
 
 
 def test_chunks_are_of_n_and_k_alone(backend, kernels, monkeypatch):
@@ -133,16 +137,16 @@ def test_a_scale_and_a_bias(backend, kernels, monkeypatch, most, first):
     _small(monkeypatch, kernels)
     monkeypatch.setattr(kernels, "MOST", most)
     x, bias, scale = random(18, 20), random(20, seed=1), torch.tensor([0.5, 2.5])
-    _agrees("sinkhorn_potentials", x, 2, None, None, None, first, bias, scale)
-    _agrees("sinkhorn_pass", x, random(20, seed=2), None, bias, scale)
+    _assert_agrees("sinkhorn_potentials", x, 2, None, None, None, first, bias, scale)
+    _assert_agrees("sinkhorn_pass", x, random(20, seed=2), None, bias, scale)
 
 
 def test_a_scale_of_features(backend, kernels, monkeypatch):
     _small(monkeypatch, kernels)
     z, c, bias = random(2, 17, 3), random(9, 3, seed=1), random(9, seed=2)
     scale = torch.tensor([0.5, 2.5])
-    _agrees("sinkhorn_potentials_features", z, c, 2, bias, None, None, None, True, scale)
-    _agrees("sinkhorn_features_pass", z, c, random(9, seed=3), bias, None, scale)
+    _assert_agrees("sinkhorn_potentials_features", z, c, 2, bias, None, None, None, True, scale)
+    _assert_agrees("sinkhorn_features_pass", z, c, random(9, seed=3), bias, None, scale)
 
 
 def test_the_gradient_of_a_scale_alone_takes_bounded_scratch(backend, monkeypatch):
@@ -171,7 +175,7 @@ def test_the_gradient_of_a_scale_alone_takes_bounded_scratch(backend, monkeypatc
 def test_a_forbidden_pair_gives_the_scale_no_gradient(backend):
     x = random(9, 4)
     x[0, 1] = x[3, 2] = -INF
-    _agrees("sinkhorn_potentials", x, 2, None, None, None, True, None, torch.tensor(0.5))
+    _assert_agrees("sinkhorn_potentials", x, 2, None, None, None, True, None, torch.tensor(0.5))
 
 
 # ---- columns whose masses underflow --------------------------------------------------------------
@@ -187,7 +191,7 @@ def _low(k: int = 5) -> Tensor:
 def test_a_prototype_far_below_the_others(backend, kernels, monkeypatch, init, first):
     """Its mass underflows if no exact step of the columns went before."""
     args = (_low(), 2, None, None, init, first)
-    _, g, _, status = _agrees("sinkhorn_potentials", *args, atol=4e-5)
+    _, g, _, status = _assert_agrees("sinkhorn_potentials", *args, atol=4e-5)
     assert int(status) == 0
     assert float(g[2]) > 250
     monkeypatch.setattr(kernels.Solver, "rescue", lambda *_: None)
@@ -195,7 +199,7 @@ def test_a_prototype_far_below_the_others(backend, kernels, monkeypatch, init, f
 
 
 def test_its_mass_in_a_pass(backend):
-    _, log_mass, _ = _agrees("sinkhorn_pass", _low(), torch.zeros(5), None, atol=4e-5)
+    _, log_mass, _ = _assert_agrees("sinkhorn_pass", _low(), torch.zeros(5), None, atol=4e-5)
     assert float(log_mass[2]) < -290
 
 
@@ -203,7 +207,7 @@ def test_masses_too_small_for_float32(backend):
     """Rows and columns with mass 1e-60: no step may lose them."""
     a, b = _masses(9), _masses(4, seed=1)
     a[3] = b[1] = -140.0
-    _agrees("sinkhorn_potentials", random(9, 4), 3, a, b, None, True, atol=2e-5)
+    _assert_agrees("sinkhorn_potentials", random(9, 4), 3, a, b, None, True, atol=2e-5)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -228,7 +232,7 @@ def test_masked_rows_and_columns_may_have_any_values(backend, kernels, monkeypat
     monkeypatch.setattr(kernels, "MOST", most)
     x, a, b = random(9, 6), _masses(9), _masses(6, seed=1)
     a[4] = b[2] = -INF
-    expected = _agrees("sinkhorn_potentials", x, 2, a, b, None, first)
+    expected = _assert_agrees("sinkhorn_potentials", x, 2, a, b, None, first)
     x[4], x[:, 2], x[4, 1] = NAN, INF, -INF
     for result, value in zip(
         torch.ops.clam.sinkhorn_potentials(x, 2, a, b, None, first), expected, strict=True

@@ -459,7 +459,7 @@ def recursion_backward(
     return grad_v, partial[:, :d], partial[:, d + 1], step * grad_mask, partial[:, d]
 
 
-def agrees(result: Tensor, args: tuple[Any, ...], scale: float) -> None:
+def assert_agrees(result: Tensor, args: tuple[Any, ...], scale: float) -> None:
     """As accurate as centred eager float32 of the same call, within a factor of 2 and 4 roundings.
     The test compares a quantile over rows: at the border of two basins every step multiplies the
     rounding errors of a row, and chance decides which float32 result is nearer to the truth.
@@ -492,12 +492,12 @@ def gradients(grad: Tensor, args: tuple[Any, ...], dtype: torch.dtype) -> list[T
     ]
 
 
-def gradients_agree(library: Any, grad: Tensor, args: tuple[Any, ...]) -> None:
+def assert_gradients_agree(library: Any, grad: Tensor, args: tuple[Any, ...]) -> None:
     """Each gradient is as accurate as eager float32's, within a factor of 2 and some roundings. For
-    gradients with rows the test compares a quantile, as in `agrees`. Those of the memories' side
-    are sums over rows, in which the large errors of a few rows at the borders of basins would hide
-    all others, so the upstream gradient of such rows is 0. It is 0 for rows in doubt too, which the
-    second launch computes.
+    gradients with rows the test compares a quantile, as in `assert_agrees`. Those of the memories'
+    side are sums over rows, in which the large errors of a few rows at the borders of basins would
+    hide all others, so the upstream gradient of such rows is 0. It is 0 for rows in doubt too,
+    which the second launch computes.
     """
     nudge = 1e-6 * torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
     nudged = (args[0].double() + nudge, *args[1:])
@@ -533,14 +533,14 @@ BETAS = (0.0, 0.3, 4.0, "per memory")
 STEPS = ((0, 1.0), (1, 1.0), (2, 0.5), (5, 0.3), (5, 1.0))
 
 
-def drawn_mask(kind: str | None, v: Tensor, generator: torch.Generator) -> Tensor | None:
+def draw_mask(kind: str | None, v: Tensor, generator: torch.Generator) -> Tensor | None:
     if kind is None:
         return None
     mask = torch.rand(v.shape, generator=generator)
     return mask > 0.4 if kind == "bool" else mask
 
 
-def drawn_weights(kind: str | None, k: int, generator: torch.Generator) -> Tensor | None:
+def draw_log_weights(kind: str | None, k: int, generator: torch.Generator) -> Tensor | None:
     """Log weights of k memories, -inf for the masked ones."""
     if kind is None:
         return None
@@ -562,12 +562,12 @@ def test_equals_the_reference(library: Any, d: int) -> None:
         g = torch.Generator().manual_seed(1000 * d + k)
         v = torch.randn(64, d, generator=g)
         rho = torch.randn(k, d, generator=g)
-        mask, weights = drawn_mask(mask_kind, v, g), drawn_weights(weight_kind, k, g)
+        mask, weights = draw_mask(mask_kind, v, g), draw_log_weights(weight_kind, k, g)
         if beta == "per memory":
             beta = torch.rand(k, generator=g) * 2
         args = (v, rho, beta, steps, step, mask, weights)
         for wide, tile in ((True, 4096), (False, 4096), (True, 8)):
-            agrees(recursion(library, *args, wide=wide, tile=tile), args, 4.0)
+            assert_agrees(recursion(library, *args, wide=wide, tile=tile), args, 4.0)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 8, 11, 16])
@@ -591,12 +591,12 @@ def test_far_from_the_origin_and_sharp(library: Any, d: int) -> None:
     v = rho[:8] + 0.1 * torch.randn(8, d, generator=g)
     for beta in (1.0, 300.0, torch.full((40,), 300.0)):
         args = (v + 1000.0, rho + 1000.0, beta, 3)
-        agrees(recursion(library, *args), args, 1000.0)
+        assert_agrees(recursion(library, *args), args, 1000.0)
         args = (v, rho, beta, 3)
-        agrees(recursion(library, *args), args, 4.0)
+        assert_agrees(recursion(library, *args), args, 4.0)
         worst_first = rho[(rho - v[0]).square().sum(-1).argsort(descending=True)]
         args = (v[:1], worst_first, beta, 1)
-        agrees(recursion(library, *args), args, 4.0)
+        assert_agrees(recursion(library, *args), args, 4.0)
 
 
 def eager(v: Tensor, rho: Tensor, beta: float, steps: int) -> Tensor:
@@ -740,12 +740,12 @@ def test_gradients_equal_autograd(library: Any, d: int) -> None:
         g = torch.Generator().manual_seed(1000 * d + k)
         v, grad = torch.randn(75, d, generator=g), torch.randn(75, d, generator=g)
         rho = torch.randn(k, d, generator=g)
-        mask, weights = drawn_mask(mask_kind, v, g), drawn_weights(weight_kind, k, g)
+        mask, weights = draw_mask(mask_kind, v, g), draw_log_weights(weight_kind, k, g)
         if weights is not None and weight_kind == "some dead":
             weights[k // 2] = 0.0
         if isinstance(beta, str):
             beta = torch.rand(k, generator=g) * 2
-        gradients_agree(library, grad, (v, rho, beta, count, step, mask, weights))
+        assert_gradients_agree(library, grad, (v, rho, beta, count, step, mask, weights))
 
 
 @pytest.mark.parametrize("d", [1, 3, 8, 16])
@@ -755,7 +755,9 @@ def test_gradients_far_from_the_origin_and_sharp(library: Any, d: int) -> None:
     v, grad = rho[:36] + 0.1 * torch.randn(36, d, generator=g), torch.randn(36, d, generator=g)
     for beta in (torch.tensor([1.0]), torch.tensor([300.0]), torch.full((40,), 300.0)):
         for shift in (0.0, 1000.0):
-            gradients_agree(library, grad, (v + shift, rho + shift, beta, 3, 1.0, None, None))
+            assert_gradients_agree(
+                library, grad, (v + shift, rho + shift, beta, 3, 1.0, None, None)
+            )
 
 
 def test_gradients_that_vanish_are_zero(library: Any) -> None:
