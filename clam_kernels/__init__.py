@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from . import ops as ops
 from ._core.backend import backend as backend
 from ._core.spec import all_ops as all_ops
+from ._core.spec import choice as choice
 from ._core.spec import explain as explain
+from ._version import __version__ as __version__
 from .ops.am import am_assign as am_assign
 from .ops.am import am_energy as am_energy
 from .ops.am import am_recursion as am_recursion
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from .estimators import KMeans as KMeans
     from .estimators import SeLa as SeLa
 
-__version__ = "0.1.0"
 __all__ = [
     "ClAM",
     "ClAMImputer",
@@ -41,6 +42,7 @@ __all__ = [
     "am_recursion",
     "am_step",
     "backend",
+    "choice",
     "explain",
     "kmeans_assign",
     "kmeans_step",

@@ -39,7 +39,7 @@ SCENES = {
 }
 # A call of these families has a dozen launches or more: the other tests run these samples only,
 # no test runs the long samples, and only the first sample runs in float16.
-FEW_SAMPLES = {"sinkhorn_potentials": ("plain", "bias")}
+FEW_SAMPLES = {"sinkhorn": ("plain", "bias")}
 LONG_SAMPLES = ("batch-crossed", "ten-iterations")
 
 

@@ -10,13 +10,13 @@ from python_fallback.am import doubt
 
 
 def rows_in_doubt(size: Tensor, along: Tensor, weights: Tensor, beta: float) -> Tensor:
-    """[N] bool: the rows that `Watch` doubts, from |x|^2 + |recalled|^2 [N], <x, recalled> [N] and
-    weights [N, K], for one beta and memories that are close together.
+    """[N] bool: the rows that `DoubtRule` puts in doubt, from |x|^2 + |recalled|^2 [N],
+    <x, recalled> [N] and weights [N, K], for one beta and memories that are close together.
     """
     rho = torch.ones(1, 2, 1)  # two equal memories
-    watch = doubt.Watch(
+    rule = doubt.DoubtRule(
         rho, rho.mT.square(), None, torch.full((1, 1, 1), beta), torch.zeros(1, 1, 1),
         torch.tensor([False]),
     )  # fmt: skip
-    result = watch.doubts(size[None, :, None], along[None, :, None], weights[None])
+    result = rule.rows_in_doubt(size[None, :, None], along[None, :, None], weights[None])
     return torch.zeros(len(size), dtype=torch.bool) if result is None else result[0]

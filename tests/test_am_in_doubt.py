@@ -27,15 +27,15 @@ def _clumps(features: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def rows_by_method(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many rows each method computes."""
-    counts = {"Differences": 0, "Expanded": 0}
-    part_of = ExactRows._part
+    counts = {"Differences": 0, "ExpandedDistances": 0}
+    real_tile = ExactRows._tile
 
     def counted(self: Any, way: Any, *args: Any) -> Any:
-        part = part_of(self, way, *args)
-        counts[type(way).__name__] += int(part.served.sum())
-        return part
+        tile = real_tile(self, way, *args)
+        counts[type(way).__name__] += int(tile.valid.sum())
+        return tile
 
-    monkeypatch.setattr(ExactRows, "_part", counted)
+    monkeypatch.setattr(ExactRows, "_tile", counted)
     return counts
 
 
@@ -57,7 +57,7 @@ def test_rows_in_a_clump_are_expanded_and_far_rows_are_not(rows_by_method):
     """beta |x|^2 is 100 in the clump and 1e12 for the far rows."""
     rows, rho = _clumps(16)
     clam_kernels.am_step(rows, rho, 4.0)
-    assert rows_by_method["Expanded"] > 150
+    assert rows_by_method["ExpandedDistances"] > 150
     assert rows_by_method["Differences"] == 0
     clam_kernels.am_step(1e5 * rows.sign() + rows, 1e5 * rho.sign() + rho, 4.0)
     assert rows_by_method["Differences"] > 150
@@ -71,9 +71,9 @@ def _both(rows: Tensor, rho: Tensor, beta: Tensor, lift: Tensor | None) -> list[
         sums = ExactSums(exact)
         gain = torch.rand(rows.shape, generator=torch.Generator().manual_seed(2)).double()
         x, grad = rows.double(), _normal(3, *rows.shape).double()
-        outputs = [exact.advance(x, gain, 2), *sums.back(x, grad, gain, 2)]
+        outputs = [exact.advance(x, gain, 2), *sums.backward(x, grad, gain, 2)]
         if len(beta) == 1:
-            outputs += [exact.energy(x), sums.energy_back(x, grad[:, 0])]
+            outputs += [exact.energy(x), sums.energy_backward(x, grad[:, 0])]
         outputs += [sums.rho, sums.beta, sums.log_weights]
         results.append(outputs)
     return results
@@ -103,7 +103,7 @@ def test_both_methods_agree(features, per_memory):
 def test_bits_of_an_expanded_row_do_not_depend_on_other_rows(rows_by_method):
     rows, rho = _clumps(7)
     together = clam_kernels.am_recursion(rows, rho, 8.0, 3)
-    assert rows_by_method["Expanded"] > 200
+    assert rows_by_method["ExpandedDistances"] > 200
     for n in (0, 17, 399):
         assert torch.equal(clam_kernels.am_recursion(rows[n : n + 1], rho, 8.0, 3)[0], together[n])
     half = clam_kernels.am_recursion(rows[::2], rho, 8.0, 3)

@@ -211,7 +211,7 @@ def test_between_two_centroids(size):
 @pytest.mark.parametrize("slack", [0.0, 1e-9])
 def test_without_the_bound_labels_are_wrong(monkeypatch, slack):
     """The tests above can fail: float32 scores do not decide these rows."""
-    monkeypatch.setattr(nearest.Table, "slack", lambda *_: slack)
+    monkeypatch.setattr(nearest.CentroidTable, "slack", lambda *_: slack)
     x, centroids = _hard(4000, 50, 16)
     labels = clam_kernels.kmeans_assign(x, centroids)[0]
     assert int((labels != fallback.kmeans_assign(x, centroids)[0]).sum()) > 100
@@ -239,13 +239,13 @@ def test_the_bound_covers_the_error_of_every_score():
 def test_few_rows_are_computed_again(monkeypatch):
     """The bound is narrow enough: float64 computes few rows again."""
     counted: list[int] = []
-    real_add = nearest.Pairs.add
+    real_add = nearest.UndecidedRows.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         counted.append(len(rows))
         real_add(self, rows, near)
 
-    monkeypatch.setattr(nearest.Pairs, "add", add)
+    monkeypatch.setattr(nearest.UndecidedRows, "add", add)
     x, centroids = (t.float() for t in _blobs(10, 20_000, 32, 16))
     far = centroids.clone()
     far[7] = 1e6  # it must change neither the centre nor the bound of the other scores
@@ -550,13 +550,13 @@ def test_a_nan_row_sends_no_other_row_to_float64(monkeypatch):
     x, centroids = torch.randn(1000, 4), torch.randn(8, 4)
     x[10, 2], x[20, 1] = torch.nan, 3e38
     counts = []
-    real = nearest.Pairs.add
+    real = nearest.UndecidedRows.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         counts.append(len(rows))
         real(self, rows, near)
 
-    monkeypatch.setattr(nearest.Pairs, "add", add)
+    monkeypatch.setattr(nearest.UndecidedRows, "add", add)
     labels, _ = clam_kernels.kmeans_assign(x, centroids)
     assert sum(counts) < 20
     assert torch.equal(labels, fallback.kmeans_assign(x, centroids)[0])

@@ -389,7 +389,7 @@ def test_rows_past_the_end_of_int32():
     small = sinkhorn_potentials(row.expand(1000, 64), 1)[1]
     _close(small, -math.log(64) - row[0] - math.log(1000), 1e-5)
     assert n * 64 > 2**31
-    tail = scaling.Scores(row.expand(n, 64), 1.0).raw(slice(n - 3, n), torch.empty(3, 64))
+    tail = scaling.Scores(row.expand(n, 64), 1.0).load(slice(n - 3, n), torch.empty(3, 64))
     assert torch.equal(tail, row.expand(3, 64))
 
 

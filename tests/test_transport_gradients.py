@@ -152,10 +152,10 @@ def test_implicit_gradients_of_masked_entries_are_zero():
 
 
 def test_the_implicit_solve_reports_its_residual(monkeypatch):
-    monkeypatch.setattr(_gradients, "MOST", 1)
+    monkeypatch.setattr(_gradients, "MAX_SOLVE_STEPS", 1)
     leaves = _leaves()
     codes = _call(leaves, tol=1e-10, max_iter=5000, gradient="implicit").codes()
-    words = "implicit gradient's equations are solved to"
+    words = "equations of gradient='implicit' have a residual of"
     with pytest.warns(ConvergenceWarning, match=words) as caught:
         _gradients_of((codes * _draw(5, 8, 4)).sum(), leaves)
     assert caught[0].filename == __file__

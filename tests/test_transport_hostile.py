@@ -51,7 +51,7 @@ def test_strict_labels_with_forbidden_pairs(n_iter):
 def test_strict_shares_that_cannot_be_met():
     scores = torch.tensor([[1.0, SHUT], [1.0, SHUT], [1.0, 0.9], [1.0, SHUT]])
     result = sinkhorn(scores, n_iter=3)
-    with pytest.raises(ValueError, match="strict shares cannot be met with these forbidden pairs"):
+    with pytest.raises(ValueError, match=r"strict: expected False where forbidden pairs \(-inf\)"):
         result.labels(strict=True)
 
 
@@ -177,9 +177,9 @@ def test_no_rows(batch, rule):
 def test_warnings_name_the_failure():
     scores = _draw(0, 6, 3)
     scores[1, 1] = math.nan
-    with pytest.raises(ValueError, match=r"log_probabilities: they hold NaN or \+inf"):
+    with pytest.raises(ValueError, match=r"log_probabilities: .* got NaN at row 1, column 1"):
         sela_labels(scores)
-    with pytest.warns(ConvergenceWarning, match="1 of 1 problems hold NaN"):
+    with pytest.warns(ConvergenceWarning, match="1 of 1 problems have NaN"):
         sinkhorn(scores, tol=1e-3)
     scores = _draw(0, 6, 3)
     scores[:, 2] = SHUT
@@ -190,7 +190,7 @@ def test_warnings_name_the_failure():
             assert bool(x.isnan().all())
         assert result.labels().tolist() == [-1] * 6
         assert result.labels(strict=True).tolist() == [-1] * 6
-    with pytest.warns(ConvergenceWarning, match="have a row or prototype with mass and without"):
+    with pytest.warns(ConvergenceWarning, match="have a row or prototype with mass whose scores"):
         sinkhorn(scores, tol=1e-3)
 
 

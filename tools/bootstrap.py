@@ -27,12 +27,18 @@ TORCH_FLOOR = (2, 10)
 TORCH = "torch>=" + ".".join(map(str, TORCH_FLOOR))
 CONSTRAINTS = "constraints-cpu.txt"
 SECOND_TRITON = "3.6.0"
+LARGE_MB = 10  # downloads from this size on are printed
 WATCHED = ("pyproject.toml", "setup.py", CONSTRAINTS, "tools/bootstrap.py")
 # Environment variables of setup.py: another value needs another build.
 VARIABLES = ("CLAM_CUDA", "CLAM_CUDA_ARCHS", "CUDA_HOME")
 SEVERAL_GB = (
     "torch: no CPU build is offered here; taking pip's default, which with CUDA is several GB "
     "(TORCH_INDEX=<index with PyTorch's CPU wheels> avoids that)"
+)
+
+
+SIZE = (
+    "a first setup downloads about 1 GB and takes 3.5 GB of disk, more with CUDA; 2 to 10 minutes"
 )
 
 
@@ -163,16 +169,41 @@ def tail(text: str, lines: int = 15) -> str:
     return "\n".join(text.strip().splitlines()[-lines:])
 
 
+def progress(line: str) -> str | None:
+    """What to print for a line of pip's output: a large download, or a step that takes long."""
+    download = re.match(r"\s*(Downloading|Using cached) (\S+) \((\d+)(?:\.\d+)? (MB|GB)\)", line)
+    if download:
+        verb, name, size, unit = download.groups()
+        project = "-".join(name.rpartition("/")[2].split("-")[:2])
+        large = unit == "GB" or int(size) >= LARGE_MB
+        return f"  {verb.lower()} {project} ({size} {unit})" if large else None
+    if line.startswith("Installing collected packages"):
+        count = line.count(",") + 1
+        return f"  installing {count} package{'s' if count > 1 else ''}; this can take minutes"
+    return "  building clam_kernels" if line.startswith("Building editable") else None
+
+
 def pip(*arguments: str) -> str | None:
-    """Run pip in the environment; None if it succeeds, else the end of its output."""
+    """Run pip in the environment and print its progress. Returns None if pip succeeds, else the
+    end of its output.
+    """
     environment = dict(
-        os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", PIP_USER="0"
-    )
+        os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", PIP_USER="0",
+        PIP_PROGRESS_BAR="off", PIP_QUIET="0", PYTHONUNBUFFERED="1",
+    )  # fmt: skip
     command = [str(venv_python()), "-m", "pip", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    return None if done.returncode == 0 else tail(done.stdout + done.stderr)
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        for line in running.stdout:
+            lines.append(line)
+            step = progress(line)
+            if step is not None:
+                say(step)
+    return None if running.returncode == 0 else tail("".join(lines))
 
 
 def make_venv(base: str, system_site: bool) -> None:
@@ -200,7 +231,7 @@ def install_torch(plan: TorchPlan) -> bool:
     failure = "no attempt was made"
     for attempt in plan.attempts:
         say(attempt.says)
-        result = pip("install", "-q", *attempt.arguments)
+        result = pip("install", *attempt.arguments)
         if result is None:
             return attempt.constraints
         failure = result
@@ -223,7 +254,7 @@ def second_triton() -> None:
         return
     say(f"triton {SECOND_TRITON}, to compile for GPUs")
     wanted = f"triton=={SECOND_TRITON}"
-    failure = pip("install", "-q", "--no-deps", "--target", str(target), wanted)
+    failure = pip("install", "--no-deps", "--target", str(target), wanted)
     if failure is not None:
         say(f"triton {SECOND_TRITON} is not to be had: its tests will be skipped")
 
@@ -241,7 +272,7 @@ def cuda_line() -> str:
 
 
 def setup() -> None:
-    """Run all steps; each prints one line."""
+    """Run all steps; each prints one line, and pip prints its large downloads."""
     STAMP.unlink(missing_ok=True)
     present = torch_of(venv_python()) if venv_python().exists() else None
     if new_enough(present):
@@ -251,17 +282,19 @@ def setup() -> None:
         base = base_interpreter()
         plan = decide(torch_of(base), has_driver(), os.environ.get("TORCH_INDEX"))
         make_venv(base, plan.system_site)
+        if not plan.system_site:
+            say(SIZE)
         say(plan.says)
         constrained = not plan.system_site and install_torch(plan)
     # Without build isolation the build uses the setuptools of .venv; the bundled one is too old for
     # a licence as an SPDX expression, and missing from Python 3.12 on.
     say("setuptools")
-    failure = pip("install", "-q", "setuptools>=77")
+    failure = pip("install", "setuptools>=77")
     if failure is not None:
         raise SetupError(f"setuptools could not be installed:\n{failure}")
     say("clam_kernels and its tools")
     extra = ["-c", CONSTRAINTS] if constrained else []
-    failure = pip("install", "-q", *extra, "--no-build-isolation", "-e", ".[dev]")
+    failure = pip("install", *extra, "--no-build-isolation", "-e", ".[dev]")
     if failure is not None:
         raise SetupError(f"clam_kernels could not be installed:\n{failure}")
     if constrained:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an op declares, and the list of all ops."""
+"""The declaration of an op, and the list of all ops."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ class Gradient:
     """How an op is differentiated.
 
     `reference(*grads, *arguments without precision, [saved], needs, precision)` returns one
-    gradient for each tensor argument, empty where `needs` says no. `saved` is None where the
-    arguments suffice, else the `(reference, fake)` of `_<name>_forward`, which returns `(output,
-    saved)`. `output_dims` and `saved_dims` count the dims of the two below their batch dims; of
-    several outputs the first have a gradient, as many as there are `output_dims`.
+    gradient for each tensor argument, empty where `needs` is False. `saved` is None if backward
+    needs only the arguments; else it is the `(reference, fake)` of `_<name>_forward`, which returns
+    `(output, saved)`. `output_dims` and `saved_dims` are the dims of output and saved without their
+    batch dims. Of several outputs the first `len(output_dims)` have a gradient.
     """
 
     reference: Callable[..., tuple[Tensor, ...]]
@@ -37,17 +37,19 @@ class Gradient:
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Dims below the batch dims of each output that has a gradient."""
+        """Number of dims, without batch dims, of each output that has a gradient."""
         return self.output_dims if isinstance(self.output_dims, tuple) else (self.output_dims,)
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op. `arguments` is the schema's list, ending in `str? precision=None` if the op has
-    matrix products, where `{name}` is spelled by each entry of `overloads` in turn: those with
-    Tensors first, or the dispatcher turns a tensor into a number and drops its gradient. `limits`
-    name, by backend, a function that says why these arguments do not fit its kernels (None if they
-    do), and by "auto-<backend>" one that says why the automatic choice takes another.
+    """One op.
+
+    `arguments` is the argument list of the schema; it ends with `str? precision=None` if the op has
+    matrix products. Each entry of `overloads` replaces the `{name}` in it; overloads with Tensors
+    come first, or the dispatcher turns a tensor into a number and drops its gradient. `limits` name
+    functions "module:function" that return a reason or None: for a backend, why its kernels cannot
+    run these arguments; for "auto-<backend>", why the automatic choice skips it.
     """
 
     name: str
@@ -64,16 +66,16 @@ class OpSpec:
     limits: Mapping[str, str] = field(default_factory=dict)
     gradient: Gradient | None = None
     same_dtype: tuple[str, ...] = ()
-    core: Mapping[str, int] | None = None  # dims of each tensor argument below its batch dims
+    core: Mapping[str, int] | None = None  # dims of each tensor argument, without batch dims
 
     @property
     def family(self) -> str:
-        """The word that names this op's file in every room."""
+        """The family: the name of the op's files and folders in every room."""
         return self.function.__module__.rpartition(".")[2]
 
     @property
     def precise(self) -> bool:
-        """Whether the op has matrix products, and with them a precision."""
+        """Whether the op has matrix products, and so an argument `precision`."""
         return self.arguments.endswith("str? precision=None")
 
     @property
@@ -97,7 +99,9 @@ def qualified(name: str, overload: str) -> str:
 
 
 def tensor_names(spec: OpSpec) -> list[str]:
-    """Arguments that are tensors in some overload, in order: the slots of the backward's result."""
+    """Arguments that are tensors in some overload, in order. Backward returns a gradient for
+    each.
+    """
     text = spec.arguments.format(**next(iter(spec.overloads.values())))
     return re.findall(r"Tensor\?? (\w+)", text)
 
@@ -107,27 +111,79 @@ def all_ops() -> tuple[OpSpec, ...]:
     return tuple(SPECS.values())
 
 
-def explain(op: object, *arguments: object) -> str:
-    """Which backend would run an op on these arguments, at which precision, and why.
+class Choice(NamedTuple):
+    """Which backend computes a call of an op, at which precision, and why."""
+
+    op: str
+    backend: str
+    precision: str
+    reason: str
+
+
+def choice(op: object, *arguments: object) -> Choice:
+    """Which backend computes an op with these arguments, at which precision, and why.
 
     Parameters
     ----------
     op : str, `torch.ops.clam.<name>` or the public function
         The op.
     arguments
-        Its arguments; the first tensor decides the device. Without any, a CPU tensor is assumed.
+        Its arguments; the first tensor decides the device. Without a tensor, the device is a CPU.
 
     Returns
     -------
-    str
-        One line: op, backend, precision, reason.
+    Choice
+        A named tuple (op, backend, precision, reason) of strings. `explain` makes one line of it.
 
     Raises
     ------
     ValueError
-        There is no such op.
+        The op does not exist.
     RuntimeError
-        A forced backend cannot run it.
+        The backend that the caller forces cannot compute it.
+
+    Examples
+    --------
+    >>> import clam_kernels
+    >>> clam_kernels.choice("am_step").backend
+    'reference'
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    spec = SPECS.get(name.removeprefix(f"{NAMESPACE}::").partition(".")[0])
+    if spec is None:
+        raise ValueError(f"op: expected one of {', '.join(SPECS)}, got {name}")
+    device = _device_of(arguments)
+    named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
+    precision = backend.resolve_precision(named)
+    values = arguments
+    if arguments and spec.precise:
+        values = (*arguments[: -1 if named else None], precision)
+    chosen, reason = backend.choose(spec, device, values)
+    return Choice(f"{NAMESPACE}::{spec.name}", chosen, precision, reason)
+
+
+def _device_of(arguments: Sequence[object]) -> str:
+    """The device type of the first tensor, "cpu" without one."""
+    return next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
+
+
+def explain(op: object, *arguments: object) -> str:
+    """The `choice` for a call of an op as one line of text.
+
+    Parameters
+    ----------
+    op, *arguments
+        As for `choice`.
+
+    Returns
+    -------
+    str
+        The op, the backend, the precision and the reason.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for `choice`.
 
     Examples
     --------
@@ -135,17 +191,7 @@ def explain(op: object, *arguments: object) -> str:
     >>> clam_kernels.explain("am_step")
     'clam::am_step: reference at highest precision (the tensors are on cpu)'
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
-    spec = SPECS.get(name.removeprefix(f"{NAMESPACE}::").partition(".")[0])
-    if spec is None:
-        raise ValueError(f"op: expected one of {', '.join(SPECS)}, got {name}")
-    device = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
-    named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
-    precision = backend.resolve_precision(named)
-    given = arguments
-    if arguments and spec.precise:
-        given = (*arguments[: -1 if named else None], precision)
-    chosen, reason = backend.choose(spec, device, given)
-    if chosen == "reference" and device == "cpu":
-        precision = "highest" if precision == "highest" else f"{precision} (float32 on a CPU)"
-    return f"{NAMESPACE}::{spec.name}: {chosen} at {precision} precision ({reason})"
+    name, chosen, precision, reason = choice(op, *arguments)
+    if chosen == "reference" and precision != "highest" and _device_of(arguments) == "cpu":
+        precision = f"{precision} (float32 on a CPU)"
+    return f"{name}: {chosen} at {precision} precision ({reason})"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks and fakes of the am ops, argument for argument those of the schemas."""
+"""Checks and fakes of the am ops. Each takes the arguments of its op, in the order of the
+schema.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from .._core.backend import PRECISIONS
 
 
 def _check_pair(v: Tensor, rho: Tensor) -> None:
-    """V [..., N, D] and rho [..., K, D] belong together; K and D are not 0."""
+    """Rows v [..., N, D] and memories rho [..., K, D] fit together; K and D are not 0."""
     for name, x in (("v", v), ("rho", rho)):
         checks.floating(name, x)
         checks.device(name, x)
@@ -30,6 +32,7 @@ def _check_pair(v: Tensor, rho: Tensor) -> None:
 def _check_memory_side(
     name: str, x: Tensor, v: Tensor, rho: Tensor, size: Any, letter: str
 ) -> None:
+    """A float tensor that broadcasts to [..., size], for memories rho."""
     checks.floating(name, x)
     checks.same_device(name, x, "v", v)
     checks.core_fits(name, x, [size], letter, f"rho {checks.spell(*rho.shape)}")
@@ -38,6 +41,7 @@ def _check_memory_side(
 def _batch(
     v: Tensor, rho: Tensor, beta: Any, update_mask: Tensor | None, log_weights: Tensor | None
 ) -> list[Any]:
+    """The broadcast of all leading dims."""
     options = [("update_mask", update_mask, 2), ("log_weights", log_weights, 1)]
     return checks.broadcast([("v", v, 2), ("rho", rho, 2), ("beta", beta, 1), *options])
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("triton", "sklearn", "numpy.testing", "torch._dynamo", "torch._inductor", "scipy",
     "matplotlib", "pandas")  # fmt: skip
 # Parts of the package that the import loads; all others load at their first use.
-FIRST = ("_core", "ops", "transport", "distributed")
+FIRST = ("_core", "_version", "ops", "transport", "distributed")
 FACTS = f"""
 import json, logging, sys
 import torch

@@ -94,7 +94,7 @@ def _functions() -> Calls:
         "kmeans_assign": lambda: ck.kmeans_assign(x, c),
         "kmeans_update": lambda: ck.kmeans_update(x, labels, K),
         "kmeans_step": lambda: ck.kmeans_step(x, c),
-        "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn(s, 3),
+        "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials(s, 3),
         "sinkhorn_potentials_features of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials_features(
             x, c, 3
         ),
@@ -108,6 +108,7 @@ def ops() -> Calls:
     calls |= _functions()
     calls["silhouette"] = lambda: metrics.silhouette(X, LABELS)
     calls["silhouette of a sample"] = lambda: metrics.silhouette(tensor(X), tensor(LABELS), 20)
+    calls["choice"] = lambda: [ck.choice(name) for name in ck.list_ops()]
     calls["explain"] = lambda: [ck.explain(name) for name in ck.list_ops()]
     calls["samples"] = lambda: [
         [sample.args for sample in testing.samples(name)] for name in SAMPLES

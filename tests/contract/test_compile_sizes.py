@@ -48,7 +48,7 @@ def _ops() -> dict[str, Case]:
         "kmeans_assign": lambda x, at: ck.kmeans_assign(x, CENTRES, mask=SHARES > 0.25),
         "kmeans_update": lambda x, at: ck.kmeans_update(x, at % K, K, weight=WEIGHTS[at]),
         "kmeans_step": lambda x, at: ck.kmeans_step(x, CENTRES, weight=WEIGHTS[at]),
-        "ops.sinkhorn": lambda x, at: OPS.sinkhorn(x, 3, log_row=_masses(at).log()),
+        "ops.sinkhorn": lambda x, at: OPS.sinkhorn_potentials(x, 3, log_row=_masses(at).log()),
         "ops.sinkhorn_potentials_features": lambda x, at: OPS.sinkhorn_potentials_features(
             x, CENTRES, 3, bias=SHARES
         ),

@@ -138,7 +138,7 @@ def test_a_cpu_multiplies_in_float32_in_all_modes(device, precision, exact):
     """On a CPU torch's lower modes may be bfloat16, which has three digits."""
     torch.set_float32_matmul_precision("medium")
     expected = ["ieee", "ieee"] if exact else modes()
-    part = dispatch.Part("am_step", reference=modes, kernels={})
+    part = dispatch.Implementation("am_step", reference=modes, kernels={})
     with ck.backend("reference"):
         assert choice.run(part, device, precision, ()) == expected
 

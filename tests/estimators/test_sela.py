@@ -466,7 +466,7 @@ def test_features_that_are_not_finite_end_the_run():
         def forward(self, x: Tensor) -> Tensor:
             return x / torch.zeros(())
 
-    with pytest.raises(FloatingPointError, match="head 0: its log-probabilities are not finite"):
+    with pytest.raises(FloatingPointError, match=r"head 0: .* got NaN"):
         SeLa(Broken(), K, **QUICK).fit(X)
 
 

@@ -27,14 +27,14 @@ def _rule() -> Any:
 
 def test_both_rules_have_the_same_numbers():
     rule, unit = _rule(), 2.0**-24
-    assert rule.CANCEL.value * doubt.CANCEL == 1
-    assert rule.GROWTH.value == doubt.GROWTH * unit
-    assert (rule.CALM.value, rule.WARM.value) == (doubt.CALM, doubt.WARM)
-    assert rule.CALM_OF_MANY.value == doubt.CALM_OF_MANY
-    assert rule.CALM_OF_ENERGY.value == doubt.CALM_OF_ENERGY
-    assert rule.CANCEL_OF_ENERGY.value * doubt.CANCEL_OF_ENERGY == 1
+    assert rule.CANCEL.value * doubt.NEAR_PART == 1
+    assert rule.GROWTH.value == doubt.LOGIT_ERROR * unit
+    assert (rule.CALM.value, rule.WARM.value) == (doubt.NEAR_LIMIT, doubt.FAR_LIMIT)
+    assert rule.CALM_OF_MANY.value == doubt.NEAR_LIMIT_OF_MANY
+    assert rule.CALM_OF_ENERGY.value == doubt.NEAR_LIMIT_OF_ENERGY
+    assert rule.CANCEL_OF_ENERGY.value * doubt.NEAR_PART_OF_ENERGY == 1
     assert rule.LONGEST.value == doubt.LARGEST[torch.float32]
-    assert rule.LARGE.value == doubt.HOTTEST[torch.float32]
+    assert rule.LARGE.value == doubt.LARGEST_LOGIT[torch.float32]
 
 
 def test_both_rules_choose_the_same_rows():

@@ -90,7 +90,7 @@ def test_every_way_in_the_order_of_the_machine(bootstrap: ModuleType, old: str |
     assert ways(True, INDEX) == [plain, *named, cpu]
 
 
-def test_only_a_download_of_gigabytes_is_announced(bootstrap: ModuleType) -> None:
+def test_a_build_of_several_gigabytes_is_announced(bootstrap: ModuleType) -> None:
     *others, last = bootstrap.decide(None, False, INDEX).attempts
     assert "several GB" in last.says
     assert "TORCH_INDEX" in last.says
@@ -150,6 +150,43 @@ def test_driver(
 # ---- the steps -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [
+        (
+            "Downloading torch-2.13.0+cpu-cp311.whl (190.4 MB)",
+            "downloading torch-2.13.0+cpu (190 MB)",
+        ),
+        ("  Downloading triton-3.9.0-cp311.whl (2.1 GB)", "downloading triton-3.9.0 (2 GB)"),
+        ("Using cached scipy-1.17.0-cp311.whl (35.2 MB)", "using cached scipy-1.17.0 (35 MB)"),
+        ("Downloading idna-3.10-py3-none-any.whl (70 kB)", None),
+        ("Downloading numpy-2.4.0-cp311.whl.metadata (6.6 kB)", None),
+        ("Downloading six-1.0.whl (1.5 MB)", None),
+        ("Installing collected packages: a, b", "installing 2 packages; this can take minutes"),
+        ("Collecting torch", None),
+    ],
+)
+def test_steps_of_pip_that_take_long_are_printed(
+    bootstrap: ModuleType, line: str, step: str | None
+) -> None:
+    assert bootstrap.progress(line) == (None if step is None else f"  {step}")
+
+
+def test_pip_prints_its_steps_and_returns_its_error(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tool in place of .venv's python: what it prints, and how it ends."""
+    tool = bootstrap.venv_python()
+    tool.parent.mkdir(parents=True)
+    text = "echo 'Downloading torch-2.13.0-cp311.whl (190.4 MB)'; echo 'ERROR: no disk' >&2"
+    for code in (0, 1):
+        tool.write_text(f"#!/bin/sh\n{text}\nexit {code}\n", encoding="utf-8")
+        tool.chmod(0o755)
+        failure = bootstrap.pip("install", "torch")
+        assert "setup:   downloading torch-2.13.0 (190 MB)" in capsys.readouterr().out
+        assert (failure is None) if code == 0 else ("ERROR: no disk" in failure)
+
+
 class Machine:
     """A machine whose interpreters and pip are lists; `calls` records what the setup ran."""
 
@@ -202,14 +239,14 @@ def machine(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(bootstrap, monkeypatch)
 
 
-SETUPTOOLS = "install -q setuptools>=77"
-PROJECT = "install -q --no-build-isolation -e .[dev]"
-CONSTRAINED = "install -q -c constraints-cpu.txt --no-build-isolation -e .[dev]"
+SETUPTOOLS = "install setuptools>=77"
+PROJECT = "install --no-build-isolation -e .[dev]"
+CONSTRAINED = "install -c constraints-cpu.txt --no-build-isolation -e .[dev]"
 
 
 def second_triton(machine: Machine) -> str:
     target = machine.bootstrap.VENV / "triton36"
-    return f"install -q --no-deps --target {target} triton==3.6.0"
+    return f"install --no-deps --target {target} triton==3.6.0"
 
 
 def test_base_torch_is_left_alone(machine: Machine) -> None:
@@ -221,12 +258,12 @@ def test_base_torch_is_left_alone(machine: Machine) -> None:
 def test_driver_takes_the_plain_build(machine: Machine) -> None:
     machine.driver, machine.installs = True, "2.12.0"
     assert machine.bootstrap.main() == 0
-    assert machine.calls == ["venv", "install -q torch>=2.10", SETUPTOOLS, PROJECT]
+    assert machine.calls == ["venv", "install torch>=2.10", SETUPTOOLS, PROJECT]
 
 
 def test_no_driver_takes_the_cpu_build(machine: Machine) -> None:
     assert machine.bootstrap.main() == 0
-    torch = "install -q -c constraints-cpu.txt torch"
+    torch = "install -c constraints-cpu.txt torch"
     assert machine.calls == ["venv", torch, SETUPTOOLS, CONSTRAINED, second_triton(machine)]
 
 
@@ -245,9 +282,9 @@ def test_named_index_where_no_cpu_build_is_offered(
     machine.offers = lambda arguments: "constraints-cpu.txt" not in arguments
     machine.installs = "2.12.0+cpu"
     assert machine.bootstrap.main() == 0
-    assert machine.calls[2] == f"install -q --index-url {INDEX} torch>=2.10"
+    assert machine.calls[2] == f"install --index-url {INDEX} torch>=2.10"
     assert machine.calls[3:] == [SETUPTOOLS, PROJECT]
-    assert "GB" not in capsys.readouterr().out
+    assert "several GB" not in capsys.readouterr().out
 
 
 def test_plain_build_where_nothing_else_is_offered(
@@ -256,7 +293,7 @@ def test_plain_build_where_nothing_else_is_offered(
     machine.offers = lambda arguments: "constraints-cpu.txt" not in arguments
     machine.installs = "2.12.0"
     assert machine.bootstrap.main() == 0
-    assert machine.calls[2:] == ["install -q torch>=2.10", SETUPTOOLS, PROJECT]
+    assert machine.calls[2:] == ["install torch>=2.10", SETUPTOOLS, PROJECT]
     assert capsys.readouterr().out.count("several GB") == 1
 
 
@@ -265,7 +302,7 @@ def test_driver_without_a_plain_build_tries_the_next(machine: Machine) -> None:
     machine.offers = lambda arguments: "torch>=2.10" not in arguments
     assert machine.bootstrap.main() == 0
     assert machine.calls[2:] == [
-        "install -q -c constraints-cpu.txt torch", SETUPTOOLS, CONSTRAINED, second_triton(machine)
+        "install -c constraints-cpu.txt torch", SETUPTOOLS, CONSTRAINED, second_triton(machine)
     ]  # fmt: skip
 
 
@@ -289,7 +326,7 @@ def test_an_interrupted_setup_goes_on(machine: Machine, version: str | None) -> 
     machine.make_venv()
     machine.venv_torch = version
     assert machine.bootstrap.main() == 0
-    assert machine.calls[0] == "install -q -c constraints-cpu.txt torch"
+    assert machine.calls[0] == "install -c constraints-cpu.txt torch"
 
 
 def test_second_run_does_nothing_until_something_changes(
