@@ -302,26 +302,26 @@ def main() -> None:
     parser.add_argument("--amd", action="store_true", help="compile for gfx942, as information")
     parser.add_argument("--out", type=Path, help="write what was found here")
     parser.add_argument("--table", type=Path, help="put all of it under this triton's version here")
-    given = parser.parse_args()
-    numbers = [[int(x) for x in text.split(",")] for text in (given.arch, given.dim)]
+    arguments = parser.parse_args()
+    numbers = [[int(x) for x in text.split(",")] for text in (arguments.arch, arguments.dim)]
     table: dict[str, Any] = {}
     for name, arch, one in cases(
-        numbers[0], given.mode.split(","), numbers[1], given.kernel, not given.base
+        numbers[0], arguments.mode.split(","), numbers[1], arguments.kernel, not arguments.base
     ):
         start = time.monotonic()
         try:
-            table[name] = on_amd(one) if given.amd else resources(compiled(one, arch))
+            table[name] = on_amd(one) if arguments.amd else resources(compiled(one, arch))
         except Exception as error:
             table[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}"}
         tile = {n: one.options[n] for n in ("ROWS", "PROTOS", "PREC", *OPTIONS) if n in one.options}
         print(f"{name:60s} {table[name]} {tile} {time.monotonic() - start:.1f}s", flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    if given.table:
-        whole = json.loads(given.table.read_text("utf-8")) if given.table.exists() else {}
-        heading = f"{triton.__version__} gfx942" if given.amd else triton.__version__
+        if arguments.out:
+            arguments.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if arguments.table:
+        whole = json.loads(arguments.table.read_text("utf-8")) if arguments.table.exists() else {}
+        heading = f"{triton.__version__} gfx942" if arguments.amd else triton.__version__
         whole[heading] = dict(sorted(table.items()))
-        given.table.write_text(spelled(whole), encoding="utf-8")
+        arguments.table.write_text(spelled(whole), encoding="utf-8")
 
 
 def spelled(table: dict[str, dict[str, Any]]) -> str:

@@ -172,7 +172,9 @@ def explain(op: object, *arguments: object) -> str:
 
     Parameters
     ----------
-    op, *arguments
+    op : str, `torch.ops.clam.<name>` or the public function
+        As for `choice`.
+    arguments
         As for `choice`.
 
     Returns

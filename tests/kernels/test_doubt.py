@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rule that says which rows are computed again is one rule, in PyTorch and in Triton."""
+"""PyTorch and Triton have the same rule for which rows are computed again."""
 
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 import pytest
 import torch
+from _interpreted import NEEDS_INTERPRETER
 from _watch import rows_in_doubt
 
 pytest.importorskip("triton", reason="triton is missing")
@@ -17,10 +17,7 @@ import triton.language as tl
 
 from python_fallback.am import doubt
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1",
-    reason="TRITON_INTERPRET is not 1 in this process",
-)
+pytestmark = NEEDS_INTERPRETER
 ROWS, MEMORIES = 512, 3
 
 
@@ -54,9 +51,9 @@ def test_both_rules_choose_the_same_rows():
     both = set()
     for sharp in (1e-4, 0.1, 1.0, 100.0):
         rows = rows_in_doubt(size, (size - far) / 2, weights, sharp)
-        found = torch.zeros(ROWS, dtype=torch.int32)
-        doubts_kernel[(1,)](size, far, total, sharp, found, ROWS)
-        assert torch.equal(found.bool(), rows), sharp
+        flags = torch.zeros(ROWS, dtype=torch.int32)
+        doubts_kernel[(1,)](size, far, total, sharp, flags, ROWS)
+        assert torch.equal(flags.bool(), rows), sharp
         both.update(rows.tolist())
     assert both == {True, False}
 
