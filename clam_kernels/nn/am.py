@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core import checks
+from ..ops._facts import compute_dtype
 from ..ops.am import am_assign, am_energy, am_recursion, am_weights
 from ._labels import check_values
 from ._parameters import as_vector, source_names, source_tensors, write
@@ -445,7 +446,7 @@ def _dtype_name(dtype: object) -> str:
 
 def _beta_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of log_beta in a layer with parameters of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return compute_dtype(dtype)
 
 
 def _log_of_beta(beta: float | Tensor, dtype: torch.dtype) -> Tensor:

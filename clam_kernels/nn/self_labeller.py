@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .._core import checks
+from ..ops._facts import compute_dtype
 from ..transport import NOT_CONVERGED, Scores, Sinkhorn, sinkhorn
 from ._labels import Relabelling as Relabelling
 from ._labels import check_settings, check_values, first_labels, normalised_marginal
@@ -313,8 +314,7 @@ class SelfLabeller(nn.Module):
         head = self._head(head)
         self._check_features(features)
         logits = functional.linear(features, self.weight[head], self.bias[head])
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return logits.to(wide).log_softmax(-1)
+        return logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
 
     @torch.no_grad()
     def relabel(

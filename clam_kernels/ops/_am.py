@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.backend import PRECISIONS
+from ._facts import compute_dtype
 
 
 def _check_pair(v: Tensor, rho: Tensor) -> None:
@@ -105,10 +106,6 @@ def check_energy_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
         checks.values("beta", beta, 0.0, finite=True, strict=True)
 
 
-def _wide(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
 def fake_recursion(
     v: Tensor,
     rho: Tensor,
@@ -128,13 +125,15 @@ def fake_step(v: Tensor, rho: Tensor, beta: Any, step: Any, *rest: Any) -> Tenso
 
 def fake_step_saved(v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = fake_step(v, *rest)
-    return out, out.new_empty(out.shape[:-1], dtype=_wide(v))
+    return out, out.new_empty(out.shape[:-1], dtype=compute_dtype(v.dtype))
 
 
 def fake_energy(
     v: Tensor, rho: Tensor, beta: Any, log_weights: Tensor | None, precision: str | None
 ) -> Tensor:
-    return v.new_empty([*_batch(v, rho, beta, None, log_weights), v.shape[-2]], dtype=_wide(v))
+    return v.new_empty(
+        [*_batch(v, rho, beta, None, log_weights), v.shape[-2]], dtype=compute_dtype(v.dtype)
+    )
 
 
 def fake_assign(

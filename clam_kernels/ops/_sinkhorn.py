@@ -12,10 +12,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.backend import PRECISIONS
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from ._facts import compute_dtype
 
 
 def _check_vectors(
@@ -161,7 +158,7 @@ def _batch_features(
 
 
 def _results(like: Tensor, batch: list[Any], n: Any, k: Any) -> tuple[Tensor, ...]:
-    wide = _wide(like)
+    wide = compute_dtype(like.dtype)
     f, g = (like.new_empty([*batch, size], dtype=wide) for size in (n, k))
     return f, g, like.new_empty(batch, dtype=wide), like.new_empty(batch, dtype=torch.int64)
 

@@ -13,12 +13,9 @@ import python_fallback
 from .._core import checks
 from .._core.backend import PRECISIONS
 from .._core.install import op
+from ._facts import compute_dtype
 
 # ---- checks and fakes, with the arguments of the ops in the order of the schemas -----------------
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check_rows(x: Tensor) -> None:
@@ -71,7 +68,7 @@ def _check_nearest(x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Ten
     _check_rows(x)
     checks.floating("centroids", centroids)
     # callers keep centroids in the compute dtype, also for rows in half precision
-    _check_dtype("centroids", centroids, (_wide(x), x.dtype), "x")
+    _check_dtype("centroids", centroids, (compute_dtype(x.dtype), x.dtype), "x")
     checks.same_device("centroids", centroids, "x", x)
     checks.shape("centroids", centroids, "[..., K, D]", centroids.ndim >= 2)
     pattern, ok = f"[..., K, {x.shape[-1]}]", centroids.shape[-1] == x.shape[-1]
@@ -109,7 +106,7 @@ def _fake_assign(
 ) -> tuple[Tensor, Tensor]:
     sizes = [*_assign_batch(x, centroids, shift, mask), x.shape[-2]]
     shape = sizes if distances else [*sizes[:-1], 0]
-    sqdist = x.new_empty(shape, dtype=_wide(x))
+    sqdist = x.new_empty(shape, dtype=compute_dtype(x.dtype))
     return x.new_empty(sizes, dtype=torch.int64), sqdist
 
 

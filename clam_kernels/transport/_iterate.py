@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._facts import EMPTY, FINE
 from ._anderson import Anderson
-from ._passes import EMPTY, FINE, Pass, Passes
+from ._passes import Pass, Passes
 
 # Passes between two reads of the error from a GPU; on a CPU it is read after each pass.
 CHECK_INTERVAL = 16

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ._problem import LARGE_LOGIT, ProblemOps
+from ..ops._facts import EMPTY, FINE, INFEASIBLE, LARGE_LOGIT
+from ._problem import ProblemOps
 
 # Rows of the sample whose median estimates the common part of all row potentials.
 SAMPLE_SIZE = 31
-FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 
 
 class Pass(NamedTuple):

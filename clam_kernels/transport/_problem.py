@@ -13,21 +13,18 @@ from torch import Tensor
 from .._core import checks
 from .._core.backend import default_precision
 from ..ops import sinkhorn as sinkhorn_ops
+from ..ops._facts import LARGE_LOGIT, compute_dtype
 from ._terms import autocast_off, product, scaled
 
 Scores = Tensor | tuple[Tensor, Tensor]
 # Logits of one tile where a result is read: few on a CPU, so that they fit its cache; many on a
 # GPU, where each tile takes a few launches.
 TILE_ENTRIES, TILE_ENTRIES_OF_GPU = 1 << 17, 1 << 24
-# A potential: beyond this, its rounding exceeds 2^-19 in float32.
-LARGE_POTENTIAL = 32.0
-# The largest logit of a row: beyond this, its rounding exceeds 2^-16 in float32.
-LARGE_LOGIT = 256.0
 
 
 def potentials_dtype(scores: Tensor) -> torch.dtype:
     """The dtype of the potentials: float64 for float64, else float32."""
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return compute_dtype(scores.dtype)
 
 
 @dataclass(frozen=True)

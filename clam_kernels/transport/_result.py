@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import distributed
 from .._core import checks, transforms
+from ..ops._facts import EMPTY, FINE, NOT_CONVERGED
 from . import _arguments as arguments
 from ._gradients import semi_dual
-from ._passes import EMPTY, FINE, NOT_CONVERGED
 from ._problem import Scores, TransportProblem
 from ._strict import enforce_capacities
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .._core import checks
+from ..ops._facts import EMPTY, FINE, INFEASIBLE, LARGE_POTENTIAL, NOT_CONVERGED, NOT_FINITE
 from . import _arguments as arguments
 from ._gradients import implicit
 from ._iterate import IterationResult, iterate
-from ._passes import EMPTY, FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
-from ._problem import LARGE_POTENTIAL, Scores, TransportProblem
+from ._passes import Passes, Sharded
+from ._problem import Scores, TransportProblem
 from ._result import Sinkhorn
 from ._warn import not_converged
 

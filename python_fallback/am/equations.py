@@ -76,7 +76,7 @@ def am_recursion(
     """`steps` times `v + step * update_mask * (softmax_k(log w_k - beta_k |v - rho_k|^2) @ rho -
     v)`.
     """
-    dtype = compute_dtype(v)
+    dtype = compute_dtype(v.dtype)
     rho, beta = rho.to(dtype), beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
     log_weights = None if log_weights is None else log_weights.to(dtype)
     gain = step if update_mask is None else step * update_mask.to(dtype)
@@ -111,7 +111,7 @@ def am_energy(
     """`-(1/beta) logsumexp_k(log w_k - beta |v - rho_k|^2)`, [..., N]; +inf where all memories are
     masked.
     """
-    dtype = compute_dtype(v)
+    dtype = compute_dtype(v.dtype)
     beta = beta.to(dtype) if isinstance(beta, Tensor) else float(beta)
     log_weights = None if log_weights is None else log_weights.to(dtype)
     sqdist = _differences(v.to(dtype), rho.to(dtype), log_weights).square().sum(-1)

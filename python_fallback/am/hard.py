@@ -106,7 +106,7 @@ def hard_forward(
     """`x <- x + step * update_mask * (nearest memory - x)`, `steps` times; shape is that of the
     result.
     """
-    hard_step, dtype = HardStep(rho, log_weights, mask, step), compute_dtype(v)
+    hard_step, dtype = HardStep(rho, log_weights, mask, step), compute_dtype(v.dtype)
     out = v.new_empty(shape)
     expanded = v.expand(shape)
     for rows in _row_chunks(shape[-2], 1, shape[-1]):
@@ -136,7 +136,11 @@ def hard_backward(
     Labels are constants: with h = step * update_mask * g, each step back gives a row g - h, its
     nearest memory h, and the mask step * g * (nearest memory - x).
     """
-    hard_step, dtype, shape = HardStep(rho, log_weights, mask, step), compute_dtype(v), grad.shape
+    hard_step, dtype, shape = (
+        HardStep(rho, log_weights, mask, step),
+        compute_dtype(v.dtype),
+        grad.shape,
+    )
     grad_v, grad_mask = (grad.new_zeros(shape, dtype=dtype) for _ in range(2))
     grad_rho = grad.new_zeros((*shape[:-2], *rho.shape[-2:]), dtype=torch.float64)
     expanded = v.expand(shape)

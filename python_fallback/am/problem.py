@@ -150,7 +150,7 @@ class MemoryProblem:
         mask: Tensor | None = None,
         log_weights: Tensor | None = None,
     ) -> None:
-        self.dtype = compute_dtype(v)
+        self.dtype = compute_dtype(v.dtype)
         self.shape = result_shape(v, rho, beta, mask, log_weights)
         self.batch, self.rows, self.features = self.shape[:-2], v.shape[-2], v.shape[-1]
         self.size = rho.shape[-2]

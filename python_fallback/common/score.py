@@ -13,9 +13,9 @@ from torch import Tensor
 SAMPLE_SIZE, NEAR_FACTOR = 31, 16.0
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for every other dtype."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def active_memories(log_weights: Tensor | None) -> Tensor | None:

@@ -31,7 +31,7 @@ def kmeans_assign_forward(
 ) -> tuple[Tensor, Tensor]:
     """`kmeans_assign` in row chunks."""
     batch = batch_of(x, centroids, shift, mask)
-    rows, dtype = x.shape[-2], compute_dtype(x)
+    rows, dtype = x.shape[-2], compute_dtype(x.dtype)
     labels = x.new_empty((*batch, rows), dtype=torch.int64)
     sqdist = x.new_empty((*batch, rows if distances else 0), dtype=dtype)
     if x.numel() > 0 and x.shape[-2:].numel() * centroids.shape[-2] <= SMALL_PROBLEM_ENTRIES:
@@ -85,7 +85,7 @@ def _assign_batch(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
     """Labels [P, N] of several problems with the same rows. One matrix product computes the scores
     of all problems; rows that they do not decide are computed one problem after the other.
     """
-    (count, k, _), dtype = centroids.shape, compute_dtype(x)
+    (count, k, _), dtype = centroids.shape, compute_dtype(x.dtype)
     rows = x.to(dtype)
     low, high = torch.aminmax(rows)
     size = max(-float(low), float(high)) * x.shape[-1] ** 0.5

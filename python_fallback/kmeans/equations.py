@@ -39,9 +39,9 @@ def kmeans_assign(
     unlabelled = ~finite | ~least[..., 0].isfinite()
     labels = torch.where(unlabelled, -1, lowest)
     if not distances:
-        return labels, x.new_empty((*batch, 0), dtype=compute_dtype(x))
+        return labels, x.new_empty((*batch, 0), dtype=compute_dtype(x.dtype))
     minimum = sqdist.gather(-1, torch.where(unlabelled, 0, lowest)[..., None])[..., 0]
-    return labels, torch.where(finite, minimum, torch.nan).to(compute_dtype(x))
+    return labels, torch.where(finite, minimum, torch.nan).to(compute_dtype(x.dtype))
 
 
 def kmeans_update(

@@ -88,7 +88,7 @@ def tables_of(
     no label. It is subtracted from the rows only where it is large beside the spread of the
     centroids: scores would lose digits there.
     """
-    dtype, exact = compute_dtype(like), centroids.double()
+    dtype, exact = compute_dtype(like.dtype), centroids.double()
     active = exact.isfinite().all(-1)
     if mask is not None:
         active = active & ~mask
@@ -189,7 +189,7 @@ class Scorer:
     """Tiles of scores of one problem, and the labels that they decide."""
 
     def __init__(self, table: CentroidTable, x: Tensor, labels: Tensor) -> None:
-        k, dtype = len(table.exact), compute_dtype(x)
+        k, dtype = len(table.exact), compute_dtype(x.dtype)
         self.table, self.x, self.out, self.dtype = table, x, labels, dtype
         self.tile_rows = min(tile_rows(k), max(len(x), 1))
         self.scratch = torch.empty(k * self.tile_rows, dtype=dtype, device=x.device)

@@ -106,7 +106,7 @@ def _scores(z: Tensor, prototypes: Tensor, rows: Tensor | None, columns: Tensor 
     """Scores z @ prototypes^T; 0, without a gradient, where the vector `rows` or `columns` is
     -inf.
     """
-    dtype = compute_dtype(z)
+    dtype = compute_dtype(z.dtype)
     return (
         _zero_where_masked(z.to(dtype), rows) @ _zero_where_masked(prototypes.to(dtype), columns).mT
     )
@@ -123,7 +123,7 @@ def _logits(
     nothing to the gradient of the scale: 0 * inf is NaN.
     """
     x = _zero_where_masked(
-        _zero_where_masked(scores.to(compute_dtype(scores)), rows).mT, columns
+        _zero_where_masked(scores.to(compute_dtype(scores.dtype)), rows).mT, columns
     ).mT
     if scale is not None:
         finite = x.isfinite()

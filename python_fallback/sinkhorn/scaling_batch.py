@@ -61,7 +61,7 @@ class SinkhornCall:
         needs_mass: bool = True,
     ) -> None:
         first, last = matrices[0], matrices[-1]
-        self.dtype, self.device = compute_dtype(first), first.device
+        self.dtype, self.device = compute_dtype(first.dtype), first.device
         self.matrices, self.needs_mass = len(matrices), needs_mass
         self.shape = (first.shape[-2], last.shape[-2] if len(matrices) == 2 else first.shape[-1])
         self.operands: list[tuple[Tensor | None, int]] = [

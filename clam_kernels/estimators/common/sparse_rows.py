@@ -18,6 +18,7 @@ from scipy import sparse
 from sklearn.utils.sparsefuncs import mean_variance_axis
 from torch import Tensor
 
+from ...ops._facts import TIE
 from ...ops.kmeans import kmeans_assign
 from .scale import scaled
 
@@ -25,8 +26,6 @@ Array = np.ndarray[Any, Any]
 
 # Most scores, and about the most nonzero entries, of a chunk; entries of a chunk of dense rows.
 CHUNK_SCORES, CHUNK_NONZERO, DENSE_ENTRIES = 1 << 17, 1 << 17, 1 << 18
-# Squared distances that differ by less than this share are equal, as in `kmeans_assign`.
-TIE = 2.0**-40
 # A distance below this share of |x|^2 + |c|^2 is computed from differences.
 CANCELLED = 2.0**-20
 UNIT = 2.0**-52
