@@ -22,7 +22,7 @@ TIMER = {"timer": time.process_time, "min_rounds": 1}
 
 
 def eager_recursion(v: Tensor, rho: Tensor, beta: Any, steps: int = 1) -> Tensor:
-    """The best plain form: two matrix products and a softmax, every N x K array whole."""
+    """The fastest plain form: two matrix products and a softmax, with whole N x K arrays."""
     bias = -beta * rho.square().sum(-1)
     for _ in range(steps):
         v = torch.softmax(torch.addmm(bias, v, (2 * beta * rho).T), -1) @ rho
@@ -53,19 +53,19 @@ def op_of(workload: testing.Workload) -> Callable[..., Any]:
 
 
 def errors(workload: testing.Workload, args: tuple[Any, ...]) -> dict[str, float]:
-    """Largest error of both on a sample of rows, against float64 of the same inputs, over the
-    spread.
+    """max |out - exact| / std(exact) on a sample of rows, for ours and for eager torch; `exact` is
+    the result in float64.
     """
     v, rho, *rest = args
     rows = v[:SAMPLE_ROWS]
     exact = getattr(truth, workload.op)(rows.double(), rho.double(), *rest)
-    found = {
+    results = {
         "ours": op_of(workload)(rows, rho, *rest),
         "eager": EAGER[workload.op](rows, rho, *rest),
     }
     pick = (lambda out: out[1]) if isinstance(exact, tuple) else (lambda out: out)
     spread = float(pick(exact).std())
-    return {k: float((pick(out) - pick(exact)).abs().max()) / spread for k, out in found.items()}
+    return {k: float((pick(out) - pick(exact)).abs().max()) / spread for k, out in results.items()}
 
 
 Trained = Callable[[Callable[..., Tensor]], tuple[Tensor, ...]]
@@ -84,19 +84,17 @@ def training(args: tuple[Any, ...]) -> Trained:
 
 
 def gradient_errors(workload: testing.Workload, args: tuple[Any, ...]) -> dict[str, float]:
-    """Largest error of each gradient over its largest entry, of a sample of rows; the worst of the
-    gradients.
-    """
+    """max |g - exact| / max |exact| on a sample of rows, the largest over the gradients."""
     v, rho, *rest = args
     rows = v[:SAMPLE_ROWS]
     exact = training((rows.double(), rho.double(), *rest))(truth.am_recursion)
     run = training((rows, rho, *rest))
-    found = {"ours": run(op_of(workload)), "eager": run(eager_recursion)}
+    results = {"ours": run(op_of(workload)), "eager": run(eager_recursion)}
     return {
         name: max(
             float((g - e).abs().max() / e.abs().max()) for g, e in zip(grads, exact, strict=True)
         )
-        for name, grads in found.items()
+        for name, grads in results.items()
     }
 
 

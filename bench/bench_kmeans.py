@@ -22,7 +22,7 @@ ITERATIONS, SAMPLE_ROWS = 10, 4096
 
 
 def eager_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The obvious form: all N x K squared distances, expanded, and their minimum."""
+    """The simplest form: all N x K squared distances, expanded, and their minimum."""
     d = torch.addmm(centroids.square().sum(-1), x, -2 * centroids.T) + x.square().sum(-1, True)
     best = d.min(-1)
     return best.indices, best.values
@@ -44,8 +44,8 @@ PLAIN = {
 
 
 def errors(workload: testing.Workload, args: tuple[Any, ...]) -> dict[str, float]:
-    """Largest error of the distances or sums over the largest of them, against float64 of the same
-    inputs on a sample of rows.
+    """max |out - exact| / max |exact| of the distances or sums on a sample of rows; `exact` is the
+    result in float64.
     """
     first, second, *rest = args
     if workload.op == "kmeans_update":
@@ -56,25 +56,25 @@ def errors(workload: testing.Workload, args: tuple[Any, ...]) -> dict[str, float
     exact = testing.spec_of(workload.op).truth(*wide)[place]
     op: Any = getattr(torch.ops.clam, workload.op)
     plain: Any = PLAIN[workload.op]
-    found = {"ours": op(*rows)[place], "eager": plain(*rows)[place]}
+    results = {"ours": op(*rows)[place], "eager": plain(*rows)[place]}
     return {
-        name: float((out - exact).abs().max() / exact.abs().max()) for name, out in found.items()
+        name: float((out - exact).abs().max() / exact.abs().max()) for name, out in results.items()
     }
 
 
 @pytest.mark.benchmark(**TIMER)
 @pytest.mark.parametrize("workload", ASSIGN, ids=lambda w: w.name)
 def test_fit(workload: testing.Workload, race: Any) -> None:
-    """Ten iterations of Lloyd from one start, no tolerance, one thread each."""
+    """Ten iterations of Lloyd from one start, without tolerance, on one thread each."""
     x, centroids = (t.numpy() for t in workload.make(0))
     options = {"init": centroids, "n_init": 1, "max_iter": ITERATIONS, "tol": 0}
     ours, peer = (cls(len(centroids), **options) for cls in (KMeans, Peer))
     with threadpool_limits(1):
-        found = {"ours": ours.fit(x), "eager": peer.fit(x)}
+        models = {"ours": ours.fit(x), "eager": peer.fit(x)}
         error = {}
-        for name, model in found.items():  # of the inertia, against its own labels in float64
-            centres = model.cluster_centers_[model.labels_].astype(np.float64)
-            exact = float(np.square(x - centres).sum())
+        for name, model in models.items():  # error of the inertia, recomputed in float64
+            centers = model.cluster_centers_[model.labels_].astype(np.float64)
+            exact = float(np.square(x - centers).sum())
             error[name] = abs(model.inertia_ - exact) / exact
         row = race(
             workload.name.replace("kmeans_assign", "KMeans"),

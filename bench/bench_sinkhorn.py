@@ -19,13 +19,13 @@ SCORES, FEATURES = (
     testing.workloads("sinkhorn_potentials"),
     testing.workloads("sinkhorn_potentials_features"),
 )
-# Entries of the largest problem that POT, ten times slower, is given.
+# Largest number of entries for POT, which is ten times slower.
 MOST_OF_POT = 20_000 * 300
 TIMER = {"timer": time.process_time, "min_rounds": 1}
 
 
 def logsumexp_loop(logits: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
-    """The obvious form in the log domain, prototypes first."""
+    """The simplest form in the log domain; the prototypes' potential is first."""
     n, k = logits.shape
     f, g = torch.zeros(n), torch.zeros(k)
     for _ in range(n_iter):
@@ -35,7 +35,7 @@ def logsumexp_loop(logits: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_loop(logits: Tensor, n_iter: int) -> Tensor:
-    """The loop on exp(scores / epsilon), in place on a copy; codes."""
+    """The loop on a copy of exp(scores / epsilon), in place; returns codes."""
     n, k = logits.shape
     q = logits.exp()
     q /= q.sum()
@@ -46,7 +46,7 @@ def linear_loop(logits: Tensor, n_iter: int) -> Tensor:
 
 
 def pot(logits: Any, n_iter: int) -> Any:
-    """POT's log-domain solver, of as many iterations, on NumPy arrays or torch tensors."""
+    """POT's log-domain solver with as many iterations, on NumPy arrays or torch tensors."""
     import ot
 
     n, k = logits.shape

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a row is measured: ours and its rivals in alternation in one process, CPU seconds of one
-thread (wall seconds on a GPU), and the error of each against float64 beside its time."""
+"""Measure a row: our call and its rivals run in alternation in one process, timed in CPU seconds of
+one thread, and each gets its error against float64 beside its time.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +23,19 @@ ROUNDS = 7
 
 
 def folder_name(model: str) -> str:
-    """A folder name for this machine: its processor and the threads used."""
+    """A folder name for this machine: its processor and its number of threads."""
     capability = torch.backends.cpu.get_cpu_capability()
     return re.sub(r"[^a-z0-9]+", "-", f"{model} {capability} 1 thread".lower()).strip("-")
 
 
+def file_name(name: str, mode: str) -> str:
+    """A file name for a row, without spaces and other characters that a shell would read."""
+    return f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', f'{name}.{mode}')}.json"
+
+
 @dataclass
 class Race:
-    """One row: our call and its rivals on the same data."""
+    """One row of results: our call and its rivals on the same data."""
 
     benchmark: Any
     name: str
@@ -37,7 +43,7 @@ class Race:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self, ours: Callable[[], object], rivals: dict[str, Callable[[], object]]) -> None:
-        """Time all in alternation; a rival's round is the setup of our round."""
+        """Time all in alternation: the rivals run in the setup of each of our rounds."""
         times: dict[str, list[float]] = {rival: [] for rival in rivals}
 
         def setup() -> None:
@@ -48,19 +54,19 @@ class Race:
 
         self.benchmark.pedantic(ours, setup=setup, rounds=ROUNDS, warmup_rounds=1)
         data = self.benchmark.stats.stats.data
-        times = {rival: found[-len(data) :] for rival, found in times.items()}
+        times = {rival: seconds[-len(data) :] for rival, seconds in times.items()}
         self.facts["ms"] = _summary(data)
         self.facts["rivals"] = {
             rival: {
-                **_summary(found),
-                "ratio": statistics.median(b / a for a, b in zip(data, found, strict=True)),
+                **_summary(seconds),
+                "ratio": statistics.median(b / a for a, b in zip(data, seconds, strict=True)),
             }
-            for rival, found in times.items()
+            for rival, seconds in times.items()
         }
         self.write()
 
     def write(self) -> None:
-        """Commit the row to its file, and to pytest-benchmark's own record."""
+        """Write the row to its file, and to the report of pytest-benchmark."""
         where = record.facts()
         machine = folder_name(where["machine"])
         row = {
@@ -74,7 +80,7 @@ class Race:
         self.benchmark.extra_info.update(row)
         folder = RESULTS / machine
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{self.name.replace('/', '.')}.{self.mode}.json"
+        file = folder / file_name(self.name.replace("/", "."), self.mode)
         file.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
 
 
@@ -90,7 +96,7 @@ def race(benchmark: Any) -> Callable[..., Race]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
-    """One thread: what a chunked form gains must not come from more cores."""
+    """Use one thread: the gain of a chunked form must not come from more cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A million rows on a CPU: ClAM beside one k-means of scikit-learn, time, memory and inertia.
+"""A million rows on a CPU: time, memory and inertia of ClAM beside one k-means of scikit-learn.
 
 `python3 bench/million.py` prints the figures and writes bench/results/million.json. Each fit runs
-in a process of its own, on all cores, so that its memory is its own.
+in its own process, so that its peak memory does not include another fit's, and on all cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import time
@@ -28,29 +27,23 @@ K, FEATURES = 64, 16
 def data(rows: int, seed: int = 0) -> np.ndarray:
     """A mixture of 64 overlapping Gaussians of unequal weight and spread, float32."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(K, FEATURES)) * 2
+    centers = rng.normal(size=(K, FEATURES)) * 2
     spread = rng.uniform(0.6, 1.4, size=K)
     label = rng.choice(K, rows, p=rng.dirichlet(np.full(K, 3.0)))
     noise = rng.normal(size=(rows, FEATURES)) * spread[label, None]
-    return (centres[label] + noise).astype(np.float32)
+    return (centers[label] + noise).astype(np.float32)
 
 
-def resident() -> float:
-    """Bytes of memory held now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return float(pages * resource.getpagesize())
-
-
-def measured(method: str, rows: int, seed: int) -> dict[str, Any]:
+def measure(method: str, rows: int, seed: int) -> dict[str, Any]:
     """One fit in this process."""
     x = data(rows)
-    made = (
+    estimator = (
         ClAM(K, random_state=seed) if method == "clam" else KMeans(K, n_init=1, random_state=seed)
     )
     small = x[:2000]
     (ClAM(K, n_init=2, max_iter=2) if method == "clam" else KMeans(K, n_init=1)).fit(small)
-    before, start, cpu = resident(), time.perf_counter(), time.process_time()
-    model = made.fit(x)
+    before, start, cpu = record.resident_bytes(), time.perf_counter(), time.process_time()
+    model = estimator.fit(x)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     return {
@@ -75,7 +68,7 @@ def main() -> int:
         run: dict[str, Any] = {"seed": seed}
         for method in ("kmeans", "clam"):
             with fresh.Pool(1) as pool:
-                run[method] = pool.apply(measured, (method, options.rows, seed))
+                run[method] = pool.apply(measure, (method, options.rows, seed))
             print(seed, method, {k: float(f"{v:.4g}") for k, v in run[method].items()}, flush=True)
         run["inertia_ratio"] = run["clam"]["inertia"] / run["kmeans"]["inertia"]
         run["time_ratio"] = run["clam"]["seconds"] / run["kmeans"]["seconds"]
@@ -88,8 +81,7 @@ def main() -> int:
         "runs": runs,
         **record.facts(),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record.write(options.json, report)
     worst = max(run["inertia_ratio"] for run in runs)
     extra = max(run["clam"]["extra_bytes"] for run in runs)
     print(f"inertia at most {worst:.4f} of k-means, {extra / 1e6:.0f} MB over the input")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of a whole data set in equal shares, as self-labelling (SeLa) makes them: a tenth of
-ImageNet's rows and classes on a CPU, beside the published algorithm, labels compared; then time and
-memory of both against the number of rows.
+"""Label a whole data set in equal shares, as self-labelling (SeLa) does: a tenth of ImageNet's rows
+and classes on a CPU. Compare the labels with those of the published algorithm, and the time and
+memory of both for several numbers of rows.
 
 `python3 bench/relabelling.py` prints the figures, writes bench/results/relabelling.json and draws
-docs/images/relabelling.png. Each run has a process and one thread of its own, so that its memory is
-its own. `--rows 1281167 --classes 3000 --device cuda` is the whole on a GPU, without the rival.
+docs/images/relabelling.png. Each run has its own process, so that its peak memory does not include
+another run's, and one thread. `--rows 1281167 --classes 3000 --device cuda` labels all of ImageNet
+on a GPU, without the published algorithm.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import time
@@ -27,13 +27,13 @@ from clam_kernels import sinkhorn
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOT = ROOT / "bench/results/relabelling.json", ROOT / "docs/images/relabelling.png"
 FEATURES, LAM = 128, 25.0
-# Ours at the preset's tolerance, and at that of the published test (0.1 / N).
+# Ours with the tolerance of the preset; "tight" has that of the published test (0.1 / N).
 RUNS = ("features", "scores", "scores, tight", "published")
 MOST = 3000
 
 
 def data(rows: int, classes: int, device: str) -> tuple[Tensor, Tensor]:
-    """Features around class directions of very unequal size; a head that is not even either."""
+    """Features around the directions of classes of very unequal size, and a random head."""
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(classes, FEATURES, generator=generator) * (2 / FEATURES**0.5)
     sizes = 1 / torch.arange(1.0, classes + 1)
@@ -43,9 +43,10 @@ def data(rows: int, classes: int, device: str) -> tuple[Tensor, Tensor]:
     return z.to(device), head.to(device)
 
 
-def published(logits: Tensor) -> tuple[Tensor, int]:
-    """The algorithm as its authors published it, restated: float64, plain domain, two mat-vecs an
-    iteration, a look at sum |c / c_new - 1| < 0.1 after every ten.
+def published_labels(logits: Tensor) -> tuple[Tensor, int]:
+    """The algorithm of its authors: float64, linear domain, two matrix-vector products per
+    iteration; every ten iterations it tests sum |c / c_new - 1| < 0.1. Returns labels and the
+    number of iterations.
     """
     p = logits.double().softmax(1).pow_(LAM)
     n, k = p.shape
@@ -61,40 +62,34 @@ def published(logits: Tensor) -> tuple[Tensor, int]:
     return p.mul_(row).argmax(1), done
 
 
-def resident() -> float:
-    """Bytes of memory held now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return float(pages * resource.getpagesize())
-
-
-def called(method: str, entries: tuple[Tensor, ...]) -> tuple[Tensor, int, float]:
+def labels_by(method: str, entries: tuple[Tensor, ...]) -> tuple[Tensor, int, float]:
     """(labels, iterations, error of the shares) of one method."""
     if method == "published":
-        return (*published(entries[0]), 0.0)
+        return (*published_labels(entries[0]), 0.0)
     scores = entries[0] if len(entries) == 1 else (entries[0], entries[1])
     tol = 0.1 / len(entries[0]) if "tight" in method else 1e-3
-    found = sinkhorn(
+    result = sinkhorn(
         scores, epsilon=1 / LAM, tol=tol, max_iter=MOST, accelerate="anderson", warn=False
     )
-    return found.labels(), found.n_iter, float(found.err)
+    return result.labels(), result.n_iter, float(result.err)
 
 
-def measured(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
-    """One run in this process; scores are the input of what takes them."""
+def measure(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
+    """Measure one run in this process. Scores are computed before: they are an input."""
     torch.set_num_threads(1)
     z, head = data(rows, classes, device)
     entries = (z, head) if "features" in method else (z @ head.T,)
     if len(entries) == 1:
         del z
-    called(method, tuple(x[:1000] if i == 0 else x for i, x in enumerate(entries)))
+    labels_by(method, tuple(x[:1000] if i == 0 else x for i, x in enumerate(entries)))
     torch.cuda.synchronize() if device == "cuda" else None
-    before, start, cpu = resident(), time.perf_counter(), time.process_time()
-    labels, iterations, error = called(method, entries)
+    before, start, cpu = record.resident_bytes(), time.perf_counter(), time.process_time()
+    labels, iterations, error = labels_by(method, entries)
     labels = labels.cpu()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     counts = torch.bincount(labels, minlength=classes) * (classes / rows)
-    found = {
+    result = {
         "seconds": seconds,
         "cpu_seconds": cpu,
         "extra_bytes": peak - before,
@@ -102,22 +97,22 @@ def measured(method: str, rows: int, classes: int, device: str) -> dict[str, Any
         "error": error,
         "shares": [float(counts.min()), float(counts.max())],
     }
-    return {"labels": labels, "row": found}
+    return {"labels": labels, "row": result}
 
 
 def exact(rows: int, classes: int) -> Tensor:
     """Labels of a float64 run to 1e-10."""
     z, head = (x.double() for x in data(rows, classes, "cpu"))
-    found = sinkhorn((z, head), epsilon=1 / LAM, tol=1e-10, max_iter=MOST, accelerate="anderson")
-    return found.labels()
+    result = sinkhorn((z, head), epsilon=1 / LAM, tol=1e-10, max_iter=MOST, accelerate="anderson")
+    return result.labels()
 
 
-def apart(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
-    """`measured` in a process of its own."""
+def measure_in_new_process(method: str, rows: int, classes: int, device: str) -> dict[str, Any]:
+    """`measure` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(measured, (method, rows, classes, device))
-    print(rows, method, found["row"], flush=True)
-    return found
+        result = pool.apply(measure, (method, rows, classes, device))
+    print(rows, method, result["row"], flush=True)
+    return result
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -164,14 +159,14 @@ def main() -> int:
     growth = []
     for count in (rows // 8, rows // 4, rows // 2):
         for method in methods:
-            row = apart(method, count, classes, device)["row"]
+            row = measure_in_new_process(method, count, classes, device)["row"]
             growth.append({"method": method, "rows": count, **row})
-    found = {method: apart(method, rows, classes, device) for method in methods}
-    growth += [{"method": m, "rows": rows, **found[m]["row"]} for m in methods]
-    truth = exact(rows, classes) if device == "cpu" else found["scores, tight"]["labels"]
+    results = {method: measure_in_new_process(method, rows, classes, device) for method in methods}
+    growth += [{"method": m, "rows": rows, **results[m]["row"]} for m in methods]
+    truth = exact(rows, classes) if device == "cpu" else results["scores, tight"]["labels"]
     for method in methods:
-        differ = int((found[method]["labels"] != truth).sum())
-        found[method]["row"]["labels_that_differ"] = differ
+        differ = int((results[method]["labels"] != truth).sum())
+        results[method]["row"]["labels_that_differ"] = differ
         print(method, "labels that differ from a float64 run to 1e-10:", differ, flush=True)
     report = {
         "rows": rows,
@@ -179,19 +174,18 @@ def main() -> int:
         "features": FEATURES,
         "lam": LAM,
         "device": device,
-        "methods": {method: found[method]["row"] for method in methods},
+        "methods": {method: results[method]["row"] for method in methods},
         "growth": growth,
         **record.facts(device),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record.write(options.json, report)
     draw(report, options.plot)
     if device != "cpu":
         return 0
-    ours, theirs = found["scores, tight"]["row"], found["published"]["row"]
+    ours, theirs = results["scores, tight"]["row"], results["published"]["row"]
     ratio = theirs["cpu_seconds"] / ours["cpu_seconds"]
     print(f"{ratio:.1f} x faster than the published algorithm to its own tolerance")
-    same = bool((found["scores, tight"]["labels"] == found["published"]["labels"]).all())
+    same = bool((results["scores, tight"]["labels"] == results["published"]["labels"]).all())
     return 0 if same and ratio >= 3 and ours["extra_bytes"] < 1e9 else 1
 
 

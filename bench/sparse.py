@@ -3,16 +3,14 @@
 `predict`.
 
 `python3 bench/sparse.py` prints the figures and writes bench/results/sparse.json. Times are the
-best of several runs that take turns in one process, on one thread. Memory is measured in a process
-of its own for each: the peak beside what was there before the call. Both start from the same rows.
+least of several runs that alternate in one process, on one thread. Memory is measured in a new
+process for each: the peak less the memory before the call. Both fits start from the same rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import resource
 import time
 import warnings
 from pathlib import Path
@@ -33,43 +31,42 @@ LEAST_RATIO, MOST_MEMORY = 0.5, 2.0
 
 
 def data(rows: int, features: int, density: float) -> sparse.csr_array:
-    """Entries at random places."""
+    """A table with random entries at random places."""
     random = np.random.default_rng(0)
     return sparse.random_array((rows, features), density=density, format="csr", rng=random)
 
 
 def model(ours: bool, clusters: int) -> Any:
-    """The same fit of both: one start, at most ten iterations."""
+    """An estimator of ours or of scikit-learn: one start, at most ten iterations."""
     kind = KMeans if ours else Peer
     return kind(clusters, n_init=1, max_iter=10, random_state=0)
 
 
 def seconds(call: Any) -> float:
-    """How long a call takes."""
+    """Seconds of a call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def extra_bytes(ours: bool, shape: tuple[int, int, float], clusters: int) -> float:
-    """The peak of a fit beside what the process held before; after a small fit that imports."""
+    """Peak memory of a fit less the memory before it; a small fit first does the imports."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model(ours, 2).fit(data(50, 50, 0.2))
     x = data(*shape)
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    before = pages * resource.getpagesize()
-    # the peak so far is not that of the fit
+    before = record.resident_bytes()
+    # forget the peak of the calls before
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     model(ours, clusters).fit(x)
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024.0 - before
-    raise RuntimeError("the system does not tell the peak of a process")
+    raise RuntimeError("/proc/self/status: expected a line VmHWM, got none")
 
 
-def measured(shape: tuple[int, int, float], clusters: int, repeats: int) -> dict[str, Any]:
-    """Times of both in turn, their memory and whether their results agree."""
+def measure(shape: tuple[int, int, float], clusters: int, repeats: int) -> dict[str, Any]:
+    """Times of both estimators in alternation, their memory, and whether their results agree."""
     x = data(*shape)
     ours, theirs = model(True, clusters).fit(x), model(False, clusters).fit(x)
     calls = {
@@ -78,7 +75,7 @@ def measured(shape: tuple[int, int, float], clusters: int, repeats: int) -> dict
         "predict": lambda: ours.predict(x),
         "predict_sklearn": lambda: theirs.predict(x),
     }
-    taken = [{name: seconds(call) for name, call in calls.items()} for _ in range(repeats)]
+    times = [{name: seconds(call) for name, call in calls.items()} for _ in range(repeats)]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         memory = [pool.apply(extra_bytes, (own, shape, clusters)) for own in (True, False)]
     rows, features, density = shape
@@ -87,7 +84,7 @@ def measured(shape: tuple[int, int, float], clusters: int, repeats: int) -> dict
         "features": features,
         "density": density,
         "clusters": clusters,
-        "seconds": {name: min(one[name] for one in taken) for name in calls},
+        "seconds": {name: min(one[name] for one in times) for name in calls},
         "extra_bytes": memory[0],
         "extra_bytes_sklearn": memory[1],
         "iterations": [ours.n_iter_, theirs.n_iter_],
@@ -105,16 +102,15 @@ def main() -> int:
     torch.set_num_threads(1)
     cases = []
     for shape in SHAPES:
-        case = measured(shape, options.clusters, options.repeats)
-        taken = case["seconds"]
-        case["fit_ratio"] = taken["fit_sklearn"] / taken["fit"]
-        case["predict_ratio"] = taken["predict_sklearn"] / taken["predict"]
+        case = measure(shape, options.clusters, options.repeats)
+        times = case["seconds"]
+        case["fit_ratio"] = times["fit_sklearn"] / times["fit"]
+        case["predict_ratio"] = times["predict_sklearn"] / times["predict"]
         case["memory_ratio"] = case["extra_bytes"] / case["extra_bytes_sklearn"]
         cases.append(case)
         print(case, flush=True)
     report = {"cases": cases, **record.facts()}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record.write(options.json, report)
     good = all(c["fit_ratio"] >= LEAST_RATIO and c["memory_ratio"] <= MOST_MEMORY for c in cases)
     return 0 if good else 1
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ClAM on tables whose columns have units of their own: twenty tables, three seeds. A raw table
-must be clustered as its scaled form is, no filled cell may lie outside the observed range of its
-column, and filled cells must be at least as close as the means of the columns.
+"""ClAM on tables whose columns have different units: twenty tables, three seeds. The clusters of a
+raw table must be as good as those of its scaled form, no filled cell may lie outside the observed
+range of its column, and filled cells must be at least as close as the means of the columns.
 
 `python3 bench/units.py` prints the figures and writes bench/results/units.json. Eight of the tables
 are in shared/data, beside the checkout.
@@ -10,7 +10,6 @@ are in shared/data, beside the checkout.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from clam_kernels import ClAM, metrics
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "bench" / "results" / "units.json"
-# Clusters of every table, of which at most ROWS rows are drawn; exercise and linnerud are the two
-# halves of one set. Those of RAW are also clustered as they are, in the units of their columns.
+# Number of clusters of every table; at most ROWS rows of a table are drawn. exercise and linnerud
+# are the two halves of one data set. RAW tables also run in the units of their own columns.
 TABLES = {
     "iris": 3, "wine": 3, "breast_cancer": 2, "digits": 10, "diabetes": 4, "linnerud": 2,
     "exercise": 2, "zoo": 7, "ecoli": 8, "libras": 15, "glass": 6, "mice_protein": 8, "ctg": 10,
@@ -36,7 +35,7 @@ ROWS, HIDDEN, SLACK = 600, 0.1, 0.01
 
 
 def load(name: str, raw: bool) -> np.ndarray:
-    """Features in their own units, or each in a random unit from 1e-9 to 1e9."""
+    """Features in their own units, or each in a random unit between 1e-9 and 1e9."""
     if name == "exercise":
         x = datasets.load_linnerud().data
     elif name == "linnerud":
@@ -52,8 +51,10 @@ def load(name: str, raw: bool) -> np.ndarray:
     return x if raw else x * 10.0**units
 
 
-def one(x: np.ndarray, k: int, seed: int) -> dict[str, Any]:
-    """One table and one seed: both silhouettes, cells out of range, errors in deviations."""
+def run_seed(x: np.ndarray, k: int, seed: int) -> dict[str, Any]:
+    """One table and one seed: both silhouettes, the number of cells out of range, and the errors in
+    standard deviations.
+    """
     scaler = StandardScaler().fit(x)
     scaled = scaler.transform(x)
     ours, theirs = (ClAM(k, random_state=seed).fit(table) for table in (x, scaled))
@@ -64,7 +65,9 @@ def one(x: np.ndarray, k: int, seed: int) -> dict[str, Any]:
     filled = model.complete(gaps)
     low, high = np.nanmin(gaps, axis=0), np.nanmax(gaps, axis=0)
     means = np.broadcast_to(np.nanmean(gaps, axis=0), x.shape)
-    errors = [np.square((found - x) / scaler.scale_)[hidden].mean() for found in (filled, means)]
+    errors = [
+        np.square((estimate - x) / scaler.scale_)[hidden].mean() for estimate in (filled, means)
+    ]
     return {
         "seed": seed,
         "silhouette": metrics.silhouette(scaled, ours.labels_),
@@ -96,7 +99,7 @@ def main() -> int:
     cases = [(name, False) for name in TABLES] + [(name, True) for name in RAW]
     for name, raw in cases:
         x = load(name, raw)
-        runs = [one(x, TABLES[name], seed) for seed in range(options.seeds)]
+        runs = [run_seed(x, TABLES[name], seed) for seed in range(options.seeds)]
         short |= not all(met(run) for run in runs)
         units = "own" if raw else "random"
         rows.append({"name": name, "k": TABLES[name], "units": units, "runs": runs})
@@ -110,8 +113,7 @@ def main() -> int:
                 flush=True,
             )
     report = {"rows": rows, **record.facts()}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record.write(options.json, report)
     return 1 if short else 0
 
 

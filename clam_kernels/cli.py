@@ -2,7 +2,7 @@
 """The command `clam`: fit, predict, transform, complete, score, plot, info.
 
 Results go to a file or stdout, messages to stderr. Exit codes: 0 done, 1 bad input or failed run,
-2 wrong arguments (an output that exists, without --force, too), 130 after Ctrl-C.
+2 wrong arguments (also an output that exists, without --force), 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .estimators import ClAM, KMeans
 
-# Errors that are told in one line.
+# Errors that the command prints in one line.
 FAILURES = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)
-# Arguments of the estimators as options of the command.
+# Options of the command by the parameters of the estimators.
 OPTIONS = {
     "n_clusters": "-k",
     "n_init": "--restarts",
@@ -37,7 +37,7 @@ OPTIONS = {
 }
 BAD_ENTRY = re.compile(r"Input X contains (\w+): .* the first at row (\d+), column (\d+)\.")
 EMPTY_COLUMNS = re.compile(r"X: expected an observed entry in every column, got none in \[(.*)\]")
-# Verbs that have a result beside what --json says of the run.
+# Verbs with a result beside the object that --json prints.
 RESULTS = ("predict", "transform", "complete")
 
 
@@ -70,31 +70,31 @@ def _parser() -> argparse.ArgumentParser:
     fit = verb("fit", "cluster a table and write the model", model=False, output="model file")
     fit.add_argument("-k", "--clusters", type=_whole(1), required=True, help="number of clusters")
     fit.add_argument("--algo", choices=("clam", "kmeans"), default="clam", help="default clam")
-    fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="of clam")
+    fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="clam only")
     fit.add_argument(
         "--standardize",
         action=argparse.BooleanOptionalAction,
-        help="divide every column by its deviation; of clam, which else does so where columns"
-        " differ much in spread",
+        help="divide every column by its deviation; clam only. Without it clam does so where the"
+        " spreads of the columns differ much",
     )
     fit.add_argument("--restarts", type=_whole(1), help="number of starts")
-    fit.add_argument("--epochs", type=_whole(1), help="passes over the table at most")
+    fit.add_argument("--epochs", type=_whole(1), help="most passes over the table")
     fit.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="default 0")
     fit.add_argument("--device", default="auto", help="cpu, cuda or auto (a GPU if there is one)")
     fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")
-    table = ".csv, .tsv (also .gz), .npy or .parquet; CSV on stdout without it, or with -"
+    table = ".csv, .tsv (also .gz), .npy or .parquet; without it, or with -, CSV on stdout"
     verb("predict", "label of each row", output=table)
     verb("transform", "distance of each row to each memory", output=table)
     verb("complete", "fill the missing entries (NaN, empty); a clam model", output=table)
     verb("score", "minus the inertia of a table, and its mean energy (clam)")
     verb("plot", "picture of the clusters", output="image file; the suffix decides the format")
-    verbs.add_parser("info", help="what is installed and what each op can run on")
+    verbs.add_parser("info", help="what is installed, and the backends of each op")
     return parser
 
 
 def _add_reading(sub: argparse.ArgumentParser) -> None:
-    """What decides how a table is read."""
-    sub.add_argument("--key", help="array of an .npz that holds several")
+    """Add the options of reading a table."""
+    sub.add_argument("--key", help="array of an .npz that has several")
     sub.add_argument(
         "--columns",
         type=_names,
@@ -108,18 +108,18 @@ def _add_reading(sub: argparse.ArgumentParser) -> None:
         "--index-col",
         type=_levels,
         metavar="A,B",
-        help="index of a data frame, to leave out; none keeps what looks like one",
+        help="index of a data frame, which is no feature; none keeps all columns",
     )
     sub.add_argument(
         "--header",
         action=argparse.BooleanOptionalAction,
-        help="the first row of a text has names; else text in it, or 0,1,2,... says so",
+        help="the first row of a text has names; without it: if it has text, or is 0,1,2,...",
     )
     sub.add_argument("--decimal", choices=(".", ","), default=".", help="decimal point of a text")
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A reader of whole numbers in a range, for an option."""
+    """A function that reads a whole number in a range, for the type of an option."""
 
     def read(text: str) -> int:
         try:
@@ -135,25 +135,26 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def _names(text: str) -> list[str]:
-    """Names between commas; one with a comma stands in quotes."""
+    """Names between commas; a name with a comma is in quotes."""
     return next(csv.reader([text]), [""])
 
 
 def _levels(text: str) -> list[str]:
-    """The names of an index; without a name, one that is empty."""
+    """The names of an index; without names, the empty name."""
     return _names(text) or [""]
 
 
-class _Refused(Exception):
-    """Arguments that do not go together: exit code 2."""
+class _ArgumentError(Exception):
+    """Arguments that are wrong or contradict each other: exit code 2."""
 
 
 def _check_output(options: argparse.Namespace) -> None:
+    """_ArgumentError unless the output can be written, before there is a result."""
     output = getattr(options, "output", None)
     if options.verb in RESULTS and str(output) == "-":
         options.output = output = None
     if options.json and options.verb in RESULTS and output is None:
-        raise _Refused(f"--json takes stdout: give {options.verb} a file with -o")
+        raise _ArgumentError(f"--json takes stdout: give {options.verb} a file with -o")
     if output is None:
         return
     if options.verb != "fit":
@@ -162,26 +163,26 @@ def _check_output(options: argparse.Namespace) -> None:
         try:
             (tables if options.verb in RESULTS else plots).check_output(output)
         except ValueError as error:
-            raise _Refused(f"{output}: {error}") from None
+            raise _ArgumentError(f"{output}: {error}") from None
     for source in (options.data, getattr(options, "model", None)):
         if source is not None and output.exists() and source.exists() and output.samefile(source):
-            raise _Refused(f"{output} is an input of this command")
+            raise _ArgumentError(f"{output} is an input of this command")
     if not output.parent.is_dir():
-        raise _Refused(f"{output.parent} is not a folder")
+        raise _ArgumentError(f"{output.parent} is not a folder")
     if output.is_dir():
-        raise _Refused(f"{output} is a folder")
+        raise _ArgumentError(f"{output} is a folder")
     if output.exists() and not options.force:
-        raise _Refused(f"{output} exists; --force overwrites it")
+        raise _ArgumentError(f"{output} exists; --force overwrites it")
     from . import serialize
 
     try:
         serialize.check_writable(output)
     except OSError as error:
-        raise _Refused(f"{output}: {error.strerror}") from None
+        raise _ArgumentError(f"{output}: {error.strerror}") from None
 
 
-def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
-    """A result to its file, or to stdout as CSV; stdout has room for one thing alone."""
+def _write_table(options: argparse.Namespace, array: Any, names: list[str]) -> None:
+    """Write a result to the output file, or to stdout as CSV."""
     from . import tables
 
     if options.output is not None:
@@ -191,7 +192,7 @@ def _put(options: argparse.Namespace, array: Any, names: list[str]) -> None:
 
 
 def _model(options: argparse.Namespace) -> ClAM | KMeans:
-    """The estimator that `clam fit` was asked for."""
+    """The estimator of `clam fit` with the parameters of the options."""
     from .estimators import ClAM, KMeans
 
     shared = {
@@ -209,16 +210,16 @@ def _model(options: argparse.Namespace) -> ClAM | KMeans:
             **shared,
         )
     if options.recipe != "default":
-        raise _Refused("--recipe belongs to --algo clam")
+        raise _ArgumentError("--recipe belongs to --algo clam")
     if options.standardize is not None:
-        raise _Refused("--standardize belongs to --algo clam")
-    given = {"n_init": options.restarts, "max_iter": options.epochs}
-    shared |= {name: value for name, value in given.items() if value is not None}
+        raise _ArgumentError("--standardize belongs to --algo clam")
+    numbers = {"n_init": options.restarts, "max_iter": options.epochs}
+    shared |= {name: value for name, value in numbers.items() if value is not None}
     return KMeans(options.clusters, **shared)
 
 
 def _fit(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The table, and facts of the model that it gave."""
+    """Fit a model and save it; (the table, facts of the model)."""
     import numpy as np
 
     x, names = _read(options, None)
@@ -227,8 +228,8 @@ def _fit(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{options.data}: expected at least {k} rows for -k {k}, got {len(x)}")
     model = _model(options)
     start = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr), _own_words(options, names):
-        model.fit(x)  # what a verbose fit tells goes to stderr
+    with contextlib.redirect_stdout(sys.stderr), _reworded_errors(options, names):
+        model.fit(x)  # a verbose fit prints on stdout
     seconds = time.perf_counter() - start
     if names is not None:
         model.feature_names_in_ = np.asarray(names, dtype=object)
@@ -237,12 +238,14 @@ def _fit(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _own_words(options: argparse.Namespace, names: list[str] | None) -> Iterator[None]:
-    """Errors and warnings of an estimator name options, file, columns and rows of the command."""
-    shown = warnings.showwarning
+def _reworded_errors(options: argparse.Namespace, names: list[str] | None) -> Iterator[None]:
+    """In the block, errors and warnings of an estimator name the options, file, columns and rows of
+    the command.
+    """
+    show_before = warnings.showwarning
 
     def show(message: Warning | str, *rest: Any) -> None:
-        shown(_reworded(str(message), options, names), *rest)
+        show_before(_reworded(str(message), options, names), *rest)
 
     warnings.showwarning = show  # type: ignore[assignment]
     try:
@@ -250,20 +253,20 @@ def _own_words(options: argparse.Namespace, names: list[str] | None) -> Iterator
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(_reworded(str(error), options, names)) from error
     finally:
-        warnings.showwarning = shown
+        warnings.showwarning = show_before
 
 
 def _reworded(text: str, options: argparse.Namespace, names: list[str] | None) -> str:
-    """A message of an estimator as the command says it."""
+    """A message of an estimator with the names that the command uses."""
 
     def column(number: str) -> str:
         return repr(names[int(number)]) if names is not None else number
 
-    bad = BAD_ENTRY.match(text)
-    if bad is not None:
-        what, row, at = bad.groups()
+    entry = BAD_ENTRY.match(text)
+    if entry is not None:
+        what, row, number = entry.groups()
         got = "a missing cell, which k-means does not take" if what == "NaN" else what
-        place = f"column {column(at)}, row {int(row) + 1}"
+        place = f"column {column(number)}, row {int(row) + 1}"
         return f"{options.data}: {place}: expected a finite number, got {got}"
     empty = EMPTY_COLUMNS.match(text)
     if empty is not None:
@@ -279,7 +282,7 @@ def _reworded(text: str, options: argparse.Namespace, names: list[str] | None) -
 
 
 def _read(options: argparse.Namespace, expected: list[str] | None) -> tuple[Any, list[str] | None]:
-    """The table that the options describe; `expected` are the names that a model knows."""
+    """(matrix, column names) of the table; `expected` has the column names of a model."""
     from . import tables
 
     x, names = tables.read(
@@ -298,6 +301,7 @@ def _read(options: argparse.Namespace, expected: list[str] | None) -> tuple[Any,
 
 
 def _facts(model: ClAM | KMeans) -> dict[str, Any]:
+    """Facts of a fitted model, for --json."""
     return {
         "algo": type(model).__name__.lower(),
         "k": model.n_clusters,
@@ -310,19 +314,22 @@ def _facts(model: ClAM | KMeans) -> dict[str, Any]:
 
 
 def _partition_inertia(model: Any) -> float:
-    """Inertia about the means of the labels. Of `ClAM` the memories may stand beyond their rows,
-    but not where a sample was searched: there they are means in the end.
+    """Inertia about the means of the labels.
+
+    Memories of `ClAM` may lie beyond their rows. They are the means of their rows where the
+    search took a sample, or where there was no search.
     """
+    from .estimators.clam.settings import ClAMSettings
     from .estimators.clam.whole import searches_all
 
-    tried = getattr(model, "candidates_", {"inertia": []})["inertia"]
-    if not len(tried) or not searches_all(model, len(model.labels_)):
+    inertia = getattr(model, "candidates_", {"inertia": []})["inertia"]
+    if not len(inertia) or not searches_all(ClAMSettings.of(model), len(model.labels_)):
         return float(model.inertia_)
-    return float(tried[model.candidates_["chosen"]][0])
+    return float(inertia[model.candidates_["chosen"]][0])
 
 
-def _use(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The table, and facts of the model, for a verb that reads one."""
+def _apply(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Run a verb that reads a model; (the table, facts of the model)."""
     from . import estimators, serialize
     from .tables import listed
 
@@ -330,32 +337,32 @@ def _use(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     facts = _facts(model)
     if options.verb == "complete" and not hasattr(model, "complete"):
         raise ValueError(f"{options.model}: a {facts['algo']} model cannot complete; clam can")
-    known = model.__dict__.pop("feature_names_in_", None)
-    fitted_on = None if known is None else list(known)
+    feature_names = model.__dict__.pop("feature_names_in_", None)
+    fitted_on = None if feature_names is None else list(feature_names)
     x, names = _read(options, fitted_on)
     if options.columns and fitted_on is not None and names not in (None, fitted_on):
         raise ValueError(
             f"{options.data}: expected the columns {listed(fitted_on)} that the model was fitted"
             f" on, got {listed(names)} with --columns"
         )
-    with _own_words(options, names):
-        _put_result(options, model, x, names, facts)
+    with _reworded_errors(options, names):
+        _write_result(options, model, x, names, facts)
     if options.verb in RESULTS:
         print(f"clam: {len(x)} rows read, {len(x)} rows written", file=sys.stderr)
     return x, facts
 
 
-def _put_result(
+def _write_result(
     options: argparse.Namespace, model: Any, x: Any, names: list[str] | None, facts: dict[str, Any]
 ) -> None:
-    """What the verb makes of a table; `score` adds to the facts."""
+    """Compute and write the result of a verb; `score` adds to the facts."""
     if options.verb == "predict":
-        _put(options, model.predict(x), ["label"])
+        _write_table(options, model.predict(x), ["label"])
     elif options.verb == "transform":
-        _put(options, model.transform(x), list(model.get_feature_names_out()))
+        _write_table(options, model.transform(x), list(model.get_feature_names_out()))
     elif options.verb == "complete":
         columns = names or [f"column{i}" for i in range(x.shape[1])]
-        _put(options, model.complete(x), columns)
+        _write_table(options, model.complete(x), columns)
     elif options.verb == "score":
         facts["score"] = model.score(x)
         if hasattr(model, "energy"):
@@ -368,12 +375,12 @@ def _put_result(
 
         labels = model.predict(x)
         x = model.complete(x) if hasattr(model, "complete") else x
-        drawn = plots.plot_clusters(x, labels, model.cluster_centers_)
-        plots.save(drawn, options.output)
+        figure = plots.plot_clusters(x, labels, model.cluster_centers_)
+        plots.save(figure, options.output)
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts as JSON can hold them: a number that is not finite is null."""
+    """Facts as JSON has them: a number that is not finite is null."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in facts.items()
@@ -382,11 +389,11 @@ def _plain(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace) -> None:
     _check_output(options)
-    x, facts = (_fit if options.verb == "fit" else _use)(options)
+    x, facts = (_fit if options.verb == "fit" else _apply)(options)
     if options.json:
         shape = {"rows": int(x.shape[0]), "features": int(x.shape[1])}
-        told = {"verb": options.verb, **shape, **_plain(facts), "version": __version__}
-        print(json.dumps(told, allow_nan=False))
+        report = {"verb": options.verb, **shape, **_plain(facts), "version": __version__}
+        print(json.dumps(report, allow_nan=False))
     elif options.verb == "fit":
         used, k = facts["clusters_used"], facts["k"]
         text = f"{used} of {k} clusters used, inertia {facts['inertia']:.6g}"
@@ -397,12 +404,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    """A warning as one line; the line of source that gave it says nothing to a user."""
+    """Print a warning as one line, without the line of source that raised it."""
     print(f"clam: warning: {message}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command, and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["info"]:
         from . import info
@@ -414,7 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             _run(options)
         sys.stdout.flush()
-    except _Refused as error:
+    except _ArgumentError as error:
         print(f"clam: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What processes exchange, put together in the order of the ranks."""
+"""Exchange of tensors between processes, in the order of the ranks."""
 
 from __future__ import annotations
 
@@ -9,54 +9,53 @@ import torch
 from torch import Tensor
 
 
-def gathered(x: Tensor, group: Any) -> Tensor:
-    """A tensor of every process of a group, stacked in the order of their ranks.
+def gather(x: Tensor, group: Any) -> Tensor:
+    """Stack the tensors of all processes of a group, in the order of their ranks.
 
     Parameters
     ----------
     x : Tensor [...]
-        The same shape, dtype and kind of device on all of them.
+        The tensor of this process: the same shape, dtype and device type on all processes.
     group : torch.distributed.ProcessGroup
-        All of its processes call.
+        All of its processes must call.
 
     Returns
     -------
     Tensor [ranks, ...]
-        The same bits on all of them, so that what is computed from it is too.
+        The same bits on all processes, so that all compute the same results from it.
     """
     import torch.distributed as dist
 
-    found = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, x.contiguous(), group=group)
-    return torch.stack(found)
+    tensors = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(tensors, x.contiguous(), group=group)
+    return torch.stack(tensors)
 
 
-def gathered_rows(x: Tensor, group: Any) -> tuple[Tensor, int]:
-    """Tensors of all processes of a group, one below the other in the order of their ranks.
+def gather_rows(x: Tensor, group: Any) -> tuple[Tensor, int]:
+    """Concatenate the rows of all processes of a group, in the order of their ranks.
 
     Parameters
     ----------
     x : Tensor [rows, ...]
-        Any number of rows on each; else as of `gathered`.
+        The rows of this process, any number; dtype, device type and other dims as in `gather`.
     group : torch.distributed.ProcessGroup
-        All of its processes call.
+        All of its processes must call.
 
     Returns
     -------
     whole : Tensor [all rows, ...]
-        The same bits on all of them.
+        The rows of all processes, the same bits on each.
     first : int
-        Where the rows of this process begin.
+        Index of the first row of this process.
     """
     import torch.distributed as dist
 
-    counts = gathered(torch.tensor([len(x)], dtype=torch.int64, device=x.device), group)[
-        :, 0
-    ].tolist()
+    count = torch.tensor([len(x)], dtype=torch.int64, device=x.device)
+    counts = gather(count, group)[:, 0].tolist()
     first = sum(counts[: dist.get_rank(group)])
     if not any(counts):
         return x, first
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: len(x)] = x
-    found = gathered(padded, group)
-    return torch.cat([part[:n] for part, n in zip(found, counts, strict=True)]), first
+    tensors = gather(padded, group)
+    return torch.cat([part[:n] for part, n in zip(tensors, counts, strict=True)]), first

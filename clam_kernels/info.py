@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m clam_kernels.info`: what is installed, what each op can run on, and why not."""
+"""`python -m clam_kernels.info`: installed packages, and the backends that can run each op."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def _processor() -> str:
 def _devices() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
-    found = []
+    devices = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name, capability = (
             torch.cuda.get_device_name(index),
             torch.cuda.get_device_capability(index),
         )
-        found.append({"name": name, "capability": capability, "free": free, "total": total})
-    return found
+        devices.append({"name": name, "capability": capability, "free": free, "total": total})
+    return devices
 
 
 def collect() -> dict[str, Any]:
-    """Everything that a report of a problem should hold; no names of users or folders.
+    """Collect the facts for a report of a problem, without names of users or folders.
 
     Returns
     -------
     dict
-        Values that json can write.
+        Values that the json module can write.
 
     Examples
     --------
@@ -93,11 +93,12 @@ def collect() -> dict[str, Any]:
 
 
 def selftest() -> dict[str, float]:
-    """Largest error of each op's default backend against the truth in float64, on small samples.
+    """Compute the largest error of the default backend of each op, on small float64 samples.
 
     Returns
     -------
     dict of str to float
+        Largest absolute difference from the truth, by op.
 
     Examples
     --------
@@ -111,8 +112,9 @@ def selftest() -> dict[str, float]:
     for spec in all_ops():
         worst = 0.0
         for sample in testing.samples(spec.name):
-            found, truth = spec.packet(*sample.args), spec.truth(*sample.args)
-            pairs = zip(found, truth, strict=True) if isinstance(found, tuple) else [(found, truth)]
+            result, truth = spec.packet(*sample.args), spec.truth(*sample.args)
+            is_tuple = isinstance(result, tuple)
+            pairs = zip(result, truth, strict=True) if is_tuple else [(result, truth)]
             for a, b in pairs:
                 same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
                 gap = (a - b).abs().double().masked_fill(same, 0.0)
@@ -122,12 +124,12 @@ def selftest() -> dict[str, float]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """The facts as lines to paste into a report.
+    """Format the facts as lines for a report.
 
     Parameters
     ----------
     facts : dict
-        What `collect` returned.
+        The result of `collect`.
 
     Returns
     -------
@@ -155,7 +157,7 @@ def text(facts: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the facts; 1 if the self-test finds an op that is wrong."""
+    """Print the facts; return 1 if the self-test finds a wrong op."""
     parser = argparse.ArgumentParser(prog="clam info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--selftest", action="store_true", help="run each op against its truth")

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of clusters, memories and completions. Each function returns what it drew on and never
-shows a window; matplotlib is imported at the first call.
+"""Pictures of clusters, memories and completions. Each function returns its axes or figure and
+opens no window; the first call imports matplotlib.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,12 @@ import numpy as np
 from .exceptions import needs
 
 MAX_POINTS = 20_000
-# Colour-blind-safe (Okabe and Ito), then a colour map where there are more clusters.
+# Colours for colour-blind readers (Okabe and Ito); a colour map replaces them for more clusters.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 
 
 def colours(count: int) -> list[Any]:
-    """One colour a cluster, distinct as far as `count` allows."""
+    """`count` colours, distinct for up to 20."""
     _need_matplotlib()
     from matplotlib import colormaps
 
@@ -32,7 +35,9 @@ def colours(count: int) -> list[Any]:
 
 
 def _two_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, two principal axes [D, 2]) of a data matrix; a fixed sign makes the picture repeat."""
+    """(mean, two principal axes [D, 2]) of a data matrix; the sign is fixed, so that the same data
+    give the same picture.
+    """
     mean = x.mean(0)
     centred = x - mean
     _, vectors = np.linalg.eigh(centred.T @ centred / len(x))
@@ -51,7 +56,7 @@ def plot_clusters(
     title: str = "clusters",
     ax: Any = None,
 ) -> Any:
-    """Scatter of the rows, coloured by label, with the centres marked.
+    """Draw a scatter plot of the rows, coloured by label, and the centers.
 
     Parameters
     ----------
@@ -60,13 +65,13 @@ def plot_clusters(
     labels : array [N], int
         Cluster of each row.
     centers : array [K, D], optional
-        Marked by crosses; not drawn where an embedding is given.
+        Drawn as crosses; not drawn with an embedding.
     embedding : array [N, 2], optional
-        Positions to use instead of the first two principal axes.
+        Positions of the rows; default their first two principal axes.
     title : str
-        Of the axes.
+        Title of the axes.
     ax : matplotlib Axes, optional
-        Where to draw; a new figure otherwise.
+        Axes to draw on; default those of a new figure.
 
     Returns
     -------
@@ -81,10 +86,17 @@ def plot_clusters(
     'clusters'
     """
     ax = _axes(ax, (6.0, 4.5))
-    masked, labels = np.ma.asarray(X), np.asarray(labels)
-    if masked.dtype.kind in "mM":
+    masked = np.ma.asarray(X)
+    if masked.dtype.kind not in "biufcO":
         raise TypeError(f"X: expected numbers, got dtype {masked.dtype}")
-    x = np.ma.filled(masked.astype(np.float64), np.nan)  # a masked entry is no data
+    _expect_shape("X", masked, "[N, D] with N, D >= 1", masked.ndim == 2 and masked.size > 0)
+    n, d = masked.shape
+    labels = np.asarray(labels)
+    _expect_shape("labels", labels, f"[{n}]", labels.shape == (n,))
+    if embedding is not None:
+        embedding = np.asarray(embedding)
+        _expect_shape("embedding", embedding, f"[{n}, 2]", embedding.shape == (n, 2))
+    x = np.ma.filled(masked.astype(np.float64), np.nan)  # a masked entry has no value
     if embedding is None and not np.isfinite(x).all():
         row, column = np.argwhere(~np.isfinite(x))[0]
         raise ValueError(
@@ -93,14 +105,18 @@ def plot_clusters(
         )
     pick = np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int)
     mean, axes = _two_axes(x[pick])
-    points = np.asarray(embedding)[pick] if embedding is not None else (x[pick] - mean) @ axes
-    found = np.unique(labels)
-    for colour, label in zip(colours(len(found)), found, strict=True):
+    points = embedding[pick] if embedding is not None else (x[pick] - mean) @ axes
+    names = np.unique(labels)
+    for colour, label in zip(colours(len(names)), names, strict=True):
         at = points[labels[pick] == label]
         size = f"{label} ({int((labels == label).sum())})"
         ax.scatter(*at.T, s=8, color=colour, alpha=0.7, linewidths=0, rasterized=True, label=size)
     if centers is not None and embedding is None:
-        at = (np.asarray(centers, dtype=np.float64) - mean) @ axes
+        centers = np.asarray(centers)
+        if centers.dtype.kind not in "biufO":
+            raise TypeError(f"centers: expected numbers, got dtype {centers.dtype}")
+        _expect_shape("centers", centers, f"[K, {d}]", centers.shape[-1:] == (d,))
+        at = (centers.astype(np.float64) - mean) @ axes
         ax.scatter(*at.T, marker="X", s=70, color="white", edgecolors="black", label="memory")
     ax.set(title=title, xlabel="principal axis 1", ylabel="principal axis 2")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
@@ -110,16 +126,16 @@ def plot_clusters(
 def plot_images(
     rows: Sequence[tuple[str, Any]], shape: tuple[int, ...], *, titles: Sequence[str] | None = None
 ) -> Any:
-    """Rows of images, one named row under the other.
+    """Draw rows of images, one named row below the other.
 
     Parameters
     ----------
     rows : sequence of (name, array [M, height * width])
-        What to draw; NaN entries (hidden) are drawn in red.
+        The images; NaN entries (missing) are drawn in red.
     shape : (height, width) or (height, width, channels)
-        Of one image.
+        Shape of one image.
     titles : sequence of M str, optional
-        Above the first row.
+        Titles above the images of the first row.
 
     Returns
     -------
@@ -133,6 +149,7 @@ def plot_images(
     >>> len(plot_images([("memories", np.zeros((3, 4)))], (2, 2)).axes)
     3
     """
+    _check_images(rows, shape, titles)
     _need_matplotlib()
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -157,14 +174,14 @@ def plot_images(
 
 
 def plot_history(loss_curve: Any, *, ax: Any = None) -> Any:
-    """Training loss by epoch.
+    """Draw the training loss by epoch.
 
     Parameters
     ----------
     loss_curve : array [epochs]
         `loss_curve_` of an estimator.
     ax : matplotlib Axes, optional
-        Where to draw; a new figure otherwise.
+        Axes to draw on; default those of a new figure.
 
     Returns
     -------
@@ -179,13 +196,46 @@ def plot_history(loss_curve: Any, *, ax: Any = None) -> Any:
     'epoch'
     """
     ax = _axes(ax, (5.0, 3.0))
+    _expect_shape("loss_curve", loss_curve, "[epochs]", np.ndim(loss_curve) == 1)
     ax.plot(np.arange(1, len(loss_curve) + 1), loss_curve, color=PALETTE[0])
     ax.set(xlabel="epoch", ylabel="loss", title="training")
     return ax
 
 
+def _check_path(path: Any) -> None:
+    """TypeError unless the argument names a file."""
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path: expected a str or a path, got {type(path).__name__}")
+
+
+def _check_images(rows: Any, shape: Any, titles: Any) -> None:
+    """The arguments of `plot_images`: rows of images of one shape."""
+    pairs = isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) > 0
+    if not pairs or not all(isinstance(row, Sequence) and len(row) == 2 for row in rows):
+        raise TypeError(f"rows: expected a sequence of (name, array), got {type(rows).__name__}")
+    is_sequence = isinstance(shape, Sequence | np.ndarray) and not isinstance(shape, str)
+    sizes = shape if is_sequence else ()
+    if len(sizes) not in (2, 3) or not all(isinstance(size, Integral) for size in sizes):
+        raise TypeError(f"shape: expected 2 or 3 ints, got {shape!r}")
+    for name, images in rows:
+        size = np.shape(images)
+        ok = len(size) > 1 and math.prod(size[1:]) == math.prod(sizes)
+        _expect_shape("rows", images, f"[M, {math.prod(sizes)}] of images {name!r}", ok)
+    if titles is not None and np.ndim(titles) != 1:
+        raise TypeError(f"titles: expected a sequence of str, got {type(titles).__name__}")
+
+
+def _expect_shape(name: str, array: Any, expected: str, ok: bool) -> None:
+    """ValueError unless ok."""
+    if not ok:
+        raise ValueError(f"{name}: expected shape {expected}, got {list(np.shape(array))}")
+
+
 def _axes(ax: Any, size: tuple[float, float]) -> Any:
+    """The axes, or those of a new figure."""
     if ax is not None:
+        if not hasattr(ax, "set_xlabel"):
+            raise TypeError(f"ax: expected matplotlib Axes, got {type(ax).__name__}")
         return ax
     _need_matplotlib()
     from matplotlib.figure import Figure
@@ -201,7 +251,7 @@ def _need_matplotlib() -> None:
 
 
 def check_output(path: Any) -> None:
-    """Find out whether an image can be written under a name, before there is one.
+    """Check that an image file of this name can be written, before drawing it.
 
     Parameters
     ----------
@@ -210,9 +260,9 @@ def check_output(path: Any) -> None:
     Raises
     ------
     ValueError
-        The suffix is no format of images that matplotlib writes.
+        matplotlib does not write images with this suffix.
     ImportError
-        matplotlib is missing.
+        matplotlib is not installed.
 
     Examples
     --------
@@ -223,20 +273,21 @@ def check_output(path: Any) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
+    _check_path(path)
     suffix = Path(path).suffix
     if suffix and suffix.lower()[1:] not in suffixes:
-        raise ValueError(f"expected an image .{', .'.join(suffixes)}, got {suffix!r}")
+        raise ValueError(f"path: expected an image .{', .'.join(suffixes)}, got {suffix!r}")
 
 
 def save(drawn: Any, path: Any) -> None:
-    """Write a figure, or the figure of an axes, as an image.
+    """Write a figure, or the figure of axes, as an image.
 
     Parameters
     ----------
     drawn : matplotlib Axes or Figure
-        What a function above returned.
+        The result of a function above.
     path : path
-        The suffix decides the format.
+        The file to write; its suffix decides the format.
 
     Examples
     --------
@@ -246,4 +297,9 @@ def save(drawn: Any, path: Any) -> None:
     ...     plots.save(plots.plot_history([1.0]), os.path.join(folder, "loss.png"))
     """
     figure = getattr(drawn, "figure", None) or drawn
+    if not hasattr(figure, "savefig"):
+        kind = type(drawn).__name__
+        raise TypeError(f"drawn: expected matplotlib Axes or a Figure, got {kind}")
+    if not hasattr(path, "write"):
+        _check_path(path)
     figure.savefig(path, dpi=150, bbox_inches="tight")

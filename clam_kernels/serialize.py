@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model files: one safetensors file, no code in it, checked before anything is allocated.
+"""Model files: safetensors files without code, whose header is checked before memory is allocated.
 
-The header's metadata holds the format version, the class, its parameters and learned numbers as
-JSON. Writing is atomic: a temporary file in the same directory, fsync, rename.
+The metadata in the header has the format version, the class, its parameters and its learned numbers
+as JSON. Writing is atomic: a temporary file in the same folder, fsync, rename.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .exceptions import ModelFileError
 
 FORMAT = 1
 CLASSES = ("ClAM", "ClAMImputer", "KMeans")
-# Training runs to go on with, which are no models.
+# States of training runs, which are no models.
 CHECKPOINTS = ("SeLa checkpoint",)
-# A header has the names of all columns and the starts of a model, or the names of all tensors of an
-# encoder and its optimiser.
+# Limit of a header, which has the names of all columns and the start values of a model, or the
+# names of all tensors of an encoder and its optimiser.
 MAX_HEADER_BYTES = 1 << 26
 _KEYS = {"format", "class", "package", "parameters", "learned"}
 
 
 def _plain(value: Any) -> Any:
-    """A parameter as JSON; arrays keep their dtype, numpy numbers become Python's."""
+    """A parameter as JSON; arrays keep their dtype, numpy numbers become Python numbers."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray):
@@ -57,7 +57,8 @@ def _parameter(name: str, value: Any) -> Any:
         raise TypeError(f"{name}: {error}; set it to a value before saving") from None
 
 
-def _revive(value: Any) -> Any:
+def _from_json(value: Any) -> Any:
+    """The inverse of `_plain`, for one parameter."""
     if isinstance(value, dict):
         return np.array(value["array"], dtype=np.dtype(value["dtype"]))
     return value
@@ -70,8 +71,8 @@ def save(
     learned: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write a model. Parameters that are no data (callables, RandomState) raise TypeError, and a
-    file that `load` would refuse for its size is not written: ModelFileError.
+    """Write a model. A parameter that is not data (a callable, a RandomState) raises a TypeError. A
+    header that is too large for `load` raises a ModelFileError, and no file is written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -91,7 +92,7 @@ def save(
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Replace a file by new content or leave it as it was."""
+    """Replace the content of a file; after an error the file is unchanged."""
     temporary, handle = _temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -108,31 +109,31 @@ def write_atomically(path: Path, payload: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """OSError if `write_atomically` cannot make a file of that name, before there is content."""
+    """Raise an OSError if `write_atomically` could not create this file."""
     temporary, handle = _temporary(path)
     os.close(handle)
     os.unlink(temporary)
 
 
 def _temporary(path: Path) -> tuple[Path, int]:
-    """A new file in the same folder, open for writing."""
+    """(path, descriptor) of a new temporary file in the same folder, open for writing."""
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        # not from tempfile, whose files nobody else may read: this one has the rights of any new
-        # file, which the process alone could not ask for without a change that all threads see
+        # not by tempfile, whose files only the user may read. os.open applies the umask, which a
+        # process cannot read without a change that all threads see.
         return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
         raise _about(error, path) from error
 
 
 def _about(error: OSError, path: Path) -> OSError:
-    """The same error about the file that was asked for, not the temporary one."""
+    """The same error with the name of the target file, not of the temporary one."""
     return OSError(error.errno, os.strerror(error.errno or 0), str(path))
 
 
 @contextlib.contextmanager
 def reading(path: str | PathLike[str]) -> Iterator[None]:
-    """Whatever a damaged file makes the code below stumble over becomes a ModelFileError."""
+    """A block in which errors that a damaged file causes become a ModelFileError."""
     try:
         yield
     except ModelFileError as error:
@@ -143,13 +144,13 @@ def reading(path: str | PathLike[str]) -> Iterator[None]:
 
 
 def expect(ok: bool, text: str) -> None:
-    """ModelFileError unless ok."""
+    """Raise a ModelFileError unless ok."""
     if not ok:
         raise ModelFileError(text)
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """The JSON header, read with bounds."""
+    """The metadata of the JSON header; reads at most MAX_HEADER_BYTES."""
     expect(path.is_file(), "not a regular file")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -164,12 +165,12 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def class_of(path: str | PathLike[str]) -> str:
-    """Class of the model in a file; the first of `CLASSES` where that cannot be read."""
+    """The class of the model in a file; the first of `CLASSES` if the file cannot be read."""
     try:
-        found = _header(Path(path)).get("class")
+        name = _header(Path(path)).get("class")
     except (OSError, ValueError, ModelFileError):
-        found = None
-    return found if found in CLASSES else CLASSES[0]
+        name = None
+    return name if name in CLASSES else CLASSES[0]
 
 
 def load(
@@ -187,9 +188,9 @@ def load(
         expect(set(metadata) == _KEYS, f"unknown metadata {sorted(set(metadata) ^ _KEYS)}")
         newer = int(metadata["format"]) > FORMAT
         expect(not newer, f"written by clam_kernels {metadata['package']}, this is {__version__}")
-        found = metadata["class"]
-        known = found in (*CLASSES, *CHECKPOINTS)
-        expect(known and found == kind, f"holds a {found}, not a {kind}")
+        name = metadata["class"]
+        is_known = name in (*CLASSES, *CHECKPOINTS)
+        expect(is_known and name == kind, f"holds a {name}, not a {kind}")
         parameters = json.loads(metadata["parameters"])
         learned = json.loads(metadata["learned"])
         expect(isinstance(parameters, dict) and isinstance(learned, dict), "damaged metadata")
@@ -198,4 +199,4 @@ def load(
         except SafetensorError as error:
             raise ModelFileError(f"{path}: {error}") from error
         expect(all(torch.is_tensor(t) for t in tensors.values()), "damaged tensors")
-        return {k: _revive(v) for k, v in parameters.items()}, learned, tensors
+        return {k: _from_json(v) for k, v in parameters.items()}, learned, tensors

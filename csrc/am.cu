@@ -2,8 +2,8 @@
 //
 // clam_cuda::recursion_small: all steps of an associative memory's recursion over few features in
 // one launch. Memories are in shared memory, in tiles where they do not fit. With many rows a
-// thread owns R of them from the first step to the last; with few, several lanes share one. A row's
-// bits are the same either way. The contract stands in register.cpp; am.h has the arithmetic.
+// thread owns R of them from the first step to the last; with few rows, several lanes share one.
+// The bits of a row are the same either way. register.cpp has the contract, am.h the arithmetic.
 
 #include "am_problem.h"
 
@@ -11,37 +11,37 @@ namespace clam {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kSharedBytes = 45 * 1024;  // what a block may have without asking, less its own
-constexpr int kChunks = 4;               // memories that a lane weighs before they are shared out
+constexpr int kSharedBytes = 45 * 1024;  // the default limit of a block, minus its other arrays
+constexpr int kChunks = 4;               // memories whose weights a lane computes at a time
 
-struct Forward : Problem {
+struct Forward : Arguments {
   void* out;
   int tile;  // memories in shared memory at a time
 };
 
-// Blocks a multiprocessor is promised: without a number ptxas spills on some targets to reach its
-// own.
+// The least blocks of a multiprocessor, for the compiler: without a number ptxas spills on some
+// targets to reach its own.
 constexpr int min_blocks(int features, int rows) {
   return features <= 2 ? 6 : features <= 4 ? 5 : features <= 8 || rows == 1 ? 4 : 3;
 }
 
-// Which rows a block is at; in shared memory, since registers are scarcer.
+// The rows that a block computes now; in shared memory, because registers are scarcer.
 struct Turn {
-  int64_t item, end;      // the block's items are neighbours, so that it has few tables to fill
-  int64_t problem, part;  // part: which of the problem's items
-  Cell cell;
+  int64_t item, end;      // the block's items are neighbours, so that it fills few tables
+  int64_t problem, part;  // part: the number of the item within the problem
+  Place place;
   bool fresh;  // the block's first item of the problem
 };
 
-__device__ __forceinline__ void set(const Problem& p, Turn& turn, int64_t item, int64_t parts) {
+__device__ __forceinline__ void set(const Arguments& p, Turn& turn, int64_t item, int64_t parts) {
   turn.item = item;
   turn.problem = item / parts;
   turn.part = item - turn.problem * parts;
-  turn.cell = cell_of(p, turn.problem);
+  turn.place = place_of(p, turn.problem);
 }
 
 // One thread's work, between barriers.
-__device__ __forceinline__ void begin(const Problem& p, Turn& turn, int64_t parts) {
+__device__ __forceinline__ void begin(const Arguments& p, Turn& turn, int64_t parts) {
   if (threadIdx.x > 0) return;
   const int64_t items = p.problems * parts, each = items / gridDim.x, rest = items % gridDim.x;
   const int64_t first = blockIdx.x * each + min(static_cast<int64_t>(blockIdx.x), rest);
@@ -50,37 +50,37 @@ __device__ __forceinline__ void begin(const Problem& p, Turn& turn, int64_t part
   set(p, turn, first, parts);
 }
 
-__device__ __forceinline__ void advance(const Problem& p, Turn& turn, int64_t parts) {
+__device__ __forceinline__ void advance(const Arguments& p, Turn& turn, int64_t parts) {
   if (threadIdx.x > 0) return;
   set(p, turn, turn.item + 1, parts);
   turn.fresh = turn.part == 0;
 }
 
-// A problem's memories as a block has them: all in shared memory, or tile by tile.
+// The memories of a problem in shared memory: all of them, or tile by tile.
 template <int D, am::Form F>
 struct Table {
-  const Problem& p;
+  const Arguments& p;
   Quad* slots;
   Side& side;
   int tile, whole;
-  bool staged = false;  // whether the table holds all memories of the problem
+  bool staged = false;  // whether the table contains memories of this problem
 
   __device__ __forceinline__ bool resident() const { return p.memories <= tile; }
 
   __device__ __forceinline__ void turn_to(const Turn& turn) {
     if (!turn.fresh) return;
-    find_centre(p, turn.cell, side);
+    find_centre(p, turn.place, side);
     staged = false;
   }
 
-  // Calls visit(slots, count) for every tile. All threads of the block take part.
+  // Calls visit(slots, count) for every tile. All threads of the block must call it.
   template <class Visit>
   __device__ __forceinline__ void sweep(const Turn& turn, const Visit& visit) {
     for (int64_t at = 0; at < p.memories; at += tile) {
       if (!staged || !resident()) {
         const int64_t left = p.memories - at;
-        __syncthreads();  // the tile before may still be read
-        stage<D, F>(p, turn.cell, side, at, static_cast<int>(left < tile ? left : tile), whole,
+        __syncthreads();  // other threads may still read the tile before
+        stage<D, F>(p, turn.place, side, at, static_cast<int>(left < tile ? left : tile), whole,
                     slots);
         __syncthreads();
         staged = true;
@@ -91,14 +91,14 @@ struct Table {
   }
 };
 
-// A row less the centre, 0 past the last row: such a thread has memories to stage for the others.
+// A row minus the centre, 0 past the last row: such a thread still loads memories for the others.
 template <int D>
-__device__ __forceinline__ void load_state(const Problem& p, const Cell& cell, const Side& side,
+__device__ __forceinline__ void load_state(const Arguments& p, const Place& place, const Side& side,
                                            int64_t row, int d, float (&x)[D]) {
 #pragma unroll
   for (int i = 0; i < D; ++i) x[i] = 0.0f;
   if (row >= p.rows) return;
-  load_row<D>(p.v, start_of(p.v, cell) + row * p.v.row, p.v.packed, d, x);
+  load_row<D>(p.v, start_of(p.v, place) + row * p.v.row, p.v.packed, d, x);
 #pragma unroll
   for (int i = 0; i < D; ++i) x[i] -= side.centre[i];
 }
@@ -119,17 +119,17 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
     if (turn.item >= turn.end) break;
     table.turn_to(turn);
     const int64_t first = turn.part * (R * kThreads) + threadIdx.x;
-    const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, turn.cell, 0));
+    const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, turn.place, 0));
 
     float x[R][D];
     unsigned doubts = 0;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int64_t row = first + r * kThreads;
-      load_state<D>(p, turn.cell, side, row, d, x[r]);
+      load_state<D>(p, turn.place, side, row, d, x[r]);
       heights[r][threadIdx.x] = side.peak;
     }
-    // Where no memory takes part nothing moves.
+    // Where all memories are masked no row changes.
     for (int64_t t = 0; t < p.steps && side.alive > 0; ++t) {
       float lift[R], shift[R];
       am::Recall<D> recall[R];
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
         float recalled[D];
         if (am::recalled_of<D>(recall[r], x[r], shift[r], side.betas, recalled)) doubts |= 1u << r;
         float gain[D];
-        load_gain<D>(p, turn.cell, row, d, gain);
+        load_gain<D>(p, turn.place, row, d, gain);
 #pragma unroll
         for (int i = 0; i < D; ++i) {
           x[r][i] = am::advance(x[r][i], recalled[i], gain[i]);
@@ -171,20 +171,21 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
     for (int r = 0; r < R; ++r) {
       const int64_t row = first + r * kThreads;
       if (row >= p.rows) continue;
-      float given[D];
-      load_row<D>(p.v, start_of(p.v, turn.cell) + row * p.v.row, p.v.packed, d, given);
+      float raw[D];
+      load_row<D>(p.v, start_of(p.v, turn.place) + row * p.v.row, p.v.packed, d, raw);
       p.flag[turn.problem * p.rows + row] =
-          am::left_over<D>(doubts >> r & 1, x[r], given, side.centre, side.betas.sharp);
+          am::left_over<D>(doubts >> r & 1, x[r], raw, side.centre, side.betas.sharp);
 #pragma unroll
-      for (int i = 0; i < D; ++i) x[r][i] = am::restore(x[r][i], given[i], side.centre[i]);
+      for (int i = 0; i < D; ++i) x[r][i] = am::restore(x[r][i], raw[i], side.centre[i]);
       store_row<D>(p.out, p.v.type, (turn.problem * p.rows + row) * d, d, x[r]);
     }
     __syncthreads();  // before the turn is another
   }
 }
 
-// What the lanes of a row do instead of am::fold: each weighs memories of its own, and each sums
-// one feature over all of them, in the same order. `weights` are the row's, to be handed round.
+// The fold of the lanes that share a row, instead of am::fold: each lane computes the weights of
+// some memories, and each sums one feature over all of them, in the same order. `weights` are the
+// row's, in shared memory.
 template <int D, am::Form F>
 __device__ __forceinline__ void fold_together(const Quad* slots, int count, int lane,
                                               const float (&x)[D], float lift, float shift,
@@ -227,7 +228,7 @@ __device__ __forceinline__ float largest_of(float x) {
   return x;
 }
 
-// Few rows: lanes share one, all with its whole state, each to advance one feature.
+// Few rows: lanes share one. Each has the whole state, and advances one feature.
 template <int D>
 __global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const Forward p) {
   constexpr auto F = am::Form::kPerMemory;
@@ -235,9 +236,9 @@ __global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const For
   extern __shared__ Quad slots[];
   __shared__ Side side;
   __shared__ Turn turn;
-  __shared__ Quad shelf[kThreads * kChunks / 4];  // what lanes of a row tell each other
+  __shared__ Quad exchange[kThreads * kChunks / 4];  // numbers for the other lanes of a row
   const int lane = threadIdx.x % L, d = p.features;
-  float* const mine = &shelf[0].x + threadIdx.x / L * (L * kChunks);
+  float* const mine = &exchange[0].x + threadIdx.x / L * (L * kChunks);
   const int64_t parts = (p.rows + kBlockRows - 1) / kBlockRows;
   Table<D, F> table{p, slots, side, p.tile, L * kChunks};
   for (begin(p, turn, parts);; advance(p, turn, parts)) {
@@ -245,15 +246,15 @@ __global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const For
     if (turn.item >= turn.end) break;
     table.turn_to(turn);
     const int64_t row = turn.part * kBlockRows + threadIdx.x / L;
-    const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, turn.cell, 0));
+    const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, turn.place, 0));
     const bool real = row < p.rows && lane < d;
     float x[1][D], state = 0.0f, height = side.peak;
     bool doubt = false;
-    load_state<D>(p, turn.cell, side, row, d, x[0]);
+    load_state<D>(p, turn.place, side, row, d, x[0]);
 #pragma unroll
     for (int i = 0; i < D; ++i) state = i == lane ? x[0][i] : state;
     const float gain =
-        real ? load_gain(p, start_of(p.mask, turn.cell) + row * p.mask.row + lane * p.mask.feature)
+        real ? load_gain(p, start_of(p.mask, turn.place) + row * p.mask.row + lane * p.mask.feature)
              : 0.0f;
 
     for (int64_t t = 0; t < p.steps && side.alive > 0; ++t) {
@@ -285,13 +286,13 @@ __global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const For
     }
 
     if (lane == 0 && row < p.rows) {
-      float given[D];
-      load_row<D>(p.v, start_of(p.v, turn.cell) + row * p.v.row, p.v.packed, d, given);
+      float raw[D];
+      load_row<D>(p.v, start_of(p.v, turn.place) + row * p.v.row, p.v.packed, d, raw);
       p.flag[turn.problem * p.rows + row] =
-          am::left_over<D>(doubt, x[0], given, side.centre, side.betas.sharp);
+          am::left_over<D>(doubt, x[0], raw, side.centre, side.betas.sharp);
     }
     if (real) {
-      const int64_t at = start_of(p.v, turn.cell) + row * p.v.row + lane * p.v.feature;
+      const int64_t at = start_of(p.v, turn.place) + row * p.v.row + lane * p.v.feature;
       store_entry(p.out, p.v.type, (turn.problem * p.rows + row) * d + lane,
                   am::restore(state, load_entry(p.v, at), side.centre[lane]));
     }
@@ -340,9 +341,9 @@ void launch(Forward& p, int processors, cudaStream_t stream) {
   constexpr int R = am::rows_per_thread(D);
   constexpr auto kShared = am::Form::kShared, kPerMemory = am::Form::kPerMemory;
   p.v.packed = Checked::packed(p.v, p.features, D);
-  // With few rows, or few of each problem, a row's latency is all that counts; with some more, one
-  // row a thread fills the machine better than reuse of the memories pays. A row's bits depend on
-  // neither.
+  // With few rows, or few of each problem, only the latency of a row counts. With some more, one
+  // row a thread fills the GPU, which is worth more than the reuse of the memories. The bits of a
+  // row do not depend on the choice.
   const bool few = p.problems * p.rows * am::lanes_of(D) <= processors * 1024;
   if (few || p.rows <= kThreads / 4) {
     launch_shared<D>(p, stream);
@@ -363,8 +364,8 @@ Tensor recursion_small(const Tensor& v, const Tensor& rho, std::optional<Tensor>
                        std::optional<Tensor> update_mask, int64_t steps, double step,
                        const Tensor& flag) {
   Forward p{};
-  static_cast<Problem&>(p) = problem_of({"recursion_small", v}, rho, beta, beta_value, log_weights,
-                                        update_mask, steps, step, flag);
+  static_cast<Arguments&>(p) = arguments_of({"recursion_small", v}, rho, beta, beta_value,
+                                            log_weights, update_mask, steps, step, flag);
   torch::stable::accelerator::DeviceGuard guard(v.get_device_index());
   const int64_t sizes[] = {v.size(0), v.size(1), v.size(2), v.size(3)};
   Tensor out = torch::stable::new_empty(v, {sizes, 4});

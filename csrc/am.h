@@ -11,14 +11,14 @@
 // in the first form and drops out. A table holds the memories, each in whole Quads; its length is a
 // multiple of kGroupMax, filled up with memories of bias -inf.
 //
-// Weights are relative to 2^shift, a number of the row's that is known before the first memory is
-// looked at: -beta |rho_k - x|^2 is never above 0, so that the largest log w bounds all logits. The
-// mass tells afterwards whether that was near enough; if not, the largest logit becomes the shift
-// and the memories are folded again. The loop over memories keeps the largest logit, which doubt.h
-// asks for, and scales nothing by it: it has no branch.
+// Weights are relative to 2^shift, a number of the row that is known before the first memory: -beta
+// |rho_k - x|^2 is never above 0, so the largest log w bounds all logits. If the mass is afterwards
+// outside its range, the largest logit becomes the shift, and the memories are folded again. The
+// loop over memories keeps the largest logit, which doubt.h needs, and scales nothing by it: it has
+// no branch.
 //
-// The centre is the mean of the memories that take part. One far memory draws it away from the
-// others, and then all rows near those are in doubt: right, if slow.
+// The centre is the mean of the active memories. One far memory moves it away from the others, and
+// then all rows near those are in doubt: the result is right, and slow.
 
 #pragma once
 
@@ -32,18 +32,18 @@ namespace am {
 constexpr int kMaxFeatures = 16;
 constexpr int kGroupMax = 4;
 
-// A mass between these is as good as one relative to the largest weight: what hardware flushes to 0
-// is under 2^-78 of it, and the shift is not so far off that taking it away would round.
+// A mass between these is as exact as one relative to the largest weight: the weights that hardware
+// flushes to 0 are below 2^-78 of it, and a logit minus the shift loses no digits.
 constexpr float kFaint = 1.0f / (int64_t{1} << 48), kLoud = int64_t{1} << 48;
 
-// What a memory's slot of the table holds beside its features: its bias; with a beta per memory its
-// scale; for the backward, which serves both forms with one kernel, its scale and its norm.
+// The numbers of a memory in the table after its features: its bias; with a beta per memory also
+// its scale; for the backward, one kernel for both forms, its scale and its norm.
 enum class Form { kShared, kPerMemory, kBackward };
 
-// Features are compiled exactly up to 8, then in two sizes; the rest of a row is padded with 0.
+// Compiled sizes: every number of features up to 8, then 12 and 16; rows are padded with 0.
 CLAM_HD constexpr int padded_features(int d) { return d <= 8 ? d : d <= 12 ? 12 : 16; }
 
-// Rows of one thread: each memory that is read from shared memory serves all of them.
+// Rows of one thread: one read of a memory from shared memory serves all of them.
 CLAM_HD constexpr int rows_per_thread(int features) { return features <= 8 ? 4 : 3; }
 
 // Lanes that share a row where rows are few.
@@ -67,14 +67,14 @@ struct Slot {
   static constexpr bool kScaled = F != Form::kShared;
 };
 
-// One lane's share of a feature's sum over the memories that take part, and how many those are.
-// In float64, which finite memories do not overflow: the centre is finite unless one of them is
-// not.
+// One lane's share of the sum of a feature over the active memories, and how many those are. In
+// float64 finite memories do not overflow: the centre is finite if they are.
 template <class T>
 CLAM_HD void add_alive(const T* rho, const Rows& rows, const float* weights, int64_t weights_row,
                        int64_t memories, int lane, double& sum, int& alive) {
   for (int64_t k = lane; k < memories; k += kWarp) {
-    if (weights != nullptr && weights[k * weights_row] == -kInfinity) continue;  // may hold NaN
+    if (weights != nullptr && weights[k * weights_row] == -kInfinity)
+      continue;  // masked memories may be NaN
     sum += widen(rho[k * rows.row], rows.type);
     ++alive;
   }
@@ -95,8 +95,8 @@ CLAM_HD void add_alive(const Rows& rho, int64_t rho_start, const Rows& weights,
   }
 }
 
-// A share of the largest and the least beta of the memories that take part, and of their largest
-// log-weight. `bad` is NaN where one of them is not finite.
+// The largest log-weight (peak), the largest (sharp) and the least beta of some active memories.
+// `bad` is NaN where one of these is not finite, else 0.
 struct Extremes {
   float peak, sharp, least, bad;
 };
@@ -119,20 +119,20 @@ CLAM_HD void add_share(const Extremes& share, Extremes& e) {
 }
 
 CLAM_HD Betas betas_of(const Extremes& e, bool per_memory) {
-  return {e.sharp + e.bad, e.sharp / e.least, per_memory ? kCalmOfMany : kCalm};
+  return {e.sharp + e.bad, e.sharp / e.least, per_memory ? kNearLimitOfMany : kNearLimit};
 }
 
-// 2 beta in base 2: what all inner products are multiplied by. NaN for an infinite beta.
+// 2 beta log2(e), the factor of all inner products. NaN for an infinite beta.
 CLAM_HD float scale_of(float beta) {
   const float scale = product(kLog2e, 2.0f * beta);
   return scale > kMost ? kMost + (beta - beta) : scale;
 }
 
-// One memory into the table; `load(i)` gives a feature of it as the caller has it. Of one that
-// takes no part nothing is looked at. Errors of the table are the same for every row and step, and
-// move borders and fixed points: the bias is rounded once, and is of the scale as rounded, with
-// which the logit is a squared distance. A Quad at a time: a table is filled while rows are in
-// registers.
+// Writes one memory to the table: rho - centre, bias = log2(e) log w - scale |rho|^2 / 2, scale,
+// |rho|^2. `load(i)` returns the caller's feature i; it is not called for a masked memory. Errors
+// of the table are the same for every row and step, and move fixed points: the bias is rounded
+// once, and computed from the rounded scale, so that the logit is a squared distance. It works on
+// one Quad at a time: rows are in registers when a table is filled.
 template <int D, Form F, class Load>
 CLAM_HD void pack(const Load& load, const float* centre, float beta, float log_weight, Quad* slot) {
   using S = Slot<D, F>;
@@ -161,7 +161,7 @@ CLAM_HD void pack(const Load& load, const float* centre, float beta, float log_w
   }
 }
 
-// Fills up a table: weight 0 for every row. A row that is not finite turns to NaN all the same.
+// Writes padding to the table: its weight is 0 for every row, and NaN for a row that is not finite.
 template <int D, Form F>
 CLAM_HD void pack_padding(Quad* slot) {
   pack<D, F>([](int) { return 0.0f; }, nullptr, 0.0f, -kInfinity, slot);
@@ -179,8 +179,8 @@ CLAM_HD void unpack(const Quad* slot, float (&memory)[Slot<D, F>::kFloats]) {
   }
 }
 
-// What a row has seen of the memories in this step: weights are relative to 2^shift, `top` is the
-// largest logit.
+// The state of the fold of one row in one step: top = max_k z_k, mass = sum_k 2^(z_k - shift), sum
+// = sum_k 2^(z_k - shift) rho_k; the recall is sum / mass.
 template <int D>
 struct Recall {
   float top;
@@ -188,18 +188,19 @@ struct Recall {
   float sum[D];
 };
 
-// Before the first memory of a step.
+// The state before the first memory of a step.
 template <int D>
 CLAM_HD void begin(Recall<D>& recall) {
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) recall.sum[i] = 0.0f;
   recall.mass = 0.0f;
-  // Not -inf, with which a row of which all logits are -inf would have other NaNs.
+  // Not -inf: a row whose logits are all -inf would then have NaNs in other places.
   recall.top = kLowest;
 }
 
-// Where a row stands in a step: `lift` is what one beta per memory adds to each inner product,
-// `reach` how far the logits of one beta for all, which lack |x|^2, are above those that have it.
+// Numbers of a row in a step. With a beta per memory, lift = -|x|^2 / 2 is added to each inner
+// product. With one beta for all, the logits lack the term |x|^2, and reach = scale |x|^2 / 2 is
+// its size.
 struct Stand {
   float lift, reach;
 };
@@ -219,13 +220,12 @@ CLAM_HD Stand stand_of(const float (&x)[D], float scale, bool per_memory) {
   return {per_memory ? -half : 0.0f, per_memory ? 0.0f : product(scale, half)};
 }
 
-// Whether the shift was near enough; of a row that is not finite never.
+// Whether the mass is in its range; false for a row that is not finite.
 CLAM_HD bool settled(float mass) { return mass >= kFaint && mass <= kLoud; }
 
-// After the memories were folded: whether this row wants them folded again, with its largest logit
-// for a shift, once in a step. `height` is the shift less its reach, which is the next step's
-// guess. A row that is settled keeps its shift, and where others of the block want it is folded
-// again to the same bits.
+// After a fold: whether this row needs another one in this step, with its largest logit as the
+// shift. `height` is the shift minus the reach, the first choice of the next step. A settled row
+// keeps its shift; where other rows of the block need another fold, it gets the same bits again.
 CLAM_HD bool turn(float mass, float top, float& height, float& shift) {
   if (settled(mass) || shift == top) return false;
   height += top - shift;
@@ -233,23 +233,24 @@ CLAM_HD bool turn(float mass, float top, float& height, float& shift) {
   return true;
 }
 
-// The bias comes last: it is large where beta is, and a sum that started from it would round D
-// times at its size. `inner` is <rho_k, x>.
+// z = scale (inner + lift) + bias, with inner = <rho_k, x>. The bias is added last: it is large
+// where beta is, and a sum that started from it would round D times at its size.
 template <int D, Form F>
 CLAM_HD float logit(const float* memory, float inner, float lift, float scale) {
   if (F == Form::kShared) return fused(scale, inner, memory[D]);
   return fused(memory[D + (F == Form::kShared ? 0 : 1)], inner + lift, memory[D]);
 }
 
-// Folds a table of `count` memories (a multiple of kGroupMax) into what R rows have seen; `scale`
-// is in base 2, as the table is.
+// Folds a table of `count` memories (a multiple of kGroupMax) into the states of R rows: top' =
+// max(top, z_k), mass' = mass + 2^(z_k - shift), sum' = sum + 2^(z_k - shift) rho_k. `scale` is in
+// base 2, as the table is.
 template <int D, int R, Form F>
 CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const float (&lift)[R],
                   const float (&shift)[R], float scale, Recall<D> (&recall)[R]) {
   using S = Slot<D, F>;
   constexpr int G = group_size(D, R);
   static_assert(kGroupMax % G == 0, "tables are filled up to kGroupMax");
-  // A group is unrolled as far as registers allow; the compiler would go on and spill.
+  // A group is unrolled as far as registers allow; the compiler alone would unroll more, and spill.
   CLAM_ROLLED
   for (int k = 0; k < count; k += G) {
     float memory[G][S::kFloats];
@@ -273,7 +274,8 @@ CLAM_HD void fold(const Quad* table, int count, const float (&x)[R][D], const fl
   }
 }
 
-// What the memories recall, and whether the step may be wrong. `shift` is that of the last fold.
+// Finishes the fold: recalled = sum / mass; returns whether the step may be wrong. `shift` is that
+// of the last fold.
 template <int D>
 CLAM_HD bool recalled_of(const Recall<D>& recall, const float (&x)[D], float shift,
                          const Betas& betas, float (&recalled)[D]) {
@@ -283,32 +285,32 @@ CLAM_HD bool recalled_of(const Recall<D>& recall, const float (&x)[D], float shi
   return doubted<D>(x, recalled, recall.mass, exp2_weight(recall.top - shift), betas);
 }
 
-// One step of one entry. Written so that gain 1 gives the recalled value and gain 0 the entry
-// itself, to the last bit, unless the row is not finite.
+// One step of one entry, x + gain (recalled - x): exactly `recalled` at gain 1 and x at gain 0,
+// unless the row is not finite.
 CLAM_HD float advance(float x, float recalled, float gain) {
   return fused(gain, recalled, fused(-gain, x, x));
 }
 
-// The entry in the caller's coordinates. One that did not move is returned as it was given: taking
-// the centre off and putting it back may round.
-CLAM_HD float restore(float x, float given, float centre) {
-  return x == given - centre ? given : x + centre;
+// The entry in the caller's coordinates: x + centre, or the caller's own entry if it did not
+// change, because subtracting and adding the centre may round.
+CLAM_HD float restore(float x, float raw, float centre) {
+  return x == raw - centre ? raw : x + centre;
 }
 
-// Whether a row is computed again: `doubt` says that one of its steps may be wrong, x is its last
-// state, `given` the row as the caller has it.
+// Whether kernels/am/exact.py computes a row again: `doubt` says that one of its steps may be
+// wrong, x is its last state, `raw` the caller's row.
 template <int D>
-CLAM_HD bool left_over(bool doubt, const float (&x)[D], const float (&given)[D],
-                       const float* centre, float sharp) {
+CLAM_HD bool left_over(bool doubt, const float (&x)[D], const float (&raw)[D], const float* centre,
+                       float sharp) {
   float centred = 0.0f, result = 0.0f, before = 0.0f;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) {
-    const float out = restore(x[i], given[i], centre[i]);
+    const float out = restore(x[i], raw[i], centre[i]);
     centred = fused(x[i], x[i], centred);
     result = fused(out, out, result);
-    before = fused(given[i], given[i], before);
+    before = fused(raw[i], raw[i], before);
   }
-  return (doubt || lost(centred, result, before)) && are_finite<D>(given, centre, sharp);
+  return (doubt || lost(centred, result, before)) && are_finite<D>(raw, centre, sharp);
 }
 
 }  // namespace am

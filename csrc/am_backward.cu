@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // clam_cuda::recursion_small_backward: the gradients of the recursion over few features. A warp
-// owns 32 rows at a time: it runs them forward, keeps the way in a strip of global memory that only
-// this block writes, and walks back; am_backward.h has the arithmetic. Between the barriers around
-// a block's share of a problem its warps never wait for each other.
+// owns 32 rows at a time: it computes all steps, stores them in a strip of global memory that only
+// this block writes, and goes back through them; am_backward.h has the arithmetic. Between the
+// barriers around a block's share of a problem its warps never wait for each other.
 
 #include <tuple>
 
@@ -14,23 +14,23 @@ namespace clam {
 namespace {
 
 // Blocks that share the rows, and floats of all strips together: functions of the shapes alone, as
-// the order of every sum is, so that results repeat on another GPU. 64 blocks run however long the
-// way is.
+// the order of every sum is, so that results repeat on another GPU. At least 64 blocks run,
+// whatever the number of steps.
 constexpr int64_t kBlocks = 1056;
 constexpr int64_t kLeastBlocks = 64;
 constexpr int64_t kStripFloats = int64_t{1} << 26;
 
-struct Backward : Problem {
+struct Backward : Arguments {
   Rows grad;
   void* grad_v;
   Type grad_type;
-  float* grad_mask;  // null: not wanted
-  float* partials;   // [problems, slices, K, D + 2]; null: not wanted
+  float* grad_mask;  // null: the caller does not need it
+  float* partials;   // [problems, slices, K, D + 2]; null: the caller does not need them
   float* strips;     // [warps of all blocks, steps - 1, 2 D + 2, kWarp]
   int64_t slices, groups;
 };
 
-// Blocks a multiprocessor is promised: no more than shared memory lets in anyway.
+// The least blocks of a multiprocessor for the compiler: shared memory allows no more.
 constexpr int min_blocks(int features) { return features <= 4 ? 4 : features <= 12 ? 3 : 2; }
 
 // A warp's part of shared memory.
@@ -38,8 +38,8 @@ struct Tiles {
   float *rows, *weights, *sums;
 };
 
-// One row's way forward: the states and what the memories gave, entry by entry so that a warp's
-// accesses are of neighbours. Written and read by the same lane.
+// Stores one step of a row: its state and its recall, entry by entry, so that the lanes of a warp
+// access neighbours. The same lane reads it.
 template <int D>
 __device__ __forceinline__ void keep(float* strip, const float (&x)[D], const float (&recalled)[D],
                                      float top, float inverse) {
@@ -76,14 +76,14 @@ __device__ __forceinline__ void mask_back(float* row, bool first, float step, in
   }
 }
 
-// c += a * b on matrix units, in two parts for their sum: that of what operands have beyond a
-// tf32's 11 bits, and the rest.
+// c += a * b on matrix units with operands in two parts: `high` has the 11 bits of a tf32, `low`
+// the rest. The small products have a sum of their own.
 struct Split {
   float high, low;
 };
 
-// Rounded by hand: sm_90 has no instruction for it, and takes the units' truncation for one. NaN
-// may turn to 0 in `high` and stays in `low`.
+// Rounds with integer instructions: on sm_90 the instruction for it truncates as the units do. NaN
+// may become 0 in `high`, and stays in `low`.
 __device__ __forceinline__ Split split(float x) {
   const float high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
   return {high, x - high};
@@ -128,8 +128,8 @@ __device__ __forceinline__ void collect(const Tiles& tiles, int first, int memor
   }
 }
 
-// All memories for the rows of a warp in one step back. The barriers: tiles are read by other lanes
-// than wrote them, and written again for the next chunk.
+// All memories for the rows of a warp in one step of the backward. The barriers stand because lanes
+// read tiles that other lanes wrote, and write them again for the next chunk.
 template <int D>
 __device__ __forceinline__ void memories_back(const Backward& p, const Quad* table,
                                               const Tiles& tiles, am::Walk<D>& w) {
@@ -156,14 +156,15 @@ __device__ __forceinline__ void memories_back(const Backward& p, const Quad* tab
     if (sums) {
       __syncwarp();
       collect<D, 0>(tiles, first, memories);
-      __syncwarp();  // products want all lanes at once
+      __syncwarp();  // a product needs all lanes at once
       collect<D, 1>(tiles, first, memories);
       __syncwarp();
     }
   }
 }
 
-// A step forward, and how the way back will weigh the memories; whether the step may be wrong.
+// Computes one step, and the reference of its weights for the backward; returns whether the step
+// may be wrong.
 template <int D>
 __device__ __forceinline__ bool recall_back(const Quad* table, int count, const float (&x)[1][D],
                                             float scale, bool per_memory, const am::Betas& betas,
@@ -181,17 +182,17 @@ __device__ __forceinline__ bool recall_back(const Quad* table, int count, const 
   return am::recalled_of<D>(recall[0], x[0], shift[0], betas, recalled);
 }
 
-// Whether a row is left to am_exact_backward.py; one past the last row, which computes on zeros, if
-// it is in doubt. What is kept of it then weighs nothing on the way back.
+// Whether kernels/am/exact_backward.py computes the row again; also true for a lane past the last
+// row that is in doubt. The stored steps of such a row then have no weight in the backward.
 template <int D>
-__device__ __forceinline__ bool settle(const Backward& p, const Cell& cell, const Side& side,
+__device__ __forceinline__ bool settle(const Backward& p, const Place& place, const Side& side,
                                        int64_t problem, int64_t row, int d, bool doubt,
                                        float* strip, am::Walk<D>& w, float (&recalled)[D]) {
   const bool real = row < p.rows;
   if (doubt && real) {
-    float given[D];
-    load_row<D>(p.v, start_of(p.v, cell) + row * p.v.row, p.v.packed, d, given);
-    doubt = am::are_finite<D>(given, side.centre, side.betas.sharp);
+    float raw[D];
+    load_row<D>(p.v, start_of(p.v, place) + row * p.v.row, p.v.packed, d, raw);
+    doubt = am::are_finite<D>(raw, side.centre, side.betas.sharp);
   }
   if (doubt) {
     am::take_out<D>(w, recalled);
@@ -203,23 +204,23 @@ __device__ __forceinline__ bool settle(const Backward& p, const Cell& cell, cons
   return doubt;
 }
 
-// The rows of one warp forward and back; returns what they add to the gradient of one beta for all,
-// negated. A lane past the last row computes on zeros, whose gradients are zeros.
+// All steps of the rows of one warp, and their gradients; returns the rows' share of minus the
+// gradient of one beta for all. A lane past the last row computes on zeros, whose gradients are 0.
 template <int D>
-__device__ __forceinline__ double walk(const Backward& p, const Cell& cell, const Side& side,
+__device__ __forceinline__ double walk(const Backward& p, const Place& place, const Side& side,
                                        const Quad* table, const Tiles& tiles, int64_t problem,
                                        int64_t row, int d, float* strip) {
   const bool real = row < p.rows;
   constexpr int kStepFloats = (2 * D + 2) * kWarp;
   const int count = static_cast<int>(am::table_size(p.memories));
-  const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, cell, 0));
+  const float scale = p.per_memory ? 0.0f : am::scale_of(beta_of(p, place, 0));
   am::Walk<D> w;
   float recalled[D], gain[D];
   float x[1][D] = {};
   float height = side.peak;
   bool doubt = false;
   if (real) {
-    load_row<D>(p.v, start_of(p.v, cell) + row * p.v.row, p.v.packed, d, x[0]);
+    load_row<D>(p.v, start_of(p.v, place) + row * p.v.row, p.v.packed, d, x[0]);
 #pragma unroll
     for (int i = 0; i < D; ++i) x[0][i] -= side.centre[i];
   }
@@ -230,42 +231,42 @@ __device__ __forceinline__ double walk(const Backward& p, const Cell& cell, cons
     for (int i = 0; i < D; ++i) w.x[i] = x[0][i];
     if (t + 1 == p.steps) break;
     keep<D>(strip + t * kStepFloats, x[0], recalled, w.top, w.inverse);
-    load_gain<D>(p, cell, row, d, gain);
+    load_gain<D>(p, place, row, d, gain);
 #pragma unroll
     for (int i = 0; i < D; ++i) x[0][i] = am::advance(x[0][i], recalled[i], gain[i]);
   }
 
-  doubt = settle<D>(p, cell, side, problem, row, d, doubt, strip, w, recalled);
+  doubt = settle<D>(p, place, side, problem, row, d, doubt, strip, w, recalled);
 #pragma unroll
   for (int i = 0; i < D; ++i) w.g[i] = 0.0f;
   if (real && !doubt) {
-    load_row<D>(p.grad, start_of(p.grad, cell) + row * p.grad.row, p.grad.packed, d, w.g);
+    load_row<D>(p.grad, start_of(p.grad, place) + row * p.grad.row, p.grad.packed, d, w.g);
   }
   const int64_t out = (problem * p.rows + row) * d;
-  double heat = 0.0;
+  double beta_sum = 0.0;
   for (int64_t t = p.steps - 1; t >= 0; --t) {
     if (t + 1 < p.steps) fetch<D>(strip + t * kStepFloats, w, recalled);
     if (p.grad_mask != nullptr && real) {
       mask_back<D>(p.grad_mask + out, t + 1 == p.steps, p.step, d, w, recalled);
     }
-    load_gain<D>(p, cell, row, d, gain);
+    load_gain<D>(p, place, row, d, gain);
     am::begin_back<D>(w, recalled, gain, p.per_memory);
     memories_back<D>(p, table, tiles, w);
     am::end_back<D>(w);
-    heat += w.heat;
+    beta_sum += w.beta_sum;
   }
   if (real) store_row<D>(p.grad_v, p.grad_type, out, d, w.g);
-  return heat;
+  return beta_sum;
 }
 
-// Where no memory takes part a step changes nothing: the gradient passes through.
+// Where all memories are masked a step changes nothing: the gradient of v is that of the result.
 template <int D>
-__device__ __forceinline__ void pass(const Backward& p, const Cell& cell, int64_t problem,
+__device__ __forceinline__ void pass(const Backward& p, const Place& place, int64_t problem,
                                      int64_t row, int d) {
   if (row >= p.rows) return;
   p.flag[problem * p.rows + row] = 0;
   float g[D];
-  load_row<D>(p.grad, start_of(p.grad, cell) + row * p.grad.row, p.grad.packed, d, g);
+  load_row<D>(p.grad, start_of(p.grad, place) + row * p.grad.row, p.grad.packed, d, g);
   const int64_t out = (problem * p.rows + row) * d;
   store_row<D>(p.grad_v, p.grad_type, out, d, g);
   for (int i = 0; p.grad_mask != nullptr && i < d; ++i) p.grad_mask[out + i] = 0.0f;
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(am::kWarpsMax* kWarp, min_blocks(D))
     recursion_small_backward_kernel(const Backward p) {
   extern __shared__ Quad table[];
   __shared__ Side side;
-  __shared__ double heats[am::kWarpsMax];
+  __shared__ double beta_sums[am::kWarpsMax];
   constexpr int kQuads = am::Slot<D, am::Form::kBackward>::kQuads;
   constexpr int kRowFloats = kWarp * am::row_stride(D);
   const int d = D <= 4 ? D : p.features;  // a constant where the compiled size is exact
@@ -291,43 +292,43 @@ __global__ void __launch_bounds__(am::kWarpsMax* kWarp, min_blocks(D))
 
   for (int64_t item = blockIdx.x; item < p.problems * p.slices; item += gridDim.x) {
     const int64_t problem = item / p.slices, slice = item - problem * p.slices;
-    const Cell cell = cell_of(p, problem);
-    __syncthreads();  // the item before may still be read
-    find_centre(p, cell, side);
-    stage<D, am::Form::kBackward>(p, cell, side, 0, static_cast<int>(p.memories), am::kGroupMax,
+    const Place place = place_of(p, problem);
+    __syncthreads();  // other warps may still read the item before
+    find_centre(p, place, side);
+    stage<D, am::Form::kBackward>(p, place, side, 0, static_cast<int>(p.memories), am::kGroupMax,
                                   table);
     for (int64_t i = threadIdx.x; p.partials != nullptr && i < warps * stride; i += blockDim.x) {
       sums[i] = 0.0f;
     }
     __syncthreads();
 
-    double heat = 0.0;
+    double beta_sum = 0.0;
     const int64_t last = (slice + 1) * p.groups / p.slices;
     for (int64_t group = slice * p.groups / p.slices + warp; group < last; group += warps) {
       const int64_t row = group * kWarp + lane;
       if (side.alive > 0) {
-        heat += walk<D>(p, cell, side, table, mine, problem, row, d, strip);
+        beta_sum += walk<D>(p, place, side, table, mine, problem, row, d, strip);
       } else {
-        pass<D>(p, cell, problem, row, d);
+        pass<D>(p, place, problem, row, d);
       }
     }
     if (p.partials == nullptr) continue;
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      heat += __shfl_xor_sync(~0u, heat, offset);
+      beta_sum += __shfl_xor_sync(~0u, beta_sum, offset);
     }
-    if (lane == 0) heats[warp] = heat;
+    if (lane == 0) beta_sums[warp] = beta_sum;
     __syncthreads();
-    heat = 0.0;
-    for (int i = 0; i < warps; ++i) heat += heats[i];
+    beta_sum = 0.0;
+    for (int i = 0; i < warps; ++i) beta_sum += beta_sums[i];
     for (int64_t k = threadIdx.x; k < p.memories; k += blockDim.x) {
-      am::combine<D>(sums, stride, warps, k, table + k * kQuads, beta_of(p, cell, k), p.per_memory,
-                     heat, d, p.partials + (item * p.memories + k) * (d + 2));
+      am::combine<D>(sums, stride, warps, k, table + k * kQuads, beta_of(p, place, k), p.per_memory,
+                     beta_sum, d, p.partials + (item * p.memories + k) * (d + 2));
     }
   }
 }
 
 // Items that share the rows of a problem.
-int64_t slices_of(const Problem& p, int64_t groups) {
+int64_t slices_of(const Arguments& p, int64_t groups) {
   const int64_t most = (groups + am::kWarpsMax - 1) / am::kWarpsMax;
   return std::max<int64_t>(1, std::min(most, (kBlocks + p.problems - 1) / p.problems));
 }
@@ -366,8 +367,8 @@ std::tuple<Tensor, Tensor, Tensor> recursion_small_backward(
     int64_t steps, double step, bool wide, bool memory_side, bool mask_side, const Tensor& flag) {
   const Checked check{"recursion_small_backward", v};
   Backward p{};
-  static_cast<Problem&>(p) =
-      problem_of(check, rho, beta, beta_value, log_weights, update_mask, steps, step, flag);
+  static_cast<Arguments&>(p) =
+      arguments_of(check, rho, beta, beta_value, log_weights, update_mask, steps, step, flag);
   CLAM_CHECK(steps >= 1, check.op, ": steps: expected at least 1, got ", steps);
   const int size = am::padded_backward(p.features);
   CLAM_CHECK(am::backward_warps(size, p.memories) > 0, check.op,

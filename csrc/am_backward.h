@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The recursion of am.h walked back: equations (8) of docs/ops/am.md. A lane has one row; a warp
-// takes 32 rows through all steps. What sums over rows goes through shared memory: lanes fill a
-// tile with the weights p and the logits' gradients gz of their rows for kChunk memories, and the
-// warp multiplies it with the tile of its rows:
+// The gradients of the recursion of am.h, from the last step to the first: equations (8) of
+// docs/ops/am.md. A lane has one row; a warp takes 32 rows through all steps. Sums over rows go
+// through shared memory: lanes fill a tile with the weights p and the gradients gz of the logits of
+// their rows for kChunk memories, and the warp multiplies it by the tile of its rows:
 //
 //   pull_k  = sum_n p_nk H_n
 //   cross_k = sum_n gz_nk x_n    spread_k = sum_n gz_nk |x_n|^2    mass_k = sum_n gz_nk
 //
 // on matrix units, whose operands are split in two so that products are as exact as float32's. The
-// results go into sums that belong to this warp alone, in an order that never changes.
+// results go into sums of this warp alone, in an order that never changes.
 
 #pragma once
 
@@ -25,7 +25,7 @@ constexpr int kChunk = 16;
 constexpr int kGroup = 8;
 constexpr int kColumns = 8;
 
-// A column for each row; each of the lanes that load a part of a product meets a bank of its own.
+// A column for each row; the lanes that load a part of a product read different banks.
 constexpr int kWeightStride = kWarp + 4;
 constexpr int kWeightFloats = 2 * kChunk * kWeightStride;
 
@@ -39,8 +39,8 @@ CLAM_HD constexpr int padded_backward(int d) {
 
 CLAM_HD constexpr int rounded(int x, int to) { return (x + to - 1) / to * to; }
 
-// One row of a warp: H, then [x, |x|^2, 1], both filled up to whole products. The stride is 8 or 24
-// more than a multiple of 32, for banks as above.
+// One row of a warp: H, then [x, |x|^2, 1], both padded to whole products. The stride is 8 or 24
+// more than a multiple of 32, so that lanes read different banks.
 CLAM_HD constexpr int cross_column(int features) { return rounded(features, kColumns); }
 CLAM_HD constexpr int row_width(int features) {
   return cross_column(features) + rounded(features + 2, kColumns);
@@ -71,25 +71,26 @@ CLAM_HD constexpr int backward_warps(int features, int64_t memories) {
   return backward_bytes(features, memories, 2) <= kBackwardBytes ? 2 : 0;
 }
 
-// The state of one row in one step of the walk back.
+// The state of one row in one step of the backward, with p_k the weights and gz_k = p_k (<H, rho_k>
+// - delta) the gradients of the logits.
 template <int D>
 struct Walk {
-  float x[D];     // the state that the step started from
-  float h[D];     // gain * gradient of the step's result
-  float g[D];     // gradient of the step's result, then what of it passes by the recall
-  float pull[D];  // sum_k gz_k scale_k rho_k
-  float drift;    // sum_k gz_k scale_k
-  float heat;     // sum_k gz_k |rho_k - x|^2
-  float warm;     // sum_k p_k |rho_k - x|^2
-  float excess;   // sum_k gz_k, 0 but for rounding
-  float level;    // sum_k p_k <H, rho_k>
-  float norm;     // |x|^2
+  float x[D];           // the state before the step
+  float h[D];           // H = gain * gradient of the step's result
+  float g[D];           // gradient of the step's result, then (1 - gain) times it
+  float pull[D];        // sum_k gz_k scale_k rho_k
+  float scale_sum;      // sum_k gz_k scale_k
+  float beta_sum;       // sum_k gz_k |rho_k - x|^2, minus the gradient of one beta for all
+  float mean_distance;  // sum_k p_k |rho_k - x|^2
+  float gz_sum;         // sum_k gz_k: a rounding error, 0 in exact arithmetic
+  float delta;          // sum_k p_k <H, rho_k>
+  float norm;           // |x|^2
   float top, lift;
-  float inverse;  // 1 / mass; 0: survey finds it
+  float inverse;  // 1 / mass; 0: `survey` computes it
 };
 
-// How the way back will weigh the memories: relative to 2^top. Where one memory has nearly all the
-// weight, top is the largest logit and the rest is left to survey.
+// The reference of the weights in the backward: they are 2^(z_k - top) * inverse. Where one memory
+// has nearly all the weight, top is the largest logit, and `survey` computes the inverse.
 template <int D>
 CLAM_HD void weigh_back(const Recall<D>& recall, float shift, float& top, float& inverse) {
   inverse = 1.0f / recall.mass;
@@ -98,8 +99,8 @@ CLAM_HD void weigh_back(const Recall<D>& recall, float shift, float& top, float&
   if (sharp) inverse = 0.0f;
 }
 
-// A row whose flag is set, or that is not there, gives nothing to any sum: no weight, and nothing
-// that is not finite. am_exact_backward.py computes its gradients.
+// A row whose flag is set, or that lies past the last, adds 0 to every sum: its weights are 0, and
+// its numbers finite. kernels/am/exact_backward.py computes the gradients of flagged rows.
 template <int D>
 CLAM_HD void take_out(Walk<D>& w, float (&recalled)[D]) {
   CLAM_UNROLL
@@ -108,8 +109,7 @@ CLAM_HD void take_out(Walk<D>& w, float (&recalled)[D]) {
   w.inverse = 1.0f;
 }
 
-// From the step's result to H; w.x, w.top and w.inverse are set, `recalled` is what the memories
-// gave.
+// Computes H and (1 - gain) g from g; w.x, w.top and w.inverse are set, `recalled` is the recall.
 template <int D>
 CLAM_HD void begin_back(Walk<D>& w, const float (&recalled)[D], const float (&gain)[D],
                         bool per_memory) {
@@ -121,9 +121,9 @@ CLAM_HD void begin_back(Walk<D>& w, const float (&recalled)[D], const float (&ga
     w.g[i] = fused(-gain[i], w.g[i], w.g[i]);
     w.pull[i] = 0.0f;
   }
-  w.drift = 0.0f;
-  w.heat = w.warm = w.excess = 0.0f;
-  w.level = inner_product<D>(recalled, w.h);
+  w.scale_sum = 0.0f;
+  w.beta_sum = w.mean_distance = w.gz_sum = 0.0f;
+  w.delta = inner_product<D>(recalled, w.h);
 }
 
 template <int D>
@@ -144,14 +144,14 @@ CLAM_HD void write_row(const Walk<D>& w, float* tile, int lane) {
   }
 }
 
-// A look at all memories before the others, for a row of which one has nearly all the weight.
-// <H, recalled> is the level but for rounding, which is an error of all gz of the row together, and
-// here the largest one. Where there is one memory its weight is exactly 1, and the level exactly
-// its <H, rho>.
+// A first loop over all memories, for a row that gives nearly all its weight to one: mass = sum_k
+// 2^(z_k - top), delta += sum_k 2^(z_k - top) (<H, rho_k> - delta) / mass. The delta <H, recalled>
+// has a rounding error, which all gz of the row share; here it is their largest error. A row's only
+// memory has a weight of exactly 1, and delta is exactly its <H, rho>.
 template <int D>
 CLAM_HD void survey(Walk<D>& w, const Quad* table, int memories) {
   using S = Slot<D, Form::kBackward>;
-  float mass = 0.0f, excess = 0.0f;
+  float mass = 0.0f, gap_sum = 0.0f;
   CLAM_ROLLED
   for (int k = 0; k < memories; ++k) {
     float memory[S::kFloats];
@@ -160,14 +160,14 @@ CLAM_HD void survey(Walk<D>& w, const Quad* table, int memories) {
     const float weight =
         exp2_weight(logit<D, Form::kBackward>(memory, inner, w.lift, 0.0f) - w.top);
     mass += weight;
-    excess = fused(weight, inner_product<D>(memory, w.h) - w.level, excess);
+    gap_sum = fused(weight, inner_product<D>(memory, w.h) - w.delta, gap_sum);
   }
   w.inverse = 1.0f / mass;
-  w.level = fused(excess, w.inverse, w.level);
+  w.delta = fused(gap_sum, w.inverse, w.delta);
 }
 
-// p and gz of one memory, and what they do to this row. A row's only memory has <H, rho> = level to
-// the last bit, and so a gz of exactly 0.
+// p and gz of one memory, and its terms of the sums of this row. A row's only memory has <H, rho> =
+// delta to the last bit, and so a gz of exactly 0.
 template <int D>
 CLAM_HD void visit(Walk<D>& w, const Quad* slot, float& p, float& gz) {
   float memory[Slot<D, Form::kBackward>::kFloats];
@@ -175,35 +175,35 @@ CLAM_HD void visit(Walk<D>& w, const Quad* slot, float& p, float& gz) {
   const float inner = inner_product<D>(memory, w.x);
   const float z = logit<D, Form::kBackward>(memory, inner, w.lift, 0.0f);
   p = exp2_weight(z - w.top) * w.inverse;
-  gz = p * (inner_product<D>(memory, w.h) - w.level);
+  gz = p * (inner_product<D>(memory, w.h) - w.delta);
   const float weight = gz * memory[D + 1];
-  w.drift += weight;
+  w.scale_sum += weight;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) w.pull[i] = fused(weight, memory[i], w.pull[i]);
-  // Not infinite: 0 times it stays 0.
+  // At most kMost: 0 * infinity would be NaN.
   const float distance = fminf(fused(-2.0f, inner, memory[D + 2] + w.norm), kMost);
-  w.heat = fused(gz, distance, w.heat);
-  w.warm = fused(p, distance, w.warm);
-  w.excess += gz;
+  w.beta_sum = fused(gz, distance, w.beta_sum);
+  w.mean_distance = fused(p, distance, w.mean_distance);
+  w.gz_sum += gz;
 }
 
-// The gradient of the state that the step started from, in w.g. With one beta for all the drift is
-// 0 but for rounding: taken along, it leaves of that what is in proportion to x - recalled. The
-// same rounding is the largest of the heat, and is taken from it.
+// The gradient of the state before the step: g += ln(2) (pull - scale_sum x). With one beta for
+// all, scale_sum is a rounding error only; subtracting its term leaves an error in proportion to x
+// - recalled. The same error dominates beta_sum: beta_sum -= gz_sum * mean_distance.
 template <int D>
 CLAM_HD void end_back(Walk<D>& w) {
   CLAM_UNROLL
-  for (int i = 0; i < D; ++i) w.g[i] = fused(kLn2, fused(-w.drift, w.x[i], w.pull[i]), w.g[i]);
-  w.heat = fused(-w.excess, w.warm, w.heat);
+  for (int i = 0; i < D; ++i) w.g[i] = fused(kLn2, fused(-w.scale_sum, w.x[i], w.pull[i]), w.g[i]);
+  w.beta_sum = fused(-w.gz_sum, w.mean_distance, w.beta_sum);
 }
 
-// Where lane `lane` puts p (kind 0) or gz (kind 1) of memory `j` of the chunk.
+// Where lane `lane` stores p (kind 0) or gz (kind 1) of memory `j` of the chunk.
 CLAM_HD int weight_at(int j, int kind, int lane) {
   return (kind * kChunk + j) * kWeightStride + lane;
 }
 
-// What a lane holds of a product, as mma.m16n8k8 wants it: of the left operand memories `four` and
-// `four` + 8 by rows `one` and `one` + 4, of the right rows `one` and `one` + 4 by column `four`,
+// The part of a product that mma.m16n8k8 expects in a lane: of the left operand memories `four` and
+// `four` + 8 by rows `one` and `one` + 4; of the right rows `one` and `one` + 4 by column `four`;
 // of the result memories `four` and `four` + 8 by columns 2 `one` and 2 `one` + 1.
 struct Part {
   int four, one;
@@ -211,7 +211,7 @@ struct Part {
 
 CLAM_HD Part part_of(int lane) { return {lane / 4, lane % 4}; }
 
-// Of weights of one kind by rows group * kGroup and on.
+// The left operand: weights of one kind, from row group * kGroup on.
 CLAM_HD void load_left(const float* weights, int kind, int group, int lane, float (&a)[4]) {
   const Part part = part_of(lane);
   CLAM_UNROLL
@@ -221,7 +221,7 @@ CLAM_HD void load_left(const float* weights, int kind, int group, int lane, floa
   }
 }
 
-// Of the same rows by columns [column, column + kColumns) of their tile.
+// The right operand: the same rows, columns [column, column + kColumns) of their tile.
 template <int D>
 CLAM_HD void load_right(const float* rows, int column, int group, int lane, float (&b)[2]) {
   const Part part = part_of(lane);
@@ -231,7 +231,7 @@ CLAM_HD void load_right(const float* rows, int column, int group, int lane, floa
   }
 }
 
-// Adds a result, of memories from `first` on by columns of its kind from `column` on, to the sums.
+// Adds a result to the sums: memories from `first` on, columns of its kind from `column` on.
 template <int D>
 CLAM_HD void add_sums(const float (&c)[4], int kind, int column, int first, int memories, int lane,
                       float* sums) {
@@ -252,13 +252,14 @@ CLAM_HD void add_sums(const float (&c)[4], int kind, int column, int first, int 
   }
 }
 
-// The gradients of memory k from the sums of `warps` warps, `stride` floats apart:
-// out = [rho (d), log-weight, beta]. `heat` is the block's, for one beta for all.
+// The gradients of memory k from the sums of `warps` warps, `stride` floats apart: out = [rho (d),
+// log-weight, beta] = [pull_k + 2 beta_k (cross_k - mass_k rho_k), mass_k, -sum_n gz_nk |rho_k -
+// x_n|^2]. `beta_sum` is the block's sum over all k, for one beta for all.
 template <int D>
 CLAM_HD void combine(const float* sums, int64_t stride, int warps, int64_t k, const Quad* slot,
-                     float beta, bool per_memory, double heat, int d, float* out) {
+                     float beta, bool per_memory, double beta_sum, int d, float* out) {
   const auto* memory = reinterpret_cast<const float*>(slot);
-  const bool dead = memory[D] == -kInfinity;
+  const bool masked = memory[D] == -kInfinity;
   const auto total = [=](int column) {
     double sum = 0.0;
     CLAM_ROLLED
@@ -266,17 +267,17 @@ CLAM_HD void combine(const float* sums, int64_t stride, int warps, int64_t k, co
     return sum;
   };
   const double mass = total(sum_cross(D) + D + 1);
-  double warmth = total(sum_cross(D) + D) + mass * memory[D + 2];
+  double distances = total(sum_cross(D) + D) + mass * memory[D + 2];
   CLAM_ROLLED
   for (int i = 0; i < d; ++i) {
     const double cross = total(sum_cross(D) + i);
-    const double lean = 2.0 * beta * (cross - mass * memory[i]);
-    out[i] = dead ? 0.0f : static_cast<float>(total(i) + lean);
-    warmth -= 2.0 * memory[i] * cross;
+    const double through_logits = 2.0 * beta * (cross - mass * memory[i]);
+    out[i] = masked ? 0.0f : static_cast<float>(total(i) + through_logits);
+    distances -= 2.0 * memory[i] * cross;
   }
-  if (!per_memory) warmth = k == 0 ? heat : 0.0;
-  out[d] = dead ? 0.0f : static_cast<float>(mass);
-  out[d + 1] = dead && per_memory ? 0.0f : static_cast<float>(-warmth);
+  if (!per_memory) distances = k == 0 ? beta_sum : 0.0;
+  out[d] = masked ? 0.0f : static_cast<float>(mass);
+  out[d + 1] = masked && per_memory ? 0.0f : static_cast<float>(-distances);
 }
 
 }  // namespace am

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What both launchers of the small recursion share: the operands as the caller has them, and how a
-// block finds the centre of its memories and fills its table.
+// Both launchers of the small recursion use this: the caller's operands, and how a block computes
+// the centre of its memories and fills its table.
 
 #pragma once
 
@@ -12,23 +12,24 @@
 
 namespace clam {
 
-struct Problem {
+struct Arguments {
   Rows v, rho, mask;        // mask.data is null where all entries evolve
   Rows beta, weights;       // a "row" is a memory; null: beta is `beta_value`, all weights are 1
   int64_t problems, inner;  // problems = O * I
   int64_t rows, memories, steps;
   float beta_value, step;
-  unsigned char* flag;  // [problems, rows]: 1 where a row is left to am_exact.py
+  unsigned char* flag;  // [problems, rows]: 1 for rows that kernels/am/exact.py computes again
   int features;
   bool per_memory;
 };
 
-// Which problem: where its operands start is worked out where it is needed, not held in registers.
-struct Cell {
+// The place of a problem in the batch. The kernels compute the start of an operand from it where
+// they need one, because registers are scarce.
+struct Place {
   int64_t outer, inner;
 };
 
-// What a block knows of a problem's memories as a whole.
+// Numbers of all memories of a problem.
 struct Side {
   float centre[am::kMaxFeatures];
   float peak;  // the largest log-weight, in base 2
@@ -36,36 +37,36 @@ struct Side {
   int alive;
 };
 
-__device__ __forceinline__ Cell cell_of(const Problem& p, int64_t problem) {
+__device__ __forceinline__ Place place_of(const Arguments& p, int64_t problem) {
   const int64_t outer = problem / p.inner;
   return {outer, problem - outer * p.inner};
 }
 
-__device__ __forceinline__ int64_t start_of(const Rows& rows, const Cell& cell) {
-  return rows.start(cell.outer, cell.inner);
+__device__ __forceinline__ int64_t start_of(const Rows& rows, const Place& place) {
+  return rows.start(place.outer, place.inner);
 }
 
-__device__ __forceinline__ float beta_of(const Problem& p, const Cell& cell, int64_t k) {
+__device__ __forceinline__ float beta_of(const Arguments& p, const Place& place, int64_t k) {
   return p.beta.data == nullptr ? p.beta_value
-                                : number(p.beta, start_of(p.beta, cell) + k * p.beta.row);
+                                : number(p.beta, start_of(p.beta, place) + k * p.beta.row);
 }
 
-__device__ __forceinline__ float log_weight_of(const Problem& p, const Cell& cell, int64_t k) {
+__device__ __forceinline__ float log_weight_of(const Arguments& p, const Place& place, int64_t k) {
   return p.weights.data == nullptr
              ? 0.0f
-             : number(p.weights, start_of(p.weights, cell) + k * p.weights.row);
+             : number(p.weights, start_of(p.weights, place) + k * p.weights.row);
 }
 
-// The mean of the memories that take part, a warp a feature, in an order that depends on K alone;
-// the last warp looks at betas and log-weights. The caller has a barrier before, where `side` may
-// still be read.
-__device__ __forceinline__ void find_centre(const Problem& p, const Cell& cell, Side& side) {
+// The mean of the active memories, a warp for each feature, in an order that depends on K alone;
+// the last warp reads betas and log-weights. The caller needs a barrier before it where other
+// threads may still read `side`.
+__device__ __forceinline__ void find_centre(const Arguments& p, const Place& place, Side& side) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   for (int i = warp; i < p.features; i += warps) {
     double sum = 0.0;
     int alive = 0;
-    am::add_alive(p.rho, start_of(p.rho, cell), p.weights, start_of(p.weights, cell), p.memories, i,
-                  lane, sum, alive);
+    am::add_alive(p.rho, start_of(p.rho, place), p.weights, start_of(p.weights, place), p.memories,
+                  i, lane, sum, alive);
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(~0u, sum, offset);
       alive += __shfl_xor_sync(~0u, alive, offset);
@@ -77,29 +78,29 @@ __device__ __forceinline__ void find_centre(const Problem& p, const Cell& cell, 
   }
   if (threadIdx.x < am::kMaxFeatures && threadIdx.x >= p.features) side.centre[threadIdx.x] = 0.0f;
   if (warp == warps - 1) {
-    am::Extremes found = am::no_memory();
+    am::Extremes extremes = am::no_memory();
     const bool alike = p.weights.data == nullptr && !p.per_memory;
     for (int64_t k = lane; k < (alike ? 1 : p.memories); k += kWarp) {
-      am::add_memory(beta_of(p, cell, k), log_weight_of(p, cell, k), found);
+      am::add_memory(beta_of(p, place, k), log_weight_of(p, place, k), extremes);
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       const am::Extremes share{
-          __shfl_xor_sync(~0u, found.peak, offset), __shfl_xor_sync(~0u, found.sharp, offset),
-          __shfl_xor_sync(~0u, found.least, offset), __shfl_xor_sync(~0u, found.bad, offset)};
-      am::add_share(share, found);
+          __shfl_xor_sync(~0u, extremes.peak, offset), __shfl_xor_sync(~0u, extremes.sharp, offset),
+          __shfl_xor_sync(~0u, extremes.least, offset), __shfl_xor_sync(~0u, extremes.bad, offset)};
+      am::add_share(share, extremes);
     }
     if (lane == 0) {
-      side.peak = kLog2e * found.peak;
-      side.betas = am::betas_of(found, p.per_memory);
+      side.peak = kLog2e * extremes.peak;
+      side.betas = am::betas_of(extremes, p.per_memory);
     }
   }
   __syncthreads();
 }
 
-// Fills the table with memories [first, first + real), up to a multiple of `whole`. No barrier of
-// its own.
+// Fills the table with memories [first, first + real) and pads it to a multiple of `whole`. It has
+// no barrier.
 template <int D, am::Form F>
-__device__ __forceinline__ int stage(const Problem& p, const Cell& cell, const Side& side,
+__device__ __forceinline__ int stage(const Arguments& p, const Place& place, const Side& side,
                                      int64_t first, int real, int whole, Quad* table) {
   using S = am::Slot<D, F>;
   const int count = (real + whole - 1) / whole * whole;
@@ -108,29 +109,29 @@ __device__ __forceinline__ int stage(const Problem& p, const Cell& cell, const S
       am::pack_padding<D, F>(table + k * S::kQuads);
       continue;
     }
-    const int64_t memory = start_of(p.rho, cell) + (first + k) * p.rho.row;
-    const float weight = log_weight_of(p, cell, first + k);
+    const int64_t memory = start_of(p.rho, place) + (first + k) * p.rho.row;
+    const float weight = log_weight_of(p, place, first + k);
     const auto load = [&](int i) {
       return i < p.features ? load_entry(p.rho, memory + i * p.rho.feature) : 0.0f;
     };
-    am::pack<D, F>(load, side.centre, beta_of(p, cell, first + k), weight, table + k * S::kQuads);
+    am::pack<D, F>(load, side.centre, beta_of(p, place, first + k), weight, table + k * S::kQuads);
   }
   return count;
 }
 
 // step * update_mask of one entry.
-__device__ __forceinline__ float load_gain(const Problem& p, int64_t at) {
+__device__ __forceinline__ float load_gain(const Arguments& p, int64_t at) {
   if (p.mask.data == nullptr) return p.step;
   if (p.mask.type == Type::kFloat) return p.step * number(p.mask, at);
   return static_cast<const unsigned char*>(p.mask.data)[at] != 0 ? p.step : 0.0f;
 }
 
-// step * update_mask of one row, 0 past the last. A mask is read again in every step: registers are
-// scarcer than cache hits. For the same reason the compiler is kept from holding D addresses all
-// the time.
+// step * update_mask of one row, 0 past the last. Every step reads the mask again: registers are
+// scarcer than cache hits. For the same reason the asm statements stop the compiler from keeping D
+// addresses in registers.
 template <int D>
-__device__ __forceinline__ void load_gain(const Problem& p, const Cell& cell, int64_t row, int d,
-                                          float (&gain)[D]) {
+__device__ __forceinline__ void load_gain(const Arguments& p, const Place& place, int64_t row,
+                                          int d, float (&gain)[D]) {
   if (p.mask.data == nullptr) {
 #pragma unroll
     for (int i = 0; i < D; ++i) gain[i] = p.step;
@@ -139,16 +140,16 @@ __device__ __forceinline__ void load_gain(const Problem& p, const Cell& cell, in
   asm volatile("" : "+l"(row));
   int64_t feature = p.mask.feature;
   asm volatile("" : "+l"(feature));
-  const int64_t start = start_of(p.mask, cell) + row * p.mask.row;
+  const int64_t start = start_of(p.mask, place) + row * p.mask.row;
 #pragma unroll
   for (int i = 0; i < D; ++i) {
     gain[i] = row < p.rows && i < d ? load_gain(p, start + i * feature) : 0.0f;
   }
 }
 
-// ---- the host's side ----------------------------------------------------------------------------
+// ---- on the host --------------------------------------------------------------------------------
 
-// How the library names an op in its messages.
+// Checks the operands of an op; messages begin with its name.
 struct Checked {
   const char* op;
   const Tensor& v;
@@ -183,10 +184,10 @@ struct Checked {
 
   Rows states(const char* name, const Tensor& x, int64_t size2, int64_t size3) const {
     CLAM_CHECK(x.scalar_type() == v.scalar_type(), op, ": ", name, ": expected the dtype of v");
-    Rows found = rows(name, x, size2, size3);
-    CLAM_CHECK(found.type != Type::kByte, op, ": ", name,
+    Rows extremes = rows(name, x, size2, size3);
+    CLAM_CHECK(extremes.type != Type::kByte, op, ": ", name,
                ": expected float32, bfloat16 or float16");
-    return found;
+    return extremes;
   }
 
   Rows memory_side(const char* name, const std::optional<Tensor>& x, int64_t memories) const {
@@ -205,17 +206,17 @@ struct Checked {
   }
 };
 
-inline Problem problem_of(const Checked& check, const Tensor& rho,
-                          const std::optional<Tensor>& beta, double beta_value,
-                          const std::optional<Tensor>& log_weights,
-                          const std::optional<Tensor>& update_mask, int64_t steps, double step,
-                          const Tensor& flag) {
+inline Arguments arguments_of(const Checked& check, const Tensor& rho,
+                              const std::optional<Tensor>& beta, double beta_value,
+                              const std::optional<Tensor>& log_weights,
+                              const std::optional<Tensor>& update_mask, int64_t steps, double step,
+                              const Tensor& flag) {
   const Tensor& v = check.v;
   const char* op = check.op;
   CLAM_CHECK(v.is_cuda(), op, ": v: expected a CUDA tensor");
   CLAM_CHECK(v.dim() == 4 && rho.dim() == 4, op, ": v, rho: expected 4 dimensions");
   CLAM_CHECK(steps >= 0, op, ": steps: expected at least 0, got ", steps);
-  Problem p{};
+  Arguments p{};
   p.inner = v.size(1);
   p.problems = v.size(0) * v.size(1);
   p.rows = v.size(2);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What every launcher shares: torch's stable C ABI, the current stream, checks with plain messages.
+// For every launcher: torch's stable C ABI, the current stream, checks with plain messages.
 
 #pragma once
 
@@ -15,8 +15,8 @@
 #include <sstream>
 #include <stdexcept>
 
-// These live in libtorch_cuda. Weak, so that the library also loads beside a torch without CUDA,
-// where no kernel of it can be reached.
+// libtorch_cuda defines these. They are weak symbols, so that the library also loads beside a torch
+// without CUDA, where no call reaches its kernels.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 extern "C" __attribute__((weak)) AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*,
                                                                          const char*, uint32_t,
@@ -43,7 +43,7 @@ inline cudaStream_t current_stream(const Tensor& x) {
 
 }  // namespace clam
 
-// The message is all that the caller reads: no file, no line, no request to report it.
+// Raises an error whose text is the message alone: no file, no line, no request to report it.
 #define CLAM_CHECK(condition, ...)              \
   do {                                          \
     if (!(condition)) {                         \

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the per-thread bodies need from either compiler: nvcc for the GPU, g++ for the tests that
-// prove their mathematics where there is none. Nothing of torch or CUDA's run time may be included
-// here.
+// The per-thread bodies compile with nvcc for the GPU, and with g++ for the tests of their
+// arithmetic on a machine without one. This file hides the difference, and includes nothing of
+// torch or of CUDA's run time.
 
 #pragma once
 
@@ -20,7 +20,7 @@
 #define CLAM_ROLLED
 #endif
 
-// Keeps the compiler from having what follows in flight together with what was before.
+// Stops the compiler from moving loads across it, which would take more registers.
 #ifdef __CUDA_ARCH__
 #define CLAM_APART() asm volatile("" ::: "memory")
 #else
@@ -35,13 +35,13 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int kWarp = 32;
 
-// Sixteen aligned bytes: one 128-bit load, of shared memory a broadcast without bank conflicts.
+// Sixteen aligned bytes: one 128-bit load; from shared memory a broadcast without bank conflicts.
 struct alignas(16) Quad {
   float x, y, z, w;
 };
 
-// 2^x. The hardware's own instruction is good to 2 ulp and flushes results under 2^-126, which is
-// harmless for the weights of a softmax and for nothing else: arguments stay near or below 0.
+// 2^x for the weights of a softmax, whose x is near or below 0. The hardware's instruction has an
+// error of 2 ulp and flushes results below 2^-126 to 0.
 CLAM_HD float exp2_weight(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -55,8 +55,8 @@ CLAM_HD float exp2_weight(float x) {
 // a * b + c with one rounding on both sides: g++ without -mfma would otherwise round twice.
 CLAM_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
-// a * b rounded on its own: a compiler that fuses it with what follows gives one value two sets of
-// bits, and differences that must be exactly 0 are not.
+// a * b with a rounding of its own. If the compiler fused it with the next addition, the same
+// product could have two values, and a difference that must be exactly 0 would not be.
 CLAM_HD float product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);

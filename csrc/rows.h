@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Operands where the caller left them: any strides, float32, bfloat16, float16 or bytes, read as
-// float32 one row at a time.
+// The caller's operands: any strides, float32, bfloat16, float16 or bytes, read as float32 one row
+// at a time.
 
 #pragma once
 
@@ -13,8 +13,8 @@ namespace clam {
 
 enum class Type { kFloat, kBFloat16, kHalf, kByte };
 
-// The bits of a bfloat16 or float16. One type for both: which it is, is decided entry by entry at
-// run time, for code that is half as long.
+// The bits of a bfloat16 or float16. One type serves both, and a test at run time tells them apart
+// for each entry: the code is half as long.
 struct Short {
   uint16_t bits;
 };
@@ -40,10 +40,10 @@ CLAM_HD float widen(Short x, Type type) {
 #endif
 }
 
-// One operand [O, I, rows, features]: the distances between neighbours in elements, 0 where it is
-// shared. `packed`: rows may be read as vectors.
+// One operand [O, I, rows, features]: its strides in elements, 0 along dims that share it.
+// `packed`: rows may be read as vectors.
 struct Rows {
-  const void* data;  // null: not given
+  const void* data;  // null: the call has no such operand
   int64_t outer, inner, row, feature;
   Type type;
   bool packed;
@@ -109,7 +109,7 @@ __device__ __forceinline__ void narrow(float x, Type type, Short& y) {
   }
 }
 
-// Results start where the allocator put them: rows are aligned unless D is padded.
+// The allocator aligns results: their rows are aligned unless D is padded.
 template <int D, class T>
 __device__ __forceinline__ void store_as(T* row, Type type, int d, const float (&x)[D]) {
   constexpr int W = width_of(D);

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An associative-memory layer inside a model, trained in bfloat16 autocast and compiled: one graph,
-forward and backward, any number of rows without recompiling, and on a GPU a CUDA graph.
+"""Train an associative-memory layer inside a compiled model, in bfloat16 autocast.
+
+torch.compile makes one graph, forward and backward, for any number of rows; on a GPU the example
+also captures a CUDA graph.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def autocast(device: str) -> torch.autocast:
 
 def train(model: Callable[[Tensor], Tensor], parameters: Any, data: Tensor, target: Tensor,
           steps: int) -> list[float]:  # fmt: skip
-    """Full batches but for every third, which has other row counts; the loss of each step."""
+    """Train on full batches; every third batch has fewer rows. Returns the loss of each step."""
     optimiser = torch.optim.Adam(parameters, 3e-2)
     losses = []
     for step in range(steps):
@@ -49,17 +51,17 @@ def train(model: Callable[[Tensor], Tensor], parameters: Any, data: Tensor, targ
     return losses
 
 
-def captured(model: nn.Module, data: Tensor) -> bool:
-    """Whether a replayed CUDA graph follows its input, bit for bit."""
-    held = data.clone()
-    # no cache of casts: what one call keeps in it would lie in the graph's own memory
+def follows_input(model: nn.Module, data: Tensor) -> bool:
+    """Whether a replayed CUDA graph gives the bits of the model for new values of its input."""
+    graph_input = data.clone()
+    # no cache of casts: its tensors would be in the graph's private memory
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        model(held)
+        model(graph_input)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = model(held)
-        held.copy_(data.flip(0))
+            out = model(graph_input)
+        graph_input.copy_(data.flip(0))
         graph.replay()
         return bool(torch.equal(out, model(data.flip(0))))
 
@@ -82,7 +84,7 @@ def main() -> None:
         rows = model[0](data)
         recalled = memory(rows)
     report = {
-        # a half autocast asks for "medium" products, which a CPU computes in float32
+        # autocast to half precision means "medium" products, which a CPU computes in float32
         "backend": clam_kernels.explain("am_recursion", data, "medium"),
         "autocast": "bfloat16",
         "rows_into_memory": str(rows.dtype).removeprefix("torch."),
@@ -93,7 +95,7 @@ def main() -> None:
         "accuracy": float(correct.float().mean()),
         "row_counts": 1 + len(range(2, args.steps, 3)),
         "compiled_graphs": counter.frame_count,
-        "cuda_graph_follows_input": captured(model, data) if device == "cuda" else None,
+        "cuda_graph_follows_input": follows_input(model, data) if device == "cuda" else None,
     }
     for name, value in report.items():
         print(f"{name:>26}: {value:.4f}" if isinstance(value, float) else f"{name:>26}: {value}")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deep clustering of scikit-learn's digits: encoder, decoder and memories trained together.
+"""Deep clustering of scikit-learn's digits: train encoder, decoder and memories together.
 
-The autoencoder learns to turn a digit with hidden pixels into one of its nearest digits; k-means on
-its codes gives the memories their start. Then all is trained: what the memories recall of a code
-must decode to the digit too, and the code of a moved, damaged digit is drawn to what the memories
-recall of the whole one. Labels judge the result and have no other part; the recipe is one for all
-seeds.
+First the autoencoder learns to turn a digit with hidden pixels into one of its nearest digits, and
+k-means on its codes gives the first memories. Then encoder, decoder and memories train together
+with two more losses: the recall of a code must decode to the digit too, and the code of a shifted
+digit with hidden pixels must be near the recall of the complete digit. Labels only score the
+result. The settings are the same for all seeds.
 
-Beside it: ClAM and k-means on pixels, k-means on the codes of the same autoencoder before the
-memories join and after as much further training without them, and Ward's linkage on pixels, the
-strongest simple rival, which stays ahead.
+The rivals are ClAM and k-means on pixels, k-means on the codes of the same autoencoder before the
+memories are added and after the same further training without them, and Ward's linkage on pixels,
+which is better than all others.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def parse() -> argparse.Namespace:
 
 def layers(*sizes: int) -> nn.Sequential:
     """Linear layers with rectifiers between them."""
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for before, after in pairwise(sizes):
-        found += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*found[:-1])
+        modules += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*modules[:-1])
 
 
 class Autoencoder(nn.Module):
@@ -66,8 +66,8 @@ class Autoencoder(nn.Module):
         self.decode = layers(CODE, 128, 256, SIDE * SIDE)
 
 
-def moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Digits shifted and turned a little, each its own way."""
+def shift_and_turn(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift and turn each digit by a small random amount."""
     draw = 2 * torch.rand(len(x), 3, generator=generator) - 1
     right, down = (draw[:, :2] * SHIFT * 2 / SIDE).unbind(1)
     cos, sin = (draw[:, 2] * TURN).cos(), (draw[:, 2] * TURN).sin()
@@ -77,19 +77,20 @@ def moved(x: Tensor, generator: torch.Generator) -> Tensor:
     return nn.functional.grid_sample(images, grid, align_corners=False).flatten(1)
 
 
-def squared(difference: Tensor) -> Tensor:
+def squared_error(difference: Tensor) -> Tensor:
+    """Squared norm of a row, the mean over the rows."""
     return difference.square().sum(-1).mean()
 
 
 def gap(codes: Tensor, memories: Tensor) -> float:
-    """Second-nearest minus nearest squared distance, of the median code."""
+    """The median over codes of second-nearest minus nearest squared distance."""
     two = torch.cdist(codes, memories).square().topk(2, largest=False).values
     return float((two[:, 1] - two[:, 0]).median())
 
 
 def train(model: Autoencoder, memory: AssociativeMemory | None, x: Tensor, epochs: int,
           generator: torch.Generator, move: bool) -> None:  # fmt: skip
-    """Denoising towards nearest neighbours; with memories, that of what they recall too."""
+    """Train to decode a code to one of its row's neighbours; with memories also from its recall."""
     near = torch.cdist(x, x).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]
     learning = [*model.parameters(), *(memory.parameters() if memory else ())]
     optimiser = torch.optim.Adam([p for p in learning if p.requires_grad], RATE)
@@ -102,14 +103,15 @@ def train(model: Autoencoder, memory: AssociativeMemory | None, x: Tensor, epoch
         for rows in torch.randperm(len(x), generator=generator).split(BATCH):
             which = torch.randint(NEIGHBOURS, (len(rows),), generator=generator)
             target, view = x[near[rows, which]], x[rows]
-            view = moved(view, generator) if move else view
+            view = shift_and_turn(view, generator) if move else view
             hidden = torch.rand(view.shape, generator=generator) < HIDDEN
             code = model.encode(view.masked_fill(hidden, 0.0))
-            loss = squared(model.decode(code) - target)
+            loss = squared_error(model.decode(code) - target)
             if memory is not None:
                 with torch.no_grad():
                     goal = memory(model.encode(x[rows]))
-                loss = loss + squared(model.decode(memory(code)) - target) + squared(code - goal)
+                loss = loss + squared_error(model.decode(memory(code)) - target)
+                loss = loss + squared_error(code - goal)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -117,7 +119,7 @@ def train(model: Autoencoder, memory: AssociativeMemory | None, x: Tensor, epoch
 
 
 def cluster(x: Tensor, seed: int) -> dict[str, np.ndarray]:
-    """Labels by training together, by its rivals, and by the same training without memories."""
+    """Labels of the joint training, of its rivals, and of the same training without memories."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Autoencoder()
@@ -148,14 +150,14 @@ def cluster(x: Tensor, seed: int) -> dict[str, np.ndarray]:
 
 
 def run(x: Tensor, y: np.ndarray, seed: int) -> dict[str, float]:
-    """One seed: every partition judged by the labels."""
+    """Scores of every partition against the labels, for one seed."""
     start = time.perf_counter()
-    found = cluster(x, seed)
+    partitions = cluster(x, seed)
     report: dict[str, float] = {}
     for score, judge in (("nmi", normalized_mutual_info_score), ("ari", adjusted_rand_score)):
-        for method, labels in found.items():
+        for method, labels in partitions.items():
             report[f"{score}_{method}" if method else score] = float(judge(y, labels))
-    report["clusters_used"] = len(np.unique(found[""]))
+    report["clusters_used"] = len(np.unique(partitions[""]))
     report["seconds"] = time.perf_counter() - start
     return report
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cluster scikit-learn's digits with ClAM beside k-means, and complete half-hidden digits."""
+"""Cluster scikit-learn's digits with ClAM and with k-means, and complete half-hidden digits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare(x: np.ndarray, y: np.ndarray, models: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Fit each model without labels; the labels only judge."""
+    """Fit each model without labels; the labels only score the result."""
     rows = {}
     for name, model in models.items():
         start = time.perf_counter()
@@ -58,23 +58,23 @@ def show(rows: dict[str, dict[str, float]]) -> None:
 
 
 def complete(x: np.ndarray, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Hide half of each of 360 digits that the memories have not seen, and recall it."""
+    """Hide the right half of 360 digits that are not in the training data, and complete it."""
     train, test = x[:-360], x[-360:]
     hidden = test.copy()
     hidden.reshape(-1, *SHAPE)[:, :, SHAPE[1] // 2 :] = np.nan
     model = ClAM(n_clusters=64, init="k-means++", n_init=2, random_state=seed).fit(train)
     completed = model.complete(hidden)
-    gone = np.isnan(hidden)
+    missing = np.isnan(hidden)
     mean = np.broadcast_to(train.mean(0), test.shape)
 
     def error(values: np.ndarray) -> float:
-        return float(np.sqrt(np.square(values - test)[gone].mean()))
+        return float(np.sqrt(np.square(values - test)[missing].mean()))
 
     figures = {
-        "hidden_share": float(gone.mean()),
+        "hidden_share": float(missing.mean()),
         "rmse_completed": error(completed),
         "rmse_mean_fill": error(mean),
-        "visible_entries_unchanged": bool(np.array_equal(completed[~gone], test[~gone])),
+        "visible_entries_unchanged": bool(np.array_equal(completed[~missing], test[~missing])),
     }
     return figures, {"hidden": hidden[:12], "completed": completed[:12], "true": test[:12]}
 
@@ -83,7 +83,7 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
-    # Pixels share one unit, so one divisor keeps their proportions; no feature is blown up.
+    # Pixels have one unit: one divisor for all keeps the proportions between them.
     x, y = (digits.data / 16.0).astype(np.float32), digits.target
     clam = ClAM(n_clusters=10, random_state=options.seed)
     kmeans = KMeans(n_clusters=10, n_init=10, random_state=options.seed)

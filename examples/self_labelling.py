@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-labelling (SeLa) of scikit-learn's digits, or of a folder of images or an .npz of one's own.
+"""Self-labelling (SeLa) of scikit-learn's digits, or of your own folder of images or .npz.
 
-A small convolutional network gives itself labels, of equal shares, for the training images, learns
-them from moved and noisy versions, and finds better ones. The classes judge the features and have
-no other part: k-means on them, and classifiers from two labelled images a class (mean of five
-draws). With all labels even the untrained network is near perfect here, so those figures are
-printed but show nothing.
+A small convolutional network computes labels of equal shares for the training images, learns them
+from shifted and noisy images, and computes better ones. The classes only score the features: by
+k-means on them, and by classifiers from two labelled images a class (mean of five draws). With all
+labels even the untrained network is near perfect here, so the example prints those figures, but
+they show nothing.
 
-Beside it: the same network untrained (its BatchNorm statistics taken from the data) and pixels;
-Ward's linkage and label spreading, which see the unlabelled images too, on all of these: on pixels
-they are the strongest simple rivals. With --ablations also SeLa without augmentation and without
-equal shares (each row gets the label that its head finds likeliest).
+The rivals are the untrained network (with BatchNorm statistics of the data) and pixels. Ward's
+linkage and label spreading, which see the unlabelled images too, run on all of these; on pixels
+they are the strongest simple rivals. --ablations adds SeLa without augmentation and without equal
+shares (each row gets the likeliest label of its head).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def load(path: Path | None, size: int) -> tuple[Tensor, np.ndarray | None]:
 
 
 def folder(path: Path, size: int) -> tuple[Tensor, np.ndarray | None]:
-    """Images of a folder, whose sub folders are classes. `SeLa.fit(path)` alone needs no array."""
+    """Images of a folder, whose subfolders are the classes. `SeLa.fit(path)` reads folders too."""
     from PIL import Image, ImageOps
 
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -86,7 +86,7 @@ def folder(path: Path, size: int) -> tuple[Tensor, np.ndarray | None]:
 
 
 def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Turned, sheared, scaled, shifted, with noise and another gain; each image its own way."""
+    """Turn, shear, scale and shift each image at random, change its gain, and add noise."""
     n, device = len(batch), batch.device
 
     def draw(low: float, high: float) -> Tensor:
@@ -99,9 +99,9 @@ def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
     rows = [cos, shear * cos - sin, right, sin, shear * sin + cos, down]
     theta = torch.stack(rows, 1).view(n, 2, 3)
     grid = nn.functional.affine_grid(theta, list(batch.shape), align_corners=False)
-    moved = nn.functional.grid_sample(batch, grid, align_corners=False)
+    images = nn.functional.grid_sample(batch, grid, align_corners=False)
     noise = torch.randn(batch.shape, generator=generator, device=device)
-    return draw(*GAIN).view(n, 1, 1, 1) * moved + draw(0, NOISE).view(n, 1, 1, 1) * noise
+    return draw(*GAIN).view(n, 1, 1, 1) * images + draw(0, NOISE).view(n, 1, 1, 1) * noise
 
 
 # ---- network and its features --------------------------------------------------------------------
@@ -124,27 +124,27 @@ def features(encoder: nn.Module, x: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def calibrated(encoder: nn.Module, x: Tensor) -> nn.Module:
-    """A copy whose BatchNorm has the statistics of the data, by one pass in training mode."""
-    found = copy.deepcopy(encoder).train()
-    for layer in found.modules():
+def with_statistics(encoder: nn.Module, x: Tensor) -> nn.Module:
+    """A copy whose BatchNorm has the statistics of the data, from one pass in training mode."""
+    model = copy.deepcopy(encoder).train()
+    for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # plain mean over the batches
     for part in x.split(128):
-        found(part)
-    return found
+        model(part)
+    return model
 
 
-def trained(
-    encoder: nn.Module, x: Tensor, seed: int, epochs: int, how: Callable[..., Tensor] | None
+def fit_sela(
+    encoder: nn.Module, x: Tensor, seed: int, epochs: int, augment: Callable[..., Tensor] | None
 ) -> SeLa:
-    model = SeLa(encoder, LABELS, n_heads=HEADS, n_epochs=epochs, augment=how, random_state=seed)
-    return model.fit(x)
+    settings = {"n_heads": HEADS, "n_epochs": epochs, "augment": augment, "random_state": seed}
+    return SeLa(encoder, LABELS, **settings).fit(x)
 
 
-def unequal(encoder: nn.Module, x: Tensor, seed: int, epochs: int) -> nn.Module:
-    """The same training, in a loop of one's own, but rows get the labels that their heads find
-    likeliest instead of `heads.relabel_features`.
+def train_without_shares(encoder: nn.Module, x: Tensor, seed: int, epochs: int) -> nn.Module:
+    """The same training in a loop of your own, but each row gets the likeliest label of its head
+    instead of that of `heads.relabel_features`.
     """
     generator = torch.Generator().manual_seed(seed)
     encoder = copy.deepcopy(encoder).train()
@@ -174,21 +174,21 @@ def unequal(encoder: nn.Module, x: Tensor, seed: int, epochs: int) -> nn.Module:
     return encoder
 
 
-# ---- judging -------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
-def judge(
+def scores_of(
     train: np.ndarray, test: np.ndarray, y: np.ndarray, y_test: np.ndarray
 ) -> dict[str, float]:
-    """Figures of some features."""
+    """Scores of the features, by clusterings and by classifiers from few labels."""
     train, test = normalize(train), normalize(test)
     classes = np.unique(y)
     clusters = KMeans(len(classes), n_init=10, random_state=0).fit_predict(train)
     linear, nearest, spread = [], [], []
     for draw in range(DRAWS):
         random = np.random.default_rng(draw)
-        picked = [random.choice(np.flatnonzero(y == c), PER_CLASS, replace=False) for c in classes]
-        rows = np.concatenate(picked)
+        chosen = [random.choice(np.flatnonzero(y == c), PER_CLASS, replace=False) for c in classes]
+        rows = np.concatenate(chosen)
         model = LogisticRegression(C=10, max_iter=2000).fit(train[rows], y[rows])
         linear.append(model.score(test, y_test))
         model = KNeighborsClassifier(1).fit(train[rows], y[rows])
@@ -212,7 +212,7 @@ def judge(
 
 
 def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One seed: every set of features judged by the classes."""
+    """Scores of every set of features against the classes, for one seed."""
     start = time.perf_counter()
     x, y = load(options.data, options.size)
     if y is None:
@@ -221,7 +221,7 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     (train, y_train), (test, y_test) = ((x[rows], y[rows]) for rows in split)
     torch.manual_seed(seed)
     encoder = network(x.shape[1])
-    model = trained(encoder, train, seed, options.epochs, augment)
+    model = fit_sela(encoder, train, seed, options.epochs, augment)
     counts = [np.bincount(row, minlength=LABELS) for row in model.labels_.numpy()]
     report: dict[str, Any] = {
         "counts_least": int(np.min(counts)),
@@ -236,16 +236,16 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         report["nmi_heads"] = float(np.mean(own))
         rivals: dict[str, nn.Module] = {
             "": model.encoder_,
-            "untrained": calibrated(encoder, train),
+            "untrained": with_statistics(encoder, train),
             "pixels": nn.Flatten(),
         }
         if options.ablations:
-            alone = trained(encoder, train, seed, options.epochs, None)
-            rivals["no_augmentation"] = alone.encoder_
-            rivals["unequal_shares"] = unequal(encoder, train, seed, options.epochs)
-        for name, network_ in rivals.items():
-            both = (features(network_, rows) for rows in (train, test))
-            for figure, value in judge(*both, y_train, y_test).items():
+            plain = fit_sela(encoder, train, seed, options.epochs, None)
+            rivals["no_augmentation"] = plain.encoder_
+            rivals["unequal_shares"] = train_without_shares(encoder, train, seed, options.epochs)
+        for name, rival in rivals.items():
+            both = (features(rival, rows) for rows in (train, test))
+            for figure, value in scores_of(*both, y_train, y_test).items():
                 report[f"{figure}_{name}" if name else figure] = value
     report["seconds"] = time.perf_counter() - start
     return report

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference: every op of clam_kernels in plain torch, and nothing but torch.
+"""The reference: every op of clam_kernels in plain torch; it imports nothing else.
 
-`<family>.<op>` is the equation, differentiable any number of times and on any device; it may hold
-an N x K array. `<family>.<op>_forward` and `<family>.<op>_backward` are the CPU backend: row
-chunks, in place, never N x K.
+`<family>.<op>` is the equation, on any device, differentiable any number of times; it may need an
+N x K array. `<family>.<op>_forward` and `<family>.<op>_backward` are the CPU backend: row chunks,
+in place, never N x K.
 """
 
 from . import am as am

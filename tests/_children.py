@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes of the tests: they end with the test that started them, also where it fails."""
+"""Child processes of the tests: they end with the test that started them, also if it fails."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
-# They serve this process as long as it runs: torch's compiler and multiprocessing start them.
+# torch's compiler and multiprocessing start these; they run as long as this process does.
 SERVANTS = ("torch/_inductor/compile_worker", "multiprocessing.resource_tracker")
 
 
 def adopt_orphans() -> None:
-    """A process whose parent ended becomes a child of this one, so that `left` sees it."""
+    """Let a process whose parent ended become a child of this one, so that `left` lists it."""
     with contextlib.suppress(OSError, AttributeError):  # on Linux only
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def left() -> list[tuple[int, str]]:
-    """(id, command) of the children that run; what serves this process does not count."""
+    """(id, command) of the children that still run, without SERVANTS."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return []  # the usual case, at the cost of one call of the kernel
+        return []  # the usual case; it costs one system call
     pairs = [(pid, _command(pid)) for pid in _children(os.getpid())]
     return [(pid, words) for pid, words in pairs if words and not any(s in words for s in SERVANTS)]
 
 
 def _children(pid: int) -> list[int]:
     """Ids of the processes that the threads of a process started."""
-    found: list[int] = []
+    children: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
-                found += map(int, (task / "children").read_text().split())
-    return found
+                children += map(int, (task / "children").read_text().split())
+    return children
 
 
 def _command(pid: int) -> str:
-    """Empty for a process that has ended and waits to be collected."""
+    """The command line of a process; empty if it has ended and waits to be collected."""
     with contextlib.suppress(OSError):
         name, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
         if rest.split()[0] != "Z":
-            # a program that just starts has no command line yet
+            # a process that has just started has no command line yet
             words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
             return words or name.partition("(")[2]
     return ""
 
 
 def end(pid: int) -> None:
-    """Kill a process with all that it started."""
+    """Kill a process and every process that it started."""
     family = _children(pid)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
@@ -64,7 +64,7 @@ def end(pid: int) -> None:
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """The process runs no longer than the block."""
+    """Kill the process when the block ends."""
     try:
         yield process
     finally:

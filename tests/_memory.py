@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that a call needs, of numpy's arrays and of torch's tensors."""
+"""The peak memory of a call, in numpy's arrays and in torch's tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from clam_kernels.testing import peak_bytes
 
 
 def most_bytes(call: Callable[[], object]) -> int:
-    """Most bytes of arrays, or of tensors, at once; each in a run of its own after a first one."""
-    call()  # what it imports does not count
+    """Peak bytes of arrays or of tensors, each measured in its own run after a first one."""
+    call()  # imports must not count
     tracemalloc.start()
     try:
         call()

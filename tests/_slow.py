@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which contract cases are `slow`: `make test` leaves them out, `make test-all` runs them, and
-`make test-interpreted` runs those of the interpreter.
+"""Which contract cases are `slow`: `make test` skips them, `make test-all` runs them, and `make
+test-interpreted` runs those of the interpreter.
 
 Triton's interpreter takes a tenth of a second for each launch of a kernel. Of every op, `make test`
-interprets each sample once in float32 (`test_samples`), and some of them in the other tests and in
-float16. Torch alone is quick: nothing of the reference is left out.
+interprets each sample once in float32 (`test_samples`), and some samples in the other tests and in
+float16. Torch alone is fast: no case of the reference is slow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from clam_kernels import testing
 
-# Tests that interpret some samples only, and one layout only where one is named.
+# Tests that interpret these samples only, and this layout only where one is named.
 SOME_SAMPLES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "test_inputs": ("strided", ("plain", "batch-crossed")),
     "test_upstream_gradients": ("transposed", ("everything", "one-dead")),
@@ -28,18 +28,18 @@ SOME_SAMPLES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "test_narrow_and_wide": (None, ()),
     "test_huge_and_tiny_scores": (None, ()),
 }
-# Tests that interpret not more than so many rows.
+# Largest number of rows that these tests interpret.
 MOST_ROWS = {"test_sums_of_equal_rows_keep_their_digits": 1024}
-# Scenes of tests/contract/test_am_far.py that are interpreted: the interpreter takes a tenth of a
+# Scenes of tests/contract/test_am_far.py that run interpreted: the interpreter takes a tenth of a
 # second for one step of a row that needs differences.
 SCENES = {
     "test_recursion": ("sentinel-10000", "two-groups-1e6"),
     "test_energy": ("sentinel-10000", "two-groups-1e6", "scale-1e19"),
     "test_nearest": ("sentinel-10000", "two-groups-1e6", "scale-1e-30"),
 }
-# A call of these families is a dozen launches or more: of them these samples alone are in the other
-# tests, the long samples in none, and the first alone in float16.
-FEW_SAMPLES = {"sinkhorn_potentials": ("plain", "bias")}
+# A call of these families has a dozen launches or more: the other tests run these samples only,
+# no test runs the long samples, and only the first sample runs in float16.
+FEW_SAMPLES = {"sinkhorn": ("plain", "bias")}
 LONG_SAMPLES = ("batch-crossed", "ten-iterations")
 
 
@@ -68,5 +68,5 @@ def is_slow(test: str, params: dict[str, Any]) -> bool:
 
 
 def _in_float16(spec: Any, few: tuple[str, ...] | None) -> tuple[str | None, ...]:
-    """Samples that are interpreted in float16 too, which is one load more: one of each kind."""
+    """Samples that also run interpreted in float16, where only a load differs: one of each kind."""
     return few[:1] if few is not None else (None, *testing.selection(spec.name, "traced"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doubt rule of the reference, for tests that compare it with the rule of a kernel."""
+"""The doubt rule of the reference, for tests that compare it with a kernel's rule."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from python_fallback.am import doubt
 
 
 def rows_in_doubt(size: Tensor, along: Tensor, weights: Tensor, beta: float) -> Tensor:
-    """[N] bool: rows that `Watch` doubts, of |x|^2 + |recalled|^2 and <x, recalled> [N] and weights
-    [N, K], with one beta and memories that are not apart.
+    """[N] bool: the rows that `DoubtRule` puts in doubt, from |x|^2 + |recalled|^2 [N],
+    <x, recalled> [N] and weights [N, K], for one beta and memories that are close together.
     """
     rho = torch.ones(1, 2, 1)  # two equal memories
-    watch = doubt.Watch(
+    rule = doubt.DoubtRule(
         rho, rho.mT.square(), None, torch.full((1, 1, 1), beta), torch.zeros(1, 1, 1),
         torch.tensor([False]),
     )  # fmt: skip
-    found = watch.doubts(size[None, :, None], along[None, :, None], weights[None])
-    return torch.zeros(len(size), dtype=torch.bool) if found is None else found[0]
+    result = rule.rows_in_doubt(size[None, :, None], along[None, :, None], weights[None])
+    return torch.zeros(len(size), dtype=torch.bool) if result is None else result[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends, the contract cases of every op, and the count of those that really ran."""
+"""Backends, the contract cases of every op, and the count of the cases that ran."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import _interpreter
 import hypothesis
 import pytest
 
-# of the processes that tests start, too: a second thread spins on a shared machine
+# also for the processes that tests start: a second thread only spins on a shared machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
-if not torch.cuda.is_available():  # read when @triton.jit runs: before any import of triton
+# @triton.jit reads it, so it must be set before any import of triton
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import _slow
@@ -39,7 +40,7 @@ MINIMUM = 100
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op: what `clam_kernels.backend` calls it, and where its tensors lie."""
+    """One way to run an op: its name in `clam_kernels.backend`, and the device of its tensors."""
 
     id: str
     name: str
@@ -47,7 +48,7 @@ class Backend:
     interpreted: bool = False
 
     def why_not(self, spec: Any) -> str | None:
-        """None if this process can run the op so, else the reason."""
+        """None if this process can run the op so, else the reason why not."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no CUDA device"
         interpreting = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,15 +58,17 @@ class Backend:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """What its kernels take: float64 belongs to the reference. The interpreter turns bfloat16
-        into float32, so float16 stands for the narrow ones there.
+        """The dtypes that its kernels accept; float64 is for the reference only. The interpreter
+        turns bfloat16 into float32, so float16 stands for half precision there.
         """
         if self.interpreted:
             return (torch.float32, torch.float16)
         return testing.DTYPES if self.name == "reference" else testing.DTYPES[1:]
 
     def sum_eps(self, output: torch.Tensor, dtype: torch.dtype) -> float | None:
-        """What a float64 result of narrower rows is held to where kernels add them in float32."""
+        """The eps that bounds the error of a float64 result of narrower rows, where kernels add in
+        float32.
+        """
         wide = output.dtype == torch.float64 != dtype
         return torch.finfo(torch.float32).eps if wide and self.name != "reference" else None
 
@@ -95,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", line)
     for line in (
-        # triton's interpreter computes padding lanes and rows of NaN with numpy
+        # triton's interpreter computes padding lanes and NaN rows with numpy
         "ignore:.*encountered in.*:RuntimeWarning:triton.runtime.interpreter",
         "ignore:All-NaN slice encountered:RuntimeWarning",
         "ignore:overflow encountered in reduce:RuntimeWarning",
@@ -104,14 +107,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
-# ---- contract cases: `spec`, `sample`, `backend`, `dtype` are parameters of the tests that ask ---
+# ---- contract cases: parameters `spec`, `sample`, `backend`, `dtype` of tests
 
 PARAMETERS = ("spec", "backend", "sample", "dtype")
 
 
 def _cases(names: list[str], only: dict[str, Any]) -> Iterator[Any]:
-    """One param for each combination that exists. What this process cannot run is skipped once; a
-    backend for which an op declares no kernel has no case of it.
+    """One param for each combination that exists. Combinations that this process cannot run give
+    one skip; a backend for which an op declares no kernel gives no case.
     """
     chosen, ops = only.get("samples"), only.get("ops")
     for spec in clam_kernels.all_ops():
@@ -124,20 +127,22 @@ def _cases(names: list[str], only: dict[str, Any]) -> Iterator[Any]:
         for one in BACKENDS if "backend" in names else BACKENDS[:1]:
             if one.name not in ("reference", *spec.kernels):
                 continue
-            why = one.why_not(spec)
+            reason = one.why_not(spec)
             labels = [spec.name, *([one.id] if "backend" in names else [])]
-            if why is not None:
-                skip = pytest.mark.skip(reason=f"{one.id} on {one.device}: {why}")
+            if reason is not None:
+                skip = pytest.mark.skip(reason=f"{one.id} on {one.device}: {reason}")
                 values = [{"spec": spec, "backend": one}.get(n) for n in names]
                 yield pytest.param(*values, id="-".join(labels), marks=skip)
                 continue
             for row in rows if "sample" in names else [None]:
                 dtypes = [t for t in one.dtypes if row is None or t in row.dtypes]
                 for dtype in dtypes if "dtype" in names else [None]:
-                    given = {"spec": spec, "backend": one, "sample": row, "dtype": dtype}
+                    values_by_name = {"spec": spec, "backend": one, "sample": row, "dtype": dtype}
                     words = [row.name] if row is not None else []
                     words += [str(dtype).removeprefix("torch.")] if dtype is not None else []
-                    yield pytest.param(*(given[n] for n in names), id="-".join([*labels, *words]))
+                    yield pytest.param(
+                        *(values_by_name[n] for n in names), id="-".join([*labels, *words])
+                    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -156,16 +161,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        given = getattr(item, "callspec", None)
-        one = given.params.get("backend") if given else None
+        callspec = getattr(item, "callspec", None)
+        one = callspec.params.get("backend") if callspec else None
         if isinstance(one, Backend) and one.interpreted:
             test = getattr(item, "originalname", item.name)
-            if _slow.is_slow(test, given.params):
+            if _slow.is_slow(test, callspec.params):
                 item.add_marker(pytest.mark.slow)
 
 
 class Guard:
-    """Outputs and scratch of kernels begin as NaN and lie between bands that nobody may touch."""
+    """Outputs and scratch memory of kernels are NaN at first and lie between guard bands."""
 
     BAND = 64
 
@@ -185,9 +190,9 @@ class Guard:
             assert bool((bands.isnan() | (bands == -77)).all()), "a kernel wrote past its buffer"
 
 
-def skip_what_the_limits_refuse(one: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that the declared limits of the backend under test exclude skips its test, with their
-    reason; nothing else that the call may die of does.
+def skip_calls_beyond_the_limits(one: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip a test whose call exceeds the declared limits of the backend under test, with their
+    reason. Other errors of the call still fail the test.
     """
     real = choice.why_not
 
@@ -202,7 +207,9 @@ def skip_what_the_limits_refuse(one: Backend, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """A test that draws from torch's global generator draws the same numbers in every run."""
+    """Seed torch's global generator, so that a test that uses it draws the same numbers in every
+    run.
+    """
     torch.manual_seed(0)
 
 
@@ -210,10 +217,10 @@ def _seeded() -> None:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """The backend under test, forced for every op that the test calls."""
     guard = Guard()
-    skip_what_the_limits_refuse(request.param, monkeypatch)
+    skip_calls_beyond_the_limits(request.param, monkeypatch)
     if request.param.interpreted:
         _interpreter.make_quick()
-    # opcheck and its neighbours ask where in its storage an output lies
+    # opcheck tests the storage of an output, which a guarded buffer would change
     guarded = request.node.path.name != "test_opcheck.py"
     if request.param.name == "triton" and guarded:
         launch = importlib.import_module("clam_kernels.kernels.common.launch")
@@ -225,30 +232,38 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Any:
-    """A test that leaves a process behind fails, and the process ends."""
-    found = yield
+    """Fail a test that leaves a process behind, and kill the process."""
+    outcome = yield
     if processes := _children.left():
         for pid, _ in processes:
             _children.end(pid)
         commands = "; ".join(command[:200] for _, command in processes)
         pytest.fail(f"the test left processes behind: {commands}", pytrace=False)
-    return found
+    return outcome
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile starts without the graphs of other tests, and leaves none."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture
 def ran() -> Iterator[list[tuple[str, str]]]:
-    """(op, backend) of everything that ran since the test began."""
-    seen: list[tuple[str, str]] = []
+    """(op, backend) of every call since the test began."""
+    calls: list[tuple[str, str]] = []
 
     def observe(op: str, name: str) -> None:
-        seen.append((op, name))
+        calls.append((op, name))
 
     choice.observers.append(observe)
-    yield seen
+    yield calls
     choice.observers.remove(observe)
 
 
-# ---- a suite that skips everything must not look green ------------------------------------------
+# ---- a suite that skips everything must fail -----------------------------------------------------
 
 _executed: Counter[str] = Counter()
 _skipped: Counter[str] = Counter()
@@ -264,7 +279,7 @@ def shortfall(executed: Counter[str], minimum: int = MINIMUM) -> list[str]:
 
 
 def is_whole(config: pytest.Config) -> bool:
-    """Whether this run was meant to cover all of tests/contract."""
+    """Whether this run covers all of tests/contract."""
     narrowed = config.option.keyword or config.option.deselect or config.option.collectonly
     marks = re.split(r"\s+and\s+", config.option.markexpr) if config.option.markexpr else []
     roots = [Path(str(a).partition("::")[0]).resolve() for a in config.args if "::" not in str(a)]
@@ -285,7 +300,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def skips(skipped: Counter[str]) -> list[str]:
-    """One line for each reason: how many cases it left out."""
+    """One line for each reason with the number of its cases."""
     counts = sorted(skipped.items(), key=lambda pair: (-pair[1], pair[0]))
     return [f"skipped: {n} case{'s' * (n > 1)}: {reason}" for reason, n in counts]
 

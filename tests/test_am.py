@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of associative memory: exact cases, numerical rules, properties.
-
-Each case runs through the op and through the truth; float64 and 1e-12 unless said.
+"""The mathematics of associative memory: exact cases, numerical rules, properties. Each case runs
+through the op and through the truth, in float64 with a bound of 1e-12 unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ BOTH = {"op": clam_kernels, "truth": python_fallback.am}
 
 @pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
 def am(request):
-    """`am_step` and its kin: the public functions, or the equations."""
+    """The public functions, or the equations."""
     return request.param
 
 
@@ -48,7 +47,7 @@ def _close(a: Tensor, b: Tensor | float, atol: float = 1e-12) -> None:
 @pytest.mark.parametrize("a", [0.1, 0.5, 1.0, 1.7])
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_one_memory(am, beta, a, steps):
-    """The distance to it shrinks by 1 - a a step, whatever beta is."""
+    """The distance to it shrinks by the factor 1 - a in each step, for any beta."""
     v, rho = _draw(0, (6, 3), (1, 3))
     _close(am.am_recursion(v, rho, beta, steps, step=a) - rho, (1 - a) ** steps * (v - rho))
 
@@ -75,15 +74,17 @@ def test_two_opposite_memories_are_a_tanh(am, a):
     m = _t(1.5, 0.5)
     (x,) = _draw(2, (50, 2))
     for beta in (0.01, 0.2, 3.0):
-        want = (1 - a) * x + a * m * torch.tanh(2 * beta * (x @ m))[:, None]
-        _close(am.am_step(x, torch.stack([m, -m]), beta, step=a), want)
+        expected = (1 - a) * x + a * m * torch.tanh(2 * beta * (x @ m))[:, None]
+        _close(am.am_step(x, torch.stack([m, -m]), beta, step=a), expected)
     zero = torch.zeros(1, 2, dtype=F64)
     _close(am.am_step(zero, torch.stack([m, -m]), 5.0, step=a), zero)
 
 
 @pytest.mark.parametrize(("beta", "share"), [(0.19, 0.0), (0.21, 0.37070573257)])
 def test_the_midpoint_is_stable_below_the_critical_beta(beta, share):
-    """Critical is 2 beta |m|^2 = 1; above it the end is s m with s = tanh(2 beta |m|^2 s)."""
+    """The critical beta is 2 beta |m|^2 = 1; above it the limit is s m with s = tanh(2 beta |m|^2
+    s).
+    """
     m = _t(1.5, 0.5)
     end = clam_kernels.am_recursion(1e-3 * m[None], torch.stack([m, -m]), beta, 20_000)
     _close(end[0], share * m, atol=1e-11)
@@ -102,11 +103,11 @@ def test_one_step_in_numbers(am):
     # p is the step of one-hot memories: x' = p @ rho at a = 1
     p = am.am_step(v, rho, beta, log_weights=lam).detach()[0, 0]
     _close(p, 0.11920292202212, atol=1e-14)
-    found = torch.autograd.grad(out[0, 0], (v, rho, beta, lam))
-    _close(found[0], _t([0.919974341614026, 0.0]))
-    _close(found[1], _t([0.33540495358543465, 0.0], [-0.25537929519946073, 0.0]))
-    _close(found[2], -0.026248396350876627)
-    _close(found[3], _t(-0.052496792701753246, 0.05249679270175325))
+    gradients = torch.autograd.grad(out[0, 0], (v, rho, beta, lam))
+    _close(gradients[0], _t([0.919974341614026, 0.0]))
+    _close(gradients[1], _t([0.33540495358543465, 0.0], [-0.25537929519946073, 0.0]))
+    _close(gradients[2], -0.026248396350876627)
+    _close(gradients[3], _t(-0.052496792701753246, 0.05249679270175325))
 
 
 def test_one_energy_in_numbers(am):
@@ -115,22 +116,22 @@ def test_one_energy_in_numbers(am):
     beta = torch.tensor(4.0, dtype=F64, requires_grad=True)
     energy = am.am_energy(v, rho, beta, log_weights=lam)
     _close(energy.detach(), _t(0.03076799723925685))
-    found = torch.autograd.grad(energy.sum(), (v, rho, beta, lam))
-    _close(found[0], _t([0.26159415595576485, 0.0]))
-    _close(found[1], _t([-0.44039853898894116, 0.0], [0.1788043830331763, 0.0]))
-    _close(found[2], 0.022833365942950476)
-    _close(found[3], _t(-0.22019926949447058, -0.029800730505529383))
+    gradients = torch.autograd.grad(energy.sum(), (v, rho, beta, lam))
+    _close(gradients[0], _t([0.26159415595576485, 0.0]))
+    _close(gradients[1], _t([-0.44039853898894116, 0.0], [0.1788043830331763, 0.0]))
+    _close(gradients[2], 0.022833365942950476)
+    _close(gradients[3], _t(-0.22019926949447058, -0.029800730505529383))
     # the step is descent of this energy: v' = v - (a/2) dE/dv
     step = am.am_step(v, rho, beta, step=0.5).detach()
-    _close(step, v.detach() - 0.25 * found[0])
+    _close(step, v.detach() - 0.25 * gradients[0])
 
 
 def test_three_steps_in_numbers(am):
     rho, lam = _t([0.0, 0.0], [2.0, 0.0], [0.0, 1.0]), _t(0.0, 0.5, -0.5)
     v = _t([0.5, 0.5], [1.5, -0.5])
     end = am.am_recursion(v, rho, 1.0, 3, step=0.5, log_weights=lam)
-    want = _t([0.190338987092, 0.330726981176], [1.864921755616, -0.058167614966])
-    _close(end, want, atol=6e-13)
+    expected = _t([0.190338987092, 0.330726981176], [1.864921755616, -0.058167614966])
+    _close(end, expected, atol=6e-13)
     energy = am.am_energy(v, rho, 1.0, log_weights=lam)
     _close(energy, _t(-0.104130605337, -0.085097246364), atol=6e-13)
 
@@ -182,11 +183,11 @@ def test_hard_assignment_has_its_own_gradient(am):
     v.requires_grad_(), rho.requires_grad_()
     lam = torch.zeros(4, dtype=F64, requires_grad=True)
     out = am.am_step(v, rho, math.inf, step=0.3, log_weights=lam)
-    found = torch.autograd.grad(out, (v, rho, lam), g, allow_unused=True)
+    gradients = torch.autograd.grad(out, (v, rho, lam), g, allow_unused=True)
     hot = torch.nn.functional.one_hot(torch.cdist(v, rho).argmin(1), 4).to(F64)
-    _close(found[0], 0.7 * g)
-    _close(found[1], hot.T @ (0.3 * g))
-    assert found[2] is None or not found[2].any()
+    _close(gradients[0], 0.7 * g)
+    _close(gradients[1], hot.T @ (0.3 * g))
+    assert gradients[2] is None or not gradients[2].any()
 
 
 # ---- 7 energy -----------------------------------------------------------------------------------
@@ -225,19 +226,19 @@ def test_the_energy_falls_all_along_a_recursion(am):
 
 
 def test_a_step_beyond_two_may_raise_the_energy(am):
-    """The bound is a bound: a = 2.2 does raise it, so the tests above can fail."""
+    """With a = 2.2 the energy rises, so the tests above can fail."""
     v, rho = _draw(9, (200, 3), (5, 3))
     rise = am.am_energy(am.am_step(v, rho, 5.0, step=2.2), rho, 5.0) - am.am_energy(v, rho, 5.0)
     assert float(rise.max()) > 0.1
 
 
-# ---- 8 what is held -----------------------------------------------------------------------------
+# ---- 8 masked entries ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_held_entries_keep_their_bits(am, dtype):
+def test_masked_entries_keep_their_bits(am, dtype):
     v, rho = _draw(10, (70, 5), (6, 5), dtype=dtype)
-    rho = rho + 1000  # v - c + c is not v here
+    rho = rho + 1000  # here v - c + c differs from v
     nothing = torch.zeros(70, 5, dtype=torch.bool)
     half = torch.arange(350).reshape(70, 5) % 2 == 0
     for steps in (1, 4):
@@ -295,7 +296,9 @@ def test_float32_a_thousand_from_the_origin():
 
 
 def test_twins_and_shares(am):
-    """Two equal memories are one with log-weight + log 2; a constant in all of them is nothing."""
+    """Two equal memories equal one with log-weight + log 2; a constant added to all log-weights
+    changes nothing.
+    """
     v, rho, lam = _draw(16, (30, 4), (5, 4), (5,))
     twins, wide = torch.cat([rho, rho[:1]]), torch.cat([lam, lam[:1]])
     heavier = lam + _t(math.log(2), 0, 0, 0, 0)
@@ -313,7 +316,7 @@ def test_twins_and_shares(am):
 
 
 def test_a_recursion_is_its_steps(am):
-    """The same bits in the truth; the chunked form keeps the centred state between steps, where the
+    """Bit for bit in the truth. The chunked form keeps the centred state between steps, where
     single steps round c + (x - c) each time: 1e-13.
     """
     v, rho, lam, beta = _draw(17, (40, 5), (7, 5), (7,), (7,))
@@ -357,15 +360,15 @@ def test_chunks_of_rows_add_up(am):
 
 
 def test_many_chunks_are_one():
-    """More rows than one chunk holds: the op against the truth, forward and backward."""
+    """More rows than one chunk has: the op against the truth, forward and backward."""
     v, rho = _draw(20, (9000, 3), (300, 3))
-    found = []
+    results = []
     for am in BOTH.values():
         leaves = v.clone().requires_grad_(), rho.clone().requires_grad_()
         beta = torch.tensor(0.7, dtype=F64, requires_grad=True)
         out = am.am_recursion(*leaves, beta, 2, step=0.5)
-        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), (*leaves, beta))))
-    for a, b in zip(*found, strict=True):
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), (*leaves, beta))))
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-10)
 
 
@@ -383,13 +386,13 @@ def test_states_on_their_memories_have_finite_gradients(am):
     _close(grad, 0.0)
 
 
-def test_a_memory_out_of_play_is_no_memory(am):
+def test_a_masked_memory_has_no_influence(am):
     v, rho, lam = _draw(21, (20, 3), (5, 3), (5,))
     lam[2] = -math.inf
     keep = torch.tensor([0, 1, 3, 4])
     without = am.am_recursion(v, rho[keep], 1.1, 3, log_weights=lam[keep])
     _close(am.am_recursion(v, rho, 1.1, 3, log_weights=lam), without)
-    rho[2] = math.nan  # and it may hold anything
+    rho[2] = math.nan  # and it may have any values
     rho.requires_grad_()
     out = am.am_recursion(v, rho, 1.1, 3, log_weights=lam)
     _close(out.detach(), without)
@@ -399,8 +402,8 @@ def test_a_memory_out_of_play_is_no_memory(am):
         assert bool(grad.isfinite().all())
 
 
-def test_no_memory_in_play(am):
-    """x' = x, E = +inf, no label; and only where none is left."""
+def test_without_active_memories_rows_stay(am):
+    """x' = x, E = +inf, no label; and only where every memory is masked."""
     v, rho = _draw(22, (2, 6, 3), (4, 3))
     v.requires_grad_(), rho.requires_grad_()
     lam = torch.zeros(2, 4, dtype=F64)
@@ -409,9 +412,9 @@ def test_no_memory_in_play(am):
     out = am.am_recursion(v, rho, 1.1, 3, log_weights=lam)
     assert torch.equal(out[0], v[0])
     _close(out[1].detach(), am.am_recursion(v[1], rho, 1.1, 3).detach())
-    held = torch.autograd.grad(out[0].sum(), (v, rho, lam), retain_graph=True)
-    assert torch.equal(held[0][0], torch.ones(6, 3, dtype=F64))
-    assert not any(bool(g.any()) for g in (held[0][1], held[1], held[2]))
+    gradients = torch.autograd.grad(out[0].sum(), (v, rho, lam), retain_graph=True)
+    assert torch.equal(gradients[0][0], torch.ones(6, 3, dtype=F64))
+    assert not any(bool(g.any()) for g in (gradients[0][1], gradients[1], gradients[2]))
     for result in (out.sum(), am.am_energy(v, rho, 1.1, log_weights=lam)[1].sum()):
         grads = torch.autograd.grad(result, (v, rho, lam))
         assert all(bool(g.isfinite().all()) for g in grads)
@@ -431,30 +434,30 @@ def test_no_memory_in_play(am):
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
 def test_recall_of_hidden_entries(am, beta):
-    """Five patterns in R^64, half of the entries hidden: returned, but for what softmax leaves to
-    the others, K exp(-beta d^2): at beta .3 it is 7e-11 here, below 1e-14 at 1 and 3.
+    """Five patterns in R^64, half of the entries hidden. Recall returns them up to the weight of
+    the other patterns, K exp(-beta d^2): 7e-11 here at beta .3, below 1e-14 at 1 and 3.
     """
     generator = torch.Generator().manual_seed(3)
     patterns = torch.randn(5, 64, generator=generator, dtype=F64)
     hidden = torch.rand(5, 64, generator=generator).argsort(1) < 32
     start = patterns.masked_fill(hidden, 0.0)
-    found = am.am_recursion(start, patterns, beta, 5, update_mask=hidden)
+    result = am.am_recursion(start, patterns, beta, 5, update_mask=hidden)
     apart = float(torch.pdist(patterns).min()) ** 2
     leak = 5 * math.exp(-beta * apart) * float((patterns[:, None] - patterns[None]).abs().max())
     assert leak < 1e-8
-    assert float((found - patterns).abs().max()) < leak + 1e-12
-    assert torch.equal(found[~hidden], patterns[~hidden])
+    assert float((result - patterns).abs().max()) < leak + 1e-12
+    assert torch.equal(result[~hidden], patterns[~hidden])
 
 
 @pytest.mark.parametrize(("beta", "share"), [(0.3, 0.985), (1.0, 0.975), (3.0, 0.97)])
 def test_recall_among_a_thousand(beta, share):
-    """98 to 99 % come back; the others land on another pattern, which is no bug."""
+    """Recall returns 98 to 99 %; the other rows go to another pattern, which is no bug."""
     generator = torch.Generator().manual_seed(4)
     patterns = torch.randn(1000, 64, generator=generator, dtype=F64)
     hidden = torch.rand(1000, 64, generator=generator).argsort(1) < 32
     start = patterns.masked_fill(hidden, 0.0)
-    found = clam_kernels.am_recursion(start, patterns, beta, 5, update_mask=hidden)
-    right = ((found - patterns).abs().amax(1) < 1e-6).double().mean()
+    result = clam_kernels.am_recursion(start, patterns, beta, 5, update_mask=hidden)
+    right = ((result - patterns).abs().amax(1) < 1e-6).double().mean()
     assert share <= float(right) < 1.0
 
 
@@ -484,7 +487,7 @@ def test_nan_rows_and_no_rows(am):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_states_are_float32_between_the_steps(am, dtype):
-    """Rounded once, at the end: storing them in half after each step costs .5 % in bfloat16."""
+    """They are rounded once, at the end: rounding after each step costs .5 % in bfloat16."""
     v, rho = _draw(24, (50, 6), (5, 6), dtype=dtype)
     out = am.am_recursion(v, rho, 0.8, 10, step=0.1)
     assert out.dtype == dtype
@@ -498,10 +501,8 @@ def test_half_states_are_float32_between_the_steps(am, dtype):
 @pytest.mark.parametrize(
     ("a", "steps", "ratio", "slack"), [(0.1, 10, 1.535, 0.02), (1.0, 1, 1.0, 0.03)]
 )
-def test_masked_training_inflates_memories_by_what_the_recursion_leaves_undone(
-    a, steps, ratio, slack
-):
-    """Blobs at +-c, a fifth of the entries hidden and clamped: |rho| = |c| / (1 - (1 - a)^T)."""
+def test_masked_training_inflates_memories_if_the_recursion_is_short(a, steps, ratio, slack):
+    """Blobs at +-c, a fifth of the entries hidden: |rho| = |c| / (1 - (1 - a)^T)."""
     generator = torch.Generator().manual_seed(0)
     c = torch.tensor([3.0, -2.0, 4.0, 3.0, -3.0, 2.0])
     x = torch.cat([c + 0.1 * torch.randn(60, 6, generator=generator),
@@ -520,8 +521,8 @@ def test_masked_training_inflates_memories_by_what_the_recursion_leaves_undone(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = rho.detach().norm(dim=1) / means.norm(dim=1)
-    assert float((found - ratio).abs().max()) <= slack, found
+    growth = rho.detach().norm(dim=1) / means.norm(dim=1)
+    assert float((growth - ratio).abs().max()) <= slack, growth
     assert abs(1 / (1 - (1 - a) ** steps) - ratio) < 1e-3
 
 
@@ -544,7 +545,7 @@ def test_sharp_beta_far_from_all_memories(am, beta):
 
 
 def test_twin_memories_in_float32(am):
-    """Equal memories share equally, at any beta and from any place."""
+    """Equal memories get equal weights, at any beta and any position."""
     for offset in (0.0, 1000.0, 1e5):
         for beta in (1.0, 1e6):
             rho = torch.tensor([[1.0, 2.0], [1.0, 2.0], [9.0, 9.0]]) + offset
@@ -559,12 +560,14 @@ def test_twin_memories_in_float32(am):
 
 
 def test_an_outlier_does_not_blur_the_others(am):
-    """A row and a memory a million away: the rest as without them, to float32 of centred data."""
+    """A row and a memory at distance 1e6: the other rows stay as without them, to float32 of
+    centred data.
+    """
     v, rho = _draw(26, (50, 4), (6, 4), dtype=torch.float32)
     plain = am.am_step(v, rho, 0.7)
     far = torch.full((1, 4), 1e6)
     assert torch.equal(am.am_step(torch.cat([v, far]), rho, 0.7)[:50], plain)
-    # a far memory moves the centre: the error is that of inputs rounded at its distance / K
+    # a far memory moves the centre: inputs are rounded relative to its distance / K
     dragged = am.am_step(v, torch.cat([rho, far / 1e3]), 0.7)
     torch.testing.assert_close(dragged, plain, rtol=0, atol=1e-2)
     out_of_play = torch.tensor([0.0] * 6 + [-math.inf])
@@ -588,7 +591,7 @@ def test_the_distance_of_a_point_to_itself(am, offset):
 
 @pytest.mark.parametrize("offset", [1000.0, 1e5])
 def test_energy_far_from_the_origin(am, offset):
-    """The value of the energy does not feel the offset of float32 data beyond its rounding."""
+    """An offset of float32 data changes the energy by its rounding only."""
     v, rho = _draw(29, (100, 16), (12, 16), dtype=torch.float32)
     v, rho = v + offset, rho + offset
     exact = am.am_energy(v.double(), rho.double(), 0.5)
@@ -599,7 +602,7 @@ def test_energy_far_from_the_origin(am, offset):
 @pytest.mark.parametrize("beta", [0.02, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_weights_that_underflow(am, k, beta, dtype):
-    """Soft to hard memories, where most exponentials are none; each row on its own."""
+    """Soft to hard memories: most exponentials underflow; each row is alone."""
     v, rho = (3 * x for x in _draw(33, (60, 8), (k, 8)))
     v, rho, up = v.to(dtype), rho.to(dtype), _draw(34, (60, 8))[0]
 
@@ -608,10 +611,10 @@ def test_weights_that_underflow(am, k, beta, dtype):
         out = function(*leaves, torch.tensor(beta, dtype=dtype), 3)
         return [out, *torch.autograd.grad((out * up.to(dtype)).sum(), leaves)]
 
-    found = call(am.am_recursion, dtype)
+    result = call(am.am_recursion, dtype)
     exact = call(python_fallback.am.am_recursion, F64)
     bound = 1e-12 if dtype == F64 else 2e-6 * max(1.0, beta)
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(result, exact, strict=True):
         gap = (ours.detach().double() - theirs.detach()).abs() / (1 + theirs.detach().abs())
         assert float(gap.max()) <= 20 * bound
     energy = am.am_energy(v, rho, beta).double()
@@ -623,7 +626,7 @@ def test_weights_that_underflow(am, k, beta, dtype):
 
 
 def test_energy_is_never_below_its_bound(am):
-    """No distance is below 0, so E >= -logsumexp(log w)/beta, also for a state on its memory."""
+    """No distance is below 0, so E >= -logsumexp(log w)/beta, also for a state at a memory."""
     (rho,) = _draw(30, (20, 64), dtype=torch.float32)
     for beta in (1e-2, 1.0, 1e4):
         floor = -math.log(20) / beta
@@ -631,7 +634,7 @@ def test_energy_is_never_below_its_bound(am):
 
 
 def test_large_batches_of_small_problems(am):
-    """[B, N, D] with B in the thousands: every problem its own answer."""
+    """[B, N, D] with B in the thousands: every problem has its own result."""
     v, rho = _draw(31, (3000, 4, 2), (3000, 3, 2))
     out = am.am_recursion(v, rho, 1.0, 2)
     for i in (0, 1, 1499, 2999):
@@ -659,16 +662,16 @@ def _problem(
 
 @PROPERTY
 @given(**PROBLEM, steps=st.integers(0, 5), a=st.floats(0, 2))
-def test_op_equals_truth(steps, a, **size):
+def test_the_op_equals_the_truth(steps, a, **size):
     v, rho, lam, beta = _problem(**size)
     options = {"step": a, "log_weights": lam}
-    got, want = (am.am_recursion(v, rho, beta, steps, **options) for am in BOTH.values())
-    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
-    got, want = (am.am_energy(v, rho, beta, log_weights=lam) for am in BOTH.values())
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    got, want = (am.am_assign(v, rho) for am in BOTH.values())
-    assert torch.equal(got[0], want[0])
-    torch.testing.assert_close(got[1], want[1], rtol=1e-12, atol=1e-12)
+    result, expected = (am.am_recursion(v, rho, beta, steps, **options) for am in BOTH.values())
+    torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-9)
+    result, expected = (am.am_energy(v, rho, beta, log_weights=lam) for am in BOTH.values())
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    result, expected = (am.am_assign(v, rho) for am in BOTH.values())
+    assert torch.equal(result[0], expected[0])
+    torch.testing.assert_close(result[1], expected[1], rtol=1e-12, atol=1e-12)
 
 
 @PROPERTY
@@ -683,8 +686,8 @@ def test_descent(a, **size):
 
 @PROPERTY
 @given(**PROBLEM)
-def test_a_full_step_lands_in_the_hull(**size):
-    """A convex combination of the memories: within their box, and fixed where all are equal."""
+def test_a_full_step_stays_in_the_convex_hull(**size):
+    """A convex combination of the memories: inside their box, and fixed where all are equal."""
     v, rho, lam, beta = _problem(**size)
     out = clam_kernels.am_step(v, rho, beta, log_weights=lam)
     assert bool((out <= rho.amax(0) + 1e-12).all())
@@ -706,13 +709,13 @@ def test_energy_bounds(**size):
 
 @PROPERTY
 @given(**PROBLEM, shift=st.floats(-1e3, 1e3), steps=st.integers(1, 4))
-def test_a_shift_is_a_shift(shift, steps, **size):
+def test_a_shift_of_all_points_shifts_the_result(shift, steps, **size):
     v, rho, lam, beta = _problem(**size)
     here = clam_kernels.am_recursion(v, rho, beta, steps, step=0.5, log_weights=lam)
     there = clam_kernels.am_recursion(
         v + shift, rho + shift, beta, steps, step=0.5, log_weights=lam
     )
-    # rounding of the inputs at `shift`, stretched by 1/2 + beta delta^2 / 4 a step between memories
+    # rounding of the inputs at `shift`; a step multiplies it by up to 1/2 + beta delta^2 / 4
     spread = float((rho[:, None] - rho[None]).square().sum(-1).max())
     stretch = (1 + beta * spread / 4) ** steps
     slack = 1e-14 * (1 + abs(shift)) * stretch * (1 + beta)
@@ -755,7 +758,7 @@ def test_gradient_of_the_energy_is_the_step(**size):
 @PROPERTY
 @given(**PROBLEM, data=st.data())
 def test_batches_broadcast_like_torch(data, **size):
-    """Any split of leading dims between the arguments is the call on expanded copies."""
+    """Any split of leading dims between the arguments equals the call on expanded copies."""
     _, _, _, beta = _problem(**size)
     n, k, d = size["n"], size["k"], size["d"]
     dims = data.draw(st.lists(st.integers(1, 3), min_size=0, max_size=2))
@@ -769,10 +772,10 @@ def test_batches_broadcast_like_torch(data, **size):
         size["seed"], (*leads[0], n, d), (*leads[1], k, d), (*leads[2], n, d), (*leads[3], k)
     )
     full = torch.broadcast_shapes(*leads)
-    got = clam_kernels.am_recursion(
+    result = clam_kernels.am_recursion(
         v, rho, beta, 2, step=0.5, update_mask=mask > 0, log_weights=lam
     )
-    want = clam_kernels.am_recursion(
+    expected = clam_kernels.am_recursion(
         v.expand(*full, n, d).contiguous(),
         rho.expand(*full, k, d).contiguous(),
         beta,
@@ -781,5 +784,5 @@ def test_batches_broadcast_like_torch(data, **size):
         update_mask=(mask > 0).expand(*full, n, d).contiguous(),
         log_weights=lam.expand(*full, k).contiguous(),
     )
-    assert got.shape == (*full, n, d)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert result.shape == (*full, n, d)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)

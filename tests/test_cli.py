@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `clam`: exit codes, files, messages, the same labels as Python."""
+"""The command `clam`: exit codes, files, messages, and the labels of Python."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUICK = ["--restarts", "2", "--epochs", "3"]
 
 
 def clam(*arguments: object) -> SimpleNamespace:
-    """The command in this process: exit code and what it wrote."""
+    """Run the command in this process: exit code and output."""
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -52,10 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savetxt(root / "plain.csv", X, delimiter=",", fmt="%.17g")
     np.savetxt(root / "named.tsv", X, delimiter="\t", fmt="%.17g", header="a\tb\tc\td", comments="")
     tables.write(root / "x.parquet", X, list("abcd"))
-    made = clam("fit", root / "x.npy", "-k", 3, "-o", root / "m.safetensors", *QUICK)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout == ""
-    assert made.stderr.startswith("3 of 3 clusters used")
+    run = clam("fit", root / "x.npy", "-k", 3, "-o", root / "m.safetensors", *QUICK)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
+    assert run.stderr.startswith("3 of 3 clusters used")
     return root
 
 
@@ -69,19 +69,19 @@ def test_labels_equal_python_in_every_format(folder: Path) -> None:
         np.testing.assert_array_equal(np.array(labels, int), expected)
     run = clam("predict", folder / "m.safetensors", folder / "x.npz")
     assert (run.returncode, "holds X, y" in run.stderr) == (1, True)
-    given = ("predict", folder / "m.safetensors", folder / "x.npz", "--key", "X", "--json")
-    run = clam(*given, "-o", folder / "labels.npy")
+    words = ("predict", folder / "m.safetensors", folder / "x.npz", "--key", "X", "--json")
+    run = clam(*words, "-o", folder / "labels.npy")
     assert json.loads(run.stdout)["rows"] == 150
     assert np.load(folder / "labels.npy").shape == (150,)
-    refused = clam(*given)
+    refused = clam(*words)
     assert refused.returncode == 2
     assert "--json takes stdout: give predict a file with -o" in refused.stderr
     assert not refused.stdout
     fit = ("fit", folder / "x.npz", "--key", "X", "-k", 3, "--algo", "kmeans", "-v", "--json")
-    told = clam(*fit, "-o", folder / "told.safetensors")
-    assert json.loads(told.stdout)["k"] == 3
-    assert "Iteration 0" in told.stderr
-    assert "is a folder" in clam(*given, "-o", folder, "--force").stderr
+    fit_run = clam(*fit, "-o", folder / "told.safetensors")
+    assert json.loads(fit_run.stdout)["k"] == 3
+    assert "Iteration 0" in fit_run.stderr
+    assert "is a folder" in clam(*words, "-o", folder, "--force").stderr
 
 
 @pytest.mark.filterwarnings("default:standardize=False")
@@ -110,18 +110,18 @@ def test_standardize(tmp_path: Path) -> None:
     assert "--standardize belongs to --algo clam" in refused.stderr
 
 
-def test_fit_tells_both_inertias(tmp_path: Path) -> None:
-    """Of the memories, and of the partition about the means of its clusters."""
+def test_fit_reports_both_inertias(tmp_path: Path) -> None:
+    """The inertia of the memories, and that of the partition about the means of its clusters."""
     np.save(tmp_path / "x.npy", load_wine().data)
     fit = ("fit", tmp_path / "x.npy", "-k", 3, *QUICK, "-o")
     run = clam(*fit, tmp_path / "m", "--json")
-    told = json.loads(run.stdout)
+    report = json.loads(run.stdout)
     model = ClAM.load(tmp_path / "m")
     x = load_wine().data / model.scale_
     means = np.stack([x[model.labels_ == k].mean(0) for k in range(3)])
     about = np.square(x - means[model.labels_]).sum()
-    assert told["partition_inertia"] == pytest.approx(about)
-    assert told["inertia"] == model.inertia_ >= about * (1 - 1e-9)
+    assert report["partition_inertia"] == pytest.approx(about)
+    assert report["inertia"] == model.inertia_ >= about * (1 - 1e-9)
     run = clam(*fit, tmp_path / "n")
     both = f"inertia {model.inertia_:.6g} about the memories, {about:.6g} about the means of the"
     assert both in run.stderr
@@ -152,8 +152,8 @@ def test_outputs(folder: Path, tmp_path: Path) -> None:
 
 def test_k_means_by_command(folder: Path, tmp_path: Path) -> None:
     model, x = tmp_path / "k.safetensors", folder / "x.npy"
-    made = clam("fit", x, "-k", 3, "--algo", "kmeans", "--restarts", 2, "-o", model, "--json")
-    facts = json.loads(made.stdout)
+    run = clam("fit", x, "-k", 3, "--algo", "kmeans", "--restarts", 2, "-o", model, "--json")
+    facts = json.loads(run.stdout)
     assert (facts["algo"], facts["clusters_used"]) == ("kmeans", 3)
     expected = KMeans(3, n_init=2, random_state=0).fit(X)
     assert facts["inertia"] == expected.inertia_
@@ -213,8 +213,8 @@ def test_the_columns_of_a_model_are_chosen_by_name(folder: Path, tmp_path: Path)
     model, text = tmp_path / "m", (folder / "named.tsv").read_text()
     assert clam("fit", folder / "named.tsv", "-k", 3, "-o", model, *QUICK).returncode == 0
     assert clam("predict", model, folder / "named.tsv").returncode == 0
-    told = clam("predict", model, folder / "x.npy").stderr
-    assert told == "clam: 150 rows read, 150 rows written\n"
+    error = clam("predict", model, folder / "x.npy").stderr
+    assert error == "clam: 150 rows read, 150 rows written\n"
     expected = clam("predict", model, folder / "named.tsv").stdout
     rows = [line.split("\t") for line in text.splitlines()]
     more = ["\t".join([c, f"id {i}", b, d, a]) for i, (a, b, c, d) in enumerate(rows)]
@@ -227,10 +227,12 @@ def test_the_columns_of_a_model_are_chosen_by_name(folder: Path, tmp_path: Path)
     assert filled.stdout == clam("complete", model, folder / "named.tsv").stdout
     assert filled.stdout.startswith("a,b,c,d\n")
     assert "warning" not in clam("predict", model, tmp_path / "more.tsv", "--drop", "name").stderr
-    asked = clam("predict", model, folder / "named.tsv", "--columns", "b,a,c,d")
-    assert asked.returncode == 1
-    assert "expected the columns a, b, c, d that the model was fitted on, got b, a" in asked.stderr
-    for head, told in (
+    by_name = clam("predict", model, folder / "named.tsv", "--columns", "b,a,c,d")
+    assert by_name.returncode == 1
+    assert (
+        "expected the columns a, b, c, d that the model was fitted on, got b, a" in by_name.stderr
+    )
+    for head, error in (
         (
             "a\tb\tc\te",
             "that the model was fitted on, got a, b, c, e",
@@ -242,11 +244,11 @@ def test_the_columns_of_a_model_are_chosen_by_name(folder: Path, tmp_path: Path)
         (tmp_path / "wrong.tsv").write_text("\n".join([head, *lines]))
         run = clam("predict", model, tmp_path / "wrong.tsv")
         assert run.returncode == 1
-        assert told in run.stderr
+        assert error in run.stderr
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("words", "message"),
     [
         (["-k", 0], "argument -k/--clusters: expected a whole number >= 1, got '0'"),
         (["-k", "2.5"], "argument -k/--clusters: expected a whole number >= 1, got '2.5'"),
@@ -256,19 +258,19 @@ def test_the_columns_of_a_model_are_chosen_by_name(folder: Path, tmp_path: Path)
     ],
 )
 @pytest.mark.parametrize("algo", ["clam", "kmeans"])
-def test_wrong_numbers_name_the_option(folder: Path, tmp_path: Path, asked, told, algo) -> None:
-    run = clam("fit", folder / "x.npy", "--algo", algo, *asked, "-o", tmp_path / "m", "--force")
+def test_wrong_numbers_name_the_option(folder: Path, tmp_path: Path, words, message, algo) -> None:
+    run = clam("fit", folder / "x.npy", "--algo", algo, *words, "-o", tmp_path / "m", "--force")
     assert run.returncode == 2
-    assert told in run.stderr
+    assert message in run.stderr
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("algo", ["clam", "kmeans"])
-def test_messages_of_estimators_are_in_words_of_the_command(tmp_path: Path, algo: str) -> None:
-    def fit(text: str, *asked: object) -> str:
+def test_errors_of_estimators_name_options_of_the_command(tmp_path: Path, algo: str) -> None:
+    def fit(text: str, *words: object) -> str:
         (tmp_path / "x.csv").write_text(text)
         run = clam(
-            "fit", tmp_path / "x.csv", "--algo", algo, *asked, "-o", tmp_path / "m", "--force"
+            "fit", tmp_path / "x.csv", "--algo", algo, *words, "-o", tmp_path / "m", "--force"
         )
         assert not re.search("n_clusters|n_init|max_iter|random_state|Input X", run.stderr)
         return run.stderr
@@ -290,7 +292,7 @@ def test_messages_of_estimators_are_in_words_of_the_command(tmp_path: Path, algo
     assert "wide.npy has 3 features, but" in run.stderr
 
 
-def test_an_output_that_cannot_be_made_is_noticed_before_the_work(folder, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_fails_before_the_fit(folder, tmp_path: Path) -> None:
     long = tmp_path / ("m" * 250)
     run = clam("fit", folder / "missing.npy", "-k", 3, "-o", long)
     assert run.returncode == 2
@@ -301,9 +303,9 @@ def test_an_output_that_cannot_be_made_is_noticed_before_the_work(folder, tmp_pa
 def test_a_model_of_many_columns_is_written(tmp_path: Path) -> None:
     names = [f"column {i} of a table {'x' * 60}" for i in range(15_000)]
     tables.write(tmp_path / "x.parquet", np.random.default_rng(0).normal(size=(3, 15_000)), names)
-    asked = ["-k", 2, "--algo", "kmeans", "--restarts", 1, "-o", tmp_path / "m"]
-    made = clam("fit", tmp_path / "x.parquet", *asked)
-    assert made.returncode == 0, made.stderr
+    options = ["-k", 2, "--algo", "kmeans", "--restarts", 1, "-o", tmp_path / "m"]
+    run = clam("fit", tmp_path / "x.parquet", *options)
+    assert run.returncode == 0, run.stderr
     assert KMeans.load(tmp_path / "m").feature_names_in_.tolist() == names
 
 
@@ -314,7 +316,7 @@ def test_a_model_of_many_columns_is_written(tmp_path: Path) -> None:
         ("plot", "matplotlib", "a picture needs matplotlib, which the extra plot brings"),
     ],
 )
-def test_a_missing_package_is_told_with_its_extra(
+def test_an_error_names_the_extra_of_a_missing_package(
     folder, tmp_path, monkeypatch, verb, hidden, text
 ):
     for name in list(sys.modules):
@@ -323,8 +325,8 @@ def test_a_missing_package_is_told_with_its_extra(
     monkeypatch.setitem(sys.modules, hidden, None)
     monkeypatch.setitem(sys.modules, f"{hidden}.auto", None)
     verb, *rest = verb.split()
-    given = [] if verb == "fit" else [folder / "m.safetensors"]
-    run = clam(verb, *given, folder / "x.npy", *rest, "-o", tmp_path / "out.png")
+    words = [] if verb == "fit" else [folder / "m.safetensors"]
+    run = clam(verb, *words, folder / "x.npy", *rest, "-o", tmp_path / "out.png")
     assert run.returncode == 1
     assert run.stderr.strip() == f"clam: error: {run.stderr.strip().partition('error: ')[2]}"
     assert f"{text}: pip install {hidden}" in run.stderr
@@ -337,7 +339,7 @@ def test_one_row_has_a_picture(folder: Path, tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_a_table_without_rows_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_table_without_rows_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "none.csv").write_text("a,b,c,d\n")
     np.save(tmp_path / "none.npy", np.zeros((0, 4), int))
     for verb in ("predict", "transform", "complete", "score"):
@@ -347,7 +349,7 @@ def test_a_table_without_rows_is_told(folder: Path, tmp_path: Path) -> None:
             assert f"{name}: no rows" in run.stderr
 
 
-def test_a_missing_folder_is_noticed_before_the_work(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_folder_fails_before_the_fit(folder: Path, tmp_path: Path) -> None:
     run = clam("fit", folder / "x.npy", "-k", 3, "-o", tmp_path / "none" / "m")
     assert run.returncode == 2
     assert "is not a folder" in run.stderr
@@ -370,7 +372,7 @@ def test_help_imports_neither_scikit_learn_nor_triton() -> None:
     assert "fit" in run.stdout
 
 
-# A shell starts a background job with SIGINT ignored, and its children inherit that.
+# A shell starts a background job with SIGINT ignored, and its children inherit this.
 HEARS_CTRL_C = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -387,11 +389,11 @@ def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
     )
     with ended(run):
         assert run.stderr is not None
-        seen = b""
-        while b"epoch" not in seen:  # training has begun
+        output = b""
+        while b"epoch" not in output:  # training has begun
             more = os.read(run.stderr.fileno(), 4096)
-            assert more, seen
-            seen += more
+            assert more, output
+            output += more
         run.send_signal(signal.SIGINT)
         rest = run.communicate()[1]
     assert run.returncode == 130
@@ -416,21 +418,21 @@ def test_predict_reads_what_complete_wrote(tmp_path: Path) -> None:
     for suffix in (".csv", ".tsv", ".csv.gz", ".parquet"):
         table, model, filled = (tmp_path / f"{name}{suffix}" for name in ("x", "m", "filled"))
         tables.write(table, x, hostile)
-        asked = ["--index-col", "none", "--header"]
-        made = clam("fit", table, *asked, "-k", 3, "-o", model, *QUICK)
-        assert made.returncode == 0, made.stderr
+        options = ["--index-col", "none", "--header"]
+        fit_run = clam("fit", table, *options, "-k", 3, "-o", model, *QUICK)
+        assert fit_run.returncode == 0, fit_run.stderr
         done = clam("complete", model, table, "-o", filled)
         assert done.returncode == 0, done.stderr
         run = clam("predict", model, filled)
         assert run.returncode == 0, run.stderr
         assert run.stderr == "clam: 150 rows read, 150 rows written\n"
         assert run.stdout == clam("predict", model, table).stdout
-        found, names = tables.read(filled, expected=hostile)
+        table_read, names = tables.read(filled, expected=hostile)
         assert names == hostile
-        np.testing.assert_array_equal(found[~np.isnan(x)], x[~np.isnan(x)])
+        np.testing.assert_array_equal(table_read[~np.isnan(x)], x[~np.isnan(x)])
 
 
-def test_a_model_knows_its_names_in_a_first_row_of_numbers(tmp_path: Path) -> None:
+def test_a_model_recognises_its_names_in_a_first_row_of_numbers(tmp_path: Path) -> None:
     table, model = tmp_path / "x.csv", tmp_path / "m"
     tables.write(table, X, ["2019", "2021", "2023", "2025"])
     fit = clam("fit", table, "--header", "-k", 3, "-o", model, *QUICK)
@@ -456,7 +458,7 @@ def test_columns_are_chosen_by_options(folder: Path, tmp_path: Path) -> None:
     assert json.loads(by_number.stdout)["features"] == 2
 
 
-def test_a_bad_output_is_reported_before_the_work(folder: Path, tmp_path: Path) -> None:
+def test_a_bad_output_fails_before_the_fit(folder: Path, tmp_path: Path) -> None:
     model, missing = folder / "m.safetensors", tmp_path / "missing.npy"
     for verb, name in (("predict", "l.txt"), ("complete", "x.xlsx"), ("plot", "p.gif1")):
         run = clam(verb, model, missing, "-o", tmp_path / name)
@@ -464,7 +466,7 @@ def test_a_bad_output_is_reported_before_the_work(folder: Path, tmp_path: Path) 
         assert f"got {Path(name).suffix!r}" in run.stderr
 
 
-def test_a_table_comes_by_a_pipe(folder: Path) -> None:
+def test_a_table_can_come_from_a_pipe(folder: Path) -> None:
     command = [sys.executable, "-m", "clam_kernels", "predict", folder / "m.safetensors", "-"]
     expected = clam("predict", folder / "m.safetensors", folder / "x.npy").stdout
     for name in ("plain.csv", "x.npy", "x.parquet"):
@@ -515,16 +517,16 @@ def test_the_installed_command(folder: Path, tmp_path: Path) -> None:
         capture_output=True,
         check=False,
     )
-    told = b"clam: 150 rows read, 150 rows written\n"
-    assert (run.returncode, run.stdout, run.stderr) == (0, b"", told)
+    message = b"clam: 150 rows read, 150 rows written\n"
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"", message)
     assert np.load(tmp_path / "l.npy").shape == (150,)
 
 
 def test_the_index_may_have_several_levels(tmp_path: Path) -> None:
     rows = "".join(f"{i},{i % 3},{i % 2},{i % 5}\n" for i in range(20))
-    for names, asked in ((",,a,b", ""), ("u,v,a,b", "u,v"), (",Unnamed: 1,a,b", ",Unnamed: 1")):
+    for names, columns in ((",,a,b", ""), ("u,v,a,b", "u,v"), (",Unnamed: 1,a,b", ",Unnamed: 1")):
         (tmp_path / "x.csv").write_text(f"{names}\n{rows}")
         fit = ["fit", tmp_path / "x.csv", "-k", 2, "--force", "-o", tmp_path / "m", *QUICK]
-        made = clam(*fit, "--json", "--index-col", asked)
-        assert made.returncode == 0, made.stderr
-        assert json.loads(made.stdout)["features"] == 2
+        run = clam(*fit, "--json", "--index-col", columns)
+        assert run.returncode == 0, run.stderr
+        assert json.loads(run.stdout)["features"] == 2

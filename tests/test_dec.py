@@ -221,14 +221,14 @@ def test_a_row_that_is_not_finite(mode, dtype, bad):
     others = torch.arange(9) != 5
     target = ck.dec_target(z + 0.1, mu, store="recompute")
     some = target.rows(others.nonzero()[:, 0])
-    lost = z.clone()
-    lost[5, 1] = bad
-    lse, labels, counts, count = ck.student_t_stats(lost, mu)
+    irregular = z.clone()
+    irregular[5, 1] = bad
+    lse, labels, counts, count = ck.student_t_stats(irregular, mu)
     assert math.isnan(lse[5])
     assert int(labels[5]) == -1
     assert int(count) == 1
     close(counts, ck.student_t_stats(z[others], mu)[2], 1e-12)
-    loss, dz, dmu = graded(lost, mu, target=target, mode=mode)
+    loss, dz, dmu = graded(irregular, mu, target=target, mode=mode)
     assert math.isnan(loss)
     assert bool(dz[5].isnan().all())
     want = graded(z[others], mu, target=some, mode=mode, reduction="sum")
@@ -236,7 +236,7 @@ def test_a_row_that_is_not_finite(mode, dtype, bad):
     close(dmu * 9, want[2], 1e-6 if dtype == torch.float32 else 1e-14)
     # weight 0: no influence, whatever the row contains
     weight = others.to(dtype)
-    loss, dz, dmu = graded(lost, mu, target=target, mode=mode, weight=weight, reduction="sum")
+    loss, dz, dmu = graded(irregular, mu, target=target, mode=mode, weight=weight, reduction="sum")
     close(loss, want[0], 1e-6)
     assert bool((dz[5] == 0).all())
     close(dmu, want[2], 1e-6 if dtype == torch.float32 else 1e-14)
@@ -245,10 +245,10 @@ def test_a_row_that_is_not_finite(mode, dtype, bad):
 def test_a_target_of_a_row_that_is_not_finite():
     z, mu = normal(6, 3), normal(4, 3)
     for store in ("dense", "recompute"):
-        lost = z.clone()
-        lost[2] = math.nan
+        irregular = z.clone()
+        irregular[2] = math.nan
         losses, dz, dmu = graded(
-            z, mu, target=ck.dec_target(lost, mu, store=store), reduction="none"
+            z, mu, target=ck.dec_target(irregular, mu, store=store), reduction="none"
         )
         assert losses.isnan().tolist() == [False, False, True, False, False, False]
         assert bool(dz[2].isnan().all())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/gpu_check.py where there is no GPU: it says so, its dry run walks every stage, and a stage
-that fails or hangs stops no other.
+"""bench/gpu_check.py on a machine without a GPU: it says so, its dry run runs every stage, and a
+stage that fails or hangs does not stop the others.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ FIGURES = {
 
 
 SCRIPT = str(ROOT / "bench" / "gpu_check.py")
-# Seconds of a dry run: no machine is so slow that its time limits decide.
+# Seconds for a dry run: so many that no time limit decides.
 ENOUGH = ("--budget", "1000000")
-# The stage env gets a second, whatever the machine.
+# Give the stage env one second.
 IMPATIENT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -52,18 +52,18 @@ sys.exit(gpu_check.main())
 def gpu_check(
     *words: str, start: tuple[str, ...] = (SCRIPT,), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The script as a user calls it, on a machine whose GPU, if any, is hidden."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CLAM_BACKEND")}
+    """Run the script as a user does; a GPU, if any, is hidden."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CLAM_BACKEND")}
     return subprocess.run(
         [sys.executable, *start, *words],
-        env={**kept, "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**inherited, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True, text=True, check=False, cwd=ROOT / "docs",
     )  # fmt: skip
 
 
 def report_in(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return found
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report
 
 
 def test_without_a_gpu_it_says_so_and_exits_with_3(tmp_path):
@@ -88,7 +88,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(out=out, said=done.stdout.splitlines(), report=report_in(out))
 
 
-def test_a_dry_run_walks_every_stage(dry):
+def test_a_dry_run_runs_every_stage(dry):
     assert dry.report["dry_run"] is True
     assert dry.report["seed"] == 5
     assert dry.report["exit_code"] == 0
@@ -97,7 +97,7 @@ def test_a_dry_run_walks_every_stage(dry):
         assert stage["status"] in ("pass", "skipped") if name == "build" else "pass", (name, stage)
 
 
-def test_a_dry_run_measures_every_row(dry):
+def test_a_dry_run_measures_every_target(dry):
     assert {row["id"] for row in dry.report["rows"]} == ROWS
     for row in dry.report["rows"]:
         assert set(row) >= FIGURES
@@ -105,18 +105,18 @@ def test_a_dry_run_measures_every_row(dry):
         assert row["ms_median"] > 0, row
         peers = row["peers"].values()
         assert any(peer["ms"] for peer in peers) or not peers
-        for peer in peers:  # a package that is not installed is named, and no miss
+        for peer in peers:  # a missing package is named, and is no miss
             assert peer["ms"] or peer["absent"].startswith("ModuleNotFoundError"), peer
         assert row["target"]["error"] == "curve" or row["err_vs_f64"] < 1e-4, row
     targets = json.loads((dry.out / "targets.json").read_text())
     assert targets["rows"] == dry.report["rows"]
 
 
-def test_a_dry_run_says_where_it_ran_and_how_right_each_timed_result_was(dry):
+def test_reports_name_the_machine_and_every_error(dry):
     for name in ("report.json", "targets.json"):
-        found = json.loads((dry.out / name).read_text())
-        assert found["machine"] == info.collect()["processor"]
-        assert found["versions"]["torch"] == torch.__version__
+        report = json.loads((dry.out / name).read_text())
+        assert report["machine"] == info.collect()["processor"]
+        assert report["versions"]["torch"] == torch.__version__
     for row in dry.report["rows"]:
         assert row["errors"], row
         assert all(peer["errors"] for peer in row["peers"].values() if peer["ms"]), row
@@ -129,7 +129,7 @@ def test_a_dry_run_ends_with_the_table(dry):
     assert {line.split()[0] for line in last[header + 1 : -2]} == ROWS | set(STAGES)
 
 
-def test_what_comes_back_is_few_files(dry):
+def test_a_run_writes_few_files(dry):
     files = [p for p in dry.out.rglob("*") if p.is_file()]
     assert {p.name for p in files} >= {"report.json", "targets.json", "tests.log"}
     assert len(files) <= 6
@@ -153,22 +153,22 @@ def test_a_stage_that_hangs_or_fails_stops_no_other(tmp_path):
 
 
 def test_stages_share_the_budget(part):
-    """By their caps; what one leaves over goes to the later ones, and none gets more than is
-    left.
+    """In proportion to their caps; time that one leaves goes to the later ones, and none gets more
+    than is left.
     """
     script = part("gpu_check")
     for budget in (24.0, 540.0, 5000.0):
-        left, waiting = budget, list(script.STAGES)
+        seconds_left, waiting = budget, list(script.STAGES)
         while waiting:
             stage, *waiting = waiting
-            seconds = script.seconds_for(stage, waiting, left)
-            assert 0 < seconds <= left
-            assert seconds >= left * stage.cap / sum(s.cap for s in (stage, *waiting))
-            left -= seconds
-        assert left == 0
+            seconds = script.seconds_for(stage, waiting, seconds_left)
+            assert 0 < seconds <= seconds_left
+            assert seconds >= seconds_left * stage.cap / sum(s.cap for s in (stage, *waiting))
+            seconds_left -= seconds
+        assert seconds_left == 0
 
 
-# ---- what only a GPU reaches, as far as it can be judged without one
+# ---- parts that run on a GPU only, tested without one
 
 
 @pytest.fixture
@@ -185,7 +185,9 @@ def test_the_device_cases_are_listed(dry):
 
 
 def test_processes_of_the_suite_add_up_to_the_whole(part):
-    """Each device case in one of them, and none so long that the others wait for it."""
+    """Each device case runs in one process, and no process is so long that the others wait
+    for it.
+    """
     tests = part("tests")
     ids = [
         f"tests/contract/{file}.py::test_{i}[{op}-{backend}-some sample]"
@@ -196,12 +198,12 @@ def test_processes_of_the_suite_add_up_to_the_whole(part):
     ]
     ids.append("tests/test_cli.py::test_which_asks_for_cuda")
     text = "\n".join([*ids, "", f"{len(ids)}/999 tests collected (9 deselected) in 1.00s"])
-    assert tests.named(text) == ids
-    assert tests.named(text.replace(ids[3], "")) == []
+    assert tests.listed_cases(text) == ids
+    assert tests.listed_cases(text.replace(ids[3], "")) == []
     plan = tests.on_device(ids)
-    found = [[word for word in words if word.startswith("tests/")] for _, words, _ in plan]
-    assert sorted(itertools.chain(*found)) == sorted(ids)
-    lengths = [sum(map(tests.seconds, cases)) for cases in found]
+    cases_of = [[word for word in words if word.startswith("tests/")] for _, words, _ in plan]
+    assert sorted(itertools.chain(*cases_of)) == sorted(ids)
+    lengths = [sum(map(tests.seconds, cases)) for cases in cases_of]
     assert len(plan) > 5
     assert max(lengths) <= tests.LONGEST + max(map(tests.seconds, ids))
     assert len({name for name, _, _ in plan}) == len(plan)
@@ -229,19 +231,19 @@ def test_processes_of_the_suite_add_up_to_the_whole(part):
         ("Device not supported", 1, "unavailable", "b: Device not"),
     ],
 )
-def test_what_a_tool_found_adds_up_over_its_processes(part, text, code, status, reason):
+def test_verdicts_of_a_tool_add_up_over_its_processes(part, text, code, status, reason):
     sanitizer = part("sanitizer")
     good = "sanitize: 4 calls done, 1 refused, 0 failed\n========= ERROR SUMMARY: 0 errors"
-    found = {"a": sanitizer.judged(good, 0), "b": sanitizer.judged(text, code)}
-    whole = sanitizer.added(found)
+    verdicts = {"a": sanitizer.tool_verdict(good, 0), "b": sanitizer.tool_verdict(text, code)}
+    whole = sanitizer.combined_verdict(verdicts)
     assert whole["status"] == status
     assert whole["reason"] is None if reason is None else whole["reason"].startswith(reason)
-    assert whole["calls"] == 4 + found["b"].get("calls", 0)
-    assert whole["refused"] == 1 + found["b"].get("refused", 0)
-    assert whole["errors"] == found["b"].get("errors", 0)
+    assert whole["calls"] == 4 + verdicts["b"].get("calls", 0)
+    assert whole["refused"] == 1 + verdicts["b"].get("refused", 0)
+    assert whole["errors"] == verdicts["b"].get("errors", 0)
 
 
-def test_every_op_is_watched_by_the_sanitizer(part, tmp_path):
+def test_the_sanitizer_runs_every_op(part, tmp_path):
     whole = part("setting").Setting(tmp_path, 1, 60.0)
     for setting in (whole, part("setting").Setting(tmp_path, 1, 60.0, dry_run=True)):
         ops = part("sanitizer").parts(setting).values()
@@ -250,7 +252,7 @@ def test_every_op_is_watched_by_the_sanitizer(part, tmp_path):
         )
 
 
-def test_bits_of_one_entry_whatever_its_stride(part):
+def test_same_bits_of_one_entry_with_any_stride(part):
     same_bits = part("cases").same_bits
     one = torch.arange(5.0)[2:].as_strided((1,), (5,))
     assert same_bits(one, torch.tensor([2.0]))
@@ -261,7 +263,7 @@ def test_bits_of_one_entry_whatever_its_stride(part):
 
 @pytest.fixture
 def limited(part, monkeypatch):
-    """bench.gpu.cases where a second backend takes up to 20 memories."""
+    """bench.gpu.cases with a second backend that accepts up to 20 memories."""
     cases = part("cases")
 
     def refusal(name, op, *args):
@@ -269,23 +271,23 @@ def limited(part, monkeypatch):
         return "K > 20" if name == "few" and many else None
 
     for module in (cases, part("targets"), part("determinism"), part("memory")):
-        for name, planted in (
+        for name, stand_in in (
             ("refusal", refusal),
             ("backends", lambda op, device: (["reference", "few"], {})),
-            ("forced", lambda name: contextlib.nullcontext),
+            ("forced_backend", lambda name: contextlib.nullcontext),
         ):
             if hasattr(module, name):
-                monkeypatch.setattr(module, name, planted)
+                monkeypatch.setattr(module, name, stand_in)
     return cases
 
 
-def test_a_backend_gets_the_first_shape_that_it_takes(part, limited, tmp_path, monkeypatch):
+def test_a_backend_gets_the_first_shape_that_it_accepts(part, limited, tmp_path, monkeypatch):
     setting = part("setting").Setting(tmp_path, 1, 60.0)
     monkeypatch.setattr(type(setting), "device", "cpu")
     shapes = ((50, 33, 3), (60, 20, 3), (70, 10, 3))
-    found = dict(limited.fitted("am_step", shapes, setting))
-    assert (found["reference"].n, found["few"].n) == (50, 60)
-    assert dict(limited.fitted("am_step", shapes[:1], setting))["few"] == "K > 20"
+    calls = dict(limited.calls_by_backend("am_step", shapes, setting))
+    assert (calls["reference"].n, calls["few"].n) == (50, 60)
+    assert dict(limited.calls_by_backend("am_step", shapes[:1], setting))["few"] == "K > 20"
 
 
 def test_a_refused_call_is_no_failure(part, limited, tmp_path):
@@ -295,7 +297,7 @@ def test_a_refused_call_is_no_failure(part, limited, tmp_path):
     assert checks["am_step few large"] == "K > 20"
     assert checks["am_step reference large"]() == []
     memory, clock = part("memory"), part("clock").Clock("cpu")
-    for stage in (memory.held, memory.wide):
+    for stage in (memory.peaks, memory.wide):
         entries = {entry["what"]: entry for entry in stage(setting, clock, "am_assign")}
         refused = [what for what, entry in entries.items() if "refused" in entry]
         assert [what.split()[:2] for what in refused] == [["am_assign", "few"]]
@@ -304,10 +306,10 @@ def test_a_refused_call_is_no_failure(part, limited, tmp_path):
 
 def test_a_refused_backend_has_no_row(part, limited, tmp_path, monkeypatch):
     targets, setting = part("targets"), part("setting").Setting(tmp_path, 1, 60.0, dry_run=True)
-    table, (row, *_) = targets.Table(setting), part("rows_am").ROWS
-    table.run(row, 1.0)  # its stand-in has 16 memories
-    assert [found["backend"] for found in table.rows] == ["reference", "few"]
+    table, (target, *_) = targets.TargetTable(setting), part("targets_am").TARGETS
+    table.run(target, 1.0)  # in a dry run it has 16 memories
+    assert [row["backend"] for row in table.rows] == ["reference", "few"]
     monkeypatch.setattr(targets, "refusal", lambda name, *_: "no" if name == "few" else None)
-    table.run(row, 1.0)
-    assert [found["backend"] for found in table.rows[2:]] == ["reference"]
+    table.run(target, 1.0)
+    assert [row["backend"] for row in table.rows[2:]] == ["reference"]
     assert table.rows[-1]["refusals"] == {"few": "no"}

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of k-means: exact cases, ties, labels of float64 in every dtype and range.
-
-Each exact case runs through the op and through the truth.
+"""The mathematics of k-means: exact cases, ties, and the labels of float64 in every dtype and
+range. Each exact case runs through the op and through the truth.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ def _draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list
 def _blobs(seed: int, n: int, k: int, d: int, spread: float = 0.3) -> tuple[Tensor, Tensor]:
     """Rows in k blobs, and k of the rows as centroids; float64."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(k, d, generator=generator, dtype=F64)
-    x = centres[torch.randint(k, (n,), generator=generator)]
+    centers = torch.randn(k, d, generator=generator, dtype=F64)
+    x = centers[torch.randint(k, (n,), generator=generator)]
     x = x + spread * torch.randn(n, d, generator=generator, dtype=F64)
     return x, x[torch.randperm(n, generator=generator)[:k]].clone()
 
 
 def _hard(n: int, k: int, d: int, seed: int = 3) -> tuple[Tensor, Tensor]:
-    """Float32 rows between two centroids, as near to the middle as float32 goes: no label here is
-    settled by float32 scores.
+    """Float32 rows between two centroids, as near to the middle as float32 can represent: float32
+    scores decide no label here.
     """
     generator = torch.Generator().manual_seed(seed)
     centroids = torch.randn(k, d, generator=generator)
@@ -61,10 +60,10 @@ def _hard(n: int, k: int, d: int, seed: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def _same_labels(x: Tensor, centroids: Tensor, **options: Any) -> Tensor:
-    """The op's labels, which must be the truth's, and its distances theirs to float32."""
+    """The op's labels, which must equal the truth's; its distances equal the truth's to float32."""
     labels, sqdist = clam_kernels.kmeans_assign(x, centroids, **options)
-    want, far = fallback.kmeans_assign(x, centroids, **options)
-    assert torch.equal(labels, want), f"{int((labels != want).sum())} labels differ"
+    expected, far = fallback.kmeans_assign(x, centroids, **options)
+    assert torch.equal(labels, expected), f"{int((labels != expected).sum())} labels differ"
     torch.testing.assert_close(sqdist, far, rtol=1e-4, atol=1e-30, equal_nan=True)
     return labels
 
@@ -83,7 +82,9 @@ def test_a_tie_goes_to_the_lowest_index(kmeans, dtype):
 
 
 def test_the_width_of_a_tie(kmeans):
-    """Squared distances within 2^-40 of each other are equal, for the rounding of float64."""
+    """Squared distances within 2^-40 of each other count as equal, because of float64's
+    rounding.
+    """
     x = _t([0.0], dtype=F64)
     for gap, label in ((2.0**-42, 0), (2.0**-39, 1)):
         assert kmeans.kmeans_assign(x, _t([1 + gap], [1.0], dtype=F64))[0].tolist() == [label]
@@ -104,7 +105,7 @@ def test_equal_centroids_and_tail_rows(n, k):
     labels, sqdist = clam_kernels.kmeans_assign(x, c.expand(k, 3))
     assert not labels.any()
     torch.testing.assert_close(sqdist, (x - c).square().sum(-1))
-    # the only other one, far behind: it wins where it is nearer, and nowhere else
+    # the only other centroid, far away: it wins only where it is nearer
     other = torch.cat([c.expand(k, 3), x[:1]])
     assert int(clam_kernels.kmeans_assign(x, other)[0][0]) == k
 
@@ -139,13 +140,13 @@ def test_a_centroid_that_is_not_finite_never_wins(kmeans, k, bad):
 
 @pytest.mark.parametrize("restarts", [2, 0])
 def test_without_rows_or_problems_sums_are_zero(kmeans, restarts):
-    """Several labellings of the same rows, where there are no rows or no labellings."""
+    """Several labellings of the same rows, without rows or without labellings."""
     rows = torch.zeros(0 if restarts else 5, 3)
     labels, sums, counts = kmeans.kmeans_step(rows, torch.randn(restarts, 4, 3))
     assert labels.shape == (restarts, len(rows))
-    for found in ((sums, counts), kmeans.kmeans_update(rows, labels, 4)):
-        assert [tuple(x.shape) for x in found] == [(restarts, 4, 3), (restarts, 4)]
-        assert not any(x.any() for x in found)
+    for result in ((sums, counts), kmeans.kmeans_update(rows, labels, 4)):
+        assert [tuple(x.shape) for x in result] == [(restarts, 4, 3), (restarts, 4)]
+        assert not any(x.any() for x in result)
 
 
 def test_without_distances(kmeans):
@@ -157,7 +158,7 @@ def test_without_distances(kmeans):
 
 
 def test_digits_are_assigned_as_integers():
-    """Pixels 0..16 with data rows as centroids tie; so they do after 4096 has been added."""
+    """Pixels 0..16 with data rows as centroids tie, also after adding 4096."""
     sklearn = pytest.importorskip("sklearn.datasets")
     pixels = torch.from_numpy(sklearn.load_digits().data).long()
     ties = 0
@@ -167,12 +168,12 @@ def test_digits_are_assigned_as_integers():
             far = pixels.square().sum(1)[:, None] + pixels[rows].square().sum(1)
             far = far - 2 * (pixels @ pixels[rows].T)
             index = torch.arange(k)
-            want = torch.where(far == far.amin(1, keepdim=True), index, k).amin(1)
+            expected = torch.where(far == far.amin(1, keepdim=True), index, k).amin(1)
             ties += int(((far == far.amin(1, keepdim=True)).sum(1) > 1).sum())
             for offset in (0, 4096):
                 x = (pixels + offset).float()
                 labels, sqdist = clam_kernels.kmeans_assign(x, x[rows])
-                assert torch.equal(labels, want), (k, seed, offset)
+                assert torch.equal(labels, expected), (k, seed, offset)
                 assert torch.equal(sqdist.long(), far.amin(1))
     assert ties > 5
 
@@ -204,20 +205,20 @@ def test_blobs_ten_thousand_from_the_origin():
 def test_between_two_centroids(size):
     _same_labels(*_hard(*size))
     x, centroids = _hard(*size)
-    _same_labels(x + 4.0, centroids + 4.0)  # neither far nor centred
+    _same_labels(x + 4.0, centroids + 4.0)  # neither far from the origin nor centred
 
 
 @pytest.mark.parametrize("slack", [0.0, 1e-9])
 def test_without_the_bound_labels_are_wrong(monkeypatch, slack):
-    """The tests above can fail: scores of float32 do not decide these rows."""
-    monkeypatch.setattr(nearest.Table, "slack", lambda *_: slack)
+    """The tests above can fail: float32 scores do not decide these rows."""
+    monkeypatch.setattr(nearest.CentroidTable, "slack", lambda *_: slack)
     x, centroids = _hard(4000, 50, 16)
     labels = clam_kernels.kmeans_assign(x, centroids)[0]
     assert int((labels != fallback.kmeans_assign(x, centroids)[0]).sum()) > 100
 
 
 def test_the_bound_covers_the_error_of_every_score():
-    """Slack is twice the largest error a score can have, and no score comes near."""
+    """The bound is twice the largest error that a score can have, and no score reaches it."""
     for d, offset in ((1, 0.0), (16, 0.0), (16, 3.0), (700, 0.0), (16, 1e5)):
         x, centroids = (t.float() + offset for t in _blobs(9, 500, 40, d))
         table = nearest.table_of(centroids, None, None, x)
@@ -232,22 +233,22 @@ def test_the_bound_covers_the_error_of_every_score():
         exact = half[:, None] - fixed @ (x.double() - shift).T
         error = float((score - exact).abs().max())
         assert 2 * error <= table.slack(size, 2.0**-24)
-        assert error > 0 or offset == 1e5  # on that grid float32 has all the digits
+        assert error > 0 or offset == 1e5  # float32 represents that grid exactly
 
 
 def test_few_rows_are_computed_again(monkeypatch):
-    """The bound is not so wide that float64 does the work."""
+    """The bound is narrow enough: float64 computes few rows again."""
     counted: list[int] = []
-    kept = nearest.Pairs.add
+    real_add = nearest.UndecidedRows.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
         counted.append(len(rows))
-        kept(self, rows, near)
+        real_add(self, rows, near)
 
-    monkeypatch.setattr(nearest.Pairs, "add", add)
+    monkeypatch.setattr(nearest.UndecidedRows, "add", add)
     x, centroids = (t.float() for t in _blobs(10, 20_000, 32, 16))
     far = centroids.clone()
-    far[7] = 1e6  # neither the centre nor the bound of the other scores may follow it
+    far[7] = 1e6  # it must change neither the centre nor the bound of the other scores
     for offset, some in ((0.0, centroids), (1e4, centroids), (0.0, far), (1e4, far)):
         counted.clear()
         clam_kernels.kmeans_assign(x + offset, some + offset)
@@ -256,7 +257,7 @@ def test_few_rows_are_computed_again(monkeypatch):
 
 def test_any_shift_gives_the_same_labels():
     x, centroids = (t.float() + 50 for t in _blobs(11, 2000, 32, 8))
-    want = _same_labels(x, centroids)
+    expected = _same_labels(x, centroids)
     mean = x.mean(0)
     for shift in (
         mean,
@@ -267,12 +268,12 @@ def test_any_shift_gives_the_same_labels():
         mean.bfloat16(),
         0 * mean + 1e300,
     ):
-        found = clam_kernels.kmeans_assign(x, centroids, shift=shift.to(shift.dtype))[0]
-        assert torch.equal(found, want), shift
+        labels = clam_kernels.kmeans_assign(x, centroids, shift=shift.to(shift.dtype))[0]
+        assert torch.equal(labels, expected), shift
     inf = torch.full((8,), math.inf)
-    assert torch.equal(clam_kernels.kmeans_assign(x, centroids, shift=inf)[0], want)
+    assert torch.equal(clam_kernels.kmeans_assign(x, centroids, shift=inf)[0], expected)
     wide = torch.full((8,), 1e300, dtype=F64)  # inf in float32
-    assert torch.equal(clam_kernels.kmeans_assign(x, centroids, shift=wide)[0], want)
+    assert torch.equal(clam_kernels.kmeans_assign(x, centroids, shift=wide)[0], expected)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium", None])
@@ -303,12 +304,12 @@ def test_a_row_has_its_label_in_any_chunk():
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-22, 1e-20, 1e-18, 1e9, 1e18, 1e19, 1e30, 1e38])
 def test_any_size_of_value(dtype, size):
-    """Squares overflow and underflow float32, labels do not; no distance is NaN."""
+    """Squares overflow and underflow float32; labels stay exact, and no distance is NaN."""
     x, centroids = (t * size for t in _blobs(13, 600, 20, 6))
     x, centroids = (t.clamp(-3e38, 3e38).to(dtype) for t in (x, centroids))
     labels, sqdist = clam_kernels.kmeans_assign(x, centroids)
-    want, far = fallback.kmeans_assign(x, centroids)
-    assert torch.equal(labels, want)
+    expected, far = fallback.kmeans_assign(x, centroids)
+    assert torch.equal(labels, expected)
     assert not sqdist.isnan().any()
     assert torch.equal(sqdist == math.inf, far == math.inf)
 
@@ -324,7 +325,7 @@ def test_the_largest_values():
 
 
 def test_partial_sums_that_overflow():
-    """A dot product whose parts leave the range, and whose value does not."""
+    """A dot product whose partial sums overflow although its value does not."""
     x = 1e30 * _t([1.0, 1.0, -1.0, -1.0])
     centroids = 1e9 * _t([0.3, 0.3, 0.3, 0.3], [0.2, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1])
     _same_labels(x, centroids)
@@ -348,35 +349,35 @@ def test_rows_that_are_not_finite(kmeans):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_centroids_that_are_not_finite_never_win(kmeans, bad):
     x, centroids = _draw(15, (50, 3), (5, 3), dtype=torch.float32)
-    dead = torch.tensor([True, False, False, True, False])
-    want = kmeans.kmeans_assign(x, centroids, mask=dead)
+    masked = torch.tensor([True, False, False, True, False])
+    expected = kmeans.kmeans_assign(x, centroids, mask=masked)
     centroids[0, 1], centroids[3] = bad, bad
-    for found in (
+    for result in (
         kmeans.kmeans_assign(x, centroids),
-        kmeans.kmeans_assign(x, centroids, mask=dead),
+        kmeans.kmeans_assign(x, centroids, mask=masked),
     ):
-        assert torch.equal(found[0], want[0])
-        assert torch.equal(found[1], want[1])
+        assert torch.equal(result[0], expected[0])
+        assert torch.equal(result[1], expected[1])
     centroids[:] = bad
     labels, sqdist = kmeans.kmeans_assign(x, centroids)
     assert bool((labels == -1).all())
     assert bool((sqdist == math.inf).all())
 
 
-def test_a_masked_centroid_is_none(kmeans):
+def test_a_masked_centroid_gets_no_row(kmeans):
     x, centroids = _draw(16, (200, 3), (7, 3), dtype=torch.float32)
     mask = torch.tensor([False, True, False, False, True, True, False])
-    kept = (~mask).nonzero()[:, 0]
+    active = (~mask).nonzero()[:, 0]
     labels, sqdist = kmeans.kmeans_assign(x, centroids, mask=mask)
-    want = kmeans.kmeans_assign(x, centroids[kept])
-    assert torch.equal(labels, kept[want[0]])
-    assert torch.equal(sqdist, want[1])
+    expected = kmeans.kmeans_assign(x, centroids[active])
+    assert torch.equal(labels, active[expected[0]])
+    assert torch.equal(sqdist, expected[1])
     assert torch.equal(kmeans.kmeans_assign(x, centroids, mask=mask & False)[0],
                        kmeans.kmeans_assign(x, centroids)[0])  # fmt: skip
 
 
 def test_restarts_are_separate_calls():
-    """Bit for bit, for sums too."""
+    """Bit for bit, also the sums."""
     (x,) = _draw(17, (700, 5), dtype=torch.float32)
     starts = torch.stack([x[torch.randperm(700)[:6]] for _ in range(4)])
     mask = torch.zeros(4, 6, dtype=torch.bool)
@@ -410,7 +411,7 @@ def test_sums_in_numbers(kmeans, dtype):
 
 
 def test_counts_beyond_float32():
-    """One running float32 counter stops at 2^24."""
+    """A running float32 count stops at 2^24."""
     n = 2**24 + 3
     x, labels = torch.ones(1, 1).expand(n, 1), torch.zeros(1, dtype=torch.int64).expand(n)
     sums, counts = clam_kernels.kmeans_update(x, labels, 1)
@@ -418,7 +419,7 @@ def test_counts_beyond_float32():
 
 
 def test_a_mean_far_from_the_origin():
-    """One running float32 sum is wrong by 1.3 % here."""
+    """A running float32 sum is wrong by 1.3 % here."""
     (x,) = _draw(18, (2_000_000, 1), dtype=torch.float32)
     x += 100
     labels = torch.zeros(1, dtype=torch.int64).expand(len(x))
@@ -445,14 +446,16 @@ def test_weights_are_repeated_rows(kmeans):
     labels = torch.randint(5, (40,), generator=generator)
     times = torch.randint(4, (40,), generator=generator)
     sums, counts = kmeans.kmeans_update(x, labels, 5, weight=times.double())
-    want = kmeans.kmeans_update(x.repeat_interleave(times, 0), labels.repeat_interleave(times), 5)
-    torch.testing.assert_close(sums, want[0], rtol=1e-13, atol=1e-13)
-    assert torch.equal(counts, want[1].double())
+    expected = kmeans.kmeans_update(
+        x.repeat_interleave(times, 0), labels.repeat_interleave(times), 5
+    )
+    torch.testing.assert_close(sums, expected[0], rtol=1e-13, atol=1e-13)
+    assert torch.equal(counts, expected[1].double())
     doubled = kmeans.kmeans_update(x, labels, 5, weight=8 * times.double())
     assert torch.equal(doubled[0], 8 * sums)
 
 
-def test_a_bad_row_reaches_its_own_label_alone(kmeans):
+def test_a_nan_row_changes_its_own_label_alone(kmeans):
     (x,) = _draw(21, (20, 3))
     labels = torch.arange(20) % 4
     clean = kmeans.kmeans_update(x, labels, 4)
@@ -462,7 +465,7 @@ def test_a_bad_row_reaches_its_own_label_alone(kmeans):
     assert torch.equal(dirty[0][:2], clean[0][:2])
     assert bool(dirty[0][2, 1].isnan())
     assert float(dirty[0][3, 0]) == math.inf
-    labels[6:8] = torch.tensor([-1, 4])  # and none where it has no label
+    labels[6:8] = torch.tensor([-1, 4])  # and no sum if it has no label
     assert bool(kmeans.kmeans_update(x, labels, 4)[0].isfinite().all())
 
 
@@ -483,7 +486,7 @@ def test_a_lloyd_iteration_moves_centroids_to_means():
 
 
 def test_samples_reach_every_kind_of_argument():
-    """What the contract promises to try, by looking at what the samples hold."""
+    """The samples contain every kind of argument that the contract promises to test."""
     for op in ("kmeans_assign", "kmeans_update"):
         names = testing.argument_names(op)
         rows = [dict(zip(names, s.args, strict=False)) for s in testing.samples(op)]
@@ -494,8 +497,8 @@ def test_samples_reach_every_kind_of_argument():
         leads = {(g["x"].ndim - 2, g[other].ndim - core) for g in rows}
         assert {(0, 0), (0, 1), (1, 0) if op == "kmeans_assign" else (1, 1), (2, 1)} <= leads
         for name in ("shift", "mask", "weight"):
-            found = [g[name] for g in rows if g.get(name) is not None]
-            assert name not in names or {1, 2} <= {x.ndim for x in found}, name
+            values = [g[name] for g in rows if g.get(name) is not None]
+            assert name not in names or {1, 2} <= {x.ndim for x in values}, name
         assert any(not g["x"].isfinite().all() for g in rows)
     labels = [s.args[1] for s in testing.samples("kmeans_update")]
     assert any((x < -1).any() for x in labels)
@@ -524,11 +527,11 @@ def test_small_integers_tie_and_agree_with_integer_arithmetic(seed, n, k, d, dty
     x = torch.randint(-3, 4, (n, d), generator=generator)
     centroids = torch.randint(-3, 4, (k, d), generator=generator)
     far = (x[:, None] - centroids).square().sum(-1)
-    want = torch.where(far == far.amin(1, keepdim=True), torch.arange(k), k).amin(1)
+    expected = torch.where(far == far.amin(1, keepdim=True), torch.arange(k), k).amin(1)
     labels, sqdist = clam_kernels.kmeans_assign(
         (x + offset).to(dtype), (centroids + offset).to(dtype)
     )
-    assert torch.equal(labels, want)
+    assert torch.equal(labels, expected)
     assert torch.equal(sqdist.long(), far.amin(1))
 
 
@@ -538,37 +541,37 @@ def test_sums_equal_the_truth(seed, n, k, d, weighted, shifted):
     x, weight, shift = _draw(seed, (n, d), (n,), (d,))
     labels = torch.randint(-2, k + 2, (n,), generator=torch.Generator().manual_seed(seed))
     options = {"weight": weight if weighted else None, "shift": shift if shifted else None}
-    got, want = (m.kmeans_update(x, labels, k, **options) for m in BOTH.values())
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    result, expected = (m.kmeans_update(x, labels, k, **options) for m in BOTH.values())
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_lost_row_costs_its_neighbours_nothing(monkeypatch):
-    """One NaN, or one row too long for scores, sends itself to float64 and no other."""
+def test_a_nan_row_sends_no_other_row_to_float64(monkeypatch):
+    """One NaN, or one row too long for scores, sends itself to float64 and no other row."""
     x, centroids = torch.randn(1000, 4), torch.randn(8, 4)
     x[10, 2], x[20, 1] = torch.nan, 3e38
-    asked = []
-    real = nearest.Pairs.add
+    counts = []
+    real = nearest.UndecidedRows.add
 
     def add(self: Any, rows: Tensor, near: Tensor) -> None:
-        asked.append(len(rows))
+        counts.append(len(rows))
         real(self, rows, near)
 
-    monkeypatch.setattr(nearest.Pairs, "add", add)
+    monkeypatch.setattr(nearest.UndecidedRows, "add", add)
     labels, _ = clam_kernels.kmeans_assign(x, centroids)
-    assert sum(asked) < 20
+    assert sum(counts) < 20
     assert torch.equal(labels, fallback.kmeans_assign(x, centroids)[0])
 
 
 def test_sums_of_a_gpu_are_products(monkeypatch):
-    """The form that a GPU takes, whose order is fixed, gives the same sums."""
+    """The GPU form, with a fixed order, gives the same sums."""
     x, labels = torch.randn(300, 5).double(), torch.randint(7, (300,))
     weight = torch.rand(300).double()
     for own in (None, weight):
         counts = torch.int64 if own is None else torch.float64
-        found = []
+        results = []
         for device in (False, True):
-            total, held = torch.zeros(7, 5).double(), torch.zeros(7, dtype=counts)
+            total, total_counts = torch.zeros(7, 5).double(), torch.zeros(7, dtype=counts)
             values = type("Rows", (torch.Tensor,), {"is_cuda": device})(x)
-            update.add_grouped_(total, held, labels, values, own)
-            found.append((total, held))
-        torch.testing.assert_close(found[0], found[1], rtol=1e-13, atol=1e-13)
+            update.add_grouped_(total, total_counts, labels, values, own)
+            results.append((total, total_counts))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-13, atol=1e-13)

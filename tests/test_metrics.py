@@ -19,10 +19,10 @@ from clam_kernels import metrics, testing
 def test_equals_scikit_learns(load, dtype, offset):
     data = load()
     x = (data.data + offset).astype(dtype)
-    want = silhouette_score(x.astype(np.float64), data.target)
-    assert metrics.silhouette(x, data.target) == pytest.approx(want, abs=1e-6)
+    expected = silhouette_score(x.astype(np.float64), data.target)
+    assert metrics.silhouette(x, data.target) == pytest.approx(expected, abs=1e-6)
     tensors = torch.from_numpy(x), torch.from_numpy(data.target)
-    assert metrics.silhouette(*tensors) == pytest.approx(want, abs=1e-6)
+    assert metrics.silhouette(*tensors) == pytest.approx(expected, abs=1e-6)
 
 
 def test_any_tile_gives_the_same(monkeypatch):
@@ -35,20 +35,20 @@ def test_any_tile_gives_the_same(monkeypatch):
 @pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_any_size_of_value(size):
     data = load_iris()
-    want = silhouette_score(data.data, data.target)
-    assert metrics.silhouette(data.data * size, data.target) == pytest.approx(want, rel=1e-9)
+    expected = silhouette_score(data.data, data.target)
+    assert metrics.silhouette(data.data * size, data.target) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("rows", "far"), [(30, 1e9), (3000, 1e9)])
-def test_a_row_far_from_all_others(rows, far):
+def test_one_row_far_from_all_others(rows, far):
     x = np.random.default_rng(0).normal(size=(rows, 20))
     x[rows // 2 :] += 4
     x[-1] = far
     labels = np.r_[np.arange(rows - 1) * 2 // rows, 2]
-    want = silhouette_score(x[:-1], labels[:-1])
-    # the far row is a cluster of its own, nobody's next one: it scores 0
-    found = metrics.silhouette(x, labels)
-    assert found == pytest.approx(want * (rows - 1) / rows, abs=1e-6)
+    expected = silhouette_score(x[:-1], labels[:-1])
+    # the far row is a cluster of its own and no row's second nearest: its silhouette is 0
+    result = metrics.silhouette(x, labels)
+    assert result == pytest.approx(expected * (rows - 1) / rows, abs=1e-6)
 
 
 def test_names_singletons_and_duplicates():
@@ -60,11 +60,11 @@ def test_names_singletons_and_duplicates():
 
 def test_labels_of_any_kind():
     data = load_iris()
-    want = metrics.silhouette(data.data, data.target)
-    assert metrics.silhouette(data.data, data.target_names[data.target]) == want
+    expected = metrics.silhouette(data.data, data.target)
+    assert metrics.silhouette(data.data, data.target_names[data.target]) == expected
     still = data.target.copy()
     still.flags.writeable = False
-    assert metrics.silhouette(data.data, still) == want
+    assert metrics.silhouette(data.data, still) == expected
     with pytest.raises(ValueError, match="labels: expected finite"):
         metrics.silhouette(data.data, np.where(data.target, data.target, np.nan))
     with pytest.raises(TypeError, match="X: expected an array or a dense Tensor"):
@@ -73,10 +73,10 @@ def test_labels_of_any_kind():
 
 def test_a_sample():
     data = load_digits()
-    found = metrics.silhouette(data.data, data.target, 900)
-    assert found == metrics.silhouette(data.data, data.target, 900)
-    assert found != metrics.silhouette(data.data, data.target, 900, random_state=1)
-    assert found == pytest.approx(silhouette_score(data.data, data.target), abs=0.02)
+    result = metrics.silhouette(data.data, data.target, 900)
+    assert result == metrics.silhouette(data.data, data.target, 900)
+    assert result != metrics.silhouette(data.data, data.target, 900, random_state=1)
+    assert result == pytest.approx(silhouette_score(data.data, data.target), abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_sample():
         ([[1.0], [2.0], [3.0]], [0, 1], None, r"labels: expected shape \[3\], got \[2\]"),
         ([1.0, 2.0], [0, 1], None, r"X: expected shape \[N, D\] with N, D >= 1, got \[2\]"),
         ([[1.0], [np.nan], [3.0]], [0, 1, 1], None, "X: expected finite values"),
-        ([[1.0], [2.0], [3.0]], [0, 1, 1], 9, "sample_size: expected 3 to 3 rows, got 9"),
+        ([[1.0], [2.0], [3.0]], [0, 1, 1], 9, "sample_size: expected an int from 3 to 3, got 9"),
     ],
 )
 def test_bad_input(x, labels, size, text):
@@ -112,9 +112,9 @@ def test_memory_of_a_hundred_thousand_rows():
 @pytest.mark.parametrize("name", ["X", "labels"])
 def test_masked_entries_are_refused(name):
     x, labels = np.arange(8.0).reshape(4, 2), np.array([0, 0, 1, 1])
-    given = {"X": np.ma.masked_greater(x, 6), "labels": np.ma.masked_equal(labels, 1)}[name]
+    arguments = {"X": np.ma.masked_greater(x, 6), "labels": np.ma.masked_equal(labels, 1)}[name]
     text = f"{name}: expected an array without masked entries, got a masked array"
     with pytest.raises(ValueError, match=text):
-        metrics.silhouette(*((given, labels) if name == "X" else (x, given)))
+        metrics.silhouette(*((arguments, labels) if name == "X" else (x, arguments)))
     nothing_hidden = np.ma.masked_array(x, mask=False)
     assert metrics.silhouette(nothing_hidden, labels) == metrics.silhouette(x, labels)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers: values against the ops, gradients, storage, compilation, autocast, errors."""
+"""The layers: values against the ops, gradients, parameters and files, compilation, autocast,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from _compiling import Counting
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -30,7 +33,7 @@ def _draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
 
 
 def _full(seed: int = 0, dtype: torch.dtype = F64) -> AssociativeMemory:
-    """A layer that uses every option: four memories of three features, nothing frozen."""
+    """A layer with every option: four memories of three features, nothing frozen."""
     layer = AssociativeMemory.from_patterns(
         _draw(seed, 4, 3, dtype=dtype), steps=3, step=0.7, beta=0.8, learn_memories=True,
         learn_beta=True, log_weights=0.3 * _draw(seed + 1, 4, dtype=dtype), precision="highest",
@@ -51,7 +54,7 @@ def _equal(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [1e4, float("nan")])
-def test_weights_do_not_see_a_memory_that_is_taken_out(value):
+def test_a_masked_memory_gets_no_weight(value):
     rho = torch.cat([torch.randn(5, 4), torch.full((1, 4), value)])
     out = torch.tensor([0.0] * 5 + [-torch.inf])
     v = torch.randn(7, 4)
@@ -92,8 +95,8 @@ def test_weights_follow_their_equation():
     layer = AssociativeMemory.from_patterns(rho, beta=beta, log_weights=lam)
     v = _draw(3, 5, 3)
     sqdist = (v[:, None] - rho[:, None]).square().sum(-1)
-    want = (lam[:, None] - beta * sqdist).softmax(-1)
-    _close(layer.weights(v), want)
+    expected = (lam[:, None] - beta * sqdist).softmax(-1)
+    _close(layer.weights(v), expected)
     assert (layer.weights(v)[1, :, 2] == 0).all()
     far = AssociativeMemory.from_patterns((rho + 1e5).float(), beta=beta, log_weights=lam)
     near = AssociativeMemory.from_patterns((rho + 1e5).float().double(), beta=beta, log_weights=lam)
@@ -104,14 +107,14 @@ def test_weights_follow_their_equation():
 @pytest.mark.parametrize(
     ("scale", "beta"), [(1e10, 1e38), (1e20, 1e-37), (1e19, 1e-37), (1e-25, 1e38), (1e-30, 1.0)]
 )
-def test_weights_hold_at_the_ends_of_float32(scale, beta):
-    """Squared distances, and their products with beta, are beyond the range."""
+def test_weights_are_right_at_the_ends_of_float32(scale, beta):
+    """Squared distances and their products with beta overflow."""
     rho, v = _draw(0, 4, 4).float() * scale, _draw(1, 3, 4).float() * scale
     layer = AssociativeMemory.from_patterns(rho, beta=beta, learn_memories=True, learn_beta=True)
     sqdist = (v.double()[:, None] - rho.double()).square().sum(-1)
-    want = (-layer.beta.double() * sqdist).softmax(-1)
+    expected = (-layer.beta.double() * sqdist).softmax(-1)
     weights = layer.weights(v)
-    _close(weights.double(), want, 1e-6)
+    _close(weights.double(), expected, 1e-6)
     torch.testing.assert_close(layer(v), weights @ rho, rtol=0, atol=2e-6 * scale)
     weights[:, 0].sum().backward()
     assert not any(x.grad.isnan().any() for x in (layer.memories, layer.log_beta))
@@ -129,7 +132,7 @@ def test_weights_in_half_precision_are_float32():
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
 def test_damaged_patterns_are_recalled(beta):
-    """Case 12 of the specification: half of the entries hidden, the others held."""
+    """Case 12 of the specification: half of the entries hidden, the others masked."""
     patterns = _draw(0, 5, 64)
     order = _draw(1, 5, 64).argsort(-1)
     hidden = order < 32
@@ -147,7 +150,7 @@ def test_stored_patterns_return_themselves(beta):
     _equal(layer.assign(patterns)[0], torch.arange(5))
 
 
-def test_a_memory_taken_out_is_not_recalled():
+def test_a_masked_memory_is_not_recalled():
     patterns = torch.eye(3, dtype=F64)
     lam = torch.tensor([0.0, -math.inf, 0.0])
     layer = AssociativeMemory.from_patterns(patterns, steps=5, beta=30.0, log_weights=lam)
@@ -214,7 +217,7 @@ def test_patterns_are_copied_and_frozen_unless_asked():
     assert learning.memories.requires_grad
     assert learning.log_beta.requires_grad
     assert AssociativeMemory.from_patterns(patterns, log_weights=True).log_weights.shape == (4,)
-    # patterns that come out of a graph stay out of the layer's
+    # patterns with a gradient do not connect the layer to their graph
     grown = AssociativeMemory.from_patterns(_draw(0, 4, 3).requires_grad_() * 2)
     assert grown.memories.is_leaf
 
@@ -284,7 +287,7 @@ def test_beta_can_be_set():
 
 
 def test_beta_stays_positive():
-    """A rate that would carry a bare beta far below zero."""
+    """With a rate at which a plain beta would become negative."""
     layer = AssociativeMemory.from_patterns(_draw(0, 4, 3), learn_beta=True)
     optimiser = torch.optim.SGD(layer.parameters(), 50.0)
     v = _draw(1, 20, 3)
@@ -300,7 +303,7 @@ def test_beta_stays_positive():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("beta", [100.0, 1e5, 1e30])
-def test_a_half_layer_has_the_beta_that_was_asked_for(dtype, beta):
+def test_a_half_layer_has_the_beta_of_its_argument(dtype, beta):
     """1e5 is inf in float16, and 100 is 98.8 in bfloat16 after a logarithm."""
     layer = AssociativeMemory.from_patterns(torch.eye(3, dtype=dtype), beta=beta, learn_beta=True)
     torch.testing.assert_close(layer.beta, torch.tensor([beta]), rtol=1e-5, atol=0)
@@ -341,7 +344,7 @@ def test_a_converted_layer_keeps_its_beta(convert, dtype):
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e38), (torch.float32, 1e38),
                                              (F64, 1e308)])  # fmt: skip
-def test_training_cannot_carry_beta_out_of_its_range(dtype, most):
+def test_training_keeps_beta_in_its_range(dtype, most):
     """A logarithm whose exponential is 0 or inf gives the limit, and no gradient."""
     layer = AssociativeMemory(4, 3, dtype=dtype)
     for log, limit in ((1e4, most), (-1e4, 10 / most)):
@@ -355,7 +358,7 @@ def test_training_cannot_carry_beta_out_of_its_range(dtype, most):
 
 
 class _Shifted(nn.Module):
-    """The parameter is one more than what is stored."""
+    """A parametrization: the parameter is the stored value plus one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 1
@@ -413,7 +416,7 @@ class _Same(_OneWay):
 
 
 def test_a_parametrized_parameter_has_memory_of_its_own():
-    """torch stores the very tensor that right_inverse returns."""
+    """torch stores the tensor that right_inverse returns, without a copy."""
     layer = AssociativeMemory(4, 3, beta=torch.ones(4), dtype=F64)
     nn.utils.parametrize.register_parametrization(layer, "log_beta", _Same())
     stored = layer.parametrizations.log_beta.original
@@ -427,7 +430,7 @@ def test_a_parametrized_parameter_has_memory_of_its_own():
 
 
 def test_a_parametrization_without_an_inverse_is_named():
-    """What cannot be set is refused: a value that is written to a computed tensor is lost."""
+    """A value written to a computed tensor would be lost, so setting it raises."""
     layer = AssociativeMemory(4, 3)
     nn.utils.parametrize.register_parametrization(layer, "log_beta", _OneWay())
     text = "log_beta: expected a parameter, or a parametrization with right_inverse, got "
@@ -494,10 +497,10 @@ def test_frozen_parameters_receive_nothing():
     assert not layer(v.detach()).requires_grad
 
 
-def test_training_finds_the_centres():
+def test_training_finds_the_blobs():
     """The memories of three blobs whose rows have hidden entries."""
-    centres = 4 * torch.eye(3, dtype=F64)
-    x = (centres[:, None] + 0.1 * _draw(0, 3, 30, 3)).reshape(-1, 3)
+    centers = 4 * torch.eye(3, dtype=F64)
+    x = (centers[:, None] + 0.1 * _draw(0, 3, 30, 3)).reshape(-1, 3)
     layer = AssociativeMemory.from_patterns(x[[0, 30, 60]], beta=0.5, learn_memories=True)
     optimiser = torch.optim.Adam([layer.memories], 0.05)
     generator = torch.Generator().manual_seed(0)
@@ -507,7 +510,7 @@ def test_training_finds_the_centres():
         optimiser.zero_grad()
         (out - x).square().mean().backward()
         optimiser.step()
-    _close(layer.memories.data, centres, 0.2)
+    _close(layer.memories.data, centers, 0.2)
     _equal(layer.assign(x)[0], torch.arange(3).repeat_interleave(30))
 
 
@@ -530,7 +533,7 @@ def test_state_dict_round_trip():
     other = _full(seed=10)
     other.load_state_dict(torch.load(file, weights_only=True))
     _same(layer, other)
-    # a trained layer's file in a frozen one, and the other way round
+    # a file of a trained layer in a frozen one, and the reverse
     frozen = AssociativeMemory.from_patterns(torch.zeros(4, 3, dtype=F64))
     frozen.load_state_dict(AssociativeMemory(4, 3, dtype=F64).state_dict())
     with pytest.raises(RuntimeError, match="Unexpected key"):
@@ -540,17 +543,17 @@ def test_state_dict_round_trip():
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_file_with_a_scalar_beta_loads(assign, nested):
-    """Earlier versions wrote one beta, and one log-weight, for all memories without a dim."""
+    """Earlier versions stored one beta and one log-weight for all memories, without a dim."""
     layer = AssociativeMemory.from_patterns(_draw(0, 4, 3), log_weights=torch.zeros(1, dtype=F64))
     old = {"memories": _draw(1, 4, 3), "log_beta": torch.tensor(2.0, dtype=F64).log(),
            "log_weights": torch.tensor(-0.5, dtype=F64)}  # fmt: skip
-    given = {f"1.{name}": x for name, x in old.items()} if nested else old
+    state = {f"1.{name}": x for name, x in old.items()} if nested else old
     module = nn.Sequential(nn.Identity(), layer) if nested else layer
-    module.load_state_dict(given, assign=assign)
+    module.load_state_dict(state, assign=assign)
     assert layer.log_beta.shape == layer.log_weights.shape == (1,)
     torch.testing.assert_close(layer.beta.detach(), torch.tensor([2.0], dtype=F64))
     _equal(layer.log_weights.detach(), torch.tensor([-0.5], dtype=F64))
-    assert all(x.ndim == 0 for name, x in given.items() if "log" in name)
+    assert all(x.ndim == 0 for name, x in state.items() if "log" in name)
 
 
 def test_a_file_of_a_half_layer_loads():
@@ -570,17 +573,17 @@ def test_a_half_state_dict_leaves_log_beta_float32(parametrized, assign, dtype):
     model = nn.Sequential(AssociativeMemory(4, 3, beta=2.0, dtype=dtype))
     if parametrized:
         nn.utils.parametrize.register_parametrization(model[0], "log_beta", _Shifted())
-    given = {name: x.to(dtype) for name, x in model.state_dict().items()}
-    model.load_state_dict(given, assign=assign)
+    state = {name: x.to(dtype) for name, x in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
     assert model[0].log_beta.dtype == torch.float32
     model[0].beta = 1e5
     torch.testing.assert_close(model[0].beta.detach(), torch.tensor([1e5]), rtol=2e-6, atol=0)
-    assert all(x.dtype == dtype for x in given.values())
+    assert all(x.dtype == dtype for x in state.values())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
                          ids=["deepcopy", "pickle"])  # fmt: skip
-def test_copies_are_equal_and_apart(copied):
+def test_copies_are_equal_and_separate(copied):
     layer = _full()
     other = copied(layer)
     _same(layer, other)
@@ -607,47 +610,27 @@ def test_repr_says_what_the_layer_is():
 # ---- compilation, transforms, autocast -----------------------------------------------------------
 
 
-class _Counting:
-    """aot_eager, and how often it was asked to compile."""
-
-    def __init__(self) -> None:
-        self.compiled = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        from torch._dynamo.backends.debugging import aot_eager
-
-        self.compiled += 1
-        return aot_eager(graph, inputs)
-
-
-@pytest.fixture
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def _model(dtype: torch.dtype = F64) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 3, dtype=dtype), _full(dtype=dtype),
                          nn.Linear(3, 2, dtype=dtype))  # fmt: skip
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_training_is_one_graph_for_all_row_counts():
-    counting = _Counting()
+    counting = Counting()
     model = _model()
     compiled = torch.compile(model, backend=counting, fullgraph=True)
     for rows in (5, 6, 7, 8, 19):
         x = _draw(rows, rows, 5)
-        got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
-        want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-        for a, b in zip(got, want, strict=True):
+        result = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        for a, b in zip(result, expected, strict=True):
             _close(a, b)
     assert counting.compiled <= 2
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("method", ["energy", "assign", "weights"])
 def test_methods_compile(method):
     layer, v = _full(), _draw(5, 6, 3)
@@ -655,9 +638,9 @@ def test_methods_compile(method):
     torch.testing.assert_close(compiled(v), getattr(layer, method)(v))
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_beta_that_is_set_does_not_recompile():
-    counting, layer, v = _Counting(), _full(), _draw(5, 6, 3)
+    counting, layer, v = Counting(), _full(), _draw(5, 6, 3)
     compiled = torch.compile(layer, backend=counting, fullgraph=True)
     for beta in (0.5, 1.0, 2.0):
         layer.beta = beta
@@ -665,14 +648,14 @@ def test_a_beta_that_is_set_does_not_recompile():
     assert counting.compiled == 1
 
 
-@pytest.mark.usefixtures("_fresh")
-def test_our_message_survives_compilation():
+@pytest.mark.usefixtures("fresh_compiler")
+def test_error_messages_are_the_same_in_compiled_code():
     compiled = torch.compile(_full(), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"v: expected shape \[\.\.\., N, 3\] to match memories"):
         compiled(_draw(0, 6, 2))
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_export_with_a_symbolic_row_count():
     layer = _full()
     shapes = ({0: torch.export.Dim("n", min=2)},)
@@ -689,8 +672,8 @@ def test_stacked_layers_run_under_vmap():
         return torch.func.functional_call(base, (p, b), (v,))
 
     v = _draw(5, 6, 3)
-    got = torch.vmap(call, in_dims=(0, 0, None))(parameters, buffers, v)
-    for a, layer in zip(got, layers, strict=True):
+    result = torch.vmap(call, in_dims=(0, 0, None))(parameters, buffers, v)
+    for a, layer in zip(result, layers, strict=True):
         _close(a, layer(v))
 
 
@@ -701,25 +684,25 @@ def test_per_sample_gradients():
     def loss(p: Any, row: Tensor) -> Tensor:
         return torch.func.functional_call(layer, p, (row[None],)).square().sum()
 
-    got = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, v)
+    result = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, v)
     layer(v).square().sum().backward()
     for name, p in layer.named_parameters():
-        _close(got[name].sum(0), p.grad)
+        _close(result[name].sum(0), p.grad)
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast(compiled):
-    """Half rows meet float32 memories; the state is never rounded to half."""
+    """Half-precision rows meet float32 memories; the state is never rounded to half."""
     model = _model(torch.float32)
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     x = _draw(0, 6, 5, dtype=torch.float32)
-    seen = []
-    handle = model[1].register_forward_hook(lambda m, i, o: seen.append((i[0].dtype, o.dtype)))
+    dtypes = []
+    handle = model[1].register_forward_hook(lambda m, i, o: dtypes.append((i[0].dtype, o.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
     handle.remove()
-    assert seen == [(torch.bfloat16, torch.float32)]
+    assert dtypes == [(torch.bfloat16, torch.float32)]
     with torch.autocast("cpu", torch.bfloat16):
         out = run(x)
         loss = out.float().square().mean()
@@ -742,11 +725,11 @@ def test_autocast_of_the_methods():
         torch.testing.assert_close(layer.weights(half), layer.weights(half.float()))
 
 
-# ---- layers spread over processes ----------------------------------------------------------------
+# ---- layers sharded over processes ---------------------------------------------------------------
 
 
 def test_every_parameter_has_a_dim():
-    """fully_shard splits a parameter along its first dim and refuses one without."""
+    """fully_shard splits a parameter along its first dim and refuses one without dims."""
     layers = [
         AssociativeMemory(4, 3, beta=beta, log_weights=True)
         for beta in (2, torch.tensor(2.0), torch.ones(1), torch.ones(4))
@@ -758,7 +741,7 @@ def test_every_parameter_has_a_dim():
 
 @pytest.fixture
 def mesh():
-    """A group of this process alone."""
+    """A process group of this process alone."""
     distributed = pytest.importorskip("torch.distributed")
     if not (distributed.is_available() and distributed.is_gloo_available()):
         pytest.skip("torch has no gloo")
@@ -809,8 +792,8 @@ def _new(**options: Any) -> Any:
 
 
 def _stored(patterns: Any = None, **options: Any) -> Any:
-    given = torch.zeros(3, 4) if patterns is None else patterns
-    return lambda: AssociativeMemory.from_patterns(given, **options)
+    patterns_or_zeros = torch.zeros(3, 4) if patterns is None else patterns
+    return lambda: AssociativeMemory.from_patterns(patterns_or_zeros, **options)
 
 
 def _called(*args: Any, method: str = "forward", **options: Any) -> Any:

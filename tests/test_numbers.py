@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of numpy stand wherever a Python number stands, and give the same bits."""
+"""Numpy's numbers are accepted wherever a Python number is, and give the same bits."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_floats_of_ops_and_layers(call, kind):
     _equal(call(kind), call(float))
 
 
-def test_a_layer_holds_python_numbers():
-    """torch.compile takes an attribute that is one of numpy's for an array."""
+def test_a_layer_stores_python_numbers():
+    """torch.compile treats an attribute that is a numpy number as an array."""
     layer = AssociativeMemory(np.int64(4), np.int64(3), steps=np.int64(2), step=np.float32(0.5))
     assert [type(x) for x in (layer.steps, layer.step)] == [int, float]
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
@@ -106,14 +106,14 @@ def test_a_layer_holds_python_numbers():
     ids=["k", "steps", "layer steps", "layer sizes"],
 )
 @pytest.mark.parametrize("value", [np.float64(3.0), np.bool_(True), np.array(3), True])
-def test_what_is_no_integer_is_refused(call, text, value):
+def test_values_that_are_no_integers_are_refused(call, text, value):
     with pytest.raises(TypeError) as caught:
         call(lambda _: value)
     assert str(caught.value) == text.format(repr(value))
 
 
 @pytest.mark.parametrize("value", [np.bool_(True), np.array(0.5), torch.tensor(0.5), True])
-def test_what_is_no_step_is_refused(value):
+def test_values_that_are_no_steps_are_refused(value):
     for call in (REALS["am_step step"], REALS["am_recursion step"]):
         with pytest.raises(TypeError) as caught:
             call(lambda _: value)
@@ -136,7 +136,7 @@ def test_an_error_names_a_lam_without_an_inverse():
 
 
 def test_symbolic_numbers_are_traced():
-    """One graph for every k and for every number of steps, as for plain ints."""
+    """One graph for every k and every number of steps, as for plain ints."""
     torch._dynamo.reset()
     graphs = []
 
@@ -158,7 +158,7 @@ def test_symbolic_numbers_are_traced():
 
 X = np.concatenate([np.random.default_rng(i).normal(4 * i, 1, (40, 3)) for i in range(3)])
 HOLED = np.where(np.random.default_rng(9).random(X.shape) < 0.1, np.nan, X)
-# whole numbers, and numbers that every float type holds
+# whole numbers, and numbers that every float type represents exactly
 MODELS = {
     "KMeans": (
         KMeans,
@@ -192,11 +192,11 @@ WORDS = {
 
 
 def _models(name: str, whole: Any, real: Any) -> tuple[Any, Any]:
-    """An estimator whose numbers are numpy's, and the same with Python's."""
+    """An estimator with numpy's numbers, and the same with Python's."""
     kind, ints, floats = MODELS[name]
     words = WORDS.get(name, {})
-    given = {n: whole(x) for n, x in ints.items()} | {n: real(x) for n, x in floats.items()}
-    return kind(**given, **words), kind(**ints, **floats, **words)
+    options = {n: whole(x) for n, x in ints.items()} | {n: real(x) for n, x in floats.items()}
+    return kind(**options, **words), kind(**ints, **floats, **words)
 
 
 @pytest.mark.parametrize(("whole", "real"), [(np.int64, np.float64), (np.uint8, np.float16)])
@@ -215,11 +215,11 @@ def test_estimators(name, whole, real, tmp_path):
     after = model.get_params()
     assert all(after[key] is value for key, value in before.items())
     if name.startswith("ClAM"):
-        found, wanted = (
+        result, expected = (
             m.complete(HOLED, beta=b(1.5), steps=s(3), step=b(0.5))
             for m, s, b in ((model, whole, real), (plain, int, float))
         )
-        assert np.array_equal(found, wanted)
+        assert np.array_equal(result, expected)
     model.save(tmp_path / "model.safetensors")
     again = type(model).load(tmp_path / "model.safetensors")
     assert np.array_equal(again.predict(data), plain.predict(data))
@@ -235,15 +235,15 @@ def test_partial_fit(whole, real):
 
 
 def test_a_callback_may_set_another_number():
-    """The numbers that a fit replaces come back, but for those that were set meanwhile."""
-    seen = []
+    """A fit restores the numbers that it converted, except for those set during the fit."""
+    numbers = []
 
     def callback(model: Any, info: Any) -> None:
-        seen.append((model.n_clusters, type(model.n_clusters)))
+        numbers.append((model.n_clusters, type(model.n_clusters)))
         model.set_params(tol=0.5)
 
     model = KMeans(np.int64(3), tol=np.float32(0.25), callbacks=callback, random_state=0).fit(X)
-    assert set(seen) == {(3, int)}
+    assert set(numbers) == {(3, int)}
     assert (model.n_clusters, type(model.n_clusters), model.tol) == (3, np.int64, 0.5)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures by content: titles, what was drawn, not blank."""
+"""Plots by their content: titles, number of artists, and that they are not blank."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_clusters(tmp_path: Path) -> None:
         "memory",
     ]
     assert pixels(ax, tmp_path).std() > 0.05
-    given = plots.plot_clusters(x, labels, embedding=x[:, :2])
-    np.testing.assert_allclose(given.collections[0].get_offsets(), x[labels == 0][:, :2])
+    axes = plots.plot_clusters(x, labels, embedding=x[:, :2])
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), x[labels == 0][:, :2])
 
 
 @pytest.mark.parametrize("features", [1, 2, 3])

@@ -91,28 +91,28 @@ def test_relabelling_is_the_labels_of_the_plan():
     logp = logp.log_softmax(1)
     before = heads.labels.clone()
     done = heads.relabel(logp, 1)
-    want = clam_kernels.sela_labels(logp, tol=1e-8, max_iter=4000)
-    assert torch.equal(heads.labels[1], want)
+    expected = clam_kernels.sela_labels(logp, tol=1e-8, max_iter=4000)
+    assert torch.equal(heads.labels[1], expected)
     assert torch.equal(heads.labels[[0, 2]], before[[0, 2]])
     assert (done.head, done.converged) == (1, True)
     assert done.err <= 1e-8
     assert done.n_iter > 0
-    assert done.changed == float((before[1] != want).double().mean()) > 0
-    assert torch.equal(done.counts, torch.bincount(want, minlength=K))
+    assert done.changed == float((before[1] != expected).double().mean()) > 0
+    assert torch.equal(done.counts, torch.bincount(expected, minlength=K))
     assert int((done.counts - N / K).abs().max()) <= 1
 
 
 def test_relabelling_takes_a_callable_for_one_head_at_a_time():
-    one, two, asked = _heads(), _heads(), []
+    one, two, calls = _heads(), _heads(), []
 
     def give(head: int) -> Tensor:
-        asked.append(head)
+        calls.append(head)
         return _draw(head, N, K).log_softmax(1)
 
     for head in (2, 0):
         one.relabel(give, head)
         two.relabel(_draw(head, N, K).log_softmax(1), head)
-    assert asked == [2, 0]
+    assert calls == [2, 0]
     assert torch.equal(one.labels, two.labels)
 
 
@@ -122,16 +122,16 @@ def test_the_next_relabelling_starts_from_the_last_potentials():
     assert bool(heads.g[0].abs().max() > 0)
     assert bool((heads.g[1:] == 0).all())
     again = heads.relabel(logp + 0.001 * _draw(3, N, K), 0)
-    cold = _heads()
-    fresh = cold.relabel(logp + 0.001 * _draw(3, N, K), 0)
+    without_start = _heads()
+    fresh = without_start.relabel(logp + 0.001 * _draw(3, N, K), 0)
     assert again.n_iter <= fresh.n_iter
     assert again.n_iter < first.n_iter
     assert again.changed < 0.1
-    assert torch.equal(heads.labels[0], cold.labels[0])
+    assert torch.equal(heads.labels[0], without_start.labels[0])
 
 
 def test_mean_features_stand_for_the_mean_of_log_probabilities():
-    """What `relabel_features` says: row constants change nothing."""
+    """As `relabel_features` says: constants of a row change nothing."""
     heads = _heads(dtype=F64, tol=1e-6, max_iter=4000)
     draws = [_draw(s, N, D, dtype=F64) for s in range(4)]
     mean = torch.stack([heads.log_probabilities(x, 0) for x in draws]).mean(0)
@@ -143,15 +143,15 @@ def test_mean_features_stand_for_the_mean_of_log_probabilities():
 
 
 def test_without_an_array_of_scores(monkeypatch):
-    """Past DENSE_ENTRIES scores are made anew tile by tile."""
+    """Beyond DENSE_ENTRIES entries, scores are computed again tile by tile."""
     heads, x = _heads(dtype=F64, tol=1e-6, max_iter=4000), _draw(1, N, D, dtype=F64)
     tiled = copy.deepcopy(heads)
     dense = heads.relabel_features(x, 0)
     monkeypatch.setattr(module, "DENSE_ENTRIES", 0)
-    real, seen = module.sinkhorn, []
-    monkeypatch.setattr(module, "sinkhorn", lambda s, **k: (seen.append(type(s)), real(s, **k))[1])
+    real, calls = module.sinkhorn, []
+    monkeypatch.setattr(module, "sinkhorn", lambda s, **k: (calls.append(type(s)), real(s, **k))[1])
     done = tiled.relabel_features(x, 0)
-    assert seen == [tuple]
+    assert calls == [tuple]
     assert torch.equal(heads.labels, tiled.labels)
     torch.testing.assert_close(heads.g, tiled.g, rtol=0, atol=1e-9)
     assert abs(done.err - dense.err) < 1e-9
@@ -160,7 +160,7 @@ def test_without_an_array_of_scores(monkeypatch):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_shares(strict):
-    """Unequal shares in any unit; rows not a multiple of the labels."""
+    """Unequal shares in any unit; the number of rows is no multiple of the labels."""
     share = torch.tensor([4.0, 2.0, 2.0, 1.0, 1.0])
     rows = 63
     heads = _heads(rows=rows, col_marginal=share, strict=strict, tol=1e-5, max_iter=4000)
@@ -176,8 +176,8 @@ def test_heavy_rows_count_more():
     logp = _draw(2, N, K).log_softmax(1)
     heads = _heads(row_marginal=mass, tol=1e-5, max_iter=4000)
     heads.relabel(logp, 0)
-    held = torch.bincount(heads.labels[0], mass, minlength=K)
-    assert float((held - mass.sum() / K).abs().max()) <= 9
+    masses = torch.bincount(heads.labels[0], mass, minlength=K)
+    assert float((masses - mass.sum() / K).abs().max()) <= 9
     plain = _heads(tol=1e-5, max_iter=4000)
     plain.relabel(logp, 0)
     assert not torch.equal(plain.labels[0], heads.labels[0])
@@ -188,18 +188,18 @@ def test_failed_relabelling_raises_and_changes_nothing(value):
     heads, logp = _heads(), _draw(2, N, K).log_softmax(1)
     logp[7, 3] = value
     before = copy.deepcopy(heads.state_dict())
-    text = "head 1: its log-probabilities are not finite, so they give no labels"
+    text = "head 1: expected log-probabilities that have a plan, got NaN"
     with pytest.raises(FloatingPointError, match=text):
         heads.relabel(logp, 1)
-    for name, kept in heads.state_dict().items():
-        assert torch.equal(kept, before[name])
+    for name, tensor in heads.state_dict().items():
+        assert torch.equal(tensor, before[name])
     logp[7] = -torch.inf
-    with pytest.raises(FloatingPointError, match="head 1: its log-probabilities are infeasible"):
+    with pytest.raises(FloatingPointError, match=r"head 1: .* got a row or column with -inf only"):
         heads.relabel(logp, 1)
 
 
-def test_a_class_that_no_row_likes_gets_its_share():
-    """The released linear-domain loop gives every row label 0 here, in float64 too."""
+def test_a_class_of_low_scores_gets_its_share():
+    """The published linear-domain loop gives every row label 0 here, in float64 too."""
     rows = 400
     logits = _draw(0, rows, 10)
     logits[:, 7] -= 40
@@ -217,7 +217,7 @@ def test_few_iterations_are_reported():
 
 
 def test_memory_is_that_of_one_head():
-    """No array of [heads, N, K]: peak of what torch allocates, against one head's."""
+    """No array of [heads, N, K]: torch's peak memory equals that of one head."""
     peaks = []
     for count in (1, 8):
         heads = SelfLabeller(D, 50, 4000, count)
@@ -244,7 +244,7 @@ def _steps(heads: SelfLabeller, optimiser: torch.optim.Optimizer, x: Tensor, fir
         optimiser.step()
 
 
-def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been():
+def test_a_loaded_layer_continues_bit_for_bit():
     x = _draw(5, N, D)
     whole = _heads()
     optimiser = torch.optim.SGD(whole.parameters(), 0.5, momentum=0.9)
@@ -298,16 +298,17 @@ def test_a_state_with_a_marginal_does_not_load_into_a_layer_without(name):
             layers[target].load_state_dict(state)
         assert str(caught.value).splitlines()[1:] == [f"\t{words}: make the layer {source} {name}"]
     heads = {part: state[f"0.{part}"] for part in ("weight", "bias")}
-    lost = layers["with"][0].load_state_dict(heads, strict=False)  # no labels of other shares
+    # its labels do not have other shares
+    lost = layers["with"][0].load_state_dict(heads, strict=False)
     assert set(lost.missing_keys) == {"labels", "g", name}
 
 
 @pytest.mark.parametrize("start", ["balanced", "given"])
 def test_a_layer_made_on_meta_is_complete_after_a_reset(start):
-    given = {"start": torch.arange(N).flip(0) % K} if start == "given" else {}
-    plain = _heads(**_masses(), **given)
+    options = {"start": torch.arange(N).flip(0) % K} if start == "given" else {}
+    plain = _heads(**_masses(), **options)
     before = torch.get_rng_state()
-    heads = SelfLabeller(D, K, N, H, device="meta", **_masses(), **given)
+    heads = SelfLabeller(D, K, N, H, device="meta", **_masses(), **options)
     assert torch.equal(torch.get_rng_state(), before), "nothing is drawn on meta"
     assert all(t.is_meta for t in heads.state_dict().values())
     heads.to_empty(device="cpu")
@@ -326,7 +327,7 @@ def test_the_default_device_is_that_of_the_layer():
     assert all(t.is_cpu for t in here.state_dict().values())
 
 
-def test_labels_out_of_range_are_never_trained_on():
+def test_labels_out_of_range_are_refused():
     heads, x, rows = _heads(), _draw(1, 2, D), torch.tensor([0, 1])
     heads.loss(x, rows)
     heads.labels[1, 40] = -1
@@ -342,7 +343,7 @@ def test_labels_out_of_range_are_never_trained_on():
         heads.loss(x, rows)
 
 
-def test_assign_is_what_relabelling_gave():
+def test_assign_returns_the_labels_of_relabelling():
     heads, x = _heads(tol=1e-6, max_iter=4000), _draw(1, N, D)
     heads.relabel_features(x, 2)
     assert torch.equal(heads.assign(x, 2), heads.labels[2])
@@ -371,13 +372,13 @@ def test_casts_round_no_potentials_and_no_marginals(cast):
     heads.relabel(_draw(2, N, K).log_softmax(1), 0)
     before = {name: getattr(heads, name).clone() for name in ("g", *shares)}
     assert getattr(heads, cast)() is heads
-    for name, kept in before.items():
+    for name, value in before.items():
         assert getattr(heads, name).dtype == F64
-        assert torch.equal(getattr(heads, name), kept), name
+        assert torch.equal(getattr(heads, name), value), name
     dtype = getattr(torch, cast)
     assert heads.weight.dtype == dtype
     heads.relabel_features(_draw(1, N, D, dtype=dtype), 0)
-    heads.to("meta", torch.float16)  # moved and cast at once
+    heads.to("meta", torch.float16)  # moved and cast in one call
     assert all(t.is_meta for t in heads.state_dict().values())
     assert [getattr(heads, name).dtype for name in before] == [F64] * 3
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinkhorn scaling: worked cases, marginals, invariances, hazards. Tables: docs/ops/sinkhorn.md."""
+"""Sinkhorn scaling: worked cases, marginals, invariances, numerical hazards. Tables:
+docs/ops/sinkhorn.md.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ L6 = torch.tensor(
 )
 
 
-def _close(found, want, bound=1e-9):
-    torch.testing.assert_close(found, torch.as_tensor(want, dtype=found.dtype), atol=bound, rtol=0)
+def _close(result, expected, bound=1e-9):
+    torch.testing.assert_close(
+        result, torch.as_tensor(expected, dtype=result.dtype), atol=bound, rtol=0
+    )
 
 
 def _codes(logits, g):
@@ -62,8 +66,15 @@ def test_six_by_three():
     _close(_codes(L6, g).mean(0), [0.4319095066, 0.3362349925, 0.2318555009])
     f, g, err, _ = sinkhorn_potentials(L6, 3)
     _close(g, [-4.5595664172, -4.6558057426, -4.7838784259])
-    want = [0.4193513095, -0.3122650357, 1.3166765929, -0.2281494619, -1.0506910027, 1.2804023888]
-    _close(f, want)
+    expected = [
+        0.4193513095,
+        -0.3122650357,
+        1.3166765929,
+        -0.2281494619,
+        -1.0506910027,
+        1.2804023888,
+    ]
+    _close(f, expected)
     codes = _codes(L6, g)
     _close(codes[0], [0.7057772237, 0.0867525935, 0.2074701828])
     _close(codes[3], [0.3693700065, 0.3354790612, 0.2951509323])
@@ -108,39 +119,39 @@ def test_a_scale_and_a_bias_are_those_of_the_logits(first):
     scores, bias, scale = _draw(0, 2, 30, 6), _draw(1, 6), torch.tensor([0.5, 20.0]).double()
     start, (a, b) = _draw(2, 6), (_draw(3, 30).log_softmax(0), _draw(4, 6).log_softmax(0))
     rest = {"log_row": a, "log_col": b, "init": start, "prototype_first": first}
-    want = sinkhorn_potentials(scale[:, None, None] * scores + bias, 4, **rest)
+    expected = sinkhorn_potentials(scale[:, None, None] * scores + bias, 4, **rest)
     for x, y in zip(
-        sinkhorn_potentials(scores, 4, bias=bias, scale=scale, **rest), want, strict=True
+        sinkhorn_potentials(scores, 4, bias=bias, scale=scale, **rest), expected, strict=True
     ):
         _close(x, y, 1e-11)
     z, c = _draw(5, 30, 4), _draw(6, 6, 4)
-    want = sinkhorn_potentials(scale[:, None, None] * (z @ c.T) + bias, 4, **rest)
+    expected = sinkhorn_potentials(scale[:, None, None] * (z @ c.T) + bias, 4, **rest)
     for x, y in zip(
-        sinkhorn_potentials_features(z, c, 4, bias=bias, scale=scale, **rest), want, strict=True
+        sinkhorn_potentials_features(z, c, 4, bias=bias, scale=scale, **rest), expected, strict=True
     ):
         _close(x, y, 1e-11)
 
 
 def test_a_scale_of_epsilon_is_a_division_by_it():
-    """In float32 as in the library's own presets, and of half scores in float32."""
+    """In float32 as in the library's own presets, and for half precision scores in float32."""
     scores = _draw(0, 300, 20).clamp(-1, 1)
     exact = sinkhorn_potentials(scores / 0.05, 3)[1]
     for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
-        found = sinkhorn_potentials(scores.to(dtype), 3, scale=torch.tensor(20.0))[1]
-        assert found.dtype == torch.float32
-        _close(found.double(), exact, bound)
+        result = sinkhorn_potentials(scores.to(dtype), 3, scale=torch.tensor(20.0))[1]
+        assert result.dtype == torch.float32
+        _close(result.double(), exact, bound)
         rounded = sinkhorn_potentials(scores.to(dtype).double() * 20, 3)[1]
-        _close(found.double(), rounded, 2e-5)
+        _close(result.double(), rounded, 2e-5)
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6])
 def test_a_large_bias_cancels(size):
-    """It is added to the potentials in float64: no logit is rounded to its size."""
+    """Float64 adds it to the potentials: no logit is rounded relative to it."""
     logits, bias = _draw(0, 200, 6), size * _draw(1, 6)
-    want = sinkhorn_potentials(logits, 3)[1] - bias
-    found = sinkhorn_potentials(logits.float(), 3, bias=bias)
-    torch.testing.assert_close(found[1].double(), want, atol=1e-5, rtol=1e-6)
-    _close(found[0].double(), sinkhorn_potentials(logits, 3)[0], 1e-5)
+    expected = sinkhorn_potentials(logits, 3)[1] - bias
+    result = sinkhorn_potentials(logits.float(), 3, bias=bias)
+    torch.testing.assert_close(result[1].double(), expected, atol=1e-5, rtol=1e-6)
+    _close(result[0].double(), sinkhorn_potentials(logits, 3)[0], 1e-5)
 
 
 @pytest.mark.parametrize(("value", "status"), [(math.nan, 2), (math.inf, 2), (-math.inf, 3)])
@@ -149,15 +160,15 @@ def test_a_large_bias_cancels(size):
 def test_a_bias_that_is_not_finite_fails_its_problem(value, status, n_iter, first):
     bias = torch.zeros(2, 3, dtype=torch.float64)
     bias[1, 1] = value
-    f, g, err, found = sinkhorn_potentials(L6, n_iter, bias=bias, prototype_first=first)
-    assert found.tolist() == [0, status]
+    f, g, err, statuses = sinkhorn_potentials(L6, n_iter, bias=bias, prototype_first=first)
+    assert statuses.tolist() == [0, status]
     assert bool(f[1].isnan().all() & g[1].isnan().all() & err[1].isnan())
-    shares = torch.tensor([0.5, 0.0, 0.5]).double().log()  # and takes no part if that does not
+    shares = torch.tensor([0.5, 0.0, 0.5]).double().log()  # and is masked if its column is
     small = sinkhorn_potentials(L6[:, [0, 2]], n_iter, prototype_first=first)
-    _, g, _, found = sinkhorn_potentials(
+    _, g, _, statuses = sinkhorn_potentials(
         L6, n_iter, bias=bias, log_col=shares, prototype_first=first
     )
-    assert found.tolist() == [0, 0]
+    assert statuses.tolist() == [0, 0]
     _close(g[1, [0, 2]], small[1], 1e-12)
 
 
@@ -168,15 +179,15 @@ def test_gradients_of_a_scale_sum_over_its_problem():
     def loss(scale):
         return (sinkhorn_potentials(scores, 3, scale=scale)[1] * weight).sum()
 
-    (found,) = torch.autograd.grad(loss(scale), scale)
+    (gradient,) = torch.autograd.grad(loss(scale), scale)
     step = 1e-6
     for i in range(2):
         moved = scale.detach().clone()
         moved[i, 0] += step
         near = float(loss(moved))
         moved[i, 0] -= 2 * step
-        want = (near - float(loss(moved))) / (2 * step)
-        assert float(found[i, 0]) == pytest.approx(want, rel=1e-6)
+        expected = (near - float(loss(moved))) / (2 * step)
+        assert float(gradient[i, 0]) == pytest.approx(expected, rel=1e-6)
 
 
 # ---- marginals and invariances -------------------------------------------------------------------
@@ -217,7 +228,7 @@ def test_permutations_and_shifts(first):
 
 
 def test_a_shift_of_a_row_is_another_start():
-    """Subtracting row maxima before few iterations, as some do, is another method."""
+    """To subtract row maxima before a few iterations, as some codes do, is another method."""
     moved = L6 + torch.tensor([3.0, 0, 0, 0, 0, 0])[:, None]
     gaps = [
         float(
@@ -246,7 +257,7 @@ def test_batches_forms_and_starts_agree():
         _close(a, b, 1e-12)
     for i in range(2):
         _close(sinkhorn_potentials(logits, 4)[1][i], sinkhorn_potentials(logits[i], 4)[1], 1e-13)
-    # a start where an earlier call stopped goes on from there
+    # a start from the potentials of an earlier call continues it
     first = sinkhorn_potentials(logits[0], 5)[1]
     _close(
         sinkhorn_potentials(logits[0], 3, init=first)[1],
@@ -292,11 +303,11 @@ def test_forbidden_pairs():
     ],
     ids=["row", "column", "nan", "inf"],
 )
-def test_a_problem_that_cannot_be_solved_says_so(first, n_iter, change, status):
+def test_an_infeasible_problem_has_a_status(first, n_iter, change, status):
     logits = torch.stack([L6, L6])
     change(logits[1])
-    f, g, err, found = sinkhorn_potentials(logits, n_iter, prototype_first=first)
-    assert found.tolist() == [scaling.FINE, status]
+    f, g, err, statuses = sinkhorn_potentials(logits, n_iter, prototype_first=first)
+    assert statuses.tolist() == [scaling.FINE, status]
     assert bool(f[1].isnan().all() & g[1].isnan().all() & err[1].isnan())
     for a, b in zip(
         (f[0], g[0], err[0]), sinkhorn_potentials(L6, n_iter, prototype_first=first), strict=False
@@ -304,7 +315,7 @@ def test_a_problem_that_cannot_be_solved_says_so(first, n_iter, change, status):
         assert torch.equal(a, b)
 
 
-def test_masses_of_zero_take_no_part():
+def test_entries_without_mass_have_no_influence():
     a = torch.tensor([0, 0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
     b = torch.tensor([0.5, 0.5, 0], dtype=torch.float64)
     logits = L6.clone()
@@ -322,12 +333,14 @@ def test_masses_of_zero_take_no_part():
 
 @pytest.mark.parametrize("low", [3.0, 30.0, 40.0])
 def test_a_rare_class_keeps_its_share(low):
-    """Where the linear domain in float32 gives every row the same label."""
+    """The linear domain in float32 gives every row the same label here."""
     scores = _draw(0, 400, 10)
     scores[:, 7] -= low
     logits = 25 * scores.log_softmax(1)
-    found = [sinkhorn_potentials(logits.to(dtype), 400) for dtype in (torch.float64, torch.float32)]
-    labels = [_codes(logits, g.double()).argmax(1) for _, g, _, _ in found]
+    results = [
+        sinkhorn_potentials(logits.to(dtype), 400) for dtype in (torch.float64, torch.float32)
+    ]
+    labels = [_codes(logits, g.double()).argmax(1) for _, g, _, _ in results]
     assert torch.equal(*labels)
     counts = torch.bincount(labels[0], minlength=10)
     assert int((counts - 40).abs().max()) <= 3
@@ -335,7 +348,9 @@ def test_a_rare_class_keeps_its_share(low):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_prototype_far_below_the_others(first):
-    """300 nats: its mass underflows where no exact pass came before, and is taken anew."""
+    """300 nats below: its mass underflows unless an exact pass came before, so it is computed
+    again.
+    """
     logits = _draw(0, 200, 6)
     logits[:, 2] -= 300
     single = sinkhorn_potentials(logits.float(), 3, prototype_first=first)
@@ -357,7 +372,7 @@ def test_float32_is_near_float64(size):
 
 
 def test_half_scores_that_overflow_an_exponential():
-    """At epsilon .05 exp(score / epsilon) ends at .554 in float16 and 4.4 in float32."""
+    """At epsilon .05 exp(score / epsilon) overflows at .554 in float16 and at 4.4 in float32."""
     scores = _draw(0, 256, 30).clamp(-1, 1) * 8
     logits = (scores / 0.05).half()
     f, g, _, status = sinkhorn_potentials(logits, 3)
@@ -374,7 +389,7 @@ def test_rows_past_the_end_of_int32():
     small = sinkhorn_potentials(row.expand(1000, 64), 1)[1]
     _close(small, -math.log(64) - row[0] - math.log(1000), 1e-5)
     assert n * 64 > 2**31
-    tail = scaling.Scores(row.expand(n, 64), 1.0).raw(slice(n - 3, n), torch.empty(3, 64))
+    tail = scaling.Scores(row.expand(n, 64), 1.0).load(slice(n - 3, n), torch.empty(3, 64))
     assert torch.equal(tail, row.expand(3, 64))
 
 
@@ -387,7 +402,7 @@ def test_equal_bits_twice():
 @pytest.mark.parametrize("scale", [None, 20.0])
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e5])
 def test_rows_of_large_logits_keep_their_digits(size, scale):
-    """What the logits of a row have in common costs nothing in float32, forward and backward."""
+    """A constant of a row's logits costs no digits in float32, forward and backward."""
     logits = (_draw(0, 60, 6) + size * _draw(1, 60, 1)).float()
     g = _draw(2, 6).float().requires_grad_()
     times = None if scale is None else torch.tensor(scale)
@@ -396,8 +411,8 @@ def test_rows_of_large_logits_keep_their_digits(size, scale):
     slope = torch.autograd.grad((log_mass * weight.float()).sum(), g)[0]
     wide = g.detach().double().requires_grad_()
     times = None if scale is None else torch.tensor(scale, dtype=torch.float64)
-    want_f, want, _ = sinkhorn_pass(logits.double(), wide, scale=times)
-    _close(log_mass.double(), want, 2e-5)
+    want_f, expected, _ = sinkhorn_pass(logits.double(), wide, scale=times)
+    _close(log_mass.double(), expected, 2e-5)
     torch.testing.assert_close(f.double(), want_f, rtol=1e-6, atol=1e-5)
-    (want_slope,) = torch.autograd.grad((want * weight).sum(), wide)
+    (want_slope,) = torch.autograd.grad((expected * weight).sum(), wide)
     _close(slope.double(), want_slope, 1e-5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables from and to files: nothing is lost, invented or renamed in silence."""
+"""Tables from and to files: no value is lost, invented or renamed without an error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAN = np.nan
 
 @pytest.fixture
 def table(tmp_path: Path):
-    """A function that writes a text and reads it as a table."""
+    """A function that writes a text to a file and reads it as a table."""
 
     def read(text: str | bytes, **options):
         path = tmp_path / "x.csv"
@@ -59,14 +59,14 @@ def table(tmp_path: Path):
         ("true,2\nfalse,3\n", None, [[1, 2], [0, 3]]),
     ],
 )
-def test_names_and_rows_are_told_apart(table, text, names, rows):
-    x, found = table(text)
-    assert found == names
+def test_names_and_rows_are_distinguished(table, text, names, rows):
+    x, names_read = table(text)
+    assert names_read == names
     np.testing.assert_array_equal(x, np.array(rows, float).reshape(len(rows), x.shape[1]))
 
 
 @pytest.mark.parametrize(
-    ("text", "names", "rows", "told"),
+    ("text", "names", "rows", "message"),
     [
         ("0,1,2\n5,6,7\n", ["0", "1", "2"], 1, "became column names; --no-header"),
         ("2019,2020\n5,6\n", None, 2, "became data; --header"),
@@ -74,10 +74,10 @@ def test_names_and_rows_are_told_apart(table, text, names, rows):
         ("5.1,setosa\n4.9,2\n", ["5.1", "setosa"], 1, "became column names; --no-header"),
     ],
 )
-def test_a_doubtful_header_is_told(table, text, names, rows, told):
-    with pytest.warns(UserWarning, match=told):
-        x, found = table(text)
-    assert (found, len(x)) == (names, rows)
+def test_a_doubtful_header_warns(table, text, names, rows, message):
+    with pytest.warns(UserWarning, match=message):
+        x, names_read = table(text)
+    assert (names_read, len(x)) == (names, rows)
 
 
 def test_the_caller_decides_about_the_header(table):
@@ -99,8 +99,8 @@ def test_a_first_row_beyond_the_first_64_kib_is_read_whole(table, digits):
 
 def test_long_names_are_read_whole(table):
     names = [f"name {i} {'x' * 20}" for i in range(9000)]
-    x, found = table(",".join(names) + "\n" + ",".join(["1.5"] * 9000))
-    assert found == names
+    x, names_read = table(",".join(names) + "\n" + ",".join(["1.5"] * 9000))
+    assert names_read == names
     assert x.shape == (1, 9000)
 
 
@@ -138,28 +138,28 @@ HOSTILE = [
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet"])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_names_and_numbers_come_back(tmp_path, suffix, rows):
+def test_names_and_numbers_round_trip(tmp_path, suffix, rows):
     path = tmp_path / f"x{suffix}"
     x = np.random.default_rng(0).normal(size=(rows, len(HOSTILE))) * 1e-7
     tables.write(path, x, HOSTILE)
-    found, names = tables.read(path)
+    table_read, names = tables.read(path)
     assert names == HOSTILE
-    np.testing.assert_array_equal(found, x)
+    np.testing.assert_array_equal(table_read, x)
 
 
-def test_one_hostile_name_comes_back(tmp_path):
+def test_one_hostile_name_round_trips(tmp_path):
     for name in [*HOSTILE, "NA"]:
         for suffix in (".csv", ".tsv", ".parquet"):
             path = tmp_path / f"x{suffix}"
             tables.write(path, np.arange(3.0), [name])
-            found, names = tables.read(path, header=None if suffix == ".parquet" else True)
+            table_read, names = tables.read(path, header=None if suffix == ".parquet" else True)
             assert names == [name]
-            assert found.tolist() == [[0], [1], [2]]
+            assert table_read.tolist() == [[0], [1], [2]]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_table_comes_back(data):
+def test_any_table_round_trips(data):
     names = data.draw(st.lists(st.text('a",;\t\n\r é0.1-', max_size=5), min_size=1, max_size=4))
     cell = st.sampled_from([NAN, np.inf, -(2.0**60), 1e300, -0.5, 3.0]) | st.floats(width=64)
     row = st.lists(cell, min_size=len(names), max_size=len(names))
@@ -170,9 +170,9 @@ def test_any_table_comes_back(data):
             path = Path(folder) / f"x{suffix}"
             tables.write(path, x, names)
             for options in ({"header": True, "index_col": False}, {"expected": names}):
-                found, read = tables.read(path, **options)
+                table_read, read = tables.read(path, **options)
                 assert read == names
-                np.testing.assert_array_equal(found, x)
+                np.testing.assert_array_equal(table_read, x)
 
 
 def test_pandas_reads_what_was_written(tmp_path):
@@ -218,8 +218,8 @@ def test_the_index_of_a_parquet_file_is_no_feature(tmp_path):
         (frame.set_index(["c"], append=True), ["a", "b"]),
     ):
         written.to_parquet(path)
-        x, found = tables.read(path)
-        assert found == names
+        x, names_read = tables.read(path)
+        assert names_read == names
         np.testing.assert_array_equal(x, written.to_numpy())
         assert len(tables.read(path, index_col=False)[1]) > len(names)
     frame.to_parquet(path, index=False)
@@ -261,16 +261,16 @@ def test_every_level_of_an_index_is_refused(table, levels, names):
         warnings.simplefilter("ignore")
         with pytest.raises(DataFileError, match=r"the column '' has .* --index-col '' leaves it"):
             table(text)
-        x, found = table(text, index_col="")
-        assert (found, x.tolist()) == (names, [[1, 2]])
+        x, names_read = table(text, index_col="")
+        assert (names_read, x.tolist()) == (names, [[1, 2]])
         assert table(text, index_col=False)[0].shape == (1, levels + 2)
 
 
 def test_every_name_that_pandas_makes_is_refused(table):
     text = "Unnamed: 0,Unnamed: 1,a\n7,8,1\n"
-    told = r"'Unnamed: 0', 'Unnamed: 1' .* --index-col 'Unnamed: 0,Unnamed: 1' leaves them out"
+    message = r"'Unnamed: 0', 'Unnamed: 1' .* --index-col 'Unnamed: 0,Unnamed: 1' leaves them out"
     for index in (None, "Unnamed: 0", ["Unnamed: 1"]):
-        with pytest.raises(DataFileError, match=told):
+        with pytest.raises(DataFileError, match=message):
             table(text, index_col=index)
     assert table(text, index_col=["Unnamed: 0", "Unnamed: 1"])[0].tolist() == [[1]]
     assert table(text, drop=["0", "1"])[0].tolist() == [[1]]
@@ -372,7 +372,7 @@ def test_refusals_name_column_row_and_value(table, text, message):
         table(text)
 
 
-def test_integers_that_float64_holds_are_read(table, tmp_path):
+def test_integers_that_float64_represents_are_read(table, tmp_path):
     text = "a,b\n9007199254740992,9223372036854775808\n-9007199254740994,1e300\n"
     assert table(text)[0].tolist() == [[2.0**53, 2.0**63], [-(2.0**53) - 2, 1e300]]
     path = tmp_path / "x.parquet"
@@ -391,9 +391,9 @@ def test_decimals_are_read_as_integers_are(tmp_path, digits, scale):
         kind = (pa.decimal128 if digits < 39 else pa.decimal256)(digits, scale)
         pq.write_table(pa.table({"a": [0] * len(cells), "b": pa.array(cells, kind)}), path)
 
-    held = ["3", "-7", str(2**53 + 2), str(-(2**59)), "123456789012345680"]
-    put(*held, None)
-    np.testing.assert_array_equal(tables.read(path)[0][:, 1], [*map(float, held), NAN])
+    spelled = ["3", "-7", str(2**53 + 2), str(-(2**59)), "123456789012345680"]
+    put(*spelled, None)
+    np.testing.assert_array_equal(tables.read(path)[0][:, 1], [*map(float, spelled), NAN])
     put("1", None, "9007199254740993")
     with pytest.raises(DataFileError, match=r"column 'b', row 3: .* 9007199254740993, .*--drop"):
         tables.read(path)
@@ -404,7 +404,7 @@ def test_decimals_are_read_as_integers_are(tmp_path, digits, scale):
         assert tables.read(path)[0][:, 1].tolist() == list(map(float, few))
 
 
-def test_the_delimiter_is_told_by_whole_rows(table):
+def test_whole_rows_decide_the_delimiter(table):
     assert table('"a,b";c\n1;2\n')[1] == ["a,b", "c"]
     assert table('"a;b;c",d\n1,2\n')[1] == ["a;b;c", "d"]
     assert table('"a,b,c"\td\n1\t2\n')[1] == ["a,b,c", "d"]
@@ -417,7 +417,7 @@ def test_the_delimiter_is_told_by_whole_rows(table):
     np.testing.assert_array_equal(x, [[1.5, NAN], [3.5, 4]])
 
 
-def test_gzip_is_told_by_content(table):
+def test_gzip_is_recognised_by_content(table):
     assert table(gzip.compress(b"a,b\n1,2\n"))[0].tolist() == [[1, 2]]
 
 
@@ -442,7 +442,7 @@ def test_a_folder_named_like_a_partition_is_no_column(tmp_path):
     assert tables.read(folder / "x.parquet")[1] == ["a", "b"]
 
 
-def test_an_output_that_nobody_can_write_is_refused(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     for name in ("x.txt", "x.npy.gz", "x.parquet.gz", "x.gz"):
         with pytest.raises(DataFileError, match="expected an output"):
             tables.check_output(tmp_path / name)

@@ -48,7 +48,7 @@ def test_a_key_is_of_an_npz(tmp_path):
                 read(path, "X")
 
 
-def test_an_npz_without_arrays_is_told(tmp_path):
+def test_an_npz_without_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz")
     with pytest.raises(DataFileError, match="holds no array"):
         tables.read(tmp_path / "x.npz")

@@ -22,27 +22,27 @@ def _draw(seed: int, *shape: int) -> Tensor:
 
 
 def _leaves(seed: int = 0, n: int = 8, k: int = 4) -> dict[str, Tensor]:
-    found = {
+    results = {
         "scores": 0.5 * _draw(seed, n, k),
         "bias": 0.3 * _draw(seed + 1, k),
         "epsilon": torch.tensor(EPSILON, dtype=DOUBLE),
         "row_marginal": _draw(seed + 2, n).softmax(0),
         "col_marginal": _draw(seed + 3, k).softmax(0),
     }
-    return {name: x.requires_grad_() for name, x in found.items()}
+    return {name: x.requires_grad_() for name, x in results.items()}
 
 
 def _call(leaves: dict[str, Tensor], **rest):
     scores = (leaves["z"], leaves["c"]) if "z" in leaves else leaves["scores"]
-    given = {name: x for name, x in leaves.items() if name not in ("scores", "z", "c")}
-    return sinkhorn(scores, **{"epsilon": EPSILON, **given, **rest})
+    options = {name: x for name, x in leaves.items() if name not in ("scores", "z", "c")}
+    return sinkhorn(scores, **{"epsilon": EPSILON, **options, **rest})
 
 
 def _features(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     z, c = 0.7 * _draw(9, 8, 3), _draw(10, 4, 3)
-    found = {"z": z.requires_grad_(), "c": c.requires_grad_(), **leaves}
-    del found["scores"]
-    return found
+    results = {"z": z.requires_grad_(), "c": c.requires_grad_(), **leaves}
+    del results["scores"]
+    return results
 
 
 def _loop(leaves: dict[str, Tensor], n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,14 +59,14 @@ def _loop(leaves: dict[str, Tensor], n_iter: int) -> tuple[Tensor, Tensor, Tenso
 
 def _gradients_of(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     inputs = list(leaves.values())
-    found = torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    gradients = torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
-def _same_gradients(found, want, leaves, atol):
-    """Marginals' up to a constant: their total is given."""
+def _same_gradients(result, expected, leaves, atol):
+    """Compare gradients; those of marginals up to a constant, because their total is fixed."""
     for name in leaves:
-        gap = found[name] - want[name]
+        gap = result[name] - expected[name]
         if name.endswith("marginal"):
             gap = gap - gap.mean()
         assert float(gap.abs().max()) <= atol, name
@@ -76,12 +76,12 @@ def _same_gradients(found, want, leaves, atol):
 @pytest.mark.parametrize("n_iter", [1, 2, 4])
 def test_unrolled(form, n_iter):
     leaves = _leaves() if form == "scores" else _features(_leaves())
-    found = _call(leaves, n_iter=n_iter, gradient="unrolled")
+    result = _call(leaves, n_iter=n_iter, gradient="unrolled")
     x, f, g = _loop(leaves, n_iter)
     weight = _draw(5, 8, 4)
     for ours, theirs in (
-        (found.codes(), (x + g).softmax(1)),
-        (found.plan(), (x + f[:, None] + g).exp()),
+        (result.codes(), (x + g).softmax(1)),
+        (result.plan(), (x + f[:, None] + g).exp()),
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
         one = _gradients_of((ours * weight).sum(), leaves)
@@ -95,15 +95,15 @@ def test_unrolled(form, n_iter):
 @pytest.mark.parametrize("part", ["codes", "plan", "f+g"])
 def test_implicit_is_autograd_through_very_many_iterations(form, accelerate, part):
     leaves = _leaves() if form == "scores" else _features(_leaves())
-    found = _call(
+    result = _call(
         leaves, tol=1e-13, max_iter=5000, gradient="implicit", accelerate=accelerate, warn=False
     )
     x, f, g = _loop(leaves, 600)
     weight = _draw(5, 8, 4)
     ours, theirs = {
-        "codes": (found.codes(), (x + g).softmax(1)),
-        "plan": (found.plan(), (x + f[:, None] + g).exp()),
-        "f+g": (found.f[:, None] + found.g, f[:, None] + g),
+        "codes": (result.codes(), (x + g).softmax(1)),
+        "plan": (result.plan(), (x + f[:, None] + g).exp()),
+        "f+g": (result.f[:, None] + result.g, f[:, None] + g),
     }[part]
     torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
     one = _gradients_of((ours * weight).sum(), leaves)
@@ -116,14 +116,14 @@ def test_implicit_of_a_batch_is_that_of_each_problem():
     weight = _draw(1, 3, 8, 4)
     rule = {"epsilon": EPSILON, "tol": 1e-12, "gradient": "implicit", "max_iter": 5000}
     together = sinkhorn(scores, **rule).codes()
-    (found,) = torch.autograd.grad((together * weight).sum(), scores)
+    (gradient,) = torch.autograd.grad((together * weight).sum(), scores)
     for i in range(3):
         alone = sinkhorn(scores[i], **rule).codes()
-        (want,) = torch.autograd.grad((alone * weight[i]).sum(), scores)
-        torch.testing.assert_close(found[i], want[i], atol=1e-11, rtol=0)
+        (expected,) = torch.autograd.grad((alone * weight[i]).sum(), scores)
+        torch.testing.assert_close(gradient[i], expected[i], atol=1e-11, rtol=0)
 
 
-def test_implicit_leaves_out_what_has_no_mass():
+def test_implicit_gradients_of_masked_entries_are_zero():
     leaves = _leaves()
     with torch.no_grad():
         leaves["row_marginal"][2] = 0
@@ -131,8 +131,8 @@ def test_implicit_leaves_out_what_has_no_mass():
         leaves["col_marginal"][1] = 0
         leaves["col_marginal"] /= leaves["col_marginal"].sum()
         leaves["scores"][2] = torch.nan
-    found = _call(leaves, tol=1e-13, max_iter=5000, gradient="implicit", warn=False)
-    loss = (found.plan(slice(3, 8)) * _draw(5, 5, 4)).sum()
+    result = _call(leaves, tol=1e-13, max_iter=5000, gradient="implicit", warn=False)
+    loss = (result.plan(slice(3, 8)) * _draw(5, 5, 4)).sum()
     gradients = _gradients_of(loss, leaves)
     assert not gradients["scores"][2].any()
     assert not gradients["scores"][:, 1].any()
@@ -145,15 +145,17 @@ def test_implicit_leaves_out_what_has_no_mass():
     few["row_marginal"] = leaves["row_marginal"].detach()[[0, 1, 3, 4, 5, 6, 7]].requires_grad_()
     alone = _call(few, tol=1e-13, max_iter=5000, gradient="implicit", warn=False)
     loss = (alone.plan(slice(2, 7)) * _draw(5, 5, 4)[:, [0, 2, 3]]).sum()
-    want = _gradients_of(loss, few)["scores"]
-    torch.testing.assert_close(gradients["scores"][3:][:, [0, 2, 3]], want[2:], atol=1e-9, rtol=0)
+    expected = _gradients_of(loss, few)["scores"]
+    torch.testing.assert_close(
+        gradients["scores"][3:][:, [0, 2, 3]], expected[2:], atol=1e-9, rtol=0
+    )
 
 
-def test_implicit_solve_says_where_it_ends(monkeypatch):
-    monkeypatch.setattr(_gradients, "MOST", 1)
+def test_the_implicit_solve_reports_its_residual(monkeypatch):
+    monkeypatch.setattr(_gradients, "MAX_SOLVE_STEPS", 1)
     leaves = _leaves()
     codes = _call(leaves, tol=1e-10, max_iter=5000, gradient="implicit").codes()
-    words = "implicit gradient's equations are solved to"
+    words = "equations of gradient='implicit' have a residual of"
     with pytest.warns(ConvergenceWarning, match=words) as caught:
         _gradients_of((codes * _draw(5, 8, 4)).sum(), leaves)
     assert caught[0].filename == __file__
@@ -162,18 +164,18 @@ def test_implicit_solve_says_where_it_ends(monkeypatch):
 @pytest.mark.parametrize("form", ["scores", "features"])
 def test_envelope(form):
     leaves = _leaves() if form == "scores" else _features(_leaves())
-    found = _call(leaves, tol=1e-13, max_iter=5000, gradient="envelope", warn=False)
-    assert not found.codes().requires_grad
-    assert not found.plan().requires_grad
+    result = _call(leaves, tol=1e-13, max_iter=5000, gradient="envelope", warn=False)
+    assert not result.codes().requires_grad
+    assert not result.plan().requires_grad
     x, f, g = _loop(leaves, 600)
     plan = (x + f[:, None] + g).exp()
     a, b = leaves["row_marginal"], leaves["col_marginal"]
     divergence = (plan * (plan / (a[:, None] * b)).log()).sum()
     scores = leaves["epsilon"] * x
-    want = -(plan * scores).sum() + leaves["epsilon"] * divergence
-    value = found.value()
-    assert float(value.detach()) == pytest.approx(float(want.detach()), abs=1e-11)
-    one, two = _gradients_of(value, leaves), _gradients_of(want, leaves)
+    expected = -(plan * scores).sum() + leaves["epsilon"] * divergence
+    value = result.value()
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), abs=1e-11)
+    one, two = _gradients_of(value, leaves), _gradients_of(expected, leaves)
     _same_gradients(one, two, leaves, 1e-9)
     if form == "scores":
         torch.testing.assert_close(one["scores"], -plan, atol=1e-9, rtol=0)
@@ -187,7 +189,7 @@ def test_parity_with_pot(dtype):
     for row, col in ((None, None), (a, b)):
         with warnings.catch_warnings():
             warnings.simplefilter("error", ConvergenceWarning)
-            found = sinkhorn(
+            result = sinkhorn(
                 scores, epsilon=0.2, tol=1e-9 if dtype == DOUBLE else 2e-6, max_iter=5000,
                 row_marginal=row, col_marginal=col, accelerate="anderson",
             )  # fmt: skip
@@ -198,7 +200,7 @@ def test_parity_with_pot(dtype):
             numItermax=20_000, stopThr=1e-13,
         )  # fmt: skip
         bound = 1e-10 if dtype == DOUBLE else 1e-6
-        gap = found.plan().double() - torch.from_numpy(plan)
+        gap = result.plan().double() - torch.from_numpy(plan)
         assert float(gap.abs().max()) <= bound
         value = -float((torch.from_numpy(plan) * scores).sum())
-        assert -float((found.plan() * scores).sum()) == pytest.approx(value, abs=1e-5)
+        assert -float((result.plan() * scores).sum()) == pytest.approx(value, abs=1e-5)

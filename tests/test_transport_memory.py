@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sinkhorn` and its results hold no array of N x K entries beside their input and their output."""
+"""`sinkhorn` and its results allocate no N x K array beside their input and their output."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_scores_are_not_copied(name, dtype):
 
 def test_the_gradient_of_epsilon_needs_no_array_of_all_entries():
     scores, epsilon = _scores(), torch.tensor(0.05, requires_grad=True)
-    found = sinkhorn(scores, epsilon=epsilon, gradient="unrolled")
-    peak = testing.peak_bytes(lambda: torch.autograd.grad(found.g.square().sum(), epsilon))
+    result = sinkhorn(scores, epsilon=epsilon, gradient="unrolled")
+    peak = testing.peak_bytes(lambda: torch.autograd.grad(result.g.square().sum(), epsilon))
     assert peak <= 2 * FEW
 
 
@@ -76,11 +76,11 @@ def test_the_gradient_of_epsilon_needs_no_array_of_all_entries():
 )
 def test_codes_need_no_array_beside_them(read, name, dtype):
     scores, rule = _scores(dtype), RULES[name]
-    found = sinkhorn(scores, **rule)
+    result = sinkhorn(scores, **rule)
     calls = {
-        "codes": found.codes,
-        "plan": found.plan,
-        "assign": lambda: found.assign(scores),
+        "codes": result.codes,
+        "plan": result.plan,
+        "assign": lambda: result.assign(scores),
         "swav_codes": lambda: swav_codes(scores, row_mask=rule.get("row_mask")),
     }
     assert testing.peak_bytes(calls[read]) <= OUTPUT + FEW
@@ -91,23 +91,23 @@ def test_codes_need_no_array_beside_them(read, name, dtype):
 )
 def test_sums_and_labels_need_few_entries_at_once(form, name):
     z, c = (torch.rand(size, 8, generator=torch.Generator().manual_seed(1)) for size in (N, K))
-    found = sinkhorn(_scores() if form == "scores" else (z, c), **RULES[name])
+    result = sinkhorn(_scores() if form == "scores" else (z, c), **RULES[name])
     for read in ("labels", "topk", "counts", "entropy", "value"):
         rest = (2,) if read == "topk" else ()
-        peak = testing.peak_bytes(lambda read=read, rest=rest: getattr(found, read)(*rest))
+        peak = testing.peak_bytes(lambda read=read, rest=rest: getattr(result, read)(*rest))
         assert peak <= FEW, read
 
 
-def test_the_graph_of_codes_keeps_the_scores_and_the_codes_alone():
+def test_the_graph_of_codes_stores_scores_and_codes_only():
     scores, epsilon = _scores().requires_grad_(), torch.tensor(0.05, requires_grad=True)
-    found = sinkhorn(scores, epsilon=epsilon, gradient="unrolled")
-    kept: list[int] = []
+    result = sinkhorn(scores, epsilon=epsilon, gradient="unrolled")
+    sizes: list[int] = []
 
     def note(x: Tensor) -> Tensor:
         if x.numel() == N * K:
-            kept.append(x.data_ptr())
+            sizes.append(x.data_ptr())
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        codes = found.codes()
-    assert set(kept) == {scores.data_ptr(), codes.data_ptr()}
+        codes = result.codes()
+    assert set(sizes) == {scores.data_ptr(), codes.data_ptr()}

@@ -44,15 +44,15 @@ def _masses() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forbidden() -> Tensor:
-    """A prototype that no row of the first process may have."""
+    """Scores with a prototype that no row of the first process may have."""
     scores = _scores()
     scores[:50, 2] = -torch.inf
     return scores
 
 
 def _chained() -> Tensor:
-    """Forbidden pairs that leave no row which may move straight to where there is room: a row has
-    its own prototype and the next, but for some that have the first prototype alone.
+    """Forbidden pairs for which no row may move directly to a prototype with room: a row has its
+    own prototype and the next; some rows have the first prototype alone.
     """
     own, rows = torch.arange(N) % K, torch.arange(N)
     open_ = torch.zeros(N, K, dtype=torch.bool)
@@ -63,7 +63,7 @@ def _chained() -> Tensor:
 
 
 def _sums(result) -> dict[str, Tensor]:
-    """What is read of all rows, and the labels in exact shares."""
+    """The sums over all rows, and the labels in exact shares."""
     return {
         "value": result.value(), "entropy": result.entropy(), "counts": result.counts(),
         "strict counts": result.counts(strict=True), "strict labels": result.labels(strict=True),
@@ -86,14 +86,14 @@ def _sums_of(part: slice | None = None, group: Any = None) -> dict[str, dict[str
         "few choices": ((_scores() + torch.arange(K),), {"n_iter": 0}),
         "batch": ((both,), {"tol": 1e-4, "max_iter": 3000}),
     }
-    found = {}
+    results = {}
     before = _strict.CHOICES
     for name, ((scores,), rule) in calls.items():
         own = (scores[0][part], scores[1]) if isinstance(scores, tuple) else scores[..., part, :]
         _strict.CHOICES = 1 if name == "few choices" else before
-        found[name] = _sums(sinkhorn(own, process_group=group, **rule))
+        results[name] = _sums(sinkhorn(own, process_group=group, **rule))
     _strict.CHOICES = before
-    return found
+    return results
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -102,10 +102,10 @@ def _worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(PARTS))
     group, part = dist.group.WORLD, PARTS[rank]
     a, b, mask = _masses()
-    found = {}
+    results = {}
 
     def keep(name: str, result) -> None:
-        found[name] = (result.codes(), result.labels(), result.g, result.err, result.status,
+        results[name] = (result.codes(), result.labels(), result.g, result.err, result.status,
             result.n_iter)  # fmt: skip
 
     for name, rule in RULES.items():
@@ -122,73 +122,73 @@ def _worker(rank: int, folder: str) -> None:
     lost[80, 3] = torch.nan
     keep("lost", sinkhorn(lost[part], process_group=group))
     keep("no rows", sinkhorn(_scores()[:0], process_group=group))
-    found["sums"] = _sums_of(part, group)
+    results["sums"] = _sums_of(part, group)
     halves = torch.full((N,), 1 / N, dtype=torch.bfloat16)
     keep("half masses", sinkhorn(_scores()[part], row_marginal=halves[part], process_group=group))
-    found["no rows, value"] = sinkhorn(_scores()[:0], process_group=group).value()
-    found["codes"] = (swav_codes(_scores()[part], process_group=group),)
-    torch.save(found, f"{folder}/{rank}.pt")
+    results["no rows, value"] = sinkhorn(_scores()[:0], process_group=group).value()
+    results["codes"] = (swav_codes(_scores()[part], process_group=group),)
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.start_processes(_worker, args=(str(folder),), nprocs=len(PARTS), start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(len(PARTS))]
 
 
-def _whole(found, name: str, dim: int = 0):
-    """(codes, labels, g, err, status, iterations); the last four are the same on all."""
-    ranks = [rank[name] for rank in found]
-    for rank in ranks[1:]:
-        for mine, first in zip(rank[2:5], ranks[0][2:5], strict=True):
+def _whole(ranks, name: str, dim: int = 0):
+    """(codes, labels, g, err, status, iterations); the last four are equal on all processes."""
+    outputs = [rank[name] for rank in ranks]
+    for output in outputs[1:]:
+        for mine, first in zip(output[2:5], outputs[0][2:5], strict=True):
             assert torch.equal(mine.nan_to_num(), first.nan_to_num())
-        assert rank[5] == ranks[0][5]
-    return (torch.cat([r[0] for r in ranks], dim), torch.cat([r[1] for r in ranks], dim),
-        *ranks[0][2:])  # fmt: skip
+        assert output[5] == outputs[0][5]
+    return (torch.cat([r[0] for r in outputs], dim), torch.cat([r[1] for r in outputs], dim),
+        *outputs[0][2:])  # fmt: skip
 
 
-def _same(result, want, atol: float, gauge: float) -> None:
+def _same(result, expected, atol: float, gauge: float) -> None:
     codes, labels, g, err, status, n_iter = result
-    torch.testing.assert_close(codes, want.codes(), atol=atol, rtol=0)
-    torch.testing.assert_close(g, want.g, atol=gauge, rtol=0)
-    torch.testing.assert_close(err, want.err, atol=atol, rtol=0)
-    assert torch.equal(labels, want.labels())
-    assert torch.equal(status, want.status)
-    assert n_iter == want.n_iter
+    torch.testing.assert_close(codes, expected.codes(), atol=atol, rtol=0)
+    torch.testing.assert_close(g, expected.g, atol=gauge, rtol=0)
+    torch.testing.assert_close(err, expected.err, atol=atol, rtol=0)
+    assert torch.equal(labels, expected.labels())
+    assert torch.equal(status, expected.status)
+    assert n_iter == expected.n_iter
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", RULES)
-def test_a_sharded_run_is_that_of_one_process(found, name, dtype):
-    want = sinkhorn(_scores(dtype), **RULES[name])
+def test_a_sharded_run_is_that_of_one_process(ranks, name, dtype):
+    expected = sinkhorn(_scores(dtype), **RULES[name])
     bound = 1e-12 if dtype == torch.float64 else 1e-5
-    _same(_whole(found, f"{name} {dtype}"), want, bound, bound)
+    _same(_whole(ranks, f"{name} {dtype}"), expected, bound, bound)
 
 
-def test_masses_masks_batches_and_forbidden_pairs(found):
+def test_masses_masks_batches_and_forbidden_pairs(ranks):
     a, b, mask = _masses()
-    want = sinkhorn(_scores(), row_marginal=a, col_marginal=b, tol=1e-6, max_iter=3000)
-    _same(_whole(found, "masses"), want, 1e-11, 1e-11)
-    _same(_whole(found, "mask"), sinkhorn(_scores(), row_mask=mask), 1e-12, 1e-12)
-    _same(_whole(found, "forbidden"), sinkhorn(_forbidden()), 1e-12, 1e-12)
+    expected = sinkhorn(_scores(), row_marginal=a, col_marginal=b, tol=1e-6, max_iter=3000)
+    _same(_whole(ranks, "masses"), expected, 1e-11, 1e-11)
+    _same(_whole(ranks, "mask"), sinkhorn(_scores(), row_mask=mask), 1e-12, 1e-12)
+    _same(_whole(ranks, "forbidden"), sinkhorn(_forbidden()), 1e-12, 1e-12)
     both = torch.stack([_scores(), 3 * _scores()])
-    want = sinkhorn(both, tol=1e-4, max_iter=3000)
-    _same(_whole(found, "batch", 1), want, 1e-11, 1e-10)
+    expected = sinkhorn(both, tol=1e-4, max_iter=3000)
+    _same(_whole(ranks, "batch", 1), expected, 1e-11, 1e-10)
 
 
-def test_a_fault_of_one_process_is_one_of_all(found):
-    codes, labels, *_, status, _ = _whole(found, "lost")
+def test_a_failure_of_one_process_is_one_of_all(ranks):
+    codes, labels, *_, status, _ = _whole(ranks, "lost")
     assert int(status) == 2
     assert bool(codes.isnan().all())
     assert bool((labels == -1).all())
-    assert all(int(rank["no rows"][4]) == 4 for rank in found)
-    assert all(rank["no rows"][0].shape == (0, K) for rank in found)
+    assert all(int(rank["no rows"][4]) == 4 for rank in ranks)
+    assert all(rank["no rows"][0].shape == (0, K) for rank in ranks)
 
 
-def test_codes_of_a_batch_spread_over_processes(found):
-    codes = torch.cat([rank["codes"][0] for rank in found])
+def test_codes_of_a_batch_spread_over_processes(ranks):
+    codes = torch.cat([rank["codes"][0] for rank in ranks])
     torch.testing.assert_close(codes, swav_codes(_scores()), atol=1e-12, rtol=0)
 
 
@@ -203,29 +203,29 @@ def alone():
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_sums_are_those_of_all_rows(found, alone, name):
+def test_sums_are_those_of_all_rows(ranks, alone, name):
     """Every process returns the value, entropy and counts of the one-process run."""
-    want = alone[name]
-    for rank in found:
+    expected = alone[name]
+    for rank in ranks:
         sums = rank["sums"][name]
         bound = 1e-6 if name == "float32" else 1e-11
         for word in ("value", "entropy"):
-            torch.testing.assert_close(sums[word], want[word], atol=bound, rtol=0)
+            torch.testing.assert_close(sums[word], expected[word], atol=bound, rtol=0)
         for word in ("counts", "strict counts"):
-            assert torch.equal(sums[word], want[word])
+            assert torch.equal(sums[word], expected[word])
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_strict_labels_are_those_of_one_process(found, alone, name):
+def test_strict_labels_are_those_of_one_process(ranks, alone, name):
     """Shares are exact over all rows, not on each process."""
-    want = alone[name]["strict labels"]
-    labels = torch.cat([rank["sums"][name]["strict labels"] for rank in found], -1)
-    assert torch.equal(labels, want)
+    expected = alone[name]["strict labels"]
+    labels = torch.cat([rank["sums"][name]["strict labels"] for rank in ranks], -1)
+    assert torch.equal(labels, expected)
 
 
-def test_equal_masses_in_half_precision(found):
-    _same(_whole(found, "half masses"), sinkhorn(_scores()), 1e-7, 1e-6)
+def test_equal_masses_in_half_precision(ranks):
+    _same(_whole(ranks, "half masses"), sinkhorn(_scores()), 1e-7, 1e-6)
 
 
-def test_the_value_of_no_rows_is_zero(found):
-    assert all(float(rank["no rows, value"]) == 0 for rank in found)
+def test_the_value_of_no_rows_is_zero(ranks):
+    assert all(float(rank["no rows, value"]) == 0 for rank in ranks)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _compiling import Counting
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,24 +19,7 @@ from clam_kernels import sinkhorn, swav_codes
 K, D = 5, 4
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class _Counting:
-    """aot_eager, and how often it was asked to compile."""
-
-    def __init__(self) -> None:
-        self.compiled = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        from torch._dynamo.backends.debugging import aot_eager
-
-        self.compiled += 1
-        return aot_eager(graph, inputs)
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _scores(n: int, k: int = K, seed: int = 0) -> Tensor:
@@ -54,8 +38,8 @@ def _learnt() -> Tensor:
     return torch.tensor(0.3, requires_grad=True)
 
 
-def _loss(found: Any) -> Tensor:
-    return found.codes().square().sum() + found.plan().square().sum() + found.value().square()
+def _loss(result: Any) -> Tensor:
+    return result.codes().square().sum() + result.plan().square().sum() + result.value().square()
 
 
 # ---- torch.compile and torch.export --------------------------------------------------------------
@@ -70,11 +54,11 @@ def _reading_features(name: str, *rest: int) -> Case:
 
 def _in_autocast(z: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     with torch.autocast("cpu", torch.bfloat16):
-        found = sinkhorn((z, c), precision="highest")
-        return found.codes(), found.labels(), found.value()
+        result = sinkhorn((z, c), precision="highest")
+        return result.codes(), result.labels(), result.value()
 
 
-# What tests/contract/test_compile_sizes.py does not call: sizes other than the number of rows.
+# Sizes other than the number of rows, which tests/contract/test_compile_sizes.py varies.
 COMPILED: dict[str, Case] = {
     "bias": (
         lambda x, b: sinkhorn(x, bias=b).codes(), lambda n: (_scores(7, n), torch.arange(n) / n),
@@ -119,17 +103,17 @@ COMPILED: dict[str, Case] = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_one_dynamic_graph_serves_every_size(name):
-    """A first batch, others, and a last partial one; the first graph has fixed sizes."""
+    """A first batch, others, and a last partial batch; the first graph has fixed sizes."""
     call, arguments = COMPILED[name]
-    counting = _Counting()
+    counting = Counting()
     compiled = torch.compile(call, backend=counting, fullgraph=True)
     for n in (8, 9, 11, 6):
         args = arguments(n)
-        found, want = compiled(*args), call(*args)
-        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5)
+        result, expected = compiled(*args), call(*args)
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
         leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
         if leaves:
-            grads = (torch.autograd.grad(y, leaves) for y in (found, want))
+            grads = (torch.autograd.grad(y, leaves) for y in (result, expected))
             torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
     assert counting.compiled <= 2
 
@@ -167,8 +151,8 @@ def test_export_with_a_symbolic_number_of_rows(strict):
     ],
     ids=["row_mask", "assign", "bias"],
 )
-def test_our_message_survives_compilation(call, text):
-    """With the sizes of the call, at the first size and at a later one."""
+def test_error_messages_are_the_same_in_compiled_code(call, text):
+    """The sizes of the call, at the first size and at a later one."""
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     for n in (8, 9, 11):
         with pytest.raises(Exception, match=r"expected shape") as caught:
@@ -193,23 +177,28 @@ def _unit() -> tuple[Tensor, Tensor]:
     return normal(_scores(300, 16), dim=1), normal(_scores(9, 16, 1), dim=1)
 
 
-def _read(found: Any) -> list[Tensor]:
+def _read(result: Any) -> list[Tensor]:
     z, c = _unit()
-    labels = found.labels(), found.labels(strict=True), found.counts(), found.counts(strict=True)
-    sums = found.entropy(), found.value(), *found.topk(3)
-    return [found.codes(), found.plan(), found.assign((z[:20], c)), *labels, *sums]
+    labels = (
+        result.labels(),
+        result.labels(strict=True),
+        result.counts(),
+        result.counts(strict=True),
+    )
+    sums = result.entropy(), result.value(), *result.topk(3)
+    return [result.codes(), result.plan(), result.assign((z[:20], c)), *labels, *sums]
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_result_is_the_same_inside_an_autocast_block(name):
     z, c = (x.requires_grad_() for x in _unit())
-    found = sinkhorn((z, c), epsilon=0.05, **RULES[name])
-    want = _read(found)
+    result = sinkhorn((z, c), epsilon=0.05, **RULES[name])
+    expected = _read(result)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = _read(found)
+        inside = _read(result)
         again = _read(sinkhorn((z, c), epsilon=0.05, precision="highest", **{
             n: x for n, x in RULES[name].items() if n != "precision"}))  # fmt: skip
-    for one, two, three in zip(inside, want, again, strict=True):
+    for one, two, three in zip(inside, expected, again, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(three, two)
 
@@ -224,8 +213,8 @@ def test_a_gradient_is_the_same_inside_an_autocast_block(name, form):
 
     def gradients(inside: bool) -> tuple[Tensor, ...]:
         scores = leaves[0] if form == "scores" else (leaves[0], leaves[1])
-        found = sinkhorn(scores, epsilon=epsilon, precision="highest", **RULES[name])
-        loss = found.codes().square().sum() + found.plan().square().sum()
+        result = sinkhorn(scores, epsilon=epsilon, precision="highest", **RULES[name])
+        loss = result.codes().square().sum() + result.plan().square().sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             return torch.autograd.grad(loss, [*leaves, epsilon])
 
@@ -236,14 +225,14 @@ def test_a_gradient_is_the_same_inside_an_autocast_block(name, form):
 def test_features_of_two_dtypes_are_promoted_where_sinkhorn_is_called():
     z, c = _unit()
     with torch.autocast("cpu", torch.bfloat16):
-        found = sinkhorn((z.bfloat16(), c), tol=1e-3, gradient="envelope")
-    want = sinkhorn((z.bfloat16().float(), c), tol=1e-3, gradient="envelope")
-    assert torch.equal(found.codes(), want.codes())
-    assert torch.equal(found.value(), want.value())
+        result = sinkhorn((z.bfloat16(), c), tol=1e-3, gradient="envelope")
+    expected = sinkhorn((z.bfloat16().float(), c), tol=1e-3, gradient="envelope")
+    assert torch.equal(result.codes(), expected.codes())
+    assert torch.equal(result.value(), expected.value())
 
 
-class _Products(TorchDispatchMode):
-    """The dtypes of the matrix products."""
+class ProductDtypes(TorchDispatchMode):
+    """Records the dtypes of the matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,17 +246,19 @@ class _Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_highest_is_no_lower_than_float32_where_torch_multiplies_lower(precision):
-    """A result is read in float64 then: torch's own precision is one of the whole process."""
-    found = sinkhorn(_unit(), precision="highest")
-    want = found.codes()
+    """The result is then computed in float64: torch's own precision is that of the whole
+    process.
+    """
+    result = sinkhorn(_unit(), precision="highest")
+    expected = result.codes()
     torch.set_float32_matmul_precision(precision)
     try:
-        with _Products() as log:
-            codes = found.codes()
+        with ProductDtypes() as log:
+            codes = result.codes()
     finally:
         torch.set_float32_matmul_precision("highest")
     assert log.seen == [torch.float64]
-    torch.testing.assert_close(codes, want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(codes, expected, atol=1e-6, rtol=1e-5)
 
 
 # ---- torch.func ----------------------------------------------------------------------------------
@@ -289,14 +280,14 @@ def test_vmap_is_a_batch(name):
 
 def test_vmap_of_marginals_masks_and_epsilon():
     x, masses = _batch(), _batch()[..., 0].softmax(-1)
-    found = torch.vmap(lambda x, a: sinkhorn(x, row_marginal=a).codes())(x, masses)
-    torch.testing.assert_close(found, sinkhorn(x, row_marginal=masses).codes())
-    found = torch.vmap(lambda x, m: sinkhorn(x, row_mask=m).codes())(x, masses > 0.1)
-    torch.testing.assert_close(found, sinkhorn(x, row_mask=masses > 0.1).codes())
+    result = torch.vmap(lambda x, a: sinkhorn(x, row_marginal=a).codes())(x, masses)
+    torch.testing.assert_close(result, sinkhorn(x, row_marginal=masses).codes())
+    result = torch.vmap(lambda x, m: sinkhorn(x, row_mask=m).codes())(x, masses > 0.1)
+    torch.testing.assert_close(result, sinkhorn(x, row_mask=masses > 0.1).codes())
     each = torch.tensor([0.1, 0.2, 0.4])
-    found = torch.vmap(lambda x, e: sinkhorn(x, epsilon=e).codes())(x, each)
+    result = torch.vmap(lambda x, e: sinkhorn(x, epsilon=e).codes())(x, each)
     alone = [sinkhorn(x[i], epsilon=float(each[i])).codes() for i in range(3)]
-    torch.testing.assert_close(found, torch.stack(alone))
+    torch.testing.assert_close(result, torch.stack(alone))
 
 
 def test_forward_derivatives_are_finite_differences():
@@ -305,14 +296,14 @@ def test_forward_derivatives_are_finite_differences():
     along = torch.randn_like(z), torch.randn_like(c), torch.tensor(0.3, dtype=torch.float64)
 
     def codes(z: Tensor, c: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        given = {"epsilon": epsilon, "gradient": "unrolled"}
-        return sinkhorn((z, c), **given).codes(), sinkhorn(z @ c.T, **given).plan()
+        options = {"epsilon": epsilon, "gradient": "unrolled"}
+        return sinkhorn((z, c), **options).codes(), sinkhorn(z @ c.T, **options).plan()
 
-    _, found = torch.func.jvp(codes, start, along)
+    _, result = torch.func.jvp(codes, start, along)
     step = 1e-6
     near, far = (codes(*(x + s * y for x, y in zip(start, along, strict=True)))
         for s in (step, -step))  # fmt: skip
-    for one, a, b in zip(found, near, far, strict=True):
+    for one, a, b in zip(result, near, far, strict=True):
         torch.testing.assert_close(one, (a - b) / (2 * step), atol=1e-6, rtol=1e-6)
 
 
@@ -345,10 +336,8 @@ def test_a_tolerance_refuses_vmap():
     for call in calls:
         with pytest.raises(NotImplementedError, match=text):
             call()
-    found = torch.vmap(lambda x: x + sinkhorn(one, tol=1e-3).codes())(
-        batch
-    )  # not of what is mapped
-    torch.testing.assert_close(found, batch + sinkhorn(one, tol=1e-3).codes())
+    result = torch.vmap(lambda x: x + sinkhorn(one, tol=1e-3).codes())(batch)  # not a mapped tensor
+    torch.testing.assert_close(result, batch + sinkhorn(one, tol=1e-3).codes())
 
 
 def test_strict_labels_refuse_vmap():
@@ -362,33 +351,33 @@ def test_strict_labels_refuse_vmap():
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
 def test_integers_of_numpy_are_ints(kind):
     x = _scores(40)
-    found = sinkhorn(x, n_iter=kind(4))
-    assert type(found.n_iter) is int
-    assert torch.equal(found.codes(), sinkhorn(x, n_iter=4).codes())
-    assert torch.equal(found.topk(kind(2))[1], found.topk(2)[1])
+    result = sinkhorn(x, n_iter=kind(4))
+    assert type(result.n_iter) is int
+    assert torch.equal(result.codes(), sinkhorn(x, n_iter=4).codes())
+    assert torch.equal(result.topk(kind(2))[1], result.topk(2)[1])
     late = sinkhorn(x, tol=1e-9, max_iter=kind(5), warn=False)
     assert late.n_iter == 5
-    assert torch.equal(swav_codes(x, n_iter=kind(4)), found.codes())
+    assert torch.equal(swav_codes(x, n_iter=kind(4)), result.codes())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "k"), [(7, 3), (1000, 11), (60_000, 7)])
 def test_equal_masses_in_half_precision_are_equal(n, k, dtype):
-    """Each is rounded: their total is off, and their logarithm would be by hundredths."""
+    """Each mass is rounded: their total is off, and its logarithm would be wrong by hundredths."""
     scores = _scores(n, k)
-    found = sinkhorn(
+    result = sinkhorn(
         scores, epsilon=0.5, row_marginal=_even(n, dtype), col_marginal=_even(k, dtype), tol=1e-5
     )
-    want = sinkhorn(scores, epsilon=0.5, tol=1e-5)
-    assert bool(found.converged)
-    torch.testing.assert_close(found.codes(), want.codes(), atol=1e-5, rtol=0)
+    expected = sinkhorn(scores, epsilon=0.5, tol=1e-5)
+    assert bool(result.converged)
+    torch.testing.assert_close(result.codes(), expected.codes(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masses_in_half_precision_are_those_that_were_handed_over(dtype):
+def test_masses_in_half_precision_are_not_rounded_again(dtype):
     masses = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=dtype)
-    found = sinkhorn(_scores(50, 4).double(), epsilon=0.5, col_marginal=masses, tol=1e-9)
-    torch.testing.assert_close(found.plan().sum(0), masses.double(), atol=1e-7, rtol=0)
+    result = sinkhorn(_scores(50, 4).double(), epsilon=0.5, col_marginal=masses, tol=1e-9)
+    torch.testing.assert_close(result.plan().sum(0), masses.double(), atol=1e-7, rtol=0)
     with pytest.raises(ValueError, match=r"col_marginal: expected masses of total 1, got 1\.5"):
         sinkhorn(_scores(50, 3), col_marginal=torch.tensor([0.5, 0.5, 0.5], dtype=dtype))
 

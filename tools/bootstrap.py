@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes .venv with torch, this package and its tools: `make setup`.
+"""Create .venv with torch, this package and its tools: `make setup`.
 
-Which torch, in this order: the one that the base interpreter has; with an NVIDIA driver the plain
-one; the CPU build of constraints-cpu.txt if pip can get it; the one of the index TORCH_INDEX; what
-pip finds. A torch that .venv has already stays. If nothing changed, nothing happens.
+The torch is the first of: that of the base interpreter; with an NVIDIA driver the default build;
+the CPU build of constraints-cpu.txt if pip can get it; that of the index TORCH_INDEX; pip's
+default. A torch that .venv has already stays. If nothing changed, nothing happens.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CONSTRAINTS = "constraints-cpu.txt"
 SECOND_TRITON = "3.6.0"
 LARGE_MB = 10  # downloads from this size on are printed
 WATCHED = ("pyproject.toml", "setup.py", CONSTRAINTS, "tools/bootstrap.py")
-# What setup.py reads: another wish is another build.
-WISHES = ("CLAM_CUDA", "CLAM_CUDA_ARCHS", "CUDA_HOME")
+# Environment variables of setup.py: another value needs another build.
+VARIABLES = ("CLAM_CUDA", "CLAM_CUDA_ARCHS", "CUDA_HOME")
 SEVERAL_GB = (
     "torch: no CPU build is offered here; taking pip's default, which with CUDA is several GB "
     "(TORCH_INDEX=<index with PyTorch's CPU wheels> avoids that)"
@@ -51,15 +51,15 @@ class SetupError(Exception):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to call `pip install`, and what to say before it."""
+    """One way to call `pip install`, and the line to print before it."""
 
     arguments: tuple[str, ...]
     says: str
-    constraints: bool = False  # the rest of the installation keeps to constraints-cpu.txt too
+    constraints: bool = False  # the rest of the installation uses constraints-cpu.txt too
 
 
 @dataclass(frozen=True)
-class Plan:
+class TorchPlan:
     """Where torch comes from: the base interpreter, or the first attempt that succeeds."""
 
     system_site: bool
@@ -68,43 +68,43 @@ class Plan:
 
 
 def new_enough(version: str | None) -> bool:
-    """Whether a version of torch serves."""
+    """Whether a version of torch is at least TORCH_FLOOR."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     return numbers is not None and tuple(map(int, numbers.groups())) >= TORCH_FLOOR
 
 
-def decide(base_torch: str | None, driver: bool, index: str | None) -> Plan:
-    """Choose from what the probes found; every way that pip may succeed with is in the list."""
+def decide(base_torch: str | None, driver: bool, index: str | None) -> TorchPlan:
+    """Choose the plan from the results of the probes; it has every attempt that may succeed."""
     if new_enough(base_torch):
-        return Plan(True, f"torch: {base_torch} of the base interpreter")
+        return TorchPlan(True, f"torch: {base_torch} of the base interpreter")
     cpu = Attempt(("-c", CONSTRAINTS, "torch"), "torch: the CPU build", constraints=True)
     plain = Attempt((TORCH,), "torch: what pip finds" if driver else SEVERAL_GB)
     named: tuple[Attempt, ...] = ()
     if index:
         says = "torch: from the index that TORCH_INDEX names"
-        # The index first as the only one, so that its build is taken whatever another one offers;
-        # then beside pip's own, for an index that lacks what torch depends on.
+        # First the index alone, so that pip takes its build whatever other indexes offer; then
+        # beside pip's own, for an index without the packages that torch depends on.
         named = (
             Attempt(("--index-url", index, TORCH), says),
             Attempt(("--extra-index-url", index, TORCH), f"{says}, beside pip's own"),
         )
     if driver:
-        return Plan(False, "torch: for the NVIDIA driver found", (plain, *named, cpu))
-    return Plan(False, "torch: for a machine without an NVIDIA driver", (cpu, *named, plain))
+        return TorchPlan(False, "torch: for the NVIDIA driver found", (plain, *named, cpu))
+    return TorchPlan(False, "torch: for a machine without an NVIDIA driver", (cpu, *named, plain))
 
 
 # ---- the probes ----------------------------------------------------------------------------------
 
 
 def base_interpreter() -> str:
-    """The interpreter under an activated virtual environment: that one's torch does not count."""
+    """The interpreter below an activated virtual environment, whose own torch does not count."""
     if sys.prefix == sys.base_prefix:
         return sys.executable
     return getattr(sys, "_base_executable", None) or sys.executable
 
 
 def ask(python: str | Path, code: str, timeout: float = 300) -> str | None:
-    """What a line of Python prints, None if it fails."""
+    """The output of a line of Python; None if it fails."""
     command = [str(python), "-c", code]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
@@ -114,7 +114,7 @@ def ask(python: str | Path, code: str, timeout: float = 300) -> str | None:
 
 
 def torch_of(python: str | Path) -> str | None:
-    """Version of the torch that an interpreter imports: one that is broken is none."""
+    """Version of the torch that an interpreter imports; None if the import fails."""
     return ask(python, "import torch; print(torch.__version__)")
 
 
@@ -140,19 +140,21 @@ def say(line: str) -> None:
 
 
 def stamp() -> str:
-    """Of everything the environment depends on; the folder too, since the install is editable."""
+    """Hash of everything that the environment depends on; the folder too, as the install is
+    editable.
+    """
     files = [ROOT / name for name in WATCHED]
     files += sorted(path for path in (ROOT / "csrc").glob("*") if path.is_file())
-    found = hashlib.sha256(str(ROOT).encode())
-    for name in WISHES:
-        found.update(f"{name}={os.environ.get(name, '')}\n".encode())
+    digest = hashlib.sha256(str(ROOT).encode())
+    for name in VARIABLES:
+        digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
     for path in files:
-        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def up_to_date() -> bool:
-    """Whether the last setup still holds."""
+    """Whether nothing has changed since the last setup."""
     try:
         return venv_python().exists() and STAMP.read_text(encoding="utf-8") == stamp()
     except OSError:
@@ -205,7 +207,7 @@ def pip(*arguments: str) -> str | None:
 
 
 def make_venv(base: str, system_site: bool) -> None:
-    """Create .venv; one that works is kept, since an interrupted setup leaves such a one."""
+    """Create .venv. One that works stays: an interrupted setup leaves such a one."""
     if not system_site and ask(venv_python(), "import pip") is not None:
         say(".venv stays")
         return
@@ -222,8 +224,10 @@ def make_venv(base: str, system_site: bool) -> None:
         raise SetupError(f"python -m venv failed:\n{tail(done.stdout + done.stderr)}")
 
 
-def install_torch(plan: Plan) -> bool:
-    """The first attempt that succeeds; returns whether constraints-cpu.txt holds from here on."""
+def install_torch(plan: TorchPlan) -> bool:
+    """Install torch by the first attempt that succeeds; returns whether the rest of the
+    installation uses constraints-cpu.txt.
+    """
     failure = "no attempt was made"
     for attempt in plan.attempts:
         say(attempt.says)
@@ -241,8 +245,9 @@ def cpu_constrained() -> bool:
 
 
 def second_triton() -> None:
-    """The triton that GPU machines run, beside the newer one that interprets: kernels are compiled
-    ahead of time with both. Only tests want it, so its absence is a line and no failure.
+    """Install the triton of GPU machines beside the newer one that interprets: tests compile
+    kernels ahead of time with both. Only tests need it, so without it setup prints a line and goes
+    on.
     """
     target = VENV / "triton36"
     if (target / "triton").is_dir():
@@ -255,7 +260,7 @@ def second_triton() -> None:
 
 
 def cuda_line() -> str:
-    """What the build did about the CUDA library."""
+    """A line about the CUDA library, from the build record."""
     try:
         record = json.loads((ROOT / "clam_kernels" / "_build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -267,7 +272,7 @@ def cuda_line() -> str:
 
 
 def setup() -> None:
-    """All steps; each prints a line, and pip prints its large downloads."""
+    """Run all steps; each prints one line, and pip prints its large downloads."""
     STAMP.unlink(missing_ok=True)
     present = torch_of(venv_python()) if venv_python().exists() else None
     if new_enough(present):
@@ -281,8 +286,8 @@ def setup() -> None:
             say(SIZE)
         say(plan.says)
         constrained = not plan.system_site and install_torch(plan)
-    # Without build isolation the build runs on the setuptools of .venv; the bundled one is too old
-    # for a licence given as an SPDX expression, and missing from Python 3.12 on.
+    # Without build isolation the build uses the setuptools of .venv; the bundled one is too old for
+    # a licence as an SPDX expression, and missing from Python 3.12 on.
     say("setuptools")
     failure = pip("install", "setuptools>=77")
     if failure is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The test suite in two halves side by side, one a core: the contract tests with those that compile
-for GPUs, and the rest, whose output follows when both are done. Ctrl-C stops both.
+"""Run the test suite in two processes at once, one for each core: the contract tests with those
+that compile for GPUs, and the other tests, whose output follows when both are done. Ctrl-C stops
+both.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ REST = (*PYTEST, *(f"--ignore={folder}" for folder in FIRST), "-p", "no:cachepro
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         first = subprocess.Popen((*PYTEST, *FIRST))
-        rest = subprocess.Popen(REST, stdout=said, stderr=subprocess.STDOUT)
+        rest = subprocess.Popen(REST, stdout=output, stderr=subprocess.STDOUT)
         halves = (first, rest)
         try:
             codes = [half.wait() for half in halves]
-        except KeyboardInterrupt:  # it reached the halves, too, which clean up after themselves
+        except KeyboardInterrupt:  # both processes get it too, and clean up after themselves
             for half in halves:
                 half.wait()
             return 130
@@ -31,8 +32,8 @@ def main() -> int:
             for half in halves:
                 half.kill()
                 half.wait()
-        said.seek(0)
-        print(said.read().decode(errors="replace"), flush=True)
+        output.seek(0)
+        print(output.read().decode(errors="replace"), flush=True)
     return 1 if any(codes) else 0
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's tables from the registry and from bench/results; `--check` only compares."""
+"""Write the tables of docs/results.md from the registry and from bench/results; `--check` only
+compares.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing import Any
 import clam_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -24,51 +26,51 @@ def results() -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def on_a_gpu() -> tuple[set[str], dict[str, int]]:
-    """(backends that a committed run of bench/gpu_check.py tested whole and timed; contract cases
-    of each op that passed in one that was cut short before any failed).
+def gpu_tests() -> tuple[set[str], dict[str, int]]:
+    """Backends for which a committed run of bench/gpu_check.py passed the whole suite; and, by op,
+    the number of contract cases that passed in a run that ended early without a failure.
     """
-    found: set[str] = set()
-    part: dict[str, int] = {}
+    tested: set[str] = set()
+    cases: dict[str, int] = {}
     for file in RESULTS.glob("*/report.json"):
         report = json.loads(file.read_text(encoding="utf-8"))
         tests = report["stages"]["tests"]
         if report["dry_run"]:
             continue
         if tests["status"] == "pass":
-            found |= {row["backend"] for row in report["rows"]}
+            tested |= {row["backend"] for row in report["rows"]}
         elif not any(s["outcome"].startswith(("exit", "died")) for s in tests.get("shards", [])):
-            part |= tests.get("cases", {})
-    return found, part
+            cases |= tests.get("cases", {})
+    return tested, cases
 
 
-# How a kernel is proven where no whole run on a GPU is committed.
-ELSEWHERE = {
+# What proves a kernel where no run of the whole suite on a GPU is committed.
+PROOFS_WITHOUT_A_GPU = {
     "triton": "Triton's interpreter",
     "cuda": "D to 16: its bodies run on a CPU",
 }
 
 
 def ops_table() -> str:
-    """op x backend x what it was proven on."""
-    proven, part = on_a_gpu()
+    """A row for each op: its backends, and what each of them was proven on."""
+    tested, cases_by_op = gpu_tests()
     lines = [
         "| op | gradients | reference | Triton | CUDA C++ | on a GPU |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for spec in clam_kernels.all_ops():
-        cells = [ELSEWHERE[b] if b in spec.kernels else "" for b in ("triton", "cuda")]
+        cells = [PROOFS_WITHOUT_A_GPU[b] if b in spec.kernels else "" for b in ("triton", "cuda")]
         gradients = "by hand" if spec.gradient else "none"
-        cases = part.get(spec.name, 0)
+        cases = cases_by_op.get(spec.name, 0)
         gpu = f"{cases} cases passed, none failed, not all ran" if cases else "unproven"
-        gpu = "tested" if set(spec.kernels) <= proven else gpu
+        gpu = "tested" if set(spec.kernels) <= tested else gpu
         gpu = gpu if spec.kernels else "no kernel yet: runs the reference"
         row = [f"`{spec.name}`", gradients, "CPU, tested", *cells, gpu]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
-def _bytes(count: float) -> str:
+def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
@@ -77,16 +79,16 @@ def _error(row: dict[str, Any]) -> str:
     return f"{errors['ours']:.0e} / {errors['eager']:.0e}" if errors else ""
 
 
-def _against(rivals: dict[str, Any]) -> str:
+def _ratios(rivals: dict[str, Any]) -> str:
     return ", ".join(f"{rivals[name]['ratio']:.2f} {name}" for name in sorted(rivals))
 
 
 def _memory(peak: dict[str, float]) -> str:
-    return " / ".join(_bytes(peak[name]) for name in ("ours", "eager") if name in peak)
+    return " / ".join(_megabytes(peak[name]) for name in ("ours", "eager") if name in peak)
 
 
 def bench_table() -> str:
-    """One table a machine: ratios of medians of alternating rounds."""
+    """One table a machine: rival / ours, medians over rounds that alternate."""
     rows = results()
     blocks = []
     for machine in sorted({row["machine"] for row in rows}):
@@ -100,7 +102,7 @@ def bench_table() -> str:
         lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
         for row in (r for r in rows if r["machine"] == machine):
             memory = _memory(row["peak_extra_bytes"])
-            cells = [f"`{row['name']}`", row["mode"], _against(row.get("rivals", {})), memory]
+            cells = [f"`{row['name']}`", row["mode"], _ratios(row.get("rivals", {})), memory]
             lines.append(f"| {' | '.join([*cells, _error(row)])} |")
         versions = next(r["versions"] for r in rows if r["machine"] == machine)
         note = f"Machine: {machine}; torch {versions['torch']}, Python {versions['python']}."
@@ -108,15 +110,15 @@ def bench_table() -> str:
     return "\n\n".join(blocks)
 
 
-def _times(row: dict[str, Any]) -> str:
-    """Rivals over ours; "eager" in chunks is the faster size."""
-    found = {name: ratio for name, ratio in row["ratios"].items() if name != "eager"}
+def _gpu_ratios(row: dict[str, Any]) -> str:
+    """Times of the rivals divided by ours; of "eager" in chunks of several sizes the fastest."""
+    ratios = {name: ratio for name, ratio in row["ratios"].items() if name != "eager"}
     for name, peer in row["peers"].items():
         key = "eager" if name.startswith("eager") else name
         if peer.get("ms"):
             ratio = peer["ms"] / row["ms_median"]
-            found[key] = min(found.get(key, ratio), ratio)
-    return ", ".join(f"{found[name]:.2g} {name}" for name in sorted(found))
+            ratios[key] = min(ratios.get(key, ratio), ratio)
+    return ", ".join(f"{ratios[name]:.2g} {name}" for name in sorted(ratios))
 
 
 GPU_HEAD = (
@@ -126,8 +128,8 @@ GPU_HEAD = (
 
 
 def gpu_table() -> str:
-    """Rows of `bench/gpu_check.py`, each from the last committed run that has it: the backend that
-    the automatic choice would take, which is the fastest.
+    """Rows of `bench/gpu_check.py`, each from the last committed run that has it. Of several
+    backends the row is the fastest one's, which the automatic choice takes.
     """
     best: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
     for file in sorted(RESULTS.glob("*/targets.json"), key=lambda f: f.parent.name, reverse=True):
@@ -153,7 +155,7 @@ def gpu_table() -> str:
             f"{row['ms_median']:,.0f}" if row["ms_median"] > 1e3 else f"{row['ms_median']:.3g}",
             f"{goals} ({row['target']['ms']:g} ms)",
             f"{row['share']:.0%}",
-            _times(row),
+            _gpu_ratios(row),
             f"{ratio:.2g}" if ratio else "",
             run_name,
         ]
@@ -162,8 +164,8 @@ def gpu_table() -> str:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
 
 
 METHODS = ("kmeans", "kmeans_chosen", "clam_without_am", "clam")
@@ -179,15 +181,15 @@ def quality_table() -> str:
     ]
     totals: dict[str, list[float]] = {method: [] for method in METHODS}
     for name, runs in sets.items():
-        found = {
+        silhouettes = {
             method: [run["methods"][method]["silhouette"] for run in runs] for method in METHODS
         }
         for method in METHODS:
-            totals[method].append(_mean(found[method]))
+            totals[method].append(_mean(silhouettes[method]))
         nmi = [_mean(run["methods"][m]["nmi"] for run in runs) for m in ("kmeans", "clam")]
         cells = [name, str(runs[0]["k"])]
-        cells += [f"{_mean(found[method]):.4f}" for method in METHODS]
-        cells[-1] += f" ({min(found['clam']):.4f})"
+        cells += [f"{_mean(silhouettes[method]):.4f}" for method in METHODS]
+        cells[-1] += f" ({min(silhouettes['clam']):.4f})"
         cells += [f"{nmi[0]:.2f}, {nmi[1]:.2f}", f"{_mean(r['cost'] for r in runs):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     means = {method: _mean(values) for method, values in totals.items()}
@@ -203,10 +205,10 @@ def completion_table() -> str:
     rows = json.loads((RESULTS / "completion.json").read_text(encoding="utf-8"))["rows"]
     heads = {
         "clam": "ClAM",
-        "oracle": "its rule, k-means centres of the complete data",
-        "kmeans_mean_filled": "its rule, k-means centres of the mean-filled data",
+        "oracle": "its rule, k-means centroids of the complete data",
+        "kmeans_mean_filled": "its rule, k-means centroids of the mean-filled data",
         "knn_imputer": "KNNImputer(10)",
-        "mean": "mean",
+        "mean": "column means",
     }
     lines = [f"| table | K | {' | '.join(heads.values())} |", f"|{' --- |' * (2 + len(heads))}"]
     for row in rows:
@@ -225,13 +227,13 @@ def million_table() -> str:
     ]
     base = _mean(run["kmeans"]["inertia"] for run in runs)
     for method, name in (("kmeans", "scikit-learn KMeans(n_init=1)"), ("clam", "ClAM")):
-        found = [run[method] for run in runs]
+        fits = [run[method] for run in runs]
         cells = [
             name,
-            f"{_mean(f['seconds'] for f in found):.0f}",
-            _bytes(max(f["extra_bytes"] for f in found)),
-            f"{_mean(f['inertia'] for f in found) / base:.3f}",
-            f"{_mean(f['silhouette'] for f in found):.3f}",
+            f"{_mean(f['seconds'] for f in fits):.0f}",
+            _megabytes(max(f["extra_bytes"] for f in fits)),
+            f"{_mean(f['inertia'] for f in fits) / base:.3f}",
+            f"{_mean(f['silhouette'] for f in fits):.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -242,12 +244,13 @@ def relabelling_table() -> str:
     report = json.loads((RESULTS / "relabelling.json").read_text(encoding="utf-8"))
     names = {
         "scores": "`sinkhorn`, stored scores, tol 1e-3",
-        "features": "`sinkhorn`, scores made anew in each pass, tol 1e-3",
+        "features": "`sinkhorn`, scores computed in each pass, tol 1e-3",
         "scores, tight": "`sinkhorn`, stored scores, tol of the published test",
         "published": "the published algorithm (float64, plain domain)",
     }
     lines = [
-        "| | CPU seconds | passes | memory over the input | labels unlike float64's to 1e-10 |",
+        "| | CPU seconds | passes | memory over the input |"
+        " labels that differ from float64's (to 1e-10) |",
         f"|{' --- |' * 5}",
     ]
     for method, name in names.items():
@@ -256,7 +259,7 @@ def relabelling_table() -> str:
             name,
             f"{row['cpu_seconds']:.1f}",
             str(row["iterations"]),
-            _bytes(row["extra_bytes"]),
+            _megabytes(row["extra_bytes"]),
             str(row["labels_that_differ"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -274,15 +277,15 @@ TABLES = {
 }
 
 
-def rendered(text: str) -> str:
-    """The README with its marked blocks made anew."""
+def update_tables(text: str) -> str:
+    """The page with new content in each marked block."""
     for name, table in TABLES.items():
         pattern = rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(
             pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL
         )
         if count != 1:
-            raise SystemExit(f"README.md: expected one block '{name}', got {count}")
+            raise SystemExit(f"docs/results.md: expected one block '{name}', got {count}")
     return text
 
 
@@ -290,13 +293,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare only; 1 if they differ")
     check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    fresh = rendered(text)
+    text = PAGE.read_text(encoding="utf-8")
+    updated = update_tables(text)
     if not check:
-        README.write_text(fresh, encoding="utf-8")
-    elif fresh != text:
+        PAGE.write_text(updated, encoding="utf-8")
+    elif updated != text:
         print(
-            "README.md: its tables differ from the registry or bench/results; run make readme-bench"
+            "docs/results.md: its tables differ from the registry or bench/results;"
+            " run make readme-bench"
         )
         return 1
     return 0

@@ -72,15 +72,20 @@ class Launch:
 
     name: str
     kernel: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
+    args: dict[str, Any]  # runtime arguments by name; None where the kernel reads none
+    options: dict[str, Any]  # constants of the kernel, and triton's options
 
 
 def record(arch: str, call: Callable[[], object]) -> list[Launch]:
     """The launches of a call, as a GPU of `arch` would get them."""
     found: list[Launch] = []
 
-    def note(kernel: Any, grid: Any, device: Any, *args: Any, **options: Any) -> None:
+    def note(kernel: Any, grid: Any, device: Any, **arguments: Any) -> None:
+        runtime = {p.name for p in kernel.params if not p.is_constexpr}
+        args = {n: value for n, value in arguments.items() if n in runtime}
+        options = {n: value for n, value in arguments.items() if n not in runtime}
+        missing = runtime - args.keys()
+        assert not missing, f"{kernel.fn.__name__} is launched without {sorted(missing)}"
         found.append(Launch(kernel.fn.__name__, kernel, args, options))
 
     before = launch.launch, launch.arch_of
@@ -193,8 +198,13 @@ def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, An
     types = dict.fromkeys(names, "constexpr")
     constants = {(names.index(n),): v for n, v in one.options.items() if n in names}
     attributes = {}
-    for i, (name, value) in enumerate(zip(names, one.args, strict=False)):
-        if isinstance(value, torch.Tensor):
+    for i, name in enumerate(names):
+        if name not in one.args:
+            continue
+        value = one.args[name]
+        if value is None:
+            constants[(i,)] = None
+        elif isinstance(value, torch.Tensor):
             types[name] = POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -292,26 +302,26 @@ def main() -> None:
     parser.add_argument("--amd", action="store_true", help="compile for gfx942, as information")
     parser.add_argument("--out", type=Path, help="write what was found here")
     parser.add_argument("--table", type=Path, help="put all of it under this triton's version here")
-    given = parser.parse_args()
-    numbers = [[int(x) for x in text.split(",")] for text in (given.arch, given.dim)]
+    arguments = parser.parse_args()
+    numbers = [[int(x) for x in text.split(",")] for text in (arguments.arch, arguments.dim)]
     table: dict[str, Any] = {}
     for name, arch, one in cases(
-        numbers[0], given.mode.split(","), numbers[1], given.kernel, not given.base
+        numbers[0], arguments.mode.split(","), numbers[1], arguments.kernel, not arguments.base
     ):
         start = time.monotonic()
         try:
-            table[name] = on_amd(one) if given.amd else resources(compiled(one, arch))
+            table[name] = on_amd(one) if arguments.amd else resources(compiled(one, arch))
         except Exception as error:
             table[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}"}
         tile = {n: one.options[n] for n in ("ROWS", "PROTOS", "PREC", *OPTIONS) if n in one.options}
         print(f"{name:60s} {table[name]} {tile} {time.monotonic() - start:.1f}s", flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    if given.table:
-        whole = json.loads(given.table.read_text("utf-8")) if given.table.exists() else {}
-        heading = f"{triton.__version__} gfx942" if given.amd else triton.__version__
+        if arguments.out:
+            arguments.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if arguments.table:
+        whole = json.loads(arguments.table.read_text("utf-8")) if arguments.table.exists() else {}
+        heading = f"{triton.__version__} gfx942" if arguments.amd else triton.__version__
         whole[heading] = dict(sorted(table.items()))
-        given.table.write_text(spelled(whole), encoding="utf-8")
+        arguments.table.write_text(spelled(whole), encoding="utf-8")
 
 
 def spelled(table: dict[str, dict[str, Any]]) -> str:

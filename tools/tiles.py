@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the tile of every kernel, GPU, mode and width by compiling: the first of a list, best
-first, that needs no spill in any variant under every triton asked so far. Writes
+"""Choose the tile of every kernel, GPU, mode and width by compiling: the first of a list, best
+first, that spills in no variant under any triton tried so far. Writes
 clam_kernels/kernels/configs.json.
 
     tools/tiles.py --arch 90 [--kernel am_recursion] [--cache FILE]
 
-Each triton is a run of its own (PYTHONPATH decides which); runs share the cache of verdicts and are
-repeated until the table no longer changes. On a GPU `bench/gpu_check.py` measures what was chosen.
+Run it once for each triton (PYTHONPATH decides which); the runs share the cache of verdicts. Repeat
+them until the table no longer changes. On a GPU `bench/gpu_check.py` measures the chosen tiles.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ KERNELS = {
     "sinkhorn": ("rows_kernel", "columns_kernel", "weigh_kernel"),
     "sinkhorn_slopes": ("slopes_kernel",),
 }
-# What a block may have of shared memory, less what a driver keeps.
+# Bytes of shared memory for a block, without the driver's part.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Tiles (ROWS, PROTOS, num_warps), best first: where timings count, and elsewhere.
+# Tiles (ROWS, PROTOS, num_warps), best first; SAFE for GPUs on which they were not timed.
 TILES = [
     (128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4), (64, 32, 8),
     (32, 32, 4), (32, 32, 8), (32, 16, 4), (16, 16, 4),
 ]  # fmt: skip
 SAFE = {80: [(64, 32, 4), *TILES[4:]], 100: [(128, 64, 8), *TILES[3:]]}
-# A kernel that holds all memories in one tile, for rows of few features.
+# Kernels that load all memories in one tile, for rows of few features.
 WHOLE = {
     "am_fused_backward": [
         (64, 64, 8), (32, 64, 8), (32, 64, 4), (16, 64, 4),
         (64, 32, 8), (64, 32, 4), (32, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4),
     ],
 }  # fmt: skip
-# Of k-means: rows of few registers, so that four blocks share a multiprocessor, as timed
-# on an H200 (bench/NOTES.md). Elsewhere what ptxas makes of them.
+# For k-means: few registers a row, so that four blocks share a multiprocessor, as timed on an H200
+# (bench/NOTES.md). Other GPUs use the registers that ptxas chooses.
 NEAREST = {"ROWS": 64, "PROTOS": 64, "num_warps": 4, "num_stages": 2}
 CROWDED = [NEAREST | {"maxnreg": 128}]
 STEP = [
     {"ROWS": rows, "PROTOS": 64, "num_warps": warps, "num_stages": 1}
     for rows, warps in ((64, 4), (128, 8))
 ]
-# A spill of a few registers may be ptxas's wish for occupancy, which a limit of its own overrules.
+# ptxas may spill a few registers for occupancy; an explicit limit on registers prevents that.
 SMALL, MOST = 64, 255
-# Float32 values a thread would hold at least; beyond these no tile tried was without spills.
-HELD = {"bf16": 100}
-HELD_SPLIT = 82
+# Largest number of float32 values in a thread: every tile with more has spilled.
+LARGEST = {"bf16": 100}
+LARGEST_SPLIT = 82
 
 
-def held(kernel: str, rows: int, protos: int, width: int) -> int:
-    """Values of the tiles that live through a sweep."""
+def sweep_values(kernel: str, rows: int, protos: int, width: int) -> int:
+    """Number of values in the tiles that a sweep keeps in registers."""
     if kernel == "am_memories_backward":
         return rows * (2 * width + 2 * protos) + 2 * protos * width
     if kernel == "am_rows_backward":
@@ -73,21 +73,21 @@ def held(kernel: str, rows: int, protos: int, width: int) -> int:
     return rows * (2 * width + protos) if kernel.startswith("am_recursion") else 0
 
 
-# Kernels whose logits and slopes must agree bit for bit: a difference of two of them is 0 where one
-# memory has all the weight, and 2 beta multiplies whatever rounding is left of it.
+# The logits and slopes of these kernels must agree bit for bit: their difference is 0 where one
+# memory has all the weight, and 2 beta would multiply a rounding error.
 ALIKE = ("am_recursion_full", "am_rows_backward", "am_memories_backward")
 
 
 def precisions(kernel: str, mode: str, width: int, arch: int) -> list[str]:
-    """Kinds of product that a mode may use, best first; one alone for kernels that must agree."""
-    if kernel.startswith("kmeans"):  # labels are exact in all: what is cheap decides fewer rows
+    """Kinds of product that a mode may use, best first; one kind for kernels that must agree."""
+    if kernel.startswith("kmeans"):  # labels are exact with each; cheaper ones decide fewer rows
         return ["f16" if mode == "medium" else "f16x3"]
     if mode == "medium":
         return ["bf16"]
     if kernel in ALIKE:
         lower = "bf16x3" if arch >= 90 else "tf32"
         return ["ieee" if mode == "highest" else lower]
-    if mode == "high":  # halves keep less of memories far below the largest: not for "highest"
+    if mode == "high":  # halves lose digits of memories far below the largest: not for "highest"
         halves = ["f16x3"] if kernel == "am_recursion" and arch == 90 and width <= 64 else []
         return [*halves, "bf16x3", "tf32"]
     return ["ieee"] if width <= 16 or arch < 90 else ["bf16x6", "ieee"]
@@ -106,8 +106,8 @@ def candidates(
             if precision == "ieee" and rows * max(protos, min(width, 64)) > 4096 * 2:
                 continue
             for piece in (64, 32) if wide else (0,):
-                need = held(kernel, rows, protos, piece or width) / (32 * warps)
-                if need > HELD.get(precision, HELD_SPLIT):
+                need = sweep_values(kernel, rows, protos, piece or width) / (32 * warps)
+                if need > LARGEST.get(precision, LARGEST_SPLIT):
                     continue
                 tile: dict[str, Any] = {"ROWS": rows, "PROTOS": protos, "PREC": precision}
                 tile |= {"DIM": piece} if wide else {}
@@ -117,8 +117,8 @@ def candidates(
 
 
 def of_kmeans(kernel: str, width: int, arch: int, wide: bool) -> list[dict[str, Any]]:
-    """Tiles of a kernel that assigns, best first."""
-    if kernel == "kmeans_step":  # elsewhere it spills, or the compiler dies of it
+    """Tiles of a k-means kernel, best first."""
+    if kernel == "kmeans_step":  # on other GPUs it spills, or the compiler crashes
         return STEP if arch == 90 else []
     small = NEAREST | {"PROTOS": 32, "num_warps": 8}
     if wide:
@@ -146,16 +146,16 @@ def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) ->
 
 
 def verdict(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> str:
-    """ "" if every variant fits, else what does not."""
+    """ "" if every variant fits, else the reason why one does not."""
     for one in launches(kernel, mode, d, arch, tile):
         try:
-            found = resources.resources(resources.compiled(one, arch))
+            usage = resources.resources(resources.compiled(one, arch))
         except Exception as error:
             return f"{type(error).__name__}"
-        if found["spills"] or found["atomics"]:
-            return f"{found['spills']} bytes of spill"
-        if found["shared"] > SHARED[arch]:
-            return f"{found['shared']} bytes of shared memory"
+        if usage["spills"] or usage["atomics"]:
+            return f"{usage['spills']} bytes of spill"
+        if usage["shared"] > SHARED[arch]:
+            return f"{usage['shared']} bytes of shared memory"
     return ""
 
 
@@ -166,19 +166,19 @@ def main() -> None:
     parser.add_argument("--kernel", default=",".join(KERNELS))
     parser.add_argument("--dim", default=",".join(map(str, resources.DIMS)))
     parser.add_argument("--cache", type=Path, default=Path("build/tiles.json"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     version = triton.__version__
-    for arch in map(int, given.arch.split(",")):
-        for mode in given.mode.split(","):
-            for kernel in given.kernel.split(","):
-                for d in map(int, given.dim.split(",")):
+    for arch in map(int, arguments.arch.split(",")):
+        for mode in arguments.mode.split(","):
+            for kernel in arguments.kernel.split(","):
+                for d in map(int, arguments.dim.split(",")):
                     if (kernel in WHOLE and d > 16) or (kernel == "kmeans_step" and d > 32):
                         continue
-                    choose(kernel, mode, d, arch, version, given.cache)
+                    choose(kernel, mode, d, arch, version, arguments.cache)
 
 
 def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path) -> None:
-    """Find one row and write it down."""
+    """Choose one row of the table and write it."""
     wide = d > launch.WIDEST
     name = f"{kernel}_wide" if wide else kernel
     width = launch.WIDEST if wide else launch.dim(d)
@@ -190,28 +190,28 @@ def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path)
         if "maxnreg" in tile and int(last.split()[0]) > SMALL:
             continue
         key = f"{kernel}/{arch}/{mode}/{d}/{json.dumps(tile)}"
-        seen = known.setdefault(key, {})
-        last = next((found for found in seen.values() if found), "")
+        verdicts = known.setdefault(key, {})
+        last = next((reason for reason in verdicts.values() if reason), "")
         if last:
             continue
-        if version not in seen:
-            seen[version] = verdict(kernel, mode, d, arch, tile)
+        if version not in verdicts:
+            verdicts[version] = verdict(kernel, mode, d, arch, tile)
             cache.parent.mkdir(parents=True, exist_ok=True)
             fresh = json.loads(cache.read_text()) if cache.exists() else {}
-            fresh.setdefault(key, {})[version] = seen[version]
+            fresh.setdefault(key, {})[version] = verdicts[version]
             cache.write_text(json.dumps(fresh, indent=0))
-            told = seen[version] or "chosen"
-            print(f"sm_{arch} {name} {mode} {width} {tile}: {told}", flush=True)
-        last = seen[version]
+            outcome = verdicts[version] or "chosen"
+            print(f"sm_{arch} {name} {mode} {width} {tile}: {outcome}", flush=True)
+        last = verdicts[version]
         if not last:
-            put(name, arch, f"{mode}/{width}", tile)
+            write_row(name, arch, f"{mode}/{width}", tile)
             return
-    put(name, arch, f"{mode}/{width}", None)
+    write_row(name, arch, f"{mode}/{width}", None)
     print(f"sm_{arch} {name} {mode} {width}: none, the wide form serves", flush=True)
 
 
-def put(name: str, arch: int, row: str, tile: dict[str, Any] | None) -> None:
-    """Set or remove a row; one compile stands for both GPUs of capability 8."""
+def write_row(name: str, arch: int, row: str, tile: dict[str, Any] | None) -> None:
+    """Set or remove a row; a compilation for sm_80 serves both GPUs of capability 8."""
     table = json.loads(launch.TABLE.read_text(encoding="utf-8"))
     for gpu in ["sm_80", "sm_86"] if arch == 80 else [resources.ARCHS[arch]]:
         table.setdefault(name, {}).pop(f"{gpu}/{row}", None)

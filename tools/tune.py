@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the tiles of tools/tiles.py on the GPU at hand and writes the fastest into the table.
+"""Time the tiles of tools/tiles.py on this GPU and write the fastest into the table.
 
     tools/tune.py [--mode high] [--dim 16,64] [--kernel am_recursion] [--rows 262144] [--dry-run]
                   [--json FILE]
 
-Only tiles without spills are timed, on random data, in rounds that alternate between them; a row is
-replaced where another is faster by more than 3 %. --json writes every time with the error of its
-tile against float64. Without a GPU: one line, exit code 3. A dry run walks the same way on the CPU
-through Triton's interpreter, on few rows, and changes no table.
+It times tiles without spills only, on random data, in rounds that alternate between them, and
+replaces a row of the table if another tile is faster by more than 3 %. --json writes every time
+with the error of its tile against float64. Without a GPU it prints one line and exits with code 3.
+A dry run does the same on the CPU through Triton's interpreter, on few rows, and changes no table.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from clam_kernels.kernels.am import backward, energy, forward  # noqa: E402
 from clam_kernels.kernels.common import launch  # noqa: E402
 from clam_kernels.kernels.kmeans import assign  # noqa: E402
 
-# tools/resources.py switches the interpreter off for what it compiles
+# tools/resources.py, which tiles imports, switches the interpreter off
 tiles = importlib.import_module("tiles")
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -60,7 +60,7 @@ def operands(kernel: str, mode: str, d: int, rows: int, device: str) -> tuple[Te
 
 
 def calls(kernel: str, mode: str, v: Tensor, rho: Tensor) -> Callable[[], Any]:
-    """The call whose time a kernel's tile decides."""
+    """The call that is timed for the tile of a kernel."""
     d = v.shape[-1]
     if kernel == "am_energy":
         return partial(energy.am_energy, v, rho, 1.0 / d, None, mode)
@@ -74,7 +74,7 @@ def calls(kernel: str, mode: str, v: Tensor, rho: Tensor) -> Callable[[], Any]:
 
 
 def exact(kernel: str, v: Tensor, rho: Tensor) -> Any:
-    """What the call computes, by the reference in float64."""
+    """The result of the call by the reference in float64."""
     d = v.shape[-1]
     v, rho = (x.double() for x in (v, rho))
     with clam_kernels.backend("reference"):
@@ -90,22 +90,22 @@ def exact(kernel: str, v: Tensor, rho: Tensor) -> Any:
         return torch.autograd.grad(torch.ops.clam.am_recursion(*leaves, 1.0 / d, STEPS), leaves, v)
 
 
-def errors(found: Any, truth: Any) -> dict[str, float]:
-    """Largest error over the largest entry, the worst of the results; the share of wrong labels."""
-    one = isinstance(truth, Tensor)
-    pairs = [(found, truth)] if one else list(zip(found, truth, strict=False))
-    told: dict[str, float] = {}
+def errors(result: Any, truth: Any) -> dict[str, float]:
+    """max |out - truth| / max |truth|, the largest over the results; the share of wrong labels."""
+    is_single = isinstance(truth, Tensor)
+    pairs = [(result, truth)] if is_single else list(zip(result, truth, strict=False))
+    figures: dict[str, float] = {}
     for a, b in pairs:
         if b.is_floating_point():
             error = float((a.double() - b).abs().max() / b.abs().max())
-            told["err_vs_f64"] = max(error, told.get("err_vs_f64", 0.0))
+            figures["err_vs_f64"] = max(error, figures.get("err_vs_f64", 0.0))
         else:
-            told["wrong_labels"] = float((a != b).double().mean())
-    return told
+            figures["wrong_labels"] = float((a != b).double().mean())
+    return figures
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """One run, the queue empty before and after."""
+    """Seconds of one run, with an empty queue before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -116,36 +116,37 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def spills(kernel: str, tile: dict[str, Any], call: Callable[[], object], device: str) -> bool:
-    """Whether what this call launches spills, as the driver says; also compiles it."""
-
-    found: list[Any] = []
+    """Whether a kernel that this call launches spills, from the driver; this also compiles it."""
+    kernels: list[Any] = []
     real = launch.launch
 
-    def note(one: Any, grid: Any, where: Any, *args: Any, **options: Any) -> None:
+    def note(one: Any, grid: Any, where: Any, **arguments: Any) -> None:
         if device == "cuda" and 0 not in grid:
             with torch.cuda.device(where):
-                found.append(one[tuple(grid)](*args, enable_fp_fusion=True, **options))
+                kernels.append(one[tuple(grid)](enable_fp_fusion=True, **arguments))
         else:
-            real(one, grid, where, *args, **options)
+            real(one, grid, where, **arguments)
 
     launch.launch = note
     try:
         with_tile(kernel, tile, call)()
     finally:
         launch.launch = real
-    return any(getattr(one, "n_spills", 0) for one in found)
+    return any(getattr(one, "n_spills", 0) for one in kernels)
 
 
 def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call with a tile in place of the table's; an error if it does not launch the kernel."""
+    """The call with a tile in place of the table's; RuntimeError if it does not launch the
+    kernel.
+    """
 
     def run() -> Any:
-        real, asked = launch.settings, []
+        real, launched = launch.settings, []
 
         def settings(name: str, *rest: Any) -> dict[str, Any]:
             if name != kernel:
                 return real(name, *rest)
-            asked.append(name)
+            launched.append(name)
             return dict(tile)
 
         launch.settings = settings  # type: ignore[assignment]
@@ -153,15 +154,15 @@ def with_tile(kernel: str, tile: dict[str, Any], call: Callable[[], Any]) -> Cal
             result = call()
         finally:
             launch.settings = real
-        if not asked:
-            raise RuntimeError(f"{kernel} has no part in this call")
+        if not launched:
+            raise RuntimeError(f"this call does not launch {kernel}")
         return result
 
     return run
 
 
 def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[dict[str, Any]]:
-    """Time and error of every tile without spills, the table's own first."""
+    """Time and error of every tile without spills; the table's tile is first."""
     v, rho = operands(kernel, mode, d, rows, device)
     call = calls(kernel, mode, v, rho)
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -169,7 +170,7 @@ def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[dic
     own = launch.settings(kernel, where, mode, d)
     others = tiles.candidates(kernel, mode, launch.dim(d), max(arch, 80), wide=False)
     if "DIM" in own or not own:
-        return  # no register tile of this width was without spills: the wide form serves
+        return  # every register tile of this width spills: the wide kernel runs
     if kernel in tiles.WHOLE:  # all memories in one tile, or another kernel serves
         others = (t for t in others if t["PROTOS"] >= own["PROTOS"])
     rivals = [own, *(t for t in others if t != own)][: 3 if DRY else None]
@@ -179,14 +180,14 @@ def race(kernel: str, mode: str, d: int, rows: int, device: str) -> Iterator[dic
     clean = [tile for tile in rivals if not spills(kernel, tile, call, device)]
     times: list[list[float]] = [[] for _ in clean]
     for _ in range(2 if DRY else ROUNDS):
-        for tile, taken in zip(clean, times, strict=True):
-            taken.append(seconds(with_tile(kernel, tile, call), device))
+        for tile, own_times in zip(clean, times, strict=True):
+            own_times.append(seconds(with_tile(kernel, tile, call), device))
     truth = exact(kernel, v, rho)
-    for tile, taken in zip(clean, times, strict=True):
+    for tile, own_times in zip(clean, times, strict=True):
         yield {
             "kernel": kernel, "mode": mode, "n": rows, "d": d, "k": len(rho), "dtype": "float32",
             "steps": STEPS if "assign" not in kernel and kernel != "am_energy" else 0,
-            "tile": tile, "ms_median": 1e3 * statistics.median(taken),
+            "tile": tile, "ms_median": 1e3 * statistics.median(own_times),
             **errors(with_tile(kernel, tile, call)(), truth),
         }  # fmt: skip
 
@@ -198,35 +199,35 @@ def main() -> int:
     parser.add_argument("--kernel", default=KERNELS)
     parser.add_argument("--rows", type=int, default=262_144)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file")
-    given = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    arguments = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         print("no CUDA device: tiles are timed on a GPU (tools/tiles.py chooses by compiling)")
         return 3
     if not DRY and torch.cuda.get_device_capability()[0] not in (9, 10):
         print("rows of sm_80 serve GPUs of less shared memory too: they stay as compiled")
         return 3
-    device, rows = ("cpu", 64) if DRY else ("cuda", given.rows)
+    device, rows = ("cpu", 64) if DRY else ("cuda", arguments.rows)
     measured: list[dict[str, Any]] = []
-    for kernel in given.kernel.split(","):
-        for mode in given.mode.split(","):
-            for d in map(int, given.dim.split(",")):
+    for kernel in arguments.kernel.split(","):
+        for mode in arguments.mode.split(","):
+            for d in map(int, arguments.dim.split(",")):
                 if kernel in tiles.WHOLE and d > 16:
                     continue
-                found = list(race(kernel, mode, d, rows, device))
-                if not found:
-                    print(f"{kernel} {mode} {d}: the wide form serves, nothing is timed")
+                results = list(race(kernel, mode, d, rows, device))
+                if not results:
+                    print(f"{kernel} {mode} {d}: the wide kernel runs, nothing is timed")
                     continue
-                measured += found
-                own, best = found[0], min(found, key=lambda row: row["ms_median"])
+                measured += results
+                own, best = results[0], min(results, key=lambda row: row["ms_median"])
                 before, after = own["ms_median"], best["ms_median"]
                 print(f"{kernel} {mode} {d}: {before:.3f} ms, best {after:.3f} ms {best['tile']}")
                 if not DRY and best["tile"] != own["tile"] and after < GAIN * before:
                     arch = int(launch.arch_of(torch.device("cuda", 0)).removeprefix("sm_"))
-                    tiles.put(kernel, arch, f"{mode}/{launch.dim(d)}", best["tile"])
-    if given.json:
+                    tiles.write_row(kernel, arch, f"{mode}/{launch.dim(d)}", best["tile"])
+    if arguments.json:
         report = {**record.facts(device), "what": WHAT, "dry_run": DRY, "rows": measured}
-        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one stage and leaves its result in the output folder, whatever happens to it."""
+"""Run one stage and write its result to the output folder, also where it raises."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from .. import record
 from .setting import STAGES, Setting
 
-# "env=hang,build=fail": for the tests of gpu_check, which need a stage that misbehaves
-PLANT = "CLAM_GPU_CHECK_PLANT"
+# "env=hang,build=fail": the tests of gpu_check need stages that hang or fail
+FAULTS = "CLAM_GPU_CHECK_PLANT"
 
 
-def misbehave(stage: str) -> None:
-    planted = dict(p.split("=") for p in os.environ.get(PLANT, "").split(",") if p)
-    if planted.get(stage) == "hang":
+def inject_fault(stage: str) -> None:
+    faults = dict(pair.split("=") for pair in os.environ.get(FAULTS, "").split(",") if pair)
+    if faults.get(stage) == "hang":
         time.sleep(3600)
-    if planted.get(stage) == "fail":
+    if faults.get(stage) == "fail":
         raise RuntimeError("planted failure")
 
 
@@ -32,15 +32,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--dry-run", action="store_true")
-    given = parser.parse_args()
-    setting = Setting(given.out, given.seed, given.seconds, given.dry_run)
+    arguments = parser.parse_args()
+    setting = Setting(arguments.out, arguments.seed, arguments.seconds, arguments.dry_run)
     try:
-        misbehave(given.stage)
-        found = importlib.import_module(f".{given.stage}", __package__).run(setting)
-    except Exception as error:  # the report must say what no stage foresaw
+        inject_fault(arguments.stage)
+        result = importlib.import_module(f".{arguments.stage}", __package__).run(setting)
+    except Exception as error:  # the report must have errors that no stage expected
         traceback.print_exc()
-        found = {"status": "fail", "reason": f"{type(error).__name__}: {error}"[:2000]}
-    setting.save({**found, "where": record.facts(setting.device), "done": True})
+        result = {"status": "fail", "reason": f"{type(error).__name__}: {error}"[:2000]}
+    setting.save({**result, "where": record.facts(setting.device), "done": True})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage build: the CUDA library for this GPU, by the code of setup.py, with what ptxas says of each
-kernel. Folders carry the hash of all that decides the library, so a second call compiles nothing.
+"""Stage build: compile the CUDA library for this GPU with the code of setup.py, and report what
+ptxas prints of each kernel. The folder name is a hash of the sources, the compiler and torch, so a
+second call compiles nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ PROBE = 'extern "C" __global__ void probe(float *x) { x[threadIdx.x] *= 2.0f; }\
 USED = re.compile(r"Used (\d+) registers")
 
 
-def machinery(log: list[str]) -> ModuleType:
-    """setup.py as a module, whose compiler reports what it used; nothing is set up by it."""
+def load_setup(log: list[str]) -> ModuleType:
+    """setup.py as a module that installs nothing; its compiler calls report registers and
+    spills.
+    """
     setuptools.setup = lambda **_: None
     spec = importlib.util.spec_from_file_location("clam_setup", ROOT / "setup.py")
     assert spec is not None
@@ -47,21 +50,21 @@ def machinery(log: list[str]) -> ModuleType:
 
 def kernels_in(text: str) -> list[dict[str, Any]]:
     """Registers and spills of every kernel, as ptxas -v reports them."""
-    found: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
     for line in text.splitlines():
         if match := FUNCTION.search(line):
-            found.append({"kernel": match[1], "arch": match[2]})
-        elif found and (match := SPILLS.search(line)):
+            kernels.append({"kernel": match[1], "arch": match[2]})
+        elif kernels and (match := SPILLS.search(line)):
             keys = ("stack", "spill_stores", "spill_loads")
-            found[-1] |= dict(zip(keys, map(int, match.groups()), strict=True))
-        elif found and (match := USED.search(line)):
-            found[-1]["registers"] = int(match[1])
-    return found
+            kernels[-1] |= dict(zip(keys, map(int, match.groups()), strict=True))
+        elif kernels and (match := USED.search(line)):
+            kernels[-1]["registers"] = int(match[1])
+    return kernels
 
 
-def lighten(module: ModuleType) -> None:
-    """One trivial kernel in place of csrc/: enough to see that the compiler, the link and this
-    stage agree.
+def use_probe_source(module: ModuleType) -> None:
+    """Compile one trivial kernel in place of csrc/, to test the compiler, the linker and this
+    stage.
     """
     probe = ROOT / "build" / "gpu_check" / "probe.cu"
     probe.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,7 @@ def lighten(module: ModuleType) -> None:
 
 
 def arch(setting: Setting) -> str:
-    """Name of this GPU's own target; sm_90's needs the letter for its matrix instructions."""
+    """Name of this GPU's compile target; sm_90 needs the letter "a" for its matrix instructions."""
     if setting.dry_run:
         return "90a"
     import torch
@@ -80,15 +83,17 @@ def arch(setting: Setting) -> str:
 
 
 def digest(module: ModuleType, target: str) -> str:
-    """Of the sources, the compiler and torch, as setup.py has it."""
+    """Hash of the sources, the compiler and torch, as in setup.py."""
     nvcc, (_, torch_version) = module.find_nvcc(), module.find_torch()
     release = re.search(r"release (\S+),", module.call([nvcc, "--version"], "--version"))
-    found: str = module.digest_of([target], torch_version, release.group(1) if release else "")
-    return found
+    value: str = module.digest_of([target], torch_version, release.group(1) if release else "")
+    return value
 
 
 def compile_into(module: ModuleType, folder: Path, log: list[str]) -> dict[str, Any]:
-    """The library, its record and its kernels, in a folder that is complete or absent."""
+    """Compile the library, and write it with its record and kernels to a folder that is complete or
+    absent.
+    """
     part = folder.with_suffix(f".{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     command = module.build_cuda.__new__(module.build_cuda)
@@ -103,7 +108,7 @@ def compile_into(module: ModuleType, folder: Path, log: list[str]) -> dict[str, 
 
 
 def install(module: ModuleType, folder: Path) -> None:
-    """Put library and record beside the package, each whole or not at all."""
+    """Copy library and record beside the package, each whole or not at all."""
     for name in (module.LIBRARY, module.RECORD):
         part = (ROOT / name).with_suffix(".part")
         shutil.copy2(folder / name, part)
@@ -112,9 +117,9 @@ def install(module: ModuleType, folder: Path) -> None:
 
 def run(setting: Setting) -> dict[str, Any]:
     log: list[str] = []
-    module = machinery(log)
+    module = load_setup(log)
     if setting.dry_run:
-        lighten(module)
+        use_probe_source(module)
     target = arch(setting)
     os.environ.update(CLAM_CUDA="1", CLAM_CUDA_ARCHS=target)
     try:
@@ -127,18 +132,18 @@ def run(setting: Setting) -> dict[str, Any]:
     try:
         if reused:
             names = {"record": module.RECORD, "kernels": "kernels.json"}
-            found = {k: json.loads((folder / name).read_text()) for k, name in names.items()}
+            library = {k: json.loads((folder / name).read_text()) for k, name in names.items()}
         else:
-            found = compile_into(module, folder, log)
-    except SystemExit as error:  # how setup.py says that a wanted library could not be built
+            library = compile_into(module, folder, log)
+    except SystemExit as error:  # setup.py exits so if it cannot build a requested library
         return {"status": "fail", "reason": str(error)}
     finally:
         (setting.out / "build.log").write_text("\n".join(log), encoding="utf-8")
-    if not setting.dry_run:  # here the library may belong to whoever set this checkout up
+    if not setting.dry_run:  # the probe must not replace the library of this checkout
         install(module, folder)
-    spilled = [k for k in found["kernels"] if k.get("spill_stores") or k.get("spill_loads")]
-    reason = f"{len(spilled)} of {len(found['kernels'])} kernels spill" if spilled else None
+    spilled = [k for k in library["kernels"] if k.get("spill_stores") or k.get("spill_loads")]
+    reason = f"{len(spilled)} of {len(library['kernels'])} kernels spill" if spilled else None
     return {
         "status": "pass", "reason": reason, "reused": reused, "arch": target,
-        "spilled": spilled, **found,
+        "spilled": spilled, **library,
     }  # fmt: skip

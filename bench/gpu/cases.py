@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a family brings to the stages in its file rows_<family>.py, and how its calls are run."""
+"""What the file targets_<family>.py of a family declares, and how the stages run its calls."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .clock import Contestant
 from .setting import Setting
 
 GPU_BACKENDS = ("triton", "cuda")
-# Rows of a large call of a coupled op, which are the same again after so many.
+# A large call of a coupled op repeats the same so many rows.
 PERIOD = 256
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """One call of an op: positions of the arguments with rows in dim -2, of those to differentiate,
-    and of those with rows in dim -1.
+    """One call of an op. `rows`: positions of the arguments with rows in dim -2; `wanted`: of those
+    to differentiate; `lines`: of those with rows in dim -1.
     """
 
     op: str
@@ -55,7 +55,7 @@ class Invocation:
         return out if isinstance(out, tuple) else (out,)
 
     def backward(self, upstream: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-        """Outputs, then the gradients of the arguments wanted."""
+        """Outputs, then the gradients of the arguments in `wanted`."""
         leaves = [self.args[i].detach().requires_grad_() for i in self.wanted]
         args = list(self.args)
         for i, leaf in zip(self.wanted, leaves, strict=True):
@@ -68,8 +68,8 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Work:
-    """The least a row must do: bytes, matrix products of a unit, exponentials, float32 lane
-    operations beside them.
+    """The least work of a target: bytes, FLOPs of matrix products on one unit, exponentials, and
+    float32 lane operations beside them.
     """
 
     bytes: float
@@ -80,24 +80,26 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Target:
-    """When a row passes. `ratios`: over the fastest peer whose name begins so; absent is fine."""
+class Goal:
+    """When a target passes. `ratios`: least speed over the fastest peer whose name begins so; an
+    absent peer is no miss.
+    """
 
     ms: float
     ratios: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: float | None = None
     launches: int | None = None
-    # "exact" and "accurate" are measured by eager float32, "like" by eager of the same mode,
-    # "labels" are float64's, all of them
+    # "exact" and "accurate" compare with eager float32, "like" with eager of the same mode;
+    # "labels" must equal those of float64
     error: str = "accurate"
 
 
 @dataclass
-class Bout:
-    """A row, ready to run. `args` are the operands of ours, by which a backend may refuse it;
-    `plain` is the eager call by whose error ours is judged; `scale` is the whole workload over what
-    one call does; `errors` maps a result to figures, and may give several draws of a figure as
-    `<name>_draws`; `facts` are measured once for each backend.
+class TimedContest:
+    """A target, ready to run. A backend accepts or refuses it by `args`, the operands of `ours`.
+    `plain` is the eager call whose error bounds ours. `scale` is the whole workload over the work
+    of one call. `errors` maps a result to figures; it may return several draws of a figure as
+    `<name>_draws`. `facts` is called once for each backend.
     """
 
     ours: Callable[[], Any]
@@ -110,7 +112,7 @@ class Bout:
 
 
 @dataclass(frozen=True)
-class Row:
+class Target:
     """One line of the table of targets."""
 
     id: str
@@ -119,8 +121,8 @@ class Row:
     mode: str
     shape: dict[str, int]
     work: Work
-    target: Target
-    build: Callable[[Setting, Row], Bout]
+    goal: Goal
+    build: Callable[[Setting, Target], TimedContest]
     kind: str = "device"
     note: str = ""
     dtype: str = "float32"
@@ -128,17 +130,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything about a family that the stages do not know themselves.
+    """What the stages need to know of a family.
 
     `make(op, shape, device, seed)` draws a call. Shapes: `tiny` for the sanitizer, `large` for
-    determinism and memory, `wide` with over 2^31 entries, the later ones for backends that refuse
-    the first; `small` in place of both on a CPU.
-    Of `coupled` ops a row's results depend on the other rows; large calls of them repeat PERIOD
-    rows. `allowance(call, backward)` is the most bytes a call may hold beside its arguments.
+    determinism and memory, `wide` with over 2^31 entries; a backend that refuses the first shape
+    gets the next. On a CPU `small` replaces `large` and `wide`.
+    A row's results of a `coupled` op depend on the other rows; large calls of such an op repeat
+    PERIOD rows. `allowance(call, backward)` is the most bytes that a call may hold beside its
+    arguments.
     """
 
     name: str
-    rows: tuple[Row, ...]
+    targets: tuple[Target, ...]
     make: Callable[[str, tuple[int, ...], str, int], Invocation]
     tiny: tuple[tuple[int, ...], ...]
     small: tuple[int, ...]
@@ -148,35 +151,35 @@ class Family:
     captured: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
     coupled: tuple[str, ...] = ()
-    sums: tuple[str, ...] = ()  # ops among whose results are sums over the rows
+    sums: tuple[str, ...] = ()  # ops that return sums over the rows
 
 
 @functools.cache
 def families() -> tuple[Family, ...]:
-    """Of every rows_<family>.py beside this file."""
+    """FAMILY of every targets_<family>.py beside this file."""
     names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)])]
     modules = [
-        importlib.import_module(f".{n}", __package__) for n in names if n.startswith("rows_")
+        importlib.import_module(f".{n}", __package__) for n in names if n.startswith("targets_")
     ]
     return tuple(module.FAMILY for module in modules)
 
 
 def with_kernels() -> list[str]:
-    """Ops that have something of their own to run on a GPU."""
+    """Names of the ops that have a kernel."""
     return [spec.name for spec in clam_kernels.all_ops() if spec.kernels]
 
 
 def family_of(op: str) -> Family:
-    """The family of an op; an op that no file here knows is an error, not a gap."""
+    """The family of an op; LookupError if no file here has it."""
     spec = next(s for s in clam_kernels.all_ops() if s.name == op)
     for family in families():
         if family.name == spec.family:
             return family
-    raise LookupError(f"bench/gpu/rows_{spec.family}.py is missing: {op} would go unchecked")
+    raise LookupError(f"bench/gpu/targets_{spec.family}.py is missing: nothing would check {op}")
 
 
 def backends(op: str, device: str) -> tuple[list[str], dict[str, str]]:
-    """(those to check, reasons of the others); the reference where no GPU backend can run."""
+    """(backends to check, reasons of the others); the reference if no GPU backend can run."""
     probe = torch.empty(1, device=device)
     refusals = {name: refusal(name, op, probe) for name in GPU_BACKENDS if device == "cuda"}
     able = [name for name, reason in refusals.items() if reason is None]
@@ -184,8 +187,8 @@ def backends(op: str, device: str) -> tuple[list[str], dict[str, str]]:
 
 
 def refusal(name: str, op: str, *args: Any) -> str | None:
-    """Why a backend cannot run an op on these arguments, None if it can. Nothing is run: what a
-    kernel dies of is no refusal.
+    """Why a backend cannot run an op on these arguments, None if it can. This runs no kernel: an
+    error inside one is no refusal.
     """
     try:
         with clam_kernels.backend(name):
@@ -195,24 +198,26 @@ def refusal(name: str, op: str, *args: Any) -> str | None:
     return None
 
 
-def fitted(
+def calls_by_backend(
     op: str, shapes: tuple[tuple[int, ...], ...], setting: Setting
 ) -> Iterator[tuple[str, Invocation | str]]:
-    """Each backend with a call of the first shape that it takes, or why it takes none."""
+    """Each backend with a call of the first shape that it accepts, or the reason of its last
+    refusal.
+    """
     family, waiting = family_of(op), dict.fromkeys(backends(op, setting.device)[0], "")
     for shape in (family.small,) if setting.dry_run else shapes:
         if not waiting:
             return
         call = family.make(op, shape, setting.device, setting.seed)
-        why = {name: refusal(name, op, *call.args) for name in waiting}
-        yield from ((name, call) for name, reason in why.items() if reason is None)
-        waiting = {name: reason for name, reason in why.items() if reason is not None}
+        reasons = {name: refusal(name, op, *call.args) for name in waiting}
+        yield from ((name, call) for name, reason in reasons.items() if reason is None)
+        waiting = {name: reason for name, reason in reasons.items() if reason is not None}
         del call
     yield from waiting.items()
 
 
-def forced(name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """The context in which a backend runs everything."""
+def forced_backend(name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context that forces a backend."""
     return lambda: clam_kernels.backend(name)
 
 
@@ -228,14 +233,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Of a copy: a tensor of one entry counts as contiguous whatever its stride, and cannot be
-    viewed as bytes.
+    """The bytes of a copy: torch calls a tensor of one entry contiguous whatever its stride, and
+    does not view it as bytes.
     """
     return x.new_empty(x.shape).copy_(x).view(-1).view(torch.uint8)
 
 
 def poison(nbytes: int, device: str) -> None:
-    """Leave NaN where the next call will find its memory: what it does not write shows."""
+    """Fill the memory that the next call gets with NaN: an entry that it does not write shows."""
     if device == "cuda":
         filled = torch.full((max(nbytes // 4, 1),), torch.nan, device=device)
         del filled

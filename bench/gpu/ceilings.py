@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage ceilings: what this GPU can do at best, by which all shares are measured."""
+"""Stage ceilings: measure the highest rates of this GPU; all shares are relative to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .clock import Clock, captured, products
+from .clock import Clock, graph_replay, products
 from .setting import Setting
 
 SIDE = 8192
@@ -20,7 +20,7 @@ LAUNCHES = 200
 
 
 def rate(clock: Clock, amount: float, call: Callable[[], Any], rounds: int = 7) -> float:
-    """Amount a second, by the median of a few rounds after warm-up."""
+    """Amount per second, from the median of a few rounds after warm-up."""
     for _ in range(3):
         call()
     return 1e3 * amount / statistics.median(clock.device(call) for _ in range(rounds))
@@ -33,7 +33,7 @@ def copy(clock: Clock, device: str, nbytes: int) -> float:
 
 
 def matmul(clock: Clock, device: str, side: int, dtype: torch.dtype, mode: str) -> float:
-    """Products of random data: zeros run faster than anything real."""
+    """FLOPs per second of products of random data: products of zeros run faster."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     with products(mode):
@@ -41,7 +41,7 @@ def matmul(clock: Clock, device: str, side: int, dtype: torch.dtype, mode: str) 
 
 
 def exponentials(clock: Clock, device: str) -> float:
-    """2^x a second, from registers alone."""
+    """2^x per second, with operands in registers."""
     if not clock.cuda:
         x = torch.rand(1 << 16)
         return rate(clock, float(x.numel()), lambda: torch.exp2(x))
@@ -49,16 +49,18 @@ def exponentials(clock: Clock, device: str) -> float:
 
     programs, rounds = 16 * torch.cuda.get_device_properties(0).multi_processor_count, 64
     out = torch.empty(programs * BLOCK, device=device)
-    found = rate(
+    result = rate(
         clock, float(out.numel()) * rounds * UNROLL,
         lambda: ex2_kernel[(programs,)](out, rounds, BLOCK=BLOCK, UNROLL=UNROLL, num_warps=4),
     )  # fmt: skip
     assert abs(float(out.mean()) - 0.6412) < 1e-3, "ex2_kernel is wrong, so is its rate"
-    return found
+    return result
 
 
 def latencies(clock: Clock, device: str) -> dict[str, float]:
-    """Microseconds of an empty-handed launch: in a stream, in a graph, and of a whole replay."""
+    """Microseconds of a launch with almost no work: in a stream, in a graph, and of a whole
+    replay.
+    """
     x = torch.zeros(1, device=device)
 
     def many() -> None:
@@ -66,16 +68,16 @@ def latencies(clock: Clock, device: str) -> dict[str, float]:
             x.add_(1.0)
 
     many()
-    found = {"launch_us": 1e3 * clock.device(many) / LAUNCHES}
+    result = {"launch_us": 1e3 * clock.device(many) / LAUNCHES}
     if clock.cuda:
-        replay = captured(many)
-        found["launch_in_graph_us"] = 1e3 * clock.device(replay) / LAUNCHES
-        single = captured(lambda: x.add_(1.0))
-        found["graph_replay_us"] = 1e6 * statistics.median(clock.host(single) for _ in range(50))
-        found["synchronize_us"] = 1e6 * statistics.median(
+        replay = graph_replay(many)
+        result["launch_in_graph_us"] = 1e3 * clock.device(replay) / LAUNCHES
+        single = graph_replay(lambda: x.add_(1.0))
+        result["graph_replay_us"] = 1e6 * statistics.median(clock.host(single) for _ in range(50))
+        result["synchronize_us"] = 1e6 * statistics.median(
             clock.host(lambda: None) for _ in range(50)
         )
-    return found
+    return result
 
 
 def host_to_device(clock: Clock, device: str, nbytes: int) -> float:
@@ -85,7 +87,7 @@ def host_to_device(clock: Clock, device: str, nbytes: int) -> float:
 
 
 def kernel_compiles() -> str:
-    """Whether the one Triton kernel of this stage would compile for sm_90 with no GPU here."""
+    """Whether the Triton kernel of this stage compiles for sm_90; this needs no GPU."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -107,7 +109,7 @@ def run(setting: Setting) -> dict[str, Any]:
     torch.manual_seed(setting.seed)
     clock, side = Clock(device), 64 if dry else SIDE
     rates: dict[str, float] = {}
-    found: dict[str, Any] = {"status": "timeout", "rates": rates, "stand_in": dry}
+    result: dict[str, Any] = {"status": "timeout", "rates": rates, "stand_in": dry}
     started = time.monotonic()
     parts: dict[str, Callable[[], float]] = {
         "copy": lambda: copy(clock, device, 1 << 20 if dry else COPY_BYTES),
@@ -121,12 +123,12 @@ def run(setting: Setting) -> dict[str, Any]:
     for name, part in parts.items():
         try:
             rates[name] = part()
-        except Exception as error:  # one ceiling that cannot be measured must not hide the others
+        except Exception as error:  # one ceiling that fails must not hide the others
             failed[name] = f"{type(error).__name__}: {error}"[:300]
-        setting.save(found)
-    found["latencies"] = latencies(clock, device)
+        setting.save(result)
+    result["latencies"] = latencies(clock, device)
     if dry:
-        found["kernel"] = kernel_compiles()
-    found["seconds_measuring"] = time.monotonic() - started
+        result["kernel"] = kernel_compiles()
+    result["seconds_measuring"] = time.monotonic() - started
     reason = "; ".join(f"{k}: {v}" for k, v in failed.items()) or None
-    return {**found, "status": "fail" if failed else "pass", "reason": reason}
+    return {**result, "status": "fail" if failed else "pass", "reason": reason}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of calls that run in alternation: events on a GPU, the wall clock for its stand-in."""
+"""Times of calls that run in alternation: from events on a GPU, from the wall clock on a CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-# Several times any second-level cache that a GPU of today has.
+# Several times the largest second-level cache of a current GPU.
 FLUSH_BYTES = 256 << 20
-# Cycles a second of a spinning GPU; only how long the host may run ahead depends on it.
+# Cycles per second of a GPU that spins; only the lead of the host depends on it.
 CYCLES = 2.0e9
 LONGEST_PAUSE = 5e-3
 REPLAYS = 20
@@ -25,7 +25,7 @@ Around = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Contestant:
-    """A call, and the context (a forced backend, a mode of torch's products) it runs in."""
+    """A call and its context: a forced backend, or a mode of torch's products."""
 
     call: Call
     around: Around = contextlib.nullcontext
@@ -33,7 +33,7 @@ class Contestant:
 
 @dataclass
 class Times:
-    """Milliseconds of each round, or why there are none."""
+    """Milliseconds of each round, or the reason why there are none."""
 
     ms: list[float]
     reason: str | None = None
@@ -44,7 +44,7 @@ class Times:
 
 
 class Clock:
-    """Measures one call at a time on one device."""
+    """Times one call at a time on one device."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -56,7 +56,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def host(self, call: Call) -> float:
-        """Wall seconds of a call until the device is done with it."""
+        """Wall seconds of a call until the device has finished it."""
         self.wait()
         start = time.perf_counter()
         call()
@@ -64,8 +64,8 @@ class Clock:
         return time.perf_counter() - start
 
     def lead(self, call: Call) -> int:
-        """Cycles that the device must spin so that the host has queued a call before it starts:
-        else the time of a short call would be that of its launches.
+        """Cycles for which the device must spin, so that the host has queued a whole call before
+        the device starts it: otherwise the time of a short call is the time of its launches.
         """
         if not self.cuda:
             return 0
@@ -77,9 +77,7 @@ class Clock:
         return int(CYCLES * min(LONGEST_PAUSE, 2e-5 + 1.5 * queued))
 
     def device(self, call: Call, lead: int = 0, repeats: int = 1) -> float:
-        """Milliseconds of a call on the device, with nothing of it left in the second-level
-        cache.
-        """
+        """Milliseconds of a call on the device, with its data out of the second-level cache."""
         if not self.cuda:
             start = time.perf_counter()
             call()
@@ -97,7 +95,7 @@ class Clock:
 
 
 def tf32() -> contextlib.AbstractContextManager[None]:
-    """Torch's own float32 products in tf32, as a user of "high" has them."""
+    """torch computes float32 products in tf32, as torch's precision "high" does."""
     return products("high")
 
 
@@ -111,8 +109,8 @@ def products(mode: str) -> Any:
         torch.set_float32_matmul_precision(before)
 
 
-def captured(call: Call) -> Call:
-    """A call as the replay of a CUDA graph, warmed up on a stream of its own as capture wants."""
+def graph_replay(call: Call) -> Call:
+    """The replay of a CUDA graph of a call; capture needs a warm-up on a stream of its own."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -121,11 +119,11 @@ def captured(call: Call) -> Call:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = call()
+        result = call()
 
     def replay() -> Any:
         graph.replay()
-        return held
+        return result
 
     return replay
 
@@ -140,33 +138,33 @@ def race(
     early, but not before five, when the seconds are spent.
     """
     ends = time.monotonic() + seconds
-    found = {name: Times([]) for name in contestants}
+    times = {name: Times([]) for name in contestants}
     calls: dict[str, tuple[Contestant, int]] = {}
-    for name, one in contestants.items():
+    for name, contestant in contestants.items():
         try:
-            calls[name] = _warm(clock, one, kind)
+            calls[name] = _prepare(clock, contestant, kind)
         except Exception as error:  # whatever a rival dies of is a fact of the table
-            found[name].reason = f"{type(error).__name__}: {error}"[:300]
-        tidy(clock)
+            times[name].reason = f"{type(error).__name__}: {error}"[:300]
+        free_memory(clock)
     names = list(calls)
     for turn in range(rounds):
         if turn >= 5 and time.monotonic() > ends:
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            one, lead = calls[name]
-            with one.around():
-                found[name].ms.append(_once(clock, one.call, lead, kind))
-    return found
+            contestant, lead = calls[name]
+            with contestant.around():
+                times[name].ms.append(_once(clock, contestant.call, lead, kind))
+    return times
 
 
-def _warm(clock: Clock, one: Contestant, kind: str) -> tuple[Contestant, int]:
+def _prepare(clock: Clock, contestant: Contestant, kind: str) -> tuple[Contestant, int]:
     """The contestant ready to be timed, and its lead."""
-    with one.around():
+    with contestant.around():
         if kind == "graph" and clock.cuda:
-            one = Contestant(captured(one.call), one.around)
+            contestant = Contestant(graph_replay(contestant.call), contestant.around)
         for _ in range(2):
-            one.call()
-        return one, clock.lead(one.call) if kind == "device" else 0
+            contestant.call()
+        return contestant, clock.lead(contestant.call) if kind == "device" else 0
 
 
 def _once(clock: Clock, call: Call, lead: int, kind: str) -> float:
@@ -175,8 +173,8 @@ def _once(clock: Clock, call: Call, lead: int, kind: str) -> float:
     return clock.device(call, lead, REPLAYS if kind == "graph" else 1)
 
 
-def tidy(clock: Clock) -> None:
-    """Give memory that a dead contestant held to the next."""
+def free_memory(clock: Clock) -> None:
+    """Free the memory of earlier contestants."""
     if clock.cuda:
         gc.collect()
         clock.wait()
@@ -184,7 +182,7 @@ def tidy(clock: Clock) -> None:
 
 
 def launches(call: Call) -> int | None:
-    """How many kernels and copies a call starts; None where the profiler cannot tell."""
+    """Number of kernels and copies that a call starts; None if the profiler cannot count them."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     try:
         with torch.profiler.profile(activities=activities, acc_events=True) as profile:
@@ -192,22 +190,22 @@ def launches(call: Call) -> int | None:
             torch.cuda.synchronize()
     except (AssertionError, RuntimeError):
         return None
-    found = [str(event.device_type).rpartition(".")[2] for event in profile.events()]
-    return found.count("CUDA") or None
+    device_types = [str(event.device_type).rpartition(".")[2] for event in profile.events()]
+    return device_types.count("CUDA") or None
 
 
-def peak_bytes(clock: Clock, one: Contestant) -> int | None:
-    """Most bytes that a call holds beside what lay there before it, its results among them."""
+def peak_bytes(clock: Clock, contestant: Contestant) -> int | None:
+    """Peak bytes of a call beyond those allocated before it; its results count."""
     if not clock.cuda:
         from clam_kernels import testing
 
-        with one.around():
-            return testing.peak_bytes(one.call)
-    tidy(clock)
-    with one.around():
+        with contestant.around():
+            return testing.peak_bytes(contestant.call)
+    free_memory(clock)
+    with contestant.around():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        held = one.call()
+        result = contestant.call()
         clock.wait()
-        del held
+        del result
     return torch.cuda.max_memory_allocated() - before

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage determinism: the same bits from run to run, beside other work, on another stream, and for
-rows however they are batched.
+"""Stage determinism: a call returns the same bits in every run, beside other work and on another
+stream; and a row's bits do not depend on its batch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from clam_kernels import testing
 from .cases import (
     Invocation,
     backends,
+    calls_by_backend,
     differentiable,
     family_of,
-    fitted,
-    forced,
+    forced_backend,
     poison,
     refusal,
     same_bits,
@@ -65,34 +65,34 @@ def ways(device: str) -> list[tuple[str, Way]]:
 
 
 def outcome(call: Invocation) -> tuple[Tensor, ...]:
-    """Everything that a call yields, from memory that held NaN."""
+    """All results of a call, in memory that was NaN before."""
     device = call.args[0].device.type
     poison(4 * call.args[0].numel(), device)
-    found = call.backward() if call.wanted else call.forward()
-    return found
+    result = call.backward() if call.wanted else call.forward()
+    return result
 
 
-def unequal(call: Invocation, device: str) -> list[str]:
-    """Where a call does not repeat."""
+def repeat_differences(call: Invocation, device: str) -> list[str]:
+    """The results of a call that differ between runs."""
     first = outcome(call)
-    bad = []
+    differences = []
     for name, way in ways(device):
         with way():
             again = outcome(call)
         if device == "cuda":
             torch.cuda.synchronize()
-        bad += [
+        differences += [
             f"{name}, result {i}"
             for i, (a, b) in enumerate(zip(first, again, strict=True))
             if not same_bits(a, b)
         ]
-    return bad
+    return differences
 
 
-def unequal_parts(call: Invocation, device: str) -> list[str]:
-    """Where rows in two batches differ from the same rows in one."""
+def differences_in_parts(call: Invocation, device: str) -> list[str]:
+    """The results of a call that differ if its rows come in two batches."""
     whole = call.forward()
-    bad = []
+    differences = []
     for cut in (1, call.n // 3 + 1):
         parts = [call.part(slice(None, cut)).forward(), call.part(slice(cut, None)).forward()]
         for i, out in enumerate(whole):
@@ -100,11 +100,11 @@ def unequal_parts(call: Invocation, device: str) -> list[str]:
                 continue
             dim = list(out.shape).index(call.n)
             if not same_bits(out, torch.cat([p[i] for p in parts], dim)):
-                bad.append(f"cut at {cut}, result {i}")
-    return bad
+                differences.append(f"cut at {cut}, result {i}")
+    return differences
 
 
-def sampled(op: str, device: str, seed: int) -> Iterator[tuple[str, Invocation]]:
+def sample_calls(op: str, device: str, seed: int) -> Iterator[tuple[str, Invocation]]:
     """The samples of an op in float32."""
     names = testing.argument_names(op)
     for sample in testing.samples(op, seed):
@@ -116,33 +116,39 @@ def sampled(op: str, device: str, seed: int) -> Iterator[tuple[str, Invocation]]
 
 
 def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], list[str]] | str]]:
-    """(label, check, or why the backend refuses the call); the large calls of all ops first: they
-    are where an order of summation may vary.
+    """(label, check or the reason of a refusal). The large calls of all ops come first, because an
+    order of summation varies most easily in them.
     """
     device, ops = setting.device, with_kernels()
     for op in ops:
-        for backend, call in fitted(op, family_of(op).large, setting):
-            apart = [] if op in family_of(op).coupled else [("split", unequal_parts)]
-            for word, check in [("large", unequal), *apart]:
-                told = call if isinstance(call, str) else under(backend, check, call, device)
-                yield f"{op} {backend} {word}", told
+        for backend, call in calls_by_backend(op, family_of(op).large, setting):
+            part_checks = [] if op in family_of(op).coupled else [("split", differences_in_parts)]
+            for word, check in [("large", repeat_differences), *part_checks]:
+                check_or_refusal = (
+                    call if isinstance(call, str) else forced_check(backend, check, call, device)
+                )
+                yield f"{op} {backend} {word}", check_or_refusal
     for op in ops:
         for backend in backends(op, device)[0]:
-            for name, call in sampled(op, device, setting.seed):
-                told = refusal(backend, op, *call.args) or under(backend, unequal, call, device)
-                yield f"{op} {backend} {name}", told
+            for name, call in sample_calls(op, device, setting.seed):
+                check_or_refusal = refusal(backend, op, *call.args) or forced_check(
+                    backend, repeat_differences, call, device
+                )
+                yield f"{op} {backend} {name}", check_or_refusal
 
 
-def under(backend: str, check: Check, call: Invocation, device: str) -> Callable[[], list[str]]:
+def forced_check(
+    backend: str, check: Check, call: Invocation, device: str
+) -> Callable[[], list[str]]:
     def run() -> list[str]:
-        with forced(backend)():
+        with forced_backend(backend)():
             return check(call, device)
 
     return run
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    done, bad, refused, complete = 0, [], [], True
+    done, differences, refused, complete = 0, [], [], True
     for label, check in cases(setting):
         if setting.left() < 2:
             complete = False
@@ -151,15 +157,15 @@ def run(setting: Setting) -> dict[str, Any]:
             refused.append(f"{label}: {check}")
             continue
         try:
-            bad += [f"{label}: {where}" for where in check()]
-        except Exception as error:  # a call that dies has not repeated
-            bad.append(f"{label}: {type(error).__name__}: {error}"[:300])
+            differences += [f"{label}: {where}" for where in check()]
+        except Exception as error:  # a call that raises has not repeated
+            differences.append(f"{label}: {type(error).__name__}: {error}"[:300])
         done += 1
         if done % 20 == 0:
-            setting.save({"status": "timeout", "cases": done, "bad": bad})
-    result = {"cases": done, "bad": bad[:100], "refused": refused, "complete": complete}
-    if bad:
-        return {**result, "status": "fail", "reason": "; ".join(bad)[:1000]}
+            setting.save({"status": "timeout", "cases": done, "bad": differences})
+    result = {"cases": done, "bad": differences[:100], "refused": refused, "complete": complete}
+    if differences:
+        return {**result, "status": "fail", "reason": "; ".join(differences)[:1000]}
     if not complete:
         return {**result, "status": "fail", "reason": f"time ran out after {done} cases"}
     return {**result, "status": "pass", "reason": f"{done} cases repeat bit for bit"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage env: the machine, the versions, which backends are chosen; refuses a GPU in use."""
+"""Stage env: report the machine, the versions and the chosen backends; refuse a GPU in use."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ QUERY = "name,driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,mi
 PEERS = ("flash-kmeans", "cut-cross-entropy", "POT", "geomloss", "faiss", "cuml")
 
 
-def said_by(*command: str) -> str | None:
-    """What a tool prints, None where it is missing or fails."""
+def output_of(*command: str) -> str | None:
+    """The output of a tool; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(
@@ -39,10 +39,14 @@ def version(name: str) -> str | None:
 
 
 def others() -> list[str]:
-    """Processes that use the GPU beside this one; none are seen where nvidia-smi cannot say."""
-    found = said_by("nvidia-smi", "--query-compute-apps=pid,name", "--format=csv,noheader") or ""
+    """Other processes that use the GPU; none if nvidia-smi cannot list them."""
+    listing = (
+        output_of("nvidia-smi", "--query-compute-apps=pid,name", "--format=csv,noheader") or ""
+    )
     mine = (str(os.getpid()), str(os.getppid()))
-    return [line for line in found.splitlines() if line.strip() and line.split(",")[0] not in mine]
+    return [
+        line for line in listing.splitlines() if line.strip() and line.split(",")[0] not in mine
+    ]
 
 
 def device_facts() -> dict[str, Any]:
@@ -55,20 +59,20 @@ def device_facts() -> dict[str, Any]:
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "bytes_free": free,
         "bytes_total": total,
-        "nvidia_smi": said_by("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"),
+        "nvidia_smi": output_of("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"),
     }
 
 
 def choices(device: str) -> dict[str, str]:
-    """What `explain` says of every op on this device."""
+    """The sentence of `explain` for every op on this device."""
     probe = torch.empty(1, device=device)
     return {spec.name: clam_kernels.explain(spec.name, probe) for spec in clam_kernels.all_ops()}
 
 
 def run(setting: Setting) -> dict[str, Any]:
     busy = [] if setting.dry_run else others()
-    nvcc = said_by("nvcc", "--version") or said_by("/usr/local/cuda/bin/nvcc", "--version")
-    found: dict[str, Any] = {
+    nvcc = output_of("nvcc", "--version") or output_of("/usr/local/cuda/bin/nvcc", "--version")
+    report: dict[str, Any] = {
         "status": "pass",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -77,10 +81,10 @@ def run(setting: Setting) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "versions": {n: version(n) for n in ("triton", "numpy", "pytest", "setuptools", *PEERS)},
         "nvcc": nvcc.splitlines()[-1] if nvcc else None,
-        "git": said_by("git", "rev-parse", "--short", "HEAD"),
+        "git": output_of("git", "rev-parse", "--short", "HEAD"),
         "backends": choices(setting.device),
     }
     if busy:
         reason = f"the GPU is used by others: {'; '.join(busy)}"
-        return {**found, "status": "fail", "refused": True, "reason": reason}
-    return {**found, **({} if setting.dry_run else device_facts())}
+        return {**report, "status": "fail", "refused": True, "reason": reason}
+    return {**report, **({} if setting.dry_run else device_facts())}

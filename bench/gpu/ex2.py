@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel that does nothing but exponentials: the rate of the unit that small D is bound by."""
+"""A kernel that computes exponentials only: it measures the unit that limits small D."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCK, UNROLL = 1024, 32
 
 @triton.jit
 def ex2_kernel(OUT, rounds, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """x <- 2^-x, which stays near its fixed point 0.64, `rounds * UNROLL` times an entry."""
+    """x <- 2^-x, `rounds * UNROLL` times for each entry; x converges to the fixed point 0.64."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = (at % 97).to(tl.float32) * 0.01
     for _ in range(rounds):

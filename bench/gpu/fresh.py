@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every sample of every op, on every backend of the device, with numbers of a seed that no run had
-before: `python3 -m bench.gpu.fresh --seed N [--device cuda] [--ops OP ...]`.
+"""Check every sample of every op on every backend of the device, with the random numbers of a new
+seed: `python3 -m bench.gpu.fresh --seed N [--device cuda] [--ops OP ...]`.
 """
 
 from __future__ import annotations
@@ -15,42 +15,43 @@ import torch
 
 from clam_kernels import testing
 
-from .cases import backends, forced, refusal, with_kernels
+from .cases import backends, forced_backend, refusal, with_kernels
+from .setting import ROOT
+
+sys.path.append(str(ROOT / "tests"))
+from _accuracy import assert_accurate
 
 DRAWS = 6
 
 
-def drawn(op: str, name: str, dtype: torch.dtype, device: str, seed: int) -> testing.Sample:
+def draw_sample(op: str, name: str, dtype: torch.dtype, device: str, seed: int) -> testing.Sample:
     found = next(s for s in testing.samples(op, seed) if s.name == name)
     return found.cast(dtype, device)
 
 
 def judge(spec: Any, samples: list[testing.Sample], wanted: tuple[str, ...]) -> None:
-    """AssertionError where a result is worse than twice plain torch, on the average of draws."""
-    values = []
+    """AssertionError if an output or a gradient is worse than twice plain torch, on the average of
+    draws.
+    """
+    draws = []
     for sample in samples:
         exact = sample.cast(torch.float64, sample.args[0].device.type)
         ours = testing.evaluate(spec.packet, sample)
         grads = testing.upstream(ours.outputs)
         ways = ((spec.packet, sample), (spec.truth, exact), (spec.truth, sample))
-        values.append([testing.evaluate(f, s, wanted, grads) for f, s in ways])
-    for i in range(len(values[0][0].outputs)):
-        triples = [tuple(one.outputs[i] for one in row) for row in values]
-        testing.assert_close_on_average(triples, what=f"output {i}")
-    for name in wanted:
-        triples = [tuple(one.gradients[name] for one in row) for row in values]
-        testing.assert_close_on_average(triples, what=f"gradient of {name}", scale=1.0)
+        draws.append(tuple(testing.evaluate(f, s, wanted, grads) for f, s in ways))
+    assert_accurate(draws)
 
 
 def cases(ops: Sequence[str], device: str, seed: int) -> Iterator[tuple[str, Any]]:
-    """(label, what to do under its forced backend, or why that refuses the call)."""
+    """(label, check under the forced backend, or the reason of its refusal)."""
     for spec in map(testing.spec_of, ops):
         for backend in backends(spec.name, device)[0]:
             for sample in testing.samples(spec.name, seed):
                 if torch.float32 not in sample.dtypes:
                     continue
                 draws = [
-                    drawn(spec.name, sample.name, torch.float32, device, seed + i)
+                    draw_sample(spec.name, sample.name, torch.float32, device, seed + i)
                     for i in range(DRAWS)
                 ]
                 wanted = (*sample.differentiable, *sample.kinks) if spec.gradient else ()
@@ -61,7 +62,7 @@ def cases(ops: Sequence[str], device: str, seed: int) -> Iterator[tuple[str, Any
                     draws: Any = draws,
                     wanted: Any = wanted,
                 ) -> None:
-                    with forced(backend)():
+                    with forced_backend(backend)():
                         judge(spec, draws, wanted)
 
                 why = refusal(backend, spec.name, *draws[0].args)
@@ -75,19 +76,19 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=sys.maxsize, help="stop after so many")
     ops = with_kernels()
     parser.add_argument("--ops", nargs="+", choices=ops, help="all by default")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
-    print(f"fresh seed {given.seed}", flush=True)
+    print(f"fresh seed {arguments.seed}", flush=True)
     failed = done = 0
-    for label, call in cases(given.ops or ops, given.device, given.seed):
-        if done >= given.most:
+    for label, call in cases(arguments.ops or ops, arguments.device, arguments.seed):
+        if done >= arguments.most:
             break
         if isinstance(call, str):
             print(f"refused {label}: {call}", flush=True)
             continue
         try:
             call()
-        except Exception as error:  # every case is judged, whatever another died of
+        except Exception as error:  # the other cases still run
             failed += 1
             print(f"FAILED {label}: {type(error).__name__}: {error}"[:400], flush=True)
         done += 1

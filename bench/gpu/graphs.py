@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage graphs: ops inside CUDA graphs and under torch.compile do what they do alone."""
+"""Stage graphs: ops inside CUDA graphs and under torch.compile return what plain calls return."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cases import Family, Invocation, backends, differentiable, families, forced, same_bits
-from .clock import captured
+from .cases import Family, Invocation, backends, differentiable, families, forced_backend, same_bits
+from .clock import graph_replay
 from .setting import Setting
 
 Results = tuple[Tensor, ...]
 
 
-def twin(
+def draw_call(
     family: Family, op: str, shape: tuple[int, ...], setting: Setting, seed: int
 ) -> Invocation:
     return family.make(op, shape, setting.device, setting.seed + seed)
 
 
 def overwrite(target: Invocation, source: Invocation) -> None:
-    """Other numbers in the same memory, as a graph's inputs change."""
+    """Copy other values into the same memory, as a graph's inputs change."""
     for a, b in zip(target.args, source.args, strict=True):
         if isinstance(a, Tensor):
             a.copy_(b)
 
 
-def replayed(
+def replay_check(
     setting: Setting, family: Family, op: str, backward: bool
 ) -> Callable[[], tuple[bool, str]]:
-    """Capture on some inputs, replay on others: the bits of a plain call on those."""
+    """Capture a graph on some inputs and replay it on others: it returns the bits of a
+    plain call.
+    """
 
     def check() -> tuple[bool, str]:
-        first, second = (twin(family, op, family.small, setting, i) for i in range(2))
+        first, second = (draw_call(family, op, family.small, setting, i) for i in range(2))
         call = first.backward if backward else first.forward
         stale = [x.clone() for x in call()]
         expected = second.backward() if backward else second.forward()
-        replay: Callable[[], Results] = captured(call) if setting.device == "cuda" else call
+        replay: Callable[[], Results] = graph_replay(call) if setting.device == "cuda" else call
         for _ in range(2):
             overwrite(first, second)
-            got = replay()
+            result = replay()
         if setting.device == "cuda":
             torch.cuda.synchronize()
-        same = all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
-        moved = not all(same_bits(a, b) for a, b in zip(got, stale, strict=True))
+        same = all(same_bits(a, b) for a, b in zip(result, expected, strict=True))
+        moved = not all(same_bits(a, b) for a, b in zip(result, stale, strict=True))
         return same and moved, f"same bits: {same}, changed with the inputs: {moved}"
 
     return check
@@ -62,12 +64,12 @@ class Module(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = getattr(torch.ops.clam, self.op)(2.0 * x, *self.rest)
-        found = [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
-        return found[-1] + 1.0
+        floats = [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
+        return floats[-1] + 1.0
 
 
-def traced(setting: Setting, family: Family, op: str) -> Callable[[], tuple[bool, str]]:
-    """One graph for every N: the third size compiles nothing."""
+def compile_check(setting: Setting, family: Family, op: str) -> Callable[[], tuple[bool, str]]:
+    """torch.compile makes one graph for every N: the second and third size compile nothing."""
 
     def check() -> tuple[bool, str]:
         import torch._dynamo as dynamo
@@ -85,8 +87,8 @@ def traced(setting: Setting, family: Family, op: str) -> Callable[[], tuple[bool
             return compile_fx(module, inputs)
 
         _, *others = family.small
-        n = 2048  # calls of fewer rows may come with masks of their own, which are not dynamic
-        call = twin(family, op, (n, *others), setting, 0)
+        n = 2048  # `make` gives smaller calls masks of N rows, which are not marked dynamic
+        call = draw_call(family, op, (n, *others), setting, 0)
         plain = Module(call)
         fast = torch.compile(plain, backend=counting, fullgraph=True)
         good = True
@@ -106,23 +108,23 @@ def cases(setting: Setting) -> Iterator[tuple[str, str, Callable[[], tuple[bool,
             for backend in backends(op, setting.device)[0]:
                 for backward in (False, True) if differentiable(op) else (False,):
                     label = f"{op} {'forward + backward' if backward else 'forward'} replayed"
-                    yield label, backend, replayed(setting, family, op, backward)
+                    yield label, backend, replay_check(setting, family, op, backward)
         for op in family.compiled:
             for backend in backends(op, setting.device)[0]:
-                yield f"{op} compiled", backend, traced(setting, family, op)
+                yield f"{op} compiled", backend, compile_check(setting, family, op)
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for label, backend, check in cases(setting):
         try:
-            with forced(backend)():
-                good, said = check()
-        except Exception as error:  # each case is reported, whatever another died of
-            good, said = False, f"{type(error).__name__}: {error}"[:300]
-        found.append({"what": f"{label} {backend}", "ok": good, "said": said})
-        setting.save({"status": "timeout", "cases": found})
-    bad = [f"{c['what']}: {c['said']}" for c in found if not c["ok"]]
-    status = "fail" if bad else "pass"
-    reason = "; ".join(bad)[:1000] if bad else f"{len(found)} cases"
-    return {"status": status, "reason": reason, "cases": found, "stand_in": setting.dry_run}
+            with forced_backend(backend)():
+                passed, detail = check()
+        except Exception as error:  # the other cases still run
+            passed, detail = False, f"{type(error).__name__}: {error}"[:300]
+        results.append({"what": f"{label} {backend}", "ok": passed, "said": detail})
+        setting.save({"status": "timeout", "cases": results})
+    failures = [f"{c['what']}: {c['said']}" for c in results if not c["ok"]]
+    status = "fail" if failures else "pass"
+    reason = "; ".join(failures)[:1000] if failures else f"{len(results)} cases"
+    return {"status": status, "reason": reason, "cases": results, "stand_in": setting.dry_run}

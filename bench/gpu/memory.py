@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage memory: what a call holds beside its arguments, and rows beyond entry 2^31."""
+"""Stage memory: the peak memory of a call beside its arguments, and rows beyond entry 2^31."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor
 from .cases import (
     PERIOD,
     Invocation,
+    calls_by_backend,
     differentiable,
     family_of,
-    fitted,
-    forced,
+    forced_backend,
     same_bits,
     with_kernels,
 )
-from .clock import Clock, Contestant, peak_bytes, tidy
+from .clock import Clock, Contestant, free_memory, peak_bytes
 from .setting import Setting
 
 SPOT = 256
 CLOSE = 1e-4
 
 
-def held(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
-    """Peak bytes of an op at a size where rows x prototypes would show."""
+def peaks(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
+    """Peak bytes of an op, at a size where an N x K array would exceed what is allowed."""
     family = family_of(op)
-    for backend, call in fitted(op, family.large, setting):
+    for backend, call in calls_by_backend(op, family.large, setting):
         if isinstance(call, str):
             yield {"what": f"{op} {backend} held", "ok": True, "refused": call}
             continue
         for backward in (False, True) if differentiable(op) else (False,):
             method = call.backward if backward else call.forward
-            with forced(backend)():
+            with forced_backend(backend)():
                 method()
-            peak = peak_bytes(clock, Contestant(method, forced(backend)))
+            peak = peak_bytes(clock, Contestant(method, forced_backend(backend)))
             allowed = family.allowance(call, backward)
             label = f"{op} {backend} {'backward' if backward else 'forward'}"
             yield {
@@ -50,16 +50,18 @@ def sizes(call: Invocation) -> list[list[int]]:
     return [list(a.shape) for a in call.args if isinstance(a, Tensor)]
 
 
-def spots(n: int, d: int) -> Tensor:
-    """Rows at both ends and on both sides of entry 2^31, where 32-bit offsets turn over."""
+def probe_rows(n: int, d: int) -> Tensor:
+    """Indices of rows at both ends and on both sides of entry 2^31, where 32-bit offsets
+    overflow.
+    """
     turn = min(max((1 << 31) // d, SPOT), n - SPOT)
     pieces = [(0, SPOT), (turn - SPOT, turn + SPOT), (n - SPOT, n)]
     return torch.cat([torch.arange(a, b) for a, b in pieces])
 
 
 def compare(call: Invocation, at: Tensor) -> tuple[bool, bool]:
-    """(close, bit for bit) of a call's rows and the same rows alone, forward and the gradients
-    that have rows.
+    """(close, equal bit for bit): the results of some rows in a large call beside those of the same
+    rows in a small call; outputs, and the gradients that have rows.
     """
     close = exact = True
     if call.op in family_of(call.op).sums:
@@ -84,10 +86,10 @@ def compare(call: Invocation, at: Tensor) -> tuple[bool, bool]:
 
 
 def repeats(call: Invocation, at: Tensor) -> tuple[bool, bool]:
-    """As `compare` where a row's results depend on all rows: equal rows have equal results."""
-    found = list(call.backward()) if call.wanted else list(call.forward())
+    """As `compare`, for ops whose row results depend on all rows: equal rows have equal results."""
+    outputs = list(call.backward()) if call.wanted else list(call.forward())
     close = exact = True
-    for out in found:
+    for out in outputs:
         if call.n not in out.shape:
             continue
         dim = list(out.shape).index(call.n)
@@ -99,8 +101,8 @@ def repeats(call: Invocation, at: Tensor) -> tuple[bool, bool]:
 
 
 def sums_agree(call: Invocation, at: Tensor) -> tuple[bool, bool]:
-    """As `compare` where results are sums over the rows: those of two parts add up. What has an
-    entry for each row is that of the parts.
+    """As `compare`, for ops that return sums over rows: the sums of two parts add up to the sum of
+    the whole. Results with an entry for each row equal those of the parts.
     """
     cut = int(at[len(at) // 2])
     parts = [call.part(slice(None, cut)).forward(), call.part(slice(cut, None)).forward()]
@@ -117,22 +119,22 @@ def sums_agree(call: Invocation, at: Tensor) -> tuple[bool, bool]:
 
 
 def wide(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
-    """Over 2^31 entries."""
-    for backend, call in fitted(op, family_of(op).wide, setting):
+    """Calls with over 2^31 entries."""
+    for backend, call in calls_by_backend(op, family_of(op).wide, setting):
         label = f"{op} {backend} wide"
         if isinstance(call, str):
             yield {"what": label, "ok": True, "refused": call}
             continue
-        tidy(clock)
-        at = spots(call.n, call.args[0].shape[-1]).to(setting.device)
-        with forced(backend)():
+        free_memory(clock)
+        at = probe_rows(call.n, call.args[0].shape[-1]).to(setting.device)
+        with forced_backend(backend)():
             close, exact = compare(call, at)
         yield {"what": label, "shape": sizes(call), "ok": close, "bitwise": exact}
 
 
 def run(setting: Setting) -> dict[str, Any]:
     clock = Clock(setting.device)
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     left_out: list[str] = []
     plan = [(part, op) for part in ("held", "wide") for op in with_kernels()]
     for part, op in plan:
@@ -140,16 +142,16 @@ def run(setting: Setting) -> dict[str, Any]:
             left_out.append(f"{op} {part}")
             continue
         try:
-            for entry in (held if part == "held" else wide)(setting, clock, op):
-                found.append(entry)
-                setting.save({"status": "timeout", "cases": found})
-        except Exception as error:  # out of memory is this stage's very subject
+            for entry in (peaks if part == "held" else wide)(setting, clock, op):
+                results.append(entry)
+                setting.save({"status": "timeout", "cases": results})
+        except Exception as error:  # also out of memory, which this stage tests
             reason = f"{type(error).__name__}: {error}"[:300]
-            found.append({"what": f"{op} {part}", "ok": False, "reason": reason})
-    bad = [entry["what"] for entry in found if not entry["ok"]]
-    result = {"cases": found, "left_out": left_out, "stand_in": setting.dry_run}
-    if bad or left_out:
-        said = [f"over or wrong: {', '.join(bad)}"] if bad else []
-        said += [f"no time for {', '.join(left_out)}"] if left_out else []
-        return {**result, "status": "fail", "reason": "; ".join(said)[:1000]}
-    return {**result, "status": "pass", "reason": f"{len(found)} cases"}
+            results.append({"what": f"{op} {part}", "ok": False, "reason": reason})
+    failures = [entry["what"] for entry in results if not entry["ok"]]
+    result = {"cases": results, "left_out": left_out, "stand_in": setting.dry_run}
+    if failures or left_out:
+        reasons = [f"over or wrong: {', '.join(failures)}"] if failures else []
+        reasons += [f"no time for {', '.join(left_out)}"] if left_out else []
+        return {**result, "status": "fail", "reason": "; ".join(reasons)[:1000]}
+    return {**result, "status": "pass", "reason": f"{len(results)} cases"}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin (`-p bench.gpu.poison`): before each test the GPU memory that torch will hand out
-holds NaN, so that an output which a kernel does not write is seen.
+"""A pytest plugin (`-p bench.gpu.poison`): before each test it fills the GPU memory that torch will
+allocate with NaN, so that an output entry that a kernel does not write is NaN.
 """
 
 from __future__ import annotations

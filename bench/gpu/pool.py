@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of a stage: so many at a time, what each says in a file of its own."""
+"""Run the processes of a stage, a limited number at a time; each writes to its own log file."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .setting import ROOT, Setting
 
 @dataclass
 class Job:
-    """One process, started when there is room for it."""
+    """One process and its log."""
 
     name: str
     command: list[str]
     log: Path
     environment: dict[str, str] | None = None
     process: subprocess.Popen[bytes] | None = None
-    code: int | None = None  # None for one that was never started or had to be stopped
+    code: int | None = None  # None if the process never started or was stopped
 
     def start(self) -> None:
-        with self.log.open("wb") as said:
+        with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 self.command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=said, stderr=subprocess.STDOUT,
+                stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
     def finished(self) -> bool:
@@ -36,7 +36,7 @@ class Job:
         return self.process.poll() is not None
 
     def close(self) -> str:
-        """Stop it if it still runs; what it said."""
+        """Stop the process if it still runs; return its output."""
         if self.process is None:
             return ""
         if self.finished():
@@ -51,8 +51,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def work_off(setting: Setting, jobs: Iterable[Job], most: int, spare: float) -> None:
-    """Run jobs, so many at a time, until only the spare seconds of the stage are left."""
+def run_jobs(setting: Setting, jobs: Iterable[Job], most: int, spare: float) -> None:
+    """Run jobs, at most `most` at a time, until only `spare` seconds of the stage are left."""
     waiting, running = list(jobs), list[Job]()
     while (waiting or running) and setting.left() > spare:
         running = [job for job in running if not job.finished()]

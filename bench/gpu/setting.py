@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every stage is told, and how it hands its figures back while it still runs."""
+"""The arguments of every stage, and how a stage saves its figures while it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPORT, RUNNING = "report.json", "running.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage and the seconds it gets of a whole budget; a gate decides the exit code."""
+    """A stage and its seconds of the whole budget; a gate decides the exit code."""
 
     name: str
     cap: float
@@ -39,7 +39,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a stage writes, on what it runs, and how long it may take."""
+    """Where a stage writes, the device that it runs on, and the seconds that it may take."""
 
     out: Path
     seed: int
@@ -56,21 +56,21 @@ class Setting:
         return self.seconds - (time.monotonic() - self.started)
 
     def save(self, partial: dict[str, Any]) -> None:
-        """Keep what is known so far: a stage that is killed later has not worked for nothing."""
+        """Write the figures so far: they survive if the stage is killed later."""
         write_json(self.out / RUNNING, partial)
 
     def earlier(self, stage: str) -> dict[str, Any]:
-        """What an earlier stage of this run reported, {} if it did not run."""
+        """The result of an earlier stage of this run; {} if it did not run."""
         try:
             report = json.loads((self.out / REPORT).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        found: dict[str, Any] = report["stages"].get(stage, {})
-        return found
+        result: dict[str, Any] = report["stages"].get(stage, {})
+        return result
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all; NaN and inf become text, which every reader takes."""
+    """Write a whole file or none; NaN and inf become strings, which every JSON reader accepts."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(_plain(value), indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(part, path)

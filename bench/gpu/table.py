@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last lines printed: one a target row, one a stage; and the exit code they add up to."""
+"""The last lines of the output, one for each target and each stage; and the exit code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from .setting import STAGES
 
-# beside these only a speed target that was missed ("miss"), fatal where asked
+# "miss" (a missed speed target) passes too, unless --strict is set
 GOOD = ("pass", "skipped")
 
 
 def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row an id and mode: that of the backend which passes, else of the fastest."""
+    """One row for each id and mode: of a backend that passes, else of the fastest."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["id"], row["mode"]), []).append(row)
@@ -40,43 +40,43 @@ def _row(row: dict[str, Any], mark: str) -> str:
         f"{_figure(row.get('share'), '.0%'):>6}{_figure(eager, '.1f'):>8}"
         f"{_figure(row.get('err_vs_f64'), '.1e'):>9}"
     )
-    said = "pass" if row["pass"] else "; ".join(row.get("missed") or ["not run"])
-    return f"{cells}  {said}"[:160]
+    outcome = "pass" if row["pass"] else "; ".join(row.get("missed") or ["not run"])
+    return f"{cells}  {outcome}"[:160]
 
 
 def lines(report: dict[str, Any]) -> list[str]:
     """At most about 30 lines."""
     mark = "*" if report["dry_run"] else ""
     rows = best(report["rows"])
-    found = []
+    output = []
     if rows:
-        found.append(
+        output.append(
             f"{'row':<39}{'mode':<8}{'backend':<10}{'ms':>9}{'goal':>7}{'share':>6}"
             f"{'x eager':>8}{'error':>9}"
         )
-        found += [_row(row, mark) for row in rows]
+        output += [_row(row, mark) for row in rows]
     for stage in STAGES:
         result = report["stages"][stage.name]
         reason = " ".join(str(result.get("reason") or "").split())[:100]
-        found.append(
+        output.append(
             f"{stage.name:<12}{result['status']:<12}{result.get('seconds', 0):>6.1f} s  {reason}"
         )
     if report["dry_run"]:
-        found.append("* dry run on a CPU: every figure is a stand-in")
-    return found
+        output.append("* dry run on a CPU: every figure is a stand-in")
+    return output
 
 
-def verdict(report: dict[str, Any], asked: list[str], strict: bool) -> tuple[int, str]:
-    """(exit code, why). A gate that could not be judged has not been passed."""
-    against = []
+def verdict(report: dict[str, Any], selected: list[str], strict: bool) -> tuple[int, str]:
+    """(exit code, summary). A gate without a verdict has not passed."""
+    failures = []
     for stage in STAGES:
         status = report["stages"][stage.name]["status"]
         fine = status in GOOD or (status == "miss" and not strict)
         fine |= status == "unavailable" and not stage.gate
-        if stage.name in asked and not fine:
-            against.append(f"{stage.name} {status}")
-    missing = [s.name for s in STAGES if s.gate and s.name not in asked]
+        if stage.name in selected and not fine:
+            failures.append(f"{stage.name} {status}")
+    missing = [s.name for s in STAGES if s.gate and s.name not in selected]
     note = f" (not asked for: {', '.join(missing)})" if missing else ""
-    if against:
-        return 1, f"exit 1: {', '.join(against)}{note}"
+    if failures:
+        return 1, f"exit 1: {', '.join(failures)}{note}"
     return 0, f"exit 0{note}"

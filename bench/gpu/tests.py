@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage tests: the suite on the device, in several processes, and every sample again with a fresh
-seed. Each process stops after five failures and no other does, so one run on a GPU tells most. A
-run in which no device case ran has not passed; cases on the CPU that time does not suffice for are
-counted and left to the machines without a GPU.
+"""Stage tests: run the test suite on the device in several processes, and every sample again with a
+new seed. A process stops after five failures; the others continue, so one run on a GPU reports
+most of them. A run without a device case has not passed. CPU files that do not finish in time are
+counted; machines without a GPU run them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any, TextIO
 
 import clam_kernels
 
-from .pool import Job, cores, work_off
+from .pool import Job, cores, run_jobs
 from .setting import ROOT, Setting
 
 MARKS = "not (build or slow or aot)"
 ON_DEVICE = "triton or cuda"
-# what judges the repository and not results, and this script's own test
+# tests of the repository instead of results, and the test of gpu_check.py itself
 LEFT_OUT = (
     "tests/architecture", "tests/packaging", "tests/contract/test_count.py",
     "tests/contract/test_docs.py", "tests/test_gpu_check.py", "tests/test_readme.py",
 )  # fmt: skip
-# the files whose processes are started first
+# the processes of these files start first
 FIRST = ("test_layout", "test_equivalence", "test_gradients", "test_opcheck")
-# Seconds of a device case where no kernel was compiled before, by its id, as an H200's host took
-# them: Triton compiles anew for other strides and sizes, and the CUDA library never does.
+# Seconds of a device case by its id, measured on the host of an H200 with no kernel compiled
+# before: Triton compiles again for other strides and sizes, the CUDA library never compiles.
 SECONDS = (
     (r"-triton-interpreted\b", 0.0),
     (r"test_layout.*::test_inputs\[.*-triton\b", 2.5),
@@ -39,20 +39,20 @@ SECONDS = (
     (r"-triton\b", 0.9),
     (r"", 0.15),
 )
-# of which the kernels of these ops, which are fewer, take a part
+# ops with fewer kernels take this part of those seconds
 PART = {"am_energy": 0.6, "am_assign": 0.5, "kmeans_update": 0.2}
-# of a process, beside starting it
+# seconds of cases in one process, without its start
 LONGEST = 30.0
 MOST_PROCESSES = 16
 COLLECTED = re.compile(r"^(\d+)(?:/\d+)? tests? collected", re.MULTILINE)
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected)")
 EXECUTED = re.compile(r"^contract cases executed: (.*)$", re.MULTILINE)
-# of pytest: nothing was collected, which a selection may come to
+# exit code of pytest if it collected no test, which is no failure of a selection
 EMPTY = 5
 UNFINISHED = ("not started", "stopped at the time limit")
-# of each process, in characters
+# characters of each process in the log
 LOGGED = 300_000
-# of a command, in words
+# words of a command in the log
 SHOWN = 24
 SPARE = 5.0
 OPTIONS = ["--maxfail=5", "-q", "-p", "no:cacheprovider"]
@@ -66,7 +66,7 @@ class Shard(Job):
     counts: dict[str, int] = field(default_factory=dict)
 
     def close(self) -> str:
-        """As of any job; its counts are in the last line."""
+        """As for any job; pytest prints its counts in the last line."""
         text = super().close()
         last = [line for line in text.splitlines() if COUNTS.search(line)][-1:]
         self.counts = {word: int(n) for n, word in COUNTS.findall(last[0])} if last else {}
@@ -84,22 +84,22 @@ def pytest(*words: str) -> list[str]:
 
 
 def files() -> list[str]:
-    """Of the suite, but for those that judge no results."""
-    found = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").rglob("test_*.py"))]
-    return [f for f in found if not f.startswith(LEFT_OUT)]
+    """The test files, without LEFT_OUT."""
+    names = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").rglob("test_*.py"))]
+    return [f for f in names if not f.startswith(LEFT_OUT)]
 
 
 def listing(dry_run: bool) -> list[str]:
-    """The words that make pytest name the device cases; in a dry run those of one file."""
-    found = [f for f in files() if not dry_run or f.endswith("contract/test_equivalence.py")]
-    return pytest(*found, "-k", ON_DEVICE, "--collect-only")
+    """The command with which pytest lists the device cases; in a dry run those of one file."""
+    chosen = [f for f in files() if not dry_run or f.endswith("contract/test_equivalence.py")]
+    return pytest(*chosen, "-k", ON_DEVICE, "--collect-only")
 
 
-def named(text: str) -> list[str]:
-    """The cases in what pytest lists, which are as many as it says, or none."""
-    found = [line for line in text.splitlines() if line.startswith("tests/") and "::" in line]
-    said = COLLECTED.search(text)
-    return found if said and int(said[1]) == len(set(found)) == len(found) else []
+def listed_cases(text: str) -> list[str]:
+    """The cases in pytest's listing; none if their number is not the one that it prints."""
+    cases = [line for line in text.splitlines() if line.startswith("tests/") and "::" in line]
+    count = COLLECTED.search(text)
+    return cases if count and int(count[1]) == len(set(cases)) == len(cases) else []
 
 
 def seconds(case: str) -> float:
@@ -108,28 +108,28 @@ def seconds(case: str) -> float:
 
 
 def op_in(case: str) -> str:
-    """The op whose kernels a case compiles, as its id says; "" where it does not."""
+    """The op in the id of a case; "" if there is none."""
     words = re.split(r"[\[\]-]", case)
     return next((s.name for s in clam_kernels.all_ops() if s.name in words), "")
 
 
 def pieces(cases: list[str], longest: float = LONGEST) -> list[list[str]]:
-    """The cases of a file in as few parts of about equal length as keep each under `longest`, those
-    of an op together: they share kernels.
+    """Split the cases of a file into the fewest parts of about equal time, each under `longest`
+    seconds. The cases of an op stay together: they share kernels.
     """
     ordered = sorted(cases, key=op_in)
     total = sum(map(seconds, ordered))
     count = max(1, math.ceil(total / longest))
-    found: list[list[str]] = [[] for _ in range(count)]
+    parts: list[list[str]] = [[] for _ in range(count)]
     spent = 0.0
     for case in ordered:
-        found[min(int(count * spent / total), count - 1) if total else 0].append(case)
+        parts[min(int(count * spent / total), count - 1) if total else 0].append(case)
         spent += seconds(case)
-    return [part for part in found if part]
+    return [part for part in parts if part]
 
 
 def on_device(cases: list[str]) -> list[tuple[str, list[str], bool]]:
-    """(name, command, True) of the processes that the device cases are run in, long ones first."""
+    """(name, command, True) of the processes for the device cases, the longest first."""
     parts = []
     for file in dict.fromkeys(case.partition("::")[0] for case in cases):
         cut = pieces([case for case in cases if case.startswith(f"{file}::")])
@@ -147,7 +147,7 @@ def fresh(setting: Setting, *words: str) -> list[str]:
 
 
 def shards(setting: Setting, folder: Path, cases: list[str]) -> list[Shard]:
-    """The fresh runs, then the device cases, then what needs no device."""
+    """The fresh runs, then the device cases, then the files that need no device."""
     plan = [
         (f"fresh seed {spec.name}", fresh(setting, "--ops", spec.name), True)
         for spec in clam_kernels.all_ops()
@@ -155,10 +155,10 @@ def shards(setting: Setting, folder: Path, cases: list[str]) -> list[Shard]:
     plan += on_device(cases)
     chosen = sorted(files(), key=lambda f: "contract" not in f)
     plan += [(f, pytest(f, "-k", f"not ({ON_DEVICE})"), False) for f in chosen]
-    return numbered(plan, folder)
+    return numbered_shards(plan, folder)
 
 
-def numbered(plan: list[tuple[str, list[str], bool]], folder: Path) -> list[Shard]:
+def numbered_shards(plan: list[tuple[str, list[str], bool]], folder: Path) -> list[Shard]:
     return [
         Shard(name, words, folder / f"{i}.log", device=device)
         for i, (name, words, device) in enumerate(plan)
@@ -166,31 +166,31 @@ def numbered(plan: list[tuple[str, list[str], bool]], folder: Path) -> list[Shar
 
 
 def stand_ins(setting: Setting, folder: Path) -> list[Shard]:
-    """That everything is found and can be imported, and a few fresh cases."""
+    """A few fresh cases, to test that every module can be imported."""
     plan = [("fresh seed", fresh(setting, "--most", "12"), False)]
-    return numbered(plan, folder)
+    return numbered_shards(plan, folder)
 
 
-def executed(text: str) -> dict[str, int]:
-    """Contract cases of each op, as tests/conftest.py counts them."""
+def case_counts(text: str) -> dict[str, int]:
+    """Number of executed contract cases of each op, as tests/conftest.py prints it."""
     line = EXECUTED.search(text)
     parts = (part.split() for part in line[1].split(", ")) if line else ()
     return {op: int(count) for op, count in parts}
 
 
 def collect(plan: list[Shard], log: TextIO) -> list[dict[str, Any]]:
-    """What each shard came to; the whole text goes to the log."""
-    found = []
+    """The outcome of each shard; its output goes to the log."""
+    entries = []
     for shard in plan:
         text = shard.close()
         words = " ".join(shard.command[:SHOWN])
         log.write(f"==== {shard.name}: {shard.outcome}\n$ {words}\n{text[-LOGGED:]}\n")
         entry = {"name": shard.name, "outcome": shard.outcome, **shard.counts}
-        entry |= {"cases": executed(text)} if shard.device else {}
+        entry |= {"cases": case_counts(text)} if shard.device else {}
         if shard.outcome.startswith("exit"):
             entry["tail"] = text[-2500:]
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -199,30 +199,30 @@ def run(setting: Setting) -> dict[str, Any]:
         first = Shard("collection", listing(setting.dry_run), Path(folder) / "collection.log")
         plan, cases = [first], list[str]()
         try:
-            work_off(setting, plan, most, SPARE)
-            cases = named(first.close())
+            run_jobs(setting, plan, most, SPARE)
+            cases = listed_cases(first.close())
             plan += (
                 stand_ins(setting, Path(folder))
                 if setting.dry_run
                 else shards(setting, Path(folder), cases)
             )
-            work_off(setting, plan[1:], most, SPARE)
+            run_jobs(setting, plan[1:], most, SPARE)
         finally:
             with (setting.out / "tests.log").open("w", encoding="utf-8") as log:
-                found = collect(plan, log)
+                entries = collect(plan, log)
     result = {
-        "seed": setting.seed, "shards": found, "listed": len(cases), "stand_in": setting.dry_run,
+        "seed": setting.seed, "shards": entries, "listed": len(cases), "stand_in": setting.dry_run,
     }  # fmt: skip
-    result["cases"] = dict(sum((Counter(entry.get("cases", {})) for entry in found), Counter()))
+    result["cases"] = dict(sum((Counter(entry.get("cases", {})) for entry in entries), Counter()))
     ran = sum(s.counts.get("passed", 0) for s in plan if s.device)
     failed = [s for s in plan if s.outcome.startswith("exit code")]
     unfinished = [s for s in plan if s.outcome in UNFINISHED]
-    said = [f"{s.name}: {s.outcome}" for s in [*failed, *(s for s in unfinished if s.device)]]
+    reasons = [f"{s.name}: {s.outcome}" for s in [*failed, *(s for s in unfinished if s.device)]]
     if not cases:
-        said.insert(0, "pytest does not list the device cases")
+        reasons.insert(0, "pytest does not list the device cases")
     if not ran and not setting.dry_run:
-        said.append("not one case ran on the device")
-    if said:
-        return {**result, "status": "fail", "reason": "; ".join(said)[:1000], "passed": ran}
+        reasons.append("not one case ran on the device")
+    if reasons:
+        return {**result, "status": "fail", "reason": "; ".join(reasons)[:1000], "passed": ran}
     reason = f"{ran} device cases passed, {len(unfinished)} files on the CPU unfinished"
     return {**result, "status": "pass", "reason": reason, "passed": ran}

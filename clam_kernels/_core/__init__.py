@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mechanisms every op stands on: registry, checks, backend choice, the compiled library."""
+"""Code that all ops use: registry, checks, choice of the backend, the compiled library."""

@@ -23,8 +23,10 @@ def register_autograd(
     kernel: Callable[..., Any],
     differentiate: Callable[..., Any] | None,
 ) -> None:
-    """Put the choice between kernel, differentiable form and truth under Autograd. `filled` puts
-    defaults back, `tensors` are the places of the tensor arguments.
+    """Register the Autograd kernel of an op. Under torch.func or forward AD it runs the truth,
+    where an argument requires a gradient the differentiable form, otherwise the kernel. `filled`
+    adds the defaults that the dispatcher drops; `tensors` are the positions of the tensor
+    arguments.
     """
 
     def autograd_kernel(keys: Any, *a: Any) -> Any:
@@ -44,7 +46,7 @@ def register_autograd(
 
 
 def refuse_gradient(op: Any, kernel: Callable[..., Any], why: str) -> None:
-    """Autograd for an op without a derivative: its result raises when it is differentiated."""
+    """Register an Autograd kernel whose result raises NotImplementedError when differentiated."""
     name = op._schema.name
 
     class Refuse(torch.autograd.Function):
@@ -80,8 +82,9 @@ def function(
     forward: tuple[Any, Callable[..., Any]],
     backward_op: Any,
 ) -> Callable[..., Any]:
-    """The autograd function of one overload, whose arguments have these names: backward uses what
-    is saved and resolved here. `forward` is an op and its kernel; `is_direct` says which one runs.
+    """The autograd function of one overload with arguments `names`. Backward uses the precision and
+    the backend that forward resolved. `forward` is (op, kernel); `is_direct` is the index of the
+    one that runs.
     """
     positions = [names.index(slot) for slot in tensor_names(spec)]
     first = next(i for i, name in enumerate(names) if name in tensor_names(spec))
@@ -90,7 +93,7 @@ def function(
     class Fn(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, direct: bool, *inputs: Any) -> Any:
-            # one function: with a `setup_context` torch inspects a signature at every call
+            # no `setup_context`: with one, torch inspects a signature at every call
             with below_autograd():
                 output = forward[direct](*inputs)
             saved = [x if isinstance(x, Tensor) else None for x in inputs]
@@ -125,11 +128,11 @@ def function(
                     like.new_zeros(shape, dtype=dtype) if grad is None else grad
                     for grad, (shape, dtype) in zip(upstream, ctx.shapes, strict=True)
                 )
-            found = backward_op(
+            gradients = backward_op(
                 *upstream, *arguments[:-1], *extra, needs, ctx.precision, ctx.backend
             )
             result: list[Any] = [None] * (1 + len(names))
-            for i, need, value in zip(positions, needs, found, strict=True):
+            for i, need, value in zip(positions, needs, gradients, strict=True):
                 result[1 + i] = value if need else None
             return tuple(result)
 

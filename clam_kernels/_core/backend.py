@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an op, at which precision, and why.
 
-Order: `with backend(name)`, then the environment's CLAM_BACKEND, then `auto`. Blocks are known to
-the whole process, not to a context variable: CUDA backward runs on autograd's own threads, which
-inherit no context. A forced backend that cannot run raises; it never falls back.
+Order: `with backend(name)`, then the environment variable CLAM_BACKEND, then `auto`. Blocks are
+stored for the whole process, not in a context variable: a CUDA backward runs on threads of
+autograd, which inherit no context. A forced backend that cannot run raises; it never falls back.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .warn import warn
 BACKENDS = ("reference", "triton", "cuda")
 PRECISIONS = ("highest", "high", "medium")
 
-# Called with (op, backend) before every run; tests see here what really ran.
+# Called with (op, backend) before every run, so that tests see which backend ran.
 observers: list[Callable[[str, str], None]] = []
 _fallback_told = threading.Lock()
 
 
 class Runnable(Protocol):
-    """What the choice needs to know of an op."""
+    """The fields of an op that the choice of a backend reads."""
 
     @property
     def name(self) -> str: ...
@@ -44,13 +44,13 @@ class Runnable(Protocol):
 
 
 class _Block:
-    """One `with backend(name)` that has not ended, and the thread that entered it."""
+    """An open `with backend(name)` block, and the thread that entered it."""
 
     def __init__(self, name: str | None) -> None:
         self.name, self.thread = name, threading.get_ident()
 
 
-# Blocks of all threads in the order of their start. One append or remove needs no lock.
+# The open blocks of all threads, in the order of their start. append and remove need no lock.
 _blocks: list[_Block] = []
 
 
@@ -58,24 +58,24 @@ _blocks: list[_Block] = []
 def backend(name: str | None) -> Iterator[None]:
     """Force one backend for every op that is called inside the block.
 
-    The block rules in its own thread, and in each thread that is in no block itself: the threads in
-    which autograd runs the backward of CUDA tensors are such. Of several blocks in one thread the
-    innermost rules. Where several threads are in blocks, each has its own choice, and a thread
-    without a block follows the block that began last. The end of a block ends its choice in every
-    thread, in whatever order the blocks end. A backward runs on the backend of its forward.
+    A block applies to its own thread, and to threads that are in no block, such as the threads in
+    which autograd runs the backward of CUDA tensors. In one thread the innermost block applies. If
+    several threads are in blocks, each has its own choice, and a thread without a block follows the
+    block that began last. When a block ends, its choice ends in all threads, in any order of the
+    blocks. A backward runs on the backend of its forward.
 
     Parameters
     ----------
     name : "reference", "triton", "cuda" or None
-        None goes back to the automatic choice, or to that of the environment's CLAM_BACKEND.
+        None restores the choice of CLAM_BACKEND, or the automatic one.
 
     Raises
     ------
     ValueError
-        The name is none of these. An op that the backend cannot run raises RuntimeError when
-        called.
+        The name is not one of these. An op that the backend cannot run raises RuntimeError when it
+        is called.
     RuntimeError
-        The block stands inside a function that torch.compile compiles as one graph. There it has no
+        The block is inside a function that torch.compile compiles as one graph, where it has no
         effect: put it around the call of the compiled function.
 
     Examples
@@ -86,7 +86,7 @@ def backend(name: str | None) -> Iterator[None]:
     tensor([0])
     """
     checks.one_of("backend", name, BACKENDS)
-    if torch.compiler.is_compiling():  # the ops choose when the graph runs, after the trace
+    if torch.compiler.is_compiling():  # ops choose when the graph runs, after tracing
         raise RuntimeError("backend: expected a block around the compiled call, got one inside it")
     block = _Block(name)
     _blocks.append(block)
@@ -97,7 +97,7 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def _forced() -> str | None:
-    """What the blocks of this thread say, or else those of the others."""
+    """The choice of the blocks of this thread, or else of the other threads; None for no choice."""
     if not _blocks:
         return None
     thread, blocks = threading.get_ident(), _blocks[::-1]
@@ -106,7 +106,7 @@ def _forced() -> str | None:
 
 
 def requested() -> str:
-    """The backend asked for: a name, or "auto"."""
+    """The requested backend: a name, or "auto"."""
     name = _forced() or os.environ.get("CLAM_BACKEND") or "auto"
     if name != "auto":
         checks.one_of("CLAM_BACKEND", name, BACKENDS)
@@ -117,7 +117,7 @@ def _torch_precision() -> str:
     """Torch's float32 matmul precision now: "highest", "high" or "medium"."""
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the user speaks the newer fp32_precision
+    except RuntimeError:  # the user set the newer fp32_precision
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
@@ -125,13 +125,13 @@ def default_precision() -> str:
     """Torch's float32 matmul precision as the user set it: "highest", "high" or "medium"."""
     while True:
         before = _products.user
-        found = before[0] or _torch_precision()
-        if _products.user is before:  # no other thread changed torch's mode meanwhile
-            return found
+        precision = before[0] or _torch_precision()
+        if _products.user is before:  # no other thread changed the mode in between
+            return precision
 
 
 def resolve_precision(precision: str | None) -> str:
-    """The mode an op runs in."""
+    """The precision in which an op runs."""
     checks.one_of("precision", precision, PRECISIONS)
     return precision or default_precision()
 
@@ -155,7 +155,7 @@ def _unavailable(name: str, device: str) -> str | None:
     reason = library.why_unavailable() if name == "cuda" else None
     if reason is not None:
         return reason
-    if not _has_triton():  # rows that the CUDA library leaves are computed by Triton
+    if not _has_triton():  # Triton computes the rows that the CUDA library flags
         return "triton is not installed"
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return None if device == "cuda" or interpreted else f"the tensors are on {device}"
@@ -163,19 +163,19 @@ def _unavailable(name: str, device: str) -> str | None:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Whether triton can be imported: a search of the path, too slow for every call."""
+    """Whether triton is installed; cached, because the search of the path is slow."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _slower(spec: Runnable, name: str, arguments: tuple[Any, ...]) -> str | None:
-    """Why the automatic choice passes over a backend that could run the op."""
+    """Why the automatic choice skips a backend that can run the op; None if it does not."""
     where = spec.limits.get(f"auto-{name}")
     reason: str | None = implementation(where)(*arguments) if where and arguments else None
     return reason
 
 
 def _public(name: str) -> str:
-    """The op that a user called where its saving forward runs."""
+    """The name of the public op, for an op or its `_<name>_forward`."""
     return name.removeprefix("_").removesuffix("_forward")
 
 
@@ -200,7 +200,7 @@ def choose(spec: Runnable, device: str, arguments: tuple[Any, ...] = ()) -> tupl
 
 
 def _tell_fallback(spec: Runnable, reason: str) -> None:
-    """Say once per process that a GPU runs the reference."""
+    """Warn once per process that a GPU runs the reference."""
     if requested() == "auto" and _fallback_told.acquire(blocking=False):
         warn(
             f"clam::{spec.name} runs its reference on the GPU ({reason}); "
@@ -210,25 +210,26 @@ def _tell_fallback(spec: Runnable, reason: str) -> None:
 
 
 class _Products:
-    """Torch's mode of float32 products, which all threads share, where it is below "highest".
+    """Torch's mode of float32 products, a setting that all threads share, while it is below
+    "highest".
 
-    Calls that need float32 ("exact") set it, and put the user's back when the last of them ends.
-    Calls in the user's mode and exact calls wait for each other, so that the bits of a call do not
-    hang on what other threads do; calls of one kind run side by side.
+    Exact calls need float32: the first sets the mode, and the last restores the user's. Exact calls
+    and calls in the user's mode wait for each other, so that the bits of a call do not depend on
+    other threads; calls of one kind run at the same time.
     """
 
     def __init__(self) -> None:
         self.free = threading.Condition()
         self.inside, self.exact = 0, False  # how many calls run now, and their kind
         self.waiting = {False: 0, True: 0}
-        self.changed: list[tuple[Any, str]] = []  # switches, and what the user had set
-        self.word = ""  # torch's own word for the mode that is set here
-        # The user's precision while the mode is not theirs. Each change puts a new list here, by
-        # which `default_precision` sees that there was one.
+        self.changed: list[tuple[Any, str]] = []  # (setting, value of the user)
+        self.mode_name = ""  # torch's name of the mode that `_set` sets
+        # The user's precision while another mode is set. Each change assigns a new list, so that
+        # `default_precision` can detect it.
         self.user: list[str | None] = [None]
 
     def enter(self, exact: bool) -> None:
-        """Wait for calls of the other kind to end, or to have their turn."""
+        """Wait until no call of the other kind runs; the kinds take turns."""
         with self.free:
             self.waiting[exact] += 1
             try:
@@ -241,35 +242,37 @@ class _Products:
             self.inside, self.exact = self.inside + 1, exact
 
     def _is_free(self, exact: bool) -> bool:
+        """Whether a call of a kind may start."""
         return not self.inside or (self.exact == exact and not self.waiting[not exact])
 
     def leave(self) -> None:
-        """A call has ended."""
+        """End a call; the last one restores the mode."""
         with self.free:
             self.inside -= 1
             if not self.inside:
-                self._put_back()
+                self._restore()
                 self.free.notify_all()
 
     def _set(self) -> None:
+        """Set torch's mode to float32, and store the user's."""
         self.user = [_torch_precision()]
         mkldnn: Any = torch.backends.mkldnn
         try:
             for switch in (torch.backends.cuda.matmul, mkldnn.matmul):
                 mode = switch.fp32_precision
                 if mode not in ("ieee", "none"):
-                    switch.fp32_precision = "none"  # then it follows torch's general switch
+                    switch.fp32_precision = "none"  # then it follows torch's general setting
                     follows = switch.fp32_precision == mode
                     self.changed.append((switch, "none" if follows else mode))
                     switch.fp32_precision = "ieee"
-            self.word = _torch_precision()
+            self.mode_name = _torch_precision()
         except BaseException:
-            self._put_back()
+            self._restore()
             raise
 
-    def _put_back(self) -> None:
-        """The user's mode, unless the user has set another one meanwhile."""
-        same = _torch_precision() == self.word
+    def _restore(self) -> None:
+        """Restore the user's mode, unless the user has set another one since."""
+        same = _torch_precision() == self.mode_name
         for switch, mode in self.changed:
             if same and switch.fp32_precision == "ieee":
                 switch.fp32_precision = mode
@@ -282,8 +285,8 @@ _products = _Products()
 
 @contextlib.contextmanager
 def float32_products(exact: bool = True) -> Iterator[None]:
-    """Compute torch's own products of float32 matrices in float32 inside the block, or, if not
-    exact, in the mode that the user set.
+    """A block in which torch multiplies float32 matrices in float32 or, if not exact, in the mode
+    that the user set.
     """
     if default_precision() == "highest":
         yield
@@ -298,7 +301,9 @@ def float32_products(exact: bool = True) -> Iterator[None]:
 def run(
     spec: Runnable, device: str, precision: str, arguments: tuple[Any, ...], name: str | None = None
 ) -> Any:
-    """Call an implementation: the chosen one, or the one named (a backward follows its forward)."""
+    """Run an op on the chosen backend, or on backend `name`: a backward uses that of its
+    forward.
+    """
     reason = None if name is None else why_not(spec, name, device)
     if reason is not None:
         raise RuntimeError(f"backend '{name}' cannot run clam::{_public(spec.name)}: {reason}")
@@ -311,7 +316,7 @@ def run(
             _tell_fallback(spec, reason or "its forward did")
         if default_precision() == "highest":
             return spec.reference(*arguments)
-        # torch's own mode is lower, which on a CPU may be bfloat16; there all is float32
+        # torch's mode is lower, on a CPU perhaps bfloat16; ops on a CPU multiply in float32
         with float32_products(exact=precision == "highest" or device == "cpu"):
             return spec.reference(*arguments)
     return implementation(spec.kernels[name])(*arguments)
@@ -324,8 +329,8 @@ def implementation(where: str) -> Callable[..., Any]:
     """The callable behind "package.module:function" or "clam_cuda::op"."""
     if "::" in where:
         namespace, _, op = where.partition("::")
-        found: Callable[..., Any] = getattr(getattr(torch.ops, namespace), op)
-        return found
+        kernel: Callable[..., Any] = getattr(getattr(torch.ops, namespace), op)
+        return kernel
     name, _, function = where.partition(":")
-    found = getattr(_module(name), function)
-    return found
+    kernel = getattr(_module(name), function)
+    return kernel

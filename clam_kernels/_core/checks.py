@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wording of every argument error, and the checks that families share.
+"""The wording of all argument errors, and the checks that families share.
 
-`<arg>: expected <what> [to match <other> <its value>], got <value>`. All go through torch's own
-check functions, so that they say the same under eager, fake, dynamic and unbacked shapes. Nothing
-here reads a tensor's values but `values`, which is for CPU tensors.
+`<arg>: expected <what> [to match <other> <its value>], got <value>`. All checks use torch's check
+functions, so that errors have the same text with eager, fake, dynamic and unbacked shapes. Only
+`values` reads the values of a tensor, on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import transforms
 
-# A tuple: isinstance of a union would build it anew at every call.
+# A tuple: isinstance with a union would build the union at every call.
 _INTS = (int, torch.SymInt)
 _NUMBERS = (*_INTS, float, torch.SymFloat)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,8 +32,8 @@ def wording(name: str, expected: str, got: object, match: str = "") -> str:
 
 
 def spell(*sizes: object) -> str:
-    """A shape as text: symbolic dims bare, sizes as ints."""
-    # dynamo traces an f-string of a symbolic size, and no str() of one
+    """A shape as text, also with symbolic sizes."""
+    # dynamo traces an f-string of a symbolic size, but not str() of it
     return f"[{', '.join([f'{size}' for size in sizes])}]"
 
 
@@ -42,22 +42,22 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def type_error(ok: bool, text: Callable[[], str]) -> None:
-    """TypeError with `text()` unless ok, which is never symbolic; dynamo traces this."""
+    """Raise a TypeError with `text()` unless ok, which is never symbolic; dynamo traces this."""
     if not ok:
         raise TypeError(text())
 
 
 def value_error(ok: bool, text: Callable[[], str]) -> None:
-    """ValueError with `text()` unless ok; ok may be symbolic. Sizes are spelled inside `text`, or
-    the text would fix a symbolic size and torch.compile would compile anew for each size.
+    """Raise a ValueError with `text()` unless ok, which may be symbolic. Only `text` may format a
+    size: formatting fixes a symbolic size, and torch.compile would compile again for each size.
     """
-    if ok is True:  # torch's function takes microseconds to find that nothing is wrong
+    if ok is True:  # torch's function takes microseconds also where ok is True
         return
     if not torch.compiler.is_dynamo_compiling():
         torch._check_value(ok, text)
         return
-    # dynamo hands torch's function no text that names sizes: a size with a hint is checked here,
-    # and a size without one where the graph runs
+    # dynamo cannot give torch's function a text with sizes: check a size that has a hint here, and
+    # a size without a hint when the graph runs
     from torch.fx.experimental.symbolic_shapes import guard_or_true
 
     if not guard_or_true(ok):
@@ -87,14 +87,14 @@ def same_dtype(name: str, value: Tensor, other: str, reference: Tensor) -> None:
 
 
 def device(name: str, value: Tensor) -> None:
-    """The argument lies on a device that has kernels or the reference."""
+    """The argument is on a device that runs the ops."""
     value_error(
         value.device.type in DEVICES, lambda: wording(name, "device cpu or cuda", value.device)
     )
 
 
 def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None:
-    """The argument lies on the device of another."""
+    """The argument is on the device of another."""
     value_error(
         value.device == reference.device,
         lambda: wording(name, f"device {reference.device}", value.device, other),
@@ -102,13 +102,13 @@ def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None
 
 
 def shape(name: str, value: Tensor, pattern: str | Sizes, ok: bool, match: str = "") -> None:
-    """The shape fits `pattern`, as `ok` says; a pattern with sizes is handed over as their list."""
+    """`ok` says whether the shape fits `pattern`; a pattern with sizes is a list."""
 
-    def said() -> str:
+    def message() -> str:
         spelled = pattern if isinstance(pattern, str) else spell(*pattern)
         return wording(name, f"shape {spelled}", spell(*value.shape), match)
 
-    value_error(ok, said)
+    value_error(ok, message)
 
 
 def non_empty(name: str, value: Tensor, dim: int, letter: str) -> None:
@@ -124,7 +124,7 @@ def fits(sizes: Sizes, target: Sizes) -> bool:
 
 
 def core_fits(name: str, value: Tensor, core: Sizes, letters: str, match: str) -> None:
-    """The last dims broadcast to `core`; fewer dims are the usual broadcasting."""
+    """The last dims broadcast to `core`; a tensor with fewer dims broadcasts as usual."""
     ok = fits(value.shape[-len(core) :], core)
     spelled = ", ".join(str(size) for size in core)
     text = f"shape broadcastable to [..., {spelled}] ({letters})"
@@ -132,8 +132,8 @@ def core_fits(name: str, value: Tensor, core: Sizes, letters: str, match: str) -
 
 
 def broadcast(operands: Sequence[tuple[str, Any, int]]) -> list[Any]:
-    """Broadcast of the leading dims of `(name, tensor, core dims)`, first come first; what is no
-    tensor (an option left out, a number) has none.
+    """The broadcast of the leading dims of operands `(name, tensor, core dims)`. An error names the
+    first operand that does not fit those before it. None and numbers have no dims.
     """
     batch: list[Any] = []
     first, shape_of_first = operands[0][0], operands[0][1].shape
@@ -162,7 +162,7 @@ def broadcast(operands: Sequence[tuple[str, Any, int]]) -> list[Any]:
 
 
 def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = False) -> Any:
-    """A number >= low (> low if strict), finite or not, as Python's; NaN never."""
+    """A Python number >= low (> low if strict); NaN raises, and with `finite` inf too."""
     value = real(name, value)
     bound = f"a {'finite ' if finite else ''}number {'>' if strict else '>='} {low:g}"
     if isinstance(value, torch.SymFloat | torch.SymInt):
@@ -174,9 +174,8 @@ def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = Fa
 
 
 def whole(name: str, value: Any, low: int) -> Any:
-    """An int, also of another library (numpy's), as Python's; TypeError for anything else, a bool
-    too. `at_least` looks at its value, which dynamo cannot trace where it is symbolic: that is left
-    to the op.
+    """A Python int, from an int of any library (numpy's); TypeError for other types and bool. The
+    op checks the value by `at_least`, because dynamo cannot trace that for a symbolic int.
     """
     ok = isinstance(value, (*_INTS, Integral)) and not isinstance(value, bool)
     type_error(ok, lambda: wording(name, f"an int >= {low}", repr(value)))
@@ -184,8 +183,8 @@ def whole(name: str, value: Any, low: int) -> Any:
 
 
 def real(name: str, value: Any, expected: str = "a number") -> Any:
-    """A number, also of another library (numpy's), as Python's; TypeError for anything else, a bool
-    or a Tensor too.
+    """A Python number, from a number of any library (numpy's); TypeError for other types, bool and
+    Tensor.
     """
     ok = isinstance(value, (*_NUMBERS, Real)) and not isinstance(value, bool)
     type_error(ok, lambda: wording(name, expected, type(value).__name__))
@@ -198,17 +197,17 @@ def at_least(name: str, value: Any, low: int) -> None:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether a check may read the values of a tensor: on a CPU, and neither while torch.compile
-    traces nor under torch.func.vmap, which have none.
+    """Whether a check may read the values of a tensor: on a CPU, but not while torch.compile traces
+    or torch.func.vmap maps, where a tensor has no values.
     """
     return not torch.compiler.is_compiling() and value.is_cpu and not transforms.maps(value)
 
 
 def values(name: str, value: Tensor, low: float, *, finite: bool, strict: bool = False) -> None:
-    """Every entry >= low (> low if strict), where values are read."""
+    """Every entry >= low (> low if strict), if values are readable."""
     if not readable(value) or value.numel() == 0:
         return
-    if value.numel() == 1:  # a number costs less than the reductions below
+    if value.numel() == 1:  # .item() is faster than the reductions below
         one = value.item()
         if (one > low if strict else one >= low) and not (finite and math.isinf(one)):
             return
@@ -228,7 +227,7 @@ def text(name: str, value: object) -> None:
 
 
 def one_of(name: str, value: str | None, allowed: Sequence[str]) -> None:
-    """A string out of a list, or None."""
+    """One of a list of strings, or None."""
     if value is not None and value not in allowed:
         listed = ", ".join(f"'{word}'" for word in allowed)
         raise ValueError(wording(name, f"{listed} or None", repr(value)))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch keys: ops are defined here, and kernels put under CPU, CUDA and fake tensors.
+"""Definition of the ops, and registration of kernels for CPU, CUDA and fake tensors.
 
-With `autograd.py`, `batching.py` and `install.py` this is all that uses torch's private dispatch
+Only this file, `autograd.py`, `batching.py` and `install.py` use torch's private dispatch
 functions.
 """
 
@@ -19,7 +19,7 @@ from .spec import NAMESPACE, qualified
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
-# Dispatch keys of plain eager tensors, of a CPU and of a GPU.
+# Dispatch keys of plain eager tensors on a CPU and on a GPU.
 _DIRECT = frozenset(
     (
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -27,15 +27,15 @@ _DIRECT = frozenset(
     ).raw_repr()
     for key in ("CPU", "CUDA")
 )
-# What a call that passed its check is remembered by: tensors by their metadata, these by value.
+# The key of a call that passed its check: metadata of tensors, and values of these types.
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _VALUES = frozenset({bool, int, float, str, type(None)})
-_MOST_REMEMBERED = 1024
+_MAX_STORED = 1024
 
 
 @dataclass(frozen=True)
-class Part:
-    """What `backend.run` needs: the op itself, its saving forward, or its backward."""
+class Implementation:
+    """A function that `backend.run` runs: an op, its `_<name>_forward`, or its backward."""
 
     name: str
     reference: Callable[..., Any]
@@ -54,7 +54,7 @@ def _refuse_device(*_: Any, name: str, **__: Any) -> NoReturn:
 
 
 def register(op: Any, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Put a kernel and a fake under an op."""
+    """Register a kernel and a fake for an op."""
     name = op._schema.name.partition("::")[2]
     overload = qualified(name, op._schema.overload_name)
     for key in ("CPU", "CUDA"):
@@ -65,31 +65,31 @@ def register(op: Any, kernel: Callable[..., Any], fake: Callable[..., Any]) -> N
 
 
 def is_direct(keys: Any) -> bool:
-    """Whether nothing stands between Autograd and the kernel, no mode and no wrapper: then the
-    kernel is called without the dispatcher.
+    """Whether no mode and no tensor subclass is active: Autograd then calls the kernel without the
+    dispatcher.
     """
     return keys.raw_repr() in _DIRECT
 
 
-def seen_by_check(a: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that `OpSpec.check` sees of plain arguments; None where one is symbolic or of a class
-    of its own.
+def check_key(a: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The key of a call: everything that `OpSpec.check` can see of plain arguments. None if one is
+    symbolic or of another class.
     """
-    seen: list[Any] = []
+    key: list[Any] = []
     for x in a:
         kind = type(x)
         if kind in _TENSORS:
-            seen += (x.shape, x.dtype, x.device)
+            key += (x.shape, x.dtype, x.device)
         elif kind in _VALUES:
-            seen.append(x)
+            key.append(x)
         else:
             return None
-    return tuple(seen)
+    return tuple(key)
 
 
-def remember(passed: set[tuple[Any, ...]], seen: tuple[Any, ...] | None) -> None:
-    """What passed the check need not be checked again; forgotten when it is too much."""
-    if seen is not None:
-        if len(passed) >= _MOST_REMEMBERED:
+def store_key(passed: set[tuple[Any, ...]], key: tuple[Any, ...] | None) -> None:
+    """Store the key of a call that passed its check; a full set is cleared first."""
+    if key is not None:
+        if len(passed) >= _MAX_STORED:
             passed.clear()
-        passed.add(seen)
+        passed.add(key)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installs an op: it is declared once, as an `OpSpec`, and put here under every dispatch key.
+"""Installation of an op: an `OpSpec` declares it once, and this file registers it for every
+dispatch key.
 
-For each op: a kernel for CPU and CUDA (checks, then the chosen backend), a fake, an Autograd
-kernel, autocast, a vmap rule; and, where it has a `Gradient`, the ops `_<name>_forward` (if
-something beside inputs and output is saved) and `<name>_backward`.
+Each op gets a kernel for CPU and CUDA (checks, then the chosen backend), a fake, an Autograd
+kernel, autocast and a vmap rule. An op with a `Gradient` also gets the ops `<name>_backward` and,
+if the backward needs a saved tensor, `_<name>_forward`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import backend
 from .autograd import function, refuse_gradient, register_autograd
 from .batching import register_vmap, register_vmap_backward
-from .dispatch import LIBRARY, Part, define, register, remember, seen_by_check
+from .dispatch import LIBRARY, Implementation, check_key, define, register, store_key
 from .spec import SPECS, Gradient, OpSpec, qualified, tensor_names
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -37,7 +38,7 @@ def op(**fields: Any) -> OpSpec:
 
 
 class Installation:
-    """One overload of one op, and of what its gradient needs, put under the dispatch keys."""
+    """One overload of an op and of its gradient ops."""
 
     def __init__(self, spec: OpSpec, overload: str, arguments: str) -> None:
         self.spec, self.overload, self.arguments = spec, overload, arguments
@@ -46,6 +47,7 @@ class Installation:
         self.tensors: list[int] = []
 
     def install(self) -> None:
+        """Define the op and register all its kernels."""
         spec = self.spec
         self.op = define(spec.name, self.overload, f"({self.arguments}) -> {spec.returns}")
         schema = self.op._schema.arguments
@@ -54,7 +56,7 @@ class Installation:
         self.tensors = [i for i, a in enumerate(schema) if "Tensor" in str(a.type)]
         # a gradient for every argument that is a tensor in some overload
         self.slots = tensor_names(spec)
-        part = Part(spec.name, spec.reference, spec.kernels, spec.limits)
+        part = Implementation(spec.name, spec.reference, spec.kernels, spec.limits)
         kernel = self._kernels(self.op, part, self._checked(spec.fake))
         differentiate = self._differentiable(kernel) if spec.gradient else None
         register_autograd(spec, self.op, self._filled, self.tensors, kernel, differentiate)
@@ -65,10 +67,12 @@ class Installation:
     # ---- kernels -------------------------------------------------------------------------------
 
     def _filled(self, a: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The dispatcher drops trailing defaults: put them back."""
+        """The arguments with the trailing defaults that the dispatcher drops."""
         return a + self.defaults[len(a) :]
 
     def _checked(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """A fake that checks the arguments first."""
+
         def checked_fake(*a: Any) -> Any:
             a = self._filled(a)
             self.spec.check(*a)
@@ -76,16 +80,19 @@ class Installation:
 
         return checked_fake
 
-    def _kernels(self, op: Any, part: Part, fake: Callable[..., Any]) -> Callable[..., Any]:
+    def _kernels(
+        self, op: Any, part: Implementation, fake: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Register the kernel of an op, which checks and runs the chosen backend; return it."""
         spec = self.spec
         passed: set[tuple[Any, ...]] = set()
 
         def kernel(*a: Any) -> Any:
             a = self._filled(a)
-            seen = seen_by_check(a)
-            if seen not in passed:
+            key = check_key(a)
+            if key not in passed:
                 spec.check(*a)
-                remember(passed, seen)
+                store_key(passed, key)
             if spec.check_values is not None:
                 spec.check_values(*a)
             device = a[self.tensors[0]].device.type
@@ -100,8 +107,8 @@ class Installation:
     # ---- gradients -----------------------------------------------------------------------------
 
     def _differentiable(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        """Install the gradient's ops; returns the differentiable form of this overload, which
-        takes `is_direct` first.
+        """Install the gradient ops; return the differentiable form of this overload, whose first
+        argument is `is_direct`.
         """
         gradient = self.spec.gradient
         assert gradient is not None
@@ -110,7 +117,7 @@ class Installation:
             reference, fake = gradient.saved
             name = f"_{self.spec.name}_forward"
             forward = define(name, self.overload, f"({self.arguments}) -> (Tensor, Tensor)")
-            part = Part(name, reference, gradient.saved_kernels, self.spec.limits)
+            part = Implementation(name, reference, gradient.saved_kernels, self.spec.limits)
             kernel = self._kernels(forward, part, self._checked(fake))
             refuse_gradient(forward, kernel, f"{name} is internal; call {self.spec.name}")
         return function(
@@ -118,42 +125,43 @@ class Installation:
         )
 
     def _backward_op(self, gradient: Gradient) -> Any:
+        """Define and register `<name>_backward`; return it."""
         name = f"{self.spec.name}_backward"
-        kept = re.sub(r"=[^,]+", "", self.arguments.rpartition(", str? precision")[0])
+        arguments = re.sub(r"=[^,]+", "", self.arguments.rpartition(", str? precision")[0])
         saved = "" if gradient.saved is None else "Tensor saved, "
         returns = ", ".join(["Tensor"] * len(self.slots))
         count = len(gradient.outputs)
         grads = ["Tensor grad"] if count == 1 else [f"Tensor grad_{i}" for i in range(count)]
         schema = (
-            f"({', '.join(grads)}, {kept}, {saved}bool[] needs, str precision, str backend)"
+            f"({', '.join(grads)}, {arguments}, {saved}bool[] needs, str precision, str backend)"
             f" -> ({returns})"
         )
         op = define(name, self.overload, schema)
-        part = Part(name, gradient.reference, gradient.kernels)
+        part = Implementation(name, gradient.reference, gradient.kernels)
 
         def kernel(*a: Any) -> Any:
-            *arguments, precision, chosen = a
-            # autocast had its say in the forward: a backward inside its block multiplies as outside
+            *inputs, precision, chosen = a
+            # autocast applies to the forward: a backward inside an autocast block ignores it
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
                 device = a[0].device.type
-                return backend.run(part, device, precision, (*arguments, precision), chosen)
+                return backend.run(part, device, precision, (*inputs, precision), chosen)
 
         def fake(*a: Any) -> tuple[Tensor, ...]:
             needs = a[-3]
-            given = dict(zip(self.names, a[count:], strict=False))
+            operands = dict(zip(self.names, a[count:], strict=False))
             return tuple(
-                torch.empty_like(given[slot], memory_format=torch.contiguous_format)
+                torch.empty_like(operands[slot], memory_format=torch.contiguous_format)
                 if need
                 else a[count].new_empty(0)
                 for slot, need in zip(self.slots, needs, strict=True)
             )
 
         register(op, kernel, fake)
-        word = f"python_fallback.{self.spec.family}.{self.spec.name}"
+        truth = f"python_fallback.{self.spec.family}.{self.spec.name}"
         refuse_gradient(
             op,
             kernel,
-            f"double backward is not implemented; call {word}, which is twice differentiable",
+            f"double backward is not implemented; call {truth}, which is twice differentiable",
         )
         if self.spec.core is not None:
             core = [self.spec.core.get(n, 0) for n in self.names[:-1]]
@@ -167,7 +175,9 @@ class Installation:
     # ---- autocast ------------------------------------------------------------------------------
 
     def _autocast(self) -> None:
-        """Promote what must share a dtype to the widest; a half autocast dtype means "medium"."""
+        """Register autocast: promote arguments of `same_dtype` to the widest; a half precision
+        autocast dtype means precision "medium".
+        """
         promoted = [self.names.index(n) for n in self.spec.same_dtype]
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CUDA library: found beside the package, loaded once, at first use, never at
+"""The compiled CUDA library in the package folder, loaded once, at its first use, never at
 import.
 """
 
@@ -18,8 +18,8 @@ BUILD_FILE = _PACKAGE / "_build.json"
 
 
 def build_record() -> dict[str, Any]:
-    """What the installer wrote: {cuda, archs, reason, torch, nvcc}; a reason if it wrote
-    nothing.
+    """The record of the installer: {cuda, archs, reason, torch, nvcc}; only a reason without
+    one.
     """
     try:
         record: dict[str, Any] = json.loads(BUILD_FILE.read_text(encoding="utf-8"))
@@ -30,7 +30,7 @@ def build_record() -> dict[str, Any]:
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """None once the library is loaded, else the reason why it is not."""
+    """Load the library; the reason why that is not possible, or None."""
     record = build_record()
     if not PATH.exists():
         return f"the CUDA library is not built: {record.get('reason', 'unknown reason')}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an op declares, and the list of all ops."""
+"""The declaration of an op, and the list of all ops."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Gradient:
     """How an op is differentiated.
 
     `reference(*grads, *arguments without precision, [saved], needs, precision)` returns one
-    gradient for each tensor argument, empty where `needs` says no. `saved` is None where the
-    arguments suffice, else the `(reference, fake)` of `_<name>_forward`, which returns `(output,
-    saved)`. `output_dims` and `saved_dims` count the dims of the two below their batch dims; of
-    several outputs the first have a gradient, as many as there are `output_dims`.
+    gradient for each tensor argument, empty where `needs` is False. `saved` is None if backward
+    needs only the arguments; else it is the `(reference, fake)` of `_<name>_forward`, which returns
+    `(output, saved)`. `output_dims` and `saved_dims` are the dims of output and saved without their
+    batch dims. Of several outputs the first `len(output_dims)` have a gradient.
     """
 
     reference: Callable[..., tuple[Tensor, ...]]
@@ -37,17 +37,19 @@ class Gradient:
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Dims below the batch dims of each output that has a gradient."""
+        """Number of dims, without batch dims, of each output that has a gradient."""
         return self.output_dims if isinstance(self.output_dims, tuple) else (self.output_dims,)
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op. `arguments` is the schema's list, ending in `str? precision=None` if the op has
-    matrix products, where `{name}` is spelled by each entry of `overloads` in turn: those with
-    Tensors first, or the dispatcher turns a tensor into a number and drops its gradient. `limits`
-    name, by backend, a function that says why these arguments do not fit its kernels (None if they
-    do), and by "auto-<backend>" one that says why the automatic choice takes another.
+    """One op.
+
+    `arguments` is the argument list of the schema; it ends with `str? precision=None` if the op has
+    matrix products. Each entry of `overloads` replaces the `{name}` in it; overloads with Tensors
+    come first, or the dispatcher turns a tensor into a number and drops its gradient. `limits` name
+    functions "module:function" that return a reason or None: for a backend, why its kernels cannot
+    run these arguments; for "auto-<backend>", why the automatic choice skips it.
     """
 
     name: str
@@ -64,16 +66,16 @@ class OpSpec:
     limits: Mapping[str, str] = field(default_factory=dict)
     gradient: Gradient | None = None
     same_dtype: tuple[str, ...] = ()
-    core: Mapping[str, int] | None = None  # dims of each tensor argument below its batch dims
+    core: Mapping[str, int] | None = None  # dims of each tensor argument, without batch dims
 
     @property
     def family(self) -> str:
-        """The word that names this op's file in every room."""
+        """The family: the name of the op's files and folders in every room."""
         return self.function.__module__.rpartition(".")[2]
 
     @property
     def precise(self) -> bool:
-        """Whether the op has matrix products, and with them a precision."""
+        """Whether the op has matrix products, and so an argument `precision`."""
         return self.arguments.endswith("str? precision=None")
 
     @property
@@ -97,7 +99,9 @@ def qualified(name: str, overload: str) -> str:
 
 
 def tensor_names(spec: OpSpec) -> list[str]:
-    """Arguments that are tensors in some overload, in order: the slots of the backward's result."""
+    """Arguments that are tensors in some overload, in order. Backward returns a gradient for
+    each.
+    """
     text = spec.arguments.format(**next(iter(spec.overloads.values())))
     return re.findall(r"Tensor\?? (\w+)", text)
 
@@ -124,7 +128,7 @@ def choice(op: object, *arguments: object) -> Choice:
     op : str, `torch.ops.clam.<name>` or the public function
         The op.
     arguments
-        Its arguments; the first tensor decides the device. Without any, a CPU tensor is assumed.
+        Its arguments; the first tensor decides the device. Without a tensor, the device is a CPU.
 
     Returns
     -------
@@ -134,7 +138,7 @@ def choice(op: object, *arguments: object) -> Choice:
     Raises
     ------
     ValueError
-        There is no such op.
+        The op does not exist.
     RuntimeError
         The backend that the caller forces cannot compute it.
 
@@ -151,10 +155,10 @@ def choice(op: object, *arguments: object) -> Choice:
     device = _device_of(arguments)
     named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
     precision = backend.resolve_precision(named)
-    given = arguments
+    values = arguments
     if arguments and spec.precise:
-        given = (*arguments[: -1 if named else None], precision)
-    chosen, reason = backend.choose(spec, device, given)
+        values = (*arguments[: -1 if named else None], precision)
+    chosen, reason = backend.choose(spec, device, values)
     return Choice(f"{NAMESPACE}::{spec.name}", chosen, precision, reason)
 
 
@@ -168,7 +172,9 @@ def explain(op: object, *arguments: object) -> str:
 
     Parameters
     ----------
-    op, *arguments
+    op : str, `torch.ops.clam.<name>` or the public function
+        As for `choice`.
+    arguments
         As for `choice`.
 
     Returns

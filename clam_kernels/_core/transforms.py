@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which transforms of torch.func a call stands in: torch has no public function that says so."""
+"""Which transforms of torch.func are active; torch has no public function for this."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 
 def active() -> bool:
-    """Whether the call stands in a transform: grad, vmap, jvp, or one made of them."""
+    """Whether a transform is active: grad, vmap, jvp, or a combination."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -21,7 +21,7 @@ def has_tangent(x: object) -> bool:
 
 
 def maps(x: object) -> bool:
-    """Whether torch.func.vmap maps over a tensor, in whatever transforms it stands beside."""
+    """Whether torch.func.vmap maps over a tensor, also inside other transforms."""
     functorch = torch._C._functorch
     while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):

@@ -11,7 +11,7 @@ _INNER = ("clam_kernels", "torch")
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of the nearest line outside this package and torch, however deep the call is."""
+    """Warn with the nearest line of the call stack outside this package and torch."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that stand on the ops."""
+"""Layers that use the ops."""
 
 from .am import AssociativeMemory as AssociativeMemory
 from .self_labeller import Relabelling as Relabelling

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of a data set: what a relabelling tells of them, their shares, and those given to start
-from.
-"""
+"""The labels of a data set: the result of a relabelling, the marginals, and the first labels."""
 
 from __future__ import annotations
 
@@ -16,22 +14,22 @@ from .._core import checks
 
 @dataclass(frozen=True)
 class Relabelling:
-    """What happened when the labels of one head were found anew.
+    """The result of a relabelling of one head.
 
     Attributes
     ----------
     head : int
-        Which.
+        Index of the head.
     n_iter : int
         Iterations of Sinkhorn scaling.
     err : float
         L1 error of the label shares.
     converged : bool
-        Whether that is within `tol`; labels are of use even where it is not.
+        Whether err <= tol; the labels are usable even if it is not.
     changed : float
-        Share of the rows whose label is another one.
+        Fraction of the rows whose label changed.
     counts : Tensor [K], int64
-        Rows of each label.
+        Number of rows of each label.
     """
 
     head: int
@@ -42,25 +40,40 @@ class Relabelling:
     counts: Tensor
 
 
-def shares_of(name: str, mass: Any, size: int) -> Tensor | None:
-    """A marginal of sum 1 in float64."""
+def check_settings(strict: object, dtype: object) -> None:
+    """The types of the settings `strict` and `dtype` of a layer."""
+    kind = type(strict).__name__
+    checks.type_error(isinstance(strict, bool), lambda: checks.wording("strict", "a bool", kind))
+    text, got = "float16, bfloat16, float32 or float64", str(dtype).removeprefix("torch.")
+    is_float = dtype is None or dtype in checks.FLOATS
+    checks.type_error(is_float, lambda: checks.wording("dtype", text, got))
+
+
+def normalised_marginal(name: str, mass: Any, size: int) -> Tensor | None:
+    """A marginal divided by its sum, float64 on the CPU; None for None."""
     if mass is None:
         return None
     checks.tensor(name, mass)
     checks.floating(name, mass)
     checks.shape(name, mass, f"[{size}]", list(mass.shape) == [size])
-    _check_values(name, mass)
-    wide = mass.detach().cpu().double()
-    checks.values(name, wide, 0.0, finite=True, strict=True)
-    return wide / wide.sum()
+    check_values(name, mass)
+    mass64 = mass.detach().cpu().double()
+    checks.values(name, mass64, 0.0, finite=True, strict=True)
+    return mass64 / mass64.sum()
 
 
-def _check_values(name: str, x: Tensor) -> None:
+def check_values(name: str, x: Tensor) -> None:
+    """The argument has values to read; a tensor on meta has none."""
     checks.value_error(not x.is_meta, lambda: checks.wording(name, "values", "device meta"))
 
 
-def start_of(start: Any, heads: int, rows: int, clusters: int) -> Tensor | None:
-    """Labels to start from, a copy on the CPU; None where they are drawn."""
+def _outside(labels: Tensor, clusters: int) -> int:
+    """The first label that is not in [0, clusters)."""
+    return int(labels[(labels < 0) | (labels >= clusters)][0])
+
+
+def first_labels(start: Any, heads: int, rows: int, clusters: int) -> Tensor | None:
+    """A copy on the CPU of the labels in `start`; None for "balanced" labels, which are drawn."""
     if isinstance(start, str) and start == "balanced":
         return None
     words = f"'balanced' or an int64 Tensor [{heads}, {rows}]"
@@ -71,8 +84,8 @@ def start_of(start: Any, heads: int, rows: int, clusters: int) -> Tensor | None:
         raise error(checks.wording("start", words, got))
     fits = list(start.shape) in ([heads, rows], [rows])
     checks.shape("start", start, f"[{heads}, {rows}]", fits)
-    _check_values("start", start)
-    inside = bool(((start >= 0) & (start < clusters)).all())
+    check_values("start", start)
+    in_range = bool(((start >= 0) & (start < clusters)).all())
     words = f"labels from 0 to {clusters - 1}"
-    checks.value_error(inside, lambda: checks.wording("start", words, "others"))
+    checks.value_error(in_range, lambda: checks.wording("start", words, _outside(start, clusters)))
     return start.detach().to("cpu", copy=True)

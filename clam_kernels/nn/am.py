@@ -11,24 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from .._core import checks
+from ..ops._facts import compute_dtype
 from ..ops.am import am_assign, am_energy, am_recursion, am_weights
-from ._parameters import as_vector, names_behind, tensors_behind, write
+from ._labels import check_values
+from ._parameters import as_vector, source_names, source_tensors, write
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
-_SPELLED = "float16, bfloat16, float32 or float64"
+_FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 # Smallest and largest beta by the dtype of its logarithm.
 _LIMITS = {torch.float32: (1e-37, 1e38), torch.float64: (1e-307, 1e308)}
 
 
 class AssociativeMemory(nn.Module):
-    """Memories that recall: rows in, what the recursion makes of them out.
+    """An associative memory as a layer: returns the rows after the recursion.
 
         v <- v + step * update_mask * (softmax_k(log_weights_k - beta_k |v - rho_k|^2) @ rho - v),
         `steps` times; rho are the memories                         (eqs. 1-4 of docs/ops/am.md)
 
-    There is no projection: a layer that holds patterns returns the stored pattern for a damaged
-    one. Projections, heads and normalisation are layers before and after it.
+    The layer has no projection: with patterns as memories it returns the stored pattern for a
+    damaged one. Add projections, heads and normalisation as layers before and after it.
 
     Parameters
     ----------
@@ -39,58 +41,58 @@ class AssociativeMemory(nn.Module):
     steps : int, >= 0, default 1
         Number of steps; 0 returns a copy of the rows.
     step : float, finite, >= 0, default 1.0
-        dt/tau. The energy never rises for 0 <= step <= 2. It is a Python number, never a tensor:
-        inside torch.compile a step that changes recompiles.
+        dt/tau. The energy never rises for 0 <= step <= 2. A Python number, never a tensor: inside
+        torch.compile a step that changes recompiles.
     beta : float or Tensor broadcastable to [K], 1e-37 to 1e38, unit 1/|v|^2, default 1.0
-        Inverse temperature to start from, weights exp(-beta d^2). A last dim of K is one a memory,
-        a number or a last dim of 1 one for all. A float64 layer takes 1e-307 to 1e308. Between 1
-        and 10 divided by the gap (nearest subtracted from second-nearest squared distance, a
-        typical row's) memories compete; far above it each row goes to its nearest memory, far
-        below it to their mean.
+        First inverse temperature, weights exp(-beta d^2). A last dim of K is one beta for each
+        memory; a number or a last dim of 1 is one for all. A float64 layer takes 1e-307 to 1e308.
+        Take a typical row, and let d be its second-nearest squared distance minus its nearest: for
+        beta from 1 / d to 10 / d several memories get weight; for a much larger beta only the
+        nearest, for a much smaller one all the same.
     learn_beta : bool, default True
         Whether beta is trained.
     log_weights : bool, default False
         Whether each memory has a trained log-weight; they start at 0.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products; see `clam_kernels.am_step`. None follows torch, and is "medium"
-        under a half autocast.
+        Precision of the matrix products; see `clam_kernels.am_step`. None is torch's precision,
+        and "medium" under autocast to half precision.
     device : torch.device, str or None, optional
-        Of the parameters, as everywhere in torch.nn.
+        Device of the parameters, as in torch.nn.
     dtype : torch.dtype, optional
-        Of the parameters: float16, bfloat16, float32 or float64.
+        Dtype of the parameters: float16, bfloat16, float32 or float64.
 
     Attributes
     ----------
     memories : Parameter [K, D]
-        The memories; drawn from the standard normal distribution. `from_patterns` stores given
-        ones, with leading dims if they have any.
+        The memories, drawn from the standard normal distribution. `from_patterns` stores patterns
+        instead, also with leading dims.
     log_beta : Parameter, shape of `beta` ([1] for a number), float32 (float64 for float64)
-        Logarithm of beta, so that training keeps beta positive. It stays float32 in a layer of half
-        precision, after `layer.half()` too: bfloat16 would turn a beta of 100 into 98.8.
+        Logarithm of beta, so that training keeps beta positive. Stays float32 in a layer of half
+        precision, also after `layer.half()`: bfloat16 would round a beta of 100 to 98.8.
     beta : Tensor, shape and dtype of `log_beta`
-        exp(log_beta), or the nearest value in its range. `layer.beta = 2.0` sets it.
+        exp(log_beta), clamped to its range. `layer.beta = 2.0` sets it.
     log_weights : Parameter [K] or None
-        Logarithm of each memory's weight; -inf takes a memory out.
+        Logarithm of each memory's weight; -inf masks a memory.
     steps, step, precision
-        As given; may be changed.
+        The arguments; may be assigned.
 
     Raises
     ------
     TypeError
-        A type or dtype other than stated.
+        A type or dtype that is not listed above.
     ValueError
         A value or shape that does not fit.
 
     Notes
     -----
-    Memory O(N D + K D), never N x K, forward and backward. Under autocast rows of half precision
-    meet float32 memories in float32, and the result is float32. Parameters that are frozen are
-    still in `state_dict`, so that frozen and trained layers load each other's files.
+    Memory O(N D + K D), never N x K, forward and backward. Under autocast, half precision rows and
+    float32 memories give a float32 result. Frozen parameters are in `state_dict` too, so that
+    frozen and trained layers load each other's files.
 
-    `torch.distributed.fsdp.fully_shard` takes the layer. It wants one dtype for all parameters that
-    are trained: shard a float32 layer, with a `MixedPrecisionPolicy` for half precision. It gathers
-    the parameters in `forward` alone; `register_fsdp_forward_method(layer, "energy")` does so for
-    another method.
+    `torch.distributed.fsdp.fully_shard` supports the layer. All trained parameters need one dtype:
+    shard a float32 layer, with a `MixedPrecisionPolicy` for half precision. fully_shard gathers the
+    parameters only in `forward`; `register_fsdp_forward_method(layer, "energy")` adds another
+    method.
 
     Examples
     --------
@@ -132,11 +134,11 @@ class AssociativeMemory(nn.Module):
         for name, flag in (("learn_beta", learn_beta), ("log_weights", log_weights)):
             _expect(isinstance(flag, bool), TypeError, name, "a bool", type(flag).__name__)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        _expect(dtype in _FLOATS, TypeError, "dtype", _SPELLED, _word(dtype))
+        _expect(dtype in _FLOATS, TypeError, "dtype", _FLOAT_NAMES, _dtype_name(dtype))
         self.steps, self.step = checks.whole("steps", steps, 0), checks.real("step", step)
         self.precision = precision
-        # reset_parameters may come long after, when a module made on meta is given its memory
-        self._log_beta_start = as_vector(_log(beta, _wide(dtype)).cpu())
+        # stored for reset_parameters, which initialises a module that was made on meta
+        self._log_beta_start = as_vector(_log_of_beta(beta, _beta_dtype(dtype)).cpu())
         memories = torch.empty(shape, device=device, dtype=dtype)
         self._register(memories, True, learn_beta, log_weights)
         self.reset_parameters()
@@ -154,13 +156,13 @@ class AssociativeMemory(nn.Module):
         log_weights: bool | Tensor = False,
         precision: str | None = None,
     ) -> AssociativeMemory:
-        """Layer whose memories are copies of given patterns, of their dtype and on their device.
+        """Make a layer whose memories are copies of patterns, with their dtype and device.
 
         Parameters
         ----------
         patterns : Tensor [..., K, D], float16, bfloat16, float32 or float64
-            What to store. Leading dims are separate memories (heads, replicas): they broadcast with
-            those of the rows.
+            The patterns. Leading dims are separate sets of memories (heads, replicas), and
+            broadcast with those of the rows.
         steps : int, >= 0, default 1
             Number of steps.
         step : float, finite, >= 0, default 1.0
@@ -173,19 +175,19 @@ class AssociativeMemory(nn.Module):
         learn_beta : bool, default False
             Whether beta is trained.
         log_weights : bool or Tensor broadcastable to [..., K], default False
-            True: trained log-weights that start at 0. A tensor is where they start.
+            True: trained log-weights that start at 0. A tensor has their first values.
         precision : "highest", "high" or "medium", optional
-            Of the matrix products.
+            Precision of the matrix products.
 
         Returns
         -------
         AssociativeMemory
-            `reset_parameters` would replace the patterns by random ones.
+            Its `reset_parameters` replaces the patterns by random memories.
 
         Raises
         ------
         TypeError
-            A type or dtype other than stated.
+            A type or dtype that is not listed above.
         ValueError
             A value or shape that does not fit.
 
@@ -200,19 +202,19 @@ class AssociativeMemory(nn.Module):
         """
         kind = type(patterns).__name__
         _expect(isinstance(patterns, Tensor), TypeError, "patterns", "a Tensor", kind)
-        word = _word(patterns.dtype)
-        _expect(patterns.dtype in _FLOATS, TypeError, "patterns", f"dtype {_SPELLED}", word)
+        word = _dtype_name(patterns.dtype)
+        _expect(patterns.dtype in _FLOATS, TypeError, "patterns", f"dtype {_FLOAT_NAMES}", word)
         shape = list(patterns.shape)
         _expect(len(shape) >= 2, ValueError, "patterns", "shape [..., K, D]", shape)
         _expect(shape[-2] >= 1, ValueError, "patterns", "K >= 1", shape)
         _expect(shape[-1] >= 1, ValueError, "patterns", "D >= 1", shape)
-        given = log_weights if isinstance(log_weights, Tensor) else None
+        weights = log_weights if isinstance(log_weights, Tensor) else None
         kind = type(learn_memories).__name__
         _expect(isinstance(learn_memories, bool), TypeError, "learn_memories", "a bool", kind)
         # on meta, so that storing patterns draws no random numbers
         layer = cls(
             shape[-2], shape[-1], steps=steps, step=step, beta=beta, learn_beta=learn_beta,
-            log_weights=given is not None or log_weights,  # type: ignore[arg-type]
+            log_weights=weights is not None or log_weights,  # type: ignore[arg-type]
             precision=precision, device="meta", dtype=patterns.dtype,
         )  # fmt: skip
         layer._register(patterns.detach().clone(), learn_memories, learn_beta, log_weights)
@@ -221,15 +223,16 @@ class AssociativeMemory(nn.Module):
     def _register(
         self, memories: Tensor, learn: bool, learn_beta: bool, log_weights: bool | Tensor
     ) -> None:
-        """The parameters; the op says what does not fit them, before there are rows."""
-        beta = self._log_beta_start.to(memories.device, _wide(memories.dtype))
+        """Register the parameters. A call of the op on meta tensors raises if they do not fit."""
+        beta = self._log_beta_start.to(memories.device, _beta_dtype(memories.dtype))
         weights = None if log_weights is False else memories.new_zeros(memories.shape[:-1])
         if isinstance(log_weights, Tensor):
+            check_values("log_weights", log_weights)
             weights = as_vector(log_weights.detach().to(memories.device, copy=True))
-        rho, lam = (None if x is None else x.to("meta") for x in (memories, weights))
+        rho, on_meta = (None if x is None else x.to("meta") for x in (memories, weights))
         am_recursion(
             rho, rho, beta.to("meta"), self.steps,  # type: ignore[arg-type]
-            step=self.step, log_weights=lam, precision=self.precision,
+            step=self.step, log_weights=on_meta, precision=self.precision,
         )  # fmt: skip
         self.memories = nn.Parameter(memories, requires_grad=learn)
         self.log_beta = nn.Parameter(beta, requires_grad=learn_beta)
@@ -248,18 +251,18 @@ class AssociativeMemory(nn.Module):
 
     @property
     def beta(self) -> Tensor:
-        """Inverse temperature, unit 1/|v|^2; assigning a number or a tensor sets it, which outside
-        compiled code is how to sharpen the memory during training.
+        """Inverse temperature, unit 1/|v|^2. Assign a number or a tensor to set it, for example to
+        raise it during training; not in compiled code.
         """
         log: Tensor = self.log_beta
-        if log.dtype not in _LIMITS:  # a caller's own, or FSDP's under a MixedPrecisionPolicy
+        if log.dtype not in _LIMITS:  # cast by the caller, or by FSDP with a MixedPrecisionPolicy
             log = log.float()
         low, high = _LIMITS[log.dtype]
         return log.clamp(math.log(low), math.log(high)).exp()
 
     @beta.setter
     def beta(self, value: float | Tensor) -> None:
-        log = _log(value, _wide(self.log_beta.dtype))
+        log = _log_of_beta(value, _beta_dtype(self.log_beta.dtype))
         size = list(self.log_beta.shape)
         fits = log.ndim <= len(size) and all(
             a in (1, b) for a, b in zip(log.shape[::-1], size[::-1], strict=False)
@@ -269,12 +272,12 @@ class AssociativeMemory(nn.Module):
             write(self, "log_beta", log)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the memories anew; beta and log-weights go back to where they started.
+        """Draw new memories; reset beta and log-weights to their first values.
 
         Parameters
         ----------
         generator : torch.Generator, optional
-            Of the device of the parameters; None is torch's own.
+            A generator on the device of the parameters; None is torch's default generator.
         """
         if self.memories.is_meta:
             return
@@ -287,23 +290,23 @@ class AssociativeMemory(nn.Module):
     # ---- conversion and loading ----------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AssociativeMemory:
-        """What `half`, `to` and their like go through: log_beta stays float32 at least."""
-        kept = tensors_behind(self, "log_beta")
+        """Called by `half`, `to` and similar methods: log_beta stays at least float32."""
+        beta_tensors = source_tensors(self, "log_beta")
 
-        def wide(x: Tensor) -> Tensor:
+        def keep_precision(x: Tensor) -> Tensor:
             out = fn(x)
-            if any(x is one for one in kept) and out.dtype in _HALVES:
-                out = x.to(out.device, _wide(out.dtype))
+            if any(x is tensor for tensor in beta_tensors) and out.dtype in _HALVES:
+                out = x.to(out.device, _beta_dtype(out.dtype))
             return out
 
-        super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Files of earlier versions hold one beta for all memories as a scalar. A state dict in
-        half precision that is assigned leaves log_beta float32.
+        """Accept files of earlier versions, where a shared beta is a scalar. log_beta stays
+        float32, also if a state dict in half precision is assigned.
         """
-        for name in names_behind(state_dict, prefix, "log_beta"):
+        for name in source_names(state_dict, prefix, "log_beta"):
             value = state_dict[name]
             if isinstance(value, Tensor) and value.dtype in _HALVES:
                 state_dict[name] = value.float()
@@ -318,16 +321,16 @@ class AssociativeMemory(nn.Module):
     def forward(
         self, v: Tensor, update_mask: Tensor | None = None, steps: int | None = None
     ) -> Tensor:
-        """What the rows become after `steps` steps.
+        """Recall: the rows after `steps` steps.
 
         Parameters
         ----------
         v : Tensor [..., N, D], dtype (outside autocast) and device of the memories
             Rows to recall.
         update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
-            1 (True): the entry evolves, 0: it is held, bit for bit.
+            1 (True): the entry is updated. 0: the entry keeps its bits.
         steps : int, >= 0, optional
-            Number of steps instead of the layer's.
+            Number of steps; default that of the layer.
 
         Returns
         -------
@@ -346,7 +349,7 @@ class AssociativeMemory(nn.Module):
         )
 
     def energy(self, v: Tensor) -> Tensor:
-        """Energy of each row, which no step with 0 <= step <= 2 raises; low near memories.
+        """Energy of each row: low near memories, and no step with 0 <= step <= 2 raises it.
 
         Parameters
         ----------
@@ -373,7 +376,8 @@ class AssociativeMemory(nn.Module):
         Returns
         -------
         labels : Tensor [..., N], int64
-            Lowest index on ties; beta plays no part, of the log-weights only whether they are -inf.
+            The lowest index of a tie. Memories with a log-weight of -inf are masked; beta and other
+            log-weights do not matter.
         sqdist : Tensor [..., N], float32 (float64 for float64), unit |v|^2
         """
         self._check(v)
@@ -382,8 +386,7 @@ class AssociativeMemory(nn.Module):
     def weights(self, v: Tensor) -> Tensor:
         """Weight of each memory in the first step: softmax_k(log_weights_k - beta_k |v - rho_k|^2).
 
-        This holds N x K x D differences in float64, which nothing else in the layer builds; twice
-        differentiable.
+        Needs an N x K x D array of float64 differences, as no other method; twice differentiable.
 
         Parameters
         ----------
@@ -393,21 +396,24 @@ class AssociativeMemory(nn.Module):
         Returns
         -------
         Tensor [..., N, K], float32 (float64 for float64)
-            Rows of sum 1; 0 where a memory is taken out, and in all of a row where all are.
+            Rows of sum 1. The weight of a masked memory is 0; if all are masked, all weights are 0.
         """
         self._check(v)
-        wide = torch.float64 if self.memories.dtype == torch.float64 else torch.float32
-        lam = None if self.log_weights is None else self.log_weights.to(wide)
+        dtype = _beta_dtype(self.memories.dtype)
+        log_weights = None if self.log_weights is None else self.log_weights.to(dtype)
         with torch.autocast(v.device.type, enabled=False):
-            return am_weights(v.to(wide), self.memories.to(wide), self.beta.to(wide), lam)
+            rho, beta = self.memories.to(dtype), self.beta.to(dtype)
+            return am_weights(v.to(dtype), rho, beta, log_weights)
 
     def _check(self, v: Any) -> None:
-        """What the op would word after `rho`, which a layer's user never passed."""
+        """Check v. The op checks it too, but its errors name `rho`, which is no argument of the
+        layer.
+        """
         _expect(isinstance(v, Tensor), TypeError, "v", "a Tensor", type(v).__name__)
         rho = self.memories
         if v.dtype != rho.dtype and not torch.is_autocast_enabled(v.device.type):
-            match = f"dtype {_word(rho.dtype)} to match memories"
-            _expect(False, TypeError, "v", match, _word(v.dtype))
+            match = f"dtype {_dtype_name(rho.dtype)} to match memories"
+            _expect(False, TypeError, "v", match, _dtype_name(v.dtype))
         if v.device != rho.device:
             _expect(False, ValueError, "v", f"device {rho.device} to match memories", v.device)
         if v.ndim < 2 or v.shape[-1] != rho.shape[-1]:
@@ -429,34 +435,37 @@ class AssociativeMemory(nn.Module):
 
 
 def _expect(ok: bool, error: type[Exception], name: str, what: str, got: object) -> None:
-    """An argument error in the wording of the ops."""
+    """Raise an argument error unless ok."""
     if not ok:
         raise error(f"{name}: expected {what}, got {got}")
 
 
-def _word(dtype: object) -> str:
+def _dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of log_beta in a layer of a dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _beta_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log_beta in a layer with parameters of `dtype`."""
+    return compute_dtype(dtype)
 
 
-def _log(beta: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Logarithm of a beta that log_beta can hold in a dtype, in float64."""
+def _log_of_beta(beta: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithm in float64 of a beta in the range that `dtype` allows."""
     low, high = _LIMITS[dtype]
     limits = f"from {low:g} to {high:g}"
     if not isinstance(beta, Tensor):
         probe = torch.empty(1, 1, dtype=torch.float32, device="meta")
-        am_energy(probe, probe, beta)  # words what is wrong with a number
+        am_energy(probe, probe, beta)  # raises for a number that is no beta
         beta = float(beta)
         _expect(low <= beta <= high, ValueError, "beta", f"a number {limits}", beta)
         return torch.tensor(beta, dtype=torch.float64, device="cpu").log()
-    _expect(beta.dtype in _FLOATS, TypeError, "beta", f"dtype {_SPELLED}", _word(beta.dtype))
+    _expect(
+        beta.dtype in _FLOATS, TypeError, "beta", f"dtype {_FLOAT_NAMES}", _dtype_name(beta.dtype)
+    )
+    check_values("beta", beta)
     beta = beta.detach().double()
     if beta.is_cpu:
         checks.values("beta", beta, 0.0, finite=True, strict=True)
-        for far in beta[(beta < low) | (beta > high)][:1].tolist():
-            _expect(False, ValueError, "beta", f"values {limits}", far)
+        for outside in beta[(beta < low) | (beta > high)][:1].tolist():
+            _expect(False, ValueError, "beta", f"values {limits}", outside)
     return beta.log()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-labelling (SeLa) as a layer: heads, their labels of a whole data set, and relabelling.
+"""Self-labelling (SeLa) as a layer: heads, the labels of a whole data set, and relabelling.
 
 Equations: docs/sela.md.
 """
@@ -16,25 +16,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .._core import checks
+from ..ops._facts import compute_dtype
 from ..transport import NOT_CONVERGED, Scores, Sinkhorn, sinkhorn
 from ._labels import Relabelling as Relabelling
-from ._labels import shares_of, start_of
+from ._labels import check_settings, check_values, first_labels, normalised_marginal
 
-# Entries of [N, K] above which `relabel_features` keeps no such array: 256 MB of float32.
+# With more entries [N, K] than this, 256 MB of float32, `relabel_features` stores no such array.
 DENSE_ENTRIES = 1 << 26
 MARGINALS = ("col_marginal", "row_marginal")
-_WHY = {2: "not finite", 3: "infeasible", 4: "without a row"}
+_WHY = {2: "NaN or +inf", 3: "a row or column with -inf only", 4: "no rows"}
 
 
 class SelfLabeller(nn.Module):
-    """Linear heads on shared features, each with labels of its own for every row of a data set.
+    """Linear heads on shared features, each with its own labels for all rows of a data set.
 
         loss = mean_h -log softmax(features W_h^T + b_h)[label_h],
         labels_h = argmax_k(lam log p_h + g_h), with g_h such that all labels have equal shares
                                                                                 (docs/sela.md)
 
-    In a training loop of one's own: `loss` for each batch, and now and then `relabel` or
-    `relabel_features` for each head.
+    In a training loop call `loss` for each batch, and regularly `relabel` or `relabel_features` for
+    each head.
 
     Parameters
     ----------
@@ -43,30 +44,29 @@ class SelfLabeller(nn.Module):
     n_clusters : int, >= 1
         Number of labels K.
     n_rows : int, >= 1
-        Rows of the data set N.
+        Number of rows N of the data set.
     n_heads : int, >= 1
         Number of heads H.
     lam : float, > 0
-        Sharpness of the plan, 1 / epsilon; the larger, the nearer to the best equal partition.
+        Sharpness of the plan, 1 / epsilon. A larger lam is closer to the best equal partition.
     tol : float, > 0
-        L1 error of the label shares at which a relabelling ends.
+        A relabelling stops when the L1 error of the label shares is at most this.
     max_iter : int, >= 1
-        Iterations after which it ends in any case.
+        Largest number of iterations of a relabelling.
     col_marginal : Tensor [K], finite, > 0, optional
-        Shares of the labels, in any unit; equal unless given.
+        Shares of the labels, in any unit; default equal.
     row_marginal : Tensor [N], finite, > 0, optional
-        Masses of the rows in the shares, in any unit; equal unless given. The loss has no part in
-        them.
+        Masses of the rows in the shares, in any unit; default equal. They do not change the loss.
     strict : bool
-        Whether counts are the shares rounded to whole rows; see `Sinkhorn.labels`.
+        Whether the counts equal the shares, rounded to whole rows; see `Sinkhorn.labels`.
     start : "balanced" or Tensor [H, N] or [N], int64
-        Labels before the first relabelling: i mod K in an order drawn for each head, or given.
+        Labels before the first relabelling. "balanced": i mod K, in a random order of each head.
     generator : torch.Generator, optional
-        Of the draws, on the CPU; None is torch's own.
+        A generator on the CPU; None is torch's default generator.
     device : torch.device, str or None, optional
-        Of all parameters and buffers; None is torch's default device.
+        Device of all parameters and buffers; None is torch's default device.
     dtype : torch.dtype, optional
-        Of the parameters: a float.
+        Float dtype of the parameters.
 
     Attributes
     ----------
@@ -75,24 +75,24 @@ class SelfLabeller(nn.Module):
     labels : buffer [H, N], int64
         Current labels.
     g : buffer [H, K], float64
-        Potentials of each head's last relabelling, where the next one starts; 0 before. They and
-        the marginals stay float64 where the module is cast.
+        Potentials of each head's last relabelling, with which the next one starts; 0 before. They
+        and the marginals stay float64 when the module is cast.
     col_marginal : buffer [K] or None, float64
     row_marginal : buffer [N] or None, float64
-        Marginals of total 1, where they were given.
+        The marginals, with a total of 1.
 
     Raises
     ------
     TypeError
-        A type or dtype other than stated.
+        A type or dtype that is not listed above.
     ValueError
         A value or shape that does not fit.
 
     Notes
     -----
     Labels, potentials and marginals are in `state_dict`: a loop that is saved, loaded and continued
-    is the uninterrupted one. The state of a layer with a marginal loads only into a layer that was
-    made with one, whose values it replaces. No [H, N, K] array ever exists.
+    has the same results as one without a break. The state of a layer with a marginal loads only
+    into a layer with that marginal, whose values it replaces. No [H, N, K] array ever exists.
 
     Examples
     --------
@@ -143,45 +143,42 @@ class SelfLabeller(nn.Module):
             checks.at_least(name, int(size), 1)
         self.lam = checks.number("lam", lam, 0.0, finite=True, strict=True)
         self.tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
-        words = checks.wording("strict", "a bool", type(strict).__name__)
-        checks.type_error(isinstance(strict, bool), lambda: words)
+        check_settings(strict, dtype)
         in_features, n_clusters, n_rows = int(in_features), int(n_clusters), int(n_rows)
         n_heads, self.max_iter = int(n_heads), int(max_iter)
         self.n_rows, self.strict = n_rows, strict
-        # Buffers of these begin as copies. A module that was made on meta lost its own, and
-        # `reset_parameters` puts them back.
-        self._begin = {
-            "col_marginal": shares_of("col_marginal", col_marginal, n_clusters),
-            "row_marginal": shares_of("row_marginal", row_marginal, n_rows),
-            "labels": start_of(start, n_heads, n_rows, n_clusters),
+        # First values of the buffers: `reset_parameters` copies them, also to a module made on meta
+        self._first_values = {
+            "col_marginal": normalised_marginal("col_marginal", col_marginal, n_clusters),
+            "row_marginal": normalised_marginal("row_marginal", row_marginal, n_rows),
+            "labels": first_labels(start, n_heads, n_rows, n_clusters),
         }
         shape = n_heads, n_clusters, in_features
         self._register(shape, torch.get_default_device() if device is None else device, dtype)
-        self._trusted: tuple[int, int] | None = None
+        self._checked_labels: tuple[int, int] | None = None
         self.reset_parameters(generator)
 
     def _register(
         self, shape: tuple[int, int, int], device: torch.device | str, dtype: torch.dtype | None
     ) -> None:
-        """Parameters and buffers, without values but for the marginals."""
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        """Register parameters and buffers; only the marginals get their values."""
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(shape[:2], dtype=dtype, device=device))
-        self.register_buffer("g", torch.zeros(shape[:2], **wide))
-        self.register_buffer("labels", torch.empty(shape[0], self.n_rows, **whole))
+        self.register_buffer("g", torch.zeros(shape[:2], dtype=torch.float64, device=device))
+        labels = torch.empty(shape[0], self.n_rows, dtype=torch.int64, device=device)
+        self.register_buffer("labels", labels)
         for name in MARGINALS:
-            mass = self._begin[name]
+            mass = self._first_values[name]
             self.register_buffer(name, None if mass is None else mass.to(device, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfLabeller:
-        """Casts, moves: potentials and marginals go along, but are not rounded."""
+        """Cast or move the module; potentials and marginals stay float64."""
         before = {name: t for name, t in self._buffers.items() if t is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, kept in before.items():
-            found = getattr(self, name)
-            if found.dtype != kept.dtype:
-                self._buffers[name] = kept.to(found.device)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
         return self
 
     @property
@@ -200,40 +197,40 @@ class SelfLabeller(nn.Module):
         return self.weight.shape[2]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw heads as `torch.nn.Linear` does, and balanced random labels where no `start` was
-        given; potentials are 0, and marginals and labels that were given are those again.
+        """Draw heads as `torch.nn.Linear` does, and balanced random labels. Potentials become 0;
+        labels and marginals that were arguments of the layer get those values.
 
         A module that was made on the device "meta" is complete after `to_empty` and this call. On
-        meta nothing is drawn.
+        meta this call does nothing.
 
         Parameters
         ----------
         generator : torch.Generator, optional
-            Of the draws, on the CPU; None is torch's own.
+            A generator on the CPU; None is torch's default generator.
         """
         if self.weight.is_meta:
             return
         bound = 1.0 / math.sqrt(self.in_features)
         with torch.no_grad():
-            # drawn on the CPU, so that a seed means the same on every device
+            # drawn on the CPU, so that a seed gives the same values on every device
             for part in (self.weight, self.bias):
                 drawn = torch.empty(part.shape, dtype=part.dtype, device="cpu")
                 part.copy_(drawn.uniform_(-bound, bound, generator=generator))
             for row in self.labels:
                 order = torch.randperm(self.n_rows, generator=generator, device="cpu")
                 row.copy_(order % self.n_clusters)
-            for name, given in self._begin.items():
-                if given is not None:
-                    getattr(self, name).copy_(given)
+            for name, value in self._first_values.items():
+                if value is not None:
+                    getattr(self, name).copy_(value)
             self.g.zero_()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
         unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        """Torch's own, and an error where a layer has a marginal and a state with labels has none,
-        or the reverse: such labels and potentials are of other shares. `strict=False` cannot let it
-        pass, as torch tells no module of it.
+        """As in torch, plus an error if the layer has a marginal and the state does not, or the
+        reverse: such labels and potentials belong to other shares. The error is raised also with
+        `strict=False`, which torch does not pass to modules.
         """
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
@@ -265,7 +262,6 @@ class SelfLabeller(nn.Module):
         Tensor [H, B, K]
         """
         self._check_features(features)
-        # one product for all heads
         flat = functional.linear(features, self.weight.flatten(0, 1), self.bias.flatten())
         return flat.unflatten(-1, self.bias.shape).transpose(0, 1)
 
@@ -276,7 +272,7 @@ class SelfLabeller(nn.Module):
         ----------
         features : Tensor [B, D], dtype (outside autocast) and device of the heads
         rows : Tensor [B], int64
-            Which rows of the data set they are, 0 <= row < N.
+            The indices of these rows in the data set, 0 <= row < N.
 
         Returns
         -------
@@ -285,14 +281,12 @@ class SelfLabeller(nn.Module):
         Raises
         ------
         ValueError
-            A shape that does not fit, no rows, rows below 0 or above N - 1 (on a CPU; values on a
-            GPU are not read), or labels below 0 or above K - 1, which nobody may train on.
+            A shape that does not fit, no rows, rows outside 0 to N - 1 (checked on a CPU only), or
+            labels outside 0 to K - 1.
         """
         checks.tensor("rows", rows)
-        checks.type_error(
-            rows.dtype == torch.int64,
-            lambda: checks.wording("rows", "dtype int64", str(rows.dtype).removeprefix("torch.")),
-        )
+        got, is_int64 = str(rows.dtype).removeprefix("torch."), rows.dtype == torch.int64
+        checks.type_error(is_int64, lambda: checks.wording("rows", "dtype int64", got))
         self._check_labels()
         logits = self(features)
         size = logits.shape[1]
@@ -305,13 +299,13 @@ class SelfLabeller(nn.Module):
 
     @torch.no_grad()
     def log_probabilities(self, features: Tensor, head: int) -> Tensor:
-        """Logarithms of the softmax of one head, without gradient.
+        """Logarithms of the softmax of one head; no gradient.
 
         Parameters
         ----------
         features : Tensor [B, D]
         head : int
-            Which, 0 <= head < H.
+            Index of the head, 0 <= head < H.
 
         Returns
         -------
@@ -320,36 +314,35 @@ class SelfLabeller(nn.Module):
         head = self._head(head)
         self._check_features(features)
         logits = functional.linear(features, self.weight[head], self.bias[head])
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return logits.to(wide).log_softmax(-1)
+        return logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
 
     @torch.no_grad()
     def relabel(
         self, log_probabilities: Tensor | Callable[[int], Tensor], head: int
     ) -> Relabelling:
-        """New labels of one head, with the shares asked for; it starts from its last potentials.
+        """Compute new labels of one head with the given shares, from its last potentials.
 
         Parameters
         ----------
-        log_probabilities : Tensor [N, K], or a callable that gives them for a head
-            log softmax of the head for every row of the data set in its order, averaged over
-            augmented draws if there are any. A constant for each row changes nothing.
+        log_probabilities : Tensor [N, K], or a callable that returns them for a head
+            log softmax of the head for all rows of the data set, in order; the mean over augmented
+            draws if there are any. A constant added to a row changes nothing.
         head : int
-            Which, 0 <= head < H.
+            Index of the head, 0 <= head < H.
 
         Returns
         -------
         Relabelling
-            What happened. Labels and potentials are in the buffers.
+            The result. New labels and potentials are in the buffers.
 
         Raises
         ------
         TypeError
-            A type or dtype other than stated.
+            A type or dtype that is not listed above.
         ValueError
             A shape or device that does not fit.
         FloatingPointError
-            NaN or +inf among the log-probabilities, or no plan; labels stay as they were.
+            NaN or +inf among the log-probabilities, or no plan exists; labels do not change.
 
         Examples
         --------
@@ -362,27 +355,28 @@ class SelfLabeller(nn.Module):
         (tensor([[1, 0, 1, 0]]), tensor([2, 2]))
         """
         head = self._head(head)
-        given = log_probabilities(head) if callable(log_probabilities) else log_probabilities
-        checks.tensor("log_probabilities", given)
+        values = log_probabilities(head) if callable(log_probabilities) else log_probabilities
+        checks.tensor("log_probabilities", values)
+        checks.floating("log_probabilities", values)
         shape = [self.n_rows, self.n_clusters]
         spelled = checks.spell(*shape)
-        checks.shape("log_probabilities", given, spelled, list(given.shape) == shape)
-        checks.same_device("log_probabilities", given, "the heads", self.labels)
-        return self._keep(head, self._solved(given.detach(), None, head))
+        checks.shape("log_probabilities", values, spelled, list(values.shape) == shape)
+        checks.same_device("log_probabilities", values, "the heads", self.labels)
+        return self._store(head, self._solve(values.detach(), None, head))
 
     @torch.no_grad()
     def relabel_features(self, features: Tensor, head: int) -> Relabelling:
         """`relabel` from features of all rows.
 
-        The mean of log softmax(W phi + b) over augmented draws phi is W mean(phi) + b up to a
-        constant for each row, so features averaged over draws are all that is needed.
+        The mean of log softmax(W phi + b) over augmented draws phi is W mean(phi) + b plus a
+        constant of each row, so features can be means over draws.
 
         Parameters
         ----------
         features : Tensor [N, D]
-            Of every row of the data set in its order.
+            Features of all rows of the data set, in order.
         head : int
-            Which, 0 <= head < H.
+            Index of the head, 0 <= head < H.
 
         Returns
         -------
@@ -391,7 +385,7 @@ class SelfLabeller(nn.Module):
         Raises
         ------
         TypeError, ValueError, FloatingPointError
-            As `relabel`.
+            As in `relabel`.
         """
         head = self._head(head)
         self._check_features(features)
@@ -400,46 +394,48 @@ class SelfLabeller(nn.Module):
         if self.n_rows * self.n_clusters <= DENSE_ENTRIES:
             return self.relabel(self.log_probabilities(features, head), head)
         pair = (features.detach(), self.weight[head].detach().to(features.dtype))
-        return self._keep(head, self._solved(pair, self.lam * self.bias[head].detach(), head))
+        return self._store(head, self._solve(pair, self.lam * self.bias[head].detach(), head))
 
-    def _solved(self, scores: Scores, bias: Tensor | None, head: int) -> Sinkhorn:
-        found = sinkhorn(
+    def _solve(self, scores: Scores, bias: Tensor | None, head: int) -> Sinkhorn:
+        """The plan of one head; FloatingPointError if there is none."""
+        result = sinkhorn(
             scores, epsilon=1.0 / self.lam, bias=bias, tol=self.tol, max_iter=self.max_iter,
             row_marginal=self.row_marginal, col_marginal=self.col_marginal, init=self.g[head],
             accelerate="anderson", warn=False,
         )  # fmt: skip
-        status = int(found.status)
+        status = int(result.status)
         if status > NOT_CONVERGED:
             raise FloatingPointError(
-                f"head {head}: its log-probabilities are {_WHY[status]}, so they give no labels;"
-                " the labels are those of before"
+                f"head {head}: expected log-probabilities that have a plan, got {_WHY[status]}; its"
+                " labels are unchanged"
             )
-        return found
+        return result
 
-    def _keep(self, head: int, found: Sinkhorn) -> Relabelling:
-        labels = found.labels(strict=self.strict)
+    def _store(self, head: int, result: Sinkhorn) -> Relabelling:
+        """Store the labels and potentials of a plan in the buffers."""
+        labels = result.labels(strict=self.strict)
         changed = float((labels != self.labels[head]).double().mean())
         counts = torch.bincount(labels, minlength=self.n_clusters)
         self.labels[head] = labels
-        self.g[head] = found.g
-        ok = bool(found.converged)
-        return Relabelling(head, found.n_iter, float(found.err), ok, changed, counts)
+        self.g[head] = result.g
+        ok = bool(result.converged)
+        return Relabelling(head, result.n_iter, float(result.err), ok, changed, counts)
 
     @torch.no_grad()
     def assign(self, features: Tensor, head: int = 0) -> Tensor:
-        """Labels of any rows at a head's potentials: what relabelling would give a row that does
-        not move them.
+        """Labels of any rows with the potentials of a head: those that a relabelling would give to
+        rows that do not change the potentials.
 
         Parameters
         ----------
         features : Tensor [B, D]
         head : int
-            Which, 0 <= head < H.
+            Index of the head, 0 <= head < H.
 
         Returns
         -------
         Tensor [B], int64
-            argmax_k(lam log p_k + g_k), lowest index on ties.
+            argmax_k(lam log p_k + g_k), the lowest index of a tie.
         """
         scores = self.lam * self.log_probabilities(features, head)
         return (scores + self.g[head].to(scores.dtype)).argmax(-1)
@@ -447,6 +443,7 @@ class SelfLabeller(nn.Module):
     # ---- checks ----------------------------------------------------------------------------------
 
     def _check_features(self, features: Any) -> None:
+        """Features [B, D] that fit the heads."""
         checks.tensor("features", features)
         d = self.in_features
         fits = features.ndim == 2 and features.shape[-1] == d
@@ -456,7 +453,7 @@ class SelfLabeller(nn.Module):
             checks.same_dtype("features", features, "the heads", self.weight)
 
     def _head(self, head: Any) -> int:
-        """The number of a head, as an int of Python's."""
+        """The index of a head as a Python int."""
         whole = isinstance(head, int | Integral) and not isinstance(head, bool)
         checks.type_error(whole, lambda: checks.wording("head", "an int", repr(head)))
         text = f"an int from 0 to {self.n_heads - 1}"
@@ -466,20 +463,23 @@ class SelfLabeller(nn.Module):
         return head if isinstance(head, int) else int(head)
 
     def _check_rows(self, rows: Tensor) -> None:
+        """Rows of the data set, at least one."""
         checks.non_empty("rows", rows, 0, "B")
+        if not self.labels.is_meta:
+            check_values("rows", rows)
         if rows.is_cpu and not torch.compiler.is_compiling():
             bad = rows[(rows < 0) | (rows >= self.n_rows)][:1].tolist()
             text = f"values from 0 to {self.n_rows - 1}"
             checks.value_error(not bad, lambda: checks.wording("rows", text, bad[0]))
 
     def _check_labels(self) -> None:
-        """Labels out of range raise, before a loss of them; read again only when they changed."""
+        """Raise if a label is out of range; labels are read again only after a change."""
         if torch.compiler.is_compiling():
             return
         now = None
         if not self.labels.is_inference():
             now = (self.labels.data_ptr(), self.labels._version)
-        if now is not None and now == self._trusted:
+        if now is not None and now == self._checked_labels:
             return
         bad = ((self.labels < 0) | (self.labels >= self.n_clusters)).nonzero()[:1].tolist()
         if bad:
@@ -489,7 +489,7 @@ class SelfLabeller(nn.Module):
             raise ValueError(
                 checks.wording("labels", text, f"{got} for row {row} of head {head}; relabel first")
             )
-        self._trusted = now
+        self._checked_labels = now
 
     def extra_repr(self) -> str:
         """Sizes and settings, for `print`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops: one file a family, each declaring its `OpSpec`s beside the documented functions."""
+"""The ops: one file per family, with the documented functions and their `OpSpec`s."""
 
 from . import am as am
 from . import dec as dec

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks and fakes of the am ops, argument for argument those of the schemas."""
+"""Checks and fakes of the am ops. Each takes the arguments of its op, in the order of the
+schema.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.backend import PRECISIONS
+from ._facts import compute_dtype
 
 
 def _check_pair(v: Tensor, rho: Tensor) -> None:
-    """V [..., N, D] and rho [..., K, D] belong together; K and D are not 0."""
+    """Rows v [..., N, D] and memories rho [..., K, D] fit together; K and D are not 0."""
     for name, x in (("v", v), ("rho", rho)):
         checks.floating(name, x)
         checks.device(name, x)
@@ -30,6 +33,7 @@ def _check_pair(v: Tensor, rho: Tensor) -> None:
 def _check_memory_side(
     name: str, x: Tensor, v: Tensor, rho: Tensor, size: Any, letter: str
 ) -> None:
+    """A float tensor that broadcasts to [..., size], for memories rho."""
     checks.floating(name, x)
     checks.same_device(name, x, "v", v)
     checks.core_fits(name, x, [size], letter, f"rho {checks.spell(*rho.shape)}")
@@ -38,6 +42,7 @@ def _check_memory_side(
 def _batch(
     v: Tensor, rho: Tensor, beta: Any, update_mask: Tensor | None, log_weights: Tensor | None
 ) -> list[Any]:
+    """The broadcast of all leading dims."""
     options = [("update_mask", update_mask, 2), ("log_weights", log_weights, 1)]
     return checks.broadcast([("v", v, 2), ("rho", rho, 2), ("beta", beta, 1), *options])
 
@@ -101,10 +106,6 @@ def check_energy_values(v: Tensor, rho: Tensor, beta: Any, *_: Any) -> None:
         checks.values("beta", beta, 0.0, finite=True, strict=True)
 
 
-def _wide(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
 def fake_recursion(
     v: Tensor,
     rho: Tensor,
@@ -124,13 +125,15 @@ def fake_step(v: Tensor, rho: Tensor, beta: Any, step: Any, *rest: Any) -> Tenso
 
 def fake_step_saved(v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = fake_step(v, *rest)
-    return out, out.new_empty(out.shape[:-1], dtype=_wide(v))
+    return out, out.new_empty(out.shape[:-1], dtype=compute_dtype(v.dtype))
 
 
 def fake_energy(
     v: Tensor, rho: Tensor, beta: Any, log_weights: Tensor | None, precision: str | None
 ) -> Tensor:
-    return v.new_empty([*_batch(v, rho, beta, None, log_weights), v.shape[-2]], dtype=_wide(v))
+    return v.new_empty(
+        [*_batch(v, rho, beta, None, log_weights), v.shape[-2]], dtype=compute_dtype(v.dtype)
+    )
 
 
 def fake_assign(

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.backend import PRECISIONS
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from ._facts import compute_dtype
 
 
 def _check_pair(z: Tensor, mu: Tensor, alpha: Any) -> None:
@@ -74,7 +71,7 @@ def fake_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, rows = _stats_batch(z, mu, alpha, weight), z.shape[-2]
     return (
-        z.new_empty([*batch, rows], dtype=_wide(z)),
+        z.new_empty([*batch, rows], dtype=compute_dtype(z.dtype)),
         z.new_empty([*batch, rows], dtype=torch.int64),
         z.new_empty([*batch, mu.shape[-2]], dtype=torch.float64),
         z.new_empty(batch, dtype=torch.int64),
@@ -154,4 +151,4 @@ def fake_losses(
     precision: str | None,
 ) -> Tensor:
     batch = _losses_batch(z, mu, alpha, weight, log_counts, z0, mu0, log_norm, p)
-    return z.new_empty([*batch, z.shape[-2]], dtype=_wide(z))
+    return z.new_empty([*batch, z.shape[-2]], dtype=compute_dtype(z.dtype))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks and fakes of the sinkhorn family: argument for argument those of the schemas."""
+"""Checks and fakes of the sinkhorn ops. Each takes the arguments of its op, in the order of the
+schema.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,13 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.backend import PRECISIONS
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from ._facts import compute_dtype
 
 
 def _check_vectors(
     first: str, x: Tensor, vectors: list[tuple[str, Tensor | None, Any, str]]
 ) -> None:
-    """Vectors [..., size] of any float dtype that belong to rows or columns."""
+    """Vectors [..., size] of any float dtype, for rows or columns."""
     for name, value, size, match in vectors:
         if value is None:
             continue
@@ -50,8 +49,8 @@ def _check_scores(
     checks.non_empty("logits", logits, -1, "K")
     match = f"logits {checks.spell(*logits.shape)}"
     n, k = logits.shape[-2:]
-    sized = [(name, v, n if name == "log_row" else k, match) for name, v in vectors.items()]
-    _check_vectors("logits", logits, sized)
+    sized_vectors = [(name, v, n if name == "log_row" else k, match) for name, v in vectors.items()]
+    _check_vectors("logits", logits, sized_vectors)
     _check_scale(scale, "logits", logits)
     _batch(logits, scale, **vectors)
     checks.one_of("precision", precision, PRECISIONS)
@@ -85,11 +84,11 @@ def check_pass(
 
 
 def _batch(logits: Tensor, scale: Tensor | None, **vectors: Tensor | None) -> list[Any]:
-    given = [(name, v, 1) for name, v in vectors.items()]
-    return checks.broadcast([("logits", logits, 2), *given, ("scale", scale, 0)])
+    operands = [(name, v, 1) for name, v in vectors.items()]
+    return checks.broadcast([("logits", logits, 2), *operands, ("scale", scale, 0)])
 
 
-def _check_both(
+def _check_z_and_prototypes(
     z: Tensor,
     prototypes: Tensor,
     scale: Tensor | None,
@@ -111,11 +110,11 @@ def _check_both(
     checks.shape("prototypes", prototypes, ["...", "K", z.shape[-1]], same, rows)
     checks.non_empty("prototypes", prototypes, -2, "K")
     n, k = z.shape[-2], prototypes.shape[-2]
-    sized = [
+    sized_vectors = [
         (name, v, n, rows) if name == "log_row" else (name, v, k, columns)
         for name, v in vectors.items()
     ]
-    _check_vectors("z", z, sized)
+    _check_vectors("z", z, sized_vectors)
     _check_scale(scale, "z", z)
     _batch_features(z, prototypes, scale, **vectors)
     checks.one_of("precision", precision, PRECISIONS)
@@ -134,7 +133,7 @@ def check_features(
     precision: str | None,
 ) -> None:
     vectors = {"bias": bias, "log_row": log_row, "log_col": log_col, "init": init}
-    _check_both(z, prototypes, scale, precision, **vectors)
+    _check_z_and_prototypes(z, prototypes, scale, precision, **vectors)
     checks.at_least("n_iter", n_iter, 0)
 
 
@@ -147,19 +146,19 @@ def check_features_pass(
     scale: Tensor | None,
     precision: str | None,
 ) -> None:
-    _check_both(z, prototypes, scale, precision, g=g, bias=bias, log_row=log_row)
+    _check_z_and_prototypes(z, prototypes, scale, precision, g=g, bias=bias, log_row=log_row)
 
 
 def _batch_features(
     z: Tensor, prototypes: Tensor, scale: Tensor | None, **vectors: Tensor | None
 ) -> list[Any]:
-    given = [(name, v, 1) for name, v in vectors.items()]
+    operands = [(name, v, 1) for name, v in vectors.items()]
     matrices = [("z", z, 2), ("prototypes", prototypes, 2)]
-    return checks.broadcast([*matrices, *given, ("scale", scale, 0)])
+    return checks.broadcast([*matrices, *operands, ("scale", scale, 0)])
 
 
 def _results(like: Tensor, batch: list[Any], n: Any, k: Any) -> tuple[Tensor, ...]:
-    wide = _wide(like)
+    wide = compute_dtype(like.dtype)
     f, g = (like.new_empty([*batch, size], dtype=wide) for size in (n, k))
     return f, g, like.new_empty(batch, dtype=wide), like.new_empty(batch, dtype=torch.int64)
 

@@ -23,8 +23,8 @@ _CORE = {"v": 2, "rho": 2, "beta": 1, "update_mask": 2, "log_weights": 1}
 
 
 def _tensors(v: object, rho: object, beta: Any, update_mask: object, log_weights: object) -> Any:
-    """The beta, a number as Python's. Checks the types that the dispatcher would refuse in words of
-    its own.
+    """Check the types of the arguments, whose errors the dispatcher would word differently; return
+    beta, a number as a Python number.
     """
     checks.tensor("v", v)
     checks.tensor("rho", rho)
@@ -36,15 +36,15 @@ def _tensors(v: object, rho: object, beta: Any, update_mask: object, log_weights
 
 
 def _settings(step: object, precision: object) -> Any:
-    """The step as a Python number; types of what is never a tensor."""
+    """Check the types of step and precision; return step as a Python number."""
     number = checks.real("step", step)
     checks.text("precision", precision)
     return number
 
 
 def _overload(packet: Any, beta: Any) -> Any:
-    """The overload for this beta; to find that a number is no Tensor costs the dispatcher more
-    than all else.
+    """The overload for this beta. Without it the dispatcher would first try the overload with
+    Tensors, which costs a call with a number more than all its other checks.
     """
     return packet.beta_tensor if isinstance(beta, Tensor) else packet.default
 
@@ -71,20 +71,20 @@ def am_step(
     rho : Tensor [..., K, D], dtype and device of v
         Memories.
     beta : float or Tensor broadcastable to [..., K], >= 0, unit 1/|v|^2
-        Inverse temperature as the ClAM paper has it: weights exp(-beta d^2). A last dim of K is one
-        beta a memory, a last dim of 1 one for all. 0 weighs by log_weights alone; inf as a Python
-        number assigns to the nearest memory (in a tensor it gives NaN). A tensor receives a
-        gradient; inside torch.compile pass a beta that changes as a tensor, a number recompiles.
+        Inverse temperature as in the ClAM paper: weights exp(-beta d^2). A last dim of K is one
+        beta for each memory, a last dim of 1 one for all. With 0 only log_weights count. The Python
+        number inf assigns each row to its nearest memory (inf in a tensor gives NaN). A tensor gets
+        a gradient. Inside torch.compile pass a beta that changes as a tensor: a number recompiles.
     step : float, finite, >= 0
         dt/tau. The energy never rises for 0 <= step <= 2. It is a Python number, never a tensor:
         inside torch.compile a step that changes recompiles.
     update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
-        1 (True): the entry evolves, 0: it is held, bit for bit. Other values are not refused.
+        1 (True): the entry is updated. 0: the entry keeps its bits. Other values raise no error.
     log_weights : Tensor broadcastable to [..., K], optional
-        Logarithm of each memory's weight; -inf takes a memory out.
+        Logarithm of each memory's weight; -inf masks a memory.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products; None follows torch.get_float32_matmul_precision(). On a CPU all
-        modes multiply in float32 (float64 for float64).
+        Precision of the matrix products; None is torch.get_float32_matmul_precision(). On a CPU
+        all modes multiply in float32 (float64 for float64).
 
     Returns
     -------
@@ -93,16 +93,16 @@ def am_step(
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
         A shape, device or value that does not fit; values are checked on numbers and CPU tensors.
 
     Notes
     -----
     Memory O(N D + K D), never N x K. Backward is written by hand for v, rho, beta, update_mask and
-    log_weights. Double backward raises NotImplementedError; torch.func transforms and forward-mode
-    AD run `python_fallback.am.am_step`, which holds an N x K x D array. A row of v with NaN or inf
-    becomes NaN and touches no other.
+    log_weights. Double backward raises NotImplementedError. torch.func transforms and forward-mode
+    AD run `python_fallback.am.am_step`, which needs an N x K x D array. A row of v with NaN or inf
+    becomes NaN and changes no other row.
 
     Examples
     --------
@@ -150,11 +150,11 @@ def am_recursion(
         dt/tau. It is a Python number, never a tensor: inside torch.compile a step that changes
         recompiles.
     update_mask : Tensor broadcastable to [..., N, D], bool or float in [0, 1], optional
-        1 (True): the entry evolves, 0: it is held, bit for bit. Other values are not refused.
+        1 (True): the entry is updated. 0: the entry keeps its bits. Other values raise no error.
     log_weights : Tensor broadcastable to [..., K], optional
-        Logarithm of each memory's weight; -inf takes a memory out.
+        Logarithm of each memory's weight; -inf masks a memory.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products; see `am_step`.
+        Precision of the matrix products; see `am_step`.
 
     Returns
     -------
@@ -164,14 +164,14 @@ def am_recursion(
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
         A shape, device or value that does not fit; values are checked on numbers and CPU tensors.
 
     Notes
     -----
-    Memory O(N D + K D) forward. Backward saves the arguments alone and recomputes the states of a
-    chunk of rows in a bounded scratch. Double backward raises; see `am_step`.
+    Memory O(N D + K D) forward. Backward saves only the arguments, and computes the states of one
+    chunk of rows at a time again. Double backward raises; see `am_step`.
 
     Examples
     --------
@@ -212,21 +212,21 @@ def am_energy(
     beta : float or Tensor [] or [..., 1], finite, > 0, unit 1/|v|^2
         One inverse temperature for all memories, weights exp(-beta d^2).
     log_weights : Tensor broadcastable to [..., K], optional
-        Logarithm of each memory's weight; -inf takes a memory out.
+        Logarithm of each memory's weight; -inf masks a memory.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products; see `am_step`.
+        Precision of the matrix products; see `am_step`.
 
     Returns
     -------
     Tensor [..., N], float32 (float64 for float64), unit |v|^2
-        +inf where no memory takes part.
+        +inf where all memories are masked.
 
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
-        A shape, device or value that does not fit; a beta for each memory is refused.
+        A shape, device or value that does not fit, or a beta for each memory.
 
     Notes
     -----
@@ -249,7 +249,7 @@ def am_energy(
 def am_assign(
     v: Tensor, rho: Tensor, *, log_weights: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Nearest memory of each state, lowest index on ties, and its squared distance.
+    """Nearest memory of each state, the lowest index of a tie, and its squared distance.
 
         label_n = argmin_k |v_n - rho_k|^2 over the memories with log_weights_k > -inf
                                                                           (eq. 6 of docs/ops/am.md)
@@ -261,21 +261,21 @@ def am_assign(
     rho : Tensor [..., K, D], dtype and device of v
         Memories.
     log_weights : Tensor broadcastable to [..., K], optional
-        Only whether an entry is -inf counts: such a memory is not chosen.
+        A memory with -inf is masked; other values do not matter.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products; see `am_step`.
+        Precision of the matrix products; see `am_step`.
 
     Returns
     -------
     labels : Tensor [..., N], int64
-        -1 where v has NaN or inf, and where no memory takes part.
+        -1 where v has NaN or inf, and where all memories are masked.
     sqdist : Tensor [..., N], float32 (float64 for float64), unit |v|^2
-        Computed directly from the pair; +inf where no memory takes part. No gradient.
+        From the difference of the pair; +inf where all memories are masked. No gradient.
 
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
         A shape or device that does not fit.
 
@@ -292,8 +292,8 @@ def am_assign(
 
 
 def am_weights(v: Tensor, rho: Tensor, beta: Tensor, log_weights: Tensor | None) -> Tensor:
-    """Weight [..., N, K] of each memory in a step, from differences; plain torch, and no op. 0 for
-    a memory that takes no part.
+    """Weight [..., N, K] of each memory in a step, from differences; 0 for a masked memory. Plain
+    torch, not an op.
     """
     return _truth.am_weights(v, rho, beta, log_weights)
 
@@ -312,9 +312,11 @@ _SMALL_LIMITS = {
 
 
 def _kernels(function: str, file: str = "forward", small: bool = False) -> dict[str, str]:
-    """Where a function's Triton kernel is and, if `small`, the CUDA one for few features."""
-    found = {"triton": f"{_ROOM}.{file}:{function}"}
-    return {**found, "cuda": f"{_ROOM}.cuda:{function}"} if small else found
+    """Names of the Triton kernel of a function and, with `small`, of its CUDA kernel for few
+    features.
+    """
+    names = {"triton": f"{_ROOM}.{file}:{function}"}
+    return {**names, "cuda": f"{_ROOM}.cuda:{function}"} if small else names
 
 
 AM_STEP = op(

@@ -13,12 +13,9 @@ import python_fallback
 from .._core import checks
 from .._core.backend import PRECISIONS
 from .._core.install import op
+from ._facts import compute_dtype
 
-# ---- checks and fakes: argument for argument those of the schemas ------------------------------
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+# ---- checks and fakes, with the arguments of the ops in the order of the schemas -----------------
 
 
 def _check_rows(x: Tensor) -> None:
@@ -31,7 +28,7 @@ def _check_rows(x: Tensor) -> None:
 def _check_dtype(
     name: str, value: Tensor, allowed: tuple[torch.dtype, ...], match: str = ""
 ) -> None:
-    """One of a few dtypes, each named once."""
+    """One of a few dtypes; the error lists each once."""
     words = " or ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in allowed))
     got = str(value.dtype).removeprefix("torch.")
     checks.type_error(
@@ -46,7 +43,7 @@ def _check_vector(name: str, value: Tensor, size: Any, match: str) -> None:
 
 
 def _check_features(name: str, value: Tensor | None, x: Tensor) -> None:
-    """A vector [..., D] that belongs to the rows, any float dtype."""
+    """A vector [..., D] for the rows, of any float dtype."""
     if value is not None:
         checks.floating(name, value)
         checks.same_device(name, value, "x", x)
@@ -67,11 +64,11 @@ def _check_assign(
 
 
 def _check_nearest(x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None) -> None:
-    """What labels need, but for the batch."""
+    """The checks of an assignment, except for the leading dims."""
     _check_rows(x)
     checks.floating("centroids", centroids)
-    # wide is what they are kept in, whatever the rows are
-    _check_dtype("centroids", centroids, (_wide(x), x.dtype), "x")
+    # callers keep centroids in the compute dtype, also for rows in half precision
+    _check_dtype("centroids", centroids, (compute_dtype(x.dtype), x.dtype), "x")
     checks.same_device("centroids", centroids, "x", x)
     checks.shape("centroids", centroids, "[..., K, D]", centroids.ndim >= 2)
     pattern, ok = f"[..., K, {x.shape[-1]}]", centroids.shape[-1] == x.shape[-1]
@@ -96,7 +93,7 @@ def _check_mask_values(
     x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None, *_: Any
 ) -> None:
     if mask is not None and mask.device.type == "cpu" and bool(mask.all(-1).any()):
-        raise ValueError(checks.wording("mask", "a centroid that is not masked", "all True"))
+        raise ValueError(checks.wording("mask", "an active centroid in every problem", "all True"))
 
 
 def _fake_assign(
@@ -109,7 +106,7 @@ def _fake_assign(
 ) -> tuple[Tensor, Tensor]:
     sizes = [*_assign_batch(x, centroids, shift, mask), x.shape[-2]]
     shape = sizes if distances else [*sizes[:-1], 0]
-    sqdist = x.new_empty(shape, dtype=_wide(x))
+    sqdist = x.new_empty(shape, dtype=compute_dtype(x.dtype))
     return x.new_empty(sizes, dtype=torch.int64), sqdist
 
 
@@ -207,9 +204,9 @@ def kmeans_assign(
     distances: bool = True,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Nearest centroid of each row, equal to float64's in every precision, and its distance.
+    """Nearest centroid of each row, that of float64 in every precision, and its distance.
 
-        d_nk    = sum_j (x_nj - c_kj)^2 in float64 on the stored values
+        d_nk    = sum_j (x_nj - c_kj)^2 in float64 for the stored values
         label_n = min {k : d_nk <= (1 + 2^-40) min_j d_nj}       (eqs. 1-2 of docs/ops/kmeans.md)
 
     Parameters
@@ -217,32 +214,32 @@ def kmeans_assign(
     x : Tensor [..., N, D], float16, bfloat16, float32 or float64
         Rows. Leading dims of all arguments broadcast: restarts are centroids [R, K, D].
     centroids : Tensor [..., K, D], float32 (float64 for float64), or dtype of x
-        One that is not finite never wins.
+        A centroid that is not finite is never the nearest.
     shift : Tensor [..., D], optional
-        A point near the data, which scores are computed relative to; the mean of the centroids
-        unless given. No label depends on it, only how many rows are computed again in float64.
+        A point near the data that is subtracted before scores are computed; default the mean of the
+        centroids. It changes no label, only how many rows are computed again in float64.
     mask : Tensor [..., K], bool, optional
-        True: the centroid does not exist. Not all of a problem's; checked on a CPU.
+        True: the centroid is masked. Each problem needs an active one; checked on a CPU.
     distances : bool
-        False leaves the distances out.
+        Whether to compute the distances.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products that decide most rows; None follows
-        torch.get_float32_matmul_precision(). Labels are the same in all.
+        Precision of the matrix products that decide most rows; None is
+        torch.get_float32_matmul_precision(). Labels do not depend on it.
 
     Returns
     -------
     labels : Tensor [..., N], int64
-        Lowest index on ties. -1 where x has NaN or inf, or nothing can win.
+        The lowest index of a tie; -1 where x has NaN or inf, or no centroid is active and finite.
     sqdist : Tensor [..., N], float32 (float64 for float64), unit |x|^2
-        From differences with the winner. NaN where x has NaN or inf, +inf where nothing can win; of
-        shape [..., 0] if `distances` is False. No gradient.
+        From the difference to the nearest centroid. NaN where x has NaN or inf, +inf where no
+        centroid is active and finite; shape [..., 0] if `distances` is False. No gradient.
 
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
-        A shape or device that does not fit; every centroid of a problem is masked (on a CPU).
+        A shape or device that does not fit, or a problem without an active centroid (on a CPU).
 
     Examples
     --------
@@ -282,26 +279,26 @@ def kmeans_update(
     x : Tensor [..., N, D], float16, bfloat16, float32 or float64
         Rows. Leading dims of all arguments broadcast.
     labels : Tensor [..., N], int64
-        A row whose label is not in [0, k) takes no part, whatever it holds.
+        A row whose label is not in [0, k) is masked, and may be NaN.
     k : int, >= 1
         Number of labels.
     weight : Tensor [..., N], any float dtype, optional
-        Of each row; 1 unless given.
+        Weight of each row; default 1.
     shift : Tensor [..., D], any float dtype, optional
-        Subtracted from every row; 0 unless given. With it sums far from the origin keep the digits
-        of the spread.
+        Subtracted from every row; default 0. For data far from the origin, sums of x - shift keep
+        more digits.
 
     Returns
     -------
     sums : Tensor [..., k, D], float64
-        Added in float64, or in float32 over at most some hundred rows and then in float64.
+        Added in float64; a GPU may add a few hundred rows in float32 first.
     counts : Tensor [..., k], int64, float64 with weights
-        Zero where a label has no row.
+        0 for a label without rows.
 
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
         A shape, device or value that does not fit.
 
@@ -333,7 +330,7 @@ def kmeans_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels of all rows and sums of the rows of each label: `kmeans_assign`, then `kmeans_update`.
 
-    On a GPU of compute capability 9 both are one pass over the rows for K to 64, D to 32, without
+    On a GPU of compute capability 9 both are one pass over the rows for K <= 64 and D <= 32 without
     weights. A Lloyd iteration is
 
         centroids <- shift + sums / counts                      (eqs. 1-3 of docs/ops/kmeans.md)
@@ -343,31 +340,31 @@ def kmeans_step(
     x : Tensor [..., N, D], float16, bfloat16, float32 or float64
         Rows. Leading dims of all arguments broadcast.
     centroids : Tensor [..., K, D], float32 (float64 for float64), or dtype of x
-        One that is not finite never wins.
+        A centroid that is not finite is never the nearest.
     weight : Tensor [..., N], any float dtype, optional
-        Of each row; 1 unless given.
+        Weight of each row; default 1.
     shift : Tensor [..., D], any float dtype, optional
-        A point near the data: subtracted from the rows that are added, 0 unless given.
+        A point near the data that is subtracted from the rows of the sums; default 0.
     mask : Tensor [..., K], bool, optional
-        True: the centroid does not exist. Not all of a problem's; checked on a CPU.
+        True: the centroid is masked. Each problem needs an active one; checked on a CPU.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products that decide most rows. Labels are the same in all.
+        Precision of the matrix products that decide most rows. Labels do not depend on it.
 
     Returns
     -------
     labels : Tensor [..., N], int64
-        As of `kmeans_assign`.
+        As in `kmeans_assign`.
     sums : Tensor [..., K, D], float64
-        Of x - shift, as of `kmeans_update`.
+        Sums of x - shift, as in `kmeans_update`.
     counts : Tensor [..., K], int64, float64 with weights
-        Zero where a centroid has no row.
+        0 for a centroid without rows.
 
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
-        A shape or device that does not fit; every centroid of a problem is masked (on a CPU).
+        A shape or device that does not fit, or a problem without an active centroid (on a CPU).
 
     Examples
     --------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinkhorn scaling: sinkhorn and sinkhorn_pass, and both of features. Equations:
+"""Sinkhorn scaling: sinkhorn_potentials and sinkhorn_pass, of scores and of features. Equations:
 docs/ops/sinkhorn.md.
 """
 
@@ -30,7 +30,7 @@ def sinkhorn_potentials(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Potentials that give exp(L + f + g) its row and column sums, by Sinkhorn's iteration.
+    """Potentials f, g for which exp(L + f + g) has given row and column sums, by Sinkhorn scaling.
 
         L_ij = scale * logits_ij + bias_j                            (eq. 0 of docs/ops/sinkhorn.md)
         g_j = log_col_j - logsumexp_i(L_ij + f_i)                    (eq. 1)
@@ -39,52 +39,52 @@ def sinkhorn_potentials(
     Parameters
     ----------
     logits : Tensor [..., N, K], float16, bfloat16, float32 or float64
-        Scores of N rows for K prototypes; with scale = 1 / epsilon in their own units, else divided
-        by epsilon. -inf forbids a pair. Leading dims of all arguments broadcast.
+        Scores of N rows for K prototypes, divided by epsilon, unless scale = 1 / epsilon. -inf
+        forbids a pair. Leading dims of all arguments broadcast.
     n_iter : int, >= 0
-        Iterations of (1) and (2) each; 0 makes the rows exact at the start and no more.
+        Number of iterations, (1) and (2) each; 0 computes only f from the first g.
     log_row : Tensor [..., N], any float dtype, optional
-        Logarithm of each row's mass; -inf: the row takes no part, whatever it holds. 1/N each
-        unless given.
+        Logarithm of each row's mass; -inf masks the row, which may then be NaN. Default 1/N each.
     log_col : Tensor [..., K], any float dtype, optional
-        Logarithm of each prototype's mass, the same total; 1/K each unless given.
+        Logarithm of each prototype's mass, with the same total; default 1/K each.
     init : Tensor [..., K], any float dtype, optional
-        A g to start from, that of an earlier call; 0 unless given. With `prototype_first` the rows
-        are made exact at it once before the iterations.
+        The first g, for example that of an earlier call; default 0. With `prototype_first`, (2)
+        runs once before the iterations.
     prototype_first : bool
-        (1) before (2) in every iteration; another order is another result where `n_iter` is small.
+        Whether (1) runs before (2) in each iteration. For small n_iter the order matters.
     bias : Tensor [..., K], any float dtype, optional
         Added to the scaled logits of each prototype.
     scale : Tensor [...], any float dtype, finite, > 0, optional
-        Multiplies the logits of a problem where they are read: no array of the products exists. 1
-        unless given.
+        Factor of the logits of each problem, applied as they are loaded: no array of the products
+        exists. Default 1.
     precision : "highest", "high" or "medium", optional
-        There is no matrix product: the same in all.
+        No effect: there is no matrix product.
 
     Returns
     -------
     f : Tensor [..., N], float32 (float64 for float64)
-        -inf where the row takes no part.
+        -inf for masked rows.
     g : Tensor [..., K], float32 (float64 for float64)
-        Codes of the rows are softmax_j(L + g).
+        The codes of the rows are softmax_j(L + g).
     err : Tensor [...], float32 (float64 for float64)
-        L1 error of the sums of the side that was not made exact last (eq. 3). No gradient.
+        L1 error of the marginal sums of the side whose half-step was not the last (eq. 3). No
+        gradient.
     status : Tensor [...], int64
-        0 fine, 2 a NaN or +inf among what takes part, 3 a row or prototype with mass and no pair, 4
-        no row. f, g and err of 2 and 3 are NaN.
+        0: fine. 2: NaN or +inf in an active entry. 3: a row or prototype with mass has no pair
+        above -inf. 4: no active row. f, g and err are NaN for 2 and 3.
 
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
         A shape, device or value that does not fit.
 
     Notes
     -----
-    One read and one exponential an entry and iteration; memory O(N + K) beside the arguments.
-    Differentiable through all iterations by hand for all tensors; double backward raises
-    NotImplementedError.
+    Each iteration reads each entry once and computes one exponential of it; memory O(N + K) without
+    the arguments. Hand-written gradients through all iterations for all tensors; double backward
+    raises NotImplementedError.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def sinkhorn_potentials_features(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sinkhorn_potentials` of the scores z @ prototypes^T, which every tile computes anew.
+    """`sinkhorn_potentials` of the scores z @ prototypes^T, which are computed for each tile.
 
         L_ij = scale * (z_i . prototypes_j) + bias_j                 (eq. 4 of docs/ops/sinkhorn.md)
 
@@ -127,9 +127,10 @@ def sinkhorn_potentials_features(
     z : Tensor [..., N, D], float16, bfloat16, float32 or float64
         Features. Leading dims of all arguments broadcast.
     prototypes : Tensor [..., K, D], dtype and device of z
-        Prototypes; divided by epsilon unless scale = 1 / epsilon.
+        Prototypes, divided by epsilon unless scale = 1 / epsilon.
     n_iter : int, >= 0
-        As of `sinkhorn_potentials`, and so are the arguments from log_row on.
+        Number of iterations. This and the arguments from log_row on are as in
+        `sinkhorn_potentials`.
     bias : Tensor [..., K], any float dtype, optional
         Added to the scaled scores of each prototype.
     log_row : Tensor [..., N], optional
@@ -137,29 +138,29 @@ def sinkhorn_potentials_features(
     log_col : Tensor [..., K], optional
         Logarithm of each prototype's mass.
     init : Tensor [..., K], optional
-        A g to start from.
+        The first g.
     prototype_first : bool
-        Which side is made exact first.
+        Whether the half-step of the prototypes is the first of an iteration.
     scale : Tensor [...], any float dtype, finite, > 0, optional
-        Multiplies the scores of a problem after their product. 1 unless given.
+        Factor of the scores of each problem, applied after the product. Default 1.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products; None follows torch.get_float32_matmul_precision().
+        Precision of the matrix products; None is torch.get_float32_matmul_precision().
 
     Returns
     -------
     f, g, err, status : Tensors
-        As of `sinkhorn_potentials`.
+        As in `sinkhorn_potentials`.
 
     Raises
     ------
     TypeError
-        A dtype or type other than stated.
+        A type or dtype that is not listed above.
     ValueError
         A shape, device or value that does not fit.
 
     Notes
     -----
-    Memory O(N D + K D), never N x K. Differentiable by hand for all tensors.
+    Memory O(N D + K D), never N x K. Hand-written gradients for all tensors.
 
     Examples
     --------
@@ -189,8 +190,9 @@ def sinkhorn_pass(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of the rows and the masses of the columns after it: all that an iteration, plain,
-    accelerated or over several machines, needs of the N x K entries.
+    """The half-step of the rows, and the column masses after it.
+
+    An iteration needs no more of the N x K entries, also with acceleration or several processes.
 
         L_ij = scale * logits_ij + bias_j                            (eq. 0 of docs/ops/sinkhorn.md)
         f_i = log_row_i - logsumexp_j(L_ij + g_j)                    (eq. 2)
@@ -199,37 +201,38 @@ def sinkhorn_pass(
     Parameters
     ----------
     logits : Tensor [..., N, K], float16, bfloat16, float32 or float64
-        As of `sinkhorn_potentials`. Leading dims of all arguments broadcast.
+        As in `sinkhorn_potentials`. Leading dims of all arguments broadcast.
     g : Tensor [..., K], any float dtype
-        Potentials of the prototypes; -inf: the column takes no part, whatever it holds.
+        Potentials of the prototypes; -inf masks the column, which may then be NaN.
     log_row : Tensor [..., N], any float dtype, optional
-        Logarithm of each row's mass; -inf: the row takes no part. 1/N each unless given.
+        Logarithm of each row's mass; -inf masks the row. Default 1/N each.
     bias : Tensor [..., K], any float dtype, optional
         Added to the scaled logits of each prototype.
     scale : Tensor [...], any float dtype, finite, > 0, optional
-        Multiplies the logits of a problem. 1 unless given.
+        Factor of the logits of each problem. Default 1.
     precision : "highest", "high" or "medium", optional
-        There is no matrix product: the same in all.
+        No effect: there is no matrix product.
 
     Returns
     -------
     f : Tensor [..., N], float32 (float64 for float64)
-        -inf where the row takes no part.
+        -inf for masked rows.
     log_mass : Tensor [..., K], float32 (float64 for float64)
-        Logarithm of each column's sum of exp(L + f + g); -inf where there is none. Sinkhorn's
-        step of the prototypes is g + log_col - log_mass.
+        Logarithm of each column's sum of exp(L + f + g); -inf where that is 0. The half-step of the
+        prototypes is g + log_col - log_mass.
     status : Tensor [...], int64
-        0 fine, 2 a NaN or +inf among what takes part, 3 a row with mass and no pair, 4 no row; f
-        and log_mass of 2 and 3 are NaN.
+        0: fine. 2: NaN or +inf in an active entry. 3: a row with mass has no pair above -inf. 4: no
+        active row. f and log_mass are NaN for 2 and 3.
 
     Raises
     ------
     TypeError, ValueError
-        As of `sinkhorn_potentials`.
+        As in `sinkhorn_potentials`.
 
     Notes
     -----
-    One read and one exponential an entry. Differentiable by hand for all tensors.
+    Reads each entry once and computes one exponential of it. Hand-written gradients for all
+    tensors.
 
     Examples
     --------
@@ -257,7 +260,7 @@ def sinkhorn_features_pass(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`sinkhorn_pass` of the scores z @ prototypes^T, which every tile computes anew.
+    """`sinkhorn_pass` of the scores z @ prototypes^T, which are computed for each tile.
 
         L_ij = scale * (z_i . prototypes_j) + bias_j                 (eq. 4 of docs/ops/sinkhorn.md)
 
@@ -266,7 +269,7 @@ def sinkhorn_features_pass(
     z : Tensor [..., N, D], float16, bfloat16, float32 or float64
         Features. Leading dims of all arguments broadcast.
     prototypes : Tensor [..., K, D], dtype and device of z
-        Prototypes; divided by epsilon unless scale = 1 / epsilon.
+        Prototypes, divided by epsilon unless scale = 1 / epsilon.
     g : Tensor [..., K], any float dtype
         Potentials of the prototypes.
     bias : Tensor [..., K], any float dtype, optional
@@ -274,19 +277,19 @@ def sinkhorn_features_pass(
     log_row : Tensor [..., N], any float dtype, optional
         Logarithm of each row's mass.
     scale : Tensor [...], any float dtype, finite, > 0, optional
-        Multiplies the scores of a problem after their product. 1 unless given.
+        Factor of the scores of each problem, applied after the product. Default 1.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products; None follows torch.get_float32_matmul_precision().
+        Precision of the matrix products; None is torch.get_float32_matmul_precision().
 
     Returns
     -------
     f, log_mass, status : Tensors
-        As of `sinkhorn_pass`.
+        As in `sinkhorn_pass`.
 
     Raises
     ------
     TypeError, ValueError
-        As of `sinkhorn_potentials_features`.
+        As in `sinkhorn_potentials_features`.
 
     Examples
     --------
@@ -308,12 +311,13 @@ def sinkhorn_features_pass(
 
 
 def _check_tensors(**optional: object) -> None:
-    """The types that the dispatcher would refuse in words of its own."""
+    """Check types whose errors the dispatcher would word differently."""
     for name, value in optional.items():
         checks.tensor(name, value, optional=True)
 
 
 def _check_rule(n_iter: object, prototype_first: object, precision: object) -> None:
+    """Check the types of the settings."""
     checks.whole("n_iter", n_iter, 0)
     checks.type_error(
         isinstance(prototype_first, bool),

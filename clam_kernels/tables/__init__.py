@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data matrices from files, by content, and results to files; never a pickle.
+"""Read data matrices from files, and write results to files. The content decides the format of an
+input; a pickle is never loaded.
 
-`.npy`, `.npz` and the writing of CSV need numpy alone; reading CSV and TSV (also gzipped) and
-Parquet in both directions need pyarrow (the extra `files`).
+Reading `.npy` and `.npz` and writing CSV needs numpy alone. Reading CSV and TSV (also gzipped), and
+reading and writing Parquet, needs pyarrow (the extra `files`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from ..exceptions import DataFileError, needs
 from ..serialize import write_atomically
 from . import _numbers, _write
-from ._choice import Choice, listed
+from ._choice import ColumnChoice, listed
 from ._source import NPY, NPZ, PARQUET, Source
 
 __all__ = ["check_output", "encode", "listed", "read", "read_array", "write"]
@@ -40,24 +41,24 @@ def read(
     Parameters
     ----------
     path : str or Path
-        .npy (memory-mapped), .npz, CSV, TSV (also gzipped) or Parquet; told apart by content. "-"
+        .npy (memory-mapped), .npz, CSV, TSV (also gzipped) or Parquet, whatever the suffix. "-"
         reads standard input.
     key : str, optional
-        Array of an .npz that holds several.
+        Array of an .npz that has several.
     columns, drop : sequence of str, optional
-        The features, in this order, or columns that are none: names, or numbers from 0.
+        The features, in this order, or columns that are no features: names, or numbers from 0.
     index_col : str, sequence of str or False, optional
-        Columns that are no features. None leaves out what a Parquet file itself calls the index of
-        a data frame, and refuses names that pandas gives to an index: empty ones before all
-        others, and `Unnamed: 0`, `Unnamed: 1`, ... False keeps both.
+        Columns that are no features. None drops the index of a data frame that a Parquet file
+        names, and raises for names that pandas gives to an index: empty names before all others,
+        and `Unnamed: 0`, `Unnamed: 1`, ... With False both are features.
     header : bool, optional
-        Whether the first row of a text has the names. None decides: names are a row with text, or
-        0 to D - 1, or `expected`; a warning says so where it may be wrong.
+        Whether the first row of a text has the names. With None it has if it has text, or is 0 to
+        D - 1, or has the `expected` names; a warning says so where that may be wrong.
     decimal : "." or ","
         Decimal point of a text.
     expected : sequence of str, optional
-        Names of the features, in their order: other columns are left out with a warning. A first
-        row of a text that has them all is a header.
+        Names of the features, in their order: other columns are dropped with a warning. A first
+        row of a text that has all these names is a header.
 
     Returns
     -------
@@ -68,13 +69,13 @@ def read(
     ------
     DataFileError
         The file is damaged or of another kind; a cell is no number, or an integer that float64
-        cannot hold (the error names column and row, counted from 1 below the header); a column
-        does not exist, or an expected one is missing.
+        cannot hold (the error names column and row, which count from 1 below the header); a
+        column does not exist, or an expected column is missing.
 
     Warns
     -----
     UserWarning
-        The first row may have been names and became data, or the other way round.
+        The first row may have names although it became data, or data although it became names.
 
     Examples
     --------
@@ -87,7 +88,7 @@ def read(
     (2, 2)
     """
     source = Source(path)
-    choice = Choice(columns, drop, index_col, header, decimal, expected)
+    choice = ColumnChoice(columns, drop, index_col, header, decimal, expected)
     source.check_key(key)
     with source.reading(KINDS):
         if source.magic in (NPY, NPZ):
@@ -101,12 +102,12 @@ def read(
         return (_parquet if source.magic == PARQUET else _text).read(source, choice)
 
 
-def _chosen(source: Source, matrix: np.ndarray, choice: Choice) -> np.ndarray:
-    """The features of a matrix; the matrix itself where nobody chose."""
+def _chosen(source: Source, matrix: np.ndarray, choice: ColumnChoice) -> np.ndarray:
+    """The features of a matrix; the matrix itself if all columns are features."""
     chosen = choice.of(source.name, None, matrix.shape[1])
-    kept = matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]
-    _numbers.check_exact_array(source.name, kept, chosen)
-    return kept
+    features = matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]
+    _numbers.check_exact_array(source.name, features, chosen)
+    return features
 
 
 def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
@@ -116,7 +117,7 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
     ----------
     path : str or Path
     key : str, optional
-        Array of an .npz that holds several; "x" unless given.
+        Array of an .npz that has several; default "x".
 
     Returns
     -------
@@ -125,8 +126,8 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
     Raises
     ------
     DataFileError
-        The file is damaged, of another kind, or holds something else than numbers; or an integer
-        that float64 cannot hold.
+        The file is damaged, of another kind, has no numbers, or has an integer that float64 cannot
+        hold.
 
     Examples
     --------
@@ -151,7 +152,7 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
 
 
 def _only(source: Source) -> str:
-    """The array of an .npz that holds one, or the one called x."""
+    """The name of the only array of an .npz, or "x"."""
     names = source.names()
     if len(names) != 1 and "x" not in names:
         listed = ", ".join(names) or "nothing"
@@ -167,7 +168,7 @@ def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
     array : array [N] or [N, D]
     suffix : ".csv", ".tsv" (also with ".gz"), ".npy" or ".parquet"; "" is CSV
     names : sequence of str
-        One a column; any text, which text files hold in UTF-8, quoted where it has to be.
+        One for each column: any text. Text files have it in UTF-8, in quotes where necessary.
 
     Returns
     -------
@@ -189,7 +190,7 @@ def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
 
 
 def check_output(path: str | Path, also: Sequence[str] = ()) -> None:
-    """Find out whether a result can be written under a name, before there is a result.
+    """Check that `write` can write a file of this name, before there is a result.
 
     Parameters
     ----------
@@ -200,8 +201,7 @@ def check_output(path: str | Path, also: Sequence[str] = ()) -> None:
     Raises
     ------
     DataFileError
-        The suffix is none that `write` knows, and not in `also`, or needs pyarrow where there is
-        none.
+        `write` does not know the suffix, and `also` does not have it; or pyarrow is missing.
 
     Examples
     --------
@@ -212,19 +212,19 @@ def check_output(path: str | Path, also: Sequence[str] = ()) -> None:
 
 
 def write(path: str | Path, array: np.ndarray, names: Sequence[str]) -> None:
-    """Write a result; the suffix decides the format, and a file is whole or not there.
+    """Write a result in the format of the suffix; after an error there is no part of a file.
 
     Parameters
     ----------
     path : str or Path
     array : array [N] or [N, D]
     names : sequence of str
-        One a column.
+        One for each column.
 
     Raises
     ------
     DataFileError
-        The suffix is none of `encode`, or Parquet without pyarrow.
+        `encode` does not know the suffix, or pyarrow is missing for Parquet.
 
     Examples
     --------

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from .._core.warn import warn
 from ..exceptions import DataFileError
 
-# What pandas calls columns without a name when it reads its own CSV again.
+# The names that pandas gives to columns without a name when it reads its own CSV.
 UNNAMED = re.compile(r"Unnamed: \d+(_level_\d+)?(\.\d+)?")
 INDEX_LEVEL = re.compile(r"__index_level_\d+__")
 MAX_LISTED = 12
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the caller asked of the columns, the header and the numbers of a table."""
+class ColumnChoice:
+    """The arguments of `read` about the columns, the header and the numbers of a table."""
 
     columns: Sequence[str] | None = None
     drop: Sequence[str] | None = None
@@ -38,47 +38,47 @@ class Choice:
     def of(
         self, source: str, names: Sequence[str] | None, count: int, index: Sequence[str] = ()
     ) -> list[int]:
-        """Positions of the features among `count` columns; `index` are names of a data frame's
-        index, which is no feature.
+        """Positions of the features among `count` columns; `index` names the columns that are the
+        index of a data frame.
         """
         if not count:
             raise DataFileError(f"{source}: expected at least one column, got none")
-        left_out = set() if self.columns is not None else self._index(names, index)
+        dropped = set() if self.columns is not None else self._index(names, index)
         levels: Sequence[str] = ()
         if not isinstance(self.index_col, bool | None):
             levels = [self.index_col] if isinstance(self.index_col, str) else self.index_col
         for name in (*levels, *(self.drop or ())):
-            left_out |= set(_positions(source, names, count, name))
+            dropped |= set(_positions(source, names, count, name))
         if self.columns is None and self.expected is not None and names is not None:
-            return self._expected(source, names, left_out)
+            return self._expected(source, names, dropped)
         chosen = list(range(count))
         if self.columns is not None:
             chosen = [i for name in self.columns for i in _positions(source, names, count, name)]
             _check_once(source, names, chosen)
-        chosen = [i for i in chosen if i not in left_out]
+        chosen = [i for i in chosen if i not in dropped]
         if not chosen:
             raise DataFileError(f"{source}: no column is left")
         self._check_unnamed(source, names, chosen)
         return chosen
 
-    def _expected(self, source: str, names: Sequence[str], left_out: set[int]) -> list[int]:
-        """Where the expected columns are; a warning names the others."""
+    def _expected(self, source: str, names: Sequence[str], dropped: set[int]) -> list[int]:
+        """Positions of the expected columns; a warning names the other columns."""
         expected = list(self.expected or ())
         places: dict[str, list[int]] = {}
         for i, name in enumerate(names):
-            if i not in left_out:
+            if i not in dropped:
                 places.setdefault(name if name in expected else name.strip(), []).append(i)
-        for name, found in places.items():
-            wanted = expected.count(name)
-            if 0 < wanted < len(found):
+        for name, positions in places.items():
+            count = expected.count(name)
+            if 0 < count < len(positions):
                 raise DataFileError(
-                    f"{source}: expected {wanted} {_columns(wanted)} {name!r}, as the model was"
-                    f" fitted on, got {len(found)}; --drop leaves a column out by its number"
+                    f"{source}: expected {count} {_columns(count)} {name!r}, as the model was"
+                    f" fitted on, got {len(positions)}; --drop leaves a column out by its number"
                 )
         if any(expected.count(name) > len(places.get(name, ())) for name in expected):
             raise DataFileError(
                 f"{source}: expected the columns {listed(expected)} that the model was fitted on,"
-                f" got {listed([name for i, name in enumerate(names) if i not in left_out])}"
+                f" got {listed([name for i, name in enumerate(names) if i not in dropped])}"
             )
         others = [name for name in places if name not in expected]
         if others:
@@ -90,7 +90,7 @@ class Choice:
         return [places[name].pop(0) for name in expected]
 
     def _index(self, names: Sequence[str] | None, index: Sequence[str]) -> set[int]:
-        """Columns that a Parquet file itself calls the index of its data frame."""
+        """Positions of the columns that are the index of a data frame, by their names."""
         if self.index_col is False or names is None:
             return set()
         known = set(self.expected or ())
@@ -103,9 +103,9 @@ class Choice:
     def _check_unnamed(
         self, source: str, names: Sequence[str] | None, chosen: Sequence[int]
     ) -> None:
-        """Columns without a name are most likely the index of a data frame."""
-        asked = self.index_col is False or self.columns is not None
-        if asked or names is None or len(names) < 2:
+        """DataFileError for features without a name, which are most likely an index."""
+        is_explicit = self.index_col is False or self.columns is not None
+        if is_explicit or names is None or len(names) < 2:
             return
         first = leading_unnamed(names)
         nameless = [i for i, name in enumerate(names) if i < first or UNNAMED.fullmatch(name)]
@@ -121,7 +121,7 @@ class Choice:
 
 
 def leading_unnamed(names: Sequence[str]) -> int:
-    """How many names at the beginning are none: those of the index of a frame."""
+    """The number of names at the beginning that pandas gives to an index."""
     for i, name in enumerate(names):
         if name.strip() and not UNNAMED.fullmatch(name.strip()):
             return i
@@ -129,7 +129,7 @@ def leading_unnamed(names: Sequence[str]) -> int:
 
 
 def _check_once(source: str, names: Sequence[str] | None, chosen: Sequence[int]) -> None:
-    """A feature that occurs twice would count twice."""
+    """DataFileError for a feature that occurs twice."""
     twice = [i for i, count in Counter(chosen).items() if count > 1]
     if twice:
         name = twice[0] if names is None else repr(names[twice[0]])
@@ -141,21 +141,21 @@ def _columns(count: int) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a row; of many the first ones."""
+    """Names with commas between them; the first ones of many."""
     if len(names) <= MAX_LISTED:
         return ", ".join(names)
     return f"{', '.join(names[:MAX_LISTED])} and {len(names) - MAX_LISTED} more"
 
 
-def _positions(source: str, names: Sequence[str] | None, count: int, wanted: str) -> list[int]:
-    """Where a column is: by its name, else by its number from 0."""
-    found = [i for i, name in enumerate(names or ()) if name == wanted]
-    found = found or [i for i, name in enumerate(names or ()) if name.strip() == wanted]
-    if not found and wanted.isascii() and wanted.isdigit() and int(wanted) < count:
-        found = [int(wanted)]
-    if not found:
+def _positions(source: str, names: Sequence[str] | None, count: int, column: str) -> list[int]:
+    """Positions of a column by its name, else by its number from 0."""
+    positions = [i for i, name in enumerate(names or ()) if name == column]
+    positions = positions or [i for i, name in enumerate(names or ()) if name.strip() == column]
+    if not positions and column.isascii() and column.isdigit() and int(column) < count:
+        positions = [int(column)]
+    if not positions:
         there = f"{count} columns without names: expected 0 to {count - 1}"
         if names is not None:
             there = f"the columns {listed(list(map(repr, names)))}"
-        raise DataFileError(f"{source}: no column {wanted!r}; the table has {there}")
-    return found
+        raise DataFileError(f"{source}: no column {column!r}; the table has {there}")
+    return positions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of Arrow as float64; a missing entry is NaN, and nothing is rounded in silence."""
+"""Columns of Arrow as float64: a missing entry is NaN; an integer that float64 rounds raises."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 from ..exceptions import DataFileError
 
-# Up to here float64 holds every integer.
+# float64 holds every integer up to this one.
 EXACT = 2**53
-# Numbers that may have a mark between thousands.
+# Numbers with a mark between thousands.
 THOUSANDS = {
     mark: re.compile(rf"[+-]?[1-9]\d{{0,2}}(?:{re.escape(mark)}\d{{3}})+(?:{re.escape(point)}\d*)?")
     for mark, point in (",.", ".,")
 }
 INTEGER = re.compile(r"([+-]?\d+)(?:[.,]0*)?")
 LEAVE_OUT = "; --drop leaves a column out"
-# Integers that are checked at a time.
+# Integers that are checked at once.
 BLOCK = 1 << 20
 # Words for a missing cell: those of pandas, and a question mark.
 NULLS = (
@@ -31,7 +31,7 @@ NULLS = (
 
 
 def of_typed(where: str, column: Any) -> np.ndarray | None:
-    """A column of numbers, of truth values or of nothing; None where it has another type."""
+    """A column of numbers, of truth values or of nulls as float64; None for another type."""
     import pyarrow as pa
 
     kind = column.type
@@ -46,10 +46,10 @@ def of_typed(where: str, column: Any) -> np.ndarray | None:
 
 
 def _of_decimals(where: str, column: Any) -> np.ndarray:
-    """A column of decimals; one that is an integer is refused as integers are."""
+    """A column of decimals as float64; DataFileError for an integer that float64 cannot hold."""
     import pyarrow as pa
 
-    # through text: Arrow's own cast is not the nearest float64, and makes 3.0000000000000004 of 3
+    # through text: Arrow's own cast is not the nearest float64 (3 becomes 3.0000000000000004)
     numbers = np.asarray(column.cast(pa.string()).cast(pa.float64()).to_numpy())
     for place in np.flatnonzero(np.abs(numbers) >= EXACT):
         value = column[int(place)].as_py()
@@ -59,7 +59,7 @@ def _of_decimals(where: str, column: Any) -> np.ndarray:
 
 
 def _check_exact(where: str, column: Any) -> None:
-    """Every integer is one that float64 holds."""
+    """DataFileError for an integer that float64 cannot hold."""
     values = column.fill_null(0).to_numpy()
     row = first_rounded(values)
     if row is not None:
@@ -73,16 +73,16 @@ def first_rounded(values: np.ndarray) -> int | None:
     values = np.atleast_1d(values)
     width = max(1, values[:1].size)
     step = max(1, BLOCK // width)
-    for start in range(0, len(values), step):  # a memory map is not read whole
+    for start in range(0, len(values), step):  # a memory map is read block by block
         block = np.asarray(values[start : start + step]).reshape(-1)
         size = np.abs(block).astype(np.uint64)
         large = size > EXACT
         if large.any():
             # without its last zero bits, an integer that float64 holds has at most 53 bits
             odd = size[large] // (size[large] & (~size[large] + np.uint64(1)))
-            lost = np.flatnonzero(large)[odd > EXACT]
-            if len(lost):
-                return start * width + int(lost[0])
+            rounded = np.flatnonzero(large)[odd > EXACT]
+            if len(rounded):
+                return start * width + int(rounded[0])
     return None
 
 
@@ -93,9 +93,9 @@ def check_exact_array(source: str, values: np.ndarray, columns: Sequence[int] = 
     place = first_rounded(values)
     if place is None:
         return
-    at = np.unravel_index(place, values.shape)
-    where = f"{source}: column {columns[int(at[1])]}" if columns else source
-    raise _rounded(where, int(at[0]), int(values[at]), LEAVE_OUT if columns else "")
+    index = np.unravel_index(place, values.shape)
+    where = f"{source}: column {columns[int(index[1])]}" if columns else source
+    raise _rounded(where, int(index[0]), int(values[index]), LEAVE_OUT if columns else "")
 
 
 def _rounded(where: str, row: int, value: object, hint: str = LEAVE_OUT) -> DataFileError:
@@ -106,12 +106,14 @@ def _rounded(where: str, row: int, value: object, hint: str = LEAVE_OUT) -> Data
 
 
 def has_large(numbers: np.ndarray) -> bool:
-    """Whether a value may have been an integer that float64 rounds."""
+    """Whether a value is so large that float64 may have rounded an integer."""
     return bool((np.abs(numbers) >= EXACT).any())
 
 
 def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
-    """A column of bytes as numbers, or an error with the row and the value."""
+    """A column of bytes as float64; DataFileError with the row and the value of a cell that is no
+    number.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -126,7 +128,7 @@ def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
     text = pc.utf8_trim_whitespace(column)
     text = pc.if_else(pc.is_in(text, value_set=pa.array(NULLS)), None, text)
     plain = text
-    if decimal != ".":  # a point parts thousands there, if anything
+    if decimal != ".":  # a cell with a point is no number then
         plain = pc.replace_substring(pc.replace_substring(text, ".", "?"), decimal, ".")
     try:
         numbers = np.asarray(plain.cast(pa.float64()).to_numpy())
@@ -145,7 +147,7 @@ def of_text(where: str, column: Any, decimal: str) -> np.ndarray:
 
 
 def _hint(value: str, decimal: str) -> str:
-    """What may be meant by a cell that is no number."""
+    """A hint for a cell that is no number: a mark between thousands, or another decimal point."""
     mark = "," if decimal == "." else "."
     if THOUSANDS[mark].fullmatch(value.strip()):
         return "; write thousands without a mark between them"
@@ -156,7 +158,7 @@ def _hint(value: str, decimal: str) -> str:
 
 
 def _first_bad(values: Any, kind: Any) -> int:
-    """Position of the first value that is not of a kind, by halving."""
+    """Position of the first value that Arrow cannot cast to a type, by bisection."""
     import pyarrow as pa
 
     low, high = 0, len(values)
@@ -187,5 +189,5 @@ def is_value(cell: str, decimal_comma: bool = False) -> bool:
 
 
 def is_observed(cell: str) -> bool:
-    """Whether a cell is a number and no word for a missing one."""
+    """Whether a cell is a number, and not a word for a missing one."""
     return cell.strip() not in NULLS and _is_number(cell.strip())

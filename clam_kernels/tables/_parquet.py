@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parquet: columns of numbers by pyarrow, without the index of a data frame."""
+"""Read the columns of numbers of a Parquet file by pyarrow, without the index of a data frame."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 
 from ..exceptions import DataFileError
 from . import _numbers
-from ._choice import Choice
+from ._choice import ColumnChoice
 from ._source import Source
 
 
-def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str]]:
+def read(source: Source, choice: ColumnChoice) -> tuple[np.ndarray, list[str]]:
     """(matrix, column names) of a Parquet file."""
     import pyarrow as pa
     from pyarrow import parquet as pq
 
     try:
         with source.stream() as stream:
-            # not read_table: that reads column names out of the folder's name, too
+            # not read_table, which takes columns from the names of folders too
             table = pq.ParquetFile(stream).read()
     except pa.ArrowException as error:
         raise DataFileError(f"{source.name}: {error}") from error
@@ -31,7 +31,7 @@ def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str]]:
 
 
 def _index_of(schema: Any) -> list[str]:
-    """Columns that pandas wrote as the index of the frame; a plain range has none."""
+    """Names of the columns that pandas wrote as the index of the frame; a range index has none."""
     try:
         levels = (schema.pandas_metadata or {}).get("index_columns", [])
     except ValueError:  # damaged metadata
@@ -41,9 +41,9 @@ def _index_of(schema: Any) -> list[str]:
 
 def _column(source: str, name: str, column: Any) -> np.ndarray:
     where = f"{source}: column {name!r}"
-    found = _numbers.of_typed(where, column)
-    if found is None:
+    numbers = _numbers.of_typed(where, column)
+    if numbers is None:
         raise DataFileError(
             f"{where}: expected numbers, got {column.type}; --drop leaves a column out"
         )
-    return found
+    return numbers

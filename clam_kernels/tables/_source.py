@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a table comes from: a file, or standard input, whose bytes are read once."""
+"""The input of a table: a file, or standard input, whose bytes are read once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..exceptions import DataFileError
 
-# A member of an .npz that claims to unpack to more than this many times its stored size is refused.
+# An array of an .npz whose size is more than this many times its compressed size raises.
 MAX_EXPANSION = 1000
 NPY, NPZ, PARQUET, GZIP = b"\x93NUM", b"PK\x03\x04", b"PAR1", b"\x1f\x8b"
 EMPTY_ZIP = b"PK\x05\x06"
@@ -44,7 +44,7 @@ class Source:
             self.magic = NPZ
 
     def check_key(self, key: str | None) -> None:
-        """Only an .npz has arrays to choose from."""
+        """DataFileError for a key of a file that is no .npz."""
         if key is not None and self.magic != NPZ:
             raise DataFileError(
                 f"{self.name}: --key: expected an .npz file, which holds several arrays"
@@ -55,7 +55,7 @@ class Source:
         return self.path.open("rb") if self.content is None else io.BytesIO(self.content)
 
     def stream(self) -> Any:
-        """The bytes as a stream of pyarrow; gzip is unpacked on the way."""
+        """The bytes as a stream of pyarrow, which decompresses gzip."""
         import pyarrow as pa
 
         raw = pa.OSFile(str(self.path)) if self.content is None else pa.BufferReader(self.content)
@@ -63,7 +63,7 @@ class Source:
 
     @contextlib.contextmanager
     def reading(self, expected: str) -> Iterator[None]:
-        """Whatever a damaged file makes numpy stumble over becomes a DataFileError."""
+        """Errors of numpy about a damaged file become a DataFileError in the block."""
         try:
             yield
         except DataFileError:
@@ -77,14 +77,14 @@ class Source:
             return self._member(key)
         if self.content is not None:
             return np.asarray(np.load(self.file(), allow_pickle=False))
-        found: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return found
+        array: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return array
 
     def names(self) -> list[str]:
-        """Names of the arrays of an .npz; members of another kind are none."""
+        """Names of the arrays of an .npz; other members are no arrays."""
         with self.file() as file, zipfile.ZipFile(file) as archive:
-            found = [name for name in archive.namelist() if name.endswith(".npy")]
-        return [name.removesuffix(".npy") for name in found]
+            members = [name for name in archive.namelist() if name.endswith(".npy")]
+        return [name.removesuffix(".npy") for name in members]
 
     def _member(self, key: str | None) -> np.ndarray:
         names = self.names()
@@ -105,8 +105,8 @@ class Source:
                 raise DataFileError(f"{self.name}: {member.filename} unpacks to more than it may")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
-                found: np.ndarray = arrays[key]
-        return found
+                array: np.ndarray = arrays[key]
+        return array
 
     def matrix(self, key: str | None) -> np.ndarray:
         """The numbers of an array of two dims."""

@@ -16,22 +16,22 @@ import numpy as np
 from .._core.warn import warn
 from ..exceptions import DataFileError
 from . import _numbers
-from ._choice import Choice, leading_unnamed
+from ._choice import ColumnChoice, leading_unnamed
 from ._source import Source
 
 SAMPLE = 1 << 16
 MARKS = ",\t;"
-# Rows that choose the delimiter.
+# Rows that decide the delimiter.
 MAX_ROWS = 32
-# How pyarrow says that a row has another number of cells; it counts the rows on one thread alone.
+# pyarrow's error for a row with another number of cells; on one thread it has the row's number.
 RAGGED = re.compile(r"(?:Row #(\d+): )?Expected (\d+) columns, got (\d+): (.*)", re.DOTALL)
 MAX_SHOWN = 60
 BOM = "\ufeff"
 
 
 @dataclass(frozen=True)
-class Row:
-    """Cells of a row, and how many bytes of the file end with it."""
+class TextRow:
+    """Cells of a row, and the number of bytes of the file up to its end."""
 
     cells: list[str]
     end: int
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the text is to be read: cells of the first row with content, and where it ends."""
+    """The delimiter of a text, the cells and the end of its first row with content, its names."""
 
     delimiter: str
     first: list[str]
@@ -52,11 +52,11 @@ class Layout:
 
     @property
     def start(self) -> int:
-        """Byte at which the data begin."""
+        """The number of bytes before the data."""
         return 0 if self.names is None else self.end
 
 
-def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str] | None]:
+def read(source: Source, choice: ColumnChoice) -> tuple[np.ndarray, list[str] | None]:
     """(matrix, column names or None) of a text table."""
     layout = _layout(source, choice)
     names = layout.names
@@ -69,37 +69,39 @@ def read(source: Source, choice: Choice) -> tuple[np.ndarray, list[str] | None]:
     columns = [
         _numbers.of_typed(place, column) for place, column in zip(where, table.columns, strict=True)
     ]
-    doubtful = [j for j, found in enumerate(columns) if found is None or _numbers.has_large(found)]
+    doubtful = [j for j, x in enumerate(columns) if x is None or _numbers.has_large(x)]
     if doubtful:
         texts = _table(source, layout, choice, [chosen[j] for j in doubtful], as_text=True)
         for j, text in zip(doubtful, texts.columns, strict=True):
             columns[j] = _numbers.of_text(where[j], text, choice.decimal)
-    kept = [column for column in columns if column is not None]
-    return np.column_stack(kept), None if names is None else [names[i] for i in chosen]
+    numbers = [column for column in columns if column is not None]
+    return np.column_stack(numbers), None if names is None else [names[i] for i in chosen]
 
 
 def _table(
     source: Source,
     layout: Layout,
-    choice: Choice,
+    choice: ColumnChoice,
     chosen: list[int],
     as_text: bool = False,
     numbered: bool = False,
 ) -> Any:
-    """The chosen columns by pyarrow, under their numbers: names may occur twice. As text they are
-    bytes. `numbered` reads on one thread, where an error has the number of its row.
+    """The chosen columns by pyarrow, with their numbers as names, as names may occur twice.
+
+    `as_text` reads columns of bytes. `numbered` reads on one thread: an error has the number of its
+    row then.
     """
     import pyarrow as pa
     from pyarrow import csv as reader
 
     kind = pa.binary()  # bytes, as text may be no UTF-8
-    every = [str(i) for i in range(len(layout.first))]
-    some = list(dict.fromkeys(str(i) for i in chosen))
+    all_columns = [str(i) for i in range(len(layout.first))]
+    columns = list(dict.fromkeys(str(i) for i in chosen))
     convert = reader.ConvertOptions(
         null_values=list(_numbers.NULLS),
-        include_columns=some,
+        include_columns=columns,
         decimal_point=choice.decimal,
-        column_types=dict.fromkeys(some, kind) if as_text else None,
+        column_types=dict.fromkeys(columns, kind) if as_text else None,
     )
     try:
         with source.stream() as stream:
@@ -113,7 +115,7 @@ def _table(
             table = reader.read_csv(
                 stream,
                 read_options=reader.ReadOptions(
-                    column_names=every,
+                    column_names=all_columns,
                     block_size=max(1 << 20, 4 * layout.end),
                     use_threads=not numbered,
                 ),
@@ -121,7 +123,7 @@ def _table(
                 parse_options=reader.ParseOptions(
                     delimiter=layout.delimiter,
                     newlines_in_values=True,
-                    ignore_empty_lines=len(every) > 1,
+                    ignore_empty_lines=len(all_columns) > 1,
                 ),
                 convert_options=convert,
             )
@@ -129,20 +131,20 @@ def _table(
         ragged = RAGGED.search(str(error))
         if ragged is not None and not numbered:
             return _table(source, layout, choice, chosen, as_text, numbered=True)
-        told = str(error) if ragged is None else _told(*ragged.groups())
-        raise DataFileError(f"{source.name}: {told}") from error
+        text = str(error) if ragged is None else _ragged_row(*ragged.groups())
+        raise DataFileError(f"{source.name}: {text}") from error
     return table.select([str(i) for i in chosen])
 
 
-def _told(row: str | None, expected: str, got: str, text: str) -> str:
-    """That a row has another number of cells than the first."""
+def _ragged_row(row: str | None, expected: str, got: str, text: str) -> str:
+    """The text of an error: a row has another number of cells than the first row."""
     place = "a row" if row is None else f"row {row}"
     text = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
     cells = "cell" if expected == "1" else "cells"
     return f"{place}: expected {expected} {cells}, as the first row has, got {got} in {text!r}"
 
 
-def _layout(source: Source, choice: Choice) -> Layout:
+def _layout(source: Source, choice: ColumnChoice) -> Layout:
     text, whole = _sample(source)
     delimiter = _delimiter(text, whole)
     row = next(
@@ -163,7 +165,7 @@ def _layout(source: Source, choice: Choice) -> Layout:
 
 
 def _sample(source: Source) -> tuple[str, bool]:
-    """(the beginning of the text, whether that is all): a whole first row at least."""
+    """(the beginning of the text, at least a whole first row; whether that is the whole text)."""
     size = SAMPLE
     while True:
         with source.stream() as stream:
@@ -176,15 +178,15 @@ def _sample(source: Source) -> tuple[str, bool]:
 
 
 def _has_row(name: str, text: str, delimiter: str) -> bool:
-    """Whether the text holds a whole row; a cell beyond the limit of csv ends the search, too."""
+    """Whether the text has a whole row, or a cell beyond the limit of csv."""
     try:
         return any(not row.is_blank for row in _rows(name, text, delimiter, whole=False))
     except DataFileError:
         return True
 
 
-def _rows(name: str, text: str, delimiter: str, whole: bool) -> Iterator[Row]:
-    """The first rows of a text; one that the text's end may have cut is left out."""
+def _rows(name: str, text: str, delimiter: str, whole: bool) -> Iterator[TextRow]:
+    """The first rows of a text; the last row only if `whole`, as it may not be complete."""
     count = 0
 
     def lines() -> Iterator[str]:
@@ -194,14 +196,14 @@ def _rows(name: str, text: str, delimiter: str, whole: bool) -> Iterator[Row]:
             count += len(line.encode("utf-8", "surrogateescape"))
             yield bare
 
-    before: Row | None = None
+    before: TextRow | None = None
     try:
         for i, cells in enumerate(csv.reader(lines(), delimiter=delimiter)):
             if before is not None:
                 yield before
             if i == MAX_ROWS:
                 return
-            before = Row(cells, count)
+            before = TextRow(cells, count)
     except csv.Error as error:
         raise DataFileError(f"{name}: {error}") from error
     if whole and before is not None:
@@ -209,9 +211,9 @@ def _rows(name: str, text: str, delimiter: str, whole: bool) -> Iterator[Row]:
 
 
 def _delimiter(text: str, whole: bool) -> str:
-    """The mark that cuts all rows into the same number of cells, most of them values."""
+    """The mark that splits all rows into the same number of cells, with the most values."""
 
-    def merit(mark: str) -> tuple[bool, bool, float, int]:
+    def quality(mark: str) -> tuple[bool, bool, float, int]:
         try:
             rows = [row.cells for row in _rows("", text, mark, whole) if not row.is_blank]
         except DataFileError:  # the whole line may be one cell, beyond the limit of csv
@@ -222,21 +224,21 @@ def _delimiter(text: str, whole: bool) -> str:
         if width == 1 or any(len(row) != width for row in rows):
             return False, False, 0.0, width
         values = [_numbers.is_value(c, mark != ",") for row in rows[1:] or rows for c in row]
-        # of one row alone, which may have names, some values say nothing
+        # a single row may have names: it counts only if all its cells are values
         share = sum(values) / len(values) if len(rows) > 1 else float(all(values))
         return True, _quotes_whole_cells(text, mark), share, width
 
-    return max(MARKS, key=merit)
+    return max(MARKS, key=quality)
 
 
 def _quotes_whole_cells(text: str, mark: str) -> bool:
-    """Whether quotes of the first row begin and end cells, as they do at the right delimiter."""
+    """Whether quotes in the first row begin and end cells, as with the right delimiter."""
     cell = rf'(?:"(?:[^"]|"")*"|[^"\r\n{mark}]*)'
     return re.match(rf"[{BOM}\s]*?{cell}(?:{mark}{cell})*(?:[\r\n]|$)", text) is not None
 
 
-def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: bool) -> bool:
-    """Whether the first row has names; a warning where that is in doubt."""
+def _is_header(source: str, cells: list[str], choice: ColumnChoice, decimal_comma: bool) -> bool:
+    """Whether the first row has names; a warning where it may not."""
     names = [cell.strip() for cell in cells]
     if choice.expected and set(choice.expected) <= set(cells):
         return True
@@ -249,7 +251,7 @@ def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: boo
         if any(map(_numbers.is_observed, names)):
             warn(as_names)
         return True
-    # empty names before numbers are those of an index
+    # empty names before numbers are the names of an index
     counted = names[leading_unnamed(names) :]
     if len(names) > 1 and counted and counted == [str(i) for i in range(len(counted))]:
         warn(as_names)
@@ -260,7 +262,7 @@ def _is_header(source: str, cells: list[str], choice: Choice, decimal_comma: boo
 
 
 def _are_consecutive(names: list[str]) -> bool:
-    """Whether the cells are i, i + 1, ..., as names of columns often are."""
+    """Whether the cells are i, i + 1, ..., as column names often are."""
     if names == ["0"]:
         return True
     if len(names) < 2 or not all(name.isascii() and name.isdigit() for name in names):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as the content of files. Text needs no pyarrow, as labels of an .npy file need none."""
+"""Encode results as the content of files; text needs no pyarrow."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..exceptions import DataFileError, needs
 
 TEXT = (".csv", ".tsv", ".csv.gz", ".tsv.gz", "")
 KINDS = ".csv, .tsv (also with .gz), .npy or .parquet"
-# Cells with one of these stand in quotes, in CSV and in TSV.
+# Cells with one of these are in quotes, in CSV and in TSV.
 SPECIAL = frozenset(',;\t"\n\r')
 
 
 def suffix_of(path: str | Path) -> str:
-    """What decides the format: the last suffix, and the one before .gz."""
+    """The suffix that decides the format: the last one, with the one before .gz."""
     path = Path(path)
     return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def check(suffix: str, also: Sequence[str] = ()) -> None:
-    """DataFileError unless `encode` can write such a file here, or the caller can."""
+    """DataFileError unless `encode` or the caller (`also`) can write a file of this suffix."""
     if suffix not in (*TEXT, ".npy", ".parquet", *also):
         kinds = ", ".join([*also, KINDS])
         raise DataFileError(f"expected an output {kinds}, got {suffix!r}")
@@ -54,15 +54,15 @@ def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
     if suffix == ".parquet":
         return _parquet(columns, names)
     lines = "".join(_lines(columns, names, "\t" if suffix.startswith(".tsv") else ","))
-    # the bytes of a file's name that is no UTF-8 stay as they are
+    # the bytes of a file name that is no UTF-8 do not change
     content = lines.encode("utf-8", "surrogateescape")
     return gzip.compress(content, mtime=0) if suffix.endswith(".gz") else content
 
 
 def _lines(columns: np.ndarray, names: Sequence[str], mark: str) -> Iterator[str]:
     yield mark.join(map(_cell, names)) + "\n"
-    # str of a float is its shortest text that reads back as the same number; a Python float of a
-    # float32 would have the digits of float64
+    # str of a number is the shortest text that reads back as the same number; the Python float of
+    # a float32 would have the digits of float64
     is_plain = columns.dtype.kind != "f" or columns.dtype == np.float64
     text = _cell if columns.dtype.kind not in "fiub" else str
     for row in columns:
@@ -71,9 +71,9 @@ def _lines(columns: np.ndarray, names: Sequence[str], mark: str) -> Iterator[str
 
 def _cell(value: object) -> str:
     text = str(value)
-    # at the beginning of a file U+FEFF, bare, would be its byte order mark
-    bare = not text.startswith("\ufeff") and text == text.strip()
-    if text and bare and not SPECIAL.intersection(text):
+    # without quotes U+FEFF at the beginning of a file would be its byte order mark
+    is_plain = not text.startswith("\ufeff") and text == text.strip()
+    if text and is_plain and not SPECIAL.intersection(text):
         return text
     return '"' + text.replace('"', '""') + '"'
 
@@ -83,7 +83,7 @@ def _parquet(columns: np.ndarray, names: Sequence[str]) -> bytes:
     from pyarrow import parquet as pq
 
     out = io.BytesIO()
-    # from_arrays, as two columns may have one name
+    # from_arrays, as two columns may have the same name
     arrays = [pa.array(np.ascontiguousarray(column)) for column in columns.T]
     pq.write_table(pa.Table.from_arrays(arrays, names=list(names)), out)
     return out.getvalue()

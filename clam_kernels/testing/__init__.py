@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests and benches need of every op: samples, workloads, the accuracy rule, peak memory."""
+"""Data and checks for the tests and benches of all ops: samples, workloads, the accuracy rule, peak
+memory.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call, in schema order; trailing defaults, precision among them, may lack.
+    """The arguments of one call, in schema order; trailing defaults, such as precision, may be
+    missing.
 
-    `differentiable` names the tensors whose gradient the truth has and finite differences confirm;
-    `kinks` those whose gradient exists at the border of the domain only (beta = 0, E = +inf).
-    `dtypes` are the dtypes that hold the floating tensors.
+    `differentiable` names the tensors whose gradient finite differences confirm; `kinks` those at
+    the border of the domain (beta = 0, E = +inf), where finite differences do not exist. `dtypes`
+    are the dtypes in which the values of the floating tensors make sense.
     """
 
     op: str
@@ -46,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Workload:
-    """A call of a size that is worth timing; `bytes` and `flops` are the least it can do."""
+    """A call that benches time; `bytes` and `flops` are the least that it needs."""
 
     name: str
     op: str
@@ -56,11 +59,11 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A call that must be refused: what it is given, the error and its text, verbatim.
+class BadCall:
+    """A call that must raise: its arguments, the error, and the exact text.
 
-    `where` says who refuses it: "op" in every mode, "values" where a tensor's values are read (on a
-    CPU), "function" the documented function alone, for types that the dispatcher words itself.
+    `where` says what raises: "op" in every mode, "values" where values are readable (on a CPU),
+    "function" only the documented function, for types that the dispatcher refuses first.
     """
 
     op: str
@@ -71,13 +74,13 @@ class Bad:
     where: str = "op"
 
 
-# Name, ops, error, text, and what is not plain.
-Row = tuple[str, tuple[str, ...], type[Exception], str, Mapping[str, Callable[[], Any]]]
+# Name, ops, error, text, and the arguments that differ from the plain ones.
+BadRow = tuple[str, tuple[str, ...], type[Exception], str, Mapping[str, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
 class Values:
-    """What a call returned, and the gradients for one fixed upstream gradient."""
+    """The results of a call, and its gradients for one fixed upstream gradient."""
 
     outputs: tuple[Tensor, ...]
     gradients: dict[str, Tensor]
@@ -106,7 +109,7 @@ def _family(op: str) -> Any:
 
 
 def _on_cpu(make: Callable[P, T]) -> Callable[P, T]:
-    """What a family makes lies on the CPU, whatever torch's default device is."""
+    """Run a function with the CPU as torch's default device."""
 
     @functools.wraps(make)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -118,28 +121,29 @@ def _on_cpu(make: Callable[P, T]) -> Callable[P, T]:
 
 @_on_cpu
 def samples(op: str, seed: int = 0) -> list[Sample]:
-    """Calls of an op that between them reach every branch; float64, on the CPU, new at every call.
-
-    Another seed draws other numbers for the same calls.
+    """Calls of an op that together reach every branch; new float64 tensors on the CPU. Another seed
+    draws other numbers for the same calls.
     """
-    found: list[Sample] = _family(op).samples(op, seed)
-    return found
+    result: list[Sample] = _family(op).samples(op, seed)
+    return result
 
 
 def workloads(op: str | None = None) -> list[Workload]:
-    """Calls worth timing, of one op or of all."""
+    """Calls that benches time, of one op or of all."""
     families = {spec.family: _family(spec.name) for spec in all_ops()}
-    found: list[Workload] = [w for family in families.values() for w in family.workloads()]
-    return [w for w in found if op in (None, w.op)]
+    result: list[Workload] = [w for family in families.values() for w in family.workloads()]
+    return [w for w in result if op in (None, w.op)]
 
 
 def eager(op: str) -> Callable[..., Any]:
-    """Plain torch as users write it, which the accuracy rule compares with; mostly the truth."""
+    """Plain torch as users write it, for the accuracy rule; the truth where a family has no
+    other.
+    """
     plain: Callable[..., Any] = getattr(_family(op), "EAGER", {}).get(op, spec_of(op).truth)
     return plain
 
 
-# ---- what the contract asks a family for ---------------------------------------------------------
+# ---- what the contract tests read from a family --------------------------------------------------
 
 
 @_on_cpu
@@ -152,9 +156,11 @@ def problem(
     device: str = "cpu",
     seed: int = 0,
 ) -> Sample:
-    """A plain call of n rows, k prototypes and d features; what can be a number is one."""
-    found: Sample = _family(op).problem(op, n, k, d, seed)
-    return found.cast(dtype, device)
+    """A plain call of n rows, k prototypes and d features, with numbers where an argument may be
+    one.
+    """
+    result: Sample = _family(op).problem(op, n, k, d, seed)
+    return result.cast(dtype, device)
 
 
 @_on_cpu
@@ -169,23 +175,25 @@ def large(
     offset: float = 0.0,
     seed: int = 0,
 ) -> Sample:
-    """Rows around k prototypes, all `offset` from the origin; what can be a tensor is one."""
-    found: Sample = _family(op).large(op, n, k, d, offset, seed)
-    return found.cast(dtype, device)
+    """Rows around k prototypes, shifted by `offset`, with tensors where an argument may be one."""
+    result: Sample = _family(op).large(op, n, k, d, offset, seed)
+    return result.cast(dtype, device)
 
 
-def bad_calls(op: str | None = None) -> list[Bad]:
-    """Calls that must be refused, of one op or of all."""
+def bad_calls(op: str | None = None) -> list[BadCall]:
+    """Calls that must raise, of one op or of all."""
     families = {spec.family: _family(spec.name) for spec in all_ops()}
-    found: list[Bad] = [bad for family in families.values() for bad in family.bad_calls()]
-    return [bad for bad in found if op in (None, bad.op)]
+    result: list[BadCall] = [bad for family in families.values() for bad in family.bad_calls()]
+    return [bad for bad in result if op in (None, bad.op)]
 
 
-def refusals(
-    plain: Mapping[str, Callable[[], Any]], tables: Mapping[str, Sequence[Row]]
-) -> list[Bad]:
-    """Each row of a family's tables for each of its ops; `tables` are named as `Bad.where`."""
-    found = []
+def bad_calls_of(
+    plain: Mapping[str, Callable[[], Any]], tables: Mapping[str, Sequence[BadRow]]
+) -> list[BadCall]:
+    """The bad calls of a family's tables: each row for each of its ops. The keys of `tables` are
+    values of `BadCall.where`.
+    """
+    result = []
     for where, rows in tables.items():
         for name, ops, error, text, changed in rows:
             for op in ops:
@@ -193,49 +201,51 @@ def refusals(
                 def make(op: str = op, changed: Any = changed) -> tuple[Any, ...]:
                     return tuple({**plain, **changed}[x]() for x in argument_names(op))
 
-                found.append(Bad(op, name, error, text, make, where))
-    return found
+                result.append(BadCall(op, name, error, text, make, where))
+    return result
 
 
-def given(**values: Any) -> dict[str, Callable[[], Any]]:
-    """Arguments of a row that are not made anew."""
-    return {name: partial(_same, value) for name, value in values.items()}
+def constants(**values: Any) -> dict[str, Callable[[], Any]]:
+    """Arguments of a row that are constants."""
+    return {name: partial(_return, value) for name, value in values.items()}
 
 
-def _same(value: Any) -> Any:
+def _return(value: Any) -> Any:
     return value
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-    """A tensor of a row; made where the test runs, which may be on meta."""
+    """An argument of zeros, created when the test runs, perhaps on meta."""
     return lambda: torch.zeros(shape, dtype=dtype)
 
 
 def selection(op: str, kind: str) -> tuple[str, ...]:
-    """Names of the samples that a dear check is run on, where all of them would take too long."""
-    found: tuple[str, ...] = _family(op).SELECTIONS.get(kind, ())
-    return found
+    """Names of the samples for a check that takes too long for all of them."""
+    result: tuple[str, ...] = _family(op).SELECTIONS.get(kind, ())
+    return result
 
 
 def row_dims(op: str) -> dict[str, int]:
-    """The arguments that have the dim of the rows, and which it is, counted from the end."""
+    """The arguments with a dim of rows, and that dim, counted from the end."""
     core = spec_of(op).core or {}
     return {name: -core[name] for name in _family(op).ROW_ARGUMENTS if name in argument_names(op)}
 
 
 def is_rowwise(op: str) -> bool:
-    """Whether an entry of every result belongs to one row of the first argument."""
+    """Whether each row of the results depends on one row of the first argument only."""
     return op not in _family(op).COUPLED
 
 
 def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     """The dtypes of the results for rows of a dtype."""
-    found: list[torch.dtype] = _family(op).result_dtypes(op, dtype)
-    return found
+    result: list[torch.dtype] = _family(op).result_dtypes(op, dtype)
+    return result
 
 
 def result_scale(op: str, index: int) -> float:
-    """The size of the terms of a result that is what they leave; 0 where the result has its own."""
+    """The size of the terms of a result that is a small difference; 0 if the result's own size is
+    the scale.
+    """
     scales: tuple[float, ...] = getattr(_family(op), "SCALES", ())
     return scales[index] if scales else 0.0
 
@@ -267,7 +277,7 @@ def _with_gradient(op: str) -> int:
 
 
 def single(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """An op, or its truth, with one result: those that have a gradient, side by side."""
+    """An op, or its truth, with one result: the concatenation of those that have a gradient."""
     count = _with_gradient(op)
     if count < 2:
         return function
@@ -295,19 +305,19 @@ def evaluate(
     grads = upstream(smooth) if grads is None else grads
     # the truth of one result may be a constant
     pairs = [(o, g.to(o)) for o, g in zip(smooth, grads, strict=False) if o.requires_grad]
-    # one number for each result, as gradients handed to `grad` import sympy at the first call
+    # dot products, because `grad` imports sympy at its first call with upstream gradients
     weighted = [torch.dot(o.flatten(), g.flatten()) for o, g in pairs]
-    found = torch.autograd.grad(weighted, leaves, allow_unused=True)
-    # the truth may not depend on an argument at all (beta where T = 0): its gradient is 0
+    result = torch.autograd.grad(weighted, leaves, allow_unused=True)
+    # the truth may not depend on an argument (beta for T = 0): its gradient is 0
     filled = [
-        torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)
+        torch.zeros_like(leaf) if g is None else g for g, leaf in zip(result, leaves, strict=True)
     ]
     return Values(tuple(o.detach() for o in outputs), dict(zip(wanted, filled, strict=True)))
 
 
 def _compare(actual: Tensor, truth64: Tensor, eager: Tensor) -> tuple[float, float, float]:
-    """(error, eager's error, scale), each a maximum; AssertionError for what no tolerance
-    covers.
+    """(largest error, largest error of eager, largest value); AssertionError if shapes, dtypes,
+    integers, NaN or inf differ.
     """
     if actual.shape != truth64.shape:
         raise AssertionError(f"shape {list(actual.shape)}, truth {list(truth64.shape)}")
@@ -317,19 +327,19 @@ def _compare(actual: Tensor, truth64: Tensor, eager: Tensor) -> tuple[float, flo
         if not torch.equal(actual, truth64):
             raise AssertionError(f"{int((actual != truth64).sum())} entries differ")
         return 0.0, 0.0, 0.0
-    exact, found, plain = truth64.double(), actual.double(), eager.double()
+    exact, result, plain = truth64.double(), actual.double(), eager.double()
     regular = exact.isfinite()
     for kind, here, there in (
-        ("NaN", found.isnan(), exact.isnan()),
-        ("+inf", found == torch.inf, exact == torch.inf),
-        ("-inf", found == -torch.inf, exact == -torch.inf),
+        ("NaN", result.isnan(), exact.isnan()),
+        ("+inf", result == torch.inf, exact == torch.inf),
+        ("-inf", result == -torch.inf, exact == -torch.inf),
     ):
         if not torch.equal(here, there):
             raise AssertionError(f"{kind} at {int(here.sum())} entries, not {int(there.sum())}")
     if not bool(regular.any()):
         return 0.0, 0.0, 0.0
-    exact, found, plain = exact[regular], found[regular], plain[regular]
-    error, eager_error = (float((x - exact).abs().max()) for x in (found, plain))
+    exact, result, plain = exact[regular], result[regular], plain[regular]
+    error, eager_error = (float((x - exact).abs().max()) for x in (result, plain))
     return error, eager_error, float(exact.abs().max())
 
 
@@ -348,13 +358,13 @@ def assert_close(
     scale: float = 0.0,
     eps: float | None = None,
 ) -> None:
-    """Hold a result to the accuracy of plain torch in the same dtype.
+    """Assert that a result is as accurate as plain torch in the same dtype.
 
     The largest error against `truth64`, the float64 result of the same inputs, may be twice that of
-    `eager`, the centred truth run in the dtype of `actual`, plus 4 eps of the scale: the largest
-    entry of the truth, or `scale` where that is more (a sum whose terms cancel). float64 itself is
-    held to 1e-12 of the scale, unless `eps` names the arithmetic it was computed in. NaN and inf
-    must stand where the truth's do; integers must be equal.
+    `eager`, the centred truth in the dtype of `actual`, plus 4 eps times the scale: the largest
+    entry of the truth, or `scale` if that is larger (a sum whose terms cancel). For float64 the
+    bound is 1e-12 of the scale, unless `eps` is that of the arithmetic. NaN and inf must be at the
+    same entries as in the truth; integers must be equal.
     """
     assert_close_on_average([(actual, truth64, eager)], what=what, scale=scale, eps=eps)
 
@@ -368,8 +378,8 @@ def assert_close_on_average(
 ) -> None:
     """`assert_close` of several draws of one call: the geometric mean of error / allowed is <= 1.
 
-    One rounding error is luck, in plain torch too: between two orders of summation the largest of
-    a few errors differ by factors of 0.3 to 3. No draw may exceed what is allowed eight times.
+    One rounding error is random, in plain torch too: for two orders of summation the largest of a
+    few errors differ by factors of 0.3 to 3. No draw may exceed 8 times the allowed error.
     """
     prefix = f"{what}: " if what else ""
     shares, said = [], ""
@@ -390,15 +400,15 @@ def assert_close_on_average(
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes that a call holds at once beside what lay there before it, on the CPU.
+    """The peak of the bytes that a call allocates on the CPU.
 
-    Read from the allocator through torch.profiler: a dispatch mode and tracemalloc see nothing of
-    what an op allocates inside.
+    torch.profiler reads them from the allocator: a dispatch mode and tracemalloc do not see the
+    allocations inside an op.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with warnings.catch_warnings():
-        # torch 2.10 and 2.11 warn of cycles even where there is one; acc_events, which stops that,
-        # builds a tree of all events and takes ten times as long as the call
+        # torch 2.10 and 2.11 warn about cycles even for a single one; acc_events avoids the
+        # warning, but builds a tree of all events, which takes ten times as long as the call
         warnings.filterwarnings("ignore", ".*acc_events", UserWarning)
         profile = torch.profiler.profile(activities=activities, profile_memory=True)
         with profile:

@@ -11,30 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Bad, Row, Sample, Workload, _eager, argument_names, given, refusals, spec_of, zeros
+from . import (
+    BadCall,
+    BadRow,
+    Sample,
+    Workload,
+    _eager,
+    argument_names,
+    bad_calls_of,
+    constants,
+    spec_of,
+    zeros,
+)
+from ._draw import Draw
 
 B, N, K, D = 2, 5, 4, 3
 
 
-class _Draw:
-    """Tensors from one stream, so that every call of `samples` gives the same ones."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def uniform(self, *shape: int, low: float = 0.2, high: float = 1.5) -> Tensor:
-        share = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        return low + (high - low) * share
-
-    def bits(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float32) < 0.5
-
-
-class _Call:
-    """One call before it is spelled out for an op."""
+class AmCase:
+    """A call whose arguments fit all ops of the family."""
 
     def __init__(
         self,
@@ -66,74 +61,76 @@ class _Call:
         return Sample(op, self.name, args, smooth, kinks, **dtypes)
 
 
-def _shared(draw: _Draw) -> list[_Call]:
-    """Calls that all four ops take: shapes, batches and log-weights."""
+def _shared(draw: Draw) -> list[AmCase]:
+    """Calls of all four ops: shapes, batches and log-weights."""
     inf = math.inf
-    some_dead = draw.normal(K)
-    some_dead[1] = -inf
-    one_all_dead = draw.normal(B, K)
-    one_all_dead[0] = -inf
-    one_all_dead[1, 2] = -inf
-    wide = (torch.float64, torch.float32, torch.bfloat16)
+    one_masked = draw.normal(K)
+    one_masked[1] = -inf
+    one_all_masked = draw.normal(B, K)
+    one_all_masked[0] = -inf
+    one_all_masked[1, 2] = -inf
+    without_half = (torch.float64, torch.float32, torch.bfloat16)
     return [
-        _Call("plain", draw.normal(N, D), draw.normal(K, D)),
-        _Call("one-memory", draw.normal(N, D), draw.normal(1, D)),
-        _Call("no-rows", draw.normal(0, D), draw.normal(K, D)),
-        _Call("one-row", draw.normal(1, D), draw.normal(K, D)),
-        _Call("one-dim", draw.normal(N, 1), draw.normal(K, 1)),
-        _Call("wide", draw.normal(67, 17), draw.normal(33, 17), 0.1),
-        _Call("on-a-memory", torch.eye(K, D).double(), torch.eye(K, D).double()),
-        _Call("offset", 1000 + draw.normal(N, D), 1000 + draw.normal(K, D), dtypes=wide),
-        _Call("batch", draw.normal(B, N, D), draw.normal(B, K, D)),
-        _Call("batch-of-states", draw.normal(B, N, D), draw.normal(K, D)),
-        _Call("batch-of-memories", draw.normal(N, D), draw.normal(B, K, D)),
-        _Call("batch-crossed", draw.normal(B, 1, N, D), draw.normal(3, K, D)),
-        _Call("no-batch", draw.normal(0, N, D), draw.normal(K, D)),
-        _Call("log-weights", draw.normal(N, D), draw.normal(K, D), weights=draw.normal(K)),
-        _Call("log-weights-one", draw.normal(N, D), draw.normal(K, D), weights=draw.normal(1)),
-        _Call("log-weights-0d", draw.normal(N, D), draw.normal(K, D), weights=draw.normal()),
-        _Call(
+        AmCase("plain", draw.normal(N, D), draw.normal(K, D)),
+        AmCase("one-memory", draw.normal(N, D), draw.normal(1, D)),
+        AmCase("no-rows", draw.normal(0, D), draw.normal(K, D)),
+        AmCase("one-row", draw.normal(1, D), draw.normal(K, D)),
+        AmCase("one-dim", draw.normal(N, 1), draw.normal(K, 1)),
+        AmCase("wide", draw.normal(67, 17), draw.normal(33, 17), 0.1),
+        AmCase("on-a-memory", torch.eye(K, D).double(), torch.eye(K, D).double()),
+        AmCase("offset", 1000 + draw.normal(N, D), 1000 + draw.normal(K, D), dtypes=without_half),
+        AmCase("batch", draw.normal(B, N, D), draw.normal(B, K, D)),
+        AmCase("batch-of-states", draw.normal(B, N, D), draw.normal(K, D)),
+        AmCase("batch-of-memories", draw.normal(N, D), draw.normal(B, K, D)),
+        AmCase("batch-crossed", draw.normal(B, 1, N, D), draw.normal(3, K, D)),
+        AmCase("no-batch", draw.normal(0, N, D), draw.normal(K, D)),
+        AmCase("log-weights", draw.normal(N, D), draw.normal(K, D), weights=draw.normal(K)),
+        AmCase("log-weights-one", draw.normal(N, D), draw.normal(K, D), weights=draw.normal(1)),
+        AmCase("log-weights-0d", draw.normal(N, D), draw.normal(K, D), weights=draw.normal()),
+        AmCase(
             "log-weights-one-offset",
             1000 + draw.normal(N, D),
             1000 + draw.normal(33, D),
             weights=draw.normal(1),
-            dtypes=wide,
+            dtypes=without_half,
         ),
-        _Call("one-dead", draw.normal(N, D), draw.normal(K, D), weights=some_dead),
-        _Call(
+        AmCase("one-dead", draw.normal(N, D), draw.normal(K, D), weights=one_masked),
+        AmCase(
             "all-dead",
             draw.normal(N, D),
             draw.normal(K, D),
             weights=torch.full((K,), -inf).double(),
         ),
-        _Call(
-            "all-dead-in-one-problem", draw.normal(N, D), draw.normal(K, D), weights=one_all_dead
+        AmCase(
+            "all-dead-in-one-problem", draw.normal(N, D), draw.normal(K, D), weights=one_all_masked
         ),
     ]
 
 
-def _shared_beta(draw: _Draw) -> list[_Call]:
-    """One beta for all memories as a tensor: the three differentiable ops."""
+def _shared_beta(draw: Draw) -> list[AmCase]:
+    """Calls of the three differentiable ops: a tensor with one beta for all memories."""
     v, rho = draw.normal(N, D), draw.normal(K, D)
-    dead = torch.tensor([[0.0, -math.inf, 0.3, -0.2]], dtype=torch.float64)
+    masked = torch.tensor([[0.0, -math.inf, 0.3, -0.2]], dtype=torch.float64)
     return [
-        _Call("beta-0d", v, rho, draw.uniform()),
-        _Call("beta-1", v, rho, draw.uniform(1)),
-        _Call("beta-batch", v, rho, draw.uniform(B, 1)),
-        _Call("beta-batch-crossed", draw.normal(B, 1, N, D), rho, draw.uniform(3, 1)),
-        _Call("beta-batch-weights", draw.normal(3, 1, N, D), rho, draw.uniform(B, 1), weights=dead),
-        _Call("beta-one-memory", v, draw.normal(1, D), draw.uniform(1)),
-        _Call("beta-huge", v, rho, 1e6),
-        _Call("beta-huge-tensor", v, rho, torch.tensor(3e4, dtype=torch.float64)),
+        AmCase("beta-0d", v, rho, draw.uniform()),
+        AmCase("beta-1", v, rho, draw.uniform(1)),
+        AmCase("beta-batch", v, rho, draw.uniform(B, 1)),
+        AmCase("beta-batch-crossed", draw.normal(B, 1, N, D), rho, draw.uniform(3, 1)),
+        AmCase(
+            "beta-batch-weights", draw.normal(3, 1, N, D), rho, draw.uniform(B, 1), weights=masked
+        ),
+        AmCase("beta-one-memory", v, draw.normal(1, D), draw.uniform(1)),
+        AmCase("beta-huge", v, rho, 1e6),
+        AmCase("beta-huge-tensor", v, rho, torch.tensor(3e4, dtype=torch.float64)),
     ]
 
 
-def _moving(draw: _Draw) -> list[_Call]:
-    """What only the step and the recursion take: per-memory and limiting betas, masks, steps."""
+def _moving(draw: Draw) -> list[AmCase]:
+    """Calls of step and recursion: a beta for each memory, beta 0 and inf, masks, steps."""
     v, rho, inf = draw.normal(N, D), draw.normal(K, D), math.inf
     weights = draw.normal(K)
     weights[3] = -inf
-    everything = _Call(
+    everything = AmCase(
         "everything",
         draw.normal(B, 1, N, D),
         draw.normal(3, K, D),
@@ -141,7 +138,9 @@ def _moving(draw: _Draw) -> list[_Call]:
         mask=draw.uniform(3, N, D, low=0.0, high=1.0),
         weights=draw.normal(3, K),
     )
-    beta_zero = _Call("beta-0-tensor", v, rho, torch.zeros(K, dtype=torch.float64), kinks=("beta",))
+    beta_zero = AmCase(
+        "beta-0-tensor", v, rho, torch.zeros(K, dtype=torch.float64), kinks=("beta",)
+    )
     masks = {
         "mask-bool": draw.bits(N, D),
         "mask-0-1": draw.bits(N, D).double(),
@@ -154,30 +153,30 @@ def _moving(draw: _Draw) -> list[_Call]:
         "mask-closed": torch.zeros(N, D, dtype=torch.float64),
     }
     return [
-        _Call("beta-0", v, rho, 0.0),
+        AmCase("beta-0", v, rho, 0.0),
         beta_zero,
-        _Call("beta-k", v, rho, draw.uniform(K)),
-        _Call("beta-batch-k", v, rho, draw.uniform(B, K)),
-        _Call("beta-k-weights", draw.normal(B, N, D), rho, draw.uniform(K), weights=weights),
-        _Call("beta-inf", v, rho, inf),
-        _Call("beta-inf-weights", v, rho, inf, weights=weights),
-        _Call("beta-inf-mask", v, rho, inf, mask=draw.bits(N, D)),
-        *(_Call(name, v, rho, draw.uniform(K), mask=mask) for name, mask in masks.items()),
-        _Call("mask-bool-weights", v, rho, mask=draw.bits(B, N, D), weights=weights),
-        _Call("step-0", v, rho, draw.uniform(), step=0.0),
-        _Call("step-1", v, rho, draw.uniform(), step=1.0),
-        _Call("step-2", v, rho, draw.uniform(), step=2.0),
+        AmCase("beta-k", v, rho, draw.uniform(K)),
+        AmCase("beta-batch-k", v, rho, draw.uniform(B, K)),
+        AmCase("beta-k-weights", draw.normal(B, N, D), rho, draw.uniform(K), weights=weights),
+        AmCase("beta-inf", v, rho, inf),
+        AmCase("beta-inf-weights", v, rho, inf, weights=weights),
+        AmCase("beta-inf-mask", v, rho, inf, mask=draw.bits(N, D)),
+        *(AmCase(name, v, rho, draw.uniform(K), mask=mask) for name, mask in masks.items()),
+        AmCase("mask-bool-weights", v, rho, mask=draw.bits(B, N, D), weights=weights),
+        AmCase("step-0", v, rho, draw.uniform(), step=0.0),
+        AmCase("step-1", v, rho, draw.uniform(), step=1.0),
+        AmCase("step-2", v, rho, draw.uniform(), step=2.0),
         everything,
     ]
 
 
 def samples(op: str, seed: int = 0) -> list[Sample]:
-    """Calls of an op of this family."""
-    draw = _Draw(seed)
+    """The samples of an op of this family."""
+    draw = Draw(seed)
     calls = _shared(draw)
     if op == "am_assign":
         rows = [c.sample(op, (c.v, c.rho, c.weights), ("v", "rho", "log_weights")) for c in calls]
-        # whether a memory takes part is all that counts, and there is no gradient
+        # log-weights only mask memories, and there is no gradient
         return [Sample(op, r.name, r.args, dtypes=r.dtypes) for r in rows]
     calls += _shared_beta(draw)
     names: tuple[str, ...] = ("v", "rho", "beta", "log_weights")
@@ -193,8 +192,8 @@ def samples(op: str, seed: int = 0) -> list[Sample]:
     plain = draw.normal(N, D), draw.normal(K, D), draw.uniform(K)
     mask = draw.uniform(N, D, low=0.0, high=1.0)
     for steps in (0, 1, 9):
-        calls.append(_Call(f"T-{steps}", *plain, steps=steps, step=0.5))
-        calls.append(_Call(f"T-{steps}-mask", *plain, steps=steps, mask=mask))
+        calls.append(AmCase(f"T-{steps}", *plain, steps=steps, step=0.5))
+        calls.append(AmCase(f"T-{steps}-mask", *plain, steps=steps, mask=mask))
     names = (*names[:3], "steps", *names[3:])
     return [
         c.sample(op, (c.v, c.rho, c.beta, c.steps, c.step, c.mask, c.weights), names) for c in calls
@@ -205,20 +204,22 @@ def samples(op: str, seed: int = 0) -> list[Sample]:
 
 
 def _points(n: int, d: int, k: int) -> Callable[[int], tuple[Tensor, Tensor, float]]:
-    """Points around k Gaussian memories, and a beta of about 3 / (gap between the two nearest)."""
+    """Points around k Gaussian memories, and a beta of about 3 over the difference of the two least
+    squared distances.
+    """
 
     def make(seed: int) -> tuple[Tensor, Tensor, float]:
         generator = torch.Generator().manual_seed(seed)
         rho = torch.randn(k, d, generator=generator, dtype=torch.float32)
-        near = torch.randint(k, (n,), generator=generator)
+        index = torch.randint(k, (n,), generator=generator)
         noise = torch.randn(n, d, generator=generator, dtype=torch.float32)
-        return rho[near] + 0.5 * noise, rho, 3.0 / d
+        return rho[index] + 0.5 * noise, rho, 3.0 / d
 
     return make
 
 
 def _workload(op: str, size: str, n: int, d: int, k: int, steps: int | None = None) -> Workload:
-    """`flops`: 2 for each multiply-add of the matrix products; `bytes`: inputs and outputs once."""
+    """`flops`: 2 per multiply-add of the matrix products. `bytes`: inputs and outputs once."""
     points = _points(n, d, k)
     products, out = {"am_energy": (1, n), "am_assign": (1, 3 * n)}.get(op, (2, n * d))
     tail = () if steps is None else (steps,)
@@ -234,8 +235,8 @@ def _workload(op: str, size: str, n: int, d: int, k: int, steps: int | None = No
 
 
 def workloads() -> list[Workload]:
-    """Named `op/rows-D-K-[T-]dtype`; fixed calls, whose figures may be compared between
-    versions.
+    """Calls that the benches time, named `op/rows-D-K-[T-]dtype`. They never change, so that
+    versions can be compared.
     """
     return [
         _workload("am_recursion", "100k", 100_000, 16, 64, 10),
@@ -248,7 +249,7 @@ def workloads() -> list[Workload]:
     ]
 
 
-# ---- what the contract asks of this family -------------------------------------------------------
+# ---- the values of this family that the contract tests read --------------------------------------
 
 STEP_LIKE = ("am_step", "am_recursion")
 WITH_BETA = (*STEP_LIKE, "am_energy")
@@ -301,11 +302,11 @@ def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
 
 def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
     """States around k memories; beta is a tensor."""
-    draw = _Draw(seed)
+    draw = Draw(seed)
     rho = draw.normal(k, d)
-    near = torch.randint(k, (n,), generator=draw.generator)
+    index = torch.randint(k, (n,), generator=draw.generator)
     values: dict[str, Any] = {
-        "v": rho[near] + 0.6 * draw.normal(n, d) + offset,
+        "v": rho[index] + 0.6 * draw.normal(n, d) + offset,
         "rho": rho + offset,
         "beta": 3.0 / d * torch.ones((), dtype=torch.float64),
         "steps": 5,
@@ -326,7 +327,7 @@ def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     return {"am_energy": [score], "am_assign": [torch.int64, score]}.get(op, [dtype])
 
 
-# ---- calls that must be refused ------------------------------------------------------------------
+# ---- calls that must raise -----------------------------------------------------------------------
 
 _PLAIN: dict[str, Callable[[], Any]] = {
     "v": lambda: torch.zeros(5, 3),
@@ -341,7 +342,7 @@ _PLAIN: dict[str, Callable[[], Any]] = {
 
 
 _FLOATS = "dtype float16, bfloat16, float32 or float64"
-_ROWS: list[Row] = [
+_ROWS: list[BadRow] = [
     ("v int64", EVERY, TypeError, f"v: expected {_FLOATS}, got int64",
         {"v": zeros(5, 3, dtype=torch.int64)}),
     ("rho bool", EVERY, TypeError, f"rho: expected {_FLOATS}, got bool",
@@ -382,7 +383,7 @@ _ROWS: list[Row] = [
         {"log_weights": zeros(4, dtype=torch.int32)}),
     ("precision", EVERY, ValueError,
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
-        given(precision="fast")),
+        constants(precision="fast")),
     ("beta shape", STEP_LIKE, ValueError,
         "beta: expected shape broadcastable to [..., 4] (K) to match rho [4, 3], got [5]",
         {"beta": zeros(5)}),
@@ -392,29 +393,29 @@ _ROWS: list[Row] = [
     ("beta int", WITH_BETA, TypeError, f"beta: expected {_FLOATS}, got int64",
         {"beta": zeros(1, dtype=torch.int64)}),
     ("beta -1", STEP_LIKE, ValueError, "beta: expected a number >= 0, got -1.0",
-        given(beta=-1.0)),
+        constants(beta=-1.0)),
     ("beta NaN", STEP_LIKE, ValueError, "beta: expected a number >= 0, got nan",
-        given(beta=math.nan)),
+        constants(beta=math.nan)),
     ("beta leading dims", WITH_BETA, ValueError,
         "beta: expected leading dims that broadcast to match v [2, 5, 3], got [3, 1]",
         {"v": zeros(2, 5, 3), "beta": lambda: torch.ones(3, 1)}),
     ("energy at beta 0", ("am_energy",), ValueError,
-        "beta: expected a finite number > 0, got 0.0", given(beta=0.0)),
+        "beta: expected a finite number > 0, got 0.0", constants(beta=0.0)),
     ("energy at beta inf", ("am_energy",), ValueError,
-        "beta: expected a finite number > 0, got inf", given(beta=math.inf)),
+        "beta: expected a finite number > 0, got inf", constants(beta=math.inf)),
     ("energy at beta NaN", ("am_energy",), ValueError,
-        "beta: expected a finite number > 0, got nan", given(beta=math.nan)),
+        "beta: expected a finite number > 0, got nan", constants(beta=math.nan)),
     ("energy with a beta a memory", ("am_energy",), ValueError,
         "beta: expected shape [] or [..., 1] (one for all memories), got [4]",
         {"beta": lambda: torch.ones(4)}),
     ("steps", ("am_recursion",), ValueError, "steps: expected an int >= 0, got -1",
-        given(steps=-1)),
+        constants(steps=-1)),
     ("step < 0", STEP_LIKE, ValueError, "step: expected a finite number >= 0, got -0.5",
-        given(step=-0.5)),
+        constants(step=-0.5)),
     ("step inf", STEP_LIKE, ValueError, "step: expected a finite number >= 0, got inf",
-        given(step=math.inf)),
+        constants(step=math.inf)),
     ("step NaN", STEP_LIKE, ValueError, "step: expected a finite number >= 0, got nan",
-        given(step=math.nan)),
+        constants(step=math.nan)),
     ("update_mask shape", STEP_LIKE, ValueError,
         "update_mask: expected shape broadcastable to [..., 5, 3] (N, D) to match v [5, 3], "
         "got [4, 3]", {"update_mask": zeros(4, 3)}),
@@ -428,7 +429,7 @@ _ROWS: list[Row] = [
         "update_mask: expected leading dims that broadcast to match v [2, 5, 3], got [3, 5, 3]",
         {"v": zeros(2, 5, 3), "update_mask": zeros(3, 5, 3)}),
 ]  # fmt: skip
-_VALUES: list[Row] = [
+_VALUES: list[BadRow] = [
     ("beta", STEP_LIKE, ValueError, "beta: expected values >= 0, got -1.0",
         {"beta": lambda: torch.tensor([-1.0])}),
     ("one beta of many", STEP_LIKE, ValueError, "beta: expected values >= 0, got -2.0",
@@ -443,34 +444,34 @@ _VALUES: list[Row] = [
     ),
 ]  # fmt: skip
 _NO_BETA: tuple[Any, ...] = ("1", None, True, [])
-_TYPES: list[Row] = [
-    ("v list", EVERY, TypeError, "v: expected a Tensor, got list", given(v=[[0.0]])),
+_TYPES: list[BadRow] = [
+    ("v list", EVERY, TypeError, "v: expected a Tensor, got list", constants(v=[[0.0]])),
     ("v array", EVERY, TypeError, "v: expected a Tensor, got ndarray",
         {"v": lambda: torch.zeros(5, 3).numpy()}),
-    ("rho None", EVERY, TypeError, "rho: expected a Tensor, got NoneType", given(rho=None)),
-    ("rho int", EVERY, TypeError, "rho: expected a Tensor, got int", given(rho=3)),
+    ("rho None", EVERY, TypeError, "rho: expected a Tensor, got NoneType", constants(rho=None)),
+    ("rho int", EVERY, TypeError, "rho: expected a Tensor, got int", constants(rho=3)),
     *(
         (f"beta {value!r}", WITH_BETA, TypeError,
             f"beta: expected a number or a Tensor, got {type(value).__name__}",
-            given(beta=value))
+            constants(beta=value))
         for value in _NO_BETA
     ),
     ("update_mask list", STEP_LIKE, TypeError, "update_mask: expected a Tensor or None, got list",
-        given(update_mask=[1])),
+        constants(update_mask=[1])),
     *(
         (f"log_weights {value!r}", EVERY, TypeError,
             f"log_weights: expected a Tensor or None, got {type(value).__name__}",
-            given(log_weights=value))
+            constants(log_weights=value))
         for value in (0.5, [1], (0.0,))
     ),
     *(
         (f"steps {value!r}", ("am_recursion",), TypeError,
-            f"steps: expected an int >= 0, got {value!r}", given(steps=value))
+            f"steps: expected an int >= 0, got {value!r}", constants(steps=value))
         for value in (3.0, "3", True)
     ),
     *(
         (f"step {type(value).__name__}", STEP_LIKE, TypeError,
-            f"step: expected a number, got {type(value).__name__}", given(step=value))
+            f"step: expected a number, got {type(value).__name__}", constants(step=value))
         for value in ("1", None, True, [1.0])
     ),
     ("step Tensor", STEP_LIKE, TypeError, "step: expected a number, got Tensor",
@@ -478,6 +479,6 @@ _TYPES: list[Row] = [
 ]  # fmt: skip
 
 
-def bad_calls() -> list[Bad]:
-    """What each op of this family refuses."""
-    return refusals(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})
+def bad_calls() -> list[BadCall]:
+    """Calls of the ops of this family that must raise."""
+    return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})

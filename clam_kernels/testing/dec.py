@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..ops.dec import dec_target
-from . import DTYPES, Bad, Row, Sample, Workload, given, refusals, spec_of, zeros
+from . import DTYPES, BadCall, BadRow, Sample, Workload, bad_calls_of, constants, spec_of, zeros
+from ._draw import Draw
 
 B, N, K, D = 2, 5, 4, 3
 WIDE = (torch.float64, torch.float32)
@@ -21,17 +22,9 @@ STATS, LOSSES = ("student_t_stats",), ("dec_losses",)
 ALL = STATS + LOSSES
 
 
-class _Draw:
-    """Tensors from one stream, so that every call of `samples` gives the same ones."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return 0.25 + 1.5 * torch.rand(shape, generator=self.generator, dtype=torch.float64)
+def _positive(draw: Draw, *shape: int) -> Tensor:
+    """Uniform in [0.25, 1.75), float64."""
+    return draw.uniform(*shape, low=0.25, high=1.75)
 
 
 class _Call:
@@ -55,7 +48,7 @@ class _Call:
         args = (self.z, self.mu, self.alpha, self.weight)
         return Sample("student_t_stats", self.name, args, dtypes=self.dtypes)
 
-    def losses(self, draw: _Draw) -> Sample:
+    def losses(self, draw: Draw) -> Sample:
         """The call with a frozen target, from rows and centroids a little apart."""
         z0, mu0 = (x + 0.3 * draw.normal(*x.shape) for x in (self.z, self.mu))
         log_counts = draw.normal(*self.mu.shape[:-1])
@@ -73,11 +66,11 @@ class _Call:
         return Sample("dec_losses", name or self.name, args, first, rest, self.dtypes)
 
 
-def _regular(draw: _Draw) -> list[_Call]:
+def _regular(draw: Draw) -> list[_Call]:
     """Shapes, batches, weights and degrees of freedom."""
     inf = math.inf
     z, mu = draw.normal(N, D), draw.normal(K, D)
-    light = draw.uniform(N)
+    light = _positive(draw, N)
     light[3] = 0.0
     return [
         _Call("one-centroid", draw.normal(N, D), draw.normal(1, D)),
@@ -94,49 +87,49 @@ def _regular(draw: _Draw) -> list[_Call]:
         _Call("batch-crossed", draw.normal(B, 1, N, D), draw.normal(3, K, D)),
         _Call("no-batch", draw.normal(0, N, D), mu.clone()),
         _Call("weight", z.clone(), mu.clone(), weight=light),
-        _Call("weight-batch", z.clone(), mu.clone(), weight=draw.uniform(B, N)),
+        _Call("weight-batch", z.clone(), mu.clone(), weight=_positive(draw, B, N)),
         _Call("weights-0", z.clone(), mu.clone(), weight=torch.zeros(N, dtype=torch.float64)),
         _Call("alpha-half", z.clone(), mu.clone(), 0.5, alpha0=0.5),
         _Call("alpha-3", z.clone(), mu.clone(), 3.0),
         _Call("alpha-1000", z.clone(), mu.clone(), 1e3, alpha0=1e3),
         _Call("alpha-inf", z.clone(), mu.clone(), inf, alpha0=inf),
-        _Call("alpha-0d", z.clone(), mu.clone(), draw.uniform()),
-        _Call("alpha-1", z.clone(), mu.clone(), draw.uniform(1)),
-        _Call("alpha-batch", z.clone(), mu.clone(), draw.uniform(B, 1), alpha0=3.0),
-        _Call("alpha-one-centroid", z.clone(), draw.normal(1, D), draw.uniform(1)),
+        _Call("alpha-0d", z.clone(), mu.clone(), _positive(draw)),
+        _Call("alpha-1", z.clone(), mu.clone(), _positive(draw, 1)),
+        _Call("alpha-batch", z.clone(), mu.clone(), _positive(draw, B, 1), alpha0=3.0),
+        _Call("alpha-one-centroid", z.clone(), draw.normal(1, D), _positive(draw, 1)),
         _Call(
-            "everything", draw.normal(B, 1, N, D), draw.normal(3, K, D), draw.uniform(B, 1, 1),
-            draw.uniform(3, N), alpha0=2.0,
+            "everything", draw.normal(B, 1, N, D), draw.normal(3, K, D), _positive(draw, B, 1, 1),
+            _positive(draw, 3, N), alpha0=2.0,
         ),
     ]  # fmt: skip
 
 
-def _irregular(draw: _Draw) -> list[_Call]:
+def _irregular(draw: Draw) -> list[_Call]:
     """Rows and centroids that are not finite, or far."""
-    lost, gone, far = draw.normal(N, D), draw.normal(K, D), draw.normal(K, D)
-    lost[2, 1], lost[4, 0] = math.nan, math.inf
-    gone[1, 0], far[2] = math.nan, 1e4
+    irregular, undefined, far = draw.normal(N, D), draw.normal(K, D), draw.normal(K, D)
+    irregular[2, 1], irregular[4, 0] = math.nan, math.inf
+    undefined[1, 0], far[2] = math.nan, 1e4
     equal = draw.normal(1, D).expand(K, D).clone()
     return [
-        _Call("lost-rows", lost, draw.normal(K, D)),
-        _Call("lost-centroid", draw.normal(N, D), gone),
+        _Call("lost-rows", irregular, draw.normal(K, D)),
+        _Call("lost-centroid", draw.normal(N, D), undefined),
         _Call("far-centroid", draw.normal(N, D), far, 100.0, alpha0=100.0),
         _Call("equal-centroids", draw.normal(N, D), equal),
     ]
 
 
-def _targets(draw: _Draw) -> list[Sample]:
+def _targets(draw: Draw) -> list[Sample]:
     """The other places where a target comes from."""
     inf = math.inf
     z, mu, logs = draw.normal(N, D), draw.normal(K, D), draw.normal(K)
     z0, norm = draw.normal(N, D), draw.normal(N)
     p = draw.normal(N, K).softmax(1)
     sparse = p * torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64)
-    call, alpha = _Call("", z, mu), _Call("", z, mu, draw.uniform())
-    lost = z0.clone()
-    lost[1, 0] = math.nan
+    call, alpha = _Call("", z, mu), _Call("", z, mu, _positive(draw))
+    irregular = z0.clone()
+    irregular[1, 0] = math.nan
     none = (None, None, 1.0, None)
-    weighted = _Call("", z, mu, weight=draw.uniform(N))
+    weighted = _Call("", z, mu, weight=_positive(draw, N))
     heads = _Call("", draw.normal(B, N, D), draw.normal(B, K, D), 2.0)
     far = torch.tensor([0.0, -87.0, 3.0, 10.0], dtype=torch.float64)
     return [
@@ -146,7 +139,7 @@ def _targets(draw: _Draw) -> list[Sample]:
         call.of_target("frozen-inf", True, logs, z0, mu + 0.1, inf, None, None),
         alpha.of_target("frozen-alpha", True, logs, z0, mu + 0.1, 1.0, norm, None),
         call.of_target("frozen-dead", True, far, z0, mu + 0.1, 1.0, None, None),
-        call.of_target("frozen-lost", False, logs, lost, mu + 0.1, 1.0, norm, None),
+        call.of_target("frozen-lost", False, logs, irregular, mu + 0.1, 1.0, norm, None),
         call.of_target("dense", True, None, *none, p),
         call.of_target("dense-norm", True, None, None, None, 1.0, 0.1 * norm, sparse),
         alpha.of_target("dense-alpha", True, None, *none, sparse),
@@ -165,7 +158,7 @@ def _targets(draw: _Draw) -> list[Sample]:
 
 def samples(op: str, seed: int) -> list[Sample]:
     """Calls of an op of this family."""
-    draw = _Draw(seed)
+    draw = Draw(seed)
     plain = _Call("plain", draw.normal(N, D), draw.normal(K, D))
     calls, odd = _regular(draw), _irregular(draw)
     if op in STATS:
@@ -250,7 +243,7 @@ SELECTIONS = {
 
 def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
     """Normal rows and centroids; the target of `dec_losses` comes of the rows themselves."""
-    draw = _Draw(seed)
+    draw = Draw(seed)
     z, mu = draw.normal(n, d), draw.normal(k, d)
     if op in STATS:
         return Sample(op, "problem", (z, mu, 1.0))
@@ -259,7 +252,7 @@ def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
 
 def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
     """Rows around k centroids, and a target frozen before the rows moved; alpha is a tensor."""
-    draw = _Draw(seed)
+    draw = Draw(seed)
     centroids, near = draw.normal(k, d), torch.randint(k, (n,), generator=draw.generator)
     z = centroids[near] + 0.6 * draw.normal(n, d)
     moved = z + 0.2 * draw.normal(n, d), centroids + 0.1 * draw.normal(k, d)
@@ -370,7 +363,7 @@ _PLAIN: dict[str, Callable[[], Any]] = {
 
 _FLOATS = "dtype float16, bfloat16, float32 or float64"
 _ONE = "shape [] or [..., 1] (one for all centroids)"
-_ROWS: list[Row] = [
+_ROWS: list[BadRow] = [
     ("z int64", ALL, TypeError, f"z: expected {_FLOATS}, got int64",
         {"z": zeros(5, 3, dtype=torch.int64)}),
     ("mu bool", ALL, TypeError, f"mu: expected {_FLOATS}, got bool",
@@ -403,7 +396,7 @@ _ROWS: list[Row] = [
         {"alpha": lambda: torch.ones(4)}),
     *(
         (f"alpha {value}", ALL, ValueError, f"alpha: expected a number > 0, got {value}",
-            given(alpha=value))
+            constants(alpha=value))
         for value in (0.0, -1.0, math.nan)
     ),
     ("weight int", ALL, TypeError, f"weight: expected {_FLOATS}, got int64",
@@ -414,9 +407,9 @@ _ROWS: list[Row] = [
         "weight: expected shape [..., 5] to match z [5, 3], got []", {"weight": zeros()}),
     ("precision", ALL, ValueError,
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
-        given(precision="fast")),
+        constants(precision="fast")),
     ("alpha0 0", LOSSES, ValueError, "alpha0: expected a number > 0, got 0.0",
-        given(alpha0=0.0)),
+        constants(alpha0=0.0)),
     ("log_counts of another K", LOSSES, ValueError,
         "log_counts: expected shape [..., 4] to match mu [4, 3], got [5]",
         {"log_counts": zeros(5)}),
@@ -446,7 +439,7 @@ _ROWS: list[Row] = [
         "p: expected leading dims that broadcast to match z [2, 5, 3], got [7, 5, 4]",
         {"z": zeros(2, 5, 3), "p": zeros(7, 5, 4)}),
 ]  # fmt: skip
-_VALUES: list[Row] = [
+_VALUES: list[BadRow] = [
     *(
         (f"alpha {value}", ALL, ValueError, f"alpha: expected values > 0, got {value}",
             {"alpha": partial(torch.tensor, [value])})
@@ -454,27 +447,27 @@ _VALUES: list[Row] = [
     ),
 ]  # fmt: skip
 _NO_ALPHA: tuple[Any, ...] = ("1", None, True, [])
-_TYPES: list[Row] = [
-    ("z list", ALL, TypeError, "z: expected a Tensor, got list", given(z=[[0.0]])),
-    ("mu None", ALL, TypeError, "mu: expected a Tensor, got NoneType", given(mu=None)),
+_TYPES: list[BadRow] = [
+    ("z list", ALL, TypeError, "z: expected a Tensor, got list", constants(z=[[0.0]])),
+    ("mu None", ALL, TypeError, "mu: expected a Tensor, got NoneType", constants(mu=None)),
     *(
         (f"alpha {value!r}", ALL, TypeError,
             f"alpha: expected a number or a Tensor, got {type(value).__name__}",
-            given(alpha=value))
+            constants(alpha=value))
         for value in _NO_ALPHA
     ),
     ("weight list", ALL, TypeError, "weight: expected a Tensor or None, got list",
-        given(weight=[1.0])),
+        constants(weight=[1.0])),
     ("precision int", ALL, TypeError, "precision: expected a str or None, got int",
-        given(precision=1)),
+        constants(precision=1)),
     ("alpha0 None", LOSSES, TypeError, "alpha0: expected a number, got NoneType",
-        given(alpha0=None)),
+        constants(alpha0=None)),
     ("p array", LOSSES, TypeError, "p: expected a Tensor or None, got ndarray",
         {"p": lambda: torch.zeros(5, 4).numpy()}),
-    ("z0 int", LOSSES, TypeError, "z0: expected a Tensor or None, got int", given(z0=3)),
+    ("z0 int", LOSSES, TypeError, "z0: expected a Tensor or None, got int", constants(z0=3)),
 ]  # fmt: skip
 
 
-def bad_calls() -> list[Bad]:
+def bad_calls() -> list[BadCall]:
     """What each op of this family refuses."""
-    return refusals(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})
+    return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})

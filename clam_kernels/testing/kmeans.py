@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import DTYPES, Bad, Row, Sample, Workload, given, refusals, zeros
+from . import DTYPES, BadCall, BadRow, Sample, Workload, bad_calls_of, constants, zeros
 
 B, N, K, D = 2, 7, 4, 3
 WIDE = (torch.float64, torch.float32)
 
 
 def _rows(generator: torch.Generator, *shape: int) -> Tensor:
-    """On a grid that every dtype holds exactly, so that ties are the same in all."""
+    """Normal values rounded to a grid that is exact in every dtype, so that all have the same
+    ties.
+    """
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * 8).round() / 8
 
 
@@ -27,10 +29,10 @@ def _assigned(seed: int) -> dict[str, tuple[Any, ...]]:
     def rows(*shape: int) -> Tensor:
         return _rows(g, *shape)
 
-    some = torch.tensor([False, True, False, False])
-    lost, gone = rows(N, D), rows(K, D)
-    lost[2, 1], lost[4, 0] = torch.nan, torch.inf
-    gone[1, 0] = torch.nan
+    mask = torch.tensor([False, True, False, False])
+    odd, bad = rows(N, D), rows(K, D)
+    odd[2, 1], odd[4, 0] = torch.nan, torch.inf
+    bad[1, 0] = torch.nan
     none_finite = torch.full((K, D), torch.inf, dtype=torch.float64)
     none_finite[::2, 0] = torch.nan
     pairs = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.5, 3.0]], dtype=torch.float64)
@@ -47,27 +49,27 @@ def _assigned(seed: int) -> dict[str, tuple[Any, ...]]:
         "offset": (1000 + rows(N, D), 1000 + rows(K, D), None, None, True),
         "shift": (1000 + rows(N, D), 1000 + rows(K, D), 1000 + rows(D), None, True),
         "shift-batch": (rows(N, D), rows(K, D), rows(B, D), None, True),
-        "mask": (rows(N, D), rows(K, D), None, some, True),
-        "mask-batch": (rows(N, D), rows(K, D), None, torch.stack([some, some.flip(0)]), True),
+        "mask": (rows(N, D), rows(K, D), None, mask, True),
+        "mask-batch": (rows(N, D), rows(K, D), None, torch.stack([mask, mask.flip(0)]), True),
         "batch": (rows(B, N, D), rows(B, K, D), None, None, True),
         "restarts": (rows(N, D), rows(B, K, D), None, None, True),
         "batch-of-rows": (rows(B, N, D), rows(K, D), None, None, True),
         "batch-crossed": (rows(B, 1, N, D), rows(3, K, D), None, None, True),
         "no-batch": (rows(0, N, D), rows(K, D), None, None, True),
-        "lost-rows": (lost, rows(K, D), None, None, True),
-        "lost-centroid": (rows(N, D), gone, None, None, True),
+        "lost-rows": (odd, rows(K, D), None, None, True),
+        "lost-centroid": (rows(N, D), bad, None, None, True),
         "labels-alone": (rows(N, D), rows(K, D), None, None, False),
-        "everything": (rows(B, 1, N, D), rows(3, K, D), rows(3, D), some, True),
+        "everything": (rows(B, 1, N, D), rows(3, K, D), rows(3, D), mask, True),
         "no-rows-restarts": (rows(0, D), rows(B, K, D), None, None, True),
-        "no-rows-batch": (rows(B, 0, D), rows(K, D), None, some, True),
+        "no-rows-batch": (rows(B, 0, D), rows(K, D), None, mask, True),
         "no-restarts": (rows(N, D), rows(0, K, D), None, None, True),
         "one-lost-centroid": (rows(N, D), none_finite[:1].clone(), None, None, True),
-        "lost-centroids": (lost.clone(), none_finite.clone(), rows(D), None, True),
-        "lost-or-masked": (rows(N, D), gone.clone(), None, ~some, True),
-        "lost-restart": (rows(N, D), torch.stack([gone[1:2], gone[:1]]), None, None, True),
+        "lost-centroids": (odd.clone(), none_finite.clone(), rows(D), None, True),
+        "lost-or-masked": (rows(N, D), bad.clone(), None, ~mask, True),
+        "lost-restart": (rows(N, D), torch.stack([bad[1:2], bad[:1]]), None, None, True),
         "labels-alone-batch": (rows(B, N, D), rows(K, D), None, None, False),
         "labels-alone-no-rows": (rows(0, D), rows(B, K, D), None, None, False),
-        "labels-alone-lost": (rows(N, D), torch.stack([gone[1:2], gone[:1]]), None, None, False),
+        "labels-alone-lost": (rows(N, D), torch.stack([bad[1:2], bad[:1]]), None, None, False),
     }
 
 
@@ -84,14 +86,14 @@ def _updated(seed: int) -> dict[str, tuple[Any, ...]]:
     def weight(*shape: int) -> Tensor:
         return _rows(g, *shape).abs() + 0.125
 
-    lost = rows(N, D)
-    lost[2, 1] = torch.nan
-    apart = labels(N)
-    apart[2] = -1
-    wild = labels(N)
-    wild[0], wild[1] = K, -7
-    light = weight(N)
-    light[3] = 0.0
+    not_finite = rows(N, D)
+    not_finite[2, 1] = torch.nan
+    unlabelled = labels(N)
+    unlabelled[2] = -1
+    out_of_range = labels(N)
+    out_of_range[0], out_of_range[1] = K, -7
+    zero_weight = weight(N)
+    zero_weight[3] = 0.0
     return {
         "plain": (rows(N, D), labels(N), K, None, None),
         "one-label": (rows(N, D), torch.zeros(N, dtype=torch.int64), 1, None, None),
@@ -103,10 +105,10 @@ def _updated(seed: int) -> dict[str, tuple[Any, ...]]:
         "wide": (rows(67, 300), labels(67), K, None, None),
         "without-labels": (rows(N, D), torch.full((N,), -1), K, None, None),
         "some-without-label": (rows(N, D), labels(N, low=-1), K, None, None),
-        "out-of-range": (rows(N, D), wild, K, None, None),
-        "lost-row-without-label": (lost, apart, K, None, None),
+        "out-of-range": (rows(N, D), out_of_range, K, None, None),
+        "lost-row-without-label": (not_finite, unlabelled, K, None, None),
         "weight": (rows(N, D), labels(N), K, weight(N), None),
-        "weight-0": (rows(N, D), labels(N), K, light, None),
+        "weight-0": (rows(N, D), labels(N), K, zero_weight, None),
         "weight-batch": (rows(N, D), labels(N), K, weight(B, N), None),
         "shift": (1000 + rows(N, D), labels(N), K, None, 1000 + rows(D)),
         "batch": (rows(B, N, D), labels(B, N), K, None, None),
@@ -125,7 +127,7 @@ def _updated(seed: int) -> dict[str, tuple[Any, ...]]:
 def _stepped(seed: int) -> dict[str, tuple[Any, ...]]:
     """Calls of kmeans_step: (x, centroids, weight, shift, mask)."""
     g = torch.Generator().manual_seed(seed)
-    found = {
+    result = {
         name: (x, centroids, None, shift, mask)
         for name, (x, centroids, shift, mask, distances) in _assigned(seed).items()
         if distances
@@ -134,25 +136,25 @@ def _stepped(seed: int) -> dict[str, tuple[Any, ...]]:
     def weight(*shape: int) -> Tensor:
         return _rows(g, *shape).abs() + 0.125
 
-    x, centroids, _, shift, mask = found["everything"]
+    x, centroids, _, shift, mask = result["everything"]
     long = _rows(g, 300, D)
     return {
-        **found,
+        **result,
         "long": (long, long[:K].clone(), None, None, None),
-        "weight": (*found["plain"][:2], weight(N), None, None),
-        "weight-batch": (*found["plain"][:2], weight(B, N), None, None),
+        "weight": (*result["plain"][:2], weight(N), None, None),
+        "weight-batch": (*result["plain"][:2], weight(B, N), None, None),
         "everything": (x, centroids, weight(N), shift, mask),
-        "no-rows-weight": (*found["no-rows"][:2], weight(B, 0), None, None),
-        "weights-0": (*found["plain"][:2], torch.zeros(N, dtype=torch.float64), None, None),
+        "no-rows-weight": (*result["no-rows"][:2], weight(B, 0), None, None),
+        "weights-0": (*result["plain"][:2], torch.zeros(N, dtype=torch.float64), None, None),
     }
 
 
-# A half's grid is too coarse for these values.
+# Half precision is too coarse for these values.
 NARROWED = ("offset", "shift")
 
 
 def samples(op: str, seed: int) -> list[Sample]:
-    """Calls of an op of this family."""
+    """The samples of an op of this family."""
     makers = {"kmeans_assign": _assigned, "kmeans_update": _updated, "kmeans_step": _stepped}
     return [
         Sample(op, name, args, dtypes=WIDE if name in NARROWED else DTYPES)
@@ -161,17 +163,17 @@ def samples(op: str, seed: int) -> list[Sample]:
 
 
 def _blobs(seed: int, n: int, d: int, k: int) -> tuple[Tensor, Tensor]:
-    """Rows around k centres, and k of the rows as centroids."""
+    """Rows around k centers, and k of the rows as centroids."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(k, d, generator=generator, dtype=torch.float32)
+    centers = torch.randn(k, d, generator=generator, dtype=torch.float32)
     x = torch.randn(n, d, generator=generator, dtype=torch.float32).mul_(0.7)
-    x += centres[torch.randint(k, (n,), generator=generator)]
+    x += centers[torch.randint(k, (n,), generator=generator)]
     return x, x[torch.randperm(n, generator=generator)[:k]].clone()
 
 
 def workloads() -> list[Workload]:
-    """Calls worth timing."""
-    found = []
+    """Calls that the benches time."""
+    result = []
     for n, d, k in ((200_000, 16, 64), (100_000, 64, 256), (50_000, 784, 100)):
         name = f"{n // 1000}k-{d}-{k}-fp32"
 
@@ -183,22 +185,34 @@ def workloads() -> list[Workload]:
             labels = torch.randint(k, (n,), generator=generator)
             return _blobs(seed, n, d, k)[0], labels, k
 
-        moved = 4 * (n * d + k * d)
-        found += [
+        moved_bytes = 4 * (n * d + k * d)
+        result += [
             Workload(
-                f"kmeans_assign/{name}", "kmeans_assign", assign, moved + 12 * n, 2 * n * k * d
+                f"kmeans_assign/{name}",
+                "kmeans_assign",
+                assign,
+                moved_bytes + 12 * n,
+                2 * n * k * d,
             ),
             Workload(
-                f"kmeans_update/{name}", "kmeans_update", update, moved + 4 * k * d + 8 * n, n * d
+                f"kmeans_update/{name}",
+                "kmeans_update",
+                update,
+                moved_bytes + 4 * k * d + 8 * n,
+                n * d,
             ),
             Workload(
-                f"kmeans_step/{name}", "kmeans_step", assign, moved + 8 * n, 2 * n * k * d + n * d
+                f"kmeans_step/{name}",
+                "kmeans_step",
+                assign,
+                moved_bytes + 8 * n,
+                2 * n * k * d + n * d,
             ),
         ]
-    return found
+    return result
 
 
-# ---- what the contract asks of this family -------------------------------------------------------
+# ---- the values of this family that the contract tests read --------------------------------------
 
 ASSIGN, UPDATE, STEP = ("kmeans_assign",), ("kmeans_update",), ("kmeans_step",)
 NEAREST, SUMMED = ASSIGN + STEP, UPDATE + STEP
@@ -227,7 +241,7 @@ SELECTIONS = {
 
 
 def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
-    """Normal rows; centroids of their own, or labels by chance."""
+    """Normal rows, and normal centroids or random labels."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=g, dtype=torch.float64)
     if op in NEAREST:
@@ -241,13 +255,13 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
     """Rows around k centroids; each row's label is the centroid it was drawn around."""
     g = torch.Generator().manual_seed(seed)
     centroids = torch.randn(k, d, generator=g, dtype=torch.float64)
-    near = torch.randint(k, (n,), generator=g)
-    x = centroids[near] + 0.6 * torch.randn(n, d, generator=g, dtype=torch.float64) + offset
+    labels = torch.randint(k, (n,), generator=g)
+    x = centroids[labels] + 0.6 * torch.randn(n, d, generator=g, dtype=torch.float64) + offset
     if op in ASSIGN:
         return Sample(op, "large", (x, centroids + offset, None, None, True))
     if op in STEP:
         return Sample(op, "large", (x, centroids + offset, None, None, None))
-    return Sample(op, "large", (x, near, k, None, None))
+    return Sample(op, "large", (x, labels, k, None, None))
 
 
 def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
@@ -257,7 +271,7 @@ def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     return [torch.int64, torch.float64 if dtype == torch.float64 else torch.float32]
 
 
-# ---- calls that must be refused ------------------------------------------------------------------
+# ---- calls that must raise -----------------------------------------------------------------------
 
 _PLAIN: dict[str, Callable[[], Any]] = {
     "x": lambda: torch.zeros(5, 3),
@@ -273,7 +287,7 @@ _PLAIN: dict[str, Callable[[], Any]] = {
 
 
 _FLOATS = "dtype float16, bfloat16, float32 or float64"
-_ROWS: list[Row] = [
+_ROWS: list[BadRow] = [
     ("x int64", ALL, TypeError, f"x: expected {_FLOATS}, got int64",
         {"x": zeros(5, 3, dtype=torch.int64)}),
     ("x complex", ALL, TypeError, f"x: expected {_FLOATS}, got complex64",
@@ -336,7 +350,7 @@ _ROWS: list[Row] = [
         {"mask": zeros(dtype=torch.bool)}),
     ("precision", NEAREST, ValueError,
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
-        given(precision="fast")),
+        constants(precision="fast")),
     ("labels int32", UPDATE, TypeError, "labels: expected dtype int64, got int32",
         {"labels": zeros(5, dtype=torch.int32)}),
     ("labels float", UPDATE, TypeError, "labels: expected dtype int64, got float32",
@@ -352,8 +366,8 @@ _ROWS: list[Row] = [
     ("weight of another N", SUMMED, ValueError,
         "weight: expected shape [..., 5] to match x [5, 3], got [5, 1]",
         {"weight": zeros(5, 1)}),
-    ("k 0", UPDATE, ValueError, "k: expected an int >= 1, got 0", given(k=0)),
-    ("k -1", UPDATE, ValueError, "k: expected an int >= 1, got -1", given(k=-1)),
+    ("k 0", UPDATE, ValueError, "k: expected an int >= 1, got 0", constants(k=0)),
+    ("k -1", UPDATE, ValueError, "k: expected an int >= 1, got -1", constants(k=-1)),
     ("leading dims of labels", UPDATE, ValueError,
         "labels: expected leading dims that broadcast to match x [2, 5, 3], got [7, 5]",
         {"x": zeros(2, 5, 3), "labels": zeros(7, 5, dtype=torch.int64)}),
@@ -364,42 +378,42 @@ _ROWS: list[Row] = [
         "shift: expected leading dims that broadcast to match x [2, 5, 3], got [7, 3]",
         {"x": zeros(2, 5, 3), "shift": zeros(7, 3)}),
 ]  # fmt: skip
-_VALUES: list[Row] = [
+_VALUES: list[BadRow] = [
     ("mask all True", NEAREST, ValueError,
-        "mask: expected a centroid that is not masked, got all True",
+        "mask: expected an active centroid in every problem, got all True",
         {"mask": lambda: torch.ones(4, dtype=torch.bool)}),
     ("mask all True in one problem", NEAREST, ValueError,
-        "mask: expected a centroid that is not masked, got all True",
+        "mask: expected an active centroid in every problem, got all True",
         {"mask": lambda: torch.tensor([[False] * 4, [True] * 4])}),
 ]  # fmt: skip
-_TYPES: list[Row] = [
-    ("x list", ALL, TypeError, "x: expected a Tensor, got list", given(x=[[0.0]])),
+_TYPES: list[BadRow] = [
+    ("x list", ALL, TypeError, "x: expected a Tensor, got list", constants(x=[[0.0]])),
     ("x array", ALL, TypeError, "x: expected a Tensor, got ndarray",
         {"x": lambda: torch.zeros(5, 3).numpy()}),
     ("shift number", ALL, TypeError, "shift: expected a Tensor or None, got float",
-        given(shift=0.5)),
+        constants(shift=0.5)),
     ("centroids int", NEAREST, TypeError, "centroids: expected a Tensor, got int",
-        given(centroids=3)),
+        constants(centroids=3)),
     ("mask list", NEAREST, TypeError, "mask: expected a Tensor or None, got list",
-        given(mask=[True])),
+        constants(mask=[True])),
     ("distances int", ASSIGN, TypeError, "distances: expected a bool, got int",
-        given(distances=1)),
+        constants(distances=1)),
     ("distances None", ASSIGN, TypeError, "distances: expected a bool, got NoneType",
-        given(distances=None)),
+        constants(distances=None)),
     ("precision int", NEAREST, TypeError, "precision: expected a str or None, got int",
-        given(precision=1)),
+        constants(precision=1)),
     ("labels None", UPDATE, TypeError, "labels: expected a Tensor, got NoneType",
-        given(labels=None)),
+        constants(labels=None)),
     ("weight list", SUMMED, TypeError, "weight: expected a Tensor or None, got list",
-        given(weight=[1.0])),
+        constants(weight=[1.0])),
     *(
         (f"k {value!r}", UPDATE, TypeError, f"k: expected an int >= 1, got {value!r}",
-            given(k=value))
+            constants(k=value))
         for value in (4.0, "4", True, None)
     ),
 ]  # fmt: skip
 
 
-def bad_calls() -> list[Bad]:
-    """What each op of this family refuses."""
-    return refusals(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})
+def bad_calls() -> list[BadCall]:
+    """Calls of the ops of this family that must raise."""
+    return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})

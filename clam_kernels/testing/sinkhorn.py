@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import DTYPES, Bad, Row, Sample, Workload, given, refusals, zeros
+from . import DTYPES, BadCall, BadRow, Sample, Workload, bad_calls_of, constants, zeros
+from ._draw import Draw
 
 B, N, K, D = 2, 7, 4, 3
 T = 3
@@ -22,9 +23,9 @@ SCORES_PASS, FEATURES_PASS = "sinkhorn_pass", "sinkhorn_features_pass"
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A call of an op; the features form takes z and prototypes for the logits. That of a pass has
-    no number of iterations, and starts at `init`.
+class SinkhornCase:
+    """A call of an op. A features op gets z and prototypes instead of the logits. A pass has no
+    n_iter, and `init` is its g.
     """
 
     name: str
@@ -38,7 +39,8 @@ class _Call:
     bias: bool = False
     scale: Tensor | None = None
 
-    def arguments(self, op: str, draw: _Draw) -> tuple[Any, ...]:
+    def arguments(self, op: str, draw: Draw) -> tuple[Any, ...]:
+        """The arguments for an op, in schema order."""
         rest = (self.log_row, self.log_col, self.init, self.first)
         *batch, n, k = self.logits.shape
         if op in (SCORES, SCORES_PASS):
@@ -57,105 +59,104 @@ class _Call:
         return (z, c, self.n_iter, bias, *rest, self.scale)
 
 
-class _Draw:
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def masses(self, *shape: int) -> Tensor:
-        """Logarithms of marginals."""
-        return self.normal(*shape).log_softmax(-1)
-
-
 def scale(value: Any) -> Tensor:
-    """What the scores of a problem, or of each of a batch, are multiplied by."""
+    """A `scale` of one problem, or of each problem of a batch."""
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _calls(draw: _Draw) -> list[_Call]:
+def _calls(draw: Draw) -> list[SinkhornCase]:
+    """Calls of the ops with iterations."""
+
     def x(*shape: int) -> Tensor:
         return 2 * draw.normal(*shape)
 
-    dead_row, dead_col = draw.masses(N), draw.masses(K)
-    dead_row[2], dead_col[1] = -math.inf, -math.inf
-    lost = x(N, K)
-    lost[0, 0] = torch.nan
-    a, b = draw.masses(N), draw.masses(K)
-    buried = x(N, K)
-    buried[2], buried[:, 1] = math.nan, math.inf
-    shut = x(N, K)
-    shut[0, 1] = shut[3, 2] = -math.inf
+    masked_row, masked_col = draw.log_masses(N), draw.log_masses(K)
+    masked_row[2], masked_col[1] = -math.inf, -math.inf
+    not_finite = x(N, K)
+    not_finite[0, 0] = torch.nan
+    a, b = draw.log_masses(N), draw.log_masses(K)
+    masked = x(N, K)
+    masked[2], masked[:, 1] = math.nan, math.inf
+    forbidden = x(N, K)
+    forbidden[0, 1] = forbidden[3, 2] = -math.inf
     return [
-        _Call("plain", x(N, K)),
-        _Call("no-iterations", x(N, K), 0),
-        _Call("no-iterations-init", x(N, K), 0, init=draw.normal(K)),
-        _Call("one-iteration", x(N, K), 1),
-        _Call("ten-iterations", x(N, K), 10),
-        _Call("rows-first", x(N, K), first=False),
-        _Call("one-column", x(N, 1)),
-        _Call("one-row", x(1, K)),
-        _Call("no-rows", x(0, K)),
-        _Call("wide", x(67, 33)),
-        _Call("row-masses", x(N, K), log_row=a),
-        _Call("column-masses", x(N, K), log_col=b),
-        _Call("masses-rows-first", x(N, K), log_row=a.clone(), log_col=b.clone(), first=False),
-        _Call("masses-batch", x(N, K), log_row=draw.masses(B, N), log_col=draw.masses(K)),
-        _Call("init", x(N, K), init=draw.normal(K)),
-        _Call("init-batch", x(N, K), init=draw.normal(B, K)),
-        _Call("init-rows-first", x(N, K), init=draw.normal(K), first=False),
-        _Call(
-            "zero-masses", buried, log_row=dead_row, log_col=dead_col, dtypes=WIDE, scale=scale(0.8)
+        SinkhornCase("plain", x(N, K)),
+        SinkhornCase("no-iterations", x(N, K), 0),
+        SinkhornCase("no-iterations-init", x(N, K), 0, init=draw.normal(K)),
+        SinkhornCase("one-iteration", x(N, K), 1),
+        SinkhornCase("ten-iterations", x(N, K), 10),
+        SinkhornCase("rows-first", x(N, K), first=False),
+        SinkhornCase("one-column", x(N, 1)),
+        SinkhornCase("one-row", x(1, K)),
+        SinkhornCase("no-rows", x(0, K)),
+        SinkhornCase("wide", x(67, 33)),
+        SinkhornCase("row-masses", x(N, K), log_row=a),
+        SinkhornCase("column-masses", x(N, K), log_col=b),
+        SinkhornCase(
+            "masses-rows-first", x(N, K), log_row=a.clone(), log_col=b.clone(), first=False
         ),
-        _Call("sharp", 8 * x(N, K), dtypes=WIDE),
-        _Call("batch", x(B, N, K)),
-        _Call("batch-crossed", x(B, 1, N, K), log_col=draw.masses(3, K)),
-        _Call("no-batch", x(0, N, K)),
-        _Call("bias", x(N, K), bias=True),
-        _Call("lost", lost, dtypes=WIDE, scale=scale(0.5)),
-        _Call("scale", x(N, K), scale=scale(0.4)),
-        _Call("scale-rows-first", x(N, K), first=False, scale=scale(2.5)),
-        _Call("scale-batch", x(N, K), scale=scale([0.5, 2.0]), init=draw.normal(K)),
-        _Call("scale-forbidden", shut, scale=scale(1.5), dtypes=WIDE),
-        _Call(
-            "everything", x(B, 1, N, K), 2, draw.masses(N), draw.masses(3, K), draw.normal(K),
-            bias=True, scale=scale([[0.7], [1.3]]),
+        SinkhornCase(
+            "masses-batch", x(N, K), log_row=draw.log_masses(B, N), log_col=draw.log_masses(K)
+        ),
+        SinkhornCase("init", x(N, K), init=draw.normal(K)),
+        SinkhornCase("init-batch", x(N, K), init=draw.normal(B, K)),
+        SinkhornCase("init-rows-first", x(N, K), init=draw.normal(K), first=False),
+        SinkhornCase(
+            "zero-masses", masked, log_row=masked_row, log_col=masked_col, dtypes=WIDE,
+            scale=scale(0.8),
+        ),
+        SinkhornCase("sharp", 8 * x(N, K), dtypes=WIDE),
+        SinkhornCase("batch", x(B, N, K)),
+        SinkhornCase("batch-crossed", x(B, 1, N, K), log_col=draw.log_masses(3, K)),
+        SinkhornCase("no-batch", x(0, N, K)),
+        SinkhornCase("bias", x(N, K), bias=True),
+        SinkhornCase("lost", not_finite, dtypes=WIDE, scale=scale(0.5)),
+        SinkhornCase("scale", x(N, K), scale=scale(0.4)),
+        SinkhornCase("scale-rows-first", x(N, K), first=False, scale=scale(2.5)),
+        SinkhornCase("scale-batch", x(N, K), scale=scale([0.5, 2.0]), init=draw.normal(K)),
+        SinkhornCase("scale-forbidden", forbidden, scale=scale(1.5), dtypes=WIDE),
+        SinkhornCase(
+            "everything", x(B, 1, N, K), 2, draw.log_masses(N), draw.log_masses(3, K),
+            draw.normal(K), bias=True, scale=scale([[0.7], [1.3]]),
         ),
     ]  # fmt: skip
 
 
-def _passes(draw: _Draw) -> list[_Call]:
-    def call(name: str, *shape: int, g: Tensor | None = None, **rest: Any) -> _Call:
-        start = draw.normal(shape[-1]) if g is None else g
-        return _Call(name, 2 * draw.normal(*shape), init=start, **rest)
+def _passes(draw: Draw) -> list[SinkhornCase]:
+    """Calls of the passes."""
 
-    lost = call("lost", N, K, dtypes=WIDE)
-    lost.logits[0, 0] = torch.nan
-    dead_row, dead_g = draw.masses(N), draw.normal(K)
-    dead_row[2], dead_g[1] = -math.inf, -math.inf
-    buried = call("zero-masses", N, K, g=dead_g, log_row=dead_row, dtypes=WIDE, scale=scale(0.8))
-    buried.logits[2], buried.logits[:, 1] = math.nan, math.inf
-    shut = call("scale-forbidden", N, K, scale=scale(1.5), dtypes=WIDE)
-    shut.logits[0, 1] = shut.logits[3, 2] = -math.inf
+    def call(name: str, *shape: int, g: Tensor | None = None, **rest: Any) -> SinkhornCase:
+        start = draw.normal(shape[-1]) if g is None else g
+        return SinkhornCase(name, 2 * draw.normal(*shape), init=start, **rest)
+
+    not_finite = call("lost", N, K, dtypes=WIDE)
+    not_finite.logits[0, 0] = torch.nan
+    masked_row, masked_g = draw.log_masses(N), draw.normal(K)
+    masked_row[2], masked_g[1] = -math.inf, -math.inf
+    masked = call(
+        "zero-masses", N, K, g=masked_g, log_row=masked_row, dtypes=WIDE, scale=scale(0.8)
+    )
+    masked.logits[2], masked.logits[:, 1] = math.nan, math.inf
+    forbidden = call("scale-forbidden", N, K, scale=scale(1.5), dtypes=WIDE)
+    forbidden.logits[0, 1] = forbidden.logits[3, 2] = -math.inf
     return [
-        buried,
+        masked,
         call("plain", N, K),
         call("one-column", N, 1),
         call("one-row", 1, K),
         call("no-rows", 0, K),
         call("no-batch", 0, N, K),
-        lost,
+        not_finite,
         call("sharp-start", N, K, g=30 * draw.normal(K), dtypes=WIDE),
         call("wide", 67, 33),
-        call("row-masses", N, K, log_row=draw.masses(N)),
+        call("row-masses", N, K, log_row=draw.log_masses(N)),
         call("heavy-rows", N, K, log_row=20 * draw.normal(N), dtypes=WIDE),
         call("batch", B, N, K),
         call("batch-crossed", B, 1, N, K, g=draw.normal(3, K)),
         call("bias", N, K, bias=True),
         call("scale", N, K, scale=scale(0.4)),
         call("scale-batch", N, K, scale=scale([0.5, 2.0])),
-        shut,
+        forbidden,
         call(
             "everything",
             B,
@@ -163,7 +164,7 @@ def _passes(draw: _Draw) -> list[_Call]:
             N,
             K,
             g=draw.normal(3, K),
-            log_row=draw.masses(N),
+            log_row=draw.log_masses(N),
             bias=True,
             scale=scale([[0.7], [1.3]]),
         ),
@@ -181,27 +182,27 @@ NAMES = {
         "scale",
     ),
 }  # fmt: skip
-# Potentials or masses of these are not finite: no finite difference is.
+# Potentials or masses of these samples are not finite, so finite differences do not exist.
 BORDERS = ("zero-masses", "lost", "scale-forbidden")
 BORDERS_OF_PASSES = (*BORDERS, "no-rows")
 
 
 def samples(op: str, seed: int) -> list[Sample]:
-    """Calls of an op of this family."""
-    draw = _Draw(seed)
-    found = []
+    """The samples of an op of this family."""
+    draw = Draw(seed)
+    result = []
     borders = BORDERS_OF_PASSES if op in PASSES else BORDERS
     for call in _passes(draw) if op in PASSES else _calls(draw):
         args = call.arguments(op, draw)
         tensors = tuple(n for n, a in zip(NAMES[op], args, strict=True) if isinstance(a, Tensor))
         smooth, kinks = ((), tensors) if call.name in borders else (tensors, ())
-        found.append(Sample(op, call.name, args, smooth, kinks, call.dtypes))
-    return found
+        result.append(Sample(op, call.name, args, smooth, kinks, call.dtypes))
+    return result
 
 
 def workloads() -> list[Workload]:
-    """Calls worth timing."""
-    found = []
+    """Calls that the benches time."""
+    result = []
     for n, k, d in ((20_000, 300, 128), (4_000, 3000, 128)):
 
         def scores(seed: int, n: int = n, k: int = k, d: int = d) -> tuple[Any, ...]:
@@ -219,7 +220,7 @@ def workloads() -> list[Workload]:
             return (*_unit_rows(seed, n, k, d), torch.zeros(k))
 
         size = f"{n // 1000}k"
-        found += [
+        result += [
             Workload(f"{SCORES}/{size}-{k}-{k}-T10-fp32", SCORES, scores, 44 * n * k, 40 * n * k),
             Workload(
                 f"{FEATURES}/{size}-{d}-{k}-T10-fp32", FEATURES, features,
@@ -232,23 +233,23 @@ def workloads() -> list[Workload]:
                 4 * ((n + k) * d + n), n * k * (2 * d + 4),
             ),
         ]  # fmt: skip
-    return found
+    return result
 
 
 def _unit_rows(seed: int, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Unit features, and unit prototypes over epsilon .05."""
+    """Features of norm 1, and prototypes of norm 1 / 0.05, for epsilon = 0.05."""
     generator = torch.Generator().manual_seed(seed)
     z, c = (torch.randn(size, d, generator=generator, dtype=torch.float32) for size in (n, k))
     normal = torch.nn.functional.normalize
     return normal(z, dim=1), normal(c, dim=1) / 0.05
 
 
-# ---- what the contract asks of this family -------------------------------------------------------
+# ---- the values of this family that the contract tests read --------------------------------------
 
 BOTH, PASSES = (SCORES, FEATURES), (SCORES_PASS, FEATURES_PASS)
 COUPLED = (*BOTH, *PASSES)
 ROW_ARGUMENTS = ("logits", "z", "log_row")
-# potentials are sums of logarithms, the error a difference of masses of total 1
+# potentials are sums of logarithms; the error is a difference of masses of total 1
 SCALES = (1.0, 1.0, 1.0, 0.0)
 SELECTIONS = {
     "traced": ("plain", "batch-crossed", "rows-first", "init", "everything"),
@@ -268,17 +269,17 @@ SELECTIONS = {
 
 
 def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
-    """Normal logits, or features and prototypes whose products are such."""
-    draw = _Draw(seed)
-    more = draw.normal(k) if op in PASSES else 3
+    """Normal logits, or features and prototypes whose products have the same variance."""
+    draw = Draw(seed)
+    last = draw.normal(k) if op in PASSES else 3
     if op in (SCORES, SCORES_PASS):
-        return Sample(op, "problem", (draw.normal(n, k), more))
-    return Sample(op, "problem", (draw.normal(n, d), draw.normal(k, d) / math.sqrt(d), more))
+        return Sample(op, "problem", (draw.normal(n, k), last))
+    return Sample(op, "problem", (draw.normal(n, d), draw.normal(k, d) / math.sqrt(d), last))
 
 
 def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
-    """Rows around k prototypes; the offset is one of all logits, or of a feature."""
-    draw = _Draw(seed)
+    """Normal features and prototypes, or their products; `offset` is added to all logits."""
+    draw = Draw(seed)
     z, c = draw.normal(n, d), draw.normal(k, d) / math.sqrt(d)
     names = NAMES[op]
     shift = torch.full((k,), offset, dtype=torch.float64)
@@ -293,12 +294,12 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
 
 
 def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
-    """Potentials and error in float32 unless the rows are float64."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return [wide, wide, *(() if op in PASSES else (wide,)), torch.int64]
+    """Potentials and error are float32, or float64 for float64 rows."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return [dtype, dtype, *(() if op in PASSES else (dtype,)), torch.int64]
 
 
-# ---- calls that must be refused ------------------------------------------------------------------
+# ---- calls that must raise -----------------------------------------------------------------------
 
 _PLAIN: dict[str, Callable[[], Any]] = {
     "logits": lambda: torch.zeros(5, 4),
@@ -317,7 +318,7 @@ _PLAIN: dict[str, Callable[[], Any]] = {
 _FLOATS = "dtype float16, bfloat16, float32 or float64"
 _S, _F = (SCORES, SCORES_PASS), (FEATURES, FEATURES_PASS)
 _STARTED, _WITH_START = (SCORES,), (FEATURES,)
-_ROWS: list[Row] = [
+_ROWS: list[BadRow] = [
     ("logits int", _S, TypeError, f"logits: expected {_FLOATS}, got int64",
         {"logits": zeros(5, 4, dtype=torch.int64)}),
     ("logits complex", _S, TypeError, f"logits: expected {_FLOATS}, got complex64",
@@ -383,7 +384,7 @@ _ROWS: list[Row] = [
         {"log_col": zeros(4, dtype=torch.int64)}),
     ("start bool", BOTH, TypeError, f"init: expected {_FLOATS}, got bool",
         {"init": zeros(4, dtype=torch.bool)}),
-    ("iterations", BOTH, ValueError, "n_iter: expected an int >= 0, got -1", given(n_iter=-1)),
+    ("iterations", BOTH, ValueError, "n_iter: expected an int >= 0, got -1", constants(n_iter=-1)),
     ("g of another K", (SCORES_PASS,), ValueError,
         "g: expected shape [..., 4] to match logits [5, 4], got [5]", {"g": zeros(5)}),
     ("g of features of another K", (FEATURES_PASS,), ValueError,
@@ -403,31 +404,33 @@ _ROWS: list[Row] = [
         {"logits": zeros(2, 5, 4), "g": zeros(3, 4)}),
     ("precision", COUPLED, ValueError,
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
-        given(precision="fast")),
+        constants(precision="fast")),
 ]  # fmt: skip
-_VALUES: list[Row] = [
+_VALUES: list[BadRow] = [
     (f"scale {value}", COUPLED, ValueError, f"scale: expected finite values > 0, got {value}",
         {"scale": partial(torch.tensor, value)})
     for value in (0.0, -1.0, math.nan, math.inf)
 ]  # fmt: skip
-_TYPES: list[Row] = [
-    ("logits list", _S, TypeError, "logits: expected a Tensor, got list", given(logits=[[1.0]])),
-    ("z list", _F, TypeError, "z: expected a Tensor, got list", given(z=[[1.0]])),
-    ("n_iter float", BOTH, TypeError, "n_iter: expected an int >= 0, got 2.5", given(n_iter=2.5)),
+_TYPES: list[BadRow] = [
+    ("logits list", _S, TypeError, "logits: expected a Tensor, got list",
+        constants(logits=[[1.0]])),
+    ("z list", _F, TypeError, "z: expected a Tensor, got list", constants(z=[[1.0]])),
+    ("n_iter float", BOTH, TypeError, "n_iter: expected an int >= 0, got 2.5",
+        constants(n_iter=2.5)),
     ("n_iter bool", BOTH, TypeError, "n_iter: expected an int >= 0, got True",
-        given(n_iter=True)),
-    ("g number", PASSES, TypeError, "g: expected a Tensor, got float", given(g=0.0)),
+        constants(n_iter=True)),
+    ("g number", PASSES, TypeError, "g: expected a Tensor, got float", constants(g=0.0)),
     ("init number", BOTH, TypeError, "init: expected a Tensor or None, got float",
-        given(init=0.0)),
+        constants(init=0.0)),
     ("scale number", COUPLED, TypeError, "scale: expected a Tensor or None, got float",
-        given(scale=20.0)),
+        constants(scale=20.0)),
     ("order", BOTH, TypeError, "prototype_first: expected a bool, got str",
-        given(prototype_first="yes")),
+        constants(prototype_first="yes")),
     ("precision number", COUPLED, TypeError, "precision: expected a str or None, got int",
-        given(precision=3)),
+        constants(precision=3)),
 ]  # fmt: skip
 
 
-def bad_calls() -> list[Bad]:
-    """Calls that must be refused."""
-    return refusals(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})
+def bad_calls() -> list[BadCall]:
+    """Calls of the ops of this family that must raise."""
+    return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})

@@ -4,8 +4,8 @@
 Equations: docs/ops/sinkhorn.md.
 """
 
-from ._passes import FINE as FINE
-from ._passes import NOT_CONVERGED as NOT_CONVERGED
+from ..ops._facts import FINE as FINE
+from ..ops._facts import NOT_CONVERGED as NOT_CONVERGED
 from ._problem import Scores as Scores
 from ._result import Sinkhorn as Sinkhorn
 from ._sinkhorn import sela_labels as sela_labels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of `sinkhorn`: checks, marginals as logarithms, what autocast makes of them."""
+"""The arguments of `sinkhorn`: checks, logarithms of the marginals, casts of autocast."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor
 
 from .. import distributed
 from .._core import checks, transforms
-from ._problem import Problem, Scores, potentials_dtype
+from ._problem import Scores, TransportProblem, potentials_dtype
 
-# How far the total of a marginal may be from 1.
-TOTAL = 1e-3
+# The total of a marginal may differ from 1 by this much.
+TOTAL_ERROR = 1e-3
 GRADIENTS = ("stop", "unrolled", "implicit", "envelope")
 
 
-def operands(scores: Any) -> tuple[Tensor, int]:
-    """(what has the rows, number of prototypes)."""
+def check_scores(scores: Any) -> tuple[Tensor, int]:
+    """(the scores or the features z, the number of prototypes); raises if they do not fit."""
+    check_type(scores)
     if not isinstance(scores, Tensor):
-        z, prototypes = _pair(scores)
+        z, prototypes = scores
         checks.shape("z", z, "[..., N, D]", z.ndim >= 2)
         checks.shape("prototypes", prototypes, "[..., K, D]", prototypes.ndim >= 2)
         return z, prototypes.shape[-2]
@@ -32,7 +33,7 @@ def operands(scores: Any) -> tuple[Tensor, int]:
 
 
 def check_log_probabilities(x: Any) -> None:
-    """Those of one head, in words of their own."""
+    """The checks of `sinkhorn` for scores, under the name `log_probabilities`."""
     checks.tensor("log_probabilities", x)
     checks.floating("log_probabilities", x)
     checks.shape("log_probabilities", x, "[N, K]", x.ndim == 2)
@@ -40,35 +41,67 @@ def check_log_probabilities(x: Any) -> None:
 
 
 def check_batch(scores: Scores, **vectors: Tensor | None) -> None:
-    """Leading dims that broadcast, before the op would call the scores logits."""
-    given = [(name, x, 1) for name, x in vectors.items()]
+    """The leading dims broadcast. The op checks that too, but its errors say `logits`."""
+    operands = [(name, x, 1) for name, x in vectors.items()]
     if isinstance(scores, Tensor):
-        checks.broadcast([("scores", scores, 2), *given])
+        checks.broadcast([("scores", scores, 2), *operands])
 
 
-def check_vector(name: str, x: Any, size: int, like: Tensor) -> None:
+def check_vector(name: str, x: Any, size: int, like: Tensor, other: str = "scores") -> None:
+    """A float vector [..., size] on the device of `like`, the argument named `other`."""
     checks.tensor(name, x)
     checks.floating(name, x)
     checks.shape(name, x, ["...", size], x.ndim >= 1 and x.shape[-1] == size)
-    checks.same_device(name, x, "scores", like)
+    checks.same_device(name, x, other, like)
 
 
-def _pair(scores: Any) -> tuple[Tensor, Tensor]:
-    two = isinstance(scores, tuple) and len(scores) == 2
-    ok = two and all(isinstance(t, Tensor) for t in scores)
+def check_values(name: str, x: Tensor) -> None:
+    """The argument has values to read; a tensor on meta has none."""
+    checks.value_error(not x.is_meta, lambda: checks.wording(name, "values", "device meta"))
+
+
+def refuse_not_finite(name: str, x: Tensor, factor: float) -> None:
+    """Raise a ValueError for the first NaN or +inf of x [..., K], or of factor * x."""
+    for values, what in (
+        (x, "finite values or -inf"),
+        (factor * x.to(potentials_dtype(x)), f"values finite times {factor:g}"),
+    ):
+        bad = (values.isnan() | (values == torch.inf)).reshape(-1, x.shape[-1]).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            place = f"row {row}, column {column}" if x.ndim > 1 else f"index {column}"
+            got = f"{float(x.reshape(-1, x.shape[-1])[row, column]):g}"
+            got = {"nan": "NaN", "inf": "+inf"}.get(got, got)
+            raise ValueError(checks.wording(name, what, f"{got} at {place}"))
+
+
+def refuse_infeasible(name: str, x: Tensor) -> None:
+    """Raise a ValueError for the first row or column of x [N, K] without a value above -inf."""
+    for kind, dim in (("row", 1), ("column", 0)):
+        closed = (x == -torch.inf).all(dim).nonzero()[:1, 0].tolist()
+        if closed:
+            text = f"a value above -inf in every {kind}"
+            raise ValueError(checks.wording(name, text, f"none in {kind} {closed[0]}"))
+    raise ValueError(checks.wording(name, "equal column shares", "a column without mass"))
+
+
+def check_type(scores: Any) -> None:
+    """Scores are a Tensor, or a tuple (z, prototypes) of Tensors."""
+    is_pair = isinstance(scores, tuple) and len(scores) == 2
+    ok = isinstance(scores, Tensor) or (is_pair and all(isinstance(t, Tensor) for t in scores))
     text = "a Tensor or a tuple of two (z, prototypes)"
     checks.type_error(ok, lambda: checks.wording("scores", text, type(scores).__name__))
-    return scores[0], scores[1]
 
 
 def _expect(ok: bool, name: str, expected: str, got: object) -> None:
+    """ValueError unless ok."""
     checks.value_error(ok, lambda: checks.wording(name, expected, repr(got)))
 
 
 def checked_rule(
     n_iter: Any, tol: Any, max_iter: Any, accelerate: Any, prototype_first: Any
 ) -> tuple[int, float | None, int]:
-    """(n_iter, tol, max_iter) as Python's numbers."""
+    """(n_iter, tol, max_iter) as Python numbers."""
     n_iter = checks.whole("n_iter", n_iter, 0)
     if tol is not None:
         tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
@@ -79,37 +112,47 @@ def checked_rule(
     _expect(accelerate in (None, "anderson"), "accelerate", "None or 'anderson'", accelerate)
     if accelerate is not None:
         _expect(tol is not None, "accelerate", "None without tol", accelerate)
-        text = "None where the rows come first"
+        text = "None with prototype_first=False"
         _expect(bool(prototype_first), "accelerate", text, accelerate)
     return n_iter, tol, max_iter
 
 
 def checked_epsilon(epsilon: Any, like: Tensor) -> float | Tensor:
-    """A number > 0 that has an inverse in the dtype of the potentials, as Python's, or a Tensor."""
+    """A Python number > 0 whose inverse is finite in the dtype of the potentials, or a Tensor."""
     if isinstance(epsilon, Tensor):
+        dtype = str(epsilon.dtype).removeprefix("torch.")
+        text = "a real dtype"
+        checks.type_error(not epsilon.is_complex(), lambda: checks.wording("epsilon", text, dtype))
         checks.shape("epsilon", epsilon, "[]", epsilon.ndim == 0)
+        if not like.is_meta:
+            check_values("epsilon", epsilon)
         checks.values("epsilon", epsilon, 0.0, finite=True, strict=True)
         return epsilon
     epsilon = checks.real("epsilon", epsilon, "a number or a Tensor")
-    kind = torch.finfo(potentials_dtype(like))
-    return _between("epsilon", epsilon, 1 / kind.max, 1 / kind.tiny, like)
+    limits = torch.finfo(potentials_dtype(like))
+    return _in_range("epsilon", epsilon, 1 / limits.max, 1 / limits.tiny, f"{like.dtype} scores")
 
 
 def checked_lam(lam: Any, like: Tensor) -> float:
-    """A number > 0 that is a scale in the dtype of the potentials, as Python's."""
-    kind = torch.finfo(potentials_dtype(like))
-    return _between("lam", lam, kind.tiny, kind.max, like)
+    """A Python number > 0 in the range of the dtype of the potentials."""
+    limits = torch.finfo(potentials_dtype(like))
+    text = f"{like.dtype} log_probabilities"
+    number: float = _in_range("lam", lam, limits.tiny, limits.max, text)
+    return number
 
 
-def _between(name: str, value: Any, least: float, most: float, like: Tensor) -> Any:
+def _in_range(name: str, value: Any, least: float, most: float, values: str) -> Any:
+    """A number from least to most, the limits for `values` of a dtype."""
     value = checks.number(name, value, 0.0, finite=True, strict=True)
-    text = f"a number from {least:.2g} to {most:.2g} for {like.dtype} scores"
+    text = f"a number from {least:.2g} to {most:.2g} for {values.removeprefix('torch.')}"
     checks.value_error(least <= value <= most, lambda: checks.wording(name, text, value))
     return value
 
 
-def check_transforms(problem: Problem, start: Tensor | None, gradient: str) -> None:
-    """A tolerance is read on the way, and its gradient is a function of torch.autograd's alone."""
+def check_transforms(problem: TransportProblem, start: Tensor | None, gradient: str) -> None:
+    """No vmap with `tol`, which reads values; no torch.func and no forward mode with the implicit
+    gradient, which is a torch.autograd.Function.
+    """
     if torch.compiler.is_dynamo_compiling():
         return
     scores = problem.scores if isinstance(problem.scores, tuple) else (problem.scores,)
@@ -118,7 +161,7 @@ def check_transforms(problem: Problem, start: Tensor | None, gradient: str) -> N
     if any(transforms.maps(x) for x in tensors):
         raise NotImplementedError(
             "tol: expected None under torch.func.vmap, which has no values to compare with it; pass"
-            " the problems as leading dims [..., N, K], of which each ends by itself, or n_iter"
+            " n_iter, or pass the problems as leading dims [..., N, K]: each stops at tol by itself"
         )
     forward = any(transforms.has_tangent(x) for x in tensors)
     if gradient == "implicit" and (forward or transforms.active()):
@@ -130,10 +173,11 @@ def check_transforms(problem: Problem, start: Tensor | None, gradient: str) -> N
 
 
 def check_gradient(gradient: Any, tol: Any, group: Any) -> None:
+    """The gradient fits `tol` and `process_group`."""
     words = ", ".join(repr(word) for word in GRADIENTS[:-1])
     _expect(gradient in GRADIENTS, "gradient", f"{words} or {GRADIENTS[-1]!r}", gradient)
     if tol is None:
-        text = "'stop' or 'unrolled' without tol (the others need it)"
+        text = "'stop' or 'unrolled' without tol (the other words need tol)"
         _expect(gradient in GRADIENTS[:2], "gradient", text, gradient)
     else:
         text = "'stop', 'implicit' or 'envelope' with tol"
@@ -142,43 +186,53 @@ def check_gradient(gradient: Any, tol: Any, group: Any) -> None:
         _expect(gradient == "stop", "gradient", "'stop' with process_group", gradient)
 
 
-def log_mass(
+def log_marginal(
     name: str, mass: Tensor | None, size: int, like: Tensor, group: Any = None
 ) -> Tensor | None:
-    """Logarithms; -inf, without a gradient, of 0. Masses in half precision, each of which is
-    rounded, are scaled to a total of 1.
+    """Logarithms of masses; -inf, without a gradient, for a mass of 0. Masses in half precision
+    have rounding errors, and are scaled to a total of 1.
     """
     if mass is None:
         return None
     check_vector(name, mass, size, like)
     checks.values(name, mass, 0.0, finite=True)
-    kind, half = torch.finfo(mass.dtype), mass.dtype in (torch.float16, torch.bfloat16)
+    info, half = torch.finfo(mass.dtype), mass.dtype in (torch.float16, torch.bfloat16)
     wide = mass.to(potentials_dtype(like)) if half else mass
     total = wide.double().sum(-1, keepdim=True)
     if group is not None:
-        total = distributed.gathered(total.detach(), group).sum(0)
+        total = distributed.gather(total.detach(), group).sum(0)
     if checks.readable(mass) and total.numel() and size and group is None:
-        slack = TOTAL + (kind.eps / 2 + size * kind.tiny * kind.eps / 2 if half else 0.0)
-        read = total.detach().flatten()
-        worst = float(read[(read - 1).abs().argmax()])
+        slack = TOTAL_ERROR + (info.eps / 2 + size * info.tiny * info.eps / 2 if half else 0.0)
+        totals = total.detach().flatten()
+        worst = float(totals[(totals - 1).abs().argmax()])
         _expect(abs(worst - 1) <= slack, name, "masses of total 1", worst)
     if half:
         wide = wide / total.to(wide.dtype)
-    some = wide > 0
-    return torch.where(some, torch.where(some, wide, 1.0).log(), -torch.inf)
+    positive = wide > 0
+    return torch.where(positive, torch.where(positive, wide, 1.0).log(), -torch.inf)
 
 
-def even(like: Tensor, group: Any) -> Tensor:
-    """Logarithms of equal masses for the rows of all processes."""
+def row_logarithms(
+    row_marginal: Tensor | None, row_mask: Tensor | None, like: Tensor, group: Any
+) -> Tensor | None:
+    """Logarithms of the row masses of a marginal and a mask; None if all rows have the same."""
+    log_row = log_marginal("row_marginal", row_marginal, like.shape[-2], like, group)
+    if row_mask is not None:
+        return mask_rows(log_row, row_mask, like, group)
+    return uniform_rows(like, group) if row_marginal is None and group is not None else log_row
+
+
+def uniform_rows(like: Tensor, group: Any) -> Tensor:
+    """Logarithms of equal masses: one over the number of rows of all processes."""
     n = like.shape[-2]
     count = torch.tensor([n], dtype=torch.int64, device=like.device)
-    total = max(1, int(distributed.gathered(count, group).sum()))
+    total = max(1, int(distributed.gather(count, group).sum()))
     return torch.full((n,), -math.log(total), dtype=torch.float64, device=like.device)
 
 
-def as_autocast(scores: Scores, precision: str | None) -> tuple[Scores, str | None]:
-    """Scores and precision as autocast has them where `sinkhorn` is called: features of one dtype,
-    and lower products unless a precision is asked for. What is read later is computed alike.
+def apply_autocast(scores: Scores, precision: str | None) -> tuple[Scores, str | None]:
+    """Scores and precision under the autocast of the caller: features of one dtype, and products of
+    precision "medium" unless a precision is given. Results read later use the same.
     """
     first = scores if isinstance(scores, Tensor) else scores[0]
     kind = first.device.type
@@ -192,12 +246,13 @@ def as_autocast(scores: Scores, precision: str | None) -> tuple[Scores, str | No
     return (scores[0].to(widest), scores[1].to(widest)), precision
 
 
-def masked(log_row: Tensor | None, mask: Tensor, like: Tensor, group: Any) -> Tensor:
-    """Logarithms of the rows' masses with -inf outside the mask."""
+def mask_rows(log_row: Tensor | None, mask: Tensor, like: Tensor, group: Any) -> Tensor:
+    """Logarithms of the row masses, -inf outside the mask, scaled to a total of 1."""
     checks.tensor("row_mask", mask)
     got = str(mask.dtype).removeprefix("torch.")
-    ok = mask.dtype == torch.bool
-    checks.type_error(ok, lambda: checks.wording("row_mask", "dtype bool", got))
+    is_bool = mask.dtype == torch.bool
+    checks.type_error(is_bool, lambda: checks.wording("row_mask", "dtype bool", got))
+    checks.same_device("row_mask", mask, "scores", like)
     n = like.shape[-2] if like.ndim > 1 else 0
     checks.shape("row_mask", mask, ["...", n], mask.ndim >= 1 and mask.shape[-1] == n)
     mass = (
@@ -207,6 +262,6 @@ def masked(log_row: Tensor | None, mask: Tensor, like: Tensor, group: Any) -> Te
     )
     total = mass.sum(-1, keepdim=True)
     if group is not None:
-        total = distributed.gathered(total, group).sum(0)
-    given = torch.zeros_like(mass) if log_row is None else log_row
-    return torch.where(mask, given - torch.where(total > 0, total, 1.0).log(), -torch.inf)
+        total = distributed.gather(total, group).sum(0)
+    log_mass = torch.zeros_like(mass) if log_row is None else log_row
+    return torch.where(mask, log_mass - torch.where(total > 0, total, 1.0).log(), -torch.inf)

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from .._core import checks
+from ..ops._facts import EMPTY, FINE, INFEASIBLE, LARGE_POTENTIAL, NOT_CONVERGED, NOT_FINITE
 from . import _arguments as arguments
 from ._gradients import implicit
-from ._iterate import Found, iterate
-from ._passes import EMPTY, FINE, INFEASIBLE, NOT_CONVERGED, NOT_FINITE, Passes, Sharded
-from ._problem import LARGE, Problem, Scores
+from ._iterate import IterationResult, iterate
+from ._passes import Passes, Sharded
+from ._problem import Scores, TransportProblem
 from ._result import Sinkhorn
 from ._warn import not_converged
 
+# What a warning says of failed problems.
 FAULTS = {
-    NOT_FINITE: "hold NaN or +inf where something takes part",
-    INFEASIBLE: "have a row or prototype with mass and without an open pair",
+    NOT_FINITE: "have NaN or +inf in scores / epsilon, bias or init outside masked entries",
+    INFEASIBLE: "have a row or prototype with mass whose scores are all -inf",
 }
 
 
@@ -43,54 +45,57 @@ def sinkhorn(
     warn: bool = True,
     precision: str | None = None,
 ) -> Sinkhorn:
-    """Equal (or given) shares of prototypes for rows by entropic optimal transport.
+    """Assign rows to prototypes with equal or given shares, by entropic optimal transport.
 
-        max <plan, scores> + epsilon H(plan), with the given row and column sums: the plan is
-        exp(scores / epsilon + bias + f + g)                        (docs/ops/sinkhorn.md)
+        max <plan, scores> + epsilon H(plan), for plans whose row and column sums are the marginals:
+        plan = exp(scores / epsilon + bias + f + g)                 (docs/ops/sinkhorn.md)
 
     Parameters
     ----------
     scores : Tensor [..., N, K], or (z [..., N, D], prototypes [..., K, D])
-        Scores of rows for prototypes, higher is closer; or features whose products are such and are
-        never stored. Any float dtype; potentials are float32 (float64 for float64).
+        Scores of rows for prototypes, higher is closer; or features whose products are the scores,
+        which are never stored. Any float dtype; potentials are float32 (float64 for float64).
     epsilon : float or Tensor [], > 0, in units of the scores
-        Softness of the plan. A number that changes from call to call inside torch.compile compiles
-        anew: pass a Tensor there.
+        Softness of the plan. Inside torch.compile another number compiles again: pass a Tensor
+        there.
     bias : Tensor [..., K], optional
         Added to scores / epsilon.
     n_iter : int, >= 0
-        Iterations, where `tol` is None.
+        Number of iterations if `tol` is None.
     tol : float, > 0, optional
-        L1 error of the marginals to go on to; float32 reaches about 5e-7.
+        Iterate until the L1 error of the marginals is at most this; float32 reaches about 5e-7.
     max_iter : int, >= 1
-        Most iterations with `tol`.
+        Largest number of iterations with `tol`.
     row_marginal : Tensor [..., N], >= 0, optional
-        Masses of the rows, of total 1; 1/N each unless given. 0: the row takes no part. In half
-        precision, where each is rounded, they are scaled to that total.
+        Masses of the rows, of total 1; default 1/N each. A row of mass 0 is masked. Masses in half
+        precision have rounding errors, and are scaled to a total of 1.
     col_marginal : Tensor [..., K], >= 0, optional
-        Masses of the prototypes, as those of the rows; 1/K each unless given.
+        Masses of the prototypes, as for the rows; default 1/K each.
     prototype_first : bool
-        Which side is made exact first in an iteration; with few iterations another result.
+        Whether the half-step of the prototypes is the first of an iteration. With few iterations
+        the order changes the result.
     row_mask : Tensor [..., N], bool, optional
-        False: the row takes no part, whatever it holds; masses of the others are scaled to total 1.
+        False: the row is masked, its scores may be NaN. The masses of the other rows are scaled to
+        a total of 1.
     init : Tensor [..., K] or an earlier result, optional
-        A g to start from.
+        The first g.
     accelerate : "anderson", optional
-        Fewer iterations to `tol`, prototypes first: each g is combined of the last ones.
+        Anderson acceleration: fewer iterations to `tol`. Needs prototype_first=True.
     gradient : "stop", "unrolled", "implicit" or "envelope"
-        None; through all of `n_iter` iterations; those of the fixed point, after `tol`; those of
-        `value()` alone, after `tol`. Of scores, features, prototypes, bias, epsilon and marginals.
+        "stop": no gradient. "unrolled": through all `n_iter` iterations. "implicit": of the fixed
+        point, with `tol`. "envelope": of `value()` alone, with `tol`. All are gradients by scores,
+        features, prototypes, bias, epsilon and marginals.
     process_group : torch.distributed.ProcessGroup, optional
-        Rows are spread over its processes, any number on each; all call, with the same prototypes.
-        Masses of rows, where given, have their total over all of them. No gradient but "stop". All
-        call `value`, `entropy`, `counts` and `labels(strict=True)` of the result too, which are of
-        the rows of all processes.
+        Each of its processes has any number of the rows, and all have the same prototypes and call
+        `sinkhorn`. Row masses have the total 1 over all processes. Only gradient="stop". The
+        methods `value`, `entropy`, `counts` and `labels(strict=True)` of the result use the rows of
+        all processes: all must call them.
     warn : bool
-        With `tol`, whether a ConvergenceWarning says that it was not reached, or that a problem
-        failed. Without, `status` alone tells: nothing is read back.
+        With `tol`, whether a ConvergenceWarning says that a problem failed or did not reach `tol`.
+        Without `tol` nothing is read from the device, and only `status` says so.
     precision : "highest", "high" or "medium", optional
-        Of the matrix products of the features form; None follows torch, and autocast where this is
-        called: what is read off the result later is computed alike inside an autocast block.
+        Of the matrix products of features. None: the precision of torch, and of autocast where
+        `sinkhorn` is called. The methods of the result use the same precision.
 
     Returns
     -------
@@ -105,21 +110,21 @@ def sinkhorn(
     ValueError
         A shape, device or value that does not fit.
     NotImplementedError
-        A transform of torch.func that does not fit (see Notes).
+        A transform of torch.func that is not supported (see Notes).
 
     Notes
     -----
-    The scores are read where they lie, and multiplied by 1 / epsilon there: nothing else is as
-    large. Features are multiplied as they are; half ones accumulate in float32.
+    The scores are not copied: 1 / epsilon multiplies each tile, and no other array is as large.
+    Products of half precision features accumulate in float32.
 
-    Scores / epsilon that are large lose digits in float32: 2^-24 of their size, where no constant
-    of their row can be subtracted (docs/ops/sinkhorn.md has figures). With `tol` the plan has the
-    error that `err` tells. Without, potentials of float32 move by 2^-24 of the largest scores /
-    epsilon: subtract one constant from all scores, which changes no code, or pass float64.
+    Large scores / epsilon lose digits in float32, 2^-24 of their size, unless a constant of their
+    row can be subtracted (docs/ops/sinkhorn.md has figures). With `tol`, `err` is the error of the
+    plan. Without `tol`, float32 potentials have errors of 2^-24 of the largest scores / epsilon:
+    subtract one constant from all scores, which changes no code, or pass float64.
 
-    Under torch.compile a call without `tol` is one graph for every number of rows; `tol`, whose
-    errors the host reads, breaks it, and raises NotImplementedError under torch.func.vmap.
-    gradient="implicit" is one of torch.autograd alone and raises under torch.func.
+    Under torch.compile a call without `tol` is one graph for every number of rows. With `tol` the
+    host reads the error, which breaks the graph, and torch.func.vmap raises NotImplementedError.
+    gradient="implicit" supports torch.autograd only, and raises under torch.func.
 
     Examples
     --------
@@ -128,54 +133,44 @@ def sinkhorn(
     >>> clam_kernels.sinkhorn(scores, tol=1e-6).labels()
     tensor([0, 1, 0, 1])
     """
-    first, columns = arguments.operands(scores)
+    first, size = arguments.check_scores(scores)
     epsilon = arguments.checked_epsilon(epsilon, first)
     n_iter, tol, max_iter = arguments.checked_rule(
         n_iter, tol, max_iter, accelerate, prototype_first
     )
     arguments.check_gradient(gradient, tol, process_group)
     if bias is not None:
-        arguments.check_vector("bias", bias, columns, first)
-    log_row = arguments.log_mass(
-        "row_marginal", row_marginal, first.shape[-2], first, process_group
-    )
-    if row_mask is not None:
-        log_row = arguments.masked(log_row, row_mask, first, process_group)
-    elif row_marginal is None and process_group is not None:
-        log_row = arguments.even(first, process_group)
-    log_col = arguments.log_mass("col_marginal", col_marginal, columns, first)
-    scores, precision = arguments.as_autocast(scores, precision)
-    problem = Problem(scores, epsilon, bias, log_row, log_col, precision)
+        arguments.check_vector("bias", bias, size, first)
+    log_row = arguments.row_logarithms(row_marginal, row_mask, first, process_group)
+    log_col = arguments.log_marginal("col_marginal", col_marginal, size, first)
+    scores, precision = arguments.apply_autocast(scores, precision)
+    problem = TransportProblem(scores, epsilon, bias, log_row, log_col, precision)
     start = init.g if isinstance(init, Sinkhorn) else init
     if start is not None:
-        arguments.check_vector("init", start, columns, first)
+        arguments.check_vector("init", start, size, first)
     vectors = {"row_marginal" if row_mask is None else "row_mask": log_row, "bias": bias}
     arguments.check_batch(scores, **vectors, col_marginal=log_col, init=start)
     if tol is not None:
+        arguments.check_values("scores", first)
         arguments.check_transforms(problem, start, gradient)
-    exact = prototype_first or (tol is None and n_iter == 0)
     if gradient == "unrolled":
-        found = problem.calls().iterated(n_iter, start, prototype_first)
-        return Sinkhorn(*found, n_iter, problem, exact)
-    still = problem.detached()
-    with torch.no_grad():
-        if tol is None and process_group is None:
-            fixed = still.calls().iterated(n_iter, start, prototype_first)
-            return Sinkhorn(*fixed, n_iter, still, exact)
+        state = problem.ops().iterate(n_iter, start, prototype_first)
+        return Sinkhorn(*state, n_iter, problem, prototype_first or n_iter == 0)
+    if tol is not None or process_group is not None:
         checks.at_least("n_iter", n_iter, 0)
-        calls = still.calls()
-        passes = Passes(calls) if process_group is None else Sharded(calls, process_group)
-        most = n_iter if tol is None else max_iter
-        state = iterate(passes, start, most, tol, prototype_first, accelerate is not None)
-        result = _finished(state, still, tol, exact)
-    if warn:
+    limit = n_iter if tol is None else max_iter
+    with torch.no_grad():
+        result = _solve(
+            problem.detached(), start, limit, tol, prototype_first, accelerate, process_group
+        )
+    if warn and (tol is not None or process_group is not None):
         _warn_of(result, tol, max_iter)
     if gradient == "implicit":
         f, g = implicit(problem, result.g)
-        problem = replace(problem, low=result.problem.low)
+        problem = replace(problem, g_low=result.problem.g_low)
         return replace(result, f=f, g=g, problem=problem, rows_exact=True)
     if gradient == "envelope":
-        problem = replace(problem, low=result.problem.low)
+        problem = replace(problem, g_low=result.problem.g_low)
         return replace(result, problem=problem, envelope=True)
     return replace(result, group=process_group)
 
@@ -188,9 +183,9 @@ def swav_codes(
     row_mask: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    """Codes of a batch as swapped prediction (SwAV) has them: few iterations, no gradient.
+    """Codes of a batch for swapped prediction (SwAV): few iterations, no gradient.
 
-    Their shares are nearly equal: the `err` of `sinkhorn` says how nearly.
+    The shares are nearly equal; the `err` of `sinkhorn` is their error.
 
     Parameters
     ----------
@@ -201,20 +196,20 @@ def swav_codes(
     n_iter : int, >= 0
         Iterations, prototypes first.
     row_mask : Tensor [..., N], bool, optional
-        False: the row takes no part.
+        False: the row is masked.
     process_group : torch.distributed.ProcessGroup, optional
-        The batch is spread over its processes, any number of rows on each.
+        Each of its processes has any number of the rows of the batch.
 
     Returns
     -------
     Tensor [..., N, K]
-        Rows sum to 1, those outside the mask to 0. All NaN if scores hold NaN or +inf: nothing is
-        read back that could raise.
+        Active rows sum to 1, masked rows to 0. All NaN if active scores are NaN or +inf: nothing is
+        read from the device, so there is no error.
 
     Raises
     ------
     TypeError, ValueError
-        As `sinkhorn`.
+        As in `sinkhorn`.
 
     Examples
     --------
@@ -222,10 +217,10 @@ def swav_codes(
     >>> clam_kernels.swav_codes(torch.tensor([[1.0, 0.9], [1.0, 0.5]])).argmax(1)
     tensor([1, 0])
     """
-    found = sinkhorn(
+    result = sinkhorn(
         scores, epsilon=epsilon, n_iter=n_iter, row_mask=row_mask, process_group=process_group
     )
-    return found.codes()
+    return result.codes()
 
 
 def sela_labels(
@@ -238,20 +233,20 @@ def sela_labels(
     strict: bool = False,
     warn: bool = True,
 ) -> Tensor:
-    """Labels of a data set as self-labelling (SeLa) has them: equal shares of the labels.
+    """Labels of a data set with equal shares, for self-labelling (SeLa).
 
     Parameters
     ----------
     log_probabilities : Tensor [N, K], K >= 1
-        log softmax of a head.
+        log softmax of a head; finite or -inf.
     lam : float, > 0
         Sharpness, 1 / epsilon.
     tol : float, > 0
         L1 error of the label shares.
     max_iter : int, >= 1
-        Most iterations.
+        Largest number of iterations.
     init : Tensor [K] or an earlier result, optional
-        A g to start from, that of the labels before.
+        The first g, for example that of earlier labels.
     strict : bool
         Whether shares are exact.
     warn : bool
@@ -264,7 +259,7 @@ def sela_labels(
     Raises
     ------
     TypeError, ValueError
-        As `sinkhorn`; NaN, +inf, or a row or label that is forbidden altogether.
+        As in `sinkhorn`; NaN or +inf, or a row or column whose values are all -inf.
 
     Examples
     --------
@@ -276,52 +271,86 @@ def sela_labels(
     arguments.check_log_probabilities(log_probabilities)
     lam = arguments.checked_lam(lam, log_probabilities)
     tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
-    found = sinkhorn(
+    start = init.g if isinstance(init, Sinkhorn) else init
+    arguments.check_values("log_probabilities", log_probabilities)
+    size = log_probabilities.shape[-1]
+    if start is not None:
+        arguments.check_vector("init", start, size, log_probabilities, "log_probabilities")
+        checks.shape("init", start, [size], start.numel() == size)
+    result = sinkhorn(
         log_probabilities, epsilon=1.0 / lam, tol=tol, max_iter=max_iter, init=init, warn=False,
         accelerate="anderson",
     )  # fmt: skip
-    words = FAULTS.get(int(found.status), "")
-    checks.value_error(not words, lambda: f"log_probabilities: they {words}")
+    status = int(result.status)
+    if status == NOT_FINITE:
+        arguments.refuse_not_finite("log_probabilities", log_probabilities, lam)
+        if start is not None:
+            arguments.refuse_not_finite("init", start, 1.0)
+    if status in FAULTS:
+        arguments.refuse_infeasible("log_probabilities", log_probabilities)
     if warn:
-        _warn_of(found, tol, max_iter)
-    return found.labels(strict)
+        _warn_of(result, tol, max_iter)
+    return result.labels(strict)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def _warn_of(found: Sinkhorn, tol: float | None, max_iter: int) -> None:
-    """Warnings of problems that failed, and of those where `tol` was not reached."""
+def _solve(
+    problem: TransportProblem,
+    start: Tensor | None,
+    limit: int,
+    tol: float | None,
+    prototype_first: bool,
+    accelerate: str | None,
+    group: Any,
+) -> Sinkhorn:
+    """The result after `limit` iterations, or at `tol`; no gradient."""
+    rows_exact = prototype_first or (tol is None and limit == 0)
+    if tol is None and group is None:
+        potentials = problem.ops().iterate(limit, start, prototype_first)
+        return Sinkhorn(*potentials, limit, problem, rows_exact)
+    ops = problem.ops()
+    passes = Passes(ops) if group is None else Sharded(ops, group)
+    state = iterate(passes, start, limit, tol, prototype_first, accelerate is not None)
+    return _finished(state, problem, tol, rows_exact)
+
+
+def _warn_of(result: Sinkhorn, tol: float | None, max_iter: int) -> None:
+    """Warn of problems that failed, and of problems that did not reach `tol`."""
     for fault, words in FAULTS.items():
-        count = int((found.status == fault).sum())
+        count = int((result.status == fault).sum())
         if count:
-            not_converged(f"sinkhorn: {count} of {found.status.numel()} problems {words}")
-    late = found.status == NOT_CONVERGED
+            not_converged(f"sinkhorn: {count} of {result.status.numel()} problems {words}")
+    late = result.status == NOT_CONVERGED
     if bool(late.any()):
         not_converged(
-            f"sinkhorn: the error of the marginals is {float(found.err[late].max()):.3g} after"
-            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol, or"
-            " pass float64 scores, which large scores / epsilon need; what the scores of a row or"
-            " of a prototype have in common may be subtracted before"
+            f"sinkhorn: the error of the marginals is {float(result.err[late].max()):.3g} after"
+            f" max_iter={max_iter} iterations, tol={tol}: raise max_iter, epsilon or tol. Large"
+            " scores / epsilon need float64 scores, or a constant subtracted from the scores of"
+            " each row or prototype"
         )
 
 
-def _finished(state: Found, problem: Problem, tol: float | None, exact: bool) -> Sinkhorn:
-    """The result, failed problems NaN."""
+def _finished(
+    state: IterationResult, problem: TransportProblem, tol: float | None, rows_exact: bool
+) -> Sinkhorn:
+    """The result of an iteration; NaN in failed problems."""
     f, g, err, status, count = state
     failed = status > FINE
     late = torch.zeros_like(failed) if tol is None else ~failed & ~(err <= tol)
-    lost = failed & (status != EMPTY)
-    wide = g
-    f, g = (torch.where(lost[..., None], torch.nan, x.to(problem.dtype)) for x in (f, g))
-    err = torch.where(lost, torch.nan, err.to(problem.dtype))
+    is_nan = failed & (status != EMPTY)
+    g64 = g
+    f, g = (torch.where(is_nan[..., None], torch.nan, x.to(problem.dtype)) for x in (f, g))
+    err = torch.where(is_nan, torch.nan, err.to(problem.dtype))
     status = torch.where(late, NOT_CONVERGED, status)
     n_iter = int(count.max()) if count.numel() else 0
-    return Sinkhorn(f, g, err, status, n_iter, replace(problem, low=_low_part(wide, g)), exact)
+    problem = replace(problem, g_low=_low_part(g64, g))
+    return Sinkhorn(f, g, err, status, n_iter, problem, rows_exact)
 
 
-def _low_part(wide: Tensor, g: Tensor) -> Tensor | None:
-    """What float32 leaves out of a g, if it is large."""
-    if g.dtype == torch.float64 or not bool((g.isfinite() & (g.abs() > LARGE)).any()):
+def _low_part(g64: Tensor, g: Tensor) -> Tensor | None:
+    """`g64 - g`, which g loses in float32, if an entry is large."""
+    if g.dtype == torch.float64 or not bool((g.isfinite() & (g.abs() > LARGE_POTENTIAL)).any()):
         return None
-    return torch.where(g.isfinite(), wide - g.double(), 0.0).to(g.dtype)
+    return torch.where(g.isfinite(), g64 - g.double(), 0.0).to(g.dtype)

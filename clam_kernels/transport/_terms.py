@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What logits are made of where a result is read: products of features, and scores times a scale.
-Autocast has its say where `sinkhorn` is called, and none here, forward or backward.
+"""The terms of the logits where a result is read: products of features, and scores times a scale.
+Autocast applies where `sinkhorn` is called, not here, neither forward nor backward.
 """
 
 from __future__ import annotations
@@ -11,55 +11,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Entries of a product whose sum is a gradient, in memory at once.
-ENTRIES = 1 << 18
+# Entries of one tile of a product whose sum is a gradient.
+TILE_ENTRIES = 1 << 18
 
 
 def autocast_off(like: Tensor) -> Any:
-    """A block in which autocast does nothing on the device of a tensor."""
+    """A context that disables autocast on the device of a tensor."""
     kind = like.device.type
     return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def product(z: Tensor, prototypes: Tensor, exact: bool) -> Tensor:
-    """The product z @ prototypes^T; `exact` computes it in float64, where torch's own may be lower
-    than float32.
+    """The product z @ prototypes^T; `exact` computes it in float64, because torch's precision may
+    be lower than float32.
     """
-    # dynamo takes no function of autograd with a forward derivative
+    # dynamo does not trace an autograd.Function with a jvp
     if torch.compiler.is_dynamo_compiling() or not (z.requires_grad or prototypes.requires_grad):
-        return _multiplied(z, prototypes.mT, exact)
-    found: Tensor = _Product.apply(z, prototypes, exact)  # type: ignore[no-untyped-call]
-    return found
+        return _matmul(z, prototypes.mT, exact)
+    result: Tensor = _Product.apply(z, prototypes, exact)  # type: ignore[no-untyped-call]
+    return result
 
 
 def scaled(x: Tensor, base: Tensor | None, scale: Tensor) -> Tensor:
-    """Scores, less the base of their rows, times the scale."""
+    """`(x - base) * scale`, with base [..., N, 1] a number of each row."""
     if not scale.requires_grad:
-        return _above(x, base) * scale
-    if torch.compiler.is_dynamo_compiling():  # which tiles and fuses this
-        shut = x == -torch.inf
-        return torch.where(shut, x, torch.where(shut, 0.0, _above(x, base)) * scale)
-    found: Tensor = _Scaled.apply(x, base, scale)  # type: ignore[no-untyped-call]
-    return found
+        return _subtract_base(x, base) * scale
+    if torch.compiler.is_dynamo_compiling():  # the compiler fuses this
+        is_forbidden = x == -torch.inf
+        finite = torch.where(is_forbidden, 0.0, _subtract_base(x, base))
+        return torch.where(is_forbidden, x, finite * scale)
+    result: Tensor = _Scaled.apply(x, base, scale)  # type: ignore[no-untyped-call]
+    return result
 
 
-def _above(x: Tensor, base: Tensor | None) -> Tensor:
+def _subtract_base(x: Tensor, base: Tensor | None) -> Tensor:
     return x if base is None else x - base
 
 
-def _multiplied(a: Tensor, b: Tensor, exact: bool) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, exact: bool) -> Tensor:
     with autocast_off(a):
         return (a.double() @ b.double()).to(a.dtype) if exact else a @ b
 
 
 class _Product(torch.autograd.Function):
-    """Autograd's own gradient of a product would be in autocast's dtype inside its block."""
+    """z @ prototypes^T with the gradients G @ prototypes and G^T @ z. Inside an autocast block
+    torch's own gradient of a product would have autocast's dtype.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(z: Tensor, prototypes: Tensor, exact: bool) -> Tensor:
-        return _multiplied(z, prototypes.mT, exact)
+        return _matmul(z, prototypes.mT, exact)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
@@ -70,34 +73,35 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         z, prototypes = ctx.saved_tensors
-        of_z = of_prototypes = None
+        d_z = d_prototypes = None
         if ctx.needs_input_grad[0]:
-            of_z = _multiplied(grad, prototypes, ctx.exact).sum_to_size(z.shape)
+            d_z = _matmul(grad, prototypes, ctx.exact).sum_to_size(z.shape)
         if ctx.needs_input_grad[1]:
-            of_prototypes = _multiplied(grad.mT, z, ctx.exact).sum_to_size(prototypes.shape)
-        return of_z, of_prototypes, None
+            d_prototypes = _matmul(grad.mT, z, ctx.exact).sum_to_size(prototypes.shape)
+        return d_z, d_prototypes, None
 
     @staticmethod
-    def jvp(ctx: Any, of_z: Tensor | None, of_prototypes: Tensor | None, _: None) -> Tensor:
+    def jvp(ctx: Any, d_z: Tensor | None, d_prototypes: Tensor | None, _: None) -> Tensor:
         z, prototypes = ctx.saved_tensors
-        found = torch.zeros_like(z[..., :1])
-        if of_z is not None:
-            found = found + _multiplied(of_z, prototypes.mT, ctx.exact)
-        if of_prototypes is not None:
-            found = found + _multiplied(z, of_prototypes.mT, ctx.exact)
-        return found
+        result = torch.zeros_like(z[..., :1])
+        if d_z is not None:
+            result = result + _matmul(d_z, prototypes.mT, ctx.exact)
+        if d_prototypes is not None:
+            result = result + _matmul(z, d_prototypes.mT, ctx.exact)
+        return result
 
 
 class _Scaled(torch.autograd.Function):
-    """A forbidden pair gives the scale no gradient: 0 times infinity would be NaN. Autograd keeps
-    the scores themselves, and no array beside them.
+    """`(x - base) * scale` with the gradients G scale, and sum (x - base) G for the scale. A
+    forbidden pair (-inf) adds nothing to the latter: 0 * inf is NaN. Autograd saves the scores
+    alone, and no other [N, K] array.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, base: Tensor | None, scale: Tensor) -> Tensor:
-        return _above(x, base) * scale
+        return _subtract_base(x, base) * scale
 
     @staticmethod
     def setup_context(
@@ -109,18 +113,20 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
         x, base, scale = ctx.saved_tensors
-        size = max(1, ENTRIES * x.shape[-2] // max(1, x.numel()))
-        bases = [None] * x.shape[-2] if base is None else base.split(size, -2)
-        slope = torch.zeros_like(scale, dtype=torch.float64)
-        for one, other, own in zip(grad.split(size, -2), x.split(size, -2), bases, strict=False):
-            terms = torch.where(other == -torch.inf, 0.0, one * _above(other, own))
-            slope = slope + terms.sum(dtype=torch.float64)
-        return grad * scale if ctx.needs_input_grad[0] else None, None, slope.to(scale.dtype)
+        size = max(1, TILE_ENTRIES * x.shape[-2] // max(1, x.numel()))
+        base_tiles = [None] * x.shape[-2] if base is None else base.split(size, -2)
+        grad_scale = torch.zeros_like(scale, dtype=torch.float64)
+        tiles = zip(grad.split(size, -2), x.split(size, -2), base_tiles, strict=False)
+        for grad_tile, x_tile, base_tile in tiles:
+            terms = grad_tile * _subtract_base(x_tile, base_tile)
+            terms = torch.where(x_tile == -torch.inf, 0.0, terms)
+            grad_scale = grad_scale + terms.sum(dtype=torch.float64)
+        return grad * scale if ctx.needs_input_grad[0] else None, None, grad_scale.to(scale.dtype)
 
     @staticmethod
-    def jvp(ctx: Any, of_x: Tensor | None, _: None, of_scale: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, d_x: Tensor | None, _: None, d_scale: Tensor | None) -> Tensor:
         x, base, scale = ctx.saved_tensors
-        found = torch.zeros_like(x) if of_x is None else of_x * scale
-        if of_scale is None:
-            return found
-        return found + torch.where(x == -torch.inf, 0.0, _above(x, base) * of_scale)
+        result = torch.zeros_like(x) if d_x is None else d_x * scale
+        if d_scale is None:
+            return result
+        return result + torch.where(x == -torch.inf, 0.0, _subtract_base(x, base) * d_scale)

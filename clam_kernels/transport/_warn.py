@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scikit-learn's warning of what did not converge."""
+"""scikit-learn's warning about an iteration that did not converge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .._core import warn
 
 
 def not_converged(text: str) -> None:
-    """A ConvergenceWarning; scikit-learn is imported for it alone."""
+    """Warn with a ConvergenceWarning; only a warning imports scikit-learn."""
     from sklearn.exceptions import ConvergenceWarning
 
     warn.warn(text, ConvergenceWarning)

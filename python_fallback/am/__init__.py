@@ -2,8 +2,8 @@
 """Associative memory: the recursion, its energy, the nearest memory.
 
 `equations` is the truth; `forward` and `backward` are the CPU backend. `problem` has the memories
-of one cell, `trajectory` the states of a chunk, `doubt` the rule which rows need float64, `exact`
-those rows, `hard` the assignment at beta = inf.
+of one cell, `trajectory` the states of a chunk, `doubt` the rule that says which rows are in doubt,
+`exact` computes these rows in float64, `hard` the recursion at beta = inf.
 """
 
 from .backward import (

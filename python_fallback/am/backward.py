@@ -10,57 +10,58 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.chunk import Cell, GradientSum, lift, padded, row_chunks, take
+from ..common.chunk import Cell, GradientSum, add_batch_dims, round_up, row_chunks, take
 from ..common.score import softmax_
 from .equations import is_hard
 from .hard import hard_backward
-from .problem import ROWS, Beta, Gauge, Problem, Side, either
+from .problem import ROWS, Beta, CellMemories, MemoryProblem, RowProducts, mask_union
 from .trajectory import (
-    ExactParts,
-    Sums,
+    CellExactRows,
+    MemorySums,
     Trajectory,
-    extended,
-    keeps_weights,
-    results,
-    spread,
-    totals_of,
+    add_memory_gradients,
+    gradient_results,
+    gradient_totals,
+    pad_rows,
+    saves_weights,
 )
 
 
 def _backward(
-    grad: Tensor, p: Problem, steps: int, step: float, needs: Sequence[bool]
+    grad: Tensor, p: MemoryProblem, steps: int, step: float, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Gradients of (v, rho, beta, update_mask, log_weights); empty where not needed."""
-    totals, grad = totals_of(p, needs), lift(grad, len(p.batch), 2)
+    totals, grad = gradient_totals(p, needs), add_batch_dims(grad, len(p.batch), 2)
     if is_hard(p.beta):
         return _hard_backward(grad, p, steps, step, totals)
-    kept = p.narrow + (p.wide if keeps_weights(p, steps) else 0)
-    for cell, side, limit in p.parts(steps * kept):
-        path = Trajectory(p, cell, side, limit, steps, step, needs[2])
-        exact = ExactParts(p, cell, side, step)
+    saved = p.padded_features + (p.padded_memories if saves_weights(p, steps) else 0)
+    for cell, memories, limit in p.cells_with_memories(steps * saved):
+        trajectory = Trajectory(p, cell, memories, limit, steps, step, needs[2])
+        exact = CellExactRows(p, cell, memories, step)
         for rows in row_chunks(p.rows, limit):
-            path.run(rows)
-            g = path.back(grad, totals[3])
-            if path.doubt is not None:
-                exact.back(rows, path.doubt, grad, g, steps, totals[3])
+            trajectory.forward(rows)
+            g = trajectory.backward(grad, totals[3])
+            if trajectory.doubt is not None:
+                exact.backward(rows, trajectory.doubt, grad, g, steps, totals[3])
             if totals[0] is not None:
                 totals[0].add(cell, g, rows)
-        spread(p, totals, cell, path.sums.gradients(side))
-        exact.spread(totals)
-    return results(p, totals)
+        add_memory_gradients(p, totals, cell, trajectory.sums.gradients(memories))
+        exact.add_to(totals)
+    return gradient_results(p, totals)
 
 
 def _hard_backward(
-    grad: Tensor, p: Problem, steps: int, step: float, totals: list[GradientSum | None]
+    grad: Tensor, p: MemoryProblem, steps: int, step: float, totals: list[GradientSum | None]
 ) -> tuple[Tensor, ...]:
+    """Gradients at beta = inf; those of beta and log_weights are 0."""
     v, rho, _, mask, log_weights = p.operands
     if any(total is not None for total in totals):
         parts = hard_backward(grad.reshape(p.shape), v, rho, steps, step, mask, log_weights)
         for total, part in zip((totals[0], totals[1], totals[3]), parts, strict=True):
             if total is not None:
-                wide = lift(part, len(p.batch), 2)
-                total.total += wide.sum_to_size(total.total.shape)
-    return results(p, totals)
+                batched = add_batch_dims(part, len(p.batch), 2)
+                total.total += batched.sum_to_size(total.total.shape)
+    return gradient_results(p, totals)
 
 
 def am_recursion_backward(
@@ -75,8 +76,12 @@ def am_recursion_backward(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (v, rho, beta, update_mask, log_weights), each chunk's states computed again."""
-    return _backward(grad, Problem(v, rho, beta, update_mask, log_weights), steps, step, needs)
+    """Gradients of (v, rho, beta, update_mask, log_weights). The states of each chunk are computed
+    again.
+    """
+    return _backward(
+        grad, MemoryProblem(v, rho, beta, update_mask, log_weights), steps, step, needs
+    )
 
 
 def am_step_backward(
@@ -93,10 +98,9 @@ def am_step_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of (v, rho, beta, update_mask, log_weights) of one step.
 
-    The saved lse is for GPU kernels: on a CPU exp(z - lse) is slower than the softmax it would
-    spare.
+    Only GPU kernels use the saved lse: on a CPU exp(z - lse) is slower than a softmax.
     """
-    return _backward(grad, Problem(v, rho, beta, update_mask, log_weights), 1, step, needs)
+    return _backward(grad, MemoryProblem(v, rho, beta, update_mask, log_weights), 1, step, needs)
 
 
 def am_energy_backward(
@@ -110,65 +114,94 @@ def am_energy_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of (v, rho, beta, log_weights).
 
-    The weights are computed again: exp(z + beta E) of a saved energy lacks the digits that beta E
-    has before the point.
+    The weights are computed again. Instead exp(z + beta E) would use the saved energy E, but it has
+    too few digits where beta E is large.
     """
-    p = Problem(v, rho, beta, log_weights=log_weights)
+    p = MemoryProblem(v, rho, beta, log_weights=log_weights)
     dims, (need_v, need_rho, need_beta, need_weights) = len(p.batch), needs
-    totals = totals_of(p, (need_v, need_rho, need_beta, False, need_weights))
-    grad = lift(grad[..., None], dims, 2)
-    for cell, side, limit in p.parts():
-        sums, exact, gauge = Sums(p, cell), ExactParts(p, cell, side, 1.0), Gauge(p, cell, limit)
-        tiles = [p.tile(cell, limit, width) for width in (p.narrow, p.narrow, p.wide)]
+    totals = gradient_totals(p, (need_v, need_rho, need_beta, False, need_weights))
+    grad = add_batch_dims(grad[..., None], dims, 2)
+    for cell, memories, limit in p.cells_with_memories():
+        chunk = _EnergyChunk(p, cell, memories, limit, need_beta)
+        exact = CellExactRows(p, cell, memories, 1.0)
         for rows in row_chunks(p.rows, limit):
-            x, xb, q = (tile[:, : padded(rows.stop - rows.start, ROWS)] for tile in tiles)
-            gx, doubt = _energy_back(p, cell, side, rows, grad, (x, xb, q), sums, gauge, needs[2])
+            grad_x, doubt = chunk.backward(rows, grad)
             if doubt is not None:
-                exact.energy_back(rows, doubt, grad, gx)
+                exact.energy_backward(rows, doubt, grad, grad_x)
             if totals[0] is not None:
-                totals[0].add(cell, gx, rows)
-            sums.fold()
-        _, cross, mass, heat = sums.total
-        scale = side.beta.double()
-        pulled = 2 * (mass * side.flipped - cross).mT
-        spread(p, totals, cell, (pulled, (heat / scale.square())[:, 0], (mass / -scale)[:, 0]))
-        exact.spread(totals)
-    return tuple(t for i, t in enumerate(results(p, totals)) if i != 3)
+                totals[0].add(cell, grad_x, rows)
+            chunk.sums.fold()
+        add_memory_gradients(p, totals, cell, chunk.gradients())
+        exact.add_to(totals)
+    return tuple(t for i, t in enumerate(gradient_results(p, totals)) if i != 3)
 
 
-def _energy_back(
-    p: Problem,
-    cell: Cell,
-    side: Side,
-    rows: slice,
-    grad: Tensor,
-    tiles: tuple[Tensor, Tensor, Tensor],
-    sums: Sums,
-    gauge: Gauge,
-    warms: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """One chunk: the gradient of its rows, and which of them must be computed from differences."""
-    (x, xb, q), n = tiles, rows.stop - rows.start
-    _, cross, mass, heat = sums.chunk
-    p.load(cell, rows, side, x)
-    top = side.logits(x, q)[:, :n].amax(-1, keepdim=True)
-    beside = side.watch.beside(gauge.norms(x, n), top, side.shift)
-    torch.bmm(softmax_(q, side.sharp), side.rho, out=xb)
-    measures = gauge(x, xb, n)
-    doubt = either(side.watch.doubts(*measures, q[:, :n]), side.watch.lost(*measures))
-    doubt = either(doubt, beside)
-    doubt = None if doubt is None else p.regular(cell, rows, side, doubt)
-    g = extended(take(grad, cell, rows).to(p.dtype), cell.size, x.shape[1], 0.0)
-    g = g if side.alive is None else g * side.alive
-    if doubt is not None:
-        for tile in (x, xb, q, g):
-            tile[:, :n].masked_fill_(doubt[..., None], 0.0)
-    if warms:
-        surprise = torch.special.entr(q)
-        if side.shift is not None:
-            surprise.addcmul_(q, side.shift.clamp(min=torch.finfo(p.dtype).min))
-        heat.baddbmm_(g.mT, surprise)
-    q.mul_(g)
-    cross.baddbmm_(x.mT, q)
-    mass.add_(q.sum(1, keepdim=True))
-    return x.sub_(xb).mul_(g).mul_(2)[:, :n, : p.features], doubt
+class _EnergyChunk:
+    """The gradients of the energy, chunk by chunk of one cell.
+
+    With the gradient g_n of the energy and the weights p, `sums` has sum_n g_n p_nk x_n, sum_n g_n
+    p_nk, and sum_n g_n s_nk with s_nk = p_nk (log w_k - log p_nk).
+    """
+
+    def __init__(
+        self, p: MemoryProblem, cell: Cell, memories: CellMemories, limit: int, needs_beta: bool
+    ) -> None:
+        self.p, self.cell, self.memories, self.needs_beta = p, cell, memories, needs_beta
+        self.sums, self.products = MemorySums(p, cell), RowProducts(p, cell, limit)
+        widths = (p.padded_features, p.padded_features, p.padded_memories)
+        self.tiles = [p.tile(cell, limit, width) for width in widths]
+
+    def backward(self, rows: slice, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradient of the chunk's rows, `2 g (x - sum_k p_k rho_k)`, and the rows in doubt."""
+        p, memories, n = self.p, self.memories, rows.stop - rows.start
+        x, recalled, weights = (tile[:, : round_up(n, ROWS)] for tile in self.tiles)
+        _, x_sum, weight_sum, entropy_sum = self.sums.chunk
+        p.load(self.cell, rows, memories, x)
+        top = memories.logits(x, weights)[:, :n].amax(-1, keepdim=True)
+        softmax_(weights, memories.underflows)
+        doubt = self._rows_in_doubt(rows, (x, recalled, weights), top)
+        g = take(grad, self.cell, rows).to(p.dtype)
+        g = pad_rows(g, self.cell.size, x.shape[1])
+        g = g if memories.any_active is None else g * memories.any_active
+        if doubt is not None:
+            for tile in (x, recalled, weights, g):
+                tile[:, :n].masked_fill_(doubt[..., None], 0.0)
+        if self.needs_beta:
+            entropy = torch.special.entr(weights)
+            if memories.log_weights is not None:
+                finite = memories.log_weights.clamp(min=torch.finfo(p.dtype).min)
+                entropy.addcmul_(weights, finite)
+            entropy_sum.baddbmm_(g.mT, entropy)
+        weights.mul_(g)
+        x_sum.baddbmm_(x.mT, weights)
+        weight_sum.add_(weights.sum(1, keepdim=True))
+        return x.sub_(recalled).mul_(g).mul_(2)[:, :n, : p.features], doubt
+
+    def _rows_in_doubt(
+        self, rows: slice, tiles: tuple[Tensor, Tensor, Tensor], top: Tensor
+    ) -> Tensor | None:
+        """The rows in doubt of (x, recalled, weights), with the largest logits top [b, n, 1]; also
+        computes recalled.
+        """
+        (x, recalled, weights), memories, n = tiles, self.memories, top.shape[1]
+        rule, norms = memories.rule, self.products.norms(x, n)
+        near_memory = rule.rows_near_memory(norms, top, memories.log_weights)
+        torch.bmm(weights, memories.rho, out=recalled)
+        size_and_product = self.products(x, recalled, n)
+        doubt = mask_union(
+            rule.rows_in_doubt(*size_and_product, weights[:, :n]),
+            rule.rows_near_recall(*size_and_product),
+        )
+        doubt = mask_union(doubt, near_memory)
+        return self.p.finite_rows_in_doubt(self.cell, rows, memories, doubt)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(rho [b, K, D], beta [b, K], log_weights [b, K]):
+
+        rho_k: 2 sum_n g_n p_nk (rho_k - x_n); beta_k: sum_n g_n s_nk / beta^2; log w_k: -sum_n g_n
+        p_nk / beta.
+        """
+        _, x_sum, weight_sum, entropy_sum = self.sums.total
+        beta = self.memories.beta.double()
+        rho = 2 * (weight_sum * self.memories.flipped - x_sum).mT
+        return rho, (entropy_sum / beta.square())[:, 0], (weight_sum / -beta)[:, 0]

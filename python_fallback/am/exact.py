@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that `am/doubt.py` finds, computed again in float64.
+"""The rows in doubt of `am/doubt.py`, computed again in float64.
 
-`Differences` takes rho - x itself: it holds wherever rows and memories stand. `Expanded` takes
-|x|^2 + |rho|^2 - 2 x.rho of centred data: these are products, several times as fast, and float64
-has 29 bits more than float32. `ExactRows` takes the second for every row that keeps enough of them.
+`Differences` computes rho - x itself: it is accurate for all rows and memories.
+`ExpandedDistances` computes |x|^2 + |rho|^2 - 2 x.rho of centred data: matrix products, several
+times as fast. float64 has 29 bits more than float32, and `ExactRows` expands the distances of every
+row that keeps enough of them.
 """
 
 from __future__ import annotations
@@ -15,227 +16,241 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..common.chunk import padded, row_chunks
-from ..common.score import FLOOR, exp_
+from ..common.chunk import round_up, row_chunks
+from ..common.score import EXP_FLOOR, exp_
 
-# float64 entries of one tile: of differences, or of logits.
-ENTRIES = 1 << 17
-# An expanded logit is off by some units of 2^-53 times the heat beta |x|^2. That is at most 2^-24
-# below the first heat. It is at most 2^-22 of the logits, and so of what a gradient makes of them,
-# below the second times -sum_k p_k z_k.
-TAME, TAME_OF_LOGITS = 2.0**26, 2.0**28
-# A row keeps its digits less the centre where what it loses is this part of its squared length.
-KEPT = 2.0**-60
+# float64 entries of one tile: differences [ROWS, K, D], or logits [ROWS, K].
+TILE_ENTRIES = 1 << 17
+# The error of an expanded logit is some units of 2^-53 times the logit size beta |x|^2. Up to
+# MAX_LOGIT_SIZE it is at most 2^-24. Up to MAX_LOGIT_RATIO times m = sum_k p_k beta_k |x - rho_k|^2
+# it is at most 2^-22 of m, and a gradient has that relative error.
+MAX_LOGIT_SIZE, MAX_LOGIT_RATIO = 2.0**26, 2.0**28
+# A row keeps its digits when the centre is subtracted if the square of its error,
+# (x - centre) + centre - x, is at most this part of |x|^2.
+LOST_PART = 2.0**-60
 
 
 class Differences:
-    """Distances and gradients of rows x [m, D] from rho - x."""
+    """Squared distances of rows x [m, D] from differences rho - x, and their gradients."""
 
     centre = 0.0
 
     def __init__(self, rho: Tensor) -> None:
         self.rho, (size, features) = rho, rho.shape
-        # pieces depend on the shape of the memories alone: a row has the same bits in any company
-        width = max(1, ENTRIES // features)
+        # pieces depend only on the shape of the memories: other rows cannot change the bits of a
+        # row
+        width = max(1, TILE_ENTRIES // features)
         self.pieces = list(row_chunks(size, width))
-        self.limit = max(1, ENTRIES // (min(size, width) * features))
+        self.limit = max(1, TILE_ENTRIES // (min(size, width) * features))
 
-    def widened(self, x: Tensor) -> Tensor:
-        """A tile [m, D] with its padding."""
+    def pad_tile(self, x: Tensor) -> Tensor:
+        """A tile [m, D] with padding, as the products need it."""
         return x
 
-    def trimmed(self, x: Tensor, rows: int) -> Tensor:
+    def trim_tile(self, x: Tensor, rows: int) -> Tensor:
         """A tile without its padding."""
         return x
 
-    def _gaps(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """`rho_k - x_n` as [m, k, D], for one piece of the memories after the other."""
+    def _differences(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`rho_k - x_n` as [m, k, D], for each piece of the memories in turn."""
         for piece in self.pieces:
             yield piece, self.rho[piece] - x[:, None, :]
 
-    def distances(self, x: Tensor) -> Tensor:
+    def squared_distances(self, x: Tensor) -> Tensor:
         """Squared distances [m, K]."""
-        return torch.cat([gap.square().sum(-1) for _, gap in self._gaps(x)], 1)
+        return torch.cat([gap.square().sum(-1) for _, gap in self._differences(x)], 1)
 
-    def along(self, x: Tensor, h: Tensor) -> Tensor:
-        """`<h, rho_k - x>` [m, K], up to a number that all memories of a row share."""
-        return torch.cat([torch.bmm(gap, h[..., None])[..., 0] for _, gap in self._gaps(x)], 1)
+    def projections(self, x: Tensor, h: Tensor) -> Tensor:
+        """`<h, rho_k - x>` [m, K], up to a constant of each row."""
+        gaps = self._differences(x)
+        return torch.cat([torch.bmm(gap, h[..., None])[..., 0] for _, gap in gaps], 1)
 
-    def recalled(self, p: Tensor) -> Tensor:
+    def recall(self, p: Tensor) -> Tensor:
         """`sum_k p_k rho_k` [m, D]."""
         return torch.bmm(p[:, None], self.rho.expand(len(p), -1, -1))[:, 0]
 
-    def pulled(self, p: Tensor, h: Tensor) -> Tensor:
+    def weighted_rows(self, p: Tensor, h: Tensor) -> Tensor:
         """`sum_n p_nk h_n` [K, D]."""
         return p.mT @ h
 
-    def spread(self, x: Tensor, pulls: Tensor) -> tuple[Tensor, Tensor]:
-        """`2 sum_k W_k (rho_k - x)` [m, D] for W = pulls [m, K], and `2 sum_n W_nk (x_n - rho_k)`
-        [K, D].
+    def gradients(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """`2 sum_k w_nk (rho_k - x_n)` [m, D] and `2 sum_n w_nk (x_n - rho_k)` [K, D] for w [m, K]:
+        the gradients of -sum_nk w_nk |x_n - rho_k|^2.
         """
-        total, back = torch.zeros_like(x), torch.empty_like(self.rho)
-        for piece, gap in self._gaps(x):
-            own = 2 * pulls[:, piece]
-            total += torch.bmm(own[:, None], gap)[:, 0]
-            back[piece] = -own.mT[:, None, :].matmul(gap.transpose(0, 1))[:, 0]
-        return total, back
+        grad_x, grad_rho = torch.zeros_like(x), torch.empty_like(self.rho)
+        for piece, gap in self._differences(x):
+            own = 2 * w[:, piece]
+            grad_x += torch.bmm(own[:, None], gap)[:, 0]
+            grad_rho[piece] = -own.mT[:, None, :].matmul(gap.transpose(0, 1))[:, 0]
+        return grad_x, grad_rho
 
 
-class Expanded:
-    """As `Differences` from products of rows and memories less a centre. Rows, memories and
-    features are padded with 0, so that products give a row the same bits in any company.
+class ExpandedDistances:
+    """The methods of `Differences`, by matrix products of rows and memories less a centre. Rows,
+    memories and features are padded with 0, so that other rows cannot change the bits of a row.
     """
 
     def __init__(self, rho: Tensor, centre: Tensor) -> None:
         self.centre, (self.size, self.features) = centre, rho.shape
-        self.more = padded(self.size, 4) - self.size
-        self.rho = pad(rho - centre, (0, padded(self.features, 4) - self.features, 0, self.more))
+        self.more = round_up(self.size, 4) - self.size
+        self.rho = pad(rho - centre, (0, round_up(self.features, 4) - self.features, 0, self.more))
         self.flipped = self.rho.mT.contiguous()
         self.norms = self.rho.square().sum(-1)
-        self.limit = max(32, ENTRIES // len(self.rho))
+        self.limit = max(32, TILE_ENTRIES // len(self.rho))
 
-    def widened(self, x: Tensor) -> Tensor:
-        rows, features = padded(len(x), 32) - len(x), self.rho.shape[-1] - self.features
+    def pad_tile(self, x: Tensor) -> Tensor:
+        rows, features = round_up(len(x), 32) - len(x), self.rho.shape[-1] - self.features
         return pad(x, (0, features, 0, rows))
 
-    def trimmed(self, x: Tensor, rows: int) -> Tensor:
+    def trim_tile(self, x: Tensor, rows: int) -> Tensor:
         return x[:rows, : self.features]
 
-    def distances(self, x: Tensor) -> Tensor:
+    def squared_distances(self, x: Tensor) -> Tensor:
         base = x.square().sum(-1, keepdim=True) + self.norms
         return torch.addmm(base, x, self.flipped, alpha=-2)[:, : self.size].clamp(min=0)
 
-    def along(self, x: Tensor, h: Tensor) -> Tensor:
+    def projections(self, x: Tensor, h: Tensor) -> Tensor:
         return (h @ self.flipped)[:, : self.size]
 
-    def recalled(self, p: Tensor) -> Tensor:
+    def recall(self, p: Tensor) -> Tensor:
         return pad(p, (0, self.more)) @ self.rho
 
-    def pulled(self, p: Tensor, h: Tensor) -> Tensor:
+    def weighted_rows(self, p: Tensor, h: Tensor) -> Tensor:
         return (p.mT @ h)[:, : self.features]
 
-    def spread(self, x: Tensor, pulls: Tensor) -> tuple[Tensor, Tensor]:
-        own = pad(2 * pulls, (0, self.more))
-        total = (own @ self.rho).addcmul_(x, own.sum(-1, keepdim=True), value=-1)
-        back = (own.mT @ x).addcmul_(self.rho, own.sum(0)[:, None], value=-1)
-        return total, back[: self.size, : self.features]
+    def gradients(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        own = pad(2 * w, (0, self.more))
+        grad_x = (own @ self.rho).addcmul_(x, own.sum(-1, keepdim=True), value=-1)
+        grad_rho = (own.mT @ x).addcmul_(self.rho, own.sum(0)[:, None], value=-1)
+        return grad_x, grad_rho[: self.size, : self.features]
 
 
-class Part(NamedTuple):
-    """A tile of rows on their way through the steps."""
+Distances = Differences | ExpandedDistances
 
-    way: Differences | Expanded
-    rows: Tensor  # [n], places of the rows
-    served: Tensor  # [n] bool: the rows that this way serves
-    states: list[Tensor]  # before each step, and after the last; less the centre, with padding
+
+class ExactTile(NamedTuple):
+    """A tile of rows, with its states in all steps."""
+
+    method: Distances
+    rows: Tensor  # [n], indices of the rows
+    valid: Tensor  # [n] bool: the rows for which the method is accurate
+    states: list[Tensor]  # before each step, and after the last; centred, with padding
     gain: Tensor | float
 
     def store(self, out: Tensor, values: Tensor) -> None:
-        """Write the values [n, ...] of the rows that are served."""
-        out[self.rows[self.served]] = values[self.served]
+        """Write the values [n, ...] of the valid rows."""
+        out[self.rows[self.valid]] = values[self.valid]
 
     def load(self, values: Tensor) -> Tensor:
-        """A tile of values [m, ...]; 0 for the rows that are not served: they add nothing."""
-        own = torch.where(self.served[:, None], values[self.rows], 0.0)
-        return self.way.widened(own)
+        """A tile of values [m, ...]; 0 for the rows that are not valid, so that they add
+        nothing.
+        """
+        own = torch.where(self.valid[:, None], values[self.rows], 0.0)
+        return self.method.pad_tile(own)
 
-    def trimmed(self, x: Tensor) -> Tensor:
-        return self.way.trimmed(x, len(self.rows))
+    def trim_tile(self, x: Tensor) -> Tensor:
+        return self.method.trim_tile(x, len(self.rows))
 
 
 class ExactRows:
-    """Rows [m, D] of one problem against its memories, all in float64."""
+    """The steps and the energy of rows [m, D] of one problem, in float64."""
 
     def __init__(
         self, rho: Tensor, beta: Tensor, log_weights: Tensor | None, centre: Tensor | None = None
     ) -> None:
-        """Rho [K, D]; beta and log_weights [K] or [1]. A centre [1, D] allows `Expanded`."""
+        """Rho [K, D]; beta and log_weights [K] or [1]; with a centre [1, D], `ExpandedDistances`
+        may serve.
+        """
         self.beta, self.per_memory = beta.double(), len(beta) > 1
         self.shift = None if log_weights is None else log_weights.double()
         self.rho = rho.double()
-        if self.shift is not None:  # a memory that takes no part may hold NaN
-            dead = self.shift == -torch.inf
-            self.rho = torch.where(dead[:, None], 0.0, self.rho)
-            self.beta = torch.where(dead, 0.0, self.beta) if self.per_memory else self.beta
-        self.sharpest = self.beta.amax()
+        if self.shift is not None:  # masked memories may be NaN, and 0 * NaN is NaN
+            masked = self.shift == -torch.inf
+            self.rho = torch.where(masked[:, None], 0.0, self.rho)
+            self.beta = torch.where(masked, 0.0, self.beta) if self.per_memory else self.beta
+        self.largest_beta = self.beta.amax()
         self.differences = Differences(self.rho)
-        self.expanded: Expanded | None = None
-        if centre is not None and bool(_keep(self.rho, centre.double()).all()):
-            self.expanded = Expanded(self.rho, centre.double())
+        self.expanded: ExpandedDistances | None = None
+        if centre is not None and bool(_keeps_digits(self.rho, centre.double()).all()):
+            self.expanded = ExpandedDistances(self.rho, centre.double())
 
-    def parts(self, x: Tensor, gain: Tensor | float, steps: int) -> Iterator[Part]:
-        """Tiles of rows x [m, D], each row served by one of them; gain is a number or [m, D]."""
-        left = torch.arange(len(x), dtype=torch.int64, device=x.device)
+    def tiles(self, x: Tensor, gain: Tensor | float, steps: int) -> Iterator[ExactTile]:
+        """Tiles of rows x [m, D]; each row is valid in one tile. gain is a number or [m, D]."""
+        remaining = torch.arange(len(x), dtype=torch.int64, device=x.device)
         if self.expanded is not None:
-            rest = []
-            for rows in left.split(self.expanded.limit):
-                part = self._part(self.expanded, x, rows, gain, steps)
-                rest.append(rows[~part.served])
-                yield part
-            left = torch.cat(rest) if rest else left
-        for rows in left.split(self.differences.limit) if len(left) else ():
-            yield self._part(self.differences, x, rows, gain, steps)
+            invalid = []
+            for rows in remaining.split(self.expanded.limit):
+                tile = self._tile(self.expanded, x, rows, gain, steps)
+                invalid.append(rows[~tile.valid])
+                yield tile
+            remaining = torch.cat(invalid) if invalid else remaining
+        for rows in remaining.split(self.differences.limit) if len(remaining) else ():
+            yield self._tile(self.differences, x, rows, gain, steps)
 
-    def _part(
-        self, way: Differences | Expanded, x: Tensor, rows: Tensor, gain: Tensor | float, steps: int
-    ) -> Part:
-        own = way.widened(gain[rows]) if isinstance(gain, Tensor) else gain
+    def _tile(
+        self, method: Distances, x: Tensor, rows: Tensor, gain: Tensor | float, steps: int
+    ) -> ExactTile:
+        """The states of some rows in all steps, and which rows the method serves."""
+        own = method.pad_tile(gain[rows]) if isinstance(gain, Tensor) else gain
         start = x[rows]
-        states, served = [way.widened(start - way.centre)], torch.ones_like(rows, dtype=torch.bool)
-        if isinstance(way, Expanded):
-            served = _keep(start, way.centre)
+        states = [method.pad_tile(start - method.centre)]
+        valid = torch.ones_like(rows, dtype=torch.bool)
+        if isinstance(method, ExpandedDistances):
+            valid = _keeps_digits(start, method.centre)
         for _ in range(steps):
-            p, far, _ = self.weights(way, states[-1])
-            if isinstance(way, Expanded):
-                served &= self._is_tame(states[-1], p, far)[: len(rows)]
-            states.append(self.moved(way, states[-1], p, own))
-        return Part(way, rows, served, states, own)
+            p, sqdist, _ = self.weights(method, states[-1])
+            if isinstance(method, ExpandedDistances):
+                valid &= self._is_accurate(states[-1], p, sqdist)[: len(rows)]
+            states.append(self.after_step(method, states[-1], p, own))
+        return ExactTile(method, rows, valid, states, own)
 
-    def _is_tame(self, x: Tensor, p: Tensor, far: Tensor) -> Tensor:
+    def _is_accurate(self, x: Tensor, p: Tensor, sqdist: Tensor) -> Tensor:
         """[m] bool: rows whose expanded logits keep enough digits."""
-        heat = x.square().sum(-1) * self.sharpest
-        logits = (p * far * self.beta).sum(-1)
-        return (heat <= TAME) & (heat <= TAME_OF_LOGITS * logits)
+        logit_size = x.square().sum(-1) * self.largest_beta
+        logits = (p * sqdist * self.beta).sum(-1)
+        return (logit_size <= MAX_LOGIT_SIZE) & (logit_size <= MAX_LOGIT_RATIO * logits)
 
-    def weights(self, way: Differences | Expanded, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(weights, squared distances, logsumexp of the logits): [m, K], [m, K], [m, 1]."""
-        far = way.distances(x)
-        z = -self.beta * far
+    def weights(self, method: Distances, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(softmax_k(z_k), |x - rho_k|^2, logsumexp_k(z_k)) with z_k = log w_k - beta_k |x -
+        rho_k|^2: [m, K], [m, K], [m, 1].
+        """
+        sqdist = method.squared_distances(x)
+        z = -self.beta * sqdist
         z = z if self.shift is None else z + self.shift
         top = z.amax(-1, keepdim=True)
-        p = exp_(z - top, FLOOR[torch.float64])
+        p = exp_(z - top, EXP_FLOOR[torch.float64])
         mass = p.sum(-1, keepdim=True)
-        return p.div_(mass), far, top + mass.log_()
+        return p.div_(mass), sqdist, top + mass.log_()
 
-    def moved(
-        self, way: Differences | Expanded, x: Tensor, p: Tensor, gain: Tensor | float
-    ) -> Tensor:
-        """`x + gain * (sum_k p_k rho_k - x)`, exactly the sum at gain 1 and x at gain 0."""
-        return gain * way.recalled(p) + (x - gain * x)
+    def after_step(self, method: Distances, x: Tensor, p: Tensor, gain: Tensor | float) -> Tensor:
+        """`x + gain * (sum_k p_k rho_k - x)`; exactly the sum for gain 1, and exactly x for gain
+        0.
+        """
+        return gain * method.recall(p) + (x - gain * x)
 
     def advance(self, x: Tensor, gain: Tensor | float, steps: int) -> Tensor:
         """The rows after `steps` steps."""
         out = torch.empty_like(x)
-        for part in self.parts(x, gain, steps):
-            part.store(out, part.trimmed(part.states[-1]) + part.way.centre)
+        for tile in self.tiles(x, gain, steps):
+            tile.store(out, tile.trim_tile(tile.states[-1]) + tile.method.centre)
         return out
 
     def energy(self, x: Tensor) -> Tensor:
         """`-(1/beta) logsumexp_k(log w_k - beta |x - rho_k|^2)`, [m]."""
         out = x.new_empty(len(x), 1)
-        for part in self.parts(x, 1.0, 1):
-            part.store(out, self.weights(part.way, part.states[0])[2][: len(part.rows)])
+        for tile in self.tiles(x, 1.0, 1):
+            tile.store(out, self.weights(tile.method, tile.states[0])[2][: len(tile.rows)])
         return out[:, 0] / -self.beta
 
 
-def _keep(x: Tensor, centre: Tensor) -> Tensor:
-    """[m] bool: rows that keep their digits less the centre."""
-    lost = (x - centre) + centre - x
-    return lost.square().sum(-1) <= KEPT * x.square().sum(-1)
+def _keeps_digits(x: Tensor, centre: Tensor) -> Tensor:
+    """[m] bool: rows that keep their digits when the centre is subtracted."""
+    error = (x - centre) + centre - x
+    return error.square().sum(-1) <= LOST_PART * x.square().sum(-1)
 
 
 class ExactSums:
-    """Gradients of the memories' side of one problem, summed over its exact rows in float64."""
+    """Gradients of rho, beta and log_weights of one problem: float64 sums over its exact rows."""
 
     def __init__(self, exact: ExactRows) -> None:
         self.exact = exact
@@ -243,44 +258,54 @@ class ExactSums:
         self.beta = exact.rho.new_zeros(len(exact.rho))
         self.log_weights = exact.rho.new_zeros(len(exact.rho))
 
-    def back(
+    def backward(
         self, x: Tensor, grad: Tensor, gain: Tensor | float, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """Gradient of the rows x [m, D] before `steps` steps, and of the gain [m, D]."""
-        into, opened = torch.empty_like(x), torch.empty_like(x)
-        for part in self.exact.parts(x, gain, steps):
-            g, total = self._back(part, part.load(grad))
-            part.store(into, part.trimmed(g))
-            part.store(opened, part.trimmed(total))
-        return into, opened
+        """Gradients of the rows x [m, D] before `steps` steps, and of the gain [m, D], for the
+        gradient of the rows after them.
+        """
+        grad_x, grad_gain = torch.empty_like(x), torch.empty_like(x)
+        for tile in self.exact.tiles(x, gain, steps):
+            g, total = self._backward_tile(tile, tile.load(grad))
+            tile.store(grad_x, tile.trim_tile(g))
+            tile.store(grad_gain, tile.trim_tile(total))
+        return grad_x, grad_gain
 
-    def _back(self, part: Part, g: Tensor) -> tuple[Tensor, Tensor]:
-        exact, way, opened = self.exact, part.way, torch.zeros_like(g)
-        for x in reversed(part.states[:-1]):
-            p, far, _ = exact.weights(way, x)
-            opened += g * (way.recalled(p) - x)
-            h = part.gain * g
-            s = way.along(x, h)
+    def _backward_tile(self, tile: ExactTile, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the first states and of the gain, for the gradient g of the last states.
+
+        Each step back: h = gain g; s_k = <h, rho_k - x>; gz_k = p_k (s_k - sum_j p_j s_j);
+        g <- g - h + 2 sum_k beta_k gz_k (rho_k - x). It adds to the gradients of
+        rho_k: sum_n p_k h + 2 beta_k gz_k (x - rho_k); of beta_k: -sum_n gz_k |x - rho_k|^2; of
+        log w_k: sum_n gz_k.
+        """
+        exact, method, grad_gain = self.exact, tile.method, torch.zeros_like(g)
+        for x in reversed(tile.states[:-1]):
+            p, sqdist, _ = exact.weights(method, x)
+            grad_gain += g * (method.recall(p) - x)
+            h = tile.gain * g
+            s = method.projections(x, h)
             gz = p * (s - (p * s).sum(-1, keepdim=True))
-            into, back = way.spread(x, gz * exact.beta)
-            self.rho += way.pulled(p, h) + back
-            g = g - h + into
-            # one beta for all: a row of gz sums to 0, and what its distances share must go first
-            base = 0.0 if exact.per_memory else far.amin(-1, keepdim=True)
-            self.beta -= (gz * (far - base)).sum(0)
+            grad_x, grad_rho = method.gradients(x, gz * exact.beta)
+            self.rho += method.weighted_rows(p, h) + grad_rho
+            g = g - h + grad_x
+            # for one shared beta: rows of gz sum to 0, so distances less their minimum give the
+            # same sum with smaller rounding errors
+            base = 0.0 if exact.per_memory else sqdist.amin(-1, keepdim=True)
+            self.beta -= (gz * (sqdist - base)).sum(0)
             self.log_weights += gz.sum(0)
-        return g, opened
+        return g, grad_gain
 
-    def energy_back(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of the rows x [m, D] for the upstream gradient [m] of their energy."""
-        into, exact = torch.empty_like(x), self.exact
-        for part in exact.parts(x, 1.0, 1):
-            state, g = part.states[0], part.load(grad[:, None])[:, :1]
-            p, far, lse = exact.weights(part.way, state)
+    def energy_backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the rows x [m, D], for the gradient [m] of their energy."""
+        grad_x, exact = torch.empty_like(x), self.exact
+        for tile in exact.tiles(x, 1.0, 1):
+            state, g = tile.states[0], tile.load(grad[:, None])[:, :1]
+            p, sqdist, lse = exact.weights(tile.method, state)
             q = p * g
-            pull, back = part.way.spread(state, -q)
-            part.store(into, part.trimmed(pull))
-            self.rho += back
-            self.beta += (q * (far + lse / exact.beta)).sum(0) / exact.beta
+            g_state, grad_rho = tile.method.gradients(state, -q)
+            tile.store(grad_x, tile.trim_tile(g_state))
+            self.rho += grad_rho
+            self.beta += (q * (sqdist + lse / exact.beta)).sum(0) / exact.beta
             self.log_weights -= q.sum(0) / exact.beta
-        return into
+        return grad_x

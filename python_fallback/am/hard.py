@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Associative memory at beta = inf: each step moves a row towards its nearest memory.
 
-The nearest memory is the label of `kmeans_assign`: that of float64, the lowest index on ties.
+The index of the nearest memory is the label of `kmeans_assign`: exact in float64, and the lowest
+index of a tie.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ import torch
 from torch import Tensor
 
 from .. import kmeans
-from ..common.chunk import KEPT_ENTRIES, row_chunks
-from ..common.score import alive_memories, compute_dtype
+from ..common.chunk import SAVED_ENTRIES, row_chunks
+from ..common.score import active_memories, compute_dtype
 
 
-def nearest(x: Tensor, rho: Tensor, log_weights: Tensor | None) -> Tensor:
-    """Label [..., N] of the nearest memory that takes part; -1 where a row is not finite or no
-    memory takes part.
+def nearest_labels(x: Tensor, rho: Tensor, log_weights: Tensor | None) -> Tensor:
+    """Label [..., N] of the nearest active memory; -1 where a row is not finite or all memories are
+    masked.
     """
-    return kmeans.kmeans_assign_forward(x, rho, None, _dead(rho, log_weights), False)[0]
+    return kmeans.kmeans_assign_forward(x, rho, None, _masked_memories(rho, log_weights), False)[0]
 
 
-def _dead(rho: Tensor, log_weights: Tensor | None) -> Tensor | None:
-    """Which memories take no part, [..., K]."""
-    alive = alive_memories(log_weights)
-    return None if alive is None else ~alive.expand(*alive.shape[:-1], rho.shape[-2])
+def _masked_memories(rho: Tensor, log_weights: Tensor | None) -> Tensor | None:
+    """[..., K] bool: masked memories; None if none is."""
+    active = active_memories(log_weights)
+    return None if active is None else ~active.expand(*active.shape[:-1], rho.shape[-2])
 
 
 def assign(
@@ -35,33 +36,36 @@ def assign(
     rho: Tensor,
     log_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`am_assign` by a form of `kmeans_assign`. A memory that takes part and is not finite makes
-    all rows NaN, label -1; where no memory takes part the distance is inf.
+    """`am_assign` by `function`, the equation or the CPU backend of `kmeans_assign`.
+
+    An active memory that is not finite gives all rows the label -1 and the distance NaN; where all
+    memories are masked the distance is inf.
     """
-    dead = _dead(rho, log_weights)
-    labels, sqdist = function(v, rho, None, dead, True)
-    broken = (rho * 0 if dead is None else torch.where(dead[..., None], 0.0, rho * 0)).sum((-2, -1))
-    broken = broken.isnan()[..., None]
-    labels, sqdist = torch.where(broken, -1, labels), torch.where(broken, torch.nan, sqdist)
-    if dead is not None:
-        sqdist = torch.where(dead.all(-1, keepdim=True), torch.inf, sqdist)
+    masked = _masked_memories(rho, log_weights)
+    labels, sqdist = function(v, rho, None, masked, True)
+    zero_or_nan = rho * 0 if masked is None else torch.where(masked[..., None], 0.0, rho * 0)
+    not_finite = zero_or_nan.sum((-2, -1)).isnan()[..., None]
+    labels, sqdist = torch.where(not_finite, -1, labels), torch.where(not_finite, torch.nan, sqdist)
+    if masked is not None:
+        sqdist = torch.where(masked.all(-1, keepdim=True), torch.inf, sqdist)
     return labels, sqdist
 
 
-class _Path:
-    """The steps of some rows of all problems: labels, and what each step adds to the states."""
+class HardStep:
+    """One step at beta = inf, for some rows of all problems."""
 
     def __init__(
         self, rho: Tensor, log_weights: Tensor | None, mask: Tensor | None, step: float
     ) -> None:
-        alive = alive_memories(log_weights)
+        active = active_memories(log_weights)
         self.rho, self.log_weights, self.mask, self.step = rho, log_weights, mask, step
-        # a memory that takes no part may hold NaN
-        self.memories = rho if alive is None else torch.where(alive[..., None], rho, 0.0)
-        # one that takes part and is not finite shows in every row
-        self.poison = (self.memories * 0).sum((-2, -1))[..., None, None]
+        # masked memories may be NaN, and 0 * NaN is NaN
+        self.memories = rho if active is None else torch.where(active[..., None], rho, 0.0)
+        # an active memory that is not finite makes every row NaN
+        self.zero_or_nan = (self.memories * 0).sum((-2, -1))[..., None, None]
 
     def gain(self, rows: slice, x: Tensor) -> Tensor | float:
+        """`step * update_mask` of some rows; the number `step` without a mask."""
         if self.mask is None:
             return self.step
         one_row = self.mask.ndim < 2 or self.mask.shape[-2] == 1
@@ -69,22 +73,25 @@ class _Path:
         return self.step * mask.to(x.dtype)
 
     def advance(self, x: Tensor, gain: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """(labels, nearest memories, the states after a step). A row that is not finite becomes
-        NaN; where no memory takes part, the row itself stands for the nearest memory.
+        """(labels, nearest memories, states after the step). A row that is not finite becomes NaN;
+        where all memories are masked, the row is its own nearest memory.
         """
-        labels = nearest(x, self.rho, self.log_weights)
+        labels = nearest_labels(x, self.rho, self.log_weights)
         labels = labels.expand(*x.shape[:-1])
-        wide = self.memories.expand(*x.shape[:-2], *self.memories.shape[-2:])
+        expanded = self.memories.expand(*x.shape[:-2], *self.memories.shape[-2:])
         place = labels.clamp(min=0)[..., None]
-        near = torch.take_along_dim(wide, place, -2).to(x.dtype)
-        lost = x + (x * 0).sum(-1, keepdim=True)
-        near = torch.where(labels[..., None] < 0, lost, near) + self.poison.to(x.dtype)
-        # exactly the memory at gain 1, and the row at gain 0
-        return labels, near, gain * near + (x - gain * x)
+        recalled = torch.take_along_dim(expanded, place, -2).to(x.dtype)
+        nan_or_row = x + (x * 0).sum(-1, keepdim=True)
+        recalled = torch.where(labels[..., None] < 0, nan_or_row, recalled) + self.zero_or_nan.to(
+            x.dtype
+        )
+        # exactly the memory for gain 1, and the row for gain 0
+        return labels, recalled, gain * recalled + (x - gain * x)
 
 
-def _parts(rows: int, steps: int, features: int) -> Iterator[slice]:
-    return row_chunks(rows, max(1, KEPT_ENTRIES // (max(steps, 1) * features)))
+def _row_chunks(rows: int, steps: int, features: int) -> Iterator[slice]:
+    """Chunks whose states of all steps fit the budget of saved entries."""
+    return row_chunks(rows, max(1, SAVED_ENTRIES // (max(steps, 1) * features)))
 
 
 def hard_forward(
@@ -96,18 +103,20 @@ def hard_forward(
     mask: Tensor | None,
     log_weights: Tensor | None,
 ) -> Tensor:
-    """`am_recursion` at beta = inf; shape is that of the result."""
-    path, dtype = _Path(rho, log_weights, mask, step), compute_dtype(v)
+    """`x <- x + step * update_mask * (nearest memory - x)`, `steps` times; shape is that of the
+    result.
+    """
+    hard_step, dtype = HardStep(rho, log_weights, mask, step), compute_dtype(v.dtype)
     out = v.new_empty(shape)
-    wide = v.expand(shape)
-    for rows in _parts(shape[-2], 1, shape[-1]):
-        given = wide[..., rows, :]
-        x = given.to(dtype)
-        gain = path.gain(rows, x)
+    expanded = v.expand(shape)
+    for rows in _row_chunks(shape[-2], 1, shape[-1]):
+        start = expanded[..., rows, :]
+        x = start.to(dtype)
+        gain = hard_step.gain(rows, x)
         for _ in range(steps):
-            x = path.advance(x, gain)[2]
-        if isinstance(gain, Tensor):  # an entry that the mask closes keeps its bits
-            x = torch.where(gain == 0, given.to(dtype), x)
+            x = hard_step.advance(x, gain)[2]
+        if isinstance(gain, Tensor):  # an entry that the mask does not update keeps its bits
+            x = torch.where(gain == 0, start.to(dtype), x)
         out[..., rows, :] = x
     return out
 
@@ -121,26 +130,33 @@ def hard_backward(
     mask: Tensor | None,
     log_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of v in the shape of the result, of rho in float64 with the batch of the result, of
-    the mask in the shape of the result).
+    """(gradient of v in the shape of the result, gradient of rho in float64 with the batch of the
+    result, gradient of the mask in the shape of the result).
+
+    Labels are constants: with h = step * update_mask * g, each step back gives a row g - h, its
+    nearest memory h, and the mask step * g * (nearest memory - x).
     """
-    path, dtype, shape = _Path(rho, log_weights, mask, step), compute_dtype(v), grad.shape
-    into, opened = (grad.new_zeros(shape, dtype=dtype) for _ in range(2))
-    pulled = grad.new_zeros((*shape[:-2], *rho.shape[-2:]), dtype=torch.float64)
-    wide = v.expand(shape)
-    for rows in _parts(shape[-2], steps, shape[-1]):
-        x = wide[..., rows, :].to(dtype)
-        gain, walk = path.gain(rows, x), []
+    hard_step, dtype, shape = (
+        HardStep(rho, log_weights, mask, step),
+        compute_dtype(v.dtype),
+        grad.shape,
+    )
+    grad_v, grad_mask = (grad.new_zeros(shape, dtype=dtype) for _ in range(2))
+    grad_rho = grad.new_zeros((*shape[:-2], *rho.shape[-2:]), dtype=torch.float64)
+    expanded = v.expand(shape)
+    for rows in _row_chunks(shape[-2], steps, shape[-1]):
+        x = expanded[..., rows, :].to(dtype)
+        gain, steps_forward = hard_step.gain(rows, x), []
         for _ in range(steps):
-            labels, near, following = path.advance(x, gain)
-            walk.append((labels, near - x))
+            labels, recalled, following = hard_step.advance(x, gain)
+            steps_forward.append((labels, recalled - x))
             x = following
         g = grad[..., rows, :].to(dtype)
-        for labels, gap in reversed(walk):
-            opened[..., rows, :] += step * g * gap
+        for labels, difference in reversed(steps_forward):
+            grad_mask[..., rows, :] += step * g * difference
             h = gain * g
-            moved = torch.where(labels[..., None] < 0, 0.0, h)
-            pulled += kmeans.kmeans_update_forward(h, labels, rho.shape[-2])[0]
-            g = g - moved
-        into[..., rows, :] = g
-    return into, pulled, opened
+            applied = torch.where(labels[..., None] < 0, 0.0, h)
+            grad_rho += kmeans.kmeans_update_forward(h, labels, rho.shape[-2])[0]
+            g = g - applied
+        grad_v[..., rows, :] = g
+    return grad_v, grad_rho, grad_mask

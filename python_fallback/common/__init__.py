@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all families share: row chunks, scores, problems of a batch."""
+"""Code that all families share: row chunks, scores, problems of a batch."""

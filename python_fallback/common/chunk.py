@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row chunking: the one place that turns a budget into chunk sizes, and the only loop over chunks.
+"""Row chunks: the one place that computes chunk sizes from a budget of entries.
 
-An operand is `[*batch, *core]` with as many leading dims as the broadcast batch (size 1 where it
-is shared), so that nothing is ever expanded in memory. A `Cell` is one index of all batch dims but
-the last and a run of the last; inside it the chunked code works on 3-D tensors `[batch, rows, .]`.
+An operand is `[*batch, *core]` with as many leading dims as the broadcast batch. A dim that
+problems share has size 1, so no operand is expanded in memory. A `Cell` is one index of all batch
+dims but the last, and a slice of the last; the chunked code computes a cell with 3-D tensors
+`[problems, rows, .]`.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Entries of one rows x K tile: a score tile and its softmax then fit in a 2 MB second-level cache.
+# Entries of one tile [rows, K]: a tile of scores and its softmax then fit in a second-level cache
+# of 2 MB.
 TILE_ENTRIES = 1 << 18
 MIN_ROWS, MAX_ROWS = 128, 32768
-# What a backward may keep of one chunk's trajectory (states, and weights when they fit).
-KEPT_ENTRIES = 1 << 22
+# Entries that a backward may save of one chunk's trajectory: states, and weights if they fit.
+SAVED_ENTRIES = 1 << 22
 
 
-def padded(size: int, to: int) -> int:
-    """`size` rounded up to a multiple."""
-    return -(-size // to) * to
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `size`."""
+    return -(-size // multiple) * multiple
 
 
 class Cell(NamedTuple):
-    """One index of the leading batch dims and a run of the last one."""
+    """One index of the leading batch dims, and a slice of the last one."""
 
     lead: tuple[int, ...]
     batch: slice
@@ -39,8 +41,8 @@ class Cell(NamedTuple):
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
-    """The shape that shapes broadcast to. `torch.broadcast_shapes` imports sympy at its first call,
-    which takes a second; after Ctrl-C in the middle of it every later call fails.
+    """The common shape of operands that broadcast. `torch.broadcast_shapes` imports sympy at its
+    first call: that takes a second, and if Ctrl-C interrupts it, every later call fails.
     """
     batch: list[int] = []
     for shape in shapes:
@@ -49,25 +51,25 @@ def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
             if shape[-i] == batch[-i] or shape[-i] == 1:
                 continue
             if batch[-i] != 1:
-                raise RuntimeError(f"shapes: expected ones that broadcast, got {shapes}")
+                raise RuntimeError(f"shapes: expected shapes that broadcast, got {shapes}")
             batch[-i] = shape[-i]
     return torch.Size(batch)
 
 
-def chunk_rows(width: int, kept: int = 0) -> int:
-    """Rows of one chunk whose tiles are `width` wide, with `kept` entries a row held beside
-    them.
+def chunk_rows(width: int, saved: int = 0) -> int:
+    """Rows of one chunk with tiles [rows, width], where a backward saves `saved` entries of each
+    row.
     """
     rows = max(MIN_ROWS, min(MAX_ROWS, TILE_ENTRIES // max(width, 1)))
-    return max(16, min(rows, KEPT_ENTRIES // max(kept, 1)))
+    return max(16, min(rows, SAVED_ENTRIES // max(saved, 1)))
 
 
 def cells(batch: Sequence[int], rows: int, limit: int, core: int) -> Iterator[Cell]:
-    """Cells that cover `batch`; several problems share one where `rows` is far below `limit` and
-    the `core` entries a problem sums over its rows stay within the budget.
+    """Cells that cover `batch`. Several problems share a cell if their `rows` are fewer than the
+    `limit` rows of a chunk, and if their sums over rows, `core` entries each, fit the budget.
     """
     *lead, last = batch or (1,)
-    run = max(1, min(limit // max(rows, 1), KEPT_ENTRIES // max(core, 1)))
+    run = max(1, min(limit // max(rows, 1), SAVED_ENTRIES // max(core, 1)))
     for index in product(*map(range, lead)):
         for start in range(0, last, run):
             yield Cell(index, slice(start, min(start + run, last)))
@@ -79,14 +81,16 @@ def row_chunks(rows: int, limit: int) -> Iterator[slice]:
         yield slice(start, min(start + limit, rows))
 
 
-def lift(operand: Tensor, batch_dims: int, core_dims: int) -> Tensor:
+def add_batch_dims(operand: Tensor, batch_dims: int, core_dims: int) -> Tensor:
     """View of `operand` with exactly max(1, `batch_dims`) leading dims."""
     missing = max(batch_dims, 1) + core_dims - operand.ndim
     return operand.reshape((1,) * missing + tuple(operand.shape))
 
 
 def take(operand: Tensor, cell: Cell, rows: slice | None = None) -> Tensor:
-    """The 3-D part of a lifted operand that belongs to a cell (and to a chunk of its rows)."""
+    """The 3-D part of an operand for one cell, and for one chunk of its rows; `operand` comes from
+    `add_batch_dims`.
+    """
     for index in cell.lead:
         operand = operand[index if operand.shape[0] > 1 else 0]
     if operand.shape[0] > 1:
@@ -97,11 +101,11 @@ def take(operand: Tensor, cell: Cell, rows: slice | None = None) -> Tensor:
 
 
 class GradientSum:
-    """Gradient of one operand, summed back to the operand's own shape in a fixed order."""
+    """Gradient of one operand: sum over the problems that share it, in a fixed order."""
 
-    def __init__(self, operand: Tensor, lifted: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, operand: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
         self.operand = operand
-        self.total = torch.zeros(lifted.shape, dtype=dtype, device=operand.device)
+        self.total = torch.zeros(batched.shape, dtype=dtype, device=operand.device)
 
     def add(self, cell: Cell, value: Tensor, rows: slice | None = None) -> None:
         part = take(self.total, cell, rows)

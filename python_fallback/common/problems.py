@@ -13,9 +13,11 @@ from torch import Tensor
 def problems(
     batch: torch.Size, *operands: tuple[Tensor | None, int]
 ) -> Iterator[tuple[tuple[int, ...], list[Tensor]]]:
-    """Index of every problem of a batch, and each operand's part in it; nothing is copied."""
-    wide = [
+    """The index of every problem of a batch, and its view of each operand; an operand is a pair
+    (tensor, dims of one problem).
+    """
+    views = [
         None if o is None else o.expand([*batch, *o.shape[o.ndim - core :]]) for o, core in operands
     ]
-    for at in product(*map(range, batch)):
-        yield at, [None if o is None else o[at] for o in wide]  # type: ignore[misc]
+    for index in product(*map(range, batch)):
+        yield index, [None if o is None else o[index] for o in views]  # type: ignore[misc]

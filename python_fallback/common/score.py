@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores shared by the families, each with one numeric recipe, and the dtype everything is
-computed in.
-"""
+"""Scores that several families compute, each in one way, and the dtype of all computation."""
 
 from __future__ import annotations
 
@@ -10,77 +8,76 @@ import math
 import torch
 from torch import Tensor
 
-# The centre is the mean of the memories whose squared distance from the median of a sample of this
-# size is at most so many times the median of these.
-SAMPLE, NEAR = 31, 16.0
+# The centre is a mean of memories near the median of a sample of this many. A memory is near if its
+# squared distance from the median is at most NEAR_FACTOR times the median of these distances.
+SAMPLE_SIZE, NEAR_FACTOR = 31, 16.0
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every other dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def alive_memories(log_weights: Tensor | None) -> Tensor | None:
-    """Which memories take part ([..., K], bool): those with log_weight > -inf; None means all."""
+def active_memories(log_weights: Tensor | None) -> Tensor | None:
+    """[..., K] bool: log_weights > -inf; None if there are no log-weights: all are active."""
     return None if log_weights is None else torch.atleast_1d(log_weights) != -torch.inf
 
 
-def centred(rho: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`(rho - c, c)` with c `[..., 1, D]` the centre of the memories that take part; the others are
-    set to 0.
+def centred(rho: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`(rho - c, c)` with c `[..., 1, D]` the centre of the active memories; masked memories become
+    0.
 
-    Distances, the step and all gradients do not change under a shift, so c carries no gradient. It
+    Distances, the step and all gradients do not change under a shift, so c needs no gradient. It
     keeps the expanded distance accurate for data far from the origin.
     """
     fixed = rho.detach()
-    keep = None if alive is None else alive.expand(*alive.shape[:-1], rho.shape[-2])[..., None]
+    keep = None if active is None else active.expand(*active.shape[:-1], rho.shape[-2])[..., None]
     if keep is not None:
         fixed = torch.where(keep, fixed, 0.0)
     c = centre_of(fixed, keep)
     return (rho - c, c) if keep is None else (torch.where(keep, rho - c, 0.0), c)
 
 
-def centre_of(rho: Tensor, keep: Tensor | None) -> Tensor:
-    """Mean of the memories that stand near the median of a sample: one far memory cannot move it.
-    It is NaN where a memory holds what is not finite, and so is every row then.
+def centre_of(rho: Tensor, active: Tensor | None) -> Tensor:
+    """`[..., 1, D]`: mean of the active memories near the median of a sample, so that one distant
+    memory cannot move it; active is [..., K, 1]. NaN where a memory is not finite, so that all rows
+    of that problem become NaN.
     """
-    middle = _middle(rho, keep)
-    gap = rho - middle
-    far = gap.square().sum(-1, keepdim=True)
-    near = far <= NEAR * _middle(far, keep)
-    near = near if keep is None else near & keep
+    median = _sample_median(rho, active)
+    gap = rho - median
+    sqdist = gap.square().sum(-1, keepdim=True)
+    near = sqdist <= NEAR_FACTOR * _sample_median(sqdist, active)
+    near = near if active is None else near & active
     mean = torch.where(near, gap, 0.0).sum(-2, keepdim=True) / near.sum(-2, keepdim=True).clamp(1)
-    return middle + mean + (rho * 0).sum(-2, keepdim=True)
+    return median + mean + (rho * 0).sum(-2, keepdim=True)
 
 
-def _middle(values: Tensor, keep: Tensor | None) -> Tensor:
-    """Lower median over a sample of at most `SAMPLE` of the memories that take part; 0 if none
-    does.
+def _sample_median(values: Tensor, active: Tensor | None) -> Tensor:
+    """`[..., 1, D]`: lower median of a sample of at most `SAMPLE_SIZE` active rows of `values`
+    [..., K, D]; 0 if no row is active.
     """
     size = values.shape[-2]
-    count = min(size, SAMPLE)
+    count = min(size, SAMPLE_SIZE)
     places = torch.arange(count, dtype=torch.int64, device=values.device)
-    if keep is None:
+    if active is None:
         return values[..., places * size // count, :].median(-2, keepdim=True).values
-    alive = keep[..., 0]
-    total = alive.sum(-1, keepdim=True)
-    first = alive.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    chosen = first.gather(-1, torch.where(total > count, places * total // count, places))[
-        ..., None
-    ]
+    mask = active[..., 0]
+    total = mask.sum(-1, keepdim=True)
+    order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    index = order.gather(-1, torch.where(total > count, places * total // count, places))
     shape = (*values.shape[:-2], count, values.shape[-1])
-    sample = values.gather(-2, chosen.expand(shape))
+    sample = values.gather(-2, index[..., None].expand(shape))
     sample = sample.masked_fill((places >= total)[..., None], torch.inf).sort(-2).values
     middle = (total.clamp(1, count) - 1)[..., None] // 2
-    lower = sample.gather(-2, middle.expand(*shape[:-2], 1, shape[-1]))
-    return torch.where(total[..., None] > 0, lower, 0.0)
+    median = sample.gather(-2, middle.expand(*shape[:-2], 1, shape[-1]))
+    return torch.where(total[..., None] > 0, median, 0.0)
 
 
 def first_max_(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(max(z, -1), index of the first maximum), both `[..., 1]`; z is scratch afterwards.
+    """(max(z, -1), index of the first maximum), both `[..., 1]`; overwrites z.
 
-    Four vectorised passes: torch's own max over the last dim with indices is three times slower.
-    Where a row has NaN the maximum is NaN and the index K.
+    Four vectorised passes take a third of the time of torch's max over the last dim with indices.
+    For a row with NaN the maximum is NaN and the index is K.
     """
     size = z.shape[-1]
     top = z.amax(-1, keepdim=True)
@@ -88,38 +85,38 @@ def first_max_(z: Tensor) -> tuple[Tensor, Tensor]:
     return top, (size - z.eq_(top).mul_(countdown).amax(-1, keepdim=True)).long()
 
 
-# Below one vector's width torch's softmax over the last dim runs scalar, 4 to 8 times slower than
-# the same in elementwise passes.
+# torch's softmax over a last dim narrower than one vector runs scalar code: it takes 4 to 8 times
+# as long as the same computation in elementwise passes.
 _NARROW = 16
 
 
-# Weights below exp of these, of the largest of their row or column, are 0: a CPU's exp takes fifty
-# times as long where it underflows. Softmax ends earlier, so that products with its weights are no
-# denormal numbers either, which are as slow.
-FLOOR = {torch.float32: -80.0, torch.float64: -650.0}
-FLOOR_OF_SOFTMAX = {torch.float32: -60.0, torch.float64: -600.0}
+# A weight whose logarithm, less that of the largest of its row or column, is below this becomes 0:
+# a CPU's exp takes fifty times as long where it underflows. The floor of a softmax is higher, so
+# that products with its weights are no denormal numbers either: these are as slow.
+EXP_FLOOR = {torch.float32: -80.0, torch.float64: -650.0}
+SOFTMAX_FLOOR = {torch.float32: -60.0, torch.float64: -600.0}
 
 
-def exp_(x: Tensor, low: float) -> Tensor:
-    """exp(x) in place, 0 from `low` down; NaN stays."""
-    if bool(x.amin() > low):  # the same bits in half the time
+def exp_(x: Tensor, floor: float) -> Tensor:
+    """exp(x) in place, 0 where x <= floor; NaN stays."""
+    if bool(x.amin() > floor):  # the same bits in half the time
         return x.exp_()
-    return torch.threshold_(x.clamp_(min=low).exp_(), math.exp(low) * (1 + 1e-5), 0.0)
+    return torch.threshold_(x.clamp_(min=floor).exp_(), math.exp(floor) * (1 + 1e-5), 0.0)
 
 
-def softmax_(z: Tensor, sharp: bool = False) -> Tensor:
-    """softmax(z, -1) in place. `sharp`: many entries lie below the floor, which torch's own takes
-    ten times as long for; a third slower where none does.
+def softmax_(z: Tensor, underflows: bool = False) -> Tensor:
+    """softmax(z, -1) in place. `underflows` says that many logits are below the floor: torch's
+    softmax then takes ten times as long. Where none is, `underflows` costs a third more.
     """
-    if z.shape[-1] >= _NARROW and not sharp:
+    if z.shape[-1] >= _NARROW and not underflows:
         return torch._softmax(z, -1, False, out=z)
     z.sub_(z.amax(-1, keepdim=True))
-    z = exp_(z, FLOOR_OF_SOFTMAX[z.dtype]) if sharp else z.exp_()
+    z = exp_(z, SOFTMAX_FLOOR[z.dtype]) if underflows else z.exp_()
     return z.div_(z.sum(-1, keepdim=True))
 
 
 def softmax_backward_(g: Tensor, p: Tensor) -> Tensor:
-    """P * (g - sum_k(p g)) in place of g: the gradient with respect to the logits of p."""
+    """`p * (g - sum_k p_k g_k)` in place of g: the gradient of the logits, for weights p."""
     if g.shape[-1] >= _NARROW:
         return torch._softmax_backward_data(g, p, -1, g.dtype, grad_input=g)
     g.mul_(p)

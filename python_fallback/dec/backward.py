@@ -21,16 +21,16 @@ from torch import Tensor
 
 from .distances import Distances
 from .equations import Alpha
-from .forward import Chunk, Losses, Problem, filled
+from .forward import LossCall, LossChunk, LossProblem, filled
 
 # Below it `log1p(x) - x / (1 + x)` is a series of so many terms.
 SMALL, TERMS = 0.01, 8
 
 
-class Totals:
+class GradientTotals:
     """The gradients of z, mu and alpha of one call; of what is shared by problems their sum."""
 
-    def __init__(self, call: Losses, needs: Sequence[bool]) -> None:
+    def __init__(self, call: LossCall, needs: Sequence[bool]) -> None:
         self.call, self.needs = call, needs
         self.sums: list[Tensor | None] = [None] * 3
         for i, (x, core) in enumerate(call.operands[:3]):
@@ -65,7 +65,9 @@ class Totals:
 class ProblemGradients:
     """The gradients of one problem, chunk after chunk."""
 
-    def __init__(self, one: Problem, totals: Totals, at: tuple[int, ...], grad: Tensor) -> None:
+    def __init__(
+        self, one: LossProblem, totals: GradientTotals, at: tuple[int, ...], grad: Tensor
+    ) -> None:
         d = one.now
         self.d, self.grad = d, grad
         self.z, self.mu, self.alpha = (totals.part(i, at) for i in range(3))
@@ -73,13 +75,13 @@ class ProblemGradients:
         self.factor = torch.cat([d.centred, ones], 1).mT.contiguous()  # [D + 1, K]
         self.sums = d.mu.new_zeros(d.size, d.features + 1)  # of a_i m_ij (z_i, 1)
 
-    def add(self, c: Chunk) -> None:
+    def add(self, c: LossChunk) -> None:
         """Add the gradients of one chunk."""
         d, (r, _, stretch) = self.d, c.ratios
         g = filled(self.grad, c.part, r.shape[1], self.sums)  # [rows]
         upstream = g
-        if c.lost is not None:
-            g = torch.where(c.lost, 0.0, g)
+        if c.irregular is not None:
+            g = torch.where(c.irregular, 0.0, g)
         # [K, rows], p - P q
         gap = torch.addcmul(c.target.p, r, (c.target.total / c.total).expand_as(r), value=-1)
         if self.alpha is not None and not d.is_gaussian:
@@ -96,18 +98,18 @@ class ProblemGradients:
         if self.z is not None:
             self._add_rows(c, m, a, upstream)
 
-    def _add_rows(self, c: Chunk, m: Tensor, a: Tensor, upstream: Tensor) -> None:
+    def _add_rows(self, c: LossChunk, m: Tensor, a: Tensor, upstream: Tensor) -> None:
         """Add dz of one chunk; NaN for a row that is not finite and has a gradient."""
         d, n = self.d, c.part.stop - c.part.start
         assert self.z is not None
         products = self.factor @ m  # [D + 1, rows]
         products = (d.points * products[-1]).sub_(products[:-1]).mul_(a)
-        if c.lost is not None:
-            products[:, c.lost & (upstream != 0)] = torch.nan
+        if c.irregular is not None:
+            products[:, c.irregular & (upstream != 0)] = torch.nan
         rows = self.z[c.part]
         rows += products[:, :n].mT.to(rows.dtype)
 
-    def add_one_centroid(self, one: Problem) -> None:
+    def add_one_centroid(self, one: LossProblem) -> None:
         """The gradients for K = 1: 0, and NaN in dz of a row that is not finite."""
         if self.z is not None:
             has_value = one.regular() | (self.grad == 0)
@@ -162,13 +164,13 @@ def dec_losses_backward(
     """Gradients of (z, mu, alpha, weight, log_counts, z0, mu0, log_norm, p); only the first three
     are not zero.
     """
-    call = Losses(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p)
-    totals = Totals(call, needs)
+    call = LossCall(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p)
+    totals = GradientTotals(call, needs)
     if not any(total is not None for total in totals.sums):
         return totals.results()
     grads = grad.expand(*call.batch, call.rows)
     for at, one in call.problems():
-        if one.is_lost:
+        if one.is_void:
             _spread(totals, at)
             continue
         gradients = ProblemGradients(one, totals, at, grads[at])
@@ -181,7 +183,7 @@ def dec_losses_backward(
     return totals.results()
 
 
-def _spread(totals: Totals, at: tuple[int, ...]) -> None:
+def _spread(totals: GradientTotals, at: tuple[int, ...]) -> None:
     """NaN in each gradient of a problem whose centroids are not finite."""
     for i in range(3):
         part = totals.part(i, at)

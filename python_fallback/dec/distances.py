@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..common.chunk import padded
+from ..common.chunk import round_up
 
 # Entries of one tile, about a second-level cache, and the bounds on the rows of a chunk.
 TILE_ENTRIES, MIN_ROWS, MAX_ROWS = 1 << 17, 32, 1 << 13
@@ -47,28 +47,28 @@ class Distances:
         self.rows, self.mu, self.alpha = rows, wide, alpha
         self.is_gaussian = math.isinf(alpha)
         self.size, self.features = mu.shape
-        self.is_lost = math.isnan(alpha) or not bool(wide.isfinite().all())
-        self.centre = torch.zeros_like(wide[0]) if self.is_lost else wide.mean(0)
+        self.is_void = math.isnan(alpha) or not bool(wide.isfinite().all())
+        self.centre = torch.zeros_like(wide[0]) if self.is_void else wide.mean(0)
         self.centred = wide - self.centre  # [K, D]
         norms = self.centred.square().sum(1, keepdim=True)  # [K, 1]
         self.reach = float(norms.amax().sqrt())
         self.left = torch.cat([-2 * self.centred, norms, torch.ones_like(norms)], 1)  # [K, D + 2]
         self.limit = tile_rows(self.size)
-        width = min(self.limit, padded(max(len(rows), 1), GROUP))
+        width = min(self.limit, round_up(max(len(rows), 1), GROUP))
         self.right = wide.new_empty((self.features + 2) * width)  # scratch of [D + 2, rows]
         self.wide = wide.new_empty(self.size * width)  # scratch of [K, rows], float64
         self.narrow = self.wide
         if dtype is not None:
             self.narrow = torch.empty(self.size * width, dtype=dtype, device=mu.device)
-        self.lost: Tensor | None = None
+        self.irregular: Tensor | None = None
         self.nearest = self.scale = self.points = self.right
 
     def load(self, part: slice) -> Tensor:
         """The tile y of some rows, [K, padded rows]. Rows that are not finite count as 0, and
-        `lost` marks them.
+        `irregular` marks them.
         """
         n = part.stop - part.start
-        width = padded(n, GROUP)
+        width = round_up(n, GROUP)
         side = self.right[: (self.features + 2) * width].view(-1, width)  # [D + 2, rows]
         self.points = points = side[: self.features]
         points[:, n:] = 0.0
@@ -106,10 +106,10 @@ class Distances:
         are not finite to 0.
         """
         norms = points.square().sum(0)
-        self.lost = None
+        self.irregular = None
         if not math.isfinite(float(norms.sum())):
             regular = points.isfinite().all(0)
-            self.lost = ~regular
+            self.irregular = ~regular
             points.copy_(torch.where(regular, points, 0.0))
             norms = points.square().sum(0)
         return norms, norms.sqrt().add_(self.reach).square_()
@@ -124,8 +124,8 @@ class Distances:
     def _settle(self, part: slice, tile: Tensor, size: Tensor) -> None:
         """Compute the distances of the rows in doubt from differences."""
         doubt = PRODUCT * size > ALLOWED * (min(self.alpha, 1.0) + tile.amin(0).clamp(min=0.0))
-        if self.lost is not None:
-            doubt &= ~self.lost
+        if self.irregular is not None:
+            doubt &= ~self.irregular
         index = doubt[: part.stop - part.start].nonzero()[:, 0]
         rows = self.rows[part][index].double().mT  # [D, rows in doubt]
         tile[:, index] = differences(self.mu, rows, tile.new_empty(self.size, len(index)))

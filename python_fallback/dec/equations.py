@@ -72,7 +72,7 @@ def student_t_stats(
     bad = (~regular).sum(-1)
     rows, k = z.shape[-2], mu.shape[-2]
     return (
-        lse.to(compute_dtype(z)).expand(*batch, rows).contiguous(),
+        lse.to(compute_dtype(z.dtype)).expand(*batch, rows).contiguous(),
         labels.expand(*batch, rows).contiguous(),
         counts.expand(*batch, k).contiguous(),
         bad.expand(batch).contiguous(),
@@ -132,4 +132,4 @@ def dec_losses(
     losses = torch.where(regular, losses, 0.0) + void * z.double().sum(-1)
     operands = (z, 2), (mu, 2), (alpha, 1), (weight, 1), (log_counts, 1), (z0, 2), (mu0, 2)
     batch = batch_of(*operands, (log_norm, 1), (p, 2))
-    return losses.to(compute_dtype(z)).expand(*batch, z.shape[-2]).contiguous()
+    return losses.to(compute_dtype(z.dtype)).expand(*batch, z.shape[-2]).contiguous()

@@ -17,9 +17,9 @@ from ..common.score import compute_dtype
 from .distances import GROUP, Distances
 from .equations import Alpha, batch_of, is_regular
 from .shares import (
-    Counts,
+    LogCounts,
     Ratios,
-    Target,
+    TargetTile,
     divergence,
     exact_alpha,
     largest_scores,
@@ -50,17 +50,17 @@ def soft_counts(
         n, width = part.stop - part.start, r.shape[1]
         sums = r.sum(0)
         share = filled(weight, part, width, total)
-        if d.lost is not None:
-            share[d.lost], bad = 0.0, bad + int(d.lost.sum())
+        if d.irregular is not None:
+            share[d.irregular], bad = 0.0, bad + int(d.irregular.sum())
         r.mul_(share / sums)
         groups = r.view(d.size, -1, GROUP).sum(2)  # [K, groups]
         total = torch.cat([total[:, None], groups], 1).cumsum(1)[:, -1]
         if lse is not None:
             line = sums.log_().add_(largest_scores(d))
-            if d.lost is not None:
-                line[d.lost] = torch.nan
+            if d.irregular is not None:
+                line[d.irregular] = torch.nan
             lse[part] = line[:n]
-    return (total.fill_(torch.nan) if d.is_lost else total), bad
+    return (total.fill_(torch.nan) if d.is_void else total), bad
 
 
 def student_t_stats_forward(
@@ -72,7 +72,7 @@ def student_t_stats_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`student_t_stats` in row chunks."""
     operands = ((z, 2), (mu, 2), (alpha if isinstance(alpha, Tensor) else None, 1), (weight, 1))
-    batch, rows, dtype = batch_of(*operands), z.shape[-2], compute_dtype(z)
+    batch, rows, dtype = batch_of(*operands), z.shape[-2], compute_dtype(z.dtype)
     lse = z.new_empty((*batch, rows), dtype=dtype)
     counts = z.new_empty((*batch, mu.shape[-2]), dtype=torch.float64)
     nearest, _ = kmeans.kmeans_assign_forward(z, mu, None, None, False)
@@ -86,18 +86,18 @@ def student_t_stats_forward(
     return lse, labels, counts, bad
 
 
-class Chunk(NamedTuple):
+class LossChunk(NamedTuple):
     """What one chunk of rows of one problem has."""
 
     part: slice  # the rows
     now: Distances  # of z, loaded
     ratios: Ratios  # of z
     total: Tensor  # [rows], the sum of the ratios
-    target: Target
-    lost: Tensor | None  # [rows], which rows of z or of the target are not finite
+    target: TargetTile
+    irregular: Tensor | None  # [rows], which rows of z or of the target are not finite
 
 
-class Losses:
+class LossCall:
     """The problems of a call of `dec_losses`, in chunks."""
 
     def __init__(
@@ -118,19 +118,19 @@ class Losses:
         self.operands = (*first, (z0, 2), (mu0, 2), (log_norm, 1), (p, 2))
         self.alpha, self.alpha0 = alpha, alpha0
         self.batch = batch_of(*self.operands)
-        self.rows, self.size, self.dtype = z.shape[-2], mu.shape[-2], compute_dtype(z)
+        self.rows, self.size, self.dtype = z.shape[-2], mu.shape[-2], compute_dtype(z.dtype)
         self.z = z
 
-    def problems(self) -> Iterator[tuple[tuple[int, ...], Problem]]:
+    def problems(self) -> Iterator[tuple[tuple[int, ...], LossProblem]]:
         """Each problem, by index."""
         for at, tensors in problems(self.batch, *self.operands):
-            yield at, Problem(self, tensors)
+            yield at, LossProblem(self, tensors)
 
 
-class Problem:
+class LossProblem:
     """One problem: its rows, and where its target comes from."""
 
-    def __init__(self, call: Losses, tensors: list[Tensor]) -> None:
+    def __init__(self, call: LossCall, tensors: list[Tensor]) -> None:
         z, mu, freedom, weight, log_counts, z0, mu0, self.log_norm, self.p = tensors
         alpha = exact_alpha(call.alpha if freedom is None else freedom)
         # reciprocals are safe in float32; logarithms and exponentials of other alphas are float64
@@ -139,34 +139,36 @@ class Problem:
         self.now = Distances(z, mu, alpha, dtype)
         self.inputs = [x for x in (z, z0 if self.p is None else self.p) if x is not None]
         self.then: Distances | None = None
-        self.counts: Counts | None = None
-        self.is_lost = self.now.is_lost
-        if self.p is not None or self.is_lost or call.size == 1:
+        self.counts: LogCounts | None = None
+        self.is_void = self.now.is_void
+        if self.p is not None or self.is_void or call.size == 1:
             return
         if z0 is not None:
             self.then = Distances(z0, mu0, call.alpha0, dtype)
-            self.is_lost = self.then.is_lost
+            self.is_void = self.then.is_void
         if log_counts is None:
             log_counts = log_counts_of(soft_counts(z, mu, alpha, weight)[0])
-        self.counts = Counts(log_counts, dtype)
+        self.counts = LogCounts(log_counts, dtype)
 
     def regular(self) -> Tensor:
         """Which rows are finite, with their target, [N]."""
         return torch.stack(torch.broadcast_tensors(*map(is_regular, self.inputs))).all(0)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[LossChunk]:
         """Each chunk of rows with its assignments and its target."""
         for part in row_chunks(len(self.now.rows), self.now.limit):
-            target, lost = self._frozen(part)
+            target, irregular = self._frozen(part)
             ratios = ratios_of(self.now, self.now.load(part))
             if target is None and self.counts is not None:
                 target = target_of(self.now, ratios, self.counts, None)
-            if self.now.lost is not None:
-                lost = self.now.lost if lost is None else lost | self.now.lost
+            if self.now.irregular is not None:
+                irregular = (
+                    self.now.irregular if irregular is None else irregular | self.now.irregular
+                )
             assert target is not None
-            yield Chunk(part, self.now, ratios, ratios.r.sum(0), target, lost)
+            yield LossChunk(part, self.now, ratios, ratios.r.sum(0), target, irregular)
 
-    def _frozen(self, part: slice) -> tuple[Target | None, Tensor | None]:
+    def _frozen(self, part: slice) -> tuple[TargetTile | None, Tensor | None]:
         """The target of some rows that does not follow from z, if any, and which are not finite."""
         n, then, counts = part.stop - part.start, self.then, self.counts
         if self.p is not None:
@@ -176,19 +178,19 @@ class Problem:
                 p[:, :n] /= self.log_norm[part].to(p.dtype).exp()
             total = p.sum(0)
             if bool(total.isfinite().all()):
-                return Target(p, None, total), None
-            lost = ~p.isfinite().all(0)
-            p = torch.where(lost, 0.0, p)
-            return Target(p, None, p.sum(0)), lost
+                return TargetTile(p, None, total), None
+            irregular = ~p.isfinite().all(0)
+            p = torch.where(irregular, 0.0, p)
+            return TargetTile(p, None, p.sum(0)), irregular
         if then is None or counts is None:
             return None, None
         ratios = ratios_of(then, then.load(part))
         norm = self.log_norm
         if norm is not None:
             norm = filled(norm, part, ratios.r.shape[1], norm)
-            if then.lost is not None:
-                norm[then.lost] = 0.0
-        return target_of(then, ratios, counts, norm), then.lost
+            if then.irregular is not None:
+                norm[then.irregular] = 0.0
+        return target_of(then, ratios, counts, norm), then.irregular
 
 
 def dec_losses_forward(
@@ -205,17 +207,17 @@ def dec_losses_forward(
     precision: str | None = None,
 ) -> Tensor:
     """`dec_losses` in row chunks."""
-    call = Losses(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p)
+    call = LossCall(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p)
     out = z.new_empty((*call.batch, call.rows), dtype=call.dtype)
     for at, one in call.problems():
-        if one.is_lost:
+        if one.is_void:
             out[at] = torch.nan
         elif call.size == 1:
             out[at] = torch.where(one.regular(), 0.0, torch.nan).to(out.dtype)
         else:
             for chunk in one.chunks():
                 losses = divergence(chunk.ratios, chunk.total, chunk.target)
-                if chunk.lost is not None:
-                    losses[chunk.lost] = torch.nan
+                if chunk.irregular is not None:
+                    losses[chunk.irregular] = torch.nan
                 out[at][chunk.part] = losses[: chunk.part.stop - chunk.part.start]
     return out

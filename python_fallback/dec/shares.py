@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.score import FLOOR, exp_
+from ..common.score import EXP_FLOOR, exp_
 from .distances import Distances
 from .equations import LEAST_COUNT
 
@@ -38,7 +38,7 @@ def ratios_of(d: Distances, y: Tensor) -> Ratios:
         stretch = y.add_(1.0)
         return Ratios(stretch.reciprocal(), None, stretch)
     log = y.mul(-0.5) if d.is_gaussian else torch.log1p(y).mul_(-(d.alpha + 1) / 2)
-    return Ratios(exp_(log.clone(), FLOOR[log.dtype]), log, None)
+    return Ratios(exp_(log.clone(), EXP_FLOOR[log.dtype]), log, None)
 
 
 def largest_scores(d: Distances) -> Tensor:
@@ -48,7 +48,7 @@ def largest_scores(d: Distances) -> Tensor:
     return torch.log1p(d.nearest / d.alpha).mul_(-(d.alpha + 1) / 2)
 
 
-class Counts:
+class LogCounts:
     """log f of one problem, and 1 / f over the largest of them where float32 holds their range."""
 
     def __init__(self, log_counts: Tensor, dtype: torch.dtype) -> None:
@@ -65,7 +65,7 @@ def log_counts_of(counts: Tensor) -> Tensor:
     return counts.clamp(min=LEAST_COUNT).log()
 
 
-class Target(NamedTuple):
+class TargetTile(NamedTuple):
     """p of a chunk, its logarithm where that exists already, and its sum over the centroids."""
 
     p: Tensor  # [K, rows]
@@ -73,7 +73,9 @@ class Target(NamedTuple):
     total: Tensor  # [rows]
 
 
-def target_of(d: Distances, ratios: Ratios, counts: Counts, log_norm: Tensor | None) -> Target:
+def target_of(
+    d: Distances, ratios: Ratios, counts: LogCounts, log_norm: Tensor | None
+) -> TargetTile:
     """`p_ij = exp(2 s_ij - log f_j - R_i)` with R_i = log_norm [rows], or so that the row sums to
     1. It does not change the ratios.
     """
@@ -82,9 +84,9 @@ def target_of(d: Distances, ratios: Ratios, counts: Counts, log_norm: Tensor | N
         p = torch.mul(r, r).mul_(counts.inverse)
         total = p.sum(0)
         if log_norm is None:
-            return Target(p.mul_(total.reciprocal()), None, torch.ones_like(total))
+            return TargetTile(p.mul_(total.reciprocal()), None, torch.ones_like(total))
         factor = (2 * largest_scores(d) - counts.shift - log_norm).exp_().to(p.dtype)
-        return Target(p.mul_(factor), None, total * factor)
+        return TargetTile(p.mul_(factor), None, total * factor)
     t = torch.log(r).mul_(2.0) if log is None else log * 2.0
     t.sub_(counts.log)
     if log_norm is None:
@@ -92,11 +94,11 @@ def target_of(d: Distances, ratios: Ratios, counts: Counts, log_norm: Tensor | N
         t.sub_(t.exp().sum(0).log_())
     else:
         t.add_((2 * largest_scores(d) - log_norm).to(t.dtype))
-    p = exp_(t.clone(), FLOOR[t.dtype])
-    return Target(p, t, torch.ones_like(p[0]) if log_norm is None else p.sum(0))
+    p = exp_(t.clone(), EXP_FLOOR[t.dtype])
+    return TargetTile(p, t, torch.ones_like(p[0]) if log_norm is None else p.sum(0))
 
 
-def norms_of(d: Distances, ratios: Ratios, counts: Counts) -> Tensor:
+def norms_of(d: Distances, ratios: Ratios, counts: LogCounts) -> Tensor:
     """`R_i = logsumexp_j(2 s_ij - log f_j)`, [rows] in float64."""
     r, log, _ = ratios
     largest = 2 * largest_scores(d)
@@ -114,7 +116,7 @@ def log_of(x: Tensor) -> Tensor:
     return x.clamp(min=torch.finfo(x.dtype).tiny).log_()
 
 
-def divergence(ratios: Ratios, total: Tensor, target: Target) -> Tensor:
+def divergence(ratios: Ratios, total: Tensor, target: TargetTile) -> Tensor:
     """`sum_j p_ij (log p_ij - log q_ij)`, [rows]; `total` is sum_j r_ij. Ratios and target are
     scratch afterwards.
     """

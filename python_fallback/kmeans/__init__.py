@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """k-means: the nearest centroid of every row, and sums of rows by label.
 
-`equations` is the truth; `assign` and `update` are the CPU backend, `nearest` decides labels.
+`equations` is the truth; `assign` and `update` are the CPU backend; `nearest` computes the labels.
 """
 
 from .assign import kmeans_assign_forward, pair_distances

@@ -21,25 +21,27 @@ def kmeans_assign(
     distances: bool = True,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The equation of `clam_kernels.kmeans_assign`, from N x K x D differences in float64."""
-    gap = x.double()[..., :, None, :] - centroids.double()[..., None, :, :]
-    far = gap.square_().sum(-1)
-    far = torch.where(far.isfinite() & centroids.isfinite().all(-1)[..., None, :], far, torch.inf)
+    """(argmin_k |x_n - c_k|^2, the minimum), from N x K x D differences in float64."""
+    difference = x.double()[..., :, None, :] - centroids.double()[..., None, :, :]
+    sqdist = difference.square_().sum(-1)
+    sqdist = torch.where(
+        sqdist.isfinite() & centroids.isfinite().all(-1)[..., None, :], sqdist, torch.inf
+    )
     if mask is not None:
-        far = torch.where(mask[..., None, :], torch.inf, far)
+        sqdist = torch.where(mask[..., None, :], torch.inf, sqdist)
     batch = batch_of(x, centroids, shift, mask)
-    far = far.expand(*batch, *far.shape[-2:])
-    best = far.detach().amin(-1, keepdim=True)
-    size = far.shape[-1]
+    sqdist = sqdist.expand(*batch, *sqdist.shape[-2:])
+    least = sqdist.detach().amin(-1, keepdim=True)
+    size = sqdist.shape[-1]
     index = torch.arange(size, dtype=torch.int64, device=x.device)
-    first = torch.where(far.detach() <= best * (1 + TIE), index, size).amin(-1)
-    regular = x.isfinite().all(-1)
-    lost = ~regular | ~best[..., 0].isfinite()
-    labels = torch.where(lost, -1, first)
+    lowest = torch.where(sqdist.detach() <= least * (1 + TIE), index, size).amin(-1)
+    finite = x.isfinite().all(-1)
+    unlabelled = ~finite | ~least[..., 0].isfinite()
+    labels = torch.where(unlabelled, -1, lowest)
     if not distances:
-        return labels, x.new_empty((*batch, 0), dtype=compute_dtype(x))
-    near = far.gather(-1, torch.where(lost, 0, first)[..., None])[..., 0]
-    return labels, torch.where(regular, near, torch.nan).to(compute_dtype(x))
+        return labels, x.new_empty((*batch, 0), dtype=compute_dtype(x.dtype))
+    minimum = sqdist.gather(-1, torch.where(unlabelled, 0, lowest)[..., None])[..., 0]
+    return labels, torch.where(finite, minimum, torch.nan).to(compute_dtype(x.dtype))
 
 
 def kmeans_update(
@@ -49,16 +51,18 @@ def kmeans_update(
     weight: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The equation of `clam_kernels.kmeans_update`, from an N x K x D array in float64."""
-    chosen = labels[..., None] == torch.arange(k, dtype=torch.int64, device=x.device)
+    """(sum_n [label_n = k] w_n (x_n - shift), sum_n [label_n = k] w_n), from an N x K x D array in
+    float64.
+    """
+    is_label = labels[..., None] == torch.arange(k, dtype=torch.int64, device=x.device)
     rows = x.double() if shift is None else x.double() - shift.double()[..., None, :]
-    held = chosen.double()
+    weights = is_label.double()
     if weight is not None:
         rows = rows * weight.double()[..., None]
-        held = torch.where(chosen, weight.double()[..., None], 0.0)
-    # a row takes part in its own label's sum alone, whatever it holds
-    sums = torch.where(chosen[..., None], rows[..., None, :], 0.0).sum(-3)
-    counts = held.sum(-2) if weight is not None else chosen.sum(-2)
+        weights = torch.where(is_label, weight.double()[..., None], 0.0)
+    # a row that is not finite changes the sum of its own label only
+    sums = torch.where(is_label[..., None], rows[..., None, :], 0.0).sum(-3)
+    counts = weights.sum(-2) if weight is not None else is_label.sum(-2)
     return sums, counts.expand(sums.shape[:-1]).contiguous()
 
 
@@ -70,14 +74,14 @@ def kmeans_step(
     mask: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The equations of `clam_kernels.kmeans_step`: one after the other."""
+    """`kmeans_assign`, then `kmeans_update` by its labels."""
     labels, _ = kmeans_assign(x, centroids, shift, mask, False, precision)
     labels = labels_of_all(labels, weight)
     return labels, *kmeans_update(x, labels, centroids.shape[-2], weight, shift)
 
 
 def labels_of_all(labels: Tensor, weight: Tensor | None) -> Tensor:
-    """Labels of every problem, also where only weights tell them apart."""
+    """Labels of every problem, also of problems that differ in their weights only."""
     if weight is None:
         return labels
     batch = broadcast_shapes(labels.shape, weight.shape)
@@ -85,7 +89,7 @@ def labels_of_all(labels: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def batch_of(*operands: Tensor | None) -> torch.Size:
-    """Broadcast of the leading dims of (x or labels' owner, centroids, shift, mask)."""
+    """The broadcast of the leading dims of (x, centroids, shift, mask)."""
     core = (2, 2, 1, 1)
     shapes = [o.shape[: o.ndim - c] for o, c in zip(operands, core, strict=True) if o is not None]
     return broadcast_shapes(*shapes)

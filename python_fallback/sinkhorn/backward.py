@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .scaling_batch import Case, through_all, through_pass
+from .scaling_batch import SinkhornCall, iterations_backward, pass_backward
 
 
 def sinkhorn_potentials_backward(
@@ -23,11 +23,12 @@ def sinkhorn_potentials_backward(
     precision: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of (logits, log_row, log_col, init, bias, scale) through all iterations."""
-    case = Case((logits,), (bias, log_row, log_col, init), scale)
-    through = through_all(n_iter, prototype_first)
+    call = SinkhornCall((logits,), (bias, log_row, log_col, init), scale)
+    backward_of = iterations_backward(n_iter, prototype_first)
     order = [needs[i] for i in (0, 4, 1, 2, 3, 5)]
-    x, h, a, b, g, times = case.backward(through, (grad_f, grad_g), order)
-    return x, a, b, g, h, times
+    grads = call.backward(backward_of, (grad_f, grad_g), order)
+    grad_logits, grad_bias, grad_row, grad_col, grad_init, grad_scale = grads
+    return grad_logits, grad_row, grad_col, grad_init, grad_bias, grad_scale
 
 
 def sinkhorn_potentials_features_backward(
@@ -46,9 +47,9 @@ def sinkhorn_potentials_features_backward(
     precision: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of (z, prototypes, bias, log_row, log_col, init, scale) through all iterations."""
-    case = Case((z, prototypes), (bias, log_row, log_col, init), scale)
-    through = through_all(n_iter, prototype_first)
-    return case.backward(through, (grad_f, grad_g), needs)
+    call = SinkhornCall((z, prototypes), (bias, log_row, log_col, init), scale)
+    backward_of = iterations_backward(n_iter, prototype_first)
+    return call.backward(backward_of, (grad_f, grad_g), needs)
 
 
 def sinkhorn_pass_backward(
@@ -63,10 +64,11 @@ def sinkhorn_pass_backward(
     precision: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of (logits, g, log_row, bias, scale)."""
-    case = Case((logits,), (bias, log_row, None, g), scale, covered=False)
+    call = SinkhornCall((logits,), (bias, log_row, None, g), scale, needs_mass=False)
     order = [needs[0], needs[3], needs[2], False, needs[1], needs[4]]
-    x, h, a, _, g, times = case.backward(through_pass, (grad_f, grad_log_mass), order)
-    return x, g, a, h, times
+    grads = call.backward(pass_backward, (grad_f, grad_log_mass), order)
+    grad_logits, grad_bias, grad_row, _, grad_g, grad_scale = grads
+    return grad_logits, grad_g, grad_row, grad_bias, grad_scale
 
 
 def sinkhorn_features_pass_backward(
@@ -82,7 +84,8 @@ def sinkhorn_features_pass_backward(
     precision: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of (z, prototypes, g, bias, log_row, scale)."""
-    case = Case((z, prototypes), (bias, log_row, None, g), scale, covered=False)
+    call = SinkhornCall((z, prototypes), (bias, log_row, None, g), scale, needs_mass=False)
     order = [needs[0], needs[1], needs[3], needs[4], False, needs[2], needs[5]]
-    z, c, h, a, _, g, times = case.backward(through_pass, (grad_f, grad_log_mass), order)
-    return z, c, g, h, a, times
+    grads = call.backward(pass_backward, (grad_f, grad_log_mass), order)
+    grad_z, grad_prototypes, grad_bias, grad_row, _, grad_g, grad_scale = grads
+    return grad_z, grad_prototypes, grad_g, grad_bias, grad_row, grad_scale

@@ -2,8 +2,9 @@
 """The equations of Sinkhorn scaling in plain torch, by logsumexp over N x K arrays.
 docs/ops/sinkhorn.md has them.
 
-A fixed number of iterations, each a step for the prototypes (columns, g) and one for the rows (f);
-a step makes its side exact. Rows and columns of marginal 0 take no part, whatever they hold.
+An iteration is a half-step of the prototypes (columns), g_j = log b_j - logsumexp_i(x_ij + f_i),
+and one of the rows, f_i = log a_i - logsumexp_j(x_ij + g_j): each makes its marginal exact. Rows
+and columns with marginal 0 are masked; their scores may be NaN.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ def sinkhorn_potentials(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The equations of `clam_kernels.ops.sinkhorn.sinkhorn_potentials`, by `torch.logsumexp`."""
+    """(f, g, err, status) of `clam_kernels.ops.sinkhorn.sinkhorn_potentials`, over N x K arrays."""
     x = _logits(logits, log_row, log_col, bias, scale)
     log_a, log_b, g = _operands(x, log_row, log_col, init)
-    dead_row, dead_col = (m.detach() == -torch.inf for m in (log_a, log_b))
-    x = torch.where(dead_row[..., None] | dead_col[..., None, :], 0.0, x)
-    status = _status(x, log_a, log_b, g, dead_row, dead_col)
+    masked_row, masked_col = (m.detach() == -torch.inf for m in (log_a, log_b))
+    x = torch.where(masked_row[..., None] | masked_col[..., None, :], 0.0, x)
+    status = _status(x, log_a, log_b, g, masked_row, masked_col)
     x = torch.where((status > FINE)[..., None, None], 0.0, x)
-    f = torch.where(dead_row, -torch.inf, 0.0).to(x.dtype)
-    g = torch.where(dead_col, -torch.inf, g)
+    f = torch.where(masked_row, -torch.inf, 0.0).to(x.dtype)
+    g = torch.where(masked_col, -torch.inf, g)
     for side in half_steps(n_iter, prototype_first, init is not None):
         if side == "row":
-            f = torch.where(dead_row, -torch.inf, log_a - _logsumexp(x + g[..., None, :], -1))
+            f = torch.where(masked_row, -torch.inf, log_a - _logsumexp(x + g[..., None, :], -1))
         else:
-            g = torch.where(dead_col, -torch.inf, log_b - _logsumexp(x + f[..., None], -2))
+            g = torch.where(masked_col, -torch.inf, log_b - _logsumexp(x + f[..., None], -2))
     plan = (x + f[..., None] + g[..., None, :]).detach().exp()
     columns = prototype_first or n_iter == 0
     gap = plan.sum(-2) - log_b.detach().exp() if columns else plan.sum(-1) - log_a.detach().exp()
@@ -73,16 +74,18 @@ def sinkhorn_pass(
     scale: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The equations of `clam_kernels.ops.sinkhorn.sinkhorn_pass`, by logsumexp over arrays."""
+    """(f, log_mass, status) of `clam_kernels.ops.sinkhorn.sinkhorn_pass`, over N x K arrays: f_i =
+    log a_i - logsumexp_j(x_ij + g_j), log_mass_j = g_j + logsumexp_i(x_ij + f_i).
+    """
     x = _logits(logits, log_row, g, bias, scale)
     log_a, _, g = _operands(x, log_row, None, g)
-    dead_row, dead_col = (m.detach() == -torch.inf for m in (log_a, g))
-    x = torch.where(dead_row[..., None] | dead_col[..., None, :], 0.0, x)
-    masses = torch.where(dead_col, -torch.inf, 0.0).to(x.dtype)
-    status = _status(x, log_a, masses, g, dead_row, dead_col, covered=False)
+    masked_row, masked_col = (m.detach() == -torch.inf for m in (log_a, g))
+    x = torch.where(masked_row[..., None] | masked_col[..., None, :], 0.0, x)
+    masses = torch.where(masked_col, -torch.inf, 0.0).to(x.dtype)
+    status = _status(x, log_a, masses, g, masked_row, masked_col, needs_mass=False)
     x = torch.where((status > FINE)[..., None, None], 0.0, x)
-    f = torch.where(dead_row, -torch.inf, log_a - _logsumexp(x + g[..., None, :], -1))
-    log_mass = torch.where(dead_col, -torch.inf, g + _logsumexp(x + f[..., None], -2))
+    f = torch.where(masked_row, -torch.inf, log_a - _logsumexp(x + g[..., None, :], -1))
+    log_mass = torch.where(masked_col, -torch.inf, g + _logsumexp(x + f[..., None], -2))
     return pass_results(f, log_mass, status)
 
 
@@ -100,9 +103,13 @@ def sinkhorn_features_pass(
 
 
 def _scores(z: Tensor, prototypes: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Scores; of what a vector of rows or columns has at -inf, 0, and no gradient."""
-    wide = compute_dtype(z)
-    return _alive(z.to(wide), rows) @ _alive(prototypes.to(wide), columns).mT
+    """Scores z @ prototypes^T; 0, without a gradient, where the vector `rows` or `columns` is
+    -inf.
+    """
+    dtype = compute_dtype(z.dtype)
+    return (
+        _zero_where_masked(z.to(dtype), rows) @ _zero_where_masked(prototypes.to(dtype), columns).mT
+    )
 
 
 def _logits(
@@ -112,10 +119,12 @@ def _logits(
     bias: Tensor | None,
     scale: Tensor | None,
 ) -> Tensor:
-    """Scores times the scale, plus the bias. What takes no part gives no gradient, and a score that
-    is not finite gives the scale none: 0 times infinity would be NaN.
+    """`scale * scores + bias`. Masked scores get no gradient. A score that is not finite adds
+    nothing to the gradient of the scale: 0 * inf is NaN.
     """
-    x = _alive(_alive(scores.to(compute_dtype(scores)), rows).mT, columns).mT
+    x = _zero_where_masked(
+        _zero_where_masked(scores.to(compute_dtype(scores.dtype)), rows).mT, columns
+    ).mT
     if scale is not None:
         finite = x.isfinite()
         times = scale.to(x.dtype)[..., None, None]
@@ -123,21 +132,24 @@ def _logits(
     return x if bias is None else x + bias.to(x.dtype)[..., None, :]
 
 
-def _alive(x: Tensor, vector: Tensor | None) -> Tensor:
+def _zero_where_masked(x: Tensor, vector: Tensor | None) -> Tensor:
+    """x, 0 in the rows whose entry of `vector` is -inf."""
     return x if vector is None else torch.where((vector == -torch.inf)[..., None], 0.0, x)
 
 
 def _operands(
     x: Tensor, log_row: Tensor | None, log_col: Tensor | None, init: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log a [..., N], log b [..., K], g [..., K]), uniform and 0 unless given, of one batch."""
+    """(log a [..., N], log b [..., K], g [..., K]) with one batch shape; the defaults are uniform
+    marginals and g = 0.
+    """
     n, k = x.shape[-2:]
     log_a = x.new_full((n,), 1 / max(n, 1)).log() if log_row is None else log_row
     log_b = x.new_full((k,), 1 / k).log() if log_col is None else log_col
     g = x.new_zeros(k) if init is None else init
     batch = broadcast_shapes(x.shape[:-2], *(vector.shape[:-1] for vector in (log_a, log_b, g)))
-    wide = (vector.to(x.dtype) for vector in (log_a, log_b, g))
-    log_a, log_b, g = (vector.expand(*batch, vector.shape[-1]) for vector in wide)
+    vectors = (vector.to(x.dtype) for vector in (log_a, log_b, g))
+    log_a, log_b, g = (vector.expand(*batch, vector.shape[-1]) for vector in vectors)
     return log_a, log_b, g
 
 
@@ -146,31 +158,32 @@ def _status(
     log_a: Tensor,
     log_b: Tensor,
     g: Tensor,
-    dead_row: Tensor,
-    dead_col: Tensor,
-    covered: bool = True,
+    masked_row: Tensor,
+    masked_col: Tensor,
+    needs_mass: bool = True,
 ) -> Tensor:
-    """What is wrong with each problem; x is 0 where a marginal is. `covered`: a column without an
-    open row is wrong.
+    """The status of each problem; masked entries of x are 0. With `needs_mass`, a column without an
+    entry above -inf makes a problem infeasible.
     """
     x, log_a, log_b, g = (t.detach() for t in (x, log_a, log_b, g))
-    bad = (x.isnan() | (x == torch.inf)).any(-1).any(-1)
-    for vector in (log_a, log_b, torch.where(dead_col, 0.0, g)):
-        bad = bad | (vector.isnan() | (vector == torch.inf)).any(-1)
-    open_ = (x > -torch.inf) & ~dead_row[..., None] & ~dead_col[..., None, :]
-    stuck = (~open_.any(-1) & ~dead_row).any(-1)
-    if covered:
-        stuck = stuck | (~open_.any(-2) & ~dead_col).any(-1)
-    stuck = stuck | dead_col.all(-1)
-    status = torch.where(stuck, INFEASIBLE, FINE)
-    status = torch.where(bad, NOT_FINITE, status)
-    return torch.where(dead_row.all(-1), EMPTY, status)
+    not_finite = (x.isnan() | (x == torch.inf)).any(-1).any(-1)
+    for vector in (log_a, log_b, torch.where(masked_col, 0.0, g)):
+        not_finite = not_finite | (vector.isnan() | (vector == torch.inf)).any(-1)
+    is_open = (x > -torch.inf) & ~masked_row[..., None] & ~masked_col[..., None, :]
+    is_infeasible = (~is_open.any(-1) & ~masked_row).any(-1)
+    if needs_mass:
+        is_infeasible = is_infeasible | (~is_open.any(-2) & ~masked_col).any(-1)
+    is_infeasible = is_infeasible | masked_col.all(-1)
+    status = torch.where(is_infeasible, INFEASIBLE, FINE)
+    status = torch.where(not_finite, NOT_FINITE, status)
+    return torch.where(masked_row.all(-1), EMPTY, status)
 
 
 def _logsumexp(x: Tensor, dim: int) -> Tensor:
-    """-inf, with a gradient of 0, where all entries are."""
+    """The logarithm of sum exp(x); -inf, with a gradient of 0, where all entries are -inf."""
     top = x.detach().amax(dim, keepdim=True) if x.shape[dim] else x.new_zeros(())
     top = torch.where(top.isfinite(), top, 0.0)
     total = (x - top).exp().sum(dim, keepdim=True)
-    some = total > 0
-    return torch.where(some, torch.where(some, total, 1.0).log() + top, -torch.inf).squeeze(dim)
+    has_entry = total > 0
+    log = torch.where(has_entry, total, 1.0).log() + top
+    return torch.where(has_entry, log, -torch.inf).squeeze(dim)

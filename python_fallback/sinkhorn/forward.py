@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinkhorn scaling on a CPU: potentials f, g that give exp(logits + f + g) its row and column
-sums.
+"""Sinkhorn scaling on a CPU: potentials f, g for which exp(logits + f + g) has the row and column
+sums exp(log_row) and exp(log_col).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .scaling_batch import Case
+from .scaling_batch import SinkhornCall
 
 
 def sinkhorn_potentials_forward(
@@ -22,8 +22,8 @@ def sinkhorn_potentials_forward(
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sinkhorn_potentials` in row chunks."""
-    case = Case((logits,), (bias, log_row, log_col, init), scale)
-    return case.forward(n_iter, prototype_first)
+    call = SinkhornCall((logits,), (bias, log_row, log_col, init), scale)
+    return call.forward(n_iter, prototype_first)
 
 
 def sinkhorn_potentials_features_forward(
@@ -39,8 +39,8 @@ def sinkhorn_potentials_features_forward(
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sinkhorn_potentials_features` in row chunks; the logits of one chunk exist at a time."""
-    case = Case((z, prototypes), (bias, log_row, log_col, init), scale)
-    return case.forward(n_iter, prototype_first)
+    call = SinkhornCall((z, prototypes), (bias, log_row, log_col, init), scale)
+    return call.forward(n_iter, prototype_first)
 
 
 def sinkhorn_pass_forward(
@@ -52,7 +52,7 @@ def sinkhorn_pass_forward(
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sinkhorn_pass` in row chunks."""
-    return Case((logits,), (bias, log_row, None, g), scale, covered=False).one_pass()
+    return SinkhornCall((logits,), (bias, log_row, None, g), scale, needs_mass=False).one_pass()
 
 
 def sinkhorn_features_pass_forward(
@@ -65,4 +65,6 @@ def sinkhorn_features_pass_forward(
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sinkhorn_features_pass` in row chunks; the logits of one chunk exist at a time."""
-    return Case((z, prototypes), (bias, log_row, None, g), scale, covered=False).one_pass()
+    return SinkhornCall(
+        (z, prototypes), (bias, log_row, None, g), scale, needs_mass=False
+    ).one_pass()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel as it ships, compiled for GPUs that are not here: no spills, no atomics, the matrix
-instruction that was meant, and the registers and shared memory of the committed table.
+"""Every kernel as it ships, compiled for GPUs that are not here: no spills, no atomics, the
+expected matrix instruction, and the registers and shared memory of the committed table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("resources.json")
 AMD = Path(__file__).with_name("gfx942.json")
-# What a block may ask for, in bytes. The rows of sm_80 serve consumer Ampere and Ada too.
+# Shared memory of a block in bytes. Consumer Ampere and Ada use the rows of sm_80 too.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
 CONFIGS = ROOT / "clam_kernels/kernels/configs.json"
@@ -31,7 +31,9 @@ pytestmark = [
 
 
 def compiles(tmp_path: Path, *arguments: str, path: Path | None = None) -> dict[str, Any]:
-    """What tools/resources.py finds, in a process of its own: the interpreter must be off."""
+    """The table that tools/resources.py writes. It runs in its own process: the interpreter must be
+    off.
+    """
     out = tmp_path / "found.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if path is not None:
@@ -39,9 +41,9 @@ def compiles(tmp_path: Path, *arguments: str, path: Path | None = None) -> dict[
     command = [sys.executable, str(ROOT / "tools/resources.py"), *arguments, "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    assert found, "nothing was compiled"
-    return found
+    table: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    assert table, "nothing was compiled"
+    return table
 
 
 @functools.cache
@@ -50,12 +52,12 @@ def committed(triton: str) -> dict[str, Any]:
     return table
 
 
-def judge(name: str, found: dict[str, Any]) -> None:
-    assert "error" not in found, f"{name}: {found['error']}"
+def assert_clean(name: str, usage: dict[str, Any]) -> None:
+    assert "error" not in usage, f"{name}: {usage['error']}"
     arch = name.partition("/")[0]
-    assert found["spills"] == 0, name
-    assert found["atomics"] == 0, name
-    assert found["shared"] <= SHARED[arch], name
+    assert usage["spills"] == 0, name
+    assert usage["atomics"] == 0, name
+    assert usage["shared"] <= SHARED[arch], name
 
 
 TABLES: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))
@@ -63,27 +65,27 @@ COVERED = sorted({(v, name.partition("/")[0]) for v, table in TABLES.items() for
 
 
 def test_every_gpu_is_covered_by_both_compilers():
-    """The one that is installed, and that of the GPU machine."""
+    """The installed triton, and the triton of the GPU machine."""
     assert {v for v, _ in COVERED} == {"3.9.0", "3.6.0"}
     for version in ("3.9.0", "3.6.0"):
         assert {arch for v, arch in COVERED if v == version} == set(SHARED)
         assert committed(version).keys() == committed("3.9.0").keys()
 
 
-def test_amd_is_known_as_information():
-    """Every kernel was compiled for gfx942, with the tiles of sm_90; nothing is asked of it."""
-    (found,) = json.loads(AMD.read_text(encoding="utf-8")).values()
+def test_every_kernel_compiles_for_amd():
+    """Every kernel was compiled for gfx942 with the tiles of sm_90; no bound applies."""
+    (table,) = json.loads(AMD.read_text(encoding="utf-8")).values()
     mine = {n for n in committed("3.9.0") if n.startswith("sm_90/")}
-    kernels = [{n.split("/")[1].removesuffix("-kept") for n in names} for names in (found, mine)]
+    kernels = [{n.split("/")[1].removesuffix("-kept") for n in names} for names in (table, mine)]
     assert kernels[0] == kernels[1]
 
 
 @pytest.mark.parametrize(("triton", "arch"), COVERED)
 def test_the_committed_table_is_clean(triton, arch):
-    """Every mode and every width, without a spill or an atomic."""
-    table = {n: found for n, found in committed(triton).items() if n.startswith(f"{arch}/")}
-    for name, found in table.items():
-        judge(name, found)
+    """No spill and no atomic in any mode and width."""
+    table = {n: row for n, row in committed(triton).items() if n.startswith(f"{arch}/")}
+    for name, row in table.items():
+        assert_clean(name, row)
     for mode in ("highest", "high", "medium"):
         for width in ("16", "32", "64", "128", "200"):
             assert [n for n in table if "/recursion" in n and f"/{mode}/{width}/" in n], (
@@ -92,7 +94,7 @@ def test_the_committed_table_is_clean(triton, arch):
             )
 
 
-# Kernels that others stand in for where no tile is clean.
+# Kernels that other kernels replace where no tile is clean.
 OPTIONAL = ("kmeans_step",)
 
 
@@ -105,12 +107,12 @@ def test_consumer_gpus_take_the_rows_of_sm_80():
 
 @pytest.mark.parametrize("arch", [arch for triton, arch in COVERED if triton == "3.9.0"])
 def test_lower_modes_multiply_on_matrix_units(arch):
-    """wgmma and its like need 64 rows a warpgroup; below them the older instruction serves."""
+    """wgmma and tcgen05 need 64 rows a warpgroup; below them the older instruction serves."""
     table = committed("3.9.0")
     mine = {n: f for n, f in table.items() if n.startswith(f"{arch}/") and "/any/" not in n}
-    for name, found in mine.items():
+    for name, row in mine.items():
         if "/medium/" in name or "/high/" in name:
-            assert found["product"] != "fma" or "hard" in name, name
+            assert row["product"] != "fma" or "hard" in name, name
     wide = [f["product"] for n, f in mine.items() if n.startswith(f"{arch}/recursion/medium/16")]
     assert PRODUCTS[arch] in wide
 
@@ -122,16 +124,16 @@ def test_a_sample_compiles_to_the_table(tmp_path):
     import triton
 
     table = TABLES.get(triton.__version__)
-    for name, found in compiles(tmp_path, *SAMPLE).items():
-        judge(name, found)
-        assert table is None or found == table[name], name
+    for name, row in compiles(tmp_path, *SAMPLE).items():
+        assert_clean(name, row)
+        assert table is None or row == table[name], name
 
 
 @pytest.mark.skipif(not SECOND.is_dir(), reason=".venv/triton36 is missing: make setup")
 def test_a_sample_compiles_with_the_gpu_machines_triton(tmp_path):
-    for name, found in compiles(tmp_path, *SAMPLE, "--kernel", "recursion", path=SECOND).items():
-        judge(name, found)
-        assert found == committed("3.6.0")[name], name
+    for name, row in compiles(tmp_path, *SAMPLE, "--kernel", "recursion", path=SECOND).items():
+        assert_clean(name, row)
+        assert row == committed("3.6.0")[name], name
 
 
 @pytest.mark.slow
@@ -139,7 +141,7 @@ def test_a_sample_compiles_with_the_gpu_machines_triton(tmp_path):
 @pytest.mark.parametrize(("triton", "arch"), COVERED)
 def test_everything_compiles_to_the_table(tmp_path, triton, arch):
     second = SECOND if triton == "3.6.0" else None
-    found = compiles(tmp_path, "--arch", arch.removeprefix("sm_"), path=second)
+    result = compiles(tmp_path, "--arch", arch.removeprefix("sm_"), path=second)
     table = {n: one for n, one in committed(triton).items() if n.startswith(f"{arch}/")}
-    assert found.keys() == table.keys()
-    assert not {n: (table[n], found[n]) for n in table if found[n] != table[n]}
+    assert result.keys() == table.keys()
+    assert not {n: (table[n], result[n]) for n in table if result[n] != table[n]}

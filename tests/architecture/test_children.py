@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite's own guard: no test leaves a process behind."""
+"""The guard of the suite itself: no test leaves a process behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import _children
 import pytest
 
 
-def test_a_running_child_is_seen_and_ends_with_its_block():
+def test_a_running_child_is_listed_and_ends_with_its_block():
     process = subprocess.Popen(["sleep", "600"])
 
     def fails() -> None:
@@ -25,7 +25,7 @@ def test_a_running_child_is_seen_and_ends_with_its_block():
     assert _children.left() == []
 
 
-def test_what_a_child_started_ends_with_it():
+def test_a_grandchild_ends_with_its_parent():
     shell = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE)
     with _children.ended(shell):
         assert shell.stdout is not None
@@ -34,7 +34,7 @@ def test_what_a_child_started_ends_with_it():
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are listed on Linux")
-def test_an_orphan_is_seen():
+def test_an_orphan_is_listed():
     shell = subprocess.run(["sh", "-c", "sleep 600 >/dev/null 2>&1 & echo $!"], capture_output=True)
     sleeper = int(shell.stdout)
     assert [pid for pid, _ in _children.left()] == [sleeper]
@@ -44,6 +44,6 @@ def test_an_orphan_is_seen():
 
 
 def _wait_for(pid: int) -> None:
-    """Until an adopted process has ended; this one is its parent now."""
+    """Wait until an adopted process has ended; its parent is this process now."""
     status = os.waitpid(pid, 0)[1]
     assert os.WTERMSIG(status) == 9

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every tensor that the package makes has a device and a dtype of its own: those that torch would
-choose are settings of the user, and of the process.
+"""Every tensor that the package makes has a device and a dtype of its own: torch's defaults are
+settings of the user and of the process.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ FILES = [
     path.relative_to(ROOT)
     for package in ("clam_kernels", "python_fallback")
     for path in sorted((ROOT / package).rglob("*.py"))
-    # samples of tests that run on "meta" are made there
+    # tests on "meta" make their samples there
     if "testing" not in path.parts
 ]
-# Functions of torch that make a tensor on the default device, and of the default dtype where what
-# they are given has none.
+# Functions of torch that make a tensor on the default device, and of the default dtype where
+# their arguments have none.
 BOTH = {
     "arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones",
     "rand", "randn", "range", "scalar_tensor", "tensor", "zeros",
@@ -47,7 +47,7 @@ def _is_number(node: ast.AST) -> bool:
 
 
 def faults(source: str) -> Iterator[str]:
-    """Line and call of each tensor that is left to torch's settings."""
+    """Line and call of each tensor whose device or dtype torch's settings would choose."""
     tree = ast.parse(source)
     cast = {
         id(node.value)
@@ -57,12 +57,12 @@ def faults(source: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        given = {keyword.arg for keyword in node.keywords}
-        wanted = {"device", "dtype"} if _is_of_torch(node, BOTH) else set()
-        wanted |= {"device"} if _is_of_torch(node, DEVICE_ALONE) else set()
-        spread = None in given  # **options, which are written where they are made
-        if not spread and not wanted <= given:
-            lacking = " and ".join(sorted(wanted - given))
+        keywords = {keyword.arg for keyword in node.keywords}
+        required = {"device", "dtype"} if _is_of_torch(node, BOTH) else set()
+        required |= {"device"} if _is_of_torch(node, DEVICE_ALONE) else set()
+        spread = None in keywords  # the code that builds **options sets device and dtype
+        if not spread and not required <= keywords:
+            lacking = " and ".join(sorted(required - keywords))
             yield f"line {node.lineno}: {ast.unparse(node)} has no {lacking}"
         two = _is_of_torch(node, {"where"}) and all(map(_is_number, node.args[1:]))
         if two and id(node) not in cast:
@@ -83,7 +83,7 @@ def test_tensors_have_a_device_and_a_dtype(path):
         ("torch.where(x, 0.0, -torch.inf)", "torch.where(x, 0.0, -torch.inf) has the default"),
     ],
 )
-def test_a_fault_is_seen(source, words):
+def test_a_call_without_device_or_dtype_is_reported(source, words):
     (line,) = faults(source)
     assert words in line
 
@@ -99,5 +99,5 @@ def test_a_fault_is_seen(source, words):
         "torch.from_numpy(a)",
     ],
 )
-def test_no_fault_is_seen_where_there_is_none(source):
+def test_a_call_with_device_and_dtype_is_not_reported(source):
     assert list(faults(source)) == []

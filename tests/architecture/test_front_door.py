@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = ("triton", "sklearn", "numpy.testing", "torch._dynamo", "torch._inductor", "scipy",
     "matplotlib", "pandas")  # fmt: skip
-# Parts of the package that the import loads; all others wait until somebody asks for them.
+# Parts of the package that the import loads; all others load at their first use.
 FIRST = ("_core", "_version", "ops", "transport", "distributed")
 FACTS = f"""
 import json, logging, sys
@@ -38,7 +38,7 @@ with open(sys.argv[1], "w") as file:
 
 
 def _run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """In an interpreter that knows no test setting; warnings are errors."""
+    """Run code in an interpreter without the settings of the tests; warnings are errors."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("CLAM_", "TRITON_", "PYTEST"))}
     env["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
@@ -49,7 +49,7 @@ def _run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict[str, Any]:
-    """Of an import that may not print a word."""
+    """The facts that an import reports; it must print nothing else."""
     path = tmp_path_factory.mktemp("facts") / "facts.json"
     done = _run(FACTS, str(path))
     assert done.returncode == 0, done.stderr
@@ -59,15 +59,15 @@ def facts(tmp_path_factory) -> dict[str, Any]:
 
 
 def test_import_is_quick(facts):
-    """Judged by the modules that are loaded, the same on every machine: torch is there already,
-    and beside it the import loads these parts of the package and nothing of anybody else's.
+    """Judged by the modules that are loaded, which are the same on every machine: beside torch the
+    import loads these parts of the package and no other distribution.
     """
     ours = [name for name in facts["loaded"] if name.partition(".")[0] == "clam_kernels"]
     parts = {name.split(".")[1] for name in ours if "." in name}
     assert parts <= set(FIRST)
     roots = {name.partition(".")[0] for name in facts["loaded"]}
-    known = {"clam_kernels", "python_fallback", "torch", *sys.stdlib_module_names}
-    assert roots <= known
+    allowed = {"clam_kernels", "python_fallback", "torch", *sys.stdlib_module_names}
+    assert roots <= allowed
 
 
 def test_import_brings_in_nothing_heavy(facts):
@@ -81,7 +81,7 @@ def test_import_leaves_logging_alone(facts):
 
 
 def test_without_triton_everything_runs():
-    """A CPU wheel of torch has no triton: ops and their gradients do not look for it."""
+    """A CPU wheel of torch has no triton: ops and gradients must not import it."""
     done = _run(
         "import sys; sys.modules['triton'] = None\n"
         "import torch, clam_kernels as ck\n"
@@ -101,7 +101,7 @@ def test_without_triton_everything_runs():
 
 
 def test_lazy_names():
-    """The estimators are there when they are asked for, and unknown names are an AttributeError."""
+    """The estimators load at first use, and unknown names raise AttributeError."""
     done = _run(
         "import sys, clam_kernels as ck\n"
         "assert 'sklearn' not in sys.modules\n"
@@ -122,9 +122,9 @@ def test_lazy_names():
 
 
 def loud(text: str, but_for: str = "") -> list[int]:
-    """Lines that print, or log through the root logger or configure it, outside one function."""
+    """Lines outside one function that print, log through the root logger, or configure it."""
     root = {"basicConfig", "debug", "info", "warning", "error", "critical", "exception", "log"}
-    found = []
+    messages = []
     tree = ast.parse(text)
     spared = {
         inner
@@ -138,8 +138,8 @@ def loud(text: str, but_for: str = "") -> list[int]:
             is_root = name.startswith("logging.") and name.removeprefix("logging.") in root
             bare = name == "logging.getLogger" and not node.args
             if name in ("print", "sys.stdout.write", "sys.stderr.write") or is_root or bare:
-                found.append(node.lineno)
-    return found
+                messages.append(node.lineno)
+    return messages
 
 
 FILES = sorted(
@@ -152,13 +152,13 @@ FILES = sorted(
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_print_and_no_root_logger(path):
-    # `clam info` is the one command whose `main` is not in cli.py; verbose fits print as
+    # the `main` of `clam info` is not in cli.py; verbose fits print as
     # scikit-learn's do
-    spared = {"info.py": "main", "callbacks.py": "tell"}.get(path.name, "")
+    spared = {"info.py": "main", "progress.py": "print_line"}.get(path.name, "")
     assert loud(path.read_text(encoding="utf-8"), spared) == []
 
 
-def test_print_is_found():
+def test_a_print_is_reported():
     text = (
         "import logging\nprint(1)\ndef f():\n    logging.info('x')\nlogging.getLogger(__name__)\n"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom, by reading the files; and one word for a family in every room."""
+"""Which file may import which, by reading the files; and one word for a family in every room."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import clam_kernels
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("clam_kernels", "python_fallback")
 
-# The table of the house: room -> what it may import beside itself, torch and the standard library.
+# room -> what it may import beside itself, torch and the standard library.
 # A name without a dot and not in ROOMS is a distribution.
 _OPS = {"clam_kernels.ops"}
 _LEAVES = {"clam_kernels.serialize", "clam_kernels.exceptions", "clam_kernels.metrics"}
@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     # the package itself registers the ops and re-exports; estimators only for type checkers
     "clam_kernels": {*_OPS, "clam_kernels._core", "clam_kernels.transport"},
 }  # fmt: skip
-# Edges that came with the code and point downwards too, each with its reason.
+# Further edges that point downwards, each with its reason.
 ADDED: dict[str, dict[str, str]] = {
     "clam_kernels.testing": {"clam_kernels._core": "all_ops: samples follow the declarations"},
     "clam_kernels.serialize": {"clam_kernels.exceptions": "a bad file has an error of its own"},
@@ -67,13 +67,13 @@ ADDED: dict[str, dict[str, str]] = {
 }
 for _room, _edges in ADDED.items():
     ALLOWED[_room] = {*ALLOWED.get(_room, set()), *_edges}
-# the command line stands on everything above it
+# the command line may import everything above it
 ALLOWED["clam_kernels.cli"] = {*ALLOWED, "numpy", "pyarrow"}
 # python -m clam_kernels is the command
 ALLOWED["clam_kernels.__main__"] = {"clam_kernels.cli"}
 ROOMS = sorted(ALLOWED, key=len, reverse=True)
 BY_NAME = ("importlib.import_module", "__import__")
-# a file of constants that any room may read
+# a module of constants that any room may import
 FREE = {"clam_kernels._version"}
 
 
@@ -130,12 +130,12 @@ def imports(path: Path, text: str) -> Iterator[tuple[int, str]]:
 
 
 def faults(path: Path, text: str) -> list[str]:
-    """Imports that the table does not list, spelled for the reader."""
+    """A message for each import that the table does not list."""
     room = room_of(module_of(path))
     if room not in ALLOWED:
         return [f"{path.relative_to(ROOT)}: not a room of the house"]
     allowed = ALLOWED[room]
-    found = []
+    messages = []
     for line, target in imports(path, text):
         there = room_of(target)
         if there in (room, "torch") or there in allowed or target in FREE:
@@ -144,10 +144,10 @@ def faults(path: Path, text: str) -> list[str]:
             continue
         short = room.removeprefix("clam_kernels.")
         listed = ", ".join(sorted({"torch", *(a.removeprefix("clam_kernels.") for a in allowed)}))
-        found.append(
+        messages.append(
             f"{path.relative_to(ROOT)}:{line}: {short} may not import {target} (allowed: {listed})"
         )
-    return found
+    return messages
 
 
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
@@ -155,8 +155,8 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports(path):
-    found = faults(path, path.read_text(encoding="utf-8"))
-    assert not found, "\n".join(found)
+    messages = faults(path, path.read_text(encoding="utf-8"))
+    assert not messages, "\n".join(messages)
 
 
 @pytest.mark.parametrize(
@@ -178,10 +178,10 @@ def test_imports(path):
         ("clam_kernels/testing/am.py", "import pytest", 1),
     ],
 )
-def test_a_forbidden_import_is_found(where, text, line):
-    (found,) = faults(ROOT / where, text)
-    assert found.startswith(f"{where}:{line}: ")
-    assert "may not import" in found
+def test_a_forbidden_import_is_reported(where, text, line):
+    (message,) = faults(ROOT / where, text)
+    assert message.startswith(f"{where}:{line}: ")
+    assert "may not import" in message
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_forbidden_import_is_found(where, text, line):
         ("clam_kernels/cli.py", "from .estimators import ClAM\nfrom . import info, serialize"),
     ],
 )
-def test_an_allowed_import_is_not(where, text):
+def test_an_allowed_import_is_not_reported(where, text):
     assert not faults(ROOT / where, text)
 
 
@@ -231,13 +231,13 @@ def _edges() -> dict[str, set[str]]:
 
 
 def test_no_two_files_import_each_other():
-    """The files of a package can be put in an order; a package's __init__ collects and is last."""
+    """The files of a package can be put in an order; its __init__ collects them and is last."""
     edges = _edges()
-    left = {name for name in edges if not (ROOT / name.replace(".", "/")).is_dir()}
-    while left:
-        free = {name for name in left if not edges[name] & left - {name}}
-        assert free, f"a circle among {sorted(left)}"
-        left -= free
+    remaining = {name for name in edges if not (ROOT / name.replace(".", "/")).is_dir()}
+    while remaining:
+        free = {name for name in remaining if not edges[name] & remaining - {name}}
+        assert free, f"a circle among {sorted(remaining)}"
+        remaining -= free
 
 
 # ---- one word per family in every room ----------------------------------------------------------
@@ -283,7 +283,9 @@ def _kernels(spec: clam_kernels._core.spec.OpSpec) -> Iterator[str]:
     ],
 )
 def test_a_room_holds_families_and_shared_files_only(room, pattern):
-    """Beside the families only files that begin with an underscore; gradients may stand apart."""
+    """Beside the families there are only files that begin with an underscore; a family's gradients
+    may be a file of their own.
+    """
     names = {p.stem for p in (ROOT / room).glob(pattern) if not p.stem.startswith("_")}
     allowed = {family + part for family in FAMILIES for part in ("", "_backward")}
     assert names <= allowed, sorted(names - allowed)
@@ -313,7 +315,7 @@ def test_a_room_of_packages(room, packages):
     assert not [p for p in (ROOT / room).rglob("_*.py") if p.name != "__init__.py"]
 
 
-def test_kernels_live_where_their_names_say():
+def test_kernels_are_in_the_files_that_their_names_say():
     """`package.module:function` is the family's file and the op's word, as is `clam_cuda::op`."""
     for spec in clam_kernels.all_ops():
         for where in _kernels(spec):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of every public function, layer and estimator, for tests of what all calls must do.
-
+"""A call of every public function, layer and estimator, for tests of rules that all calls follow.
 Every tensor here has a device and a dtype of its own, so that the calls mean the same under each
 setting of torch.
 """
@@ -44,7 +43,7 @@ def generator() -> torch.Generator:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """The tensors, arrays and plain values that a result holds, in order."""
+    """The tensors, arrays and plain values of a result, in order."""
     if isinstance(value, dict):
         value = [part for pair in value.items() for part in pair]
     if isinstance(value, list | tuple):
@@ -54,9 +53,9 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def same(found: Any, wanted: Any) -> None:
-    """Equal in type, dtype, device and every bit."""
-    pairs = list(leaves(found)), list(leaves(wanted))
+def same(result: Any, expected: Any) -> None:
+    """Whether two results are equal in type, dtype, device and every bit."""
+    pairs = list(leaves(result)), list(leaves(expected))
     assert len(pairs[0]) == len(pairs[1])
     for a, b in zip(*pairs, strict=True):
         assert type(a) is type(b)
@@ -74,17 +73,17 @@ def same(found: Any, wanted: Any) -> None:
 
 
 def _on_samples(name: str) -> Any:
-    """An op on all its samples, with gradients, and its truth."""
-    found, spec = [], testing.spec_of(name)
+    """Call an op on all its samples, with gradients, and its truth."""
+    result, spec = [], testing.spec_of(name)
     for sample in SAMPLES[name]:
         values = testing.evaluate(spec.packet, sample, sample.differentiable)
-        found.append([*values.outputs, *values.gradients.values(), spec.truth(*sample.args)])
-        found.append(spec.truth(*sample.cast(torch.float32).args))
-    return found
+        result.append([*values.outputs, *values.gradients.values(), spec.truth(*sample.args)])
+        result.append(spec.truth(*sample.cast(torch.float32).args))
+    return result
 
 
 def _functions() -> Calls:
-    """The documented functions with plain arguments."""
+    """Call the documented functions with plain arguments."""
     x, c, s = tensor(X), tensor(X[:K]), tensor(SCORES)
     labels, share = tensor(LABELS), tensor(SHARES[:1])
     return {
@@ -102,7 +101,7 @@ def _functions() -> Calls:
         ],
         "dec_loss": lambda: [_deep(mode, alpha) for mode in _MODES for alpha in (1.0, share)],
         "dec_losses of ops": lambda: ck.ops.dec.dec_losses(x, c),
-        "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn(s, 3),
+        "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials(s, 3),
         "sinkhorn_potentials_features of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials_features(
             x, c, 3
         ),
@@ -139,38 +138,38 @@ def ops() -> Calls:
 # ---- transport -----------------------------------------------------------------------------------
 
 
-def _read(found: Any, scores: Any) -> Any:
-    """All that a result of `sinkhorn` gives."""
+def _read(result: Any, scores: Any) -> Any:
+    """Every output of a result of `sinkhorn`."""
     return [
-        found.f, found.g, found.err, found.status, found.n_iter, found.codes(), found.plan(),
-        found.labels(), found.topk(2), found.counts(), found.value(), found.entropy(),
-        found.assign(scores),
+        result.f, result.g, result.err, result.status, result.n_iter, result.codes(), result.plan(),
+        result.labels(), result.topk(2), result.counts(), result.value(), result.entropy(),
+        result.assign(scores),
     ]  # fmt: skip
 
 
 def _differentiated(gradient: str, features: bool, **rest: Any) -> Any:
     scores: Any = tensor(SCORES).requires_grad_()
-    given = [scores]
+    inputs = [scores]
     if features:
-        given = [tensor(X).requires_grad_(), tensor(X[:K]).requires_grad_()]
-        scores = tuple(given)
-    found = ck.sinkhorn(scores, gradient=gradient, **rest)
-    loss = found.value() if gradient == "envelope" else found.codes().square().sum()
-    return torch.autograd.grad(loss, given)
+        inputs = [tensor(X).requires_grad_(), tensor(X[:K]).requires_grad_()]
+        scores = tuple(inputs)
+    result = ck.sinkhorn(scores, gradient=gradient, **rest)
+    loss = result.value() if gradient == "envelope" else result.codes().square().sum()
+    return torch.autograd.grad(loss, inputs)
 
 
 def transport() -> Calls:
     s, pair = tensor(SCORES), (tensor(X), tensor(X[:K]))
     share, mass = tensor(SHARES), tensor(WEIGHTS / WEIGHTS.sum())
     mask = torch.arange(N, device="cpu") % 5 > 0
-    given = {"row_marginal": mass, "col_marginal": share}
+    marginals = {"row_marginal": mass, "col_marginal": share}
     tight = {"tol": 1e-4, "epsilon": 0.5}
     shut = s.masked_fill(tensor(RANDOM.random((N, K)) < 0.3), -torch.inf)
     shut[:, 0] = s[:, 0]
     return {
         "sinkhorn": lambda: _read(ck.sinkhorn(s), s),
         "sinkhorn of features": lambda: _read(ck.sinkhorn(pair, epsilon=0.5), pair),
-        "sinkhorn with marginals": lambda: _read(ck.sinkhorn(s, **given, **tight), s),
+        "sinkhorn with marginals": lambda: _read(ck.sinkhorn(s, **marginals, **tight), s),
         "sinkhorn of masked rows": lambda: _read(ck.sinkhorn(s, row_mask=mask), s),
         "sinkhorn, rows first": lambda: _read(
             ck.sinkhorn(s, prototype_first=False, bias=s[0], **tight), s
@@ -200,7 +199,7 @@ def transport() -> Calls:
 
 
 def _memory() -> AssociativeMemory:
-    layer = AssociativeMemory(  # on meta, where nothing is drawn from the global generator
+    layer = AssociativeMemory(  # on meta: no draw from the global generator
         K, D, steps=3, beta=1.5, log_weights=True, device="meta", dtype=torch.float32
     )
     layer.to_empty(device="cpu").reset_parameters(generator())
@@ -216,8 +215,8 @@ def _trained(layer: nn.Module, loss: Tensor) -> Any:
 
 def _recall() -> Any:
     layer, x = _memory(), tensor(X)
-    found = [layer.energy(x), layer.assign(x), layer.weights(x), layer.beta]
-    return [found, _trained(layer, layer(x).square().sum())]
+    results = [layer.energy(x), layer.assign(x), layer.weights(x), layer.beta]
+    return [results, _trained(layer, layer(x).square().sum())]
 
 
 def _patterns() -> Any:
@@ -238,9 +237,9 @@ def _relabelled(**rest: Any) -> Any:
     heads, x = labeller(**rest), tensor(X)
     one = heads.relabel_features(x, 0)
     two = heads.relabel(tensor(SCORES).log_softmax(1), 1)
-    found = [one.err, one.changed, one.counts, two.n_iter, two.counts, heads.assign(x, 1)]
+    results = [one.err, one.changed, one.counts, two.n_iter, two.counts, heads.assign(x, 1)]
     loss = heads.loss(x[:7], torch.arange(7, device="cpu"))
-    return [found, heads(x), heads.log_probabilities(x, 0), _trained(heads, loss)]
+    return [results, heads(x), heads.log_probabilities(x, 0), _trained(heads, loss)]
 
 
 def _reloaded() -> Any:
@@ -276,11 +275,11 @@ def _saved(model: Any) -> Any:
 
 
 def _used(model: Any, x: Any, *methods: str) -> Any:
-    """What a fitted model has learned and says of rows, and says again when it is loaded."""
+    """The attributes and the outputs of a fitted model, and the same after loading its file."""
     learned = [getattr(model, name) for name in ("cluster_centers_", "labels_", "inertia_")]
-    said = [getattr(model, name)(x) for name in methods]
+    results = [getattr(model, name)(x) for name in methods]
     again = _saved(model)
-    return [*learned, said, [getattr(again, name)(x) for name in methods]]
+    return [*learned, results, [getattr(again, name)(x) for name in methods]]
 
 
 def _kmeans(x: Any = X, weight: Any = None, **rest: Any) -> Any:
@@ -292,8 +291,10 @@ def _kmeans(x: Any = X, weight: Any = None, **rest: Any) -> Any:
 def _clam(x: Any = X, **rest: Any) -> Any:
     settings = {"n_init": 3, "max_iter": 4, "random_state": 0, "device": "cpu", **rest}
     model = ck.ClAM(K, **settings).fit(x)
-    said = _used(model, x, "predict", "predict_proba", "transform", "score", "energy", "complete")
-    return [said, model.loss_curve_, model.candidates_, model.gap_, model.beta_]
+    results = _used(
+        model, x, "predict", "predict_proba", "transform", "score", "energy", "complete"
+    )
+    return [results, model.loss_curve_, model.candidates_, model.gap_, model.beta_]
 
 
 def _imputed(x: Any) -> Any:
@@ -308,7 +309,7 @@ def _streamed() -> Any:
 
 
 class Product(nn.Module):
-    """A linear layer; torch's own draws from the global generator as it begins."""
+    """A linear layer with fixed weights; torch's own draws them from the global generator."""
 
     def __init__(self, features: int, results: int) -> None:
         super().__init__()
@@ -321,7 +322,7 @@ class Product(nn.Module):
 
 
 def encoder() -> nn.Module:
-    """A small one, whose dropout draws from the global generator."""
+    """A small encoder whose dropout draws from the global generator."""
     first, second = Product(D, 8), Product(8, 6)
     norm = nn.BatchNorm1d(8, **_plain())
     return nn.Sequential(first, norm, nn.ReLU(), nn.Dropout(0.2), second)
@@ -336,8 +337,8 @@ def noisy(batch: Tensor, random: torch.Generator) -> Tensor:
     return batch + 0.1 * noise
 
 
-class Pairs(torch.utils.data.Dataset):
-    """Rows as a map-style dataset has them, each with a label that nobody reads."""
+class LabelledRows(torch.utils.data.Dataset):
+    """Rows as a map-style dataset, each with a label that SeLa ignores."""
 
     def __len__(self) -> int:
         return N
@@ -347,7 +348,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def sela(x: Any = X, **rest: Any) -> Any:
-    """A fit, what it says, and the same fit taken up again from its file."""
+    """A fit, its outputs, and the same fit resumed from its file."""
     settings = {"n_heads": 2, "n_epochs": 3, "batch_size": 16, "n_relabels": 3, "max_iter": 4000}
     settings |= {"augment": noisy, "random_state": 0, "device": "cpu", **rest}
     with tempfile.TemporaryDirectory() as folder:
@@ -357,8 +358,8 @@ def sela(x: Any = X, **rest: Any) -> Any:
         model.export_labels(Path(folder) / "labels.npz")
         exported = dict(np.load(Path(folder) / "labels.npz"))
     states = [m.state_dict() for one in (model, again) for m in (one.encoder_, one.heads_)]
-    said = [model.labels_, model.predict(x), model.transform(x), model.history_]
-    return [said, states, exported]
+    results = [model.labels_, model.predict(x), model.transform(x), model.history_]
+    return [results, states, exported]
 
 
 def estimators() -> Calls:
@@ -392,7 +393,7 @@ def estimators() -> Calls:
         "ClAMImputer": lambda: _imputed(GAPS),
         "SeLa": sela,
         "SeLa of a tensor": lambda: sela(x, strict=True),
-        "SeLa of a dataset": lambda: sela(Pairs()),
+        "SeLa of a dataset": lambda: sela(LabelledRows()),
         "SeLa with marginals": lambda: sela(col_marginal=SHARES, row_marginal=list(WEIGHTS)),
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all threads of a process share, and a call could leave changed."""
+"""The state that all threads of a process share, and that a call could leave changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def umask() -> int:
 
 
 def state() -> dict[str, Any]:
-    """All of the process that a call could leave changed."""
+    """All such state of this process."""
     generator = np.random.get_state()  # noqa: NPY002
     return {
         "torch's generator": torch.get_rng_state().tolist(),

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The am ops hold to their equations wherever rows and memories stand.
-
-The error against float64 is at most twice the error of plain torch that takes differences in the
-same dtype, plus 4 eps of the scale, as everywhere (`testing.assert_close_on_average`).
+"""The am ops follow their equations for any position of rows and memories. The error against
+float64 is at most twice the error of plain torch that takes differences in the same dtype, plus 4
+eps of the scale (`testing.assert_close_on_average`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ D = 4
 
 
 def _sentinel(size: float) -> Scene:
-    """One far memory among five, as a slot that is filled later."""
+    """One far memory among five, like a slot that is filled later."""
     return lambda n: (n(60, D), torch.cat([n(5, D), torch.full((1, D), size)]), 1.0)
 
 
@@ -54,7 +53,7 @@ def _scaled(size: float, beta: float) -> Scene:
 
 
 def _half_way(size: float) -> Scene:
-    """Rows half-way to a far memory: the sign of a small difference of large logits decides."""
+    """Rows half-way to a far memory: a small difference of large logits decides their label."""
 
     def scene(n: Callable[..., Tensor]) -> tuple[Tensor, Tensor, float]:
         rho = n(3, D)
@@ -67,7 +66,7 @@ def _half_way(size: float) -> Scene:
 
 
 def _mixture(size: float) -> Scene:
-    """Rows beside one memory, which recall several far ones as well."""
+    """Rows beside one memory that recall several far memories as well."""
     return lambda n: (n(60, D), torch.cat([n(1, D), torch.full((4, D), size)]), 0.2 / size**2)
 
 
@@ -111,7 +110,7 @@ PAIRS = {f"pairs-{size:g}": _pairs(size) for size in (3e2, 1e4)}
 def _draw(name: str, seed: int, backend: Any) -> tuple[Tensor, Tensor, float]:
     generator = torch.Generator().manual_seed(seed)
     v, rho, beta = (SCENES | PAIRS)[name](lambda *size: torch.randn(size, generator=generator))
-    v = v[::6] if backend.interpreted else v  # which takes a second for a row and five steps
+    v = v[::6] if backend.interpreted else v  # a row and five steps take a second
     return v.to(backend.device), rho.to(backend.device), beta
 
 
@@ -148,15 +147,17 @@ def _results(function: Callable[..., Tensor], call: tuple[Any, ...], dtype: torc
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def _assert_held(ours: Callable[..., Tensor], plain: Callable[..., Tensor], calls: list) -> None:
+def _assert_accurate(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], calls: list
+) -> None:
     triples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], [], [], []]
     for call in calls:
-        got = _results(ours, call, torch.float32)
-        want = _results(plain, call, torch.float64)
+        result = _results(ours, call, torch.float32)
+        expected = _results(plain, call, torch.float64)
         rival = _results(plain, call, torch.float32)
-        for row, a, b, c in zip(triples, got, want, rival, strict=True):
+        for row, a, b, c in zip(triples, result, expected, rival, strict=True):
             rounded = b.float()
-            # where float32 cannot hold the value, or plain torch fails, rounding is the rival
+            # if float32 cannot represent the value, or plain torch fails, compare with its rounding
             b = torch.where(rounded.isfinite(), b, rounded.double())
             row.append((a, b, torch.where(c.isfinite(), c, rounded)))
     for name, row in zip(("result", "grad v", "grad rho", "grad beta"), triples, strict=True):
@@ -169,7 +170,7 @@ def _assert_held(ours: Callable[..., Tensor], plain: Callable[..., Tensor], call
 def test_recursion(spec, backend, name, steps, step):
     calls = [(*_draw(name, seed, backend), steps, step) for seed in _draws(backend)]
     with clam_kernels.backend(backend.name):
-        _assert_held(torch.ops.clam.am_recursion, _recursion, calls)
+        _assert_accurate(torch.ops.clam.am_recursion, _recursion, calls)
 
 
 @pytest.mark.contract(ops=("am_recursion",))
@@ -187,7 +188,7 @@ def test_a_sharp_memory_among_broad_ones(spec, backend, size, steps):
         v = torch.cat([rho[5] + near, far])[:: 6 if backend.interpreted else 1]
         calls.append((v.to(backend.device), rho.to(backend.device), beta, steps, 0.8))
     with clam_kernels.backend(backend.name):
-        _assert_held(torch.ops.clam.am_recursion, _recursion, calls)
+        _assert_accurate(torch.ops.clam.am_recursion, _recursion, calls)
 
 
 @pytest.mark.contract(ops=("am_energy",))
@@ -195,23 +196,23 @@ def test_a_sharp_memory_among_broad_ones(spec, backend, size, steps):
 def test_energy(spec, backend, name):
     calls = [_draw(name, seed, backend) for seed in _draws(backend)]
     with clam_kernels.backend(backend.name):
-        _assert_held(torch.ops.clam.am_energy, _energy, calls)
+        _assert_accurate(torch.ops.clam.am_energy, _energy, calls)
 
 
 @pytest.mark.contract(ops=("am_assign",))
 @pytest.mark.parametrize("name", SCENES)
 def test_nearest(spec, backend, name):
-    """Labels of float64; a step at beta = inf goes to the same memory."""
+    """Labels equal those of float64; a step at beta = inf goes to the same memory."""
     v, rho, _ = _draw(name, 0, backend)
     far = _differences(v.double(), rho.double()).square().sum(-1)
-    want = far.argmin(-1)
+    nearest = far.argmin(-1)
     with clam_kernels.backend(backend.name):
         labels, sqdist = torch.ops.clam.am_assign(v, rho)
         moved = torch.ops.clam.am_step(v, rho, math.inf)
-    assert torch.equal(labels, want)
-    # a GPU takes the centre off and puts it back
+    assert torch.equal(labels, nearest)
+    # a GPU subtracts the centre and adds it again
     size = 0.0 if backend.name == "reference" else float(rho.abs().max())
-    torch.testing.assert_close(moved, rho[want], rtol=0, atol=2e-7 * size)
+    torch.testing.assert_close(moved, rho[nearest], rtol=0, atol=2e-7 * size)
     torch.testing.assert_close(sqdist, far.amin(-1).float(), rtol=1e-6, atol=0)
 
 
@@ -225,7 +226,7 @@ def test_the_lowest_index_wins_a_tie(spec, backend, dtype):
 
 
 @pytest.mark.contract(ops=("am_recursion",))
-def test_a_row_has_the_same_bits_in_any_company(spec, backend):
+def test_bits_of_a_row_do_not_depend_on_other_rows(spec, backend):
     """Rows that need differences and rows that do not, alone and together, forward and backward."""
     v, rho, beta = _draw("two-groups-1e6", 0, backend)
     v = v[:: 2 if backend.interpreted else 7].clone()
@@ -261,12 +262,12 @@ def test_masks_weights_and_batches_of_far_rows(spec, backend):
         for beta in (betas[:, :1], betas):
             args = [v, rho, beta, 3, 0.8, mask, lam]
             call = testing.Sample("am_recursion", "far", tuple(args)).cast(torch.float32)
-            wanted = ("v", "rho", "beta", "update_mask", "log_weights")
-            got = testing.evaluate(spec.packet, call, wanted)
-            grads = testing.upstream(got.outputs)
-            exact = testing.evaluate(spec.truth, call.cast(torch.float64), wanted, grads)
-            plain = testing.evaluate(spec.truth, call, wanted, grads)
-            testing.assert_close(got.outputs[0], exact.outputs[0], plain.outputs[0])
-            for name in wanted:
-                parts = (one.gradients[name] for one in (got, exact, plain))
+            inputs = ("v", "rho", "beta", "update_mask", "log_weights")
+            result = testing.evaluate(spec.packet, call, inputs)
+            grads = testing.upstream(result.outputs)
+            exact = testing.evaluate(spec.truth, call.cast(torch.float64), inputs, grads)
+            plain = testing.evaluate(spec.truth, call, inputs, grads)
+            testing.assert_close(result.outputs[0], exact.outputs[0], plain.outputs[0])
+            for name in inputs:
+                parts = (one.gradients[name] for one in (result, exact, plain))
                 testing.assert_close(*parts, what=name, scale=1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the contract asks of the associative memory alone: beta, log-weights, centring, energies."""
+"""The contract of the associative memory alone: beta, log-weights, centring, energies."""
 
 from __future__ import annotations
 
@@ -31,27 +31,29 @@ def _with(sample: Any, args: list[Any]) -> Any:
 
 
 def test_samples_reach_every_kind_of_argument():
-    """What the contract promises to try, by looking at what the samples hold."""
+    """The samples contain every kind of argument that the contract promises to test."""
     rows = testing.samples("am_recursion")
-    given = [dict(zip(testing.argument_names("am_recursion"), r.args, strict=False)) for r in rows]
-    betas = {tuple(g["beta"].shape) for g in given if isinstance(g["beta"], Tensor)}
+    arguments = [
+        dict(zip(testing.argument_names("am_recursion"), r.args, strict=False)) for r in rows
+    ]
+    betas = {tuple(g["beta"].shape) for g in arguments if isinstance(g["beta"], Tensor)}
     assert {(), (1,), (4,), (2, 1), (2, 4)} <= betas
-    numbers = {g["beta"] for g in given if not isinstance(g["beta"], Tensor)}
+    numbers = {g["beta"] for g in arguments if not isinstance(g["beta"], Tensor)}
     assert {0.0, float("inf")} <= numbers
-    masks = [g["update_mask"] for g in given if g["update_mask"] is not None]
+    masks = [g["update_mask"] for g in arguments if g["update_mask"] is not None]
     assert any(m.dtype == torch.bool for m in masks)
     assert any(((m > 0) & (m < 1)).any() for m in masks if m.dtype != torch.bool)
     assert {0, 1, 2, 3} <= {m.ndim for m in masks}
-    weights = [g["log_weights"] for g in given if g["log_weights"] is not None]
-    dead = [w == -torch.inf for w in weights]
-    assert any(d.all() for d in dead)
-    assert any(d.any() and not d.all() for d in dead)
-    assert any(d.ndim == 2 and d.all(-1).any() and not d.all() for d in dead)
-    assert {0, 1, 3} <= {g["steps"] for g in given}
-    assert {0, 1} <= {g["v"].shape[-2] for g in given}
-    assert 1 in {g["rho"].shape[-2] for g in given}
-    assert {1, 3, 17} <= {g["v"].shape[-1] for g in given}
-    leads = {(g["v"].ndim - 2, g["rho"].ndim - 2) for g in given}
+    weights = [g["log_weights"] for g in arguments if g["log_weights"] is not None]
+    masked = [w == -torch.inf for w in weights]
+    assert any(d.all() for d in masked)
+    assert any(d.any() and not d.all() for d in masked)
+    assert any(d.ndim == 2 and d.all(-1).any() and not d.all() for d in masked)
+    assert {0, 1, 3} <= {g["steps"] for g in arguments}
+    assert {0, 1} <= {g["v"].shape[-2] for g in arguments}
+    assert 1 in {g["rho"].shape[-2] for g in arguments}
+    assert {1, 3, 17} <= {g["v"].shape[-1] for g in arguments}
+    leads = {(g["v"].ndim - 2, g["rho"].ndim - 2) for g in arguments}
     assert {(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (2, 0)} <= leads
 
 
@@ -68,7 +70,7 @@ NAMED = {
 
 @pytest.mark.contract(ops=AM)
 def test_named_workloads(spec):
-    """Shapes, steps and counted work of every name."""
+    """Shapes, steps and the counted work of every named workload."""
     rows = testing.workloads(spec.name)
     assert rows
     for row in rows:
@@ -145,7 +147,7 @@ class _Log(TorchDispatchMode):
     ids=["float", "int", "0-d", "1-d", "0-d leaf"],
 )
 def test_overload_choice(op, beta, overload):
-    """A tensor never becomes a number on its way: its gradient would be lost without a word."""
+    """No tensor becomes a number: its gradient would be lost without an error."""
     tail = (2,) if op == "am_recursion" else ()
     with _Log() as log:
         getattr(torch.ops.clam, op)(torch.zeros(2, 2), torch.eye(2), beta, *tail)
@@ -157,9 +159,9 @@ def test_overload_choice(op, beta, overload):
 
 @pytest.mark.contract(ops=AM, gradient=True)
 def test_offset_does_not_reach_energy_and_gradients(spec, backend):
-    """Sharper than the rule, whose scale would let errors of 4 eps x 1e5 pass: everything that a
-    shift leaves alone is as accurate at 1e5 as it is at 0 (inputs on a grid that both hold
-    exactly).
+    """Stricter than the rule, whose scale would allow errors of 4 eps x 1e5: every value that a
+    shift does not change is as accurate at 1e5 as at 0 (the inputs are on a grid that float32
+    represents exactly at both).
     """
     here = testing.large(spec.name, torch.float32, backend.device)
     grid = tuple(
@@ -201,7 +203,7 @@ def test_labels_are_exact_far_from_the_origin(spec, backend):
 
 
 @pytest.mark.contract(ops=AM)
-def test_a_bad_memory_marks_every_row(spec, backend):
+def test_a_nan_memory_makes_every_row_nan(spec, backend):
     v, rho, *rest = testing.problem(spec.name, 20, 6, 5, device=backend.device).args
     rho = rho.clone()
     rho[3, 1] = math.nan
@@ -211,21 +213,21 @@ def test_a_bad_memory_marks_every_row(spec, backend):
 
 
 @pytest.mark.contract(ops=AM, samples=("one-dead",))
-def test_a_bad_memory_that_takes_no_part_harms_nobody(spec, sample, backend):
-    """A dead memory may hold anything: it is what padding is made of."""
+def test_a_masked_memory_of_any_value_does_not_change_others(spec, sample, backend):
+    """A masked memory may have any values: padding is made of such memories."""
     names = testing.argument_names(spec.name)
     call = sample.cast(backend.dtypes[0], backend.device)
-    dead = call.args[names.index("log_weights")] == -math.inf
+    masked = call.args[names.index("log_weights")] == -math.inf
     clean = testing.evaluate(spec.packet, call, call.differentiable)
     for bad in (math.nan, math.inf, 1e30):
         args = list(call.args)
         args[1] = args[1].clone()
-        args[1][dead] = bad
-        got = testing.evaluate(spec.packet, _with(call, args), call.differentiable)
-        for a, b in zip(got.outputs, clean.outputs, strict=True):
+        args[1][masked] = bad
+        result = testing.evaluate(spec.packet, _with(call, args), call.differentiable)
+        for a, b in zip(result.outputs, clean.outputs, strict=True):
             assert torch.equal(a, b)
         for name in call.differentiable:
-            assert torch.equal(got.gradients[name], clean.gradients[name]), name
+            assert torch.equal(result.gradients[name], clean.gradients[name]), name
 
 
 SCALES = [1e-18, 1e-6, 1e3, 1e6, 1e9]
@@ -252,9 +254,9 @@ def test_huge_and_tiny_scores(spec, backend, size, sharp):
             (testing.eager(spec.name), (v, rho, *rest)),
         )
     ]
-    for got, want, eager in zip(*outs, strict=True):
-        assert not got.is_floating_point() or bool(got.isfinite().all())
-        testing.assert_close(got, want, eager)
+    for result, expected, eager in zip(*outs, strict=True):
+        assert not result.is_floating_point() or bool(result.isfinite().all())
+        testing.assert_close(result, expected, eager)
 
 
 @pytest.mark.contract(ops=AM, gradient=True, samples=("beta-0d", "everything"))
@@ -292,30 +294,32 @@ def test_beta_alone_has_a_gradient(spec, sample, recwarn):
 
 
 @pytest.mark.contract(ops=AM, gradient=True, samples=("one-dead", "beta-k-weights"))
-def test_memory_taken_out_gets_no_gradient(spec, sample):
-    got = testing.evaluate(spec.packet, sample, sample.differentiable)
+def test_a_masked_memory_gets_no_gradient(spec, sample):
+    result = testing.evaluate(spec.packet, sample, sample.differentiable)
     weights = sample.args[testing.argument_names(spec.name).index("log_weights")]
-    dead = weights == -math.inf
-    assert bool((got.gradients["rho"][..., dead, :] == 0).all())
-    assert bool((got.gradients["log_weights"][..., dead] == 0).all())
-    if got.gradients.get("beta") is not None and got.gradients["beta"].shape == weights.shape:
-        assert bool((got.gradients["beta"][dead] == 0).all())
+    masked = weights == -math.inf
+    assert bool((result.gradients["rho"][..., masked, :] == 0).all())
+    assert bool((result.gradients["log_weights"][..., masked] == 0).all())
+    if result.gradients.get("beta") is not None and result.gradients["beta"].shape == weights.shape:
+        assert bool((result.gradients["beta"][masked] == 0).all())
 
 
 @pytest.mark.contract(ops=AM, gradient=True, samples=("all-dead",))
-def test_no_memory_at_all_gives_zero_gradients(spec, sample):
-    wanted = sample.differentiable + sample.kinks
-    got = testing.evaluate(spec.packet, sample, wanted)
-    upstream = testing.upstream(got.outputs)[0]
-    for name in wanted:
-        moved = name == "v" and got.outputs[0].shape == upstream.shape and spec.name != "am_energy"
-        expected = upstream if moved else torch.zeros_like(got.gradients[name])
-        assert torch.equal(got.gradients[name], expected), name
+def test_without_active_memories_gradients_are_zero(spec, sample):
+    inputs = sample.differentiable + sample.kinks
+    result = testing.evaluate(spec.packet, sample, inputs)
+    upstream = testing.upstream(result.outputs)[0]
+    for name in inputs:
+        moved = (
+            name == "v" and result.outputs[0].shape == upstream.shape and spec.name != "am_energy"
+        )
+        expected = upstream if moved else torch.zeros_like(result.gradients[name])
+        assert torch.equal(result.gradients[name], expected), name
 
 
 @pytest.mark.contract(ops=AM, gradient=True)
-def test_a_bad_row_keeps_the_other_rows_gradients_and_marks_the_memories(spec, backend):
-    """It must not vanish from the memories' gradient, nor leak into other rows'."""
+def test_a_nan_row_makes_gradients_of_memories_nan_and_of_other_rows_not(spec, backend):
+    """Its NaN must reach the gradient of the memories, and must not reach those of other rows."""
     v, rho, *rest = testing.problem(spec.name, 40, 20, 5, device=backend.device).args
 
     def grads(x: Tensor) -> tuple[Tensor, ...]:
@@ -334,7 +338,7 @@ def test_a_bad_row_keeps_the_other_rows_gradients_and_marks_the_memories(spec, b
 
 @pytest.mark.contract(ops=AM, gradient=True)
 def test_scratch_is_bounded_in_steps_and_batch(spec):
-    """Neither T states nor a broadcast operand are ever held whole."""
+    """No array of T states and no copy of a broadcast operand is ever made."""
     n, k, d = 20_000, 64, 4
     names = testing.argument_names(spec.name)
     args = list(testing.large(spec.name, torch.float32, n=n, k=k, d=d).args)

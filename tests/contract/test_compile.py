@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile and export: one graph, no recompiling, symbolic and unbacked sizes."""
+"""torch.compile and export: one graph, no recompilation, symbolic and unbacked sizes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ from clam_kernels import testing
 HAS_COMPILER = shutil.which("g++") is not None or shutil.which("clang++") is not None
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def _around(spec: Any) -> Any:
-    """The op between two others, so that there is something to capture."""
+def _between_ops(spec: Any) -> Any:
+    """The op between two others, so that there is a graph to capture."""
 
     def call(v: Tensor, *rest: Any) -> Any:
         out = spec.packet(v * 2.0, *rest)
@@ -37,35 +33,35 @@ def _around(spec: Any) -> Any:
 
 @pytest.mark.contract(samples="compiled")
 def test_fullgraph(spec, sample):
-    call = _around(spec)
-    got = torch.compile(call, backend="aot_eager", fullgraph=True)(*sample.args)
-    torch.testing.assert_close(got, call(*sample.args), rtol=0, atol=0)
+    call = _between_ops(spec)
+    result = torch.compile(call, backend="aot_eager", fullgraph=True)(*sample.args)
+    torch.testing.assert_close(result, call(*sample.args), rtol=0, atol=0)
 
 
 @pytest.mark.contract(gradient=True, samples="compiled")
 def test_fullgraph_backward(spec, sample):
-    call = _around(spec)
+    call = _between_ops(spec)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    got = testing.evaluate(compiled, sample, sample.differentiable)
-    want = testing.evaluate(call, sample, sample.differentiable)
-    torch.testing.assert_close(got.outputs, want.outputs, rtol=0, atol=0)
+    result = testing.evaluate(compiled, sample, sample.differentiable)
+    inputs = testing.evaluate(call, sample, sample.differentiable)
+    torch.testing.assert_close(result.outputs, inputs.outputs, rtol=0, atol=0)
     for name in sample.differentiable:
-        torch.testing.assert_close(got.gradients[name], want.gradients[name], rtol=0, atol=0)
+        torch.testing.assert_close(result.gradients[name], inputs.gradients[name], rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
 @pytest.mark.contract(samples=("plain",))
 def test_inductor(spec, sample):
-    call = _around(spec)
-    wanted = sample.differentiable
-    # to ask the compiler for vector instructions takes a dozen compilations
+    call = _between_ops(spec)
+    inputs = sample.differentiable
+    # the probe for vector instructions takes a dozen compilations
     with torch._inductor.config.patch("cpp.vec_isa_ok", False):
-        got = testing.evaluate(torch.compile(call, fullgraph=True), sample, wanted)
-    want = testing.evaluate(call, sample, wanted)
-    torch.testing.assert_close(got.outputs, want.outputs, rtol=1e-12, atol=1e-12)
-    for name in wanted:
+        result = testing.evaluate(torch.compile(call, fullgraph=True), sample, inputs)
+    expected = testing.evaluate(call, sample, inputs)
+    torch.testing.assert_close(result.outputs, expected.outputs, rtol=1e-12, atol=1e-12)
+    for name in inputs:
         torch.testing.assert_close(
-            got.gradients[name], want.gradients[name], rtol=1e-12, atol=1e-12
+            result.gradients[name], expected.gradients[name], rtol=1e-12, atol=1e-12
         )
 
 
@@ -74,29 +70,29 @@ ROW_COUNTS = (5, 6, 7, 8, 19)
 
 def test_third_row_count_does_not_recompile(spec):
     counting = Counting()
-    compiled = torch.compile(_around(spec), backend=counting, fullgraph=True)
+    compiled = torch.compile(_between_ops(spec), backend=counting, fullgraph=True)
     for rows in ROW_COUNTS:
         args = testing.problem(spec.name, rows, 4, 3, torch.float64).args
-        torch.testing.assert_close(compiled(*args), _around(spec)(*args))
+        torch.testing.assert_close(compiled(*args), _between_ops(spec)(*args))
     assert counting.compiled <= 2
 
 
 @pytest.mark.contract(gradient=True, samples=("plain",))
 def test_third_row_count_does_not_recompile_backward(spec, sample):
     counting = Counting()
-    compiled = torch.compile(_around(spec), backend=counting, fullgraph=True)
+    compiled = torch.compile(_between_ops(spec), backend=counting, fullgraph=True)
     for rows in ROW_COUNTS:
         v = torch.randn(rows, *sample.args[0].shape[1:], dtype=torch.float64, requires_grad=True)
-        got, want = (
+        result, expected = (
             torch.autograd.grad(call(v, *sample.args[1:]).sum(), v)[0]
-            for call in (testing.single(spec.name, f) for f in (compiled, _around(spec)))
+            for call in (testing.single(spec.name, f) for f in (compiled, _between_ops(spec)))
         )
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(result, expected)
     assert counting.compiled <= 2
 
 
 def test_third_value_of_an_integer_does_not_recompile(spec):
-    """A number of steps, a number of labels: in torch.ops and through the function's checks."""
+    """A number of steps or of labels, in torch.ops and through the checks of the functions."""
     schema = getattr(spec.packet, next(iter(spec.overloads)) or "default")._schema.arguments
     large = testing.large(spec.name, torch.float32, n=5, k=4, d=3)
     for place in (i for i, a in enumerate(schema) if str(a.type) in ("int", "SymInt")):
@@ -116,7 +112,7 @@ def test_third_value_of_an_integer_does_not_recompile(spec):
 
 @pytest.mark.contract(gradient=True)
 def test_a_number_as_a_tensor_does_not_recompile(spec):
-    """What the docstrings advise where a number changes from call to call."""
+    """The docstrings advise a tensor for a number that changes from call to call."""
     names = testing.argument_names(spec.name)
     for word in next(iter(spec.overloads.values())):
         place = names.index(word)
@@ -131,7 +127,7 @@ def test_a_number_as_a_tensor_does_not_recompile(spec):
 
 @pytest.mark.contract(samples="compiled")
 def test_the_documented_functions_compile(spec, sample):
-    """The Python functions, whose checks run under tracing too, not only torch.ops."""
+    """The Python functions, whose checks are traced too, and not only torch.ops."""
     parameters = inspect.signature(spec.function).parameters.values()
     count = len([p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY])
     names = testing.argument_names(spec.name)
@@ -141,12 +137,12 @@ def test_the_documented_functions_compile(spec, sample):
         return spec.function(*args, **keywords)
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    got, want = (f(*sample.args[:count], **keywords) for f in (compiled, call))
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    result, expected = (f(*sample.args[:count], **keywords) for f in (compiled, call))
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 def _rows_of(spec: Any, sample: Any) -> tuple[dict[int, int], list[Tensor]]:
-    """The arguments of a call that have the dim of the rows: places with that dim, and values."""
+    """The arguments of a call with a dim of rows: that dim by position, and the values."""
     names, dims = testing.argument_names(spec.name), testing.row_dims(spec.name)
     places = {names.index(n): dim for n, dim in dims.items()}
     places = {i: dim for i, dim in places.items() if isinstance(sample.args[i], Tensor)}
@@ -187,7 +183,7 @@ def test_export_with_a_symbolic_row_count(spec, sample):
 
 @pytest.mark.contract(samples=("plain",))
 def test_unbacked_row_count(spec, sample):
-    """Rows chosen by their values: a size that no guard may look at."""
+    """Rows chosen by their values: no guard may read their number."""
     places, (first, *more) = _rows_of(spec, sample)
     dims = list(places.values())
 
@@ -198,7 +194,7 @@ def test_unbacked_row_count(spec, sample):
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-        for x in (first, -first, first.abs() + 1, -first.abs()):  # the last has no rows at all
+        for x in (first, -first, first.abs() + 1, -first.abs()):  # the last has no rows
             torch.testing.assert_close(compiled(x, *more), call(x, *more), rtol=0, atol=0)
 
 
@@ -210,8 +206,8 @@ def test_compile_of_func_grad(spec, sample):
         one = testing.single(spec.name, spec.packet)
         return torch.func.grad(lambda t: one(t, *rest).square().sum())(x)
 
-    got = torch.compile(call, backend="aot_eager", fullgraph=True)(v)
-    torch.testing.assert_close(got, call(v), rtol=1e-12, atol=1e-12)
+    result = torch.compile(call, backend="aot_eager", fullgraph=True)(v)
+    torch.testing.assert_close(result, call(v), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.contract(samples=("plain",))
@@ -223,11 +219,11 @@ def test_compile_under_autocast(spec, sample):
             return spec.packet(x, *rest)
 
     x = first.bfloat16()
-    got = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
-    torch.testing.assert_close(got, call(x), rtol=0, atol=0)
+    result = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(result, call(x), rtol=0, atol=0)
 
 
-def test_our_message_survives_compilation(spec):
+def test_error_messages_are_the_same_in_compiled_code(spec):
     bad = next(
         b for b in testing.bad_calls(spec.name) if b.error is ValueError and " to match " in b.text
     )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile of every public function and layer, as one graph, for any number of rows: a last
-partial batch compiles nothing anew.
+"""torch.compile of every public function and layer, as one graph for any number of rows: a last
+partial batch does not compile again.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _masses(at: Tensor) -> Tensor:
 # ---- transport -----------------------------------------------------------------------------------
 
 
-def _read(found: Any) -> Any:
-    return [found.f, found.g, found.err, found.status]
+def _read(result: Any) -> Any:
+    return [result.f, result.g, result.err, result.status]
 
 
 def _transport() -> dict[str, Case]:
@@ -136,22 +136,18 @@ ALL = {**_ops(), **_transport(), **_layers()}
 # ---- the tests -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _results(call: Case, size: int) -> list[Tensor]:
-    """What a call gives, and the gradient of the rows where it has one."""
+    """The results of a call, and the gradient of the rows if it has one."""
     x = _draw(N, D)[:size].requires_grad_()
     at = torch.arange(size) + (N - size)
-    found = [leaf for leaf in leaves(call(x, at)) if isinstance(leaf, Tensor)]
-    ends = [leaf for leaf in found if leaf.requires_grad]
+    results = [leaf for leaf in leaves(call(x, at)) if isinstance(leaf, Tensor)]
+    ends = [leaf for leaf in results if leaf.requires_grad]
     loss = sum((leaf.square().sum() for leaf in ends), torch.zeros(()))
     gradients = torch.autograd.grad(loss, x) if ends else ()
-    return [*(leaf.detach() for leaf in found), *gradients]
+    return [*(leaf.detach() for leaf in results), *gradients]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -182,8 +178,8 @@ def test_a_loss_is_exported_for_any_number_of_rows(strict):
     torch.testing.assert_close(program.module()(*more), module(*more))
 
 
-def test_a_loss_of_rows_that_their_values_choose():
-    """A number of rows that is known only when the graph runs."""
+def test_a_loss_of_rows_selected_by_their_values():
+    """Only the running graph knows the number of rows."""
     module, x = Loss(), _draw(N, D)
 
     def call(x: Tensor) -> Tensor:
@@ -197,8 +193,8 @@ def test_a_loss_of_rows_that_their_values_choose():
 
 
 @pytest.mark.parametrize("sizes", [(), SIZES], ids=["first", "after others"])
-def test_our_words_survive_compilation(sizes):
-    """Also where the compiler has made the sizes symbolic."""
+def test_error_messages_are_the_same_in_compiled_code(sizes):
+    """Also if the compiler has made the sizes symbolic."""
     module = Loss()
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     for size in sizes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite's own guard: a run that skips its contract cases fails."""
+"""The guard of the suite itself: a run that skips its contract cases fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conftest import (
     MINIMUM,
     is_whole,
     shortfall,
-    skip_what_the_limits_refuse,
+    skip_calls_beyond_the_limits,
     skips,
 )
 from torch._subclasses import FakeTensorMode
@@ -71,7 +71,7 @@ def test_a_run_that_skips_everything_fails(tmp_path):
         ({"args": ["tests"], "ignore": ["tests/contract"]}, False),
     ],
 )
-def test_only_a_whole_run_is_held_to_it(arguments, whole, monkeypatch):
+def test_only_a_whole_run_needs_the_minimum(arguments, whole, monkeypatch):
     monkeypatch.chdir(ROOT)
     options = {"keyword": "", "markexpr": "", "deselect": None, "collectonly": False, **arguments}
     config = SimpleNamespace(args=options.pop("args"), option=SimpleNamespace(**options))
@@ -97,11 +97,11 @@ def test_each_reason_of_a_skip_has_one_line():
 
 
 def test_make_test_interprets_each_sample():
-    """Every op is compared with float64 on each of its samples in float32, but for the longest."""
+    """Every op is compared with float64 on each of its samples in float32, except the long ones."""
     for spec in clam_kernels.all_ops():
         for sample in testing.samples(spec.name):
-            given = {"spec": spec, "sample": sample, "dtype": torch.float32}
-            assert not is_slow("test_samples", given) or sample.name in LONG_SAMPLES
+            parameters = {"spec": spec, "sample": sample, "dtype": torch.float32}
+            assert not is_slow("test_samples", parameters) or sample.name in LONG_SAMPLES
 
 
 def refused(spec, backend):
@@ -114,7 +114,7 @@ def refused(spec, backend):
 
 
 def test_the_limits_leave_every_sample_to_triton_and_most_to_cuda():
-    """What a limit excludes is skipped: a limit that grew would go unseen."""
+    """Calls beyond a limit are skipped, so a stricter limit would hide failures."""
     for spec in clam_kernels.all_ops():
         assert set(spec.kernels) - {"cuda"} <= set(spec.limits)
         if not spec.kernels:
@@ -125,8 +125,8 @@ def test_the_limits_leave_every_sample_to_triton_and_most_to_cuda():
             assert len(names) < count / 4, names
 
 
-def test_the_limits_take_symbolic_shapes():
-    """As torch.compile hands them in."""
+def test_the_limits_accept_symbolic_shapes():
+    """torch.compile passes symbolic shapes to the limits."""
     for spec in clam_kernels.all_ops():
         args = testing.problem(spec.name, 20, 7, 5).args
         mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -135,8 +135,10 @@ def test_the_limits_take_symbolic_shapes():
             assert choice.implementation(where)(*fake) == choice.implementation(where)(*args)
 
 
-def test_only_what_the_limits_refuse_is_skipped(monkeypatch):
-    """Through autograd and opcheck, which wraps errors; what a kernel dies of stays an error."""
+def test_only_calls_beyond_the_limits_are_skipped(monkeypatch):
+    """Through autograd, and through opcheck, which wraps errors. An error in a kernel stays an
+    error.
+    """
 
     def dies(*args):
         raise RuntimeError("a kernel died")
@@ -150,8 +152,8 @@ def test_only_what_the_limits_refuse_is_skipped(monkeypatch):
     )
     for table in (spec.kernels, spec.gradient.saved_kernels):
         monkeypatch.setitem(table, "cuda", "clam_cuda::planted")
-    skip_what_the_limits_refuse(BACKENDS[-1], monkeypatch)
-    taken, wide = (torch.zeros(4, d, requires_grad=True) for d in (3, 17))
+    skip_calls_beyond_the_limits(BACKENDS[-1], monkeypatch)
+    narrow, wide = (torch.zeros(4, d, requires_grad=True) for d in (3, 17))
     with clam_kernels.backend("cuda"):
         for call in (
             lambda x: spec.packet(x, x, 1.0),
@@ -161,4 +163,4 @@ def test_only_what_the_limits_refuse_is_skipped(monkeypatch):
             with pytest.raises(pytest.skip.Exception, match="cuda: D = 17 > 16"):
                 call(wide)
             with pytest.raises(Exception, match="a kernel died"):
-                call(taken)
+                call(narrow)

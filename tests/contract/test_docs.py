@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each op is declared, documented, sampled and timed; the schemas are the ones written down."""
+"""Each op is declared, documented, sampled and timed; the schemas are the documented ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECTIONS = (
 
 
 def public_functions() -> list[Any]:
-    """The ops' functions and what else the package exports as a function."""
+    """The ops' functions, and the other functions that the package exports."""
     functions = [spec.function for spec in clam_kernels.all_ops()]
     exported = [vars(clam_kernels).get(name) for name in clam_kernels.__all__]
     functions += [f for f in exported if inspect.isfunction(f) and f not in functions]
@@ -35,34 +35,34 @@ def public_functions() -> list[Any]:
 def sections(text: str) -> dict[str, list[str]]:
     """Numpydoc: heading, line of dashes, body up to the next heading; "" is the summary."""
     lines = inspect.cleandoc(text).splitlines()
-    found: dict[str, list[str]] = {"": []}
+    parts: dict[str, list[str]] = {"": []}
     now = ""
     for i, line in enumerate(lines):
         below = lines[i + 1] if i + 1 < len(lines) else ""
         if line in SECTIONS and re.fullmatch("-{3,}", below):
             now = line
             assert len(below) == len(line), f"{line}: underline of another length"
-            assert now not in found, f"{now} twice"
-            found[now] = []
+            assert now not in parts, f"{now} twice"
+            parts[now] = []
         elif not (re.fullmatch("-{3,}", line) and lines[i - 1] in SECTIONS):
-            found[now].append(line)
-    return found
+            parts[now].append(line)
+    return parts
 
 
 def entries(body: list[str]) -> dict[str, str]:
     """`name : type` lines of a section (or bare names), with their descriptions."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     name = ""
     for line in body:
         if line and not line.startswith(" "):
             name = line.partition(" : ")[0].strip()
-            found[name] = ""
+            texts[name] = ""
         else:
-            found[name] = f"{found.get(name, '')} {line.strip()}".strip()
-    return found
+            texts[name] = f"{texts.get(name, '')} {line.strip()}".strip()
+    return texts
 
 
-BRIEF = {"list_ops", "list_estimators", "all_ops"}  # no parameters: one sentence says it
+BRIEF = {"list_ops", "list_estimators", "all_ops"}  # without parameters the summary is enough
 
 
 @pytest.mark.parametrize("function", public_functions(), ids=lambda f: f.__name__)
@@ -78,11 +78,11 @@ def test_docstring_follows_the_signature(function):
         assert not parameters
         return
     assert list(entries(parts["Parameters"])) == parameters
-    # numpydoc: every entry has a type after " : ", star-arguments excepted, and says something
-    for name, said in entries(parts["Parameters"]).items():
+    # numpydoc: every entry has a type after " : ", star-arguments excepted, and a description
+    for name, entry in entries(parts["Parameters"]).items():
         line = next(x for x in parts["Parameters"] if x.partition(" : ")[0].strip() == name)
         assert " : " in line or name == "arguments", line
-        assert said, f"{name} has no description"
+        assert entry, f"{name} has no description"
     generator = inspect.isgeneratorfunction(inspect.unwrap(function))
     assert generator or "Returns" in parts
     assert "Raises" in parts
@@ -111,19 +111,19 @@ def test_reference_and_truth_follow_the_schema(spec):
     assert spec.truth is getattr(family, spec.name)
     assert spec.reference is getattr(family, f"{spec.name}_forward")
     for function in (spec.truth, spec.reference, spec.check, spec.fake):
-        found = list(inspect.signature(function).parameters.values())
-        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in found):
-            found = [p for p in found if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-            assert [p.name for p in found] == list(names[: len(found)]), function
+        parameters = list(inspect.signature(function).parameters.values())
+        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            parameters = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+            assert [p.name for p in parameters] == list(names[: len(parameters)]), function
         else:
-            assert [p.name for p in found] == list(names), function
+            assert [p.name for p in parameters] == list(names), function
     if spec.gradient is not None:
         assert spec.gradient.reference is getattr(family, f"{spec.name}_backward")
         assert next(iter(inspect.signature(spec.gradient.reference).parameters)).startswith("grad")
 
 
 def test_truth_is_short(spec):
-    """The equation in at most 20 lines, so that it can be read beside the documents."""
+    """The equation has at most 20 lines, so that one can read it beside the documents."""
     source = inspect.getsource(spec.truth)
     body = source[source.index('"""', source.index('"""') + 3) + 3 :]
     assert len([line for line in body.splitlines() if line.strip()]) <= 20
@@ -137,9 +137,9 @@ def test_samples(spec):
     for row in rows:
         assert row.op == spec.name
         assert len(row.args) == len(names) - spec.precise  # precision left out
-        given = dict(zip(names, row.args, strict=False))
-        assert all(isinstance(given[n], Tensor) for n in row.differentiable + row.kinks)
-        assert all(given[n].is_floating_point() for n in row.differentiable + row.kinks)
+        arguments = dict(zip(names, row.args, strict=False))
+        assert all(isinstance(arguments[n], Tensor) for n in row.differentiable + row.kinks)
+        assert all(arguments[n].is_floating_point() for n in row.differentiable + row.kinks)
         assert torch.float32 in row.dtypes
     # the same call twice: equal, and no shared tensors
     for a, b in zip(rows, testing.samples(spec.name), strict=True):
@@ -154,15 +154,15 @@ def test_samples(spec):
 
 
 def test_workloads(spec):
-    """The names are quoted in README, CHANGELOG and the results: each is what it says."""
+    """README, CHANGELOG and the results quote the names: each name gives its own sizes."""
     rows = testing.workloads(spec.name)
     assert rows
     for row in rows:
         assert row.op == spec.name
         form = rf"{spec.name}/(\d+)([km])-(\d+)-(\d+)(?:-T(\d+))?-fp32"
-        found = re.fullmatch(form, row.name)
-        assert found, row.name
-        count, unit, d, k, steps = found.groups()
+        match = re.fullmatch(form, row.name)
+        assert match, row.name
+        count, unit, d, k, steps = match.groups()
         n, d, k = int(count) * {"k": 1000, "m": 10**6}[unit], int(d), int(k)
         args = row.make(0)
         assert args[0].shape == (n, d)
@@ -194,7 +194,7 @@ def test_family_page(spec):
 
 def test_schemas_are_the_documented_ones():
     """A schema is API: arguments are appended with defaults, never changed. After such a change
-    write `clam_kernels.testing.schemas()` to docs/schemas.txt and say so in the CHANGELOG.
+    write `clam_kernels.testing.schemas()` to docs/schemas.txt and add a line to the CHANGELOG.
     """
     assert (ROOT / "docs" / "schemas.txt").read_text(encoding="utf-8") == testing.schemas()
 
@@ -227,7 +227,7 @@ def test_examples_run(module):
 
 
 def test_page_examples_run():
-    """Python blocks of docs/ops run as they stand, each page from top to bottom."""
+    """Python blocks of docs/ops run, each page from top to bottom."""
     pages = sorted((ROOT / "docs" / "ops").glob("*.md"))
     assert pages
     for page in pages:
@@ -237,7 +237,7 @@ def test_page_examples_run():
 
 
 def test_parser_can_fail():
-    """The parser sees a missing parameter, an empty description, a heading of another length."""
+    """The parser reports a missing parameter, an empty description, and a wrong underline."""
     text = (
         "Do.\n\nParameters\n----------\nx : int\n    A number.\ny : int\n\nReturns\n-------\nint\n"
     )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every message, verbatim: in eager, under FakeTensorMode and on meta; then what Python refuses."""
+"""Every error message, verbatim: in eager mode, under FakeTensorMode and on meta; then the errors
+that Python itself raises.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from clam_kernels import testing
 
 
 def _rows(*where: str) -> Any:
-    """The bad calls that these refuse, as parameters (op, bad)."""
+    """The bad calls of these ops, as parameters (op, bad)."""
     rows = [bad for bad in testing.bad_calls() if bad.where in where]
     ids = [f"{bad.op}-{bad.name}" for bad in rows]
     return pytest.mark.parametrize(
@@ -40,15 +42,15 @@ def _as_leaves(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _call_function(spec: Any, args: tuple[Any, ...]) -> Any:
-    """The documented function, its options by keyword."""
-    given = dict(zip(testing.argument_names(spec.name), args, strict=True))
+    """Call the documented function, its options by keyword."""
+    by_name = dict(zip(testing.argument_names(spec.name), args, strict=True))
     options = [
         name
         for name, p in inspect.signature(spec.function).parameters.items()
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    keywords = {name: given.pop(name) for name in options}
-    return spec.function(*given.values(), **keywords)
+    keywords = {name: by_name.pop(name) for name in options}
+    return spec.function(*by_name.values(), **keywords)
 
 
 @pytest.mark.parametrize("mode", ["eager", "inference", "grad", "fake", "meta"])
@@ -74,7 +76,7 @@ def test_the_function_says_the_same(case, bad):
 
 @_rows("function")
 def test_types(case, bad):
-    """What the dispatcher would refuse in its own words, or turn into something else."""
+    """Types that the dispatcher would refuse in its own words, or convert."""
     with pytest.raises(TypeError) as caught:
         _call_function(case, bad.make())
     assert str(caught.value) == bad.text
@@ -94,11 +96,11 @@ def test_transforms_say_the_same(case, bad):
 
 
 @_rows("op")
-def test_a_good_call_hides_no_bad_one(case, bad):
-    """That a call passed is remembered by what its arguments are, and by nothing less."""
+def test_a_bad_call_is_refused_after_a_good_one(case, bad):
+    """The cache of checked calls has everything of the arguments that the checks read."""
     case.packet(*testing.samples(case.name)[0].args)
     args = bad.make()
-    with contextlib.suppress(Exception):  # the same shapes and dtypes, the tensors fresh
+    with contextlib.suppress(Exception):  # new tensors of the same shapes and dtypes
         case.packet(*(torch.ones_like(a) if isinstance(a, Tensor) else a for a in args))
     for _ in range(2):
         with pytest.raises(bad.error) as caught:
@@ -111,7 +113,7 @@ def _start(text: str) -> str:
 
 
 def test_every_op_has_rows_in_the_table():
-    """Types, shapes, batch dims, values: each op of this suite is refused for each reason."""
+    """The table has a refusal of each kind for each op: types, shapes, batch dims, values."""
     for spec in ck.all_ops():
         rows = [bad for bad in testing.bad_calls(spec.name) if bad.where == "op"]
         assert len(rows) >= 15, spec.name
@@ -132,7 +134,7 @@ def test_values(case, bad, grad):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is compared whole
         case.packet(*args)
     assert str(caught.value) == bad.text
-    for mode in ("fake", "meta"):  # nothing to read there, and nothing read
+    for mode in ("fake", "meta"):  # fake and meta tensors have no values to check
         with _mode(mode):
             out = case.packet(*bad.make())
             assert (out[0] if isinstance(out, tuple) else out).shape[-1] > 0
@@ -143,19 +145,19 @@ def test_values(case, bad, grad):
 
 
 def test_devices(spec):
-    """Each tensor beside the first in turn elsewhere, in a call that is right but for this."""
+    """Each tensor after the first in turn on another device, in an otherwise correct call."""
     names = testing.argument_names(spec.name)
-    wanted = {name for name in spec.core if name != names[0]}
+    others = {name for name in spec.core if name != names[0]}
     for sample in testing.samples(spec.name):
         for i, (name, a) in enumerate(zip(names, sample.args, strict=False)):
-            if name not in wanted or not isinstance(a, Tensor):
+            if name not in others or not isinstance(a, Tensor):
                 continue
             args = [*sample.args[:i], a.to("meta"), *sample.args[i + 1 :]]
             with pytest.raises(ValueError) as caught:  # noqa: PT011
                 spec.packet(*args)
             assert str(caught.value) == f"{name}: expected device cpu to match {names[0]}, got meta"
-            wanted.remove(name)
-    assert not wanted & set(names), "no sample has these"
+            others.remove(name)
+    assert not others & set(names), "no sample has these"
 
 
 def test_sparse_and_other_devices_have_no_kernel(spec):
@@ -164,12 +166,12 @@ def test_sparse_and_other_devices_have_no_kernel(spec):
         spec.packet(first.to_sparse(), *rest)
 
 
-# ---- what the Python functions refuse
+# ---- errors of the Python functions
 # -------------------------------------------------------------------
 
 
 def test_options_are_keywords(spec):
-    """A mask in the place of the step is refused by Python itself."""
+    """Python itself refuses a mask in the place of the step."""
     op = getattr(spec.packet, [*spec.overloads][-1] or "default")
     parameters = inspect.signature(spec.function).parameters
     for argument in op._schema.arguments:
@@ -195,7 +197,7 @@ def test_backend_names(spec, monkeypatch):
 
 
 def test_a_forced_backend_never_falls_back(spec, monkeypatch):
-    """An op without kernels, whatever this build has."""
+    """An op without kernels, in any build."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in ("triton", "cuda"):
         for table in (spec.kernels, *([spec.gradient.saved_kernels] if spec.gradient else [])):
@@ -215,13 +217,13 @@ def test_a_forced_backend_never_falls_back(spec, monkeypatch):
         monkeypatch.setenv("CLAM_BACKEND", name)
         with pytest.raises(RuntimeError, match=_start(text)):
             spec.packet(*args)
-        with ck.backend("reference"):  # the block overrules the environment
+        with ck.backend("reference"):  # the block overrides the environment
             spec.packet(*args)
         monkeypatch.delenv("CLAM_BACKEND")
 
 
 def test_the_cuda_library_needs_triton(monkeypatch):
-    """Which computes the rows that the library leaves; without it the reference runs."""
+    """Triton computes the rows that the library leaves; without it the reference runs."""
     from clam_kernels._core import backend as choice
 
     monkeypatch.setattr(choice.library, "why_unavailable", lambda: None)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first call of a session does what the second does: it imports no compiler and no algebra.
-
-After Ctrl-C in the middle of such an import every later call of the session would fail.
+"""The first call of a session imports no compiler and no algebra package. After Ctrl-C in the
+middle of such an import every later call of the session would fail.
 """
 
 from __future__ import annotations
@@ -76,9 +75,9 @@ def test_predict_imports_little_beside_torch_and_scikit_learn(tmp_path: Path) ->
     x = np.random.default_rng(0).normal(size=(20, 3))
     np.save(tmp_path / "x.npy", x)
     KMeans(2, n_init=1, random_state=0).fit(x).save(tmp_path / "m")
-    given = [str(tmp_path / "m"), str(tmp_path / "x.npy")]
+    paths = [str(tmp_path / "m"), str(tmp_path / "x.npy")]
     run = subprocess.run(
-        [sys.executable, "-c", PREDICTS, *given], capture_output=True, text=True, check=False
+        [sys.executable, "-c", PREDICTS, *paths], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     new = set(run.stderr.splitlines()[-1].split()) - set(sys.stdlib_module_names)

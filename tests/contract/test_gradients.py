@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients: finite differences, the truth's autograd, frozen inputs, and who runs backward."""
+"""Gradients: finite differences, the truth's autograd, frozen inputs, and the backend of
+backward.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from clam_kernels._core import backend as choice
 pytestmark = pytest.mark.contract(gradient=True)
 
 
-def _call(spec: Any, sample: Any, wanted: tuple[str, ...]) -> tuple[Any, list[Tensor]]:
-    """The op as a function of the tensors named, and those tensors."""
+def _call(spec: Any, sample: Any, inputs: tuple[str, ...]) -> tuple[Any, list[Tensor]]:
+    """The op as a function of the named tensors, and those tensors."""
     names = testing.argument_names(spec.name)
-    places = [names.index(n) for n in wanted]
+    places = [names.index(n) for n in inputs]
 
     def call(*leaves: Tensor) -> Tensor:
         args = list(sample.args)
@@ -37,7 +39,7 @@ def _first(spec: Any) -> tuple[str, ...]:
 
 def test_gradcheck(spec, sample):
     call, leaves = _call(spec, sample, sample.differentiable)
-    if not leaves:  # all that is differentiable here is a border: the next test has it
+    if not leaves:  # every differentiable point here is a kink, which the next test checks
         assert sample.kinks
         return
     fast = sum(leaf.numel() for leaf in leaves) > 40  # one random direction, not all
@@ -47,17 +49,17 @@ def test_gradcheck(spec, sample):
 
 
 def test_equals_the_truths_autograd(spec, sample):
-    wanted = sample.differentiable + sample.kinks
-    got = testing.evaluate(spec.packet, sample, wanted)
-    want = testing.evaluate(spec.truth, sample, wanted)
-    for name in wanted:
-        g, t = got.gradients[name], want.gradients[name]
+    inputs = sample.differentiable + sample.kinks
+    result = testing.evaluate(spec.packet, sample, inputs)
+    expected = testing.evaluate(spec.truth, sample, inputs)
+    for name in inputs:
+        g, t = result.gradients[name], expected.gradients[name]
         testing.assert_close(g, t, t, what=name, scale=1.0)
 
 
 @pytest.mark.contract(gradient=True, samples="frozen")
 def test_frozen_inputs(spec, sample):
-    """Each subset of leaves: the same gradients, bit for bit, and none for what is frozen."""
+    """Each subset of leaves has the same gradients, bit for bit; frozen inputs have none."""
     names = sample.differentiable
     full = testing.evaluate(spec.packet, sample, names).gradients
     for count in range(1, len(names)):
@@ -86,7 +88,7 @@ def test_no_grad_fn_without_leaves(spec, sample):
 
 
 class _Drop(torch.autograd.Function):
-    """Hands its input on and an undefined gradient back."""
+    """Returns its input, and an undefined gradient in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def test_undefined_upstream(spec, sample, ran):
 
 @pytest.mark.contract(gradient=True, samples="views")
 def test_gradient_flows_through_views_and_twice(spec, sample):
-    """An output used twice adds up; a leaf given as a view gets its gradient."""
+    """The gradients of an output used twice add up; a leaf passed as a view gets its gradient."""
     call, leaves = _call(spec, sample, sample.differentiable)
     out = call(*(leaf.clone() for leaf in leaves))
     once = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
@@ -118,12 +120,12 @@ def test_gradient_flows_through_views_and_twice(spec, sample):
 
 def test_repeats_bit_for_bit(spec, sample, backend):
     call = sample.cast(torch.float32, backend.device)
-    wanted = sample.differentiable + sample.kinks
-    first = testing.evaluate(spec.packet, call, wanted)
-    second = testing.evaluate(spec.packet, call, wanted)
+    inputs = sample.differentiable + sample.kinks
+    first = testing.evaluate(spec.packet, call, inputs)
+    second = testing.evaluate(spec.packet, call, inputs)
     for a, b in zip(first.outputs, second.outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    for name in wanted:
+    for name in inputs:
         a, b = first.gradients[name], second.gradients[name]
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -141,8 +143,8 @@ def test_backward_runs_where_forward_ran(spec, sample, backend, ran):
 
 
 @pytest.fixture
-def planted(monkeypatch):
-    """A "triton" for every op that counts its calls and computes what the reference does."""
+def backend_calls(monkeypatch):
+    """A "triton" for every op: it counts its calls and computes the result of the reference."""
     calls: list[str] = []
 
     def implementation(where: str) -> Any:
@@ -172,32 +174,30 @@ def planted(monkeypatch):
 
 
 @pytest.mark.contract(gradient=True, samples=("plain",))
-def test_backward_follows_its_forward_out_of_the_block(spec, sample, planted):
-    """The choice is stored by forward, so that leaving the block or another thread changes
-    nothing.
-    """
+def test_backward_follows_its_forward_out_of_the_block(spec, sample, backend_calls):
+    """Forward stores the choice, so leaving the block or another thread changes nothing."""
     call, leaves = _call(spec, sample, _first(spec))
     with clam_kernels.backend("triton"):
         out = call(*leaves)
-    assert len(planted) == 1
+    assert len(backend_calls) == 1
     with clam_kernels.backend("reference"):
         out.sum().backward()
-    assert planted[1:] == [f"{spec.name}_backward"]
+    assert backend_calls[1:] == [f"{spec.name}_backward"]
     with clam_kernels.backend("reference"):
         out = call(*leaves)
     with clam_kernels.backend("triton"):
         out.sum().backward()
-    assert len(planted) == 2
+    assert len(backend_calls) == 2
 
 
 @pytest.mark.contract(gradient=True, samples=("plain",))
 def test_backward_keeps_its_forwards_precision(spec, sample, monkeypatch):
-    seen: list[str] = []
-    kept = choice.run
+    modes: list[str] = []
+    real_run = choice.run
 
     def run(spec: Any, device: str, precision: str, *rest: Any) -> Any:
-        seen.append(precision)
-        return kept(spec, device, precision, *rest)
+        modes.append(precision)
+        return real_run(spec, device, precision, *rest)
 
     monkeypatch.setattr(choice, "run", run)
     before = torch.get_float32_matmul_precision()
@@ -209,4 +209,4 @@ def test_backward_keeps_its_forwards_precision(spec, sample, monkeypatch):
         out.sum().backward()
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == ["high", "high"]
+    assert modes == ["high", "high"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the contract asks of k-means alone: exact labels, centroids that cannot win, sums."""
+"""The contract of k-means alone: exact labels, centroids that cannot win, sums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASSIGN, UPDATE, STEP = ("kmeans_assign",), ("kmeans_update",), ("kmeans_step",)
 
 
 def _between(backend: Any, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Float32 rows between two centroids, as near to the middle as float32 goes."""
+    """Float32 rows between two centroids, as near to the middle as float32 can represent."""
     generator = torch.Generator().manual_seed(3)
     centroids = torch.randn(k, d, generator=generator)
     pairs = torch.randint(k, (n, 2), generator=generator)
@@ -26,8 +26,8 @@ def _between(backend: Any, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return x.to(backend.device), centroids.to(backend.device)
 
 
-def _equal(got: Any, want: Any) -> None:
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+def _equal(result: Any, expected: Any) -> None:
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- labels -------------------------------------------------------------------------------------
@@ -39,8 +39,8 @@ def _equal(got: Any, want: Any) -> None:
 def test_labels_are_exact_in_every_precision(spec, backend, precision, d):
     x, centroids = _between(backend, 150, 20, d)
     labels, sqdist = spec.packet(x, centroids, None, None, True, precision)
-    want, far = spec.truth(x, centroids)
-    assert torch.equal(labels, want)
+    expected, far = spec.truth(x, centroids)
+    assert torch.equal(labels, expected)
     torch.testing.assert_close(sqdist, far, rtol=1e-5, atol=0)
 
 
@@ -66,7 +66,7 @@ def test_values_of_any_size(spec, backend, size):
 
 @pytest.mark.contract(ops=ASSIGN)
 def test_equal_centroids_in_any_tile(spec, backend):
-    """A tie across tiles, and rows that fill no tile."""
+    """A tie across tiles, and rows that do not fill a tile."""
     for n, k in ((1, 130), (40, 130)):
         x = testing.problem(spec.name, n, 1, 4, device=backend.device).args[0]
         assert not bool(spec.packet(x, x[:1].expand(k, 4))[0].any())
@@ -74,8 +74,8 @@ def test_equal_centroids_in_any_tile(spec, backend):
 
 @pytest.mark.contract(ops=ASSIGN)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
-def test_a_centroid_that_cannot_win_harms_nobody(spec, backend, bad):
-    """Not finite, or masked and whatever it holds: it is what padding is made of."""
+def test_masked_and_infinite_centroids_do_not_change_labels(spec, backend, bad):
+    """A centroid that is not finite, or is masked with any value: padding is made of these."""
     x, centroids = testing.problem(spec.name, 40, 6, 5, device=backend.device).args
     mask = torch.tensor([True, False, False, True, False, False], device=backend.device)
     clean = spec.packet(x, centroids, None, mask)
@@ -91,9 +91,9 @@ def test_a_centroid_that_cannot_win_harms_nobody(spec, backend, bad):
 
 @pytest.mark.contract(ops=ASSIGN + STEP)
 @pytest.mark.parametrize("k", [1, 2, 70])
-def test_nothing_wins_where_every_centroid_is_masked(spec, backend, k):
-    """The op refuses such a mask on a CPU; on a GPU it does not read the mask, and a kernel gets
-    it.
+def test_labels_are_minus_one_if_every_centroid_is_masked(spec, backend, k):
+    """The op refuses such a mask on a CPU. On a GPU it does not read the mask, so a kernel
+    gets it.
     """
     named = backend.name != "reference"
     kernel = implementation(spec.kernels[backend.name]) if named else spec.reference
@@ -133,7 +133,7 @@ def test_half_rows_with_float32_centroids(spec, backend):
 
 @pytest.mark.contract(ops=UPDATE)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_row_reaches_its_own_label_alone(spec, backend, bad):
+def test_a_nan_row_changes_its_own_label_alone(spec, backend, bad):
     x, labels, k = testing.problem(spec.name, 70, 6, 5, device=backend.device).args
     clean = spec.packet(x, labels, k)
     x = x.clone()
@@ -153,7 +153,7 @@ def test_a_bad_row_reaches_its_own_label_alone(spec, backend, bad):
 
 @pytest.mark.contract(ops=UPDATE)
 def test_means_keep_their_digits_far_from_the_origin(spec, backend):
-    """With a shift near the data the error is that of the spread, 2^-22 of it at most."""
+    """With a shift near the data the error is at most 2^-22 of the spread."""
     x, labels, k = testing.problem(spec.name, 600, 3, 4, device=backend.device).args
     far, shift = x + 1e4, torch.full((4,), 1e4, device=x.device)
     sums, counts = spec.packet(far, labels, k, None, shift)
@@ -177,15 +177,15 @@ def test_weights_of_a_power_of_two_scale_the_bits(spec, backend):
 @pytest.mark.parametrize("size", [(700, 9, 5), (300, 64, 16), (130, 200, 40), (90, 1, 3)])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_a_step_is_an_assignment_and_an_update(spec, backend, size, shifted):
-    """The same labels and counts bit for bit, sums to 2^-22 of what is added."""
+    """Labels and counts are equal bit for bit, sums to 2^-22 of the summands."""
     x, centroids = testing.problem(spec.name, *size, device=backend.device).args
     far = 1e4 if shifted else 0.0
     x, centroids = x + far, centroids + far
     shift = x.mean(0) if shifted else None
     x[3, 1] = math.nan
     labels, sums, counts = spec.packet(x, centroids, None, shift)
-    wanted, _ = torch.ops.clam.kmeans_assign(x, centroids, shift)
-    _equal(labels, wanted)
+    expected, _ = torch.ops.clam.kmeans_assign(x, centroids, shift)
+    _equal(labels, expected)
     exact, counted = testing.spec_of("kmeans_update").truth(x, labels, size[1], None, shift)
     _equal(counts, counted)
     origin = 0.0 if shift is None else shift.double()
@@ -199,7 +199,7 @@ def test_a_step_is_an_assignment_and_an_update(spec, backend, size, shifted):
 @pytest.mark.contract(ops=STEP)
 @pytest.mark.parametrize("n", [64, 1024, 5000])
 def test_sums_of_equal_rows_keep_their_digits(spec, backend, n):
-    """Rounding that always goes the same way."""
+    """Here every rounding error has the same sign."""
     x = torch.full((n, 2), 0.1, device=backend.device)
     sums = spec.packet(x, torch.tensor([[0.0, 0.0], [1e30, 0.0]], device=backend.device))[1]
     assert bool(((sums[0] - x.double().sum(0)).abs() <= 2**-22 * 0.1 * n).all())
@@ -209,7 +209,7 @@ def test_sums_of_equal_rows_keep_their_digits(spec, backend, n):
 
 
 @pytest.mark.contract(ops=(*ASSIGN, *UPDATE, *STEP))
-def test_a_broadcast_operand_is_never_held_whole(spec):
+def test_a_broadcast_operand_is_not_copied(spec):
     """Fifty restarts over the same rows."""
     n, d, k = 20_000, 4, 8
     x = torch.randn(1, n, d)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts, sizes and values at the edges: the answer is that of plain contiguous tensors."""
+"""Layouts, sizes and values at the edges: the result equals that of plain contiguous tensors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def _strided(x: Tensor) -> Tensor:
-    """Every second entry of a larger tensor along each dim; what lies between is NaN."""
+    """Every second entry of a larger tensor along each dim; the entries between are NaN."""
     big = x.new_full([2 * s for s in x.shape], math.nan if x.is_floating_point() else 1)
     part = big[tuple(slice(None, None, 2) for _ in x.shape)]
     return part.copy_(x)
 
 
 def _offset(x: Tensor) -> Tensor:
-    """At an odd place of a larger storage, NaN before and behind."""
+    """At an odd offset of a larger storage, with NaN before and behind."""
     big = x.new_full((x.numel() + 11,), math.nan if x.is_floating_point() else 1)
     return big[7 : 7 + x.numel()].view(x.shape).copy_(x)
 
@@ -51,7 +51,7 @@ SAME_VALUES = set(LAYOUTS) - {"expanded"}
 
 
 def _same(a: Tensor, b: Tensor) -> None:
-    """Equal but for the order in which a mean or a product may have been summed."""
+    """Equal, except for the order in which a mean or a product is summed."""
     bound = 1e-12 if a.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(a, b, rtol=bound, atol=bound, equal_nan=True)
 
@@ -59,16 +59,16 @@ def _same(a: Tensor, b: Tensor) -> None:
 @pytest.mark.contract(samples="laid")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs(spec, sample, backend, layout):
-    """Each tensor argument by itself, then all at once: values and gradients."""
+    """Each tensor argument alone, then all at once: values and gradients."""
     call = sample.cast(backend.dtypes[0], backend.device)
     lay = LAYOUTS[layout]
     places = [i for i, a in enumerate(call.args) if isinstance(a, Tensor)]
-    kept = _run(spec, call, list(call.args)) if layout in SAME_VALUES else None
+    contiguous = _run(spec, call, list(call.args)) if layout in SAME_VALUES else None
     for chosen in [[i] for i in places] + [places]:
         args = [lay(a) if i in chosen else a for i, a in enumerate(call.args)]
         plain = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
-        got, want = _run(spec, call, args), kept or _run(spec, call, plain)
-        for a, b in zip(got, want, strict=True):
+        result, expected = _run(spec, call, args), contiguous or _run(spec, call, plain)
+        for a, b in zip(result, expected, strict=True):
             _same(a, b)
 
 
@@ -97,16 +97,16 @@ def _run(spec: Any, sample: Any, args: list[Any]) -> list[Tensor]:
 @pytest.mark.contract(gradient=True, samples="laid")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_upstream_gradients(spec, sample, backend, layout):
-    """gradcheck only ever hands in contiguous ones; cat, sum and expand do not."""
+    """gradcheck passes contiguous ones only; cat, sum and expand do not."""
     call = sample.cast(backend.dtypes[0], backend.device)
     names = testing.argument_names(spec.name)
     leaves = {n: call.args[names.index(n)].clone().requires_grad_() for n in call.differentiable}
     args = [leaves.get(n, a) for n, a in zip(names, call.args, strict=False)]
     out = testing.single(spec.name, spec.packet)(*args)
     grad = LAYOUTS[layout](testing.upstream([out])[0])
-    got = torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=True)
-    want = torch.autograd.grad(out, list(leaves.values()), grad.contiguous())
-    for name, a, b in zip(leaves, got, want, strict=True):
+    result = torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=True)
+    expected = torch.autograd.grad(out, list(leaves.values()), grad.contiguous())
+    for name, a, b in zip(leaves, result, expected, strict=True):
         _same(a, b)
         assert a.shape == leaves[name].shape
         assert a.is_contiguous()
@@ -144,8 +144,8 @@ def test_no_rows(spec, sample, backend):
     for dtype in backend.dtypes:
         call = sample.cast(dtype, backend.device)
         out = testing.evaluate(spec.packet, call, call.differentiable)
-        want = testing.evaluate(spec.truth, call)
-        for a, b in zip(out.outputs, want.outputs, strict=True):
+        expected = testing.evaluate(spec.truth, call)
+        for a, b in zip(out.outputs, expected.outputs, strict=True):
             assert a.shape == b.shape
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
@@ -164,12 +164,12 @@ def test_sizes(spec, backend, size):
     exact = [a.double() if isinstance(a, Tensor) else a for a in args]
     outs = [f(*a) for f, a in ((spec.packet, args), (spec.truth, exact), (spec.truth, args))]
     triples = [outs] if isinstance(outs[0], Tensor) else zip(*outs, strict=True)
-    for got, want, eager in triples:
-        eps = backend.sum_eps(got, torch.float32)
-        testing.assert_close(got, want, eager, scale=1.0, eps=eps)
+    for result, expected, eager in triples:
+        eps = backend.sum_eps(result, torch.float32)
+        testing.assert_close(result, expected, eager, scale=1.0, eps=eps)
 
 
-# widths that a BLAS handles in its remainder loops, products too small for it, and plain ones
+# widths for the remainder loops of a BLAS, products too small for it, and ordinary widths
 BIT_SIZES = [
     (70, 5, 3), (150, 2, 4), (150, 9, 17), (150, 20, 5), (150, 33, 15), (300, 64, 16),
     (33, 1000, 17), (2100, 9, 2), (40, 1, 1),
@@ -194,7 +194,7 @@ def test_a_row_has_the_same_bits_wherever_it_stands(spec, backend, size):
 
 @pytest.mark.contract(rowwise=True)
 def test_rows_are_not_coupled(spec, backend):
-    """All other rows replaced: the bits of this one stay."""
+    """If all other rows change, the bits of this one stay."""
     for size in ((70, 5, 3), (300, 20, 5), (300, 64, 16)):
         v, *rest = testing.problem(spec.name, *size, device=backend.device).args
         other = 100 * testing.problem(spec.name, *size, device=backend.device, seed=1).args[0]
@@ -235,7 +235,7 @@ def test_batch_equals_a_loop(spec, backend):
 @pytest.mark.contract(rowwise=True)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("where", ["entry", "row"])
-def test_a_bad_row_touches_no_other(spec, backend, bad, where):
+def test_a_nan_row_does_not_change_others(spec, backend, bad, where):
     n = 70
     for dtype in (torch.float32, torch.bfloat16):
         v, *rest = testing.problem(spec.name, n, 20, 5, dtype, backend.device).args
@@ -252,9 +252,9 @@ def test_a_bad_row_touches_no_other(spec, backend, bad, where):
 def test_result_dtypes(spec, backend):
     for dtype in backend.dtypes:
         args = testing.problem(spec.name, 9, 4, 3, dtype, backend.device).args
-        found = [o.dtype for o in _outputs(spec, *args)]
-        assert found == testing.result_dtypes(spec.name, dtype)
-        assert found == [o.dtype for o in _tuple(spec.truth(*args))]
+        dtypes = [o.dtype for o in _outputs(spec, *args)]
+        assert dtypes == testing.result_dtypes(spec.name, dtype)
+        assert dtypes == [o.dtype for o in _tuple(spec.truth(*args))]
 
 
 @pytest.mark.contract(gradient=True, samples="views")

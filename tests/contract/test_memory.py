@@ -21,7 +21,7 @@ def _forward(function: Any, op: str, n: int, k: int) -> int:
 
 
 def _both(function: Any, op: str, n: int, k: int) -> int:
-    """Forward and backward, for every tensor; beside the gradients themselves."""
+    """Forward and backward, for every tensor; without the gradients themselves."""
     args = [
         a.requires_grad_() if isinstance(a, Tensor) else a
         for a in testing.large(op, torch.float32, n=n, k=k, d=D).args
@@ -33,9 +33,8 @@ def _both(function: Any, op: str, n: int, k: int) -> int:
 
 
 def assert_no_n_by_k(measure: Any, n: int = 5000, k: int = 1000) -> None:
-    """Nowhere near one N x K array of float32, and four times N x K adds next to nothing.
-
-    What may grow is O(N D + K D): outputs, gradients, and one chunk's scratch, which is bounded.
+    """The peak is far below one N x K array of float32, and four times N x K adds almost nothing.
+    Outputs, gradients, and the bounded scratch of one chunk may grow: O(N D + K D).
     """
     small, large = measure(n, k), measure(2 * n, 2 * k)
     assert large < 0.25 * (2 * n * 2 * k * 4), f"{large} bytes at N x K = {4 * n * k}"
@@ -49,12 +48,12 @@ def test_forward(spec):
 
 @pytest.mark.contract(gradient=True)
 def test_backward(spec):
-    # beside it lies the trajectory of a chunk, 16 MB
+    # plus the trajectory of a chunk, 16 MB
     assert_no_n_by_k(partial(_both, spec.packet, spec.name), 5000, 1000)
 
 
-def test_a_planted_n_by_k_temporary_is_caught():
-    """An op that forms the N x K scores, in a place that no Python hook sees."""
+def test_an_n_by_k_temporary_fails_the_check():
+    """An op that forms the N x K scores where no Python hook sees them."""
     library = torch.library.Library("clam_planted", "DEF")
     library.define("scores(Tensor x, Tensor y) -> Tensor")
     library.impl("scores", lambda x, y: (x @ y.mT).logsumexp(-1), "CPU")
@@ -70,14 +69,14 @@ def test_a_planted_n_by_k_temporary_is_caught():
         library._destroy()
 
 
-def test_the_truth_is_caught(spec):
-    """The N x K of the truth, which docs and docstrings admit, is what this measures."""
+def test_the_truth_fails_the_check(spec):
+    """The truth makes N x K arrays, as docs and docstrings say; the measure sees them."""
     with pytest.raises(AssertionError, match="bytes at N x K"):
         assert_no_n_by_k(partial(_forward, spec.truth, spec.name), 2500, 500)
 
 
-def test_peak_is_a_peak():
-    """Freed memory counts at its height, memory from before and the inputs do not."""
+def test_peak_counts_freed_memory():
+    """Freed memory counts at its peak; memory from before and the inputs do not count."""
     before = torch.zeros(1_000_000)
     assert testing.peak_bytes(lambda: before + 1) == pytest.approx(4e6, rel=0.01)
     assert testing.peak_bytes(lambda: (before + 1).sum() + (before + 2).sum()) == pytest.approx(

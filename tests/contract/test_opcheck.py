@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration: torch's own checks on every overload, the ops behind it, overload choice, no
-aliases.
+"""Registration: torch's own checks on every overload and on the ops behind it, the choice of
+overloads, no aliases.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ ALL = (*CHEAP, "test_aot_dispatch_dynamic")
 
 
 def _utils(spec: Any, sample: Any) -> tuple[str, ...]:
-    """The tracing check costs ten times the others: one sample of each kind."""
+    """The checks for a sample; the tracing check costs ten times the others, so one sample of each
+    kind has it.
+    """
     return ALL if sample.name in testing.selection(spec.name, "traced") else CHEAP
 
 
@@ -42,7 +44,7 @@ def filled(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def internal_calls(spec: Any, args: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The ops behind a differentiable op, with arguments that belong to this call."""
+    """The ops behind a differentiable op, with arguments of this call."""
     full = filled(overload_of(spec.packet, args), args)
     calls, saved = [], ()
     if spec.gradient.saved == "output":
@@ -80,7 +82,7 @@ def test_op(spec, sample, backend):
 
 @pytest.mark.contract(samples="traced")
 def test_op_in_half(spec, sample, backend):
-    """The fake knows which results are wider than the inputs."""
+    """The fake knows which outputs are wider than the inputs."""
     args = sample.cast(torch.bfloat16, backend.device).args
     torch.library.opcheck(overload_of(spec.packet, args), args, test_utils=CHEAP)
 
@@ -98,16 +100,16 @@ def test_ops_behind_it(spec, sample):
 
 
 def test_every_registered_op_is_known():
-    found = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("clam::")}
-    known = set()
+    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("clam::")}
+    declared = set()
     for spec in clam_kernels.all_ops():
         names = [spec.name]
         if spec.gradient is not None:
             names += [f"{spec.name}_backward"]
             names += [f"_{spec.name}_forward"] if isinstance(spec.gradient.saved, tuple) else []
         for overload in spec.overloads:
-            known |= {f"clam::{n}.{overload}" if overload else f"clam::{n}" for n in names}
-    assert found == known
+            declared |= {f"clam::{n}.{overload}" if overload else f"clam::{n}" for n in names}
+    assert registered == declared
 
 
 def test_tags(spec):
@@ -118,13 +120,13 @@ def test_tags(spec):
 
 def test_outputs_are_new_and_contiguous(spec, sample, backend):
     args = sample.cast(torch.float32, backend.device).args
-    given = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
     storages = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor) and a.numel()}
     out = spec.packet(*args)
     for one in out if isinstance(out, tuple) else (out,):
         assert one.is_contiguous()
         assert one.numel() == 0 or one.untyped_storage().data_ptr() not in storages
-        # no more memory than the shape needs: not a view of a larger scratch
+        # an output owns no more memory than its shape needs: it is no view of scratch
         assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
-    for a, b in zip(args, given, strict=True):  # and no input was touched
+    for a, b in zip(args, copies, strict=True):  # and no input has changed
         assert not isinstance(a, Tensor) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

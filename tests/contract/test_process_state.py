@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State that all threads of a process share: who sees it while calls overlap, and that they leave
-it as it was.
+"""State that all threads of a process share: what overlapping calls see, and that they
+restore it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clam_kernels.estimators.common import threads as _threads
 
 
 class InThread:
-    """A thread that runs one function at a time, each to its end before the next line here."""
+    """A thread that runs one function at a time, each to its end before the caller continues."""
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1)
@@ -37,9 +37,9 @@ class InThread:
 
 @pytest.fixture
 def threads():
-    made = [InThread(), InThread(), InThread()]
-    yield made
-    for one in made:
+    pool = [InThread(), InThread(), InThread()]
+    yield pool
+    for one in pool:
         one.pool.shutdown()
 
 
@@ -56,7 +56,7 @@ def _own_precision():
         switch.fp32_precision = mode
 
 
-def test_overlapping_calls_put_the_mode_of_products_back(threads):
+def test_overlapping_calls_restore_the_mode_of_products(threads):
     torch.set_float32_matmul_precision("medium")
     before = modes()
     blocks = [choice.float32_products() for _ in range(3)]
@@ -70,7 +70,7 @@ def test_overlapping_calls_put_the_mode_of_products_back(threads):
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_many_calls_at_highest_leave_the_mode_of_products():
+def test_many_calls_at_highest_restore_the_mode_of_products():
     torch.set_float32_matmul_precision("medium")
     before = modes()
     for spec in (spec for spec in ck.all_ops() if spec.precise):
@@ -80,13 +80,13 @@ def test_many_calls_at_highest_leave_the_mode_of_products():
             return spec.packet(*args, precision="highest")
 
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(call, range(40)))
+            results = list(pool.map(call, range(40)))
         assert modes() == before
-        for one in found[1:]:
-            same(one, found[0])
+        for one in results[1:]:
+            same(one, results[0])
 
 
-def test_the_precision_of_none_does_not_hang_on_other_threads(threads):
+def test_the_default_precision_does_not_depend_on_other_threads(threads):
     """`default_precision` is the user's, not the mode that another thread needs now."""
     set_by = {
         "medium": lambda: torch.set_float32_matmul_precision("medium"),
@@ -107,7 +107,9 @@ def test_the_precision_of_none_does_not_hang_on_other_threads(threads):
 
 
 def test_products_follow_the_general_mode_after_a_call():
-    """A mode that matmul has only from `torch.backends.fp32_precision` is not fixed there."""
+    """If matmul has its mode only from `torch.backends.fp32_precision`, a call does not fix it
+    there.
+    """
     for switch in MATMUL:
         switch.fp32_precision = "none"
     torch.backends.fp32_precision = "tf32"
@@ -122,8 +124,8 @@ def test_what_the_user_sets_during_a_call_stays(word):
     torch.set_float32_matmul_precision("medium")
     with choice.float32_products():
         torch.set_float32_matmul_precision(word)
-        wanted = modes()
-    assert modes() == wanted
+        expected = modes()
+    assert modes() == expected
     assert torch.get_float32_matmul_precision() == word
 
 
@@ -133,19 +135,19 @@ def test_what_the_user_sets_during_a_call_stays(word):
      ("cuda", "medium", False)],
 )  # fmt: skip
 def test_a_cpu_multiplies_in_float32_in_all_modes(device, precision, exact):
-    """There torch's lower modes may be bfloat16, of three digits."""
+    """On a CPU torch's lower modes may be bfloat16, which has three digits."""
     torch.set_float32_matmul_precision("medium")
-    wanted = ["ieee", "ieee"] if exact else modes()
-    part = dispatch.Part("am_step", reference=modes, kernels={})
+    expected = ["ieee", "ieee"] if exact else modes()
+    part = dispatch.Implementation("am_step", reference=modes, kernels={})
     with ck.backend("reference"):
-        assert choice.run(part, device, precision, ()) == wanted
+        assert choice.run(part, device, precision, ()) == expected
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_calls_of_the_two_kinds_wait_for_each_other(threads, exact):
-    """The bits of a call in the user's mode would be others beside an exact one."""
+    """Beside an exact call, a call in the user's mode would return other bits."""
     torch.set_float32_matmul_precision("medium")
-    wanted = modes()
+    expected = modes()
     first, same_kind, other = (choice.float32_products(k) for k in (exact, exact, not exact))
     threads[0](first.__enter__)
     threads[1](same_kind.__enter__)
@@ -155,9 +157,9 @@ def test_calls_of_the_two_kinds_wait_for_each_other(threads, exact):
             waiting.result(0.05)
         threads[i](block.__exit__, None, None, None)
     waiting.result(10)
-    assert modes() == (wanted if exact else ["ieee", "ieee"])
+    assert modes() == (expected if exact else ["ieee", "ieee"])
     threads[2](other.__exit__, None, None, None)
-    assert modes() == wanted
+    assert modes() == expected
 
 
 class Refusing:
@@ -193,8 +195,8 @@ def test_overlapping_blocks_end_in_any_order(threads):
     one, two = ck.backend("reference"), ck.backend("triton")
     first(one.__enter__)
     second(two.__enter__)
-    seen = [thread(choice.requested) for thread in threads]
-    assert seen == ["reference", "triton", "triton"], "each its own; a third the newest"
+    requests = [thread(choice.requested) for thread in threads]
+    assert requests == ["reference", "triton", "triton"], "each its own; a third the newest"
     first(one.__exit__, None, None, None)
     assert [thread(choice.requested) for thread in threads] == ["triton"] * 3
     second(two.__exit__, None, None, None)
@@ -245,8 +247,8 @@ def test_a_backward_runs_where_its_forward_ran(spec, ran, threads):
     assert [name for _, name in ran] == ["reference"]
 
 
-def test_a_block_inside_compiled_code_is_no_silent_one():
-    """The ops of a graph choose when it runs, and a block in the graph would have ended by then."""
+def test_a_block_inside_compiled_code_breaks_the_graph():
+    """The ops of a graph choose when it runs; a block inside the graph would have ended by then."""
     x, rho = torch.zeros(2, 3), torch.zeros(4, 3)
 
     def call() -> Tensor:
@@ -275,8 +277,8 @@ def two_threads():
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_each_thread_has_its_number_of_threads_back(threads, two_threads, order):
-    """The first has seen the number before any block; the others begin inside."""
+def test_each_thread_gets_its_number_of_threads_back(threads, two_threads, order):
+    """The first thread has read its number before any block; the others start inside one."""
     assert threads[0](torch.get_num_threads) == 2
     blocks = [_threads.threads_for(1) for _ in threads]
     for one, block in zip(threads, blocks, strict=True):
@@ -291,7 +293,7 @@ def test_each_thread_has_its_number_of_threads_back(threads, two_threads, order)
 
 
 def test_a_thread_that_begins_inside_a_block_of_another_has_its_number(threads, two_threads):
-    """It runs no block of its own, so that nothing would put its number back."""
+    """It runs no block of its own, so no block would restore its number."""
     block = _threads.threads_for(1)
     threads[0](block.__enter__)
     assert threads[1](torch.get_num_threads) == 2
@@ -300,20 +302,20 @@ def test_a_thread_that_begins_inside_a_block_of_another_has_its_number(threads, 
 
 
 def test_a_thread_that_begins_while_a_block_begins_or_ends_has_its_number(two_threads, monkeypatch):
-    """`torch.set_num_threads(1)` gives one thread, for good, to those that begin right after it."""
-    seen, plain = [], torch.set_num_threads
+    """After `torch.set_num_threads(1)`, threads that start at once keep one thread for good."""
+    numbers, plain = [], torch.set_num_threads
 
     def set_number(number: int) -> None:
         plain(number)
-        seen.append(InThread()(torch.get_num_threads))
+        numbers.append(InThread()(torch.get_num_threads))
 
     monkeypatch.setattr(torch, "set_num_threads", set_number)
     block = _threads.threads_for(1)
     block.__enter__()
-    seen.append(InThread()(torch.get_num_threads))
+    numbers.append(InThread()(torch.get_num_threads))
     block.__exit__(None, None, None)
-    seen.append(InThread()(torch.get_num_threads))
-    assert set(seen) == {2}
+    numbers.append(InThread()(torch.get_num_threads))
+    assert set(numbers) == {2}
 
 
 def test_fits_in_new_threads_leave_their_numbers_of_threads(two_threads):
@@ -330,7 +332,7 @@ def test_fits_in_new_threads_leave_their_numbers_of_threads(two_threads):
 
 
 def test_a_number_that_a_thread_set_itself_stays(threads, two_threads):
-    """One thread of torch is what it asked for, not what another block left."""
+    """The thread itself asked torch for one thread; no other block left it."""
     block, own = _threads.threads_for(1), _threads.threads_for(1)
     threads[0](block.__enter__)
     threads[1](torch.set_num_threads, 1)
@@ -353,7 +355,7 @@ def test_a_block_within_a_block_of_its_thread_changes_nothing(two_threads):
 
 
 class Meeting(nn.Module):
-    """Waits in each forward for a forward of another fit, as long as one may come."""
+    """Waits in each forward until another fit is in its forward, as long as one may come."""
 
     def __init__(self, met: threading.Event) -> None:
         super().__init__()
@@ -383,22 +385,22 @@ def test_fits_in_threads_repeat_and_no_generator_moves():
     alone = _learned(_sela().fit(X))
     before = state()
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda model: _learned(model.fit(X)), models))
-    for one in found:
+        results = list(pool.map(lambda model: _learned(model.fit(X)), models))
+    for one in results:
         same(one, alone)
     assert state() == before
 
 
 def test_a_callback_draws_from_the_generator_of_the_caller():
-    """What a fit takes of the global generator, only its own layers and its data see."""
+    """Only the layers and the data of a fit see its draws from the global generator."""
     drawn: list[Tensor] = []
     torch.manual_seed(5)
-    wanted = torch.rand(3)
+    expected = torch.rand(3)
     torch.manual_seed(5)
     quiet = _learned(_sela().fit(X))
     model = _sela(callbacks=lambda *_: drawn.append(torch.rand(1)) and None)
     same(_learned(model.fit(X)), quiet)
-    assert torch.equal(torch.cat(drawn), wanted)
+    assert torch.equal(torch.cat(drawn), expected)
 
 
 def test_a_fit_inside_a_fit_repeats_too():
@@ -418,8 +420,8 @@ def test_a_fit_inside_a_fit_repeats_too():
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_files_have_the_rights_of_any_new_file_and_change_none(tmp_path, monkeypatch):
-    """`os.umask` can only be asked by setting it, which all threads would see."""
+def test_files_have_default_permissions_and_the_umask_stays(tmp_path, monkeypatch):
+    """Python can only read the umask by setting it, which all threads would see."""
     before = umask()
     os.umask(0o027)
     try:
@@ -445,12 +447,12 @@ IN_THREADS = [
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_calls_in_threads_repeat_and_leave_no_state_behind():
-    """In a mode of torch below float32, which a CPU may multiply bfloat16 in, ours stay float32."""
-    wanted = {name: ALL[name]() for name in IN_THREADS}
+    """In a mode of torch below float32, for which a CPU may use bfloat16, ours stay float32."""
+    expected = {name: ALL[name]() for name in IN_THREADS}
     torch.set_float32_matmul_precision("medium")
     before = state()
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda name: ALL[name](), IN_THREADS * 2))
+        results = list(pool.map(lambda name: ALL[name](), IN_THREADS * 2))
     assert state() == before
-    for name, one in zip(IN_THREADS * 2, found, strict=True):
-        same(one, wanted[name])
+    for name, one in zip(IN_THREADS * 2, results, strict=True):
+        same(one, expected[name])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No public call hangs on torch's default device or default dtype, or leaves the state of the
+"""No public call depends on torch's default device or default dtype, or leaves the state of the
 process changed.
 """
 
@@ -32,7 +32,7 @@ def _default_dtype() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-# "meta" has no values: what is made there by mistake cannot be read
+# "meta" has no values: a tensor made there by mistake cannot be read
 SETTINGS: dict[str, Callable[[], Any]] = {
     "device": lambda: torch.device("meta"),
     "dtype": _default_dtype,
@@ -43,9 +43,9 @@ CASES = [(name, setting) for name in ALL for setting in SETTINGS]
 
 @pytest.mark.parametrize(("name", "setting"), CASES)
 def test_results_are_those_without_the_setting(name, setting):
-    wanted = _wanted(name)  # the first call, which may import modules that set their own state
+    expected = _wanted(name)  # the first call may import modules that set their own state
     before = state()
     with SETTINGS[setting]():
-        found = ALL[name]()
-    same(found, wanted)
+        result = ALL[name]()
+    same(result, expected)
     assert state() == before

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vmap, torch.func, forward AD, batched gradients, double backward, autocast: same as the
-truth's.
+"""vmap, torch.func, forward AD, batched gradients, double backward, autocast: the results of the
+truth.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _tensor_places(sample: Any) -> list[int]:
 
 @pytest.mark.contract(samples="mapped")
 def test_vmap_over_every_combination_of_arguments(spec, sample, ran):
-    """Each non-empty subset of the tensors mapped, over the first or the last dim, against a
-    loop.
+    """Each non-empty subset of the tensors mapped, over the first or the last dim, against
+    a loop.
     """
     examples = [_named(spec.name, sample.name, seed) for seed in range(M)]
     places = _tensor_places(sample)
@@ -48,14 +48,15 @@ def test_vmap_over_every_combination_of_arguments(spec, sample, ran):
             for i in subset:
                 args[i] = torch.stack([e.args[i] for e in examples], dim)
                 in_dims[i] = args[i].ndim - 1 if dim else 0
-            got = torch.vmap(spec.packet, in_dims=tuple(in_dims))(*args)
+            result = torch.vmap(spec.packet, in_dims=tuple(in_dims))(*args)
             loop = [
                 spec.packet(*(e.args[i] if i in subset else a for i, a in enumerate(sample.args)))
                 for e in examples
             ]
-            pairs = zip(got, zip(*loop, strict=True), strict=True) if isinstance(got, tuple) else [
-                (got, loop)
-            ]  # fmt: skip
+            is_tuple = isinstance(result, tuple)
+            pairs = (
+                zip(result, zip(*loop, strict=True), strict=True) if is_tuple else [(result, loop)]
+            )
             for one, many in pairs:
                 _same(one, torch.stack(list(many)))
     assert {(spec.name, "reference")} == set(ran)  # the op itself, not the truth, which is N x K
@@ -69,12 +70,12 @@ def _named(op: str, name: str, seed: int) -> Any:
 def test_nested_vmap(spec, sample):
     v, *rest = sample.args
     many = torch.stack([torch.stack([v + i + 2 * j for i in range(2)]) for j in range(3)])
-    got = torch.vmap(torch.vmap(lambda x: spec.packet(x, *rest)))(many)
-    want = [[spec.packet(x, *rest) for x in row] for row in many]
-    if not isinstance(got, tuple):
-        got, want = (got,), [[(w,) for w in row] for row in want]
-    for i, one in enumerate(got):
-        _same(one, torch.stack([torch.stack([w[i] for w in row]) for row in want]))
+    result = torch.vmap(torch.vmap(lambda x: spec.packet(x, *rest)))(many)
+    expected = [[spec.packet(x, *rest) for x in row] for row in many]
+    if not isinstance(result, tuple):
+        result, expected = (result,), [[(w,) for w in row] for row in expected]
+    for i, one in enumerate(result):
+        _same(one, torch.stack([torch.stack([w[i] for w in row]) for row in expected]))
 
 
 PLANTED = """
@@ -93,8 +94,8 @@ except NotImplementedError as error:
 
 
 def test_vmap_refuses_an_op_without_a_rule():
-    """`core` None says that not all tensors take leading dims: a clear refusal, no slow loop. A
-    process of its own, for an op cannot be taken back.
+    """`core` None says that not all tensors take leading dims: vmap must refuse such an op, not
+    loop slowly. The test runs in its own process, because an op cannot be unregistered.
     """
     done = subprocess.run(
         [sys.executable, "-c", PLANTED], capture_output=True, text=True, check=True
@@ -139,20 +140,20 @@ def test_func_grad_and_jacrev(spec, sample):
 def test_func_jvp_and_forward_ad(spec, sample):
     for (_, ours, x), (_, truth, _) in _pairs(spec, sample):
         tangent = testing.upstream([x], seed=3)[0]
-        got, want = (torch.func.jvp(f, (x,), (tangent,)) for f in (ours, truth))
-        _same(got, want)
-        assert bool((want[1] != 0).any())
+        result, expected = (torch.func.jvp(f, (x,), (tangent,)) for f in (ours, truth))
+        _same(result, expected)
+        assert bool((expected[1] != 0).any())
         with forward_ad.dual_level():
             dual = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, tangent)))
-        _same(dual.tangent, want[1])
+        _same(dual.tangent, expected[1])
 
 
 @pytest.mark.contract(gradient=True, samples="hessian")
 def test_func_hessian(spec, sample):
     for (_, ours, x), (_, truth, _) in _pairs(spec, sample):
-        got = torch.func.hessian(lambda t, f=ours: f(t).square().sum())(x)
-        want = torch.func.hessian(lambda t, f=truth: f(t).square().sum())(x)
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+        result = torch.func.hessian(lambda t, f=ours: f(t).square().sum())(x)
+        expected = torch.func.hessian(lambda t, f=truth: f(t).square().sum())(x)
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.contract(gradient=True, samples=("plain", "everything"))
@@ -161,12 +162,12 @@ def test_vmap_of_grad_and_grad_of_vmap(spec, sample):
         return testing.single(spec.name, spec.packet)(x, *sample.args[1:]).square().sum()
 
     many = torch.stack([_named(spec.name, sample.name, s).args[0] for s in range(M)])
-    want = torch.stack([torch.func.grad(loss)(x) for x in many])
-    _same(torch.vmap(torch.func.grad(loss))(many), want)
-    _same(torch.func.grad(lambda m: torch.vmap(loss)(m).sum())(many), want)
+    expected = torch.stack([torch.func.grad(loss)(x) for x in many])
+    _same(torch.vmap(torch.func.grad(loss))(many), expected)
+    _same(torch.func.grad(lambda m: torch.vmap(loss)(m).sum())(many), expected)
     leaf = many.clone().requires_grad_()
     torch.vmap(loss)(leaf).sum().backward()
-    _same(leaf.grad, want)
+    _same(leaf.grad, expected)
 
 
 # ---- batched gradients, double backward
@@ -175,7 +176,7 @@ def test_vmap_of_grad_and_grad_of_vmap(spec, sample):
 
 @pytest.mark.contract(gradient=True, samples="batched gradients")
 def test_batched_grads(spec, sample):
-    """A whole jacobian in one backward, through the vmap rule of the backward op."""
+    """A whole Jacobian in one backward, through the vmap rule of the backward op."""
     names = testing.argument_names(spec.name)
     leaves = {
         n: sample.args[names.index(n)].clone().requires_grad_() for n in sample.differentiable
@@ -183,12 +184,12 @@ def test_batched_grads(spec, sample):
     args = [leaves.get(n, a) for n, a in zip(names, sample.args, strict=False)]
     out = testing.single(spec.name, spec.packet)(*args)
     basis = torch.eye(out.numel(), dtype=out.dtype).reshape(-1, *out.shape)[::2]
-    got = torch.autograd.grad(
+    result = torch.autograd.grad(
         out, list(leaves.values()), basis, is_grads_batched=True, retain_graph=True
     )
     for i, row in enumerate(basis):
         one = torch.autograd.grad(out, list(leaves.values()), row, retain_graph=True)
-        for name, a, b in zip(leaves, got, one, strict=True):
+        for name, a, b in zip(leaves, result, one, strict=True):
             assert a.shape[1:] == leaves[name].shape, name
             _same(a[i], b)
 
@@ -211,7 +212,7 @@ def test_double_backward_raises(spec, sample):
 
 
 def test_double_backward_of_the_truth_works(spec):
-    """What the refusal points to does what it says."""
+    """The error names the truth as the alternative; it works."""
     if spec.gradient is None:
         assert not torch.is_tensor(spec.truth(*testing.samples(spec.name)[0].args))
         return
@@ -240,7 +241,7 @@ def test_saving_forward_is_internal(spec, sample):
 
 
 class _Arguments(TorchDispatchMode):
-    """The arguments of every clam op below autograd and autocast."""
+    """Records the arguments of every clam op below autograd and autocast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,11 +258,13 @@ HALVES_AND_WIDER = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def _mixed(spec: Any, sample: Any, *dtypes: torch.dtype) -> tuple[Any, ...]:
-    """The call in float32, but for the first argument and the others that must share its dtype."""
+    """The call in float32, except for the first argument and the arguments that must share its
+    dtype.
+    """
     names = testing.argument_names(spec.name)
-    given = dict(zip([names[0], *[n for n in spec.same_dtype if n != names[0]]], dtypes))  # noqa: B905
+    dtype_of = dict(zip([names[0], *[n for n in spec.same_dtype if n != names[0]]], dtypes))  # noqa: B905
     return tuple(
-        a.to(given[n]) if n in given else a
+        a.to(dtype_of[n]) if n in dtype_of else a
         for n, a in zip(names, sample.cast(torch.float32).args, strict=False)
     )
 
@@ -274,18 +277,18 @@ def test_autocast_promotes_and_lowers_the_precision_only(spec, sample, v, rho):
     shared = [a.dtype for n, a in zip(names, args, strict=False) if n in spec.same_dtype]
     wide = functools.reduce(torch.promote_types, shared) if shared else None
     with torch.autocast("cpu", torch.bfloat16), _Arguments() as log:
-        got = spec.packet(*args)
-    (seen,) = log.seen
-    assert not spec.precise or seen[-1] == "medium"
-    for name, before, after in zip(names, args, seen, strict=False):
+        result = spec.packet(*args)
+    (precision,) = log.seen
+    assert not spec.precise or precision[-1] == "medium"
+    for name, before, after in zip(names, args, precision, strict=False):
         if name in spec.same_dtype:
             assert after.dtype == wide
-        else:  # the rest stay as given
+        else:  # the other arguments keep their dtype
             assert before is after or before == after or torch.equal(before, after)
-    want = spec.packet(
+    expected = spec.packet(
         *(a.to(wide) if n in spec.same_dtype else a for n, a in zip(names, args, strict=False))
     )
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.contract(samples=("plain",))
@@ -303,11 +306,11 @@ def test_autocast_leaves_an_explicit_precision(spec, sample):
     first, second = spec.same_dtype
     text = f"{second}: expected dtype float32 to match {first}, got bfloat16"
     with pytest.raises(TypeError, match=text):
-        spec.packet(*args)  # outside autocast nothing is promoted
+        spec.packet(*args)  # outside autocast no argument is promoted
 
 
 @pytest.mark.contract(gradient=True, samples="autocast")
-def test_autocast_gradients_come_back_in_the_dtype_of_each_leaf(spec, sample):
+def test_autocast_gradients_have_the_dtype_of_each_leaf(spec, sample):
     args = _mixed(spec, sample, torch.bfloat16, torch.float32)
     leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in args]
     with torch.autocast("cpu", torch.bfloat16):
@@ -323,7 +326,7 @@ def test_autocast_gradients_come_back_in_the_dtype_of_each_leaf(spec, sample):
 def test_autocast_does_not_change_a_backward_inside_its_block(spec, sample):
     call = sample.cast(torch.float32)
     count = len(testing.argument_names(spec.name))
-    found = []
+    results = []
     for inside in (False, True):
         leaves = [
             a.clone().requires_grad_() if isinstance(a, Tensor) else a
@@ -334,8 +337,8 @@ def test_autocast_does_not_change_a_backward_inside_its_block(spec, sample):
         loss = testing.single(spec.name, spec.packet)(*leaves).square().sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             loss.backward()
-        found.append([leaf.grad for leaf in leaves if isinstance(leaf, Tensor)])
-    for one, other in zip(*found, strict=True):
+        results.append([leaf.grad for leaf in leaves if isinstance(leaf, Tensor)])
+    for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
@@ -346,7 +349,7 @@ def test_no_autocast_means_torchs_precision(spec, sample):
     assert not spec.precise or log.seen[0][-1] is None
 
 
-# ---- calls that go straight to their kernel do so only where nobody listens ----------------------
+# ---- direct calls of kernels, and modes that need the dispatcher ---------------------------------
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -362,9 +365,9 @@ def test_a_dispatch_mode_sees_every_call(spec, grad):
     first = args[0].clone().requires_grad_(grad and spec.gradient is not None)
     plain = spec.packet(first, *args[1:])
     with Seen() as mode:
-        seen = spec.packet(first, *args[1:])
+        output = spec.packet(first, *args[1:])
     assert any(name.startswith(f"clam.{spec.name}") or spec.name in name for name in mode.names)
-    _same(seen, plain)
+    _same(output, plain)
 
 
 def test_lazy_negatives_are_resolved(spec):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small SeLa: data, encoder, augmentation, and what equal runs are."""
+"""A small SeLa: data, encoder, augmentation, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ QUICK = {"n_heads": H, "n_epochs": 4, "batch_size": 33, "n_relabels": 4, "max_it
 
 
 def encoder() -> nn.Module:
-    """With what makes resuming hard: BatchNorm's buffers and dropout from the global generator."""
+    """An encoder that is hard to resume: BatchNorm has buffers, and dropout draws from the global
+    generator.
+    """
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         layers = (nn.Linear(D, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
@@ -41,7 +43,7 @@ def sela(**rest: Any) -> SeLa:
 
 
 def same(a: SeLa, b: SeLa) -> None:
-    """Labels, weights, potentials and history, bit for bit."""
+    """Whether labels, weights, potentials and history are equal bit for bit."""
     assert np.array_equal(np.asarray(a.labels_), np.asarray(b.labels_))
     for one, other in ((a.encoder_, b.encoder_), (a.heads_, b.heads_)):
         left, right = one.state_dict(), other.state_dict()
@@ -58,27 +60,27 @@ KILL_STEPS = 60
 
 
 def kill_case(path: str | None = None) -> SeLa:
-    """A run of a second or so with a checkpoint after each of its KILL_STEPS batches."""
+    """A run of about a second with a checkpoint after each of its KILL_STEPS batches."""
     model = sela(n_epochs=12, n_relabels=8, batch_size=20)
     rest = {"checkpoint": path, "checkpoint_every": 1, "resume": True} if path else {}
     return model.fit(X, **rest)
 
 
 def die_at(place: str, count: int) -> None:
-    """From here on SIGKILL ends this process when it comes to a place the `count`-th time: "batch"
-    is a draw of an augmented batch, "written" a checkpoint without its name yet, "kept" a
-    checkpoint that has its name. "nowhere" is no place.
+    """From here on SIGKILL ends this process when it comes to a place for the `count`-th time:
+    "batch" is a draw of an augmented batch, "written" a checkpoint that has no name yet, "kept" a
+    checkpoint that has its name. "nowhere" is never reached.
     """
-    left = count
+    countdown = count
 
     def dies(call: Callable[..., Any], after: bool) -> Callable[..., Any]:
         def run(*args: Any, **rest: Any) -> Any:
-            nonlocal left
-            left -= 1
-            found = call(*args, **rest) if after or left else None
-            if left == 0:
+            nonlocal countdown
+            countdown -= 1
+            result = call(*args, **rest) if after or countdown else None
+            if countdown == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return found
+            return result
 
         run.__qualname__ = call.__qualname__  # an augmentation is known by it
         return run

@@ -34,8 +34,10 @@ QUICK = {"n_init": 2, "max_iter": 4, "random_state": 0}
 
 
 def _expected_failures(estimator: ClAM) -> dict[str, str]:
-    why = "a row of weight 2 draws k-means++ starts otherwise than two shuffled rows do"
-    return {f"check_sample_weight_equivalence_on_{kind}_data": why for kind in ("dense", "sparse")}
+    reason = "a row of weight 2 draws k-means++ starts otherwise than two shuffled rows do"
+    return {
+        f"check_sample_weight_equivalence_on_{kind}_data": reason for kind in ("dense", "sparse")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +101,13 @@ def test_paper_labels_are_those_of_the_recursion(iris: np.ndarray) -> None:
 def test_paper_schedule_is_in_the_units_of_the_data(
     iris: np.ndarray, monkeypatch: pytest.MonkeyPatch, exponent: int
 ) -> None:
-    """The frame the fit runs in is an implementation matter: the result does not depend on it."""
+    """The result does not depend on the frame in which the fit runs."""
     settings = {"recipe": "paper", "n_init": 2, "max_iter": 40, "batch_size": 50, "random_state": 0}
     plain = ClAM(3, **settings).fit(iris)
-    given, factor = clam.frame_of, 2.0**exponent
+    real_frame, factor = clam.frame_of, 2.0**exponent
 
     def other(*rows: object) -> clam.Frame:
-        frame = given(*rows)
+        frame = real_frame(*rows)
         return dataclasses.replace(
             frame,
             width=frame.width * factor,
@@ -128,7 +130,7 @@ def test_fit_inside_no_grad(iris: np.ndarray, fitted: ClAM, mode: type) -> None:
 
 
 def test_loss_falls(iris: np.ndarray) -> None:
-    """From k-means centres on: those do not complete best."""
+    """From k-means centroids on: they do not give the best completion."""
     model = ClAM(3, n_init=1, max_iter=60, am_share=1.0, random_state=0).fit(iris)
     curve = model.loss_curve_
     assert len(curve) == model.n_iter_ == 60
@@ -208,14 +210,14 @@ def test_one_seed_gives_the_same_bits_in_another_process(iris: np.ndarray) -> No
 
 
 def test_threads_do_not_change_labels(iris: np.ndarray) -> None:
-    threads, found = torch.get_num_threads(), []
+    threads, labels = torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.append(ClAM(3, **QUICK).fit(iris).labels_)
+            labels.append(ClAM(3, **QUICK).fit(iris).labels_)
     finally:
         torch.set_num_threads(threads)
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*labels)
 
 
 def test_the_number_of_threads_is_restored(iris: np.ndarray) -> None:
@@ -237,9 +239,9 @@ def test_a_replica_does_not_depend_on_how_many_there_are(iris: np.ndarray) -> No
     z = torch.from_numpy(iris)
     start = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def train(replicas: int) -> _completion.Trained:
+    def train(replicas: int) -> _completion.TrainingResult:
         beta = torch.full((replicas, 1), 0.5, dtype=torch.float64)
-        plan = _completion.Plan(beta, 1, 1.0, 0.2, True, 0.05, 32, 3, 1.0, False, None, 0)
+        plan = _completion.CompletionPlan(beta, 1, 1.0, 0.2, True, 0.05, 32, 3, 1.0, False, None, 0)
         return _completion.train(_points.points_of(z, None, None), start[:replicas], plan)
 
     torch.testing.assert_close(train(6).last[:2], train(2).last, atol=1e-12, rtol=0)
@@ -250,7 +252,7 @@ def test_a_replica_does_not_depend_on_how_many_there_are(iris: np.ndarray) -> No
 
 @pytest.mark.parametrize("features", [2, 3, 16])
 @pytest.mark.parametrize("ratio", [0.01, 0.2, 0.99])
-def test_each_row_hides_something_and_shows_something(features: int, ratio: float) -> None:
+def test_each_row_has_hidden_and_observed_entries(features: int, ratio: float) -> None:
     masks = _completion.draw_masks(500, features, ratio, torch.Generator().manual_seed(0))
     assert masks.any(1).all()
     assert not masks.all(1).any()
@@ -274,13 +276,13 @@ def test_complete_recalls_hidden_entries_and_keeps_the_others() -> None:
     x = StandardScaler().fit_transform(load_wine().data)
     model = ClAM(12, random_state=0).fit(x)
     hidden = x.copy()
-    gone = np.random.default_rng(0).random(x.shape) < 0.2
-    hidden[gone] = np.nan
+    missing = np.random.default_rng(0).random(x.shape) < 0.2
+    hidden[missing] = np.nan
     completed = model.complete(hidden)
-    np.testing.assert_array_equal(completed[~gone], x[~gone])
-    assert np.isnan(hidden[gone]).all()
-    error = np.sqrt(np.square(completed - x)[gone].mean())
-    assert error < 0.85 * np.sqrt(np.square(x)[gone].mean())
+    np.testing.assert_array_equal(completed[~missing], x[~missing])
+    assert np.isnan(hidden[missing]).all()
+    error = np.sqrt(np.square(completed - x)[missing].mean())
+    assert error < 0.85 * np.sqrt(np.square(x)[missing].mean())
 
 
 def test_complete_of_a_row_without_any_entry_is_finite(fitted: ClAM, iris: np.ndarray) -> None:
@@ -325,9 +327,9 @@ def test_int8_does_not_wrap_around() -> None:
 
 
 @pytest.mark.parametrize(
-    "made", ["fortran", "reversed", "readonly", "big-endian", "list", "longdouble"]
+    "kind", ["fortran", "reversed", "readonly", "big-endian", "list", "longdouble"]
 )
-def test_unusual_arrays_give_the_same_labels(iris: np.ndarray, fitted: ClAM, made: str) -> None:
+def test_unusual_arrays_give_the_same_labels(iris: np.ndarray, fitted: ClAM, kind: str) -> None:
     readonly = iris.copy()
     readonly.flags.writeable = False
     x = {
@@ -337,7 +339,7 @@ def test_unusual_arrays_give_the_same_labels(iris: np.ndarray, fitted: ClAM, mad
         "big-endian": iris.astype(">f8"),
         "list": iris.tolist(),
         "longdouble": iris.astype(np.longdouble),
-    }[made]
+    }[kind]
     np.testing.assert_array_equal(ClAM(3, **QUICK).fit(x).labels_, fitted.labels_)
 
 
@@ -449,7 +451,7 @@ def test_bad_parameters_are_refused(iris: np.ndarray, wrong: dict) -> None:
         ClAM(**{**QUICK, "n_clusters": 3, **wrong}).fit(iris)
 
 
-def test_a_device_that_is_not_there_raises(iris: np.ndarray) -> None:
+def test_a_missing_device_raises(iris: np.ndarray) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(BackendUnavailableError, match="no CUDA device"):
@@ -475,7 +477,7 @@ def test_fewer_distinct_rows_than_clusters_warns_and_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_one_cluster_and_one_a_row(k: int) -> None:
+def test_one_cluster_and_one_cluster_for_each_row(k: int) -> None:
     x = np.random.default_rng(0).normal(size=(5, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -511,9 +513,7 @@ def test_ctrl_c_leaves_the_estimator_as_it_was(
     assert not hasattr(unfitted, "n_features_in_")
 
 
-def test_training_that_explodes_is_an_error_not_a_model(
-    iris: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_that_diverges_raises(iris: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def explodes(batch: object, memories: torch.Tensor, *_: object) -> torch.Tensor:
         memories.backward(torch.full_like(memories, torch.nan))
@@ -522,7 +522,7 @@ def test_training_that_explodes_is_an_error_not_a_model(
     monkeypatch.setattr(_completion.Batch, "backward", explodes)
     with pytest.raises(FloatingPointError, match="learning_rate"):
         ClAM(3, recipe="paper", **QUICK).fit(iris)
-    # the default recipe has its k-means starts and Lloyd's replicas beside those that train
+    # in the default recipe k-means starts and Lloyd's replicas run beside those that train
     assert np.isfinite(ClAM(3, **QUICK).fit(iris).cluster_centers_).all()
 
 
@@ -540,9 +540,9 @@ def test_clone_pickle_pipeline_and_search(iris: np.ndarray, fitted: ClAM) -> Non
 
 
 def test_callable_and_array_init(iris: np.ndarray) -> None:
-    given = iris[[0, 60, 120]]
-    by_array = ClAM(3, init=given, **QUICK).fit(iris)
-    by_call = ClAM(3, init=lambda x, k, random_state: given, **QUICK).fit(iris)
+    start = iris[[0, 60, 120]]
+    by_array = ClAM(3, init=start, **QUICK).fit(iris)
+    by_call = ClAM(3, init=lambda x, k, random_state: start, **QUICK).fit(iris)
     np.testing.assert_array_equal(by_array.cluster_centers_, by_call.cluster_centers_)
 
 

@@ -26,8 +26,8 @@ def _scaled(load) -> np.ndarray:
 
 
 def _hidden(x: np.ndarray, share: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    gone = np.random.default_rng(seed).random(x.shape) < share
-    return np.where(gone, np.nan, x), gone
+    hidden = np.random.default_rng(seed).random(x.shape) < share
+    return np.where(hidden, np.nan, x), hidden
 
 
 @pytest.fixture(scope="module")
@@ -40,40 +40,42 @@ def model(wine: np.ndarray) -> ClAM:
     return ClAM(3, **QUICK).fit(_hidden(wine)[0])
 
 
-# ---- the points ----------------------------------------------------------------------------------
+# ---- points --------------------------------------------------------------------------------------
 
 
 def _pair(wine):
-    z, gone = torch.from_numpy(_hidden(wine)[0]), torch.from_numpy(_hidden(wine)[1])
-    return z, gone, _points.points_of(z, None, None)
+    z, hidden = torch.from_numpy(_hidden(wine)[0]), torch.from_numpy(_hidden(wine)[1])
+    return z, hidden, _points.points_of(z, None, None)
 
 
-def test_distances_are_those_of_what_is_observed(wine):
+def test_distances_use_observed_entries_only(wine):
     z, _, points = _pair(wine)
     memories = torch.from_numpy(wine[:6]).view(2, 3, -1)
     labels = points.assign(memories)
-    for own, found in zip(memories, labels, strict=True):
-        want = nan_euclidean_distances(z.numpy(), own.numpy()) ** 2
-        np.testing.assert_allclose(points.distances(own), want, atol=1e-9)
-        np.testing.assert_array_equal(found, want.argmin(1))
-        np.testing.assert_allclose(points.distances_to(own, found), want.min(1), atol=1e-9)
-    want = nan_euclidean_distances(z.numpy())
-    np.testing.assert_allclose(points.between(), want, atol=1e-6)
+    for own, label in zip(memories, labels, strict=True):
+        expected = nan_euclidean_distances(z.numpy(), own.numpy()) ** 2
+        np.testing.assert_allclose(points.distances(own), expected, atol=1e-9)
+        np.testing.assert_array_equal(label, expected.argmin(1))
+        np.testing.assert_allclose(points.distances_to(own, label), expected.min(1), atol=1e-9)
+    expected = nan_euclidean_distances(z.numpy())
+    np.testing.assert_allclose(points.between(), expected, atol=1e-6)
 
 
-def test_means_are_those_of_what_is_observed(wine):
+def test_means_use_observed_entries_only(wine):
     z, _, points = _pair(wine)
     labels = torch.arange(len(z))[None] % 3
-    means, held = points.means(labels, torch.zeros(1, 3, z.shape[1], dtype=z.dtype))
-    want = np.stack([np.nanmean(z.numpy()[k::3], axis=0) for k in range(3)])
-    np.testing.assert_allclose(means[0], want, atol=1e-12)
-    assert held[0].tolist() == [60, 59, 59]
-    parts = [np.nanmean((z.numpy()[k::3] - want[k]) ** 2, axis=1) * z.shape[1] for k in range(3)]
+    means, weights = points.means(labels, torch.zeros(1, 3, z.shape[1], dtype=z.dtype))
+    expected = np.stack([np.nanmean(z.numpy()[k::3], axis=0) for k in range(3)])
+    np.testing.assert_allclose(means[0], expected, atol=1e-12)
+    assert weights[0].tolist() == [60, 59, 59]
+    parts = [
+        np.nanmean((z.numpy()[k::3] - expected[k]) ** 2, axis=1) * z.shape[1] for k in range(3)
+    ]
     inertia = points.inertia(labels, means)
     assert float(inertia[0]) == pytest.approx(sum(part.sum() for part in parts))
 
 
-def test_lloyd_never_raises_what_it_minimises(wine):
+def test_lloyd_never_raises_the_inertia(wine):
     _, _, points = _pair(wine)
     memories = torch.from_numpy(wine[[0, 70, 140]])[None]
 
@@ -87,32 +89,34 @@ def test_lloyd_never_raises_what_it_minimises(wine):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.8])
-def test_masks_hide_what_is_seen_and_never_all(wine, share):
-    seen = ~torch.from_numpy(_hidden(wine, share)[1])
-    masks = _completion.draw_masks(*seen.shape, 0.3, torch.Generator().manual_seed(0), seen)
-    assert not (masks & ~seen).any()
-    several = seen.sum(1) > 1
+def test_masks_hide_observed_entries_and_never_all(wine, share):
+    observed = ~torch.from_numpy(_hidden(wine, share)[1])
+    masks = _completion.draw_masks(*observed.shape, 0.3, torch.Generator().manual_seed(0), observed)
+    assert not (masks & ~observed).any()
+    several = observed.sum(1) > 1
     assert masks[several].any(1).all()
-    assert (seen & ~masks)[several].any(1).all()
+    assert (observed & ~masks)[several].any(1).all()
     assert not masks[~several].any()
-    points = _points.points_of(torch.where(seen, 0.5, torch.nan), None, None)
+    points = _points.points_of(torch.where(observed, 0.5, torch.nan), None, None)
     drawn = [
-        _completion.draw_masks(*points.z.shape, 0.3, torch.Generator().manual_seed(s), points.seen)
+        _completion.draw_masks(
+            *points.z.shape, 0.3, torch.Generator().manual_seed(s), points.observed
+        )
         for s in range(200)
     ]
     average = torch.stack(drawn).double().sum(2).mean()
     assert _completion.expected_masked(points, 0.3) == pytest.approx(float(average), rel=0.02)
 
 
-def test_the_loss_does_not_see_what_is_missing(wine):
-    """Other values in place of NaN would change nothing: they are set to 0 first."""
-    _, gone, points = _pair(wine)
-    assert bool((points.z[gone] == 0).all())
-    masks = torch.zeros_like(gone)
-    masks[:, 0] = ~gone[:, 0]
-    batch = _completion.Batch(points.z, masks, points.seen, None)
+def test_the_loss_does_not_depend_on_missing_entries(wine):
+    """Other values in place of NaN would change nothing: the fit sets them to 0 first."""
+    _, hidden, points = _pair(wine)
+    assert bool((points.z[hidden] == 0).all())
+    masks = torch.zeros_like(hidden)
+    masks[:, 0] = ~hidden[:, 0]
+    batch = _completion.Batch(points.z, masks, points.observed, None)
     beta = torch.full((1, 1), 0.1, dtype=torch.float64)
-    plan = _completion.Plan(beta, 1, 1.0, 0.2, True, 0.1, 512, 1, 1.0, False, None, 0)
+    plan = _completion.CompletionPlan(beta, 1, 1.0, 0.2, True, 0.1, 512, 1, 1.0, False, None, 0)
     memories = torch.from_numpy(wine[:3])[None].requires_grad_()
     loss = batch.backward(memories, plan, 1.0)
     states = points.z.masked_fill(masks, 0.0)
@@ -123,7 +127,7 @@ def test_the_loss_does_not_see_what_is_missing(wine):
     torch.testing.assert_close(memories.grad, slope, atol=1e-9, rtol=0)
 
 
-# ---- the estimator -------------------------------------------------------------------------------
+# ---- estimator -----------------------------------------------------------------------------------
 
 
 def test_labels_are_near_those_of_the_complete_data(wine, model):
@@ -133,8 +137,8 @@ def test_labels_are_near_those_of_the_complete_data(wine, model):
     gaps = _hidden(wine)[0]
     np.testing.assert_array_equal(model.predict(gaps), model.labels_)
     far = model.transform(gaps)
-    want = nan_euclidean_distances(gaps, model.cluster_centers_)
-    np.testing.assert_allclose(far, want, atol=1e-7)
+    expected = nan_euclidean_distances(gaps, model.cluster_centers_)
+    np.testing.assert_allclose(far, expected, atol=1e-7)
     np.testing.assert_array_equal(far.argmin(1), model.labels_)
     assert model.inertia_ == pytest.approx((far.min(1) ** 2).sum())
     assert model.score(gaps) == pytest.approx(-model.inertia_)
@@ -156,11 +160,11 @@ def test_complete_rows_keep_their_bits_beside_others(wine, model):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_observed_entries_keep_their_bits(wine, dtype):
     x = (wine * 3 + 100).astype(dtype)
-    gaps, gone = _hidden(x)
+    gaps, hidden = _hidden(x)
     model = ClAM(12, **QUICK).fit(gaps)
     completed = model.complete(gaps)
     assert completed.dtype == dtype
-    np.testing.assert_array_equal(completed[~gone], x[~gone])
+    np.testing.assert_array_equal(completed[~hidden], x[~hidden])
     assert np.isfinite(completed).all()
     again = model.complete(torch.from_numpy(gaps))
     np.testing.assert_array_equal(again.numpy(), completed)
@@ -168,18 +172,18 @@ def test_observed_entries_keep_their_bits(wine, dtype):
 
 @pytest.mark.parametrize(("load", "k"), [(load_wine, 12), (load_digits, 32)])
 def test_completion_beats_k_means_on_filled_data(load, k):
-    """The bars themselves: bench/completion.py."""
+    """bench/completion.py has the bars."""
     x = _scaled(load)[:600]
-    gaps, gone = _hidden(x)
+    gaps, hidden = _hidden(x)
     ours = ClAM(k, random_state=0).fit(gaps).complete(gaps)
-    filled = KMeans(k, n_init=10, random_state=0).fit(np.where(gone, 0, x))
+    filled = KMeans(k, n_init=10, random_state=0).fit(np.where(hidden, 0, x))
     nearest = filled.cluster_centers_[filled.labels_]
-    error = [np.sqrt(np.square(f - x)[gone].mean()) for f in (ours, nearest, 0 * x)]
+    error = [np.sqrt(np.square(f - x)[hidden].mean()) for f in (ours, nearest, 0 * x)]
     assert error[0] < error[1]
     assert error[0] < 0.85 * error[2]
 
 
-def test_rows_and_columns_without_anything(wine):
+def test_rows_and_columns_without_entries(wine):
     gaps = _hidden(wine)[0]
     gaps[3] = np.nan
     model = ClAM(3, **QUICK).fit(gaps)
@@ -201,8 +205,8 @@ def test_few_features(features):
     x[::7, 0] = np.nan
     labels = ClAM(2, random_state=0).fit_predict(x)
     truth = np.arange(60) % 2
-    seen = ~np.isnan(x).all(1)
-    assert adjusted_rand_score(truth[seen], labels[seen]) == 1.0
+    observed = ~np.isnan(x).all(1)
+    assert adjusted_rand_score(truth[observed], labels[observed]) == 1.0
 
 
 def test_tight_groups_far_apart_in_float32():
@@ -226,7 +230,7 @@ def test_settings_of_complete_are_checked(wine, model):
 
 def test_the_papers_recipe_takes_missing_entries():
     x = _scaled(load_iris)
-    gaps, gone = _hidden(x, 0.1)
+    gaps, hidden = _hidden(x, 0.1)
     model = ClAM(3, recipe="paper", n_init=2, max_iter=20, random_state=0).fit(gaps)
     np.testing.assert_array_equal(model.predict(gaps), model.labels_)
-    np.testing.assert_array_equal(model.complete(gaps)[~gone], x[~gone])
+    np.testing.assert_array_equal(model.complete(gaps)[~hidden], x[~hidden])

@@ -53,13 +53,13 @@ def test_never_below_k_means_chosen_by_inertia(load, seed):
     theirs = KMeans(k, n_init=32, random_state=seed).fit(x)
     assert ours.n_clusters_used_ == k
     assert silhouette_score(x, ours.labels_) >= silhouette_score(x, theirs.labels_) - 0.005
-    centres = np.stack([x[ours.labels_ == i].mean(0) for i in range(k)])
-    inertia = np.square(x - centres[ours.labels_]).sum()
+    means = np.stack([x[ours.labels_ == i].mean(0) for i in range(k)])
+    inertia = np.square(x - means[ours.labels_]).sum()
     assert inertia <= 1.05 * theirs.inertia_ * 1.001
 
 
-def test_training_finds_what_lloyd_does_not():
-    """breast_cancer: soft competition finds another kind of partition (am.md section 8)."""
+def test_training_finds_partitions_that_lloyd_does_not():
+    """breast_cancer: soft competition reaches another kind of partition (am.md section 8)."""
     x = _scaled(load_breast_cancer)
     both, off = (ClAM(2, random_state=0, am_share=share).fit(x) for share in (0.5, 0.0))
     assert silhouette_score(x, both.labels_) > silhouette_score(x, off.labels_) + 0.005
@@ -69,9 +69,9 @@ def test_training_finds_what_lloyd_does_not():
 
 def test_the_guard_keeps_from_outlying_clusters():
     x = _scaled(load_breast_cancer)
-    free, held = (ClAM(2, random_state=0, inertia_guard=g).fit(x) for g in (None, 1.05))
-    assert silhouette_score(x, free.labels_) > silhouette_score(x, held.labels_)
-    assert np.bincount(free.labels_).min() < np.bincount(held.labels_).min()
+    free, guarded = (ClAM(2, random_state=0, inertia_guard=g).fit(x) for g in (None, 1.05))
+    assert silhouette_score(x, free.labels_) > silhouette_score(x, guarded.labels_)
+    assert np.bincount(free.labels_).min() < np.bincount(guarded.labels_).min()
 
 
 def test_selections(iris):
@@ -86,7 +86,7 @@ def test_selections(iris):
     assert losses[chosen] == np.nanmin(losses)
 
 
-# ---- the table -----------------------------------------------------------------------------------
+# ---- candidates ----------------------------------------------------------------------------------
 
 
 def test_candidates_are_every_replica(iris):
@@ -123,7 +123,7 @@ def test_min_cluster_size():
     assert np.bincount(larger.labels_).min() >= 5
 
 
-def test_a_min_cluster_size_that_nothing_has_warns():
+def test_a_min_cluster_size_without_candidates_warns():
     x = _blobs(60)
     with pytest.warns(ConvergenceWarning, match="min_cluster_size=40: no partition that was tried"):
         ClAM(3, min_cluster_size=40, **QUICK).fit(x)
@@ -132,21 +132,23 @@ def test_a_min_cluster_size_that_nothing_has_warns():
         ClAM(3, min_cluster_size=2, **QUICK).fit(x)
 
 
-def test_silhouettes_of_the_contest_are_exact():
+def test_silhouettes_of_candidates_are_exact():
     x = _scaled(load_wine)
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=(5, len(x)))
     labels[4] = np.where(np.arange(len(x)) == 7, 0, 1 + labels[4] % 2)  # a cluster of one row
     points = _points.points_of(torch.from_numpy(x), None, None)
-    found = _selection.Silhouettes(points, 0)(torch.from_numpy(labels), 3)
-    want = [silhouette_score(x, own) for own in labels]
-    np.testing.assert_allclose(found, want, atol=2e-6)
+    result = _selection.Silhouettes(points, 0)(torch.from_numpy(labels), 3)
+    expected = [silhouette_score(x, own) for own in labels]
+    np.testing.assert_allclose(result, expected, atol=2e-6)
     weight = torch.from_numpy(rng.integers(1, 4, len(x)).astype(float))
     heavy = _points.points_of(torch.from_numpy(x), weight, None)
-    found = _selection.Silhouettes(heavy, 0)(torch.from_numpy(labels[:2]), 3)
+    result = _selection.Silhouettes(heavy, 0)(torch.from_numpy(labels[:2]), 3)
     repeat = weight.long().numpy()
-    want = [silhouette_score(np.repeat(x, repeat, 0), np.repeat(own, repeat)) for own in labels[:2]]
-    np.testing.assert_allclose(found, want, atol=2e-6)
+    expected = [
+        silhouette_score(np.repeat(x, repeat, 0), np.repeat(own, repeat)) for own in labels[:2]
+    ]
+    np.testing.assert_allclose(result, expected, atol=2e-6)
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def test_weights_below_one_are_numbers_of_rows_all_the_same(iris, unit):
     assert large.candidates_["silhouette"].max() > 0.4
 
 
-def test_few_rows_with_a_weight_among_many():
+def test_few_rows_with_weight_among_many_without():
     x = np.random.default_rng(0).normal(size=(30_000, 3))
     weight = np.zeros(len(x))
     weight[:40] = 1
@@ -263,7 +265,7 @@ def test_any_number_of_replicas(iris, n_init, share):
 # ---- many rows -----------------------------------------------------------------------------------
 
 
-def test_more_rows_than_are_searched():
+def test_more_rows_than_the_search_uses():
     x = _blobs(5000)
     whole, part = (ClAM(4, search_rows=n, **QUICK).fit(x) for n in (20_000, 400))
     assert adjusted_rand_score(whole.labels_, part.labels_) > 0.99
@@ -314,30 +316,30 @@ def test_a_memory_map_of_any_dtype_is_read_block_by_block(dtype, tmp_path, monke
 
 
 def test_callbacks(iris):
-    told: list[object] = []
+    calls: list[object] = []
 
-    class Watch:
+    class FitRecorder:
         def on_fit_begin(self, estimator):
-            told.append("begin")
+            calls.append("begin")
 
         def on_iteration(self, estimator, info):
-            told.append((info["round"], info["epoch"]))
+            calls.append((info["round"], info["epoch"]))
             assert info["loss"] > 0
 
         def on_fit_end(self, estimator):
-            told.append(estimator.n_iter_)
+            calls.append(estimator.n_iter_)
 
-    ClAM(3, n_init=4, max_iter=10, random_state=0, callbacks=Watch()).fit(iris)
-    assert told == ["begin", *((r, e) for r in range(1, 6) for e in range(2)), 10]
+    ClAM(3, n_init=4, max_iter=10, random_state=0, callbacks=FitRecorder()).fit(iris)
+    assert calls == ["begin", *((r, e) for r in range(1, 6) for e in range(2)), 10]
     stopped = ClAM(3, n_init=4, max_iter=10, random_state=0, callbacks=lambda e, info: True).fit(
         iris
     )
     assert stopped.n_iter_ == 1
     assert stopped.n_clusters_used_ == 3
 
-    seen: list[object] = []
-    ClAM(3, am_share=0.0, callbacks=lambda e, info: seen.append(info) or True, **QUICK).fit(iris)
-    assert len(seen) == 1
+    models: list[object] = []
+    ClAM(3, am_share=0.0, callbacks=lambda e, info: models.append(info) or True, **QUICK).fit(iris)
+    assert len(models) == 1
     with pytest.raises(TypeError, match="got an iterator"):
         ClAM(3, callbacks=iter([print])).fit(iris)
 
@@ -387,7 +389,7 @@ def test_partial_fit_does_not_depend_on_the_order_of_the_rows(order, seed):
     ours = _stream(ClAM(10, random_state=seed), batches, 200)
     theirs = _stream(MiniBatchKMeans(10, n_init=3, random_state=seed), batches, 200)
     assert ours.score(x) > 1.2 * theirs.score(x)  # both are below 0
-    # theirs may be several times worse than the best
+    # those of mini-batch k-means may be several times worse than the best
     assert ours.score(x) > 1.2 * KMeans(10, n_init=5, random_state=seed).fit(x).score(x)
     assert ours.n_clusters_used_ == 10
 
@@ -397,7 +399,7 @@ def test_partial_fit_keeps_missing_entries_and_weights_of_ordered_rows():
     gaps = np.where(np.random.default_rng(1).random(x.shape) < 0.1, np.nan, x)
     gaps[:, 1] = np.where(np.isnan(gaps).all(1), x[:, 1], gaps[:, 1])
     weight = np.tile([0.0, 2.0, 2.0], 600)
-    gaps[weight == 0] += 1000  # rows of weight 0 have no part
+    gaps[weight == 0] += 1000  # rows of weight 0 have no influence
     model = ClAM(6, random_state=0)
     for start in range(0, len(x), 100):
         part = slice(start, start + 100)
@@ -414,7 +416,7 @@ def test_partial_fit_goes_on_from_a_fit_and_from_a_file(iris, tmp_path):
         _stream(one, x[500:1500], 100)
         assert one.score(x) > 1.01 * inertia
         assert one.n_clusters_used_ == 4
-    # a file keeps how much the memories weigh: one strange batch does not carry them off
+    # a file keeps the weights of the memories, so one strange batch does not move them far
     model.save(tmp_path / "n")
     for one in (model, ClAM.load(tmp_path / "n")):
         before = one.score(x)
@@ -452,7 +454,7 @@ def test_partial_fit_with_missing_entries_and_weights():
 
 
 def test_weights_of_batches_have_one_unit():
-    """A batch that weighs a thousandth moves the means by as much, whatever its least weight."""
+    """A batch whose weights are a thousandth moves the means as much as before."""
     x = _blobs(1000)
     model = _stream(ClAM(4, random_state=0), x, 100)
     before = model.cluster_centers_.copy()
@@ -494,7 +496,7 @@ def test_partial_fit_refuses_and_keeps_its_state(iris):
 def test_callbacks_of_partial_fit(iris):
     heard = []
 
-    class Watch:
+    class BatchRecorder:
         def on_fit_begin(self, estimator):
             heard.append("begin")
 
@@ -504,12 +506,12 @@ def test_callbacks_of_partial_fit(iris):
         def on_fit_end(self, estimator):
             heard.append("end")
 
-    model = ClAM(3, n_init=2, batch_size=30, random_state=0, callbacks=Watch())
+    model = ClAM(3, n_init=2, batch_size=30, random_state=0, callbacks=BatchRecorder())
     model.partial_fit(iris[:60]).partial_fit(iris[60:])
     losses = list(model.loss_curve_)
-    told = [(0, epoch, loss, 0) for epoch, loss in enumerate(losses)]
-    assert len(told) == 5
-    assert heard == ["begin", *told[:2], "end", "begin", *told[2:], "end"]
+    expected = [(0, epoch, loss, 0) for epoch, loss in enumerate(losses)]
+    assert len(expected) == 5
+    assert heard == ["begin", *expected[:2], "end", "begin", *expected[2:], "end"]
     stopped = ClAM(3, n_init=2, batch_size=30, random_state=0, callbacks=lambda e, info: True)
     assert stopped.partial_fit(iris).n_iter_ == 1
     assert stopped.partial_fit(iris).n_iter_ == 2
@@ -523,7 +525,7 @@ def test_callbacks_of_partial_fit(iris):
     assert stopped.n_iter_ == 2
 
 
-def test_callbacks_hear_losses_in_units_of_the_data(iris):
+def test_callbacks_get_losses_in_units_of_the_data(iris):
     heard = []
     ClAM(3, callbacks=lambda e, info: heard.append(info["loss"]), **QUICK).fit(iris * 64)
     model = ClAM(3, **QUICK).fit(iris * 64)
@@ -533,10 +535,10 @@ def test_callbacks_hear_losses_in_units_of_the_data(iris):
 def test_verbose_partial_fit_has_a_bar(iris, capsys):
     pytest.importorskip("tqdm")
     ClAM(3, n_init=2, batch_size=30, random_state=0, verbose=1).partial_fit(iris)
-    told = capsys.readouterr()
-    assert "/5 " in told.err
-    assert "batch/s" in told.err
-    assert told.out == ""
+    output = capsys.readouterr()
+    assert "/5 " in output.err
+    assert "batch/s" in output.err
+    assert output.out == ""
 
 
 def test_candidates_before_a_fit():
@@ -545,18 +547,18 @@ def test_candidates_before_a_fit():
     assert not hasattr(ClAM(3), "candidates_")
 
 
-# ---- what is no data -----------------------------------------------------------------------------
+# ---- masked arrays -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [ClAM, ClusterKMeans])
 @pytest.mark.parametrize("name", ["X", "sample_weight", "init"])
 def test_masked_entries_are_refused(kind, name):
     x = _blobs(60)
-    given = {"X": x, "sample_weight": np.ones(len(x)), "init": x[:4]}
-    given[name] = np.ma.masked_array(given[name], mask=np.zeros_like(given[name], bool))
-    init, fit = given.pop("init"), lambda: kind(4, init=init, n_init=1).fit(**given)
+    arguments = {"X": x, "sample_weight": np.ones(len(x)), "init": x[:4]}
+    arguments[name] = np.ma.masked_array(arguments[name], mask=np.zeros_like(arguments[name], bool))
+    init, fit = arguments.pop("init"), lambda: kind(4, init=init, n_init=1).fit(**arguments)
     fit()
-    full = given.get(name, init)
+    full = arguments.get(name, init)
     full[1] = np.ma.masked
     with pytest.raises(ValueError, match=f"{name}: expected an array without masked entries"):
         fit()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ClAM on tables whose columns have units of their own. The whole proof is bench/units.py."""
+"""ClAM on tables whose columns have units of their own. bench/units.py has all tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM
 from clam_kernels.estimators.clam.refresh import refreshed
-from clam_kernels.estimators.clam.sample import Sample
+from clam_kernels.estimators.clam.sample import StreamSample
 
 QUICK = {"n_init": 4, "max_iter": 10, "random_state": 0}
 
@@ -29,9 +29,9 @@ def _with_gaps(x: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.where(hidden, np.nan, x), hidden
 
 
-def _outside(found: np.ndarray, observed: np.ndarray) -> int:
+def _outside(table: np.ndarray, observed: np.ndarray) -> int:
     low, high = np.nanmin(observed, axis=0), np.nanmax(observed, axis=0)
-    return int(((found < low) | (found > high)).sum())
+    return int(((table < low) | (table > high)).sum())
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def raw() -> np.ndarray:
     return load_wine().data
 
 
-# ---- a raw table is clustered as its scaled form is ----------------------------------------------
+# ---- raw and scaled tables have the same clusters ------------------------------------------------
 
 
 @pytest.mark.parametrize(("load", "k"), [(load_iris, 3), (load_wine, 3), (load_linnerud, 2)])
@@ -48,8 +48,8 @@ def test_random_units_change_no_partition(load, k, dtype):
     x = _in_random_units(load().data).astype(dtype)
     scaled = StandardScaler().fit_transform(x.astype(np.float64))
     ours, theirs = (ClAM(k, **QUICK).fit(table) for table in (x, scaled))
-    found, wanted = (silhouette_score(scaled, model.labels_) for model in (ours, theirs))
-    assert found >= wanted - 0.01
+    score, expected = (silhouette_score(scaled, model.labels_) for model in (ours, theirs))
+    assert score >= expected - 0.01
     assert _outside(ours.cluster_centers_, x) == 0
     assert ours.cluster_centers_.dtype == dtype
 
@@ -108,14 +108,14 @@ def test_batches_are_standardised(raw):
 def _unlike() -> tuple[np.ndarray, np.ndarray]:
     """Five groups in columns of three units, shuffled, and their labels."""
     rng = np.random.default_rng(0)
-    centres, labels = rng.normal(size=(5, 3)) * 10, np.repeat(np.arange(5), 200)
-    x = (centres[labels] + rng.normal(size=(1000, 3))) * [1e-3, 1, 1e6]
+    centers, labels = rng.normal(size=(5, 3)) * 10, np.repeat(np.arange(5), 200)
+    x = (centers[labels] + rng.normal(size=(1000, 3))) * [1e-3, 1, 1e6]
     order = rng.permutation(1000)
     return x[order], labels[order]
 
 
 def _first(x: np.ndarray, kind: str) -> np.ndarray:
-    """A first batch that says little of the columns."""
+    """A first batch that does not show the scales of the columns."""
     if kind == "zeros":
         return np.zeros((50, 3), x.dtype)
     if kind == "one column":
@@ -136,8 +136,8 @@ def test_the_scale_recovers_from_a_constant_first_batch(kind, standardize, dtype
         for start in range(0, 1000, 200):
             model.partial_fit(x[start : start + 200])
         models.append(model)
-    wanted = x.std(0) / np.sqrt(np.square(x.std(0)).mean())
-    assert ((model.scale_ < 2 * wanted) & (model.scale_ > wanted / 2)).all()
+    expected = x.std(0) / np.sqrt(np.square(x.std(0)).mean())
+    assert ((model.scale_ < 2 * expected) & (model.scale_ > expected / 2)).all()
     assert adjusted_rand_score(labels, model.predict(x)) > 0.98
     assert _outside(model.cluster_centers_, np.vstack([x, _first(x, kind)])) == 0
     np.testing.assert_array_equal(models[0].cluster_centers_, models[1].cluster_centers_)
@@ -167,18 +167,18 @@ def test_a_fit_keeps_its_scale_beside_few_rows():
 
 
 def test_columns_that_do_not_vary_in_the_sample_keep_their_scale():
-    """One has a single value there, one has none; the third has another deviation."""
+    """One column has a single value there, one has none; the third has another deviation."""
     x, _ = _unlike()
     frame = ClAM(5, standardize=True, **QUICK).fit(x)._frame
     z = frame.states(torch.from_numpy(x), torch.float64)
     z[:, 0], z[:, 1], z[:, 2] = torch.nan, z[0, 1], z[:, 2] * 10
-    none = Sample.empty(z[:0], torch.zeros(0, dtype=torch.float64), frame.deviation)
-    found = refreshed(True, frame, none, z, None)
-    before, after = (f.deviation * f.width for f in (frame, found))
+    none = StreamSample.empty(z[:0], torch.zeros(0, dtype=torch.float64), frame.deviation)
+    result = refreshed(True, frame, none, z, None)
+    before, after = (f.deviation * f.width for f in (frame, result))
     torch.testing.assert_close(after, before * torch.tensor([1.0, 1.0, 10.0]).double())
 
 
-def test_columns_that_begin_to_vary_warn():
+def test_columns_that_start_to_vary_warn():
     x, _ = _unlike()
     model = ClAM(5, standardize=False, **QUICK)
     with warnings.catch_warnings():
@@ -247,8 +247,8 @@ def test_another_unit_for_all_columns_changes_the_units_alone(raw):
 
 def test_a_beta_is_in_the_units_that_the_model_reports(raw):
     free = ClAM(3, **QUICK).fit(raw)
-    given = ClAM(3, beta=free.beta_, **QUICK).fit(raw)
-    assert given.beta_ == pytest.approx(free.beta_)
+    same_beta = ClAM(3, beta=free.beta_, **QUICK).fit(raw)
+    assert same_beta.beta_ == pytest.approx(free.beta_)
 
 
 def test_a_column_of_one_value_keeps_its_differences(raw):

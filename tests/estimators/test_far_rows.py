@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One far row or cell beside ordinary rows: their labels, sums and distances stay as they are
-without it.
+"""One far row or cell beside ordinary rows: the labels, sums and distances of the others do not
+change.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_a_far_cell_alone_is_no_other_unit():
     assert (ClAM(4, **QUICK).fit(_beside(load_wine().data, 1e12, True)).scale_ != 1).any()
 
 
-# ---- values that cannot be squared beside the others ---------------------------------------------
+# ---- values whose squares overflow ---------------------------------------------------------------
 
 HUGE = (
     r"X: expected values that float64 can square beside each other, got 1e\+290 in row 200, column "
@@ -137,7 +137,7 @@ def test_a_huge_value_is_refused(model, rows, cell):
 
 
 @pytest.mark.parametrize("kind", [ClAM, KMeans])
-def test_huge_values_are_clustered_where_others_are_not_lost(kind):
+def test_huge_values_are_clustered_if_others_keep_their_digits(kind):
     x, labels = _groups()
     for table in (x * 1e250, x * 1e290):
         assert adjusted_rand_score(labels, kind(3, **QUICK).fit(table).labels_) == 1

@@ -79,8 +79,8 @@ def test_a_parameter_that_is_no_data_is_refused_by_name(tmp_path: Path) -> None:
 def test_callbacks_of_a_fit_are_left_out(tmp_path: Path) -> None:
     from clam_kernels import KMeans
 
-    seen: list[int] = []
-    fitted = KMeans(3, random_state=0, callbacks=lambda *event: seen.append(1)).fit(X)
+    epochs: list[int] = []
+    fitted = KMeans(3, random_state=0, callbacks=lambda *event: epochs.append(1)).fit(X)
     fitted.save(tmp_path / "m")
     loaded = KMeans.load(tmp_path / "m")
     assert loaded.callbacks is None
@@ -175,7 +175,7 @@ def test_headers_that_lie(saved: Path, model: ClAM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "told"),
+    ("name", "damage", "message"),
     [
         ("_candidates", lambda x: x * 0, "candidates"),
         ("_candidates", lambda x: x[:, :-1], "candidates"),
@@ -191,7 +191,7 @@ def test_headers_that_lie(saved: Path, model: ClAM) -> None:
         ("frame.mean", lambda x: None, "contents"),
     ],
 )
-def test_tensors_that_do_not_fit(saved: Path, name: str, damage: Any, told: str) -> None:
+def test_tensors_that_do_not_fit(saved: Path, name: str, damage: Any, message: str) -> None:
     """The error names the file, in Python and in the command."""
     with safe_open(saved, "np") as file:
         tensors, metadata = {x: file.get_tensor(x) for x in file.keys()}, file.metadata()  # noqa: SIM118
@@ -199,7 +199,7 @@ def test_tensors_that_do_not_fit(saved: Path, name: str, damage: Any, told: str)
     if tensors[name] is None:
         del tensors[name]
     saved.write_bytes(to_bytes({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata))
-    with pytest.raises(ModelFileError, match=rf"model\.safetensors: .*({told})"):
+    with pytest.raises(ModelFileError, match=rf"model\.safetensors: .*({message})"):
         ClAM.load(saved)
     np.save(saved.parent / "x.npy", X)
     assert main(["predict", str(saved), str(saved.parent / "x.npy")]) == 1

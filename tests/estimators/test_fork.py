@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-# An alarm ends a child that waits for threads which it does not have.
+# An alarm ends a child that waits for threads that a fork does not copy.
 SCRIPT = """
 import os, signal, warnings
 import numpy as np

@@ -59,8 +59,8 @@ def test_completed_frames_keep_names_index_and_dtypes(kind: type[ClAM], frame) -
     gaps = frame.isna()
     for name in ("a", "c", "nullable"):
         assert filled[name].dtype == np.float64
-        kept = frame[name][~gaps[name]].astype(float)
-        np.testing.assert_array_equal(filled[name][~gaps[name]], kept)
+        observed = frame[name][~gaps[name]].astype(float)
+        np.testing.assert_array_equal(filled[name][~gaps[name]], observed)
     array = plain.complete(frame)
     assert isinstance(array, np.ndarray)
     np.testing.assert_array_equal(filled.astype(float), array)
@@ -82,7 +82,7 @@ def test_arrays_become_frames_and_tensors_stay() -> None:
     ids=["integers", "floats", "levels"],
 )
 @pytest.mark.parametrize("kind", [ClAM, ClAMImputer])
-def test_names_that_are_no_strings_become_those_of_scikit_learn(kind: type[ClAM], names) -> None:
+def test_names_that_are_not_strings_become_scikit_learns_names(kind: type[ClAM], names) -> None:
     table = pd.DataFrame(X, columns=names, index=range(5, 155))
     table.isetitem(3, np.arange(150, dtype=np.int16))
     table.iloc[::7, 1] = np.nan
@@ -101,7 +101,7 @@ def test_names_that_are_no_strings_become_those_of_scikit_learn(kind: type[ClAM]
 
 @pytest.mark.parametrize("names", [["a", "b", "a", "c"], [0, 0, 0, 1]])
 @pytest.mark.parametrize("model", [ClAMImputer(3, **QUICK), KMeans(3)])
-def test_columns_of_one_name_are_refused(model, names) -> None:
+def test_columns_with_equal_names_are_refused(model, names) -> None:
     text = f"X: expected columns of different names, got {names[0]!r} {names.count(names[0])} times"
     with pytest.raises(ValueError, match=text):
         model.fit(pd.DataFrame(X, columns=names))

@@ -65,11 +65,11 @@ def _reference() -> list[dict[str, str]]:
 @pytest.mark.skipif(not _reference(), reason="shared/data/lloyd_reference.tsv is not here")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_every_reference_run(dtype):
-    """66 runs of float64 Lloyd by direct differences: the same sizes, iterations and inertia."""
+    """66 runs of float64 Lloyd by direct differences: equal sizes, iterations and inertia."""
     tolerance, done = {np.float64: 1e-9, np.float32: 2e-6}[dtype], 0
     for row in _reference():
         if dtype is np.float32 and int(row["exact_ties"]) and "digits" not in row["dataset"]:
-            continue  # decimal coincidences, which rounding to float32 splits
+            continue  # ties in decimal numbers, which rounding to float32 breaks
         x, k = _data(row["dataset"]).astype(dtype), int(row["k"])
         start = x[[int(i) for i in row["init_rows"].split()]]
         model = KMeans(k, init=start, n_init=1, tol=0, max_iter=1000).fit(x)
@@ -118,7 +118,7 @@ def test_weights():
 
 @pytest.mark.parametrize("empty", ["relocate", "split", "keep"])
 @pytest.mark.parametrize("seed", range(4))
-def test_centres_are_finite_whatever_becomes_empty(empty, seed):
+def test_centroids_are_finite_whichever_clusters_become_empty(empty, seed):
     random = np.random.RandomState(seed)
     x = random.randint(0, 3, size=(30, 2)).astype(float)  # at most nine distinct rows
     with warnings.catch_warnings():
@@ -131,14 +131,14 @@ def test_centres_are_finite_whatever_becomes_empty(empty, seed):
 def test_sums_brought_up_to_date_are_those_of_all_rows(monkeypatch):
     x = np.random.RandomState(0).normal(size=(3000, 5))
     start = x[:20]
-    found = []
+    results = []
     for few in (1e9, 1.0):
-        monkeypatch.setattr(_lloyd, "FEW", few)
-        found.append(KMeans(20, init=start, n_init=1, tol=0).fit(x))
-    assert found[0].n_iter_ == found[1].n_iter_ > 10
-    assert np.array_equal(found[0].labels_, found[1].labels_)
+        monkeypatch.setattr(_lloyd, "INCREMENTAL_UPDATE_RATIO", few)
+        results.append(KMeans(20, init=start, n_init=1, tol=0).fit(x))
+    assert results[0].n_iter_ == results[1].n_iter_ > 10
+    assert np.array_equal(results[0].labels_, results[1].labels_)
     np.testing.assert_allclose(
-        found[0].cluster_centers_, found[1].cluster_centers_, rtol=1e-12, atol=1e-14
+        results[0].cluster_centers_, results[1].cluster_centers_, rtol=1e-12, atol=1e-14
     )
 
 
@@ -147,14 +147,14 @@ def test_stacked_starts_have_the_bits_of_separate_ones():
     rows = _rows.read_rows(KMeans(), x, reset=True)
     rows.frame()
     starts = torch.stack([x[i : i + 4] for i in (0, 9, 50, 300)])
-    rule = _lloyd.Rule(50, 1e-8, "relocate", None)
+    rule = _lloyd.LloydRule(50, 1e-8, "relocate", None)
     random = np.random.RandomState(0)
     alone = [_lloyd.lloyd(rows, None, one[None], rule, random)[0] for one in starts]
     stacked = _lloyd._Fit(rows, None, starts, rule, random, 0).run()
     for a, b in zip(alone, stacked, strict=True):
         assert a.n_iter == b.n_iter
         assert torch.equal(a.labels, b.labels)
-        torch.testing.assert_close(a.centres, b.centres, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(a.centroids, b.centroids, rtol=1e-14, atol=1e-14)
 
 
 # ---- starts --------------------------------------------------------------------------------------
@@ -173,8 +173,8 @@ def test_stacked_starts_have_the_bits_of_separate_ones():
 def test_scikit_learns_rows(name, k, seed, rows):
     x = _data(name)
     data = _rows.read_rows(KMeans(), x, reset=True)
-    found = _seeding.plus_plus(data, None, k, np.random.RandomState(seed))
-    assert np.array_equal(found.numpy(), x[rows])
+    chosen_rows = _seeding.plus_plus(data, None, k, np.random.RandomState(seed))
+    assert np.array_equal(chosen_rows.numpy(), x[rows])
     assert kmeans_plusplus(x, k, random_state=seed)[1].tolist() == rows
 
 
@@ -194,14 +194,14 @@ def test_a_row_without_weight_is_no_start(init):
     weight = np.ones(60)
     weight[::2] = 0
     rows = _rows.read_rows(KMeans(), x, reset=True)
-    found = _seeding.start(rows, torch.from_numpy(weight), 9, init, np.random.RandomState(0))
+    starts = _seeding.start(rows, torch.from_numpy(weight), 9, init, np.random.RandomState(0))
     if init != "k-means||":  # which ends at means
-        assert all((c == x[1::2]).all(1).any() for c in found.numpy())
-    assert torch.isfinite(found).all()
+        assert all((c == x[1::2]).all(1).any() for c in starts.numpy())
+    assert torch.isfinite(starts).all()
 
 
 @pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
-def test_fewer_distinct_rows_than_centres(init):
+def test_fewer_distinct_rows_than_centroids(init):
     x = np.repeat(np.arange(3.0)[:, None], 5, 0)
     with pytest.warns(ConvergenceWarning, match="Possibly due to duplicate points"):
         model = KMeans(5, init=init, n_init=2, random_state=0).fit(x)
@@ -225,20 +225,20 @@ def test_a_huge_start_takes_the_parallel_one(monkeypatch):
 @pytest.mark.parametrize(("n", "k", "batch"), [(1000, 50, 8), (300, 200, 16), (50, 50, 10)])
 def test_minibatch_gives_all_clusters_where_k_is_above_three_batches(init, n, k, batch):
     x = np.random.default_rng(0).normal(size=(n, 4))
-    given = {"algorithm": "minibatch", "batch_size": batch, "init": init, "random_state": 0}
+    options = {"algorithm": "minibatch", "batch_size": batch, "init": init, "random_state": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        model = KMeans(k, **given).fit(x)
+        model = KMeans(k, **options).fit(x)
     assert len(np.unique(model.labels_)) == k
     np.testing.assert_array_equal(model.predict(x), model.labels_)
 
 
 def test_minibatch_relocates_clusters_without_rows_unless_they_are_kept():
     x = np.random.default_rng(0).normal(size=(60, 4))
-    given = {"algorithm": "minibatch", "batch_size": 10, "random_state": 0}
-    assert KMeans(50, **given).fit(x).n_relocated_ > 0
+    options = {"algorithm": "minibatch", "batch_size": 10, "random_state": 0}
+    assert KMeans(50, **options).fit(x).n_relocated_ > 0
     with pytest.warns(ConvergenceWarning, match="empty='keep'"):
-        assert KMeans(50, empty="keep", **given).fit(x).n_relocated_ == 0
+        assert KMeans(50, empty="keep", **options).fit(x).n_relocated_ == 0
 
 
 @pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
@@ -246,8 +246,8 @@ def test_minibatch_draws_its_start_from_rows_with_a_weight(init):
     x = np.random.default_rng(0).normal(size=(5000, 3))
     weight = np.zeros(5000)
     weight[::100] = 1
-    given = {"algorithm": "minibatch", "batch_size": 4, "init": init, "random_state": 0}
-    model = KMeans(20, **given).fit(x, sample_weight=weight)
+    options = {"algorithm": "minibatch", "batch_size": 4, "init": init, "random_state": 0}
+    model = KMeans(20, **options).fit(x, sample_weight=weight)
     assert len(np.unique(model.labels_[::100])) == 20
 
 
@@ -279,15 +279,15 @@ def test_cosine():
     np.testing.assert_allclose(np.linalg.norm(model.cluster_centers_, axis=1), 1.0, rtol=1e-12)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     assert (model.labels_ == (unit @ model.cluster_centers_.T).argmax(1)).all()
-    want = (1 - (unit * model.cluster_centers_[model.labels_]).sum(1)).sum()
-    assert model.inertia_ == pytest.approx(want, rel=1e-9)
+    expected = (1 - (unit * model.cluster_centers_[model.labels_]).sum(1)).sum()
+    assert model.inertia_ == pytest.approx(expected, rel=1e-9)
     assert np.array_equal(model.predict(x * 1e6), model.labels_)
     zero = np.vstack([np.zeros((1, x.shape[1])), x])
     assert KMeans(10, metric="cosine", random_state=0).fit(zero).labels_[0] == 0
 
 
 def test_cosine_with_rows_of_zeros():
-    """They are no start, no row to relocate, and pull no centre."""
+    """Rows of zeros are no start, are not relocated, and do not move a centroid."""
     x = _data("iris")
     zeros = np.vstack([np.zeros((40, 4)), x])
     for init in ("k-means++", "k-means||", "random"):
@@ -363,15 +363,17 @@ KINDS = "fortran, read-only, memory map, csr, csr array, tensor, strided tensor,
 @pytest.mark.parametrize("kind", KINDS.split(", "))
 def test_every_container_gives_the_same(kind, tmp_path):
     x = np.ascontiguousarray(_data("iris"))
-    want = KMeans(3, random_state=0).fit(x)
-    given = _kinds(x, tmp_path)[kind]
-    model = KMeans(3, random_state=0, chunk_rows=40 if kind == "chunks" else None).fit(given)
-    centres = np.asarray(model.cluster_centers_)
-    np.testing.assert_allclose(centres, want.cluster_centers_, rtol=1e-12)
-    assert np.array_equal(np.asarray(model.labels_), want.labels_)
-    assert np.array_equal(np.asarray(model.predict(given)), want.labels_)
-    np.testing.assert_allclose(np.asarray(model.transform(given)), want.transform(x), rtol=1e-9)
-    assert model.score(given) == pytest.approx(-want.inertia_, rel=1e-12)
+    expected = KMeans(3, random_state=0).fit(x)
+    container = _kinds(x, tmp_path)[kind]
+    model = KMeans(3, random_state=0, chunk_rows=40 if kind == "chunks" else None).fit(container)
+    centroids = np.asarray(model.cluster_centers_)
+    np.testing.assert_allclose(centroids, expected.cluster_centers_, rtol=1e-12)
+    assert np.array_equal(np.asarray(model.labels_), expected.labels_)
+    assert np.array_equal(np.asarray(model.predict(container)), expected.labels_)
+    np.testing.assert_allclose(
+        np.asarray(model.transform(container)), expected.transform(x), rtol=1e-9
+    )
+    assert model.score(container) == pytest.approx(-expected.inertia_, rel=1e-12)
     if "tensor" in kind:
         assert model.labels_.dtype == torch.int64
     else:
@@ -429,8 +431,8 @@ def test_a_memory_map_is_checked_as_an_array_is(tmp_path):
 def test_arrays_keep_float32_in_any_order_of_bytes_and_in_frames():
     x = _data("iris").astype(np.float32)
     pandas = pytest.importorskip("pandas")
-    for given in (x.astype(">f4"), pandas.DataFrame(x), np.asfortranarray(x)):
-        assert KMeans(3, random_state=0).fit(given).cluster_centers_.dtype == np.float32
+    for table in (x.astype(">f4"), pandas.DataFrame(x), np.asfortranarray(x)):
+        assert KMeans(3, random_state=0).fit(table).cluster_centers_.dtype == np.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
@@ -469,11 +471,11 @@ def test_one_precision_fits_and_another_predicts():
     ],
 )
 def test_bad_input(change, text):
-    given = {"X": np.arange(8.0).reshape(4, 2), "n_clusters": 3, "n_init": 1, **change}
-    x, weight = given.pop("X"), given.pop("sample_weight", None)
-    if given["n_clusters"] == 3 and len(x if not sparse.issparse(x) else [0] * 2) < 3:
-        given["n_clusters"] = 1
-    model = KMeans(**given)
+    arguments = {"X": np.arange(8.0).reshape(4, 2), "n_clusters": 3, "n_init": 1, **change}
+    x, weight = arguments.pop("X"), arguments.pop("sample_weight", None)
+    if arguments["n_clusters"] == 3 and len(x if not sparse.issparse(x) else [0] * 2) < 3:
+        arguments["n_clusters"] = 1
+    model = KMeans(**arguments)
     with pytest.raises((ValueError, RuntimeError), match=text):
         model.fit(x, sample_weight=weight)
     assert not hasattr(model, "cluster_centers_")
@@ -488,7 +490,7 @@ def test_bad_input(change, text):
         (4, "cuda:4", "4 CUDA devices"),
     ],
 )
-def test_a_device_that_is_not_there_raises(count, device, there, monkeypatch):
+def test_a_missing_device_raises(count, device, there, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     text = f"device: expected one of this machine, which has {there}, got '{device}'"
@@ -512,7 +514,7 @@ def test_a_failed_fit_leaves_the_model_as_it_was():
     assert model.cluster_centers_ is before
 
 
-def test_unfitted_and_true_as_a_number():
+def test_unfitted_models_and_bools_as_numbers_are_refused():
     with pytest.raises(NotFittedError):
         KMeans().predict(np.zeros((2, 2)))
     with pytest.raises((TypeError, ValueError), match="n_clusters"):
@@ -521,7 +523,7 @@ def test_unfitted_and_true_as_a_number():
         KMeans(1, callbacks=[3]).fit(np.zeros((2, 2)))
 
 
-# ---- the rest of a life --------------------------------------------------------------------------
+# ---- files, copies, callbacks --------------------------------------------------------------------
 
 
 def test_files_pickles_and_clones(tmp_path):
@@ -539,21 +541,21 @@ def test_files_pickles_and_clones(tmp_path):
 
 
 def test_callbacks():
-    seen: list[object] = []
+    calls: list[object] = []
 
-    class Watch:
+    class Recorder:
         def on_fit_begin(self, estimator):
-            seen.append("begin")
+            calls.append("begin")
 
         def on_iteration(self, estimator, info):
-            seen.append(info["iteration"])
+            calls.append(info["iteration"])
             return info["iteration"] == 3
 
         def on_fit_end(self, estimator):
-            seen.append(estimator.n_iter_)
+            calls.append(estimator.n_iter_)
 
-    KMeans(10, random_state=0, tol=0, callbacks=Watch()).fit(_data("digits"))
-    assert seen == ["begin", 1, 2, 3, 3]
+    KMeans(10, random_state=0, tol=0, callbacks=Recorder()).fit(_data("digits"))
+    assert calls == ["begin", 1, 2, 3, 3]
     moves: list[float] = []
     KMeans(3, random_state=0, callbacks=[lambda e, info: moves.append(info["shift"])]).fit(
         _data("iris")
@@ -573,7 +575,7 @@ def test_callbacks():
         KMeans(3).fit(torch.eye(4).to_sparse())
 
 
-def test_nothing_is_printed_unless_asked(capsys):
+def test_nothing_is_printed_unless_verbose(capsys):
     x = _data("iris")
     KMeans(3, random_state=0).fit(x)
     assert capsys.readouterr() == ("", "")
@@ -590,7 +592,7 @@ def test_no_worse_than_scikit_learn(k):
 
 
 def test_data_is_not_copied():
-    """Labels and scratch aside, a fit holds nothing of the size of X."""
+    """Except for labels and scratch, a fit allocates no array of the size of X."""
     from clam_kernels import testing
 
     x = torch.randn(200_000, 64, generator=torch.Generator().manual_seed(0))
@@ -598,7 +600,7 @@ def test_data_is_not_copied():
     assert testing.peak_bytes(lambda: model.fit(x)) < 0.6 * x.numel() * 4
 
 
-def test_a_cluster_kept_without_rows_is_told_as_that():
+def test_a_cluster_without_rows_is_named_in_a_warning():
     init = np.array([[0.0], [1.0], [99.0]])
     with pytest.warns(ConvergenceWarning, match="empty='keep' leaves a cluster without rows"):
         KMeans(3, init=init, empty="keep").fit([[0.0], [0.2], [1.0], [1.1]])
@@ -628,7 +630,7 @@ def test_a_lost_cluster_in_one_pass(monkeypatch, empty):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_labels_and_sums_in_one_pass(monkeypatch, weighted, offset):
-    """As a GPU fits; several starts, some of which end before others, and lost clusters."""
+    """As on a GPU: several starts, some end before others, and clusters lose all rows."""
     rng = np.random.RandomState(0)
     x = rng.randn(400, 3) + offset
     weight = rng.rand(400) if weighted else None

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scikit-learn's own tests of KMeans, from the installed package, run on ours.
-
-Left out are tests of MiniBatchKMeans, of functions of scikit-learn that are not its KMeans, and of
-a private method.
+"""scikit-learn's own tests of KMeans, from the installed package, run on ours. Tests of
+MiniBatchKMeans, of other functions of scikit-learn, and of a private method are left out.
 """
 
 from __future__ import annotations
@@ -38,11 +36,11 @@ PRIVATE = {
 
 
 class Batches:
-    """Stands for MiniBatchKMeans, whose tests are left out."""
+    """A stand-in for MiniBatchKMeans; its tests are left out."""
 
 
 def _suite() -> dict[str, Any]:
-    """The tests of the file, with our class under the name of theirs."""
+    """The tests of the file, with our class under the name of scikit-learn's."""
     space: dict[str, Any] = {"__name__": __name__, "__file__": str(SOURCE)}
     with mock.patch.multiple(sklearn.cluster, KMeans=KMeans, MiniBatchKMeans=Batches):
         exec(compile(SOURCE.read_text(encoding="utf-8"), str(SOURCE), "exec"), space)
@@ -57,13 +55,13 @@ def _suite() -> dict[str, Any]:
 
 
 def _without_batches(test: Any) -> Any:
-    """The test, less the parameters that are MiniBatchKMeans."""
+    """The test without its parameters for MiniBatchKMeans."""
     marks = []
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize":
-            kept = [value for value in mark.args[1] if not _names_batches(value)]
-            if len(kept) < len(mark.args[1]):
-                mark = pytest.mark.parametrize(mark.args[0], kept).mark
+            values = [value for value in mark.args[1] if not _names_batches(value)]
+            if len(values) < len(mark.args[1]):
+                mark = pytest.mark.parametrize(mark.args[0], values).mark
         marks.append(mark)
     test.pytestmark = marks
     return test
@@ -89,7 +87,7 @@ def global_dtype(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.skipif(not SOURCE.exists(), reason="scikit-learn was installed without its tests")
-def test_the_suite_is_here():
+def test_the_suite_has_tests():
     assert len(FOUND) >= 30
     assert {"test_kmeans_results", "test_kmeans_predict", "test_transform"} <= set(FOUND)
     assert not inspect.getsource(KMeans).count("sklearn.cluster import")

@@ -44,12 +44,12 @@ def test_labels_are_those_of_dense_rows(metric, dtype, scale):
     rows = _rows.read_rows(model, sparse.csr_array(x), reset=True)
     rows.frame()
     dense = rows.take(torch.arange(len(x)))
-    centres = dense[torch.arange(0, 360, 30)].clone()
-    centres[5] = centres[2]  # a copy never has a row
-    centres[7:] += centres[:5]
-    wanted, far = kmeans_assign(dense, centres)
-    labels, near = _sparse.assign(rows, centres, None)
-    assert torch.equal(labels, wanted)
+    centroids = dense[torch.arange(0, 360, 30)].clone()
+    centroids[5] = centroids[2]  # a copy of a centroid never gets a row
+    centroids[7:] += centroids[:5]
+    expected, far = kmeans_assign(dense, centroids)
+    labels, near = _sparse.assign(rows, centroids, None)
+    assert torch.equal(labels, expected)
     torch.testing.assert_close(near, far.double(), rtol=1e-5, atol=1e-6)
     assert not (labels == 5).any()
 
@@ -60,18 +60,20 @@ def test_labels_are_those_of_dense_rows(metric, dtype, scale):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_fits_are_those_of_dense_rows(metric, init, algorithm, weighted):
     x = _topics(900, 80).toarray()
-    given = {"metric": metric, "init": init, "algorithm": algorithm, "random_state": 0}
+    options = {"metric": metric, "init": init, "algorithm": algorithm, "random_state": 0}
     weight = np.random.default_rng(1).random(900) if weighted else None
-    want = KMeans(6, **given).fit(x, sample_weight=weight)
-    model = KMeans(6, **given).fit(sparse.csr_array(x), sample_weight=weight)
-    np.testing.assert_array_equal(model.labels_, want.labels_)
-    np.testing.assert_allclose(model.cluster_centers_, want.cluster_centers_, atol=1e-12)
-    assert model.inertia_ == pytest.approx(want.inertia_, rel=1e-10)
-    assert model.n_iter_ == want.n_iter_
-    np.testing.assert_array_equal(model.predict(sparse.csc_array(x)), want.labels_)
-    np.testing.assert_allclose(model.transform(sparse.csr_array(x)), want.transform(x), rtol=1e-9)
+    expected = KMeans(6, **options).fit(x, sample_weight=weight)
+    model = KMeans(6, **options).fit(sparse.csr_array(x), sample_weight=weight)
+    np.testing.assert_array_equal(model.labels_, expected.labels_)
+    np.testing.assert_allclose(model.cluster_centers_, expected.cluster_centers_, atol=1e-12)
+    assert model.inertia_ == pytest.approx(expected.inertia_, rel=1e-10)
+    assert model.n_iter_ == expected.n_iter_
+    np.testing.assert_array_equal(model.predict(sparse.csc_array(x)), expected.labels_)
+    np.testing.assert_allclose(
+        model.transform(sparse.csr_array(x)), expected.transform(x), rtol=1e-9
+    )
     score = model.score(sparse.csr_array(x), sample_weight=weight)
-    assert score == pytest.approx(want.score(x, sample_weight=weight), rel=1e-10)
+    assert score == pytest.approx(expected.score(x, sample_weight=weight), rel=1e-10)
 
 
 def test_a_fit_is_that_of_scikit_learn():
@@ -83,9 +85,9 @@ def test_a_fit_is_that_of_scikit_learn():
 
 
 @pytest.mark.parametrize("kind", ["int64 indices", "entries twice", "unsorted", "read-only"])
-def test_any_csr_is_taken_and_stays_as_it_is(kind):
+def test_any_csr_matrix_is_accepted_and_not_changed(kind):
     x = _topics(300, 80)
-    want = KMeans(4, random_state=0).fit(x)
+    expected = KMeans(4, random_state=0).fit(x)
     data, indices, ends = x.data.copy(), x.indices.copy(), x.indptr.copy()
     if kind == "int64 indices":
         indices, ends = indices.astype(np.int64), ends.astype(np.int64)
@@ -96,19 +98,19 @@ def test_any_csr_is_taken_and_stays_as_it_is(kind):
             data[a:b], indices[a:b] = data[a:b][::-1].copy(), indices[a:b][::-1].copy()
     if kind == "read-only":
         data.flags.writeable = False
-    given = sparse.csr_array(x.shape)
-    given.data, given.indices, given.indptr = data, indices, ends
+    table = sparse.csr_array(x.shape)
+    table.data, table.indices, table.indptr = data, indices, ends
     before = data.copy(), indices.copy(), ends.copy()
-    model = KMeans(4, random_state=0).fit(given)
-    np.testing.assert_array_equal(model.labels_, want.labels_)
-    np.testing.assert_array_equal(model.predict(given), want.labels_)
-    for one, other in zip((given.data, given.indices, given.indptr), before, strict=True):
+    model = KMeans(4, random_state=0).fit(table)
+    np.testing.assert_array_equal(model.labels_, expected.labels_)
+    np.testing.assert_array_equal(model.predict(table), expected.labels_)
+    for one, other in zip((table.data, table.indices, table.indptr), before, strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.dtype == other.dtype
 
 
 @pytest.mark.parametrize(
-    "given",
+    "options",
     [
         {},
         {"init": "k-means++"},
@@ -117,10 +119,10 @@ def test_any_csr_is_taken_and_stays_as_it_is(kind):
     ],
     ids=str,
 )
-def test_no_pass_makes_the_rows_dense(given):
+def test_no_pass_makes_the_rows_dense(options):
     x = _topics(4000, 40_000)
     plain = {"n_clusters": 4, "init": "random", "n_init": 1, "max_iter": 3, "random_state": 0}
-    model = KMeans(**{**plain, **given})
+    model = KMeans(**{**plain, **options})
 
     def run() -> None:
         model.fit(x)
@@ -128,37 +130,37 @@ def test_no_pass_makes_the_rows_dense(given):
         model.score(x)
 
     run()
-    centres = model.cluster_centers_.nbytes
+    centroid_bytes = model.cluster_centers_.nbytes
     # a block of dense rows would take 33 MB
-    assert most_bytes(run) < 6 * centres + 16e6
+    assert most_bytes(run) < 6 * centroid_bytes + 16e6
 
 
 def test_empty_rows_and_one_cluster():
     x = sparse.csr_array((5, 7))
     x = sparse.csr_array(sparse.vstack([x, sparse.eye_array(7)]))
     for k in (1, 3, 8):
-        want = KMeans(k, random_state=0).fit(x.toarray())
+        expected = KMeans(k, random_state=0).fit(x.toarray())
         model = KMeans(k, random_state=0).fit(x)
-        np.testing.assert_array_equal(model.labels_, want.labels_)
-        assert model.inertia_ == pytest.approx(want.inertia_, abs=1e-12)
+        np.testing.assert_array_equal(model.labels_, expected.labels_)
+        assert model.inertia_ == pytest.approx(expected.inertia_, abs=1e-12)
 
 
 def test_small_distances_keep_their_digits():
-    """Rows of large values close to each other: |x|^2 + |c|^2 - 2 x.c has no digit left."""
+    """Rows of large values close to each other: |x|^2 + |c|^2 - 2 x.c has no correct digit."""
     rng = np.random.default_rng(0)
     x = 1e6 + rng.normal(size=(200, 5)) * 1e-3
-    want = KMeans(3, random_state=0).fit(x)
-    model = KMeans(3, init=want.cluster_centers_, n_init=1, max_iter=1).fit(sparse.csr_array(x))
-    np.testing.assert_array_equal(model.labels_, want.labels_)
-    assert model.inertia_ == pytest.approx(want.inertia_, rel=1e-6)
+    expected = KMeans(3, random_state=0).fit(x)
+    model = KMeans(3, init=expected.cluster_centers_, n_init=1, max_iter=1).fit(sparse.csr_array(x))
+    np.testing.assert_array_equal(model.labels_, expected.labels_)
+    assert model.inertia_ == pytest.approx(expected.inertia_, rel=1e-6)
     distances = model.transform(sparse.csr_array(x))
-    np.testing.assert_allclose(distances, want.transform(x), rtol=1e-4)
+    np.testing.assert_allclose(distances, expected.transform(x), rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "lil"])
 @pytest.mark.parametrize("index", [7, -1])
 def test_an_index_outside_the_matrix_is_refused(kind, index):
-    """Compiled code of scipy would write where it points to."""
+    """Compiled code of scipy would write outside its array."""
     x = sparse.csr_matrix((np.ones(3), [0, 1, 2], [0, 1, 2, 3]), shape=(3, 5)).asformat(kind)
     if kind == "coo":
         x.col[2] = index
@@ -186,19 +188,19 @@ def test_an_indptr_that_does_not_rise_to_the_end_is_refused(ends):
         KMeans(2, n_init=1).fit(x)
 
 
-def test_rows_at_their_centres_are_not_made_dense(monkeypatch):
-    """It took 30 times as long as scikit-learn."""
+def test_rows_at_their_centroids_are_not_made_dense(monkeypatch):
+    """An earlier version took 30 times as long as scikit-learn here."""
     own = np.random.default_rng(0).integers(0, 30, 2000)
     x = sparse.csr_array((np.ones(2000), (np.arange(2000), own)), shape=(2000, 500))
     model = KMeans(30, n_init=1, max_iter=5, random_state=0).fit(x)
     rows = _rows.read_rows(model, x, reset=True)
     rows.frame()
     monkeypatch.setattr(_rows.Rows, "take", None)
-    centres = torch.from_numpy(model.cluster_centers_)
+    centroids = torch.from_numpy(model.cluster_centers_)
     labels = torch.from_numpy(model.labels_).long()
-    assert float(_sparse.pair_distances(rows, centres, labels).max()) == 0.0
+    assert float(_sparse.pair_distances(rows, centroids, labels).max()) == 0.0
     assert model.inertia_ == 0.0
-    far = _sparse.distances(rows, centres, exact=True)
+    far = _sparse.distances(rows, centroids, exact=True)
     assert torch.equal(far, 2.0 - 2.0 * torch.nn.functional.one_hot(labels, 30).double().mT)
 
 
@@ -214,28 +216,28 @@ def test_distances_of_pairs_are_those_of_differences(metric, dtype, scale, gap):
     rows = _rows.read_rows(model, sparse.csr_array(x), reset=True)
     rows.frame()
     dense = rows.take(torch.arange(len(x)))
-    centres = dense[:24] + gap * dense.max() * torch.from_numpy(rng.normal(size=(24, 60)) ** 9)
-    centres = centres.to(dense.dtype)
+    centroids = dense[:24] + gap * dense.max() * torch.from_numpy(rng.normal(size=(24, 60)) ** 9)
+    centroids = centroids.to(dense.dtype)
     labels = torch.arange(len(x)) % 24
-    wanted = (dense.double() - centres.double()[labels]).square_().sum(1)
-    got = _sparse.pair_distances(rows, centres, labels)
-    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=0.0)
-    assert float(got.sum()) == pytest.approx(float(wanted.sum()), rel=1e-12)
-    every = _sparse.distances(rows, centres, exact=True)[labels, torch.arange(len(x))]
-    torch.testing.assert_close(every, wanted, rtol=1e-8, atol=0.0)
+    expected = (dense.double() - centroids.double()[labels]).square_().sum(1)
+    result = _sparse.pair_distances(rows, centroids, labels)
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=0.0)
+    assert float(result.sum()) == pytest.approx(float(expected.sum()), rel=1e-12)
+    every = _sparse.distances(rows, centroids, exact=True)[labels, torch.arange(len(x))]
+    torch.testing.assert_close(every, expected, rtol=1e-8, atol=0.0)
 
 
 def test_unit_rows_of_float32_are_rounded_alike():
-    """Dense rows were rounded three times, and 17 fits of 20 came to other labels."""
+    """Once dense rows were rounded three times, and 17 fits of 20 had other labels."""
     x = sparse.random_array((500, 200), density=0.05, format="csr", dtype=np.float32, rng=0)
     for seed in range(5):
         model = KMeans(8, n_init=1, metric="cosine", random_state=seed)
         labels, inertia = model.fit(x.toarray()).labels_, model.inertia_
         np.testing.assert_array_equal(model.fit(x).labels_, labels)
         assert model.inertia_ == pytest.approx(inertia, rel=1e-6)
-    rows = _rows.read_rows(model, x, reset=True)
+    rows = _rows.read_rows(model, x, reset=True, unit_norm=True)
     wide = torch.from_numpy(x.toarray()).double()
-    wanted = torch.nn.functional.normalize(wide).float()
-    assert torch.equal(_sparse.dense(rows), wanted)
-    assert torch.equal(_rows.normalised(wide.float()), wanted)
-    assert torch.equal(_rows.normalised(wide.float().mT.contiguous().mT), wanted)
+    expected = torch.nn.functional.normalize(wide).float()
+    assert torch.equal(_sparse.dense(rows), expected)
+    assert torch.equal(_rows.normalised(wide.float()), expected)
+    assert torch.equal(_rows.normalised(wide.float().mT.contiguous().mT), expected)

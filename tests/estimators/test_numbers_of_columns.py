@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is no number, or what float64 would round, is refused by its column."""
+"""Values that are no numbers, or that float64 would round, are refused with the name of their
+column.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,7 @@ def test_integers_that_float64_rounds_are_refused_by_name(estimator, kind):
 
 
 @pytest.mark.parametrize(
-    "made",
+    "container",
     [
         lambda x: x,
         lambda x: x.tolist(),
@@ -113,11 +115,11 @@ def test_integers_that_float64_rounds_are_refused_by_name(estimator, kind):
     ],
     ids=["array", "list", "big-endian", "Fortran", "tensor", "objects", "sparse"],
 )
-def test_integers_of_arrays_are_refused_by_place(made):
+def test_integers_of_arrays_are_refused_by_place(container):
     x = np.zeros((ROWS, 3), dtype=np.int64)
     x[5, 1] = -(2**53) - 1
     with pytest.raises(ValueError, match=f"got {-(2**53) - 1} in column 1, row 5"):
-        KMeans(2, n_init=1).fit(made(x))
+        KMeans(2, n_init=1).fit(container(x))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
@@ -135,7 +137,7 @@ def test_integers_of_a_memory_map_are_refused_by_place(estimator, kind, tmp_path
             method(np.load(tmp_path / "big.npy", mmap_mode="r"))
 
 
-def test_integers_that_float64_holds_are_taken():
+def test_integers_that_float64_can_represent_are_accepted():
     x = np.array([[2**53, 2**62], [-(2**53) - 2, -(2**63)], [0, 1]])
     model = KMeans(3, n_init=1, random_state=0).fit(x)
     assert sorted(map(tuple, model.cluster_centers_)) == sorted(map(tuple, x.astype(float)))

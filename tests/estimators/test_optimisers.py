@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam and SGD of the package compute what those of torch do, bit for bit."""
+"""Adam and SGD of the package compute the same bits as torch's."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def _walk(optimiser: Any, parameters: list[Tensor], steps: range, rate: float = 
 @pytest.mark.parametrize("name", PAIRS)
 def test_steps_are_those_of_torch(name: str) -> None:
     own, torchs = _parameters(), _parameters()
-    made = [make(p) for make, p in zip(PAIRS[name], (own, torchs), strict=True)]
-    for optimiser, parameters in zip(made, (own, torchs), strict=True):
+    optimisers = [make(p) for make, p in zip(PAIRS[name], (own, torchs), strict=True)]
+    for optimiser, parameters in zip(optimisers, (own, torchs), strict=True):
         _walk(optimiser, parameters, range(6))
     for a, b in zip(own, torchs, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_state_is_taken_up(name: str) -> None:
+def test_a_state_is_resumed(name: str) -> None:
     make, torchs = PAIRS[name]
     whole = _parameters()
     _walk(make(whole), whole, range(6))
-    for first in (make, torchs):  # torch's state is read, too
+    for first in (make, torchs):  # torch's state can be loaded, too
         part = _parameters()
         optimiser = first(part)
         _walk(optimiser, part, range(3))
@@ -70,7 +70,7 @@ def test_a_state_is_taken_up(name: str) -> None:
 
 
 def test_sparse_gradients_step_as_those_of_torch() -> None:
-    found = []
+    results = []
     for make in (lambda p: SGD(p, 0.1, 0.9, 0.0), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)):
         table = torch.nn.Embedding(5, 2, sparse=True)
         torch.nn.init.constant_(table.weight, 1.0)
@@ -79,5 +79,5 @@ def test_sparse_gradients_step_as_those_of_torch() -> None:
             optimiser.zero_grad()
             table(torch.tensor([1, 3, 1])).square().sum().backward()
             optimiser.step()
-        found.append(table.weight.detach())
-    assert torch.equal(*found)
+        results.append(table.weight.detach())
+    assert torch.equal(*results)

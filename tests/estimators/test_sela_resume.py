@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SeLa's runs: they repeat, and go on after Ctrl-C and kill -9 as if nothing had been; checkpoints
-that are refused.
+"""SeLa's runs repeat; after Ctrl-C and kill -9 they resume to the same result; bad checkpoints are
+refused.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_a_seed_repeats_and_no_global_generator_moves(model):
 
 
 class Interrupting:
-    """`noisy`, and at one of its calls Ctrl-C."""
+    """`noisy` that raises KeyboardInterrupt at one of its calls."""
 
     __qualname__ = noisy.__qualname__
 
@@ -94,7 +94,7 @@ def test_ctrl_c_leaves_the_object_as_it_was(tmp_path):
 @pytest.mark.parametrize(("at", "every"), [(5, 1), (12, 1), (13, 1), (15, 2), (28, 1), (29, 5),
                                            (40, None), (47, 1), (50, 1), (59, 1)])  # fmt: skip
 def test_interrupted_and_resumed_is_uninterrupted(model, tmp_path, at, every):
-    """Before the first checkpoint, while relabelling, within an epoch, at its end, at the end."""
+    """Stops before the first checkpoint, while relabelling, within an epoch, and at its end."""
     path = tmp_path / "run"
     rest = {"checkpoint": path, "checkpoint_every": every}
     with pytest.raises(KeyboardInterrupt):
@@ -117,14 +117,14 @@ def test_a_run_that_a_callback_ended_stays_ended(tmp_path, at, every):
     rest = {"checkpoint": tmp_path / "run", "checkpoint_every": every}
     with pytest.raises(KeyboardInterrupt):
         sela(callbacks=_in_epoch_1, augment=Interrupting(at)).fit(X, **rest)
-    told = _in_epoch_1 if at < 30 else None  # once it has ended the run nobody need ask again
-    same(whole, sela(callbacks=told).fit(X, resume=True, **rest))
+    callback = _in_epoch_1 if at < 30 else None  # a run that has ended needs no callback
+    same(whole, sela(callbacks=callback).fit(X, resume=True, **rest))
     content = (tmp_path / "run").read_bytes()
     same(whole, sela().fit(X, resume=True, **rest))
     assert (tmp_path / "run").read_bytes() == content
 
 
-def test_what_a_callback_draws_is_in_the_checkpoint(tmp_path):
+def test_draws_of_a_callback_are_in_the_checkpoint(tmp_path):
     def drawing(estimator: SeLa, info: dict[str, float]) -> None:
         torch.rand(3)
 
@@ -135,7 +135,7 @@ def test_what_a_callback_draws_is_in_the_checkpoint(tmp_path):
 
 
 class Centred(nn.Module):
-    """Buffers that no state_dict has: a running mean, one of the first batch, a constant."""
+    """Buffers that no state_dict has: a running mean, the mean of the first batch, a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,8 +217,8 @@ for line in sys.stdin:
 
 
 def _kills(path: Path, places: list[tuple[str, int]]) -> list[int]:
-    """One run, killed in turn at each place and resumed, then to its end: steps done at each kill.
-    A place that lies behind the end of the run kills nothing.
+    """Kill one run in turn at each place and resume it, then run it to its end; returns the steps
+    done at each kill. A place after the end of the run kills nothing.
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     nursery = subprocess.Popen(
@@ -240,7 +240,7 @@ def _kills(path: Path, places: list[tuple[str, int]]) -> list[int]:
 
 
 def _steps_in(path: Path) -> int:
-    """Steps done when a checkpoint was written, which is old or new, but whole; 0 without one."""
+    """Steps done when a checkpoint was written, old or new but whole; 0 without a checkpoint."""
     if not path.exists():
         return 0
     _, learned, _ = serialize.load(path, "SeLa checkpoint")
@@ -334,7 +334,7 @@ def test_damaged_and_foreign_files(written, tmp_path):
     nowhere = {"state": learned["state"].replace('"at": [4, 0, ', '"at": [4, 1, ')}
     assert nowhere != learned
     serialize.save(path, "SeLa checkpoint", settings, nowhere, tensors)
-    with pytest.raises(ModelFileError, match="its place in the run is none"):
+    with pytest.raises(ModelFileError, match="epoch and batch lie outside this run"):
         sela().fit(X, checkpoint=path, resume=True)
     del tensors["heads.g"]
     serialize.save(path, "SeLa checkpoint", settings, learned, tensors)
@@ -348,7 +348,7 @@ def test_damaged_and_foreign_files(written, tmp_path):
 
 
 def test_long_names_are_read(tmp_path):
-    """As long as those of an encoder of thousands of layers."""
+    """Names as long as those of an encoder of thousands of layers."""
     deep = encoder()
     deep.register_parameter("w" * (1 << 20), nn.Parameter(torch.zeros(1)))
     model = sela(n_epochs=1).set_params(encoder=deep)
@@ -356,7 +356,7 @@ def test_long_names_are_read(tmp_path):
     same(whole, model.fit(X, checkpoint=tmp_path / "run", resume=True))
 
 
-def test_what_could_not_be_read_is_not_written(tmp_path, monkeypatch):
+def test_a_checkpoint_that_would_not_load_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(serialize, "MAX_HEADER_BYTES", 1000)
     text = r"run: expected names and settings of at most 1000 bytes, got \d+: the file could not"
     with pytest.raises(ModelFileError, match=text):
@@ -364,9 +364,9 @@ def test_what_could_not_be_read_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_is_not_overwritten_unasked(written, tmp_path):
+def test_a_checkpoint_is_overwritten_on_request_only(written, tmp_path):
     content = written.read_bytes()
-    with pytest.raises(FileExistsError, match="go on from it with resume=True, or remove it"):
+    with pytest.raises(FileExistsError, match="resume=True continues it, or remove it"):
         sela().fit(X, checkpoint=written)
     assert written.read_bytes() == content
     with pytest.raises(FileNotFoundError, match="No such folder"):
@@ -377,7 +377,7 @@ def test_a_checkpoint_is_not_overwritten_unasked(written, tmp_path):
     assert not stray.exists()
 
 
-def test_nothing_in_a_checkpoint_is_code(written):
+def test_a_checkpoint_contains_no_code(written):
     content = written.read_bytes()
     length = int.from_bytes(content[:8], "little")
     assert content[8:9] == b"{"

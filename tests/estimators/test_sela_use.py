@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SeLa beside other things: pipelines, writers, labels by file name."""
+"""SeLa in a pipeline, with writers, and with labels by file name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_in_a_pipeline_and_with_classes_at_hand():
     same(sela().fit(X, Y), alone)
 
 
-def test_a_writer_that_is_none():
+def test_an_object_that_is_no_writer_is_refused():
     with pytest.raises(TypeError, match="writer: expected an object with add_scalar, got str"):
         sela(writer="runs").fit(X)
 
@@ -47,18 +47,18 @@ def test_labels_of_a_folder_go_by_the_names_of_its_files(tmp_path, suffix):
     assert [row["file"] for row in rows] == model.files_
     assert sorted(model.files_) == sorted(names)
     for head in range(2):
-        found = [int(row[f"head_{head}"]) for row in rows]
-        assert found == model.labels_[head].tolist()
+        labels = [int(row[f"head_{head}"]) for row in rows]
+        assert labels == model.labels_[head].tolist()
 
 
 @pytest.mark.parametrize(("whole", "real"), [(np.int64, np.float64), (np.uint8, np.float16)])
 def test_numbers_of_numpy_give_the_same_run(whole, real):
-    """While a fit runs they are Python's: a uint8 would overflow."""
+    """A fit converts them to Python's numbers: a uint8 would overflow."""
     ints = {"n_heads": 3, "n_epochs": 3, "batch_size": 33, "n_relabels": 4, "max_iter": 200,
             "n_augment": 2, "random_state": 0}  # fmt: skip
     floats = {"learning_rate": 0.0625, "momentum": 0.5, "weight_decay": 0.25, "lam": 25.0}
-    given = {n: whole(x) for n, x in ints.items()} | {n: real(x) for n, x in floats.items()}
-    model = sela(n_clusters=whole(4), **given).fit(X)
+    options = {n: whole(x) for n, x in ints.items()} | {n: real(x) for n, x in floats.items()}
+    model = sela(n_clusters=whole(4), **options).fit(X)
     same(model, sela(n_clusters=4, **ints, **floats).fit(X))
     assert type(model.n_clusters) is whole
     assert type(model.lam) is real

@@ -1,30 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memories and rows that stand anywhere: rows whose logits cancel are computed again in float64.
-All through the interpreter, against plain differences in float64.
+"""Memories and rows at any position: rows whose logits cancel are computed again in float64. All
+tests run through the interpreter and compare with differences in float64.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from _interpreted import NEEDS_INTERPRETER
 from torch import Tensor
 
 import clam_kernels
 from clam_kernels import testing
 
-pytest.importorskip("triton", reason="triton is missing")
 pytestmark = [
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1",
-        reason="TRITON_INTERPRET is not 1 in this process",
-    ),
-    # numpy says so where a fast kernel overflows, before its rows are computed again
+    NEEDS_INTERPRETER,
+    # numpy warns where a fast kernel overflows, before its rows are computed again
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 DRAWS, ROWS = 2, 6
@@ -70,8 +66,8 @@ def evaluated(
     """The output of a function and the gradients of its arguments."""
     cast = [None if a is None else a.detach().to(dtype).requires_grad_() for a in args]
     out = function(*cast)
-    wanted = [a for a in cast if a is not None]
-    return [out.detach(), *torch.autograd.grad(out, wanted, upstream.to(out.dtype))]
+    inputs = [a for a in cast if a is not None]
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
 
 
 def ours_recursion(v, rho, beta, mask=None, log_weights=None, steps=2, step=1.0):
@@ -83,7 +79,7 @@ def ours_energy(v, rho, beta, log_weights=None):
     return clam_kernels.am_energy(v, rho, beta, log_weights=log_weights)
 
 
-# ---- where memories stand ------------------------------------------------------------------------
+# ---- positions of memories -----------------------------------------------------------------------
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
@@ -91,7 +87,7 @@ def _normal(seed: int, *shape: int) -> Tensor:
 
 
 def sentinel(size: float) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Five normal memories and one far away."""
+    """Five ordinary memories and one far away."""
 
     def make(seed: int) -> tuple[Tensor, Tensor]:
         rho = torch.cat([_normal(seed, 5, 4), torch.full((1, 4), size)])
@@ -101,7 +97,7 @@ def sentinel(size: float) -> Callable[[int], tuple[Tensor, Tensor]]:
 
 
 def groups(*places: tuple[float, ...]) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Three memories and ROWS rows about each place."""
+    """Three memories and ROWS rows around each place."""
 
     def make(seed: int) -> tuple[Tensor, Tensor]:
         rho = [torch.tensor(at) + _normal(seed + i, 3, 4) for i, at in enumerate(places)]
@@ -119,16 +115,16 @@ SCENES = {
 }
 
 
-def judge(
+def assert_accurate_parts(
     truth: Callable[..., Tensor],
     ours: Callable[..., Tensor],
     draws: list[tuple[Any, ...]],
     parts: int,
 ) -> None:
-    """Outputs and gradients: at most twice the error of plain differences in float32, in every
-    group of ROWS rows by itself.
+    """Check outputs and gradients: at most twice the error of differences in float32, separately in
+    every group of ROWS rows.
     """
-    found = []
+    results = []
     for args in draws:
         shape = truth(*args).shape
         upstream = _normal(7, *shape)
@@ -136,22 +132,24 @@ def judge(
         plain = evaluated(truth, args, upstream, torch.float32)
         with clam_kernels.backend("triton"):
             mine = evaluated(ours, args, upstream, torch.float32)
-        found.append(list(zip(mine, exact, plain, strict=True)))
-    for i in range(len(found[0])):
+        results.append(list(zip(mine, exact, plain, strict=True)))
+    for i in range(len(results[0])):
         alone = i < 2 and parts > 1  # the output and the gradient of v have rows
         for part in range(parts if alone else 1):
             rows = slice(ROWS * part, ROWS * (part + 1)) if alone else ...
-            triples = [tuple(x[rows] for x in draw[i]) for draw in found]
+            triples = [tuple(x[rows] for x in draw[i]) for draw in results]
             size = max(float(t[1].abs().max()) for t in triples)
-            if i == 3 and triples[0][1].ndim == 0:  # one number: of the size of what is added up
-                size = max(size, max(float(draw[2][1].abs().max()) for draw in found))
+            if i == 3 and triples[0][1].ndim == 0:  # one number: its scale is that of its summands
+                size = max(size, max(float(draw[2][1].abs().max()) for draw in results))
             testing.assert_close_on_average(triples, what=f"number {i}, part {part}", scale=size)
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_a_recursion_wherever_memories_stand(name):
+def test_recursion_at_any_position_of_memories(name):
     draws = [(*SCENES[name](seed), torch.tensor(1.0)) for seed in range(DRAWS)]
-    judge(recursion, ours_recursion, draws, len(draws[0][0]) // ROWS if "groups" in name else 1)
+    assert_accurate_parts(
+        recursion, ours_recursion, draws, len(draws[0][0]) // ROWS if "groups" in name else 1
+    )
 
 
 @pytest.mark.parametrize("name", ["sentinel-1e+10", "two-groups"])
@@ -163,24 +161,26 @@ def test_a_recursion_with_every_option(name):
         beta, mask = 0.5 + torch.rand(len(rho)), torch.rand(v.shape)
         draws.append((v, rho, beta, mask, _normal(seed, len(rho))))
     parts = len(draws[0][0]) // ROWS if "groups" in name else 1
-    judge(recursion, ours_recursion, draws, parts)
+    assert_accurate_parts(recursion, ours_recursion, draws, parts)
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_an_energy_wherever_memories_stand(name):
+def test_energy_at_any_position_of_memories(name):
     draws = [
         (*SCENES[name](seed), torch.tensor(1.0), _normal(seed, len(SCENES[name](seed)[1])))
         for seed in range(DRAWS)
     ]
-    judge(energy, ours_energy, draws, len(draws[0][0]) // ROWS if "groups" in name else 1)
+    assert_accurate_parts(
+        energy, ours_energy, draws, len(draws[0][0]) // ROWS if "groups" in name else 1
+    )
 
 
 def test_rows_too_wide_for_registers():
     places = torch.tensor([0.0, 1e6])
     rho = places.repeat_interleave(2)[:, None] + 0.1 * _normal(0, 4, 150)
     v = places.repeat_interleave(2)[:, None] + 0.1 * _normal(1, 4, 150)
-    judge(recursion, ours_recursion, [(v, rho, torch.tensor(1.0))], 1)
-    judge(energy, ours_energy, [(v, rho, torch.tensor(1.0))], 1)
+    assert_accurate_parts(recursion, ours_recursion, [(v, rho, torch.tensor(1.0))], 1)
+    assert_accurate_parts(energy, ours_energy, [(v, rho, torch.tensor(1.0))], 1)
 
 
 # ---- extremes ------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_rows_too_wide_for_registers():
     ("scale", "beta"), [(1e19, 1e-38), (1e-30, 1e60), (1e-20, 1e38), (1.0, 1e38), (1e15, 1e-30)]
 )
 def test_extremes_of_float32(scale, beta):
-    """Squares that float32 cannot hold, and a beta that it cannot: nothing is NaN."""
+    """Squares and a beta beyond float32: no result is NaN."""
     v, rho = _normal(0, 12, 3) * scale, _normal(1, 5, 3) * scale
     exact = recursion(v.double(), rho.double(), torch.tensor(beta, dtype=torch.float64))
     with clam_kernels.backend("triton"):
@@ -201,7 +201,7 @@ def test_extremes_of_float32(scale, beta):
 def test_gradients_of_large_numbers():
     v, rho = _normal(0, 20, 3) * 1e15, _normal(1, 5, 3) * 1e15
     beta = torch.tensor(1e-30)
-    judge(
+    assert_accurate_parts(
         lambda v, rho: recursion(v, rho, beta.to(v.dtype)),
         lambda v, rho: ours_recursion(v, rho, 1e-30),
         [(v, rho)],
@@ -227,7 +227,7 @@ def test_ties_go_to_the_lowest_index():
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_the_nearest_memory_wherever_memories_stand(name):
+def test_nearest_memory_at_any_position_of_memories(name):
     v, rho = SCENES[name](0)
     far = _gaps(v.double(), rho.double()).square().sum(-1)
     with clam_kernels.backend("triton"):
@@ -235,25 +235,25 @@ def test_the_nearest_memory_wherever_memories_stand(name):
         out = clam_kernels.am_step(v, rho, math.inf)
     assert torch.equal(labels, far.min(-1).indices)
     torch.testing.assert_close(sqdist.double(), far.min(-1).values, rtol=1e-6, atol=0.0)
-    # one rounding of x + (rho - x) with the centre, and one of the centre back
+    # one rounding of x + (rho - x), and one of adding the centre again
     size = rho[labels].abs().amax(-1, keepdim=True)
     assert bool(((out - rho[labels]).abs() <= 2e-5 * size.clamp(min=1.0)).all())
 
 
 def test_memories_that_are_not_finite():
-    """They reach every row of their problem, unless they are taken out."""
+    """They reach every row of their problem, unless they are masked."""
     v, rho = _normal(0, 4, 3), _normal(1, 2, 5, 3)
     rho[0, 2, 1] = math.nan
     out = torch.zeros(5)
     out[2] = -math.inf
     with clam_kernels.backend("triton"):
         labels, sqdist = clam_kernels.am_assign(v, rho)
-        kept, near = clam_kernels.am_assign(v, rho, log_weights=out)
+        nearest, near = clam_kernels.am_assign(v, rho, log_weights=out)
         none = clam_kernels.am_assign(v, rho, log_weights=torch.tensor(-math.inf))
     assert labels[0].tolist() == [-1] * 4
     assert bool(sqdist[0].isnan().all())
     assert bool((labels[1] >= 0).all())
-    assert bool((kept >= 0).all())
+    assert bool((nearest >= 0).all())
     assert bool(near.isfinite().all())
     assert none[0].unique().tolist() == [-1]
     assert none[1].unique().tolist() == [math.inf]
@@ -264,22 +264,22 @@ def test_memories_that_are_not_finite():
 
 @pytest.fixture
 def flagged(monkeypatch):
-    """How many rows each launch after the first finds in doubt."""
-    launch, found = importlib.import_module("clam_kernels.kernels.common.launch"), []
+    """How many rows each launch after the first computes again."""
+    launch, flags = importlib.import_module("clam_kernels.kernels.common.launch"), []
     real = launch.launch
 
-    def counted(kernel, grid, device, *args, **options):
+    def counted(kernel, grid, device, **arguments):
         if kernel.fn.__name__.startswith("exact_") and "sums" not in kernel.fn.__name__:
-            found.append(int((args[0] != 0).sum()))
-        real(kernel, grid, device, *args, **options)
+            flags.append(int((arguments["FLAG"] != 0).sum()))
+        real(kernel, grid, device, **arguments)
 
     monkeypatch.setattr(launch, "launch", counted)
-    return found
+    return flags
 
 
 @pytest.mark.parametrize("k", [6, 64, 70])
-def test_normal_data_costs_nothing(flagged, k):
-    """The second launch reads its flags, and that is all; of the energy it has a few rows."""
+def test_few_rows_of_normal_data_are_computed_again(flagged, k):
+    """The second launch only loads its flags; for the energy it computes a few rows."""
     rho = _normal(0, k, 16)
     v = rho[torch.arange(200) % k] + 0.6 * _normal(1, 200, 16)
     with clam_kernels.backend("triton"):
@@ -294,7 +294,7 @@ def test_normal_data_costs_nothing(flagged, k):
 
 
 def _all_in_doubt() -> tuple[Any, Any, tuple[Any, ...], Tensor]:
-    """Modules, operands of every kind and flags that are all set."""
+    """Modules, operands of every kind, and flags that are all set."""
     exact = importlib.import_module("clam_kernels.kernels.am.exact")
     backward = importlib.import_module("clam_kernels.kernels.am.exact_backward")
     v, rho = _normal(0, 3, 1, 7, 5), _normal(1, 2, 6, 5)
@@ -305,47 +305,51 @@ def _all_in_doubt() -> tuple[Any, Any, tuple[Any, ...], Tensor]:
 
 
 def test_rows_in_doubt_of_crossed_batches():
-    """Every row computed again: batches that cross, a beta a memory, a mask, one memory out."""
+    """Every row is computed again: crossed batches, a beta for each memory, a mask, one masked
+    memory.
+    """
     exact, backward, args, flags = _all_in_doubt()
     v, rho, beta, mask, lift = args
     upstream = _normal(5, 3, 2, 7, 5)
-    known = [a.double().requires_grad_() for a in args]
-    out = recursion(*known, steps=3, step=0.7)
-    grads = torch.autograd.grad(out, known, upstream.double())
+    exact_args = [a.double().requires_grad_() for a in args]
+    out = recursion(*exact_args, steps=3, step=0.7)
+    grads = torch.autograd.grad(out, exact_args, upstream.double())
     operands = exact.operands(v, rho, beta, mask, lift)
-    found, gv, gm = torch.empty_like(out).float(), torch.empty(3, 2, 7, 5), torch.empty(3, 2, 7, 5)
-    exact.recursion(operands, 3, 0.7, flags, found)
+    output, gv, gm = torch.empty_like(out).float(), torch.empty(3, 2, 7, 5), torch.empty(3, 2, 7, 5)
+    exact.recursion(operands, 3, 0.7, flags, output)
     sums = backward.recursion_backward(operands, upstream, 3, 0.7, flags, gv, gm, True)
-    pulled, mass, heat = sums.of_batch()
+    rho_sums, weight_sums, beta_sums = sums.of_batch()
     close = {"rtol": 2e-7, "atol": 1e-6}
-    torch.testing.assert_close(found.double(), out.detach(), **close)
+    torch.testing.assert_close(output.double(), out.detach(), **close)
     torch.testing.assert_close(gv.double().sum(1, keepdim=True), grads[0], **close)
     torch.testing.assert_close(gm.double().sum((0, 1)), grads[3], **close)
     wide = {"rtol": 1e-11, "atol": 1e-11}
-    for mine, truth in ((pulled, grads[1]), (-heat, grads[2]), (mass, grads[4])):
+    for mine, truth in ((rho_sums, grads[1]), (-beta_sums, grads[2]), (weight_sums, grads[4])):
         torch.testing.assert_close(mine, truth, **wide)
 
 
 @pytest.mark.parametrize("budget", [1, 1 << 24])
 def test_parts_of_any_size_add_up(monkeypatch, budget):
-    """One problem a launch or all: the sums of the energy's gradients."""
+    """The sums of the energy's gradients with one problem in a launch, or with all."""
     exact, backward, (v, rho, _, _, lift), flags = _all_in_doubt()
     monkeypatch.setattr(backward, "PARTS", budget)
     beta, upstream = torch.tensor(0.7), _normal(5, 3, 2, 7)
-    known = [a.double().requires_grad_() for a in (v, rho, beta, lift)]
-    out = energy(*known)
-    grads = torch.autograd.grad(out, known, upstream.double())
+    exact_args = [a.double().requires_grad_() for a in (v, rho, beta, lift)]
+    out = energy(*exact_args)
+    grads = torch.autograd.grad(out, exact_args, upstream.double())
     operands = exact.operands(v, rho, beta, None, lift)
-    found, gv = torch.empty(3, 2, 7), torch.empty(3, 2, 7, 5)
-    exact.energy(operands, flags, found)
-    pulled, mass, heat = backward.energy_backward(operands, upstream, flags, gv).of_batch()
-    torch.testing.assert_close(found.double(), out.detach(), rtol=2e-7, atol=1e-6)
+    output, gv = torch.empty(3, 2, 7), torch.empty(3, 2, 7, 5)
+    exact.energy(operands, flags, output)
+    rho_sums, weight_sums, beta_sums = backward.energy_backward(
+        operands, upstream, flags, gv
+    ).of_batch()
+    torch.testing.assert_close(output.double(), out.detach(), rtol=2e-7, atol=1e-6)
     torch.testing.assert_close(gv.double().sum(1, keepdim=True), grads[0], rtol=2e-7, atol=1e-6)
     wide = {"rtol": 1e-11, "atol": 1e-11}
     sharp = beta.double()
     for mine, truth in (
-        (pulled, grads[1]),
-        (heat.sum() / sharp, grads[2]),
-        (-mass / sharp, grads[3]),
+        (rho_sums, grads[1]),
+        (beta_sums.sum() / sharp, grads[2]),
+        (-weight_sums / sharp, grads[3]),
     ):
         torch.testing.assert_close(mine, truth, **wide)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rule that says which rows are computed again is one rule, in PyTorch and in Triton."""
+"""PyTorch and Triton have the same rule for which rows are computed again."""
 
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 import pytest
 import torch
+from _interpreted import NEEDS_INTERPRETER
 from _watch import rows_in_doubt
 
 pytest.importorskip("triton", reason="triton is missing")
@@ -17,10 +17,7 @@ import triton.language as tl
 
 from python_fallback.am import doubt
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1",
-    reason="TRITON_INTERPRET is not 1 in this process",
-)
+pytestmark = NEEDS_INTERPRETER
 ROWS, MEMORIES = 512, 3
 
 
@@ -30,14 +27,14 @@ def _rule() -> Any:
 
 def test_both_rules_have_the_same_numbers():
     rule, unit = _rule(), 2.0**-24
-    assert rule.CANCEL.value * doubt.CANCEL == 1
-    assert rule.GROWTH.value == doubt.GROWTH * unit
-    assert (rule.CALM.value, rule.WARM.value) == (doubt.CALM, doubt.WARM)
-    assert rule.CALM_OF_MANY.value == doubt.CALM_OF_MANY
-    assert rule.CALM_OF_ENERGY.value == doubt.CALM_OF_ENERGY
-    assert rule.CANCEL_OF_ENERGY.value * doubt.CANCEL_OF_ENERGY == 1
+    assert rule.NEAR_FACTOR.value * doubt.NEAR_PART == 1
+    assert rule.LOGIT_ERROR.value == doubt.LOGIT_ERROR * unit
+    assert (rule.NEAR_LIMIT.value, rule.FAR_LIMIT.value) == (doubt.NEAR_LIMIT, doubt.FAR_LIMIT)
+    assert rule.NEAR_LIMIT_OF_MANY.value == doubt.NEAR_LIMIT_OF_MANY
+    assert rule.NEAR_LIMIT_OF_ENERGY.value == doubt.NEAR_LIMIT_OF_ENERGY
+    assert rule.NEAR_FACTOR_OF_ENERGY.value * doubt.NEAR_PART_OF_ENERGY == 1
     assert rule.LONGEST.value == doubt.LARGEST[torch.float32]
-    assert rule.LARGE.value == doubt.HOTTEST[torch.float32]
+    assert rule.LARGEST_LOGIT.value == doubt.LARGEST_LOGIT[torch.float32]
 
 
 def test_both_rules_choose_the_same_rows():
@@ -54,9 +51,9 @@ def test_both_rules_choose_the_same_rows():
     both = set()
     for sharp in (1e-4, 0.1, 1.0, 100.0):
         rows = rows_in_doubt(size, (size - far) / 2, weights, sharp)
-        found = torch.zeros(ROWS, dtype=torch.int32)
-        doubts_kernel[(1,)](size, far, total, sharp, found, ROWS)
-        assert torch.equal(found.bool(), rows), sharp
+        flags = torch.zeros(ROWS, dtype=torch.int32)
+        doubts_kernel[(1,)](size, far, total, sharp, flags, ROWS)
+        assert torch.equal(flags.bool(), rows), sharp
         both.update(rows.tolist())
     assert both == {True, False}
 
@@ -65,7 +62,7 @@ def test_both_rules_choose_the_same_rows():
 def doubts_kernel(SIZE, FAR, TOTAL, sharp, FOUND, ROWS: tl.constexpr):
     i = tl.arange(0, ROWS)
     size, far, total = tl.load(SIZE + i), tl.load(FAR + i), tl.load(TOTAL + i)
-    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, CALM).to(tl.int32))
+    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32))
 
 
-doubted, CALM = _rule().doubted, _rule().CALM
+doubted, NEAR_LIMIT = _rule().doubted, _rule().NEAR_LIMIT

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/bootstrap.py: which torch it takes where, what it says, that a second run does nothing."""
+"""tools/bootstrap.py: the torch that it installs on each machine, its messages, and that a second
+run does nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ INDEX = "https://wheels.example/cpu"
 
 @pytest.fixture
 def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, at work in a folder of its own."""
+    """The module, working in a temporary folder."""
     spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "tools" / "bootstrap.py")
     assert spec is not None
     assert spec.loader is not None
@@ -33,7 +35,7 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "clam-setup")
-    for name in (*module.WISHES, "TORCH_INDEX"):
+    for name in (*module.VARIABLES, "TORCH_INDEX"):
         monkeypatch.delenv(name, raising=False)
     return module
 
@@ -72,7 +74,7 @@ def test_torch_of_the_base_interpreter_wins(
 
 @pytest.mark.parametrize("old", [None, "2.9.1"])
 def test_every_way_in_the_order_of_the_machine(bootstrap: ModuleType, old: str | None) -> None:
-    """A torch that is too old counts as none, and no way that may succeed is left out."""
+    """A torch that is too old counts as none, and every attempt that may succeed is in the plan."""
     cpu, plain = ("-c", "constraints-cpu.txt", "torch"), ("torch>=2.10",)
     named = [("--index-url", INDEX, *plain), ("--extra-index-url", INDEX, *plain)]
 
@@ -109,7 +111,7 @@ def test_constraints_name_the_cpu_build_and_follow_it_alone(bootstrap: ModuleTyp
 # ---- the probes ----------------------------------------------------------------------------------
 
 
-def test_an_activated_environment_does_not_count(
+def test_torch_of_an_activated_environment_does_not_count(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "prefix", "env")
@@ -128,21 +130,21 @@ def test_ask(bootstrap: ModuleType, tmp_path: Path) -> None:
     assert bootstrap.ask(sys.executable, "import time; time.sleep(60)", timeout=0.2) is None
 
 
-@pytest.mark.parametrize(("code", "found"), [(0, True), (9, False), (None, False)])
+@pytest.mark.parametrize(("code", "expected"), [(0, True), (9, False), (None, False)])
 def test_driver(
     bootstrap: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     code: int | None,
-    found: bool,
+    expected: bool,
 ) -> None:
-    """A tool that fails, as in a container without a GPU, is no driver."""
+    """A tool that fails, as in a container without a GPU, counts as no driver."""
     if code is not None:
         tool = tmp_path / "nvidia-smi"
         tool.write_text(f"#!/bin/sh\nexit {code}\n", encoding="utf-8")
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert bootstrap.has_driver() is found
+    assert bootstrap.has_driver() is expected
 
 
 # ---- the steps -----------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def test_pip_prints_its_steps_and_returns_its_error(
 
 
 class Machine:
-    """A machine whose interpreters and pip are lists; `calls` is what was done to it."""
+    """A machine whose interpreters and pip are lists; `calls` records what the setup ran."""
 
     def __init__(self, bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bootstrap = bootstrap
@@ -295,7 +297,7 @@ def test_plain_build_where_nothing_else_is_offered(
     assert capsys.readouterr().out.count("several GB") == 1
 
 
-def test_driver_without_a_plain_build_tries_on(machine: Machine) -> None:
+def test_driver_without_a_plain_build_tries_the_next(machine: Machine) -> None:
     machine.driver = True
     machine.offers = lambda arguments: "torch>=2.10" not in arguments
     assert machine.bootstrap.main() == 0
@@ -320,7 +322,7 @@ def test_cpu_build_in_the_environment_keeps_its_constraints(machine: Machine) ->
 
 @pytest.mark.parametrize("version", [None, "2.9.1"])
 def test_an_interrupted_setup_goes_on(machine: Machine, version: str | None) -> None:
-    """The environment is there, torch is not: it is not made again."""
+    """The environment exists without torch: setup does not create it again."""
     machine.make_venv()
     machine.venv_torch = version
     assert machine.bootstrap.main() == 0
@@ -346,7 +348,7 @@ def test_second_run_does_nothing_until_something_changes(
             file.write("\n# changed\n")
         assert calls() > 0, name
         assert calls() == 0, name
-    for name in bootstrap.WISHES:
+    for name in bootstrap.VARIABLES:
         monkeypatch.setenv(name, "0")
         assert calls() > 0, name
         assert calls() == 0, name

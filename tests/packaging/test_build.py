@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `pip wheel` and an editable install make of setup.py, with and without nvcc."""
+"""The results of `pip wheel` and of an editable install, with and without nvcc."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 SITE = Path(sysconfig.get_path("purelib"))
 PLATFORM = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-# One target: the tests are of the build, and a target more costs as much as all of them.
+# One target: these tests are of the build, and each further target takes as long as all of them.
 ARCH = "90a"
 PIP = [sys.executable, "-m", "pip"]
-# nvcc reads these itself: a kernel that spills registers does not compile here.
+# nvcc reads these variables: a kernel that spills registers does not compile here.
 NO_SPILLS = {"NVCC_APPEND_FLAGS": "-Xptxas=--warn-on-spills,--warning-as-error"}
 
 pytestmark = [
@@ -37,9 +37,9 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is missing")
 
 
 def run(command: list[str], folder: Path, fails: bool = False, **variables: str) -> str:
-    """Output of a command that must succeed, or must fail; nothing of CLAM_* leaks in."""
+    """Output of a command that must succeed, or must fail; no variable CLAM_* reaches it."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CLAM_") and k != "CUDA_HOME"}
-    # The tree under test is not to be found through the environment; pip speaks as to a user.
+    # The environment must not lead to the tree under test; pip's messages are those for a user.
     for name in ("PYTHONPATH", "PIP_QUIET"):
         clean.pop(name, None)
     done = subprocess.run(
@@ -56,7 +56,7 @@ def run(command: list[str], folder: Path, fails: bool = False, **variables: str)
 
 
 def copy_of_the_tree(folder: Path) -> Path:
-    """The sources as a clone has them: no build products."""
+    """The sources as in a clone: no build products."""
     tree = folder / "tree"
     tree.mkdir(parents=True)
     stale = shutil.ignore_patterns("__pycache__", "_C.so", "_build.json")
@@ -80,7 +80,7 @@ def no_cuda(tmp_path: Path) -> str:
 
 
 def fake_nvcc(folder: Path, body: str) -> str:
-    """A CUDA_HOME whose nvcc notes its arguments in `calls` and is a script."""
+    """A CUDA_HOME whose nvcc is a script that records its arguments in `calls`."""
     tool = folder / "cuda" / "bin" / "nvcc"
     tool.parent.mkdir(parents=True)
     calls = folder / "calls"
@@ -92,7 +92,7 @@ def fake_nvcc(folder: Path, body: str) -> str:
 
 
 def bdist(tree: Path, fails: bool = False, **variables: str) -> str:
-    """setup.py itself: what pip runs, without pip's own seconds."""
+    """Run setup.py itself, as pip does, without pip's own seconds."""
     return run([sys.executable, "setup.py", "-q", "bdist_wheel"], tree, fails, **variables)
 
 
@@ -120,7 +120,7 @@ def record_of(wheel: Path) -> dict[str, Any]:
 
 
 def is_pure(wheel: Path) -> dict[str, Any]:
-    """A wheel without a binary that says so; returns its record."""
+    """Check that a wheel has no binary and says so; returns its record."""
     assert tag(wheel) == "py3-none-any"
     assert not [name for name in names(wheel) if name.endswith(".so")]
     record = record_of(wheel)
@@ -130,7 +130,7 @@ def is_pure(wheel: Path) -> dict[str, Any]:
 
 
 def plant_stale_libraries(tree: Path) -> None:
-    """What earlier builds leave behind."""
+    """Write libraries as earlier builds leave them."""
     for folder in ("", "build/lib/", f"build/lib.{sysconfig.get_platform()}/"):
         path = tree / f"{folder}clam_kernels/_C.so"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,9 @@ def test_forced_build_without_nvcc_fails(tree: Path, no_cuda: str, tmp_path: Pat
 
 
 def test_forced_build_without_nvcc_on_path_fails(tree: Path) -> None:
-    """CUDA's usual folder is taken out of setup.py, or a machine that has it would test nothing."""
+    """The test removes CUDA's usual folder from setup.py, because a machine that has it would test
+    nothing.
+    """
     text = (tree / "setup.py").read_text(encoding="utf-8")
     assert "/usr/local/cuda/bin" in text
     text = text.replace("/usr/local/cuda/bin", "no/such/folder")
@@ -218,21 +220,21 @@ def test_forced_build_with_failing_nvcc_shows_all(tree: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "value"), [("CLAM_CUDA", "yes"), ("CLAM_CUDA_ARCHS", "sm_90")], ids=["wish", "archs"]
 )
-def test_wrong_wishes_are_named(tree: Path, tmp_path: Path, name: str, value: str) -> None:
+def test_wrong_settings_are_named(tree: Path, tmp_path: Path, name: str, value: str) -> None:
     home = fake_nvcc(tmp_path, "exit 1\n")
     output = bdist(tree, fails=True, CUDA_HOME=home, **{name: value})
     assert f"{name}: expected" in output
     assert repr(value) in output
 
 
-# ---- the toolchain, faked ------------------------------------------------------------------------
+# ---- a stand-in for the toolchain ----------------------------------------------------------------
 
-# Writes the file after -o.
+# writes the file after -o
 OBEDIENT = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done\n'
 
 
 def test_torch_is_found_and_not_imported(tree: Path, tmp_path: Path) -> None:
-    """A torch that cannot be imported will do: only its headers and its version are read."""
+    """A torch that cannot be imported is enough: setup.py only uses its headers and its version."""
     site = tmp_path / "site"
     (site / "torch/include/torch/csrc/stable").mkdir(parents=True)
     (site / "torch/include/torch/csrc/stable/library.h").touch()
@@ -250,8 +252,8 @@ def test_torch_is_found_and_not_imported(tree: Path, tmp_path: Path) -> None:
     record = record_of(wheel)
     assert record.pop("digest")
     archs = ["80", "90a", "120"]
-    want = {"cuda": True, "archs": archs, "reason": None, "torch": "2.12.0", "nvcc": "12.9"}
-    assert record == want
+    expected = {"cuda": True, "archs": archs, "reason": None, "torch": "2.12.0", "nvcc": "12.9"}
+    assert record == expected
     assert "CUDA library for 80 90a 120" in output
     calls = (tmp_path / "calls").read_text(encoding="utf-8")
     assert "arch=compute_80,code=sm_80" in calls
@@ -269,12 +271,12 @@ def test_sdist_carries_the_cuda_sources(tree: Path, no_cuda: str) -> None:
     run([sys.executable, "setup.py", "-q", "sdist"], tree, CUDA_HOME=no_cuda)
     (archive,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as packed:
-        found = {name.split("/", 1)[-1] for name in packed.getnames()}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= found
-    assert "setup.py" in found
+        names = {name.split("/", 1)[-1] for name in packed.getnames()}
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
+    assert "setup.py" in names
 
 
-# ---- the real one --------------------------------------------------------------------------------
+# ---- the real toolchain --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -290,10 +292,12 @@ LIBRARY = ("_C.so", "_build.json")
 
 
 def library_of_setup() -> dict[str, bytes] | None:
-    """What `make setup` compiled, and its record, if setup.py would compile the same again."""
+    """The library that `make setup` compiled, and its record, if setup.py would compile the same
+    again.
+    """
     if not all((ROOT / "clam_kernels" / name).exists() for name in LIBRARY):
         return None
-    found = {name: (ROOT / "clam_kernels" / name).read_bytes() for name in LIBRARY}
+    files = {name: (ROOT / "clam_kernels" / name).read_bytes() for name in LIBRARY}
     spec = importlib.util.spec_from_file_location("clam_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -301,22 +305,22 @@ def library_of_setup() -> dict[str, bytes] | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", lambda **_: None)
         spec.loader.exec_module(setup)
-    record = json.loads(found["_build.json"])
+    record = json.loads(files["_build.json"])
     facts = (record["archs"], record["torch"], record["nvcc"])
     current = ARCH in record["archs"] and record["digest"] == setup.digest_of(*facts)
-    return found if current else None
+    return files if current else None
 
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[str, bytes]:
-    """A library of real kernels and its record: to compile them takes a minute, so it is done
-    once.
+    """A library of real kernels and its record. The fixture compiles it once, because that takes a
+    minute.
     """
-    found = library_of_setup()
-    if found is None:
+    files = library_of_setup()
+    if files is None:
         wheel = request.getfixturevalue("cuda_wheel")
-        found = {name: read(wheel, f"clam_kernels/{name}") for name in LIBRARY}
-    return found
+        files = {name: read(wheel, f"clam_kernels/{name}") for name in LIBRARY}
+    return files
 
 
 @pytest.fixture
@@ -338,7 +342,7 @@ def test_cuda_wheel(cuda_wheel: Path) -> None:
 @needs_nvcc
 @pytest.mark.slow
 def test_no_kernel_spills_on_the_other_targets(tree: Path) -> None:
-    """What the fixture holds for its own target; then that it would have told."""
+    """The fixture checks its own target; then the check itself must be able to fail."""
     wish = {"CLAM_CUDA": "1", "CLAM_CUDA_ARCHS": "80;100", **NO_SPILLS}
     bdist(tree, **wish)
     assert record_of(wheel_in(tree / "dist"))["archs"] == ["80", "100"]
@@ -367,12 +371,12 @@ def test_library_binds_to_the_stable_abi_alone(library: Path) -> None:
     foreign = [name for name in strong if not system.match(name)]
     assert foreign
     assert not [name for name in foreign if not re.match(r"(aoti_)?torch_\w+$", name)]
-    # torch's C++ ABI changes between its builds; these are the names that break (U-02).
+    # torch's C++ ABI changes between builds; these symbols would break (U-02)
     assert not [name for name in weak | strong if "c10" in name and not name.startswith("torch_")]
 
 
 @needs_nvcc
-def test_library_names_no_folder_of_the_builder(library: Path) -> None:
+def test_library_contains_no_path_of_the_build_machine(library: Path) -> None:
     content = library.read_bytes()
     for folder in (SITE, ROOT, library.parents[2], Path.home()):
         assert str(folder).encode() not in content
@@ -409,7 +413,7 @@ def test_library_loads_beside_this_torch(library: Path) -> None:
 
 
 class Installed:
-    """An environment that sees this one's packages and has the tree installed in it, editable."""
+    """An environment that sees this one's packages and has the tree installed as editable."""
 
     def __init__(self, folder: Path, tree: Path) -> None:
         self.tree, self.folder = tree, folder / "venv"
@@ -424,7 +428,9 @@ class Installed:
         run([*command, "--ignore-installed", "-e", "."], self.tree, **variables)
 
     def record(self) -> dict[str, Any]:
-        """What the installed package says from a folder that is not the tree."""
+        """The build record that the installed package reports, from a folder that is not
+        the tree.
+        """
         code = (
             "import json, clam_kernels\n"
             "from clam_kernels._core import library\n"
@@ -453,18 +459,18 @@ def test_editable_keeps_a_library_that_did_not_change(
     """As an earlier editable install left them."""
     for name, content in compiled.items():
         (tree / "clam_kernels" / name).write_bytes(content)
-    kept = compiled["_C.so"]
+    before = compiled["_C.so"]
     archs = json.loads(compiled["_build.json"])["archs"]
     environment = Installed(tmp_path, tree)
     environment.install(CLAM_CUDA="1", CLAM_CUDA_ARCHS=";".join(archs))
     record = environment.record()
     assert record["cuda"] is True
     assert record["there"]
-    assert (tree / "clam_kernels/_C.so").read_bytes() == kept
+    assert (tree / "clam_kernels/_C.so").read_bytes() == before
 
 
-def test_editable_builds_anew_when_a_source_changed(tree: Path, tmp_path: Path) -> None:
-    """With a compiler that says yes to everything: whether it is called is what matters."""
+def test_editable_builds_again_if_a_source_changed(tree: Path, tmp_path: Path) -> None:
+    """The compiler accepts everything: the test asks whether it is called."""
     home = fake_nvcc(tmp_path, OBEDIENT)
     environment = Installed(tmp_path, tree)
     calls = []

@@ -295,7 +295,7 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask,
       }
       for (auto& w : walks) {
         am::end_back<D>(w);
-        heat += w.heat;
+        heat += w.beta_sum;
       }
     }
     for (int lane = 0; lane < kWarp && group * kWarp + lane < c.rows; ++lane)
@@ -346,8 +346,8 @@ extern "C" int recursion_backward(const float* v, const float* rho, const float*
 }
 
 extern "C" void numbers(float* out) {
-  const float all[] = {am::kCancel, am::kCalm,    am::kCalmOfMany, am::kWarm,
-                       am::kGrowth, am::kLongest, am::kSharpest,   am::kMost};
+  const float all[] = {am::kNearFactor, am::kNearLimit,    am::kNearLimitOfMany, am::kFarLimit,
+                       am::kLogitError, am::kLongest, am::kSharpest,   am::kMost};
   std::copy(all, all + 8, out);
 }
 
@@ -357,7 +357,7 @@ extern "C" void doubts(const float* x, const float* recalled, const float* large
     float a[4], b[4];
     std::copy(x + 4 * row, x + 4 * row + 4, a);
     std::copy(recalled + 4 * row, recalled + 4 * row + 4, b);
-    out[row] = am::doubted<4>(a, b, 1.0f, largest[row], {sharp, 1.0f, am::kCalm});
+    out[row] = am::doubted<4>(a, b, 1.0f, largest[row], {sharp, 1.0f, am::kNearLimit});
   }
 }
 
@@ -418,7 +418,7 @@ def recursion(
     tile: int = 4096,
     flag: Tensor | None = None,
 ) -> Tensor:
-    """Raw operands, as a launcher hands them on; `flag` takes which rows are in doubt."""
+    """Pass raw operands as a launcher does; `flag` gets which rows are in doubt."""
     v, rho = v.contiguous(), rho.contiguous()
     (rows, d), memories = v.shape, len(rho)
     betas, per_memory = memory_side(rho, beta)
@@ -444,8 +444,8 @@ def recursion_backward(
     log_weights: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of v, rho, beta [K], update_mask, log_weights [K], of rows that are not in doubt;
-    `flag` takes which are.
+    """Gradients of v, rho, beta [K], update_mask and log_weights [K], without the rows in doubt;
+    `flag` gets which rows these are.
     """
     (rows, d), memories = v.shape, len(rho)
     betas, per_memory = memory_side(rho, beta)
@@ -459,16 +459,15 @@ def recursion_backward(
     return grad_v, partial[:, :d], partial[:, d + 1], step * grad_mask, partial[:, d]
 
 
-def agrees(got: Tensor, args: tuple[Any, ...], scale: float) -> None:
-    """As exact as centred eager float32 of the same call, within a factor of 2 and 4 roundings.
-
-    By a quantile over rows: at the border of two basins a row multiplies its rounding errors in
-    every step, and which of two float32 results is nearer the truth there is luck.
+def assert_agrees(result: Tensor, args: tuple[Any, ...], scale: float) -> None:
+    """As accurate as centred eager float32 of the same call, within a factor of 2 and 4 roundings.
+    The test compares a quantile over rows: at the border of two basins every step multiplies the
+    rounding errors of a row, and chance decides which float32 result is nearer to the truth.
     """
     wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
     truth = am.am_recursion(*wide)
     plain = testing.eager("am_recursion")(*args)
-    eager, error = ((x - truth).abs().amax(-1) for x in (plain, got))
+    eager, error = ((x - truth).abs().amax(-1) for x in (plain, result))
     rounding = 4 * torch.finfo(torch.float32).eps * scale
     assert error.quantile(0.9) <= 2 * eager.quantile(0.9) + rounding
     assert error.max() <= 1e-3 * scale
@@ -487,19 +486,18 @@ def gradients(grad: Tensor, args: tuple[Any, ...], dtype: torch.dtype) -> list[T
     v, rho, beta, mask, weights = leaves
     out = function(v, rho, beta, steps, step, mask, weights)
     tracked = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-    found = iter(torch.autograd.grad(out, tracked, grad.to(dtype), allow_unused=True))
+    result = iter(torch.autograd.grad(out, tracked, grad.to(dtype), allow_unused=True))
     return [
-        next(found) if isinstance(x, Tensor) and x.is_floating_point() else None for x in leaves
+        next(result) if isinstance(x, Tensor) and x.is_floating_point() else None for x in leaves
     ]
 
 
-def gradients_agree(library: Any, grad: Tensor, args: tuple[Any, ...]) -> None:
-    """Each gradient as exact as eager float32's, within a factor of 2 and some roundings.
-
-    Those of rows by a quantile, as in `agrees`. Those of the memories' side are sums over rows, in
-    which a few at the borders of basins would drown all others, and their errors are luck: the
-    upstream gradient of such rows is 0 here. So is that of rows in doubt, which the second launch
-    computes.
+def assert_gradients_agree(library: Any, grad: Tensor, args: tuple[Any, ...]) -> None:
+    """Each gradient is as accurate as eager float32's, within a factor of 2 and some roundings. For
+    gradients with rows the test compares a quantile, as in `assert_agrees`. Those of the memories'
+    side are sums over rows, in which the large errors of a few rows at the borders of basins would
+    hide all others, so the upstream gradient of such rows is 0. It is 0 for rows in doubt too,
+    which the second launch computes.
     """
     nudge = 1e-6 * torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
     nudged = (args[0].double() + nudge, *args[1:])
@@ -512,18 +510,18 @@ def gradients_agree(library: Any, grad: Tensor, args: tuple[Any, ...]) -> None:
     recursion_backward(library, grad, *args, flag=flag)
     grad[flag > 0] = 0.0
     truth, eager = (gradients(grad, args, dtype) for dtype in (torch.float64, torch.float32))
-    got = recursion_backward(library, grad, *args)
+    result = recursion_backward(library, grad, *args)
     names = ("v", "rho", "beta", "update_mask", "log_weights")
-    for name, found, exact, plain in zip(names, got, truth, eager, strict=True):
+    for name, outcome, exact, plain in zip(names, result, truth, eager, strict=True):
         if exact is None or plain is None:
             continue
         if name == "beta" and len(exact) == 1:
-            found = found.double().sum().reshape(1)
-        assert found.isfinite().all(), name
-        errors = [(x - exact).abs().reshape(len(exact), -1).amax(-1) for x in (found, plain)]
+            outcome = outcome.double().sum().reshape(1)
+        assert outcome.isfinite().all(), name
+        errors = [(x - exact).abs().reshape(len(exact), -1).amax(-1) for x in (outcome, plain)]
         of_rows = name in ("v", "update_mask")
         error, allowed = (e.quantile(0.9 if of_rows else 1.0) for e in errors)
-        # eager's error of a single number may be next to nothing by luck
+        # eager's error of a single number may be almost 0 by chance
         rounding = (8 if of_rows else 32) * torch.finfo(torch.float32).eps
         size = exact.abs().max().clamp(min=1.0)
         assert error <= 2 * allowed + rounding * size, (name, error, allowed)
@@ -535,9 +533,28 @@ BETAS = (0.0, 0.3, 4.0, "per memory")
 STEPS = ((0, 1.0), (1, 1.0), (2, 0.5), (5, 0.3), (5, 1.0))
 
 
+def draw_mask(kind: str | None, v: Tensor, generator: torch.Generator) -> Tensor | None:
+    if kind is None:
+        return None
+    mask = torch.rand(v.shape, generator=generator)
+    return mask > 0.4 if kind == "bool" else mask
+
+
+def draw_log_weights(kind: str | None, k: int, generator: torch.Generator) -> Tensor | None:
+    """Log weights of k memories, -inf for the masked ones."""
+    if kind is None:
+        return None
+    weights = torch.randn(k, generator=generator)
+    if kind == "some dead":
+        weights[torch.rand(k, generator=generator) > 0.5] = -torch.inf
+    elif kind == "one alive":
+        weights = torch.where(torch.arange(k) == k // 2, weights, -torch.inf)
+    return weights
+
+
 @pytest.mark.parametrize("d", range(1, 17))
 def test_equals_the_reference(library: Any, d: int) -> None:
-    """Every K from 1 to 100 for every D; the sizes share the combinations among them."""
+    """Every K from 1 to 100 for every D; the combinations of options rotate over the sizes."""
     combinations = list(itertools.product(MASKS, WEIGHTS, BETAS, STEPS))
     turn = itertools.islice(itertools.cycle(combinations), 100 * d, None)
     for k in range(1, 101):
@@ -545,22 +562,12 @@ def test_equals_the_reference(library: Any, d: int) -> None:
         g = torch.Generator().manual_seed(1000 * d + k)
         v = torch.randn(64, d, generator=g)
         rho = torch.randn(k, d, generator=g)
-        mask = None
-        if mask_kind is not None:
-            mask = torch.rand(64, d, generator=g)
-            mask = mask > 0.4 if mask_kind == "bool" else mask
-        weights = None
-        if weight_kind is not None:
-            weights = torch.randn(k, generator=g)
-            if weight_kind == "some dead":
-                weights[torch.rand(k, generator=g) > 0.5] = -torch.inf
-            elif weight_kind == "one alive":
-                weights = torch.where(torch.arange(k) == k // 2, weights, -torch.inf)
+        mask, weights = draw_mask(mask_kind, v, g), draw_log_weights(weight_kind, k, g)
         if beta == "per memory":
             beta = torch.rand(k, generator=g) * 2
         args = (v, rho, beta, steps, step, mask, weights)
         for wide, tile in ((True, 4096), (False, 4096), (True, 8)):
-            agrees(recursion(library, *args, wide=wide, tile=tile), args, 4.0)
+            assert_agrees(recursion(library, *args, wide=wide, tile=tile), args, 4.0)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 8, 11, 16])
@@ -576,22 +583,24 @@ def test_rows_and_tiles_change_nothing_but_rounding(library: Any, d: int) -> Non
 
 @pytest.mark.parametrize("d", [1, 3, 8, 16])
 def test_far_from_the_origin_and_sharp(library: Any, d: int) -> None:
-    """Centring holds the expanded distance together; a late maximum takes the rescaling branch."""
+    """Centring keeps the digits of the expanded distance; a late maximum runs the rescaling
+    branch.
+    """
     g = torch.Generator().manual_seed(d)
     rho = torch.randn(40, d, generator=g)
     v = rho[:8] + 0.1 * torch.randn(8, d, generator=g)
     for beta in (1.0, 300.0, torch.full((40,), 300.0)):
         args = (v + 1000.0, rho + 1000.0, beta, 3)
-        agrees(recursion(library, *args), args, 1000.0)
+        assert_agrees(recursion(library, *args), args, 1000.0)
         args = (v, rho, beta, 3)
-        agrees(recursion(library, *args), args, 4.0)
+        assert_agrees(recursion(library, *args), args, 4.0)
         worst_first = rho[(rho - v[0]).square().sum(-1).argsort(descending=True)]
         args = (v[:1], worst_first, beta, 1)
-        agrees(recursion(library, *args), args, 4.0)
+        assert_agrees(recursion(library, *args), args, 4.0)
 
 
 def eager(v: Tensor, rho: Tensor, beta: float, steps: int) -> Tensor:
-    """What a user of torch writes: two products and a softmax, the bias folded into the first."""
+    """The plain torch form: two products and a softmax, the bias folded into the first."""
     bias, keys = -beta * rho.square().sum(-1), (2 * beta * rho).T
     for _ in range(steps):
         v = torch.softmax(torch.addmm(bias, v, keys), -1) @ rho
@@ -600,8 +609,8 @@ def eager(v: Tensor, rho: Tensor, beta: float, steps: int) -> Tensor:
 
 @pytest.mark.parametrize(("d", "k", "first"), [(16, 64, 300), (2, 8, 200)])
 def test_largest_errors_are_those_of_eager(library: Any, d: int, k: int, first: int) -> None:
-    """Over draws of memories, since errors of the table are the same for all rows of one: among
-    these are some with a fixed point that hardly attracts, where such errors are all that is left.
+    """Over draws of memories, since all rows of one draw share the errors of its table. Some draws
+    have a fixed point that barely attracts, where only such errors remain.
     """
     ratios = []
     for seed in range(first, first + 12):
@@ -616,7 +625,7 @@ def test_largest_errors_are_those_of_eager(library: Any, d: int, k: int, first: 
     assert torch.stack(ratios).log().mean().exp() <= 1.5
 
 
-def test_held_entries_keep_their_bits(library: Any) -> None:
+def test_masked_entries_keep_their_bits(library: Any) -> None:
     g = torch.Generator().manual_seed(0)
     v, rho = torch.randn(50, 5, generator=g) * 1e3, torch.randn(6, 5, generator=g) + 0.1
     mask = torch.rand(50, 5, generator=g) > 0.5
@@ -627,14 +636,14 @@ def test_held_entries_keep_their_bits(library: Any) -> None:
     assert torch.equal(recursion(library, v, rho, 0.5, 3, step=0.0), v)
 
 
-def test_no_memory_alive_moves_nothing(library: Any) -> None:
+def test_without_active_memories_rows_stay(library: Any) -> None:
     v, rho = torch.randn(5, 3), torch.randn(4, 3)
-    dead = torch.full((4,), -torch.inf)
-    assert torch.equal(recursion(library, v, rho, 1.0, 3, log_weights=dead), v)
+    masked = torch.full((4,), -torch.inf)
+    assert torch.equal(recursion(library, v, rho, 1.0, 3, log_weights=masked), v)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_bad_memory_turns_every_row_to_nan(library: Any, bad: float) -> None:
+def test_a_nan_memory_makes_every_row_nan(library: Any, bad: float) -> None:
     v, rho = torch.randn(9, 3), torch.randn(4, 3)
     rho[2, 1] = bad
     mask = torch.rand(9, 3) > 0.5
@@ -648,7 +657,9 @@ def test_a_bad_memory_turns_every_row_to_nan(library: Any, bad: float) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("beta", [0.7, "per memory"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_bad_row_turns_to_nan_alone(library: Any, bad: float, beta: Any, weighted: bool) -> None:
+def test_a_nan_row_does_not_change_others(
+    library: Any, bad: float, beta: Any, weighted: bool
+) -> None:
     g = torch.Generator().manual_seed(0)
     v, rho = torch.randn(9, 4, generator=g), torch.randn(7, 4, generator=g)
     beta = torch.rand(7, generator=g) if beta == "per memory" else beta
@@ -664,31 +675,31 @@ def test_a_bad_row_turns_to_nan_alone(library: Any, bad: float, beta: Any, weigh
     assert torch.equal(out[others], fine[others])
 
 
-def test_the_centre_is_of_the_memories_that_take_part(library: Any) -> None:
+def test_the_centre_is_the_mean_of_active_memories(library: Any) -> None:
     g = torch.Generator().manual_seed(0)
     for k, d in ((1, 1), (7, 3), (32, 16), (33, 5), (200, 8)):
         rho = torch.randn(k, d, generator=g) + 100.0
         weights = torch.randn(k, generator=g)
-        found = torch.zeros(d + 1)
-        for given in (None, weights):
-            alive = torch.ones(k, dtype=torch.bool)
-            if given is not None:
-                given[::2] = -torch.inf
+        result = torch.zeros(d + 1)
+        for log_weights in (None, weights):
+            active = torch.ones(k, dtype=torch.bool)
+            if log_weights is not None:
+                log_weights[::2] = -torch.inf
                 rho[::2] = torch.nan
-                alive = given > -torch.inf
-            library.centre(*pointers(rho, given, found), k, d)
-            assert found[d] == alive.sum()
-            if alive.any():
-                mean = rho[alive].double().mean(0)
-                assert (found[:d] - mean).abs().max() <= 4e-7 * 100
+                active = log_weights > -torch.inf
+            library.centre(*pointers(rho, log_weights, result), k, d)
+            assert result[d] == active.sum()
+            if active.any():
+                mean = rho[active].double().mean(0)
+                assert (result[:d] - mean).abs().max() <= 4e-7 * 100
             else:
-                assert torch.equal(found[:d], torch.zeros(d))
+                assert torch.equal(result[:d], torch.zeros(d))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [1, 2, 4, 7, 16])
-def test_reads_half_precision(library: Any, dtype: torch.dtype, d: int) -> None:
-    """Every pattern of 16 bits is read as what it stands for; a recursion computes in float32."""
+def test_loads_half_precision(library: Any, dtype: torch.dtype, d: int) -> None:
+    """Each pattern of 16 bits is loaded as its value; a recursion computes in float32."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     bits = bits[: len(bits) // d * d].reshape(-1, d)
     rho = torch.zeros(1, d, dtype=dtype)
@@ -702,7 +713,7 @@ def test_reads_half_precision(library: Any, dtype: torch.dtype, d: int) -> None:
     )
 
 
-def test_a_dead_memory_may_hold_anything(library: Any) -> None:
+def test_a_masked_memory_may_have_any_values(library: Any) -> None:
     g = torch.Generator().manual_seed(0)
     v, rho, grad = (torch.randn(n, 3, generator=g) for n in (40, 20, 40))
     weights = torch.randn(20, generator=g)
@@ -729,21 +740,12 @@ def test_gradients_equal_autograd(library: Any, d: int) -> None:
         g = torch.Generator().manual_seed(1000 * d + k)
         v, grad = torch.randn(75, d, generator=g), torch.randn(75, d, generator=g)
         rho = torch.randn(k, d, generator=g)
-        mask = None
-        if mask_kind is not None:
-            mask = torch.rand(75, d, generator=g)
-            mask = mask > 0.4 if mask_kind == "bool" else mask
-        weights = None
-        if weight_kind is not None:
-            weights = torch.randn(k, generator=g)
-            if weight_kind == "some dead":
-                weights[torch.rand(k, generator=g) > 0.5] = -torch.inf
-                weights[k // 2] = 0.0
-            elif weight_kind == "one alive":
-                weights = torch.where(torch.arange(k) == k // 2, weights, -torch.inf)
+        mask, weights = draw_mask(mask_kind, v, g), draw_log_weights(weight_kind, k, g)
+        if weights is not None and weight_kind == "some dead":
+            weights[k // 2] = 0.0
         if isinstance(beta, str):
             beta = torch.rand(k, generator=g) * 2
-        gradients_agree(library, grad, (v, rho, beta, count, step, mask, weights))
+        assert_gradients_agree(library, grad, (v, rho, beta, count, step, mask, weights))
 
 
 @pytest.mark.parametrize("d", [1, 3, 8, 16])
@@ -753,38 +755,40 @@ def test_gradients_far_from_the_origin_and_sharp(library: Any, d: int) -> None:
     v, grad = rho[:36] + 0.1 * torch.randn(36, d, generator=g), torch.randn(36, d, generator=g)
     for beta in (torch.tensor([1.0]), torch.tensor([300.0]), torch.full((40,), 300.0)):
         for shift in (0.0, 1000.0):
-            gradients_agree(library, grad, (v + shift, rho + shift, beta, 3, 1.0, None, None))
+            assert_gradients_agree(
+                library, grad, (v + shift, rho + shift, beta, 3, 1.0, None, None)
+            )
 
 
 def test_gradients_that_vanish_are_zero(library: Any) -> None:
-    """With one memory alive p = 1 to the last bit; with none the gradient passes through."""
+    """With one active memory p = 1 to the last bit; with none the gradient passes through."""
     g = torch.Generator().manual_seed(0)
     for d in range(1, 17):
         v, grad, rho = (torch.randn(n, d, generator=g) for n in (40, 40, 9))
         for beta in (5.0, torch.rand(9, generator=g)):
             one = torch.where(torch.arange(9) == 4, 0.3, -torch.inf)
-            grad_v, _, warm, _, weights = recursion_backward(
+            grad_v, _, beta_gradient, _, weights = recursion_backward(
                 library, grad, v, rho, beta, 3, 1.0, None, one
             )
             assert not grad_v.any()
-            assert not warm.any()
+            assert not beta_gradient.any()
             assert not weights.any()
             none = torch.full((9,), -torch.inf)
-            found = recursion_backward(library, grad, v, rho, beta, 3, 1.0, None, none)
-            assert torch.equal(found[0], grad)
-            assert not any(x.any() for x in found[1:])
+            gradients = recursion_backward(library, grad, v, rho, beta, 3, 1.0, None, none)
+            assert torch.equal(gradients[0], grad)
+            assert not any(x.any() for x in gradients[1:])
 
 
-def test_a_bad_row_reaches_no_other_gradient(library: Any) -> None:
+def test_a_nan_row_does_not_change_other_gradients(library: Any) -> None:
     g = torch.Generator().manual_seed(0)
     v, grad, rho = (torch.randn(n, 4, generator=g) for n in (70, 70, 20))
     fine = recursion_backward(library, grad, v, rho, 0.7, 2)
     v[40, 1] = torch.nan
-    found = recursion_backward(library, grad, v, rho, 0.7, 2)
+    gradients = recursion_backward(library, grad, v, rho, 0.7, 2)
     others = torch.arange(70) != 40
-    assert found[0][40].isnan().all()
-    assert torch.equal(found[0][others], fine[0][others])
-    assert found[1].isnan().all()
+    assert gradients[0][40].isnan().all()
+    assert torch.equal(gradients[0][others], fine[0][others])
+    assert gradients[1].isnan().all()
 
 
 # ---- rows in doubt -------------------------------------------------------------------------------
@@ -814,7 +818,7 @@ def scene(name: str, d: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
             torch.cat([n(5, d), 1e4 + 10 * n(2, d)]),
         )
         return v, rho, torch.tensor([0.01])
-    if name == "betas":  # rows beside a sharp memory, which lies with a broad one far from the rest
+    if name == "betas":  # rows beside a sharp memory; it and a broad one are far from the rest
         rho = torch.cat([n(4, d), 300 * place + n(4, d)])
         v = rho.repeat(8, 1)[:60] + 0.3 * n(60, d)
         return v, rho, 10.0 ** torch.tensor([-4.0, 0, 4, 1, -4, 0, 4, 1])
@@ -844,13 +848,13 @@ def differences(v: Tensor, rho: Tensor, beta: Tensor, steps: int) -> Tensor:
     return v
 
 
-def errors_of(got: Tensor, v: Tensor, rho: Tensor, beta: Tensor, steps: int) -> tuple[Any, ...]:
-    """(error of each row, what is allowed): twice that of differences in float32 and 4 eps; 4 eps
-    alone where those differences overflow.
+def errors_of(result: Tensor, v: Tensor, rho: Tensor, beta: Tensor, steps: int) -> tuple[Any, ...]:
+    """(error of each row, allowed error): twice the error of differences in float32 and 4 eps; 4
+    eps alone where those differences overflow.
     """
     truth = differences(v.double(), rho.double(), beta.double(), steps)
     plain = differences(v, rho, beta, steps)
-    error, allowed = ((x - truth).abs().amax(-1) for x in (got, plain))
+    error, allowed = ((x - truth).abs().amax(-1) for x in (result, plain))
     allowed = allowed.nan_to_num(nan=0.0)
     return error, 2 * allowed + 4 * torch.finfo(torch.float32).eps * truth.abs().amax()
 
@@ -876,25 +880,27 @@ def test_a_wrong_row_has_its_flag(library: Any, name: str, d: int) -> None:
 @pytest.mark.parametrize("d", [2, 3, 8, 11, 16])
 @pytest.mark.parametrize("name", SCENES)
 def test_a_flagged_row_adds_nothing_to_the_sums(library: Any, name: str, d: int) -> None:
-    """Its gradients are 0, whatever its upstream gradient is; other rows do not notice it."""
+    """Its gradients are 0 for any upstream gradient; other rows do not change."""
     flagged = 0
     for seed, steps in itertools.product(range(3), (1, 3)):
         v, rho, beta = scene(name, d, seed)
         v, flag = v[:45], torch.full((45,), 7, dtype=torch.uint8)
         grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed))
-        found = recursion_backward(library, grad, v, rho, beta, steps, flag=flag)
-        left = flag == 1
+        gradients = recursion_backward(library, grad, v, rho, beta, steps, flag=flag)
+        flagged_rows = flag == 1
         assert set(flag.tolist()) <= {0, 1}
-        for x in (found[0], found[3]):
-            assert not x[left].any()
-        for x in found:
+        for x in (gradients[0], gradients[3]):
+            assert not x[flagged_rows].any()
+        for x in gradients:
             assert x.isfinite().all()
-        grad[left] = torch.nan
-        for a, b in zip(recursion_backward(library, grad, v, rho, beta, steps), found, strict=True):
+        grad[flagged_rows] = torch.nan
+        for a, b in zip(
+            recursion_backward(library, grad, v, rho, beta, steps), gradients, strict=True
+        ):
             assert torch.equal(a, b)
-        if left.all():
-            assert not any(x.any() for x in found)
-        flagged += int(left.sum())
+        if flagged_rows.all():
+            assert not any(x.any() for x in gradients)
+        flagged += int(flagged_rows.sum())
     assert flagged > 0 or name == "offset"
 
 
@@ -912,22 +918,22 @@ def test_normal_data_have_no_flag(library: Any, d: int, k: int, beta: float) -> 
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_has_no_flag(library: Any, bad: float) -> None:
-    """A row alone, or a memory, a beta or a log-weight with all rows: NaN is the result."""
+def test_nan_operands_set_no_flag(library: Any, bad: float) -> None:
+    """A row alone, or a memory, a beta or a log-weight with all rows: the result is NaN."""
     v, rho, beta = scene("sentinel", 4, 0)
     weights, betas = torch.zeros(6), torch.ones(6)
     flag, back = torch.full((2, 60), 7, dtype=torch.uint8)
     for where, index in ((v, (7, 1)), (rho, (2, 3)), (betas, (4,)), (weights, (1,))):
-        kept = where[index].item()
+        row = where[index].item()
         where[index] = bad
         out = recursion(library, v, rho, betas, 2, log_weights=weights, flag=flag)
         recursion_backward(
             library, torch.ones_like(v), v, rho, betas, 2, 1.0, None, weights, flag=back
         )
-        for found in (flag, back):
-            assert not found[out.isnan().any(-1)].any()
-            assert int(found.sum()) == (59 if where is v else 0)
-        where[index] = kept
+        for result in (flag, back):
+            assert not result[out.isnan().any(-1)].any()
+            assert int(result.sum()) == (59 if where is v else 0)
+        where[index] = row
     weights[2] = -torch.inf
     rho[2] = bad
     recursion(library, v, rho, beta, 2, log_weights=weights, flag=flag)
@@ -944,15 +950,15 @@ def test_rows_that_cannot_be_wrong_have_no_flag(library: Any) -> None:
     assert not back.any()
 
 
-def test_a_row_that_no_memory_weighs_is_in_doubt(library: Any) -> None:
-    """Logits below float32: the sum of the weights is 0 or not a number."""
+def test_a_row_whose_weights_underflow_is_in_doubt(library: Any) -> None:
+    """Logits underflow float32: the sum of the weights is 0 or NaN."""
     v, rho = torch.tensor([[1.0], [-1.0]]), torch.tensor([[1e30], [-1e30]])
     flag, back = torch.full((2, 2), 7, dtype=torch.uint8)
     recursion(library, v, rho, 1.0, 1, flag=flag)
-    found = recursion_backward(library, torch.ones(2, 1), v, rho, 1.0, 1, flag=back)
+    gradients = recursion_backward(library, torch.ones(2, 1), v, rho, 1.0, 1, flag=back)
     assert flag.all()
     assert back.all()
-    assert not any(x.any() for x in found)
+    assert not any(x.any() for x in gradients)
 
 
 def test_memories_near_the_end_of_float32_have_a_finite_centre(library: Any) -> None:
@@ -965,10 +971,13 @@ def test_memories_near_the_end_of_float32_have_a_finite_centre(library: Any) -> 
 
 def test_the_rule_is_that_of_the_kernels_in_triton(library: Any) -> None:
     rule = importlib.import_module("clam_kernels.kernels.am.doubt")
-    names = ("CANCEL", "CALM", "CALM_OF_MANY", "WARM", "GROWTH", "LONGEST", "SHARPEST", "MOST")
-    found = torch.zeros(len(names))
-    library.numbers(*pointers(found))
-    for name, number in zip(names, found.tolist(), strict=True):
+    names = (
+        "NEAR_FACTOR", "NEAR_LIMIT", "NEAR_LIMIT_OF_MANY", "FAR_LIMIT", "LOGIT_ERROR", "LONGEST",
+        "SHARPEST", "MOST",
+    )  # fmt: skip
+    values = torch.zeros(len(names))
+    library.numbers(*pointers(values))
+    for name, number in zip(names, values.tolist(), strict=True):
         assert number == torch.tensor(getattr(rule, name).value).item(), name
 
 
@@ -984,9 +993,9 @@ def test_the_rule_chooses_the_rows_of_the_rule_in_torch(library: Any) -> None:
     both = set()
     for sharp in (1e-4, 0.1, 1.0, 100.0):
         rows = rows_in_doubt(size, along, weights, sharp)
-        found = torch.zeros(512, dtype=torch.uint8)
-        library.doubts(*pointers(x, recalled, largest, found), ctypes.c_float(sharp), 512)
-        assert torch.equal(found.bool(), rows), sharp
+        flags = torch.zeros(512, dtype=torch.uint8)
+        library.doubts(*pointers(x, recalled, largest, flags), ctypes.c_float(sharp), 512)
+        assert torch.equal(flags.bool(), rows), sharp
         both.update(rows.tolist())
     assert both == {True, False}
 
@@ -1000,7 +1009,7 @@ def test_python_knows_the_limit_of_the_backward(library: Any) -> None:
 
 
 class HostOps:
-    """`torch.ops.clam_cuda` as csrc/register.cpp describes it, of float32 bodies."""
+    """A stand-in for `torch.ops.clam_cuda` as in csrc/register.cpp, with float32 bodies."""
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -1033,20 +1042,22 @@ class HostOps:
             for i in range(2):  # two slices of rows
                 part = slice(i, None, 2)
                 left = torch.empty(len(x[part]), dtype=torch.uint8)
-                found = recursion_backward(
+                gradients = recursion_backward(
                     self.library, g[part].contiguous(), x[part].contiguous(), y, b, steps, step,
                     None if u is None else u[part], w, left,
                 )  # fmt: skip
                 flag[cell][part] = left
-                grad_v[cell][part], grad_mask[cell][part] = found[0], found[3]
-                partials[cell][i] = torch.cat([found[1], found[4][:, None], found[2][:, None]], -1)
+                grad_v[cell][part], grad_mask[cell][part] = gradients[0], gradients[3]
+                partials[cell][i] = torch.cat(
+                    [gradients[1], gradients[4][:, None], gradients[2][:, None]], -1
+                )
         empty = torch.empty(0)
         return grad_v, partials if memory else empty, grad_mask if of_mask else empty
 
 
 @pytest.fixture
 def host_ops(library: Any, monkeypatch: pytest.MonkeyPatch) -> HostOps:
-    """The first launch on the CPU; Triton's interpreter runs the second."""
+    """The first launch runs on the CPU; Triton's interpreter runs the second."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET is not 1 in this process")
     ops = HostOps(library)
@@ -1099,10 +1110,10 @@ def test_the_python_side(
     needs = [isinstance(args[i], Tensor) for i in places]
     tracked = [leaves[i] for i, need in zip(places, needs, strict=True) if need]
     exact = iter(torch.autograd.grad(truth, tracked, grad.double(), materialize_grads=True))
-    found = cuda.am_recursion_backward(grad, *[
+    gradients = cuda.am_recursion_backward(grad, *[
         x.detach() if isinstance(x, Tensor) else x for x in args
     ], needs, "high")  # fmt: skip
-    for i, need, value in zip(places, needs, found, strict=True):
+    for i, need, value in zip(places, needs, gradients, strict=True):
         if not need:
             assert value.shape == (0,)
             continue
@@ -1131,37 +1142,41 @@ def test_one_step_and_its_gradient(host_ops: HostOps) -> None:
 def test_a_shared_operand_is_not_copied(host_ops: HostOps) -> None:
     v, rho = torch.randn(7, 3), torch.randn(4, 5, 3)
     cuda.am_recursion(v, rho, 2.0, 1, 1.0, torch.ones(7, 1) > 0, None, "highest")
-    given = host_ops.calls[-1]
-    assert given[0].data_ptr() == v.data_ptr()
-    assert given[0].stride()[:2] == (0, 0)
-    assert given[1].data_ptr() == rho.data_ptr()
-    assert given[5].stride() == (0, 0, 1, 0)
+    call = host_ops.calls[-1]
+    assert call[0].data_ptr() == v.data_ptr()
+    assert call[0].stride()[:2] == (0, 0)
+    assert call[1].data_ptr() == rho.data_ptr()
+    assert call[5].stride() == (0, 0, 1, 0)
 
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("name", [name for name in SCENES if name != "sharp"])
 def test_far_rows_are_computed_again(host_ops: HostOps, name: str, batched: bool) -> None:
-    """Both launches together: no row is worse than differences in float32, and no gradient."""
+    """Both launches together: no row and no gradient is worse than differences in float32."""
     v, rho, beta = scene(name, 4, 1)
     v = v[::4]
-    given = (v, rho[None], beta) if batched else (v, rho, beta)
-    out = cuda.am_recursion(*given, 2, 1.0, None, None, "highest").view_as(v)
+    operands = (v, rho[None], beta) if batched else (v, rho, beta)
+    out = cuda.am_recursion(*operands, 2, 1.0, None, None, "highest").view_as(v)
     error, allowed = errors_of(out, v, rho, beta, 2)
     assert (error <= allowed).all(), (error, allowed)
 
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     needs = [True, True, True, False, False]
     grad = upstream[None] if batched else upstream
-    found = cuda.am_recursion_backward(grad, *given, 2, 1.0, None, None, needs, "highest")
+    gradients = cuda.am_recursion_backward(grad, *operands, 2, 1.0, None, None, needs, "highest")
     exact, plain = (_slopes(upstream, v, rho, beta, dtype) for dtype in (torch.double, torch.float))
-    for name, got, want, near in zip(("v", "rho", "beta"), found, exact, plain, strict=False):
-        got = got.view_as(want)
-        assert torch.equal(got.isfinite(), want.float().isfinite())
-        if not got.isfinite().all():  # beyond float32
+    for name, result, expected, near in zip(
+        ("v", "rho", "beta"), gradients, exact, plain, strict=False
+    ):
+        result = result.view_as(expected)
+        assert torch.equal(result.isfinite(), expected.float().isfinite())
+        if not result.isfinite().all():  # beyond float32
             continue
-        error, allowed = ((x - want).abs().max() for x in (got, near))
+        error, allowed = ((x - expected).abs().max() for x in (result, near))
         allowed = allowed.nan_to_num(nan=0.0)  # float32 differences may overflow
-        size = want.abs().max().clamp(min=float(upstream.abs().max()) if name != "beta" else 0.0)
+        size = (
+            expected.abs().max().clamp(min=float(upstream.abs().max()) if name != "beta" else 0.0)
+        )
         assert error <= 2 * allowed + 32 * torch.finfo(torch.float32).eps * size, name
 
 
@@ -1174,7 +1189,7 @@ def _slopes(
 
 
 def test_rows_in_doubt_with_every_argument(host_ops: HostOps) -> None:
-    """A mask, log-weights and a batch that crosses; all rows are in doubt."""
+    """A mask, log-weights and a crossed batch; all rows are in doubt."""
     v, rho, beta = scene("sentinel", 3, 0)
     g = torch.Generator().manual_seed(0)
     v, rho = v[:14].view(2, 1, 7, 3), torch.stack([rho, rho + 0.1, rho - 0.1])
@@ -1188,18 +1203,18 @@ def test_rows_in_doubt_with_every_argument(host_ops: HostOps) -> None:
     exact = torch.autograd.grad(truth, leaves, grad.double())
     out = cuda.am_recursion(*args, "highest")
     assert host_ops.calls[-1][-1].all()
-    found = cuda.am_recursion_backward(grad, *args, [True] * 5, "highest")
+    gradients = cuda.am_recursion_backward(grad, *args, [True] * 5, "highest")
     assert host_ops.calls[-1][-1].all()
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(out, truth.detach().float(), **close)
-    for got, want in zip(found, exact, strict=True):
-        torch.testing.assert_close(got, want.float(), **close)
+    for result, expected in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(result, expected.float(), **close)
     none = cuda.am_recursion_backward(grad, *args, [True, False, False, True, False], "highest")
-    assert torch.equal(none[0], found[0])
-    assert torch.equal(none[3], found[3])
+    assert torch.equal(none[0], gradients[0])
+    assert torch.equal(none[3], gradients[3])
 
 
-def test_why_not() -> None:
+def test_reasons_of_refusals() -> None:
     v, rho = torch.randn(7, 16), torch.randn(5, 16)
     assert cuda.why_not(v, rho, 1.0, 3, 1.0, None, None, "high") is None
     assert cuda.why_not(v, rho, torch.tensor(torch.inf)) is None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frame learns of every column of a data matrix: centre, deviation, observed range.
+"""The figures of each column of a data matrix for a frame: mean, deviation, observed range.
 
-One far entry moves a mean and a deviation by any amount. An entry that lies further from the median
-than `FAR` times the typical distance counts in neither.
+One far entry changes a mean and a deviation by any amount. An entry whose distance from the median
+is more than `FAR` times the typical distance counts in neither.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..common.rows import Rows
 from ..common.scale import exponent_of, rescaled, scaled
 
 # "auto" standardises where the spread of one column is more than so many times that of another:
-# pixels of 8 bits stay as they are, and columns in other units do not.
-UNLIKE = 256.0
-# A fit that does not standardise warns from here on.
-WARNED = 1e3
-# Exponent up to which float64 holds squares and their sums.
-MOST = 400
-# Exponent of the largest value in the frame from which on others may be lost beside it.
-WIDE = 300
+# pixels of 8 bits stay as they are, columns in different units are standardised.
+STANDARDISED_CONTRAST = 256.0
+# A fit that does not standardise warns where the spreads differ by more than this.
+WARNED_CONTRAST = 1e3
+# Exponent of the largest value whose squares, and sums of them, float64 holds.
+SQUARE_EXPONENT = 400
+# Exponent of the largest value in the frame from which small values may be lost beside it.
+LOSS_EXPONENT = 300
 
-# An entry is far beyond so many typical distances from the median. Where more than a share of the
-# column is far, the deviation counts all entries: two groups are no error of measurement.
-FAR, FEW = 2.0**14, 0.05
-# Entries and least rows of the sample behind medians.
+# An entry is far if it is more than so many typical distances from the median. Where more than a
+# share FAR_SHARE of the column is far, all entries count: two groups are no error of measurement.
+FAR, FAR_SHARE = 2.0**14, 0.05
+# Entries, most rows and least rows of the sample that medians are computed from.
 SAMPLE_ENTRIES, SAMPLE_ROWS, LEAST_ROWS = 1 << 17, 10_000, 256
 
 
@@ -42,39 +42,40 @@ def frame_of(
     names: Any = None,
     standardize: str | bool = "auto",
 ) -> Frame:
-    """The frame of a data matrix, centred on the means of what is observed. Entries that lie far
-    from all others (`FAR`) count neither in the means nor in the widths.
+    """The frame of a data matrix, centered on the means of the observed entries.
 
-    ValueError if a feature has no observed entry (in a row that counts), or rows are lost beside a
-    value.
+    Far entries (`FAR`) count neither in the means nor in the widths.
+
+    ValueError if a column has no observed entry (in a row that counts), or if float64 cannot
+    square the values of some row beside the largest value.
     """
     range_ = exponent_of(rows.top)
     columns = Columns.of(rows, weight, range_)
-    lost = (columns.held == 0).nonzero()[:, 0].tolist()
-    if lost:
-        which = lost if names is None else [str(names[i]) for i in lost]
+    empty = (columns.observed == 0).nonzero()[:, 0].tolist()
+    if empty:
+        which = empty if names is None else [str(names[i]) for i in empty]
         raise ValueError(f"X: expected an observed entry in every column, got none in {which}")
     contrast = columns.contrast
-    standard = contrast > UNLIKE if standardize == "auto" else bool(standardize)
+    is_standard = contrast > STANDARDISED_CONTRAST if standardize == "auto" else bool(standardize)
     base, mantissa, exponent = torch.ones_like(columns.mean), 1.0, 0
-    if standard:
+    if is_standard:
         base, mantissa, exponent = _widths(columns.deviation)
-    near, top = (float((far / base).max()) for far in (columns.near, columns.top))
-    spread = max(exponent_of(near), exponent_of(top) - MOST)
+    near, top = (float((distance / base).max()) for distance in (columns.near, columns.top))
+    spread = max(exponent_of(near), exponent_of(top) - SQUARE_EXPONENT)
     width = base * math.ldexp(1.0, spread)
     unit = range_ + spread + exponent
-    if range_ > MOST or exponent_of(top) > spread + WIDE:
+    if range_ > SQUARE_EXPONENT or exponent_of(top) > spread + LOSS_EXPONENT:
         rows.refuse_lost(lambda x: scaled(x.double(), -range_) / width)
     return Frame(
         mean=columns.mean,
         range=range_,
         width=width,
         unit=unit,
-        one=math.ldexp(mantissa, -spread) if standard else rescaled(1.0, -unit),
+        one=math.ldexp(mantissa, -spread) if is_standard else rescaled(1.0, -unit),
         deviation=columns.deviation / width,
         low=scaled(columns.low, range_),
         high=scaled(columns.high, range_),
-        standard=standard,
+        is_standard=is_standard,
         contrast=contrast,
     )
 
@@ -82,9 +83,9 @@ def frame_of(
 def _widths(deviation: Tensor) -> tuple[Tensor, float, int]:
     """(width [D] of every column, mantissa, exponent).
 
-    Mantissa and exponent are those of the root mean square of the deviations: a distance of columns
-    in units of their deviations, times that, is in units of the data. A column of one value keeps
-    its differences as they are.
+    Mantissa and exponent are those of the root mean square of the deviations: a distance in units
+    of the deviations, times that number, is a distance in units of the data. A column of one value
+    is not divided by its deviation, which is 0.
     """
     varies = deviation > 0
     top = float(deviation.max())
@@ -97,64 +98,67 @@ def _widths(deviation: Tensor) -> tuple[Tensor, float, int]:
 
 @dataclass
 class Columns:
-    """Figures [D] in float64, in units of 2**range; `held` is 0 where nothing is observed."""
+    """Figures [D] of the columns in float64, in units of 2**range."""
 
     median: Tensor
-    typical: Tensor  # median distance from the median of the entries that differ from it
-    held: Tensor  # weight of the observed entries
+    typical: Tensor  # median distance from the median, of the entries that differ from it
+    observed: Tensor  # weight of the observed entries; 0 where there is none
     low: Tensor
     high: Tensor
-    mean: Tensor  # of the entries that are not far
+    mean: Tensor  # of the entries that are not far, as is the deviation
     deviation: Tensor
     near: Tensor  # largest distance from the mean of an entry that is not far
-    top: Tensor  # and of any entry
+    top: Tensor  # largest distance from the mean of any entry
 
     @classmethod
     def of(cls, rows: Rows, weight: Tensor | None, range_: int) -> Columns:
-        """Two passes over the rows, after a look at a sample of them."""
+        """Compute the figures: medians of a sample, then two passes over all rows."""
         median, typical = _typical(rows, weight, range_)
         limit = torch.where(typical > 0, FAR * typical, torch.inf)
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": rows.device}
-        total, near, held = torch.zeros(3, rows.features, **wide).unbind()
-        low = torch.full((rows.features,), torch.inf, **wide)
+        float64: dict[str, Any] = {"dtype": torch.float64, "device": rows.device}
+        total, near, observed = torch.zeros(3, rows.features, **float64).unbind()
+        low = torch.full((rows.features,), torch.inf, **float64)
         high = -low
-        for x, share in _counting(rows, weight, range_):
-            seen = ~x.isnan()
-            close = (x - median).abs() <= limit
-            total += (torch.where(close, x, 0.0) * share).sum(0)
-            near += (close * share).sum(0)
-            held += (seen * share).sum(0)
-            counts = seen & (share > 0)
+        for x, weights in _weighted_chunks(rows, weight, range_):
+            is_observed = ~x.isnan()
+            is_near = (x - median).abs() <= limit
+            total += (torch.where(is_near, x, 0.0) * weights).sum(0)
+            near += (is_near * weights).sum(0)
+            observed += (is_observed * weights).sum(0)
+            counts = is_observed & (weights > 0)
             low = torch.minimum(low, torch.where(counts, x, torch.inf).amin(0))
             high = torch.maximum(high, torch.where(counts, x, -torch.inf).amax(0))
         mean = torch.where(near > 0, total / near.clamp(min=_TINY), median)
-        # a column of one value has the deviation 0, whatever rounding makes of its mean
+        # rounding may move the mean of a column of one value, whose deviation is 0
         mean = torch.where(low == high, low, mean)
-        limit = torch.where(near >= (1 - FEW) * held, limit, torch.inf)
-        found = cls(median, typical, held, low, high, mean, mean, mean, mean)
-        found._measure(rows, weight, range_, limit)
-        return found
+        limit = torch.where(near >= (1 - FAR_SHARE) * observed, limit, torch.inf)
+        columns = cls(median, typical, observed, low, high, mean, mean, mean, mean)
+        columns._measure(rows, weight, range_, limit)
+        return columns
 
     def _measure(self, rows: Rows, weight: Tensor | None, range_: int, limit: Tensor) -> None:
-        """The second pass: distances from the mean."""
+        """The second pass: sqrt(sum_n w_n (x_n - mean)^2 / sum_n w_n) over the entries that are not
+        far, and the largest distances from the mean.
+        """
         square, counted, near, top = torch.zeros_like(self.mean).repeat(4, 1).unbind()
         unit = torch.where(self.typical > 0, self.typical, self.high - self.low)
         unit = torch.where(unit > 0, unit, 1.0)  # squares neither overflow nor vanish
-        for x, share in _counting(rows, weight, range_):
-            far = (x - self.mean).abs()
-            close = (x - self.median).abs() <= limit
-            square += ((torch.where(close, far, 0.0) / unit).square() * share).sum(0)
-            counted += (close * share).sum(0)
-            near = torch.maximum(near, torch.where(close, far, 0.0).amax(0))
-            top = torch.maximum(top, far.nan_to_num(0.0).amax(0))
+        for x, weights in _weighted_chunks(rows, weight, range_):
+            distance = (x - self.mean).abs()
+            is_near = (x - self.median).abs() <= limit
+            near_distance = torch.where(is_near, distance, 0.0)
+            square += ((near_distance / unit).square() * weights).sum(0)
+            counted += (is_near * weights).sum(0)
+            near = torch.maximum(near, near_distance.amax(0))
+            top = torch.maximum(top, distance.nan_to_num(0.0).amax(0))
         self.deviation = (square / counted.clamp(min=_TINY)).sqrt() * unit
         self.near, self.top = near, top
 
     @property
     def contrast(self) -> float:
-        """How much the spreads of the columns that vary differ: the largest over the smallest, of
-        the typical distances or of the deviations, whichever differ less. Rare entries make a
-        deviation small, and far ones make it large.
+        """The largest spread of a column that varies over the smallest: of the typical distances
+        or of the deviations, whichever differ less. Rare entries make a deviation small, and far
+        entries make it large.
         """
         varies = self.deviation > 0
         if not bool(varies.any()):
@@ -165,45 +169,50 @@ class Columns:
 
 
 def near(z: Tensor, frame: Frame) -> Tensor:
-    """Which entries of states are observed and not far, by the deviations of a frame; in a column
-    with more than few far entries all that are observed.
+    """Which entries of states are observed and not far, by the deviations of a frame. In a column
+    where more than a share `FAR_SHARE` is far, all observed entries are near.
     """
-    seen = ~z.isnan()
+    is_observed = ~z.isnan()
     limit = torch.where(frame.deviation > 0, FAR * frame.deviation, torch.inf).to(z.device)
-    close = z.abs() <= limit
-    few = close.sum(0) >= (1 - FEW) * seen.sum(0)
-    return torch.where(few, close, seen)
+    is_near = z.abs() <= limit
+    is_mostly_near = is_near.sum(0) >= (1 - FAR_SHARE) * is_observed.sum(0)
+    return torch.where(is_mostly_near, is_near, is_observed)
 
 
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def _counting(rows: Rows, weight: Tensor | None, range_: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows in float64 and units of 2**range, their weights [n, 1]) piece by piece."""
+def _weighted_chunks(
+    rows: Rows, weight: Tensor | None, range_: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows in float64 and units of 2**range, their weights [n, 1]) of each chunk."""
     for part, x in rows.pieces():
-        share = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
-        yield scaled(x.double(), -range_), share if weight is None else weight[part, None]
+        ones = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
+        yield scaled(x.double(), -range_), ones if weight is None else weight[part, None]
 
 
 def _typical(rows: Rows, weight: Tensor | None, range_: int) -> tuple[Tensor, Tensor]:
-    """(median, median distance from it of the entries that differ from it) of every column [D], of
-    a sample of rows; 0 where nothing differs.
+    """(median, median distance from it of the entries that differ from it) of every column [D],
+    computed from a sample of rows; a distance of 0 where no entry differs.
     """
-    most = max(LEAST_ROWS, min(SAMPLE_ROWS, SAMPLE_ENTRIES // rows.features))
-    step = math.ceil(len(rows) / most)
+    count = max(LEAST_ROWS, min(SAMPLE_ROWS, SAMPLE_ENTRIES // rows.features))
+    step = math.ceil(len(rows) / count)
     index = torch.arange(0, len(rows), step, dtype=torch.int64, device="cpu")
     x = scaled(rows.take(index).double(), -range_)
-    share = torch.ones(len(x), dtype=torch.float64, device=x.device)
-    share = share if weight is None else weight[index.to(weight.device)]
-    median = _medians(x, share).nan_to_num(0.0)
-    far = (x - median).abs()
-    return median, _medians(torch.where(far > 0, far, torch.nan), share).nan_to_num(0.0)
+    weights = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    weights = weights if weight is None else weight[index.to(weight.device)]
+    median = _medians(x, weights).nan_to_num(0.0)
+    distance = (x - median).abs()
+    distance = torch.where(distance > 0, distance, torch.nan)
+    return median, _medians(distance, weights).nan_to_num(0.0)
 
 
-def _medians(x: Tensor, share: Tensor) -> Tensor:
-    """Lower weighted median of every column, without NaN; NaN where there is nothing else."""
+def _medians(x: Tensor, weights: Tensor) -> Tensor:
+    """Lower weighted median of every column over the entries that are not NaN; NaN where all are
+    NaN.
+    """
     values, order = x.sort(0)
-    below = (share[order] * ~values.isnan()).cumsum(0)
-    at = (below * 2 < below[-1]).sum(0).clamp(max=len(x) - 1)
-    found = values.gather(0, at[None])[0]
-    return torch.where(below[-1] > 0, found, torch.nan)
+    below = (weights[order] * ~values.isnan()).cumsum(0)
+    index = (below * 2 < below[-1]).sum(0).clamp(max=len(x) - 1)
+    medians = values.gather(0, index[None])[0]
+    return torch.where(below[-1] > 0, medians, torch.nan)

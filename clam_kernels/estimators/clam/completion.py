@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of the memories by completing masked patterns, all replicas in one op call.
 
-Replica r of R sees the same batches and masks as the others, so its result does not depend on R.
+All replicas get the same batches and masks, so that the result of one does not depend on R.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from ..training.optimisers import Adam
 from .points import Points
 from .wide import FEATURES, squared_errors
 
-# The authors' schedule: the learning rate falls by SHRINK when the mean loss of WINDOW epochs
-# gained less than GAIN for PATIENCE epochs in a row; training ends below LOWEST_RATE.
+# The published schedule: the learning rate is multiplied by SHRINK when the mean loss of WINDOW
+# epochs fell by less than GAIN for PATIENCE epochs in a row; training ends below LOWEST_RATE.
 WINDOW, GAIN, PATIENCE, SHRINK, LOWEST_RATE = 10, 1e-3, 5, 0.8, 1e-6
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to train; lengths in units of the states."""
+class CompletionPlan:
+    """How to train the memories; lengths in units of the states."""
 
     beta: Tensor  # [R, 1]
     steps: int
     step: float
     mask_ratio: float
-    clamp: bool  # only masked entries evolve
+    clamp: bool  # whether the recursion updates masked entries alone
     learning_rate: float
     batch_size: int
     epochs: int
-    length: float  # what a length of 1 in the units of the thresholds below is here
-    authors: bool  # their loss, schedule, shared masks and choice of the best epoch
+    length: float  # the thresholds below are multiples of it
+    is_published: bool  # the published loss, schedule, shared masks and choice of an epoch
     precision: str | None
     seed: int
-    rates: Tensor | None = None  # [D] of the columns, as multiples of the learning rate
-    low: Tensor | None = None  # [D] where memories may stand
+    rates: Tensor | None = None  # [D] rates of the columns, as multiples of the learning rate
+    low: Tensor | None = None  # [D] bounds of the memories
     high: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What came out, replica by replica."""
+class TrainingResult:
+    """The memories of each replica at three times, and its losses."""
 
     last: Tensor  # [R, K, D]
-    best: Tensor  # those after the epoch of least loss; NaN where every loss was
-    middle: Tensor  # those after half of the epochs
+    best: Tensor  # after the epoch of least loss; NaN where every loss is NaN
+    middle: Tensor  # after half of the epochs
     losses: Tensor  # [epochs, R]
 
 
@@ -60,38 +60,40 @@ def draw_masks(
     features: int,
     ratio: float,
     generator: torch.Generator,
-    seen: Tensor | None = None,
+    observed: Tensor | None = None,
 ) -> Tensor:
-    """Masked entries [rows, features], Bernoulli(ratio) of those that are `seen`: at least one in
-    a row, never all.
+    """Masked entries [rows, features]: each observed entry with probability `ratio`, at least one
+    of a row, never all.
 
-    A single entry is not masked: nothing would be left to complete it from.
+    The only observed entry of a row is not masked: there would be nothing to complete it from.
     """
-    place = generator.device
-    lots: dict[str, Any] = {"generator": generator, "device": place, "dtype": torch.float32}
-    masks = torch.rand(rows, features, **lots) < ratio
-    if seen is None:
-        pick = torch.randint(features, (rows, 1), generator=generator, device=place)
-        seen = torch.ones(rows, features, dtype=torch.bool, device=place)
+    device = generator.device
+    uniform: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.float32}
+    masks = torch.rand(rows, features, **uniform) < ratio
+    if observed is None:
+        pick = torch.randint(features, (rows, 1), generator=generator, device=device)
+        observed = torch.ones(rows, features, dtype=torch.bool, device=device)
     else:
-        drawn = torch.rand(rows, features, **lots).masked_fill_(~seen, -1.0)
-        pick = drawn.argmax(1, keepdim=True)
-    masks &= seen
-    one = (torch.arange(features, dtype=torch.int64, device=place) == pick) & seen
+        draws = torch.rand(rows, features, **uniform).masked_fill_(~observed, -1.0)
+        pick = draws.argmax(1, keepdim=True)
+    masks &= observed
+    one = (torch.arange(features, dtype=torch.int64, device=device) == pick) & observed
     masks |= one & ~masks.any(1, keepdim=True)
-    return masks & ~(one & (masks == seen).all(1, keepdim=True))
+    return masks & ~(one & (masks == observed).all(1, keepdim=True))
 
 
 def expected_masked(points: Points, ratio: float) -> float:
-    """Weighted mean over the rows of how many entries `draw_masks` hides; of how many are seen
-    where it hides none.
+    """Weighted mean over the rows of the number of entries that `draw_masks` masks; where it masks
+    none, of the number of observed entries.
+
+    Of m > 1 observed entries, ratio m + (1 - ratio)^m - ratio^m are masked on average.
     """
     n, d = points.z.shape
-    full = torch.full((n,), float(d), dtype=torch.float64, device=points.z.device)
-    seen = full if points.seen is None else points.seen.sum(1).double()
-    hidden = ratio * seen + (1 - ratio) ** seen - ratio**seen
-    hidden = torch.where(seen > 1, hidden, 0.0)
-    return float(hidden @ points.share / n) or float(seen @ points.share / n)
+    observed = torch.full((n,), float(d), dtype=torch.float64, device=points.z.device)
+    observed = observed if points.observed is None else points.observed.sum(1).double()
+    masked = ratio * observed + (1 - ratio) ** observed - ratio**observed
+    masked = torch.where(observed > 1, masked, 0.0)
+    return float(masked @ points.weights / n) or float(observed @ points.weights / n)
 
 
 @dataclass(frozen=True)
@@ -99,76 +101,77 @@ class Batch:
     """Some rows with their masks."""
 
     x: Tensor  # [B, D], 0 where not observed
-    masks: Tensor  # [B, D] hidden on purpose: what the loss counts
-    seen: Tensor | None
+    masks: Tensor  # [B, D] observed entries that the recursion does not get; the loss counts them
+    observed: Tensor | None  # [B, D]; None where all entries are
     weight: Tensor | None  # [B]
 
-    def backward(self, memories: Tensor, plan: Plan, expected: float) -> Tensor:
+    def backward(self, memories: Tensor, plan: CompletionPlan, expected: float) -> Tensor:
         """Loss of each replica [R], detached; its gradient is added to that of the memories.
 
-        It is the weighted squared error of the masked entries over the number expected of them (the
-        authors': over all entries). Where nothing is masked, rows of a single entry, all that is
-        seen evolves and counts.
+        loss = sum_n w_n sum_j m_nj (y_nj - x_nj)^2 / (B M), with y the completed rows, m the masks
+        and M the number of masked entries expected of a row. The published loss divides by B D.
+        Where nothing is masked (rows of a single entry), all observed entries evolve and count.
         """
-        masked = bool(self.masks.any())
-        given = torch.ones_like(self.masks) if self.seen is None else self.seen
-        counted = self.masks if masked else given
+        has_masks = bool(self.masks.any())
+        observed = torch.ones_like(self.masks) if self.observed is None else self.observed
+        counted = self.masks if has_masks else observed
         if _is_wide(self.x, plan):
             return self._backward_wide(memories, plan, counted, expected)
-        hidden = self.masks if self.seen is None else self.masks | ~self.seen
-        out = am_recursion(
+        unknown = self.masks if self.observed is None else self.masks | ~self.observed
+        completed = am_recursion(
             self.x.masked_fill(self.masks, 0.0),
             memories,
             plan.beta,
             plan.steps,
             step=plan.step,
-            update_mask=hidden if plan.clamp and masked else None,
+            update_mask=unknown if plan.clamp and has_masks else None,
             precision=plan.precision,
         )
-        count = self.x.numel() if plan.authors else expected * len(self.x)
-        error = (out.detach() - self.x).mul_(counted)
+        count = self.x.numel() if plan.is_published else expected * len(self.x)
+        error = (completed.detach() - self.x).mul_(counted)
         rows, slope = error.square().sum(2), error.mul_(2 / count)
         if self.weight is not None:
             rows = rows * self.weight.to(rows.dtype)
             slope = slope.mul_(self.weight.to(slope.dtype)[:, None])
-        # a product, as `out.backward(slope)` imports sympy at its first call
-        torch.dot(out.flatten(), slope.flatten()).backward()
+        # a product, as `completed.backward(slope)` imports sympy at its first call
+        torch.dot(completed.flatten(), slope.flatten()).backward()
         return rows.sum(1) / count
 
     def _backward_wide(
-        self, memories: Tensor, plan: Plan, counted: Tensor, expected: float
+        self, memories: Tensor, plan: CompletionPlan, counted: Tensor, expected: float
     ) -> Tensor:
-        """The same for one whole step, where features are many."""
+        """The same for one step of size 1, where features are many."""
         count = expected * len(self.x)
         weight = self.x.new_ones(len(self.x)) if self.weight is None else self.weight.to(self.x)
-        found, fixed = memories.detach(), plan.beta
-        rows, slope = squared_errors(self.x, self.masks, counted, found, fixed, weight / count)
+        rows, slope = squared_errors(
+            self.x, self.masks, counted, memories.detach(), plan.beta, weight / count
+        )
         torch.dot(memories.flatten(), slope.flatten()).backward()
         return (rows * weight).sum(1) / count
 
 
-def _is_wide(x: Tensor, plan: Plan) -> bool:
-    one = plan.steps == 1 and plan.step == 1 and not plan.authors
-    return one and x.is_cpu and x.shape[1] >= FEATURES
+def _is_wide(x: Tensor, plan: CompletionPlan) -> bool:
+    is_one_step = plan.steps == 1 and plan.step == 1 and not plan.is_published
+    return is_one_step and x.is_cpu and x.shape[1] >= FEATURES
 
 
-def in_rates(slope: Tensor, plan: Plan) -> Tensor:
-    """A gradient by what the optimiser moves: memories in units of the columns' rates. A column
-    without a rate does not move.
+def gradient_in_rates(slope: Tensor, plan: CompletionPlan) -> Tensor:
+    """The gradient divided by the rates of the columns; 0 in a column of rate 0, which does not
+    move.
     """
     if plan.rates is None:
         return slope
     return torch.where(plan.rates > 0, slope / plan.rates, 0.0)
 
 
-def within(memories: Tensor, move: Tensor, plan: Plan) -> Tensor:
-    """The memories after a move at the rates of the columns, inside the range of the columns."""
+def moved_within(memories: Tensor, move: Tensor, plan: CompletionPlan) -> Tensor:
+    """The memories after a move times the rates of the columns, clamped to the columns' ranges."""
     moved = memories + (move if plan.rates is None else move * plan.rates)
     return moved if plan.low is None else moved.clamp(plan.low, plan.high)
 
 
 class _Plateau:
-    """The authors' learning-rate schedule of one replica."""
+    """The published learning-rate schedule of one replica."""
 
     def __init__(self, gain: float) -> None:
         self.losses: list[float] = []
@@ -176,6 +179,7 @@ class _Plateau:
         self.flat = 0
 
     def shrinks(self, loss: float) -> bool:
+        """Add the loss of an epoch; return whether the learning rate falls after it."""
         self.losses.append(loss)
         if len(self.losses) <= WINDOW:
             return False
@@ -188,11 +192,11 @@ class _Plateau:
         return True
 
 
-class _Optimiser:
-    """Adam over the replicas: one cosine for all, or the authors' plateau for each."""
+class _ReplicaOptimiser:
+    """Adam for all replicas: one cosine schedule, or the published plateau of each replica."""
 
-    def __init__(self, start: Tensor, plan: Plan) -> None:
-        split = list(start) if plan.authors else [start]
+    def __init__(self, start: Tensor, plan: CompletionPlan) -> None:
+        split = list(start) if plan.is_published else [start]
         self.parts = [part.clone().requires_grad_() for part in split]
         self.adam = Adam(self.parts, plan.learning_rate, eps=1e-8 * plan.length)
         self.plan = plan
@@ -200,23 +204,23 @@ class _Optimiser:
         self.plateaus = [_Plateau(gain) for _ in self.parts]
 
     def memories(self) -> Tensor:
-        return torch.stack(self.parts) if self.plan.authors else self.parts[0]
+        return torch.stack(self.parts) if self.plan.is_published else self.parts[0]
 
     def step(self) -> None:
-        """One step by the gradients. A column moves at its own rate and stays in its range."""
+        """One step with the gradients. A column moves at its own rate and stays in its range."""
         plan = self.plan
         before = [part.detach().clone() for part in self.parts]
         with torch.no_grad():
             for part in self.parts:
                 assert part.grad is not None
-                part.grad.copy_(in_rates(part.grad, plan))
+                part.grad.copy_(gradient_in_rates(part.grad, plan))
             self.adam.step()
             for part, old in zip(self.parts, before, strict=True):
-                part.copy_(within(old, part - old, plan))
+                part.copy_(moved_within(old, part - old, plan))
 
     def finish_epoch(self, epoch: int, loss: Tensor) -> bool:
-        """Set the next learning rates; whether training goes on."""
-        if not self.plan.authors:
+        """Set the next learning rates; return whether training goes on."""
+        if not self.plan.is_published:
             share = 0.5 * (1 + math.cos(math.pi * (epoch + 1) / self.plan.epochs))
             self.adam.param_groups[0]["lr"] = self.plan.learning_rate * share
             return True
@@ -229,64 +233,69 @@ class _Optimiser:
         return any(group["lr"] >= lowest for group in self.adam.param_groups)
 
 
-class _Batches:
-    """Batches of an epoch, the same for all replicas."""
+class _MaskedBatches:
+    """The batches of each epoch, the same for all replicas."""
 
-    def __init__(self, points: Points, plan: Plan, generator: torch.Generator) -> None:
+    def __init__(self, points: Points, plan: CompletionPlan, generator: torch.Generator) -> None:
         self.points, self.plan, self.generator = points, plan, generator
         self.count = max(1, round(len(points) / plan.batch_size))
-        self.twins: Tensor | None = None
-        if self.count == 1 and not plan.authors:
-            rows = (
-                points.z
-                if points.seen is None
-                else torch.cat([points.z, points.seen.to(points.z.dtype)], 1)
-            )
-            self.twins = rows.unique(dim=0, return_inverse=True)[1].cpu()
+        self.duplicates: Tensor | None = None  # [N] the number of each row among different rows
+        if self.count == 1 and not plan.is_published:
+            rows = points.z
+            if points.observed is not None:
+                rows = torch.cat([rows, points.observed.to(rows.dtype)], 1)
+            self.duplicates = rows.unique(dim=0, return_inverse=True)[1].cpu()
 
     def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of an epoch, with new masks."""
         points, device = self.points, self.points.z.device
-        if self.twins is not None:
-            masks = self._masks_of_twins().to(device)
-            yield Batch(points.z, masks, points.seen, points.weight)
+        if self.duplicates is not None:
+            masks = self._masks_of_duplicates().to(device)
+            yield Batch(points.z, masks, points.observed, points.weight)
             return
+        is_published = self.plan.is_published
         order = torch.randperm(len(points), generator=self.generator, device="cpu")
-        by_size = self.plan.authors
-        for index in order.split(self.plan.batch_size) if by_size else order.chunk(self.count):
-            at = index.to(device)
-            seen = None if points.seen is None else points.seen[at]
-            weight = None if points.weight is None else points.weight[at]
-            masks = self._masks(len(index), self.plan.authors and number % 3 == 2, seen)
-            yield Batch(points.z[at], masks.to(device), seen, weight)
+        parts = order.split(self.plan.batch_size) if is_published else order.chunk(self.count)
+        for part in parts:
+            index = part.to(device)
+            observed = None if points.observed is None else points.observed[index]
+            weight = None if points.weight is None else points.weight[index]
+            masks = self._masks(len(part), is_published and number % 3 == 2, observed)
+            yield Batch(points.z[index], masks.to(device), observed, weight)
 
-    def _masks(self, rows: int, shared: bool, seen: Tensor | None) -> Tensor:
+    def _masks(self, rows: int, is_shared: bool, observed: Tensor | None) -> Tensor:
+        """Masks of some rows; one mask for all rows where `is_shared`."""
         d, ratio = self.points.z.shape[1], self.plan.mask_ratio
-        if shared:
+        observed = None if observed is None else observed.cpu()
+        if is_shared:
             masks = draw_masks(1, d, ratio, self.generator).expand(rows, d)
-            return masks if seen is None else masks & seen.cpu()
-        return draw_masks(rows, d, ratio, self.generator, None if seen is None else seen.cpu())
+            return masks if observed is None else masks & observed
+        return draw_masks(rows, d, ratio, self.generator, observed)
 
-    def _masks_of_twins(self) -> Tensor:
-        """Equal rows get equal masks, so that a weight is a repetition."""
-        assert self.twins is not None
-        count = int(self.twins.max()) + 1
-        seen = None
-        if self.points.seen is not None:
+    def _masks_of_duplicates(self) -> Tensor:
+        """Masks that are equal for equal rows, so that a weight is a repetition."""
+        assert self.duplicates is not None
+        count = int(self.duplicates.max()) + 1
+        observed = None
+        if self.points.observed is not None:
             size = count, self.points.z.shape[1]
-            seen = torch.empty(size, dtype=torch.bool, device="cpu")
-            seen[self.twins] = self.points.seen.cpu()
-        return self._masks(count, False, seen)[self.twins]
+            observed = torch.empty(size, dtype=torch.bool, device="cpu")
+            observed[self.duplicates] = self.points.observed.cpu()
+        return self._masks(count, False, observed)[self.duplicates]
 
 
 def train(
-    points: Points, start: Tensor, plan: Plan, seen: Callable[[Tensor], bool] | None = None
-) -> Trained:
-    """Fit the memories `start` [R, K, D] to the points; `seen(losses)` is told of every epoch and
-    may end it.
+    points: Points,
+    start: Tensor,
+    plan: CompletionPlan,
+    after_epoch: Callable[[Tensor], bool] | None = None,
+) -> TrainingResult:
+    """Train the memories `start` [R, K, D] on the points. `after_epoch(losses)` is called after
+    every epoch; training ends where it returns true.
     """
     generator = torch.Generator().manual_seed(plan.seed)
-    batches = _Batches(points, plan, generator)
-    optimiser = _Optimiser(start, plan)
+    batches = _MaskedBatches(points, plan, generator)
+    optimiser = _ReplicaOptimiser(start, plan)
     expected = expected_masked(points, plan.mask_ratio)
     best, middle = torch.full_like(start, torch.nan), start.clone()
     lowest = torch.full((len(start),), math.inf, dtype=torch.float64, device="cpu")
@@ -300,16 +309,20 @@ def train(
         best = torch.where(better.to(best.device)[:, None, None], now, best)
         if epoch + 1 == (plan.epochs + 1) // 2:
             middle = now.clone()
-        stop = bool(seen and seen(loss))
+        stop = bool(after_epoch and after_epoch(loss))
         if not optimiser.finish_epoch(epoch, loss) or stop:
             break
-    return Trained(optimiser.memories().detach(), best, middle, torch.stack(curve))
+    return TrainingResult(optimiser.memories().detach(), best, middle, torch.stack(curve))
 
 
 def _epoch(
-    batches: _Batches, optimiser: _Optimiser, plan: Plan, epoch: int, expected: float
+    batches: _MaskedBatches,
+    optimiser: _ReplicaOptimiser,
+    plan: CompletionPlan,
+    epoch: int,
+    expected: float,
 ) -> Tensor:
-    """One pass over the rows in random batches; the mean loss of each replica."""
+    """One pass over the rows in random batches; the mean loss [R] of each replica."""
     rows, device = len(batches.points), batches.points.z.device
     total = torch.zeros(len(plan.beta), dtype=torch.float64, device=device)
     for batch in batches.epoch(epoch):

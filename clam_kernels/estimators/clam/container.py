@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completed tables in the container that scikit-learn's `set_output` asks for."""
+"""Completed tables in the container that scikit-learn's `set_output` chooses."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from sklearn.base import BaseEstimator
 from sklearn.utils._set_output import _get_container_adapter
 from torch import Tensor
 
 
-def in_container(estimator: Any, X: Any, filled: Any) -> Any:
-    """The filled entries of X as `set_output` asks; a tensor and the default stay as they are."""
+def in_container(estimator: BaseEstimator, X: Any, filled: Any) -> Any:
+    """The completed X in the container that `set_output` chooses; a tensor stays a tensor."""
     adapter = None if isinstance(filled, Tensor) else _get_container_adapter("transform", estimator)
     if adapter is None:
         return filled
@@ -29,7 +30,7 @@ def in_container(estimator: Any, X: Any, filled: Any) -> Any:
 
 
 def _with_column(frame: Any, place: int, name: str, column: Any) -> Any:
-    """The frame with a column of the input, in its dtype."""
+    """The data frame with a column of the input in the place of its own, in the input's dtype."""
     if hasattr(frame, "isetitem"):  # pandas
         frame.isetitem(place, column)
         return frame

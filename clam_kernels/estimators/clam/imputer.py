@@ -15,7 +15,7 @@ class ClAMImputer(OneToOneFeatureMixin, ClAM):
 
     It is a `ClAM` with the same parameters, attributes and methods, but for `transform`, which is
     `complete` with its defaults (`ClAM.transform` gives distances), and `get_feature_names_out`,
-    which gives the names of the columns that came in.
+    which gives the names of the input columns.
 
     Parameters
     ----------
@@ -50,12 +50,12 @@ precision, device, random_state, verbose, callbacks
         Parameters
         ----------
         X : array-like or Tensor [N, D]
-            NaN stands for a missing entry.
+            NaN is a missing entry.
 
         Returns
         -------
         array or Tensor [N, D]
-            A data frame where `set_output` asks for one: names and index are those of X, and a
+            A data frame where `set_output` chooses one: it has the names and the index of X, and a
             column of X without a missing entry keeps its dtype.
         """
         return self.complete(X)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model file of `ClAM` holds, and what a load checks of it."""
+"""The content of a model file of `ClAM`, and the checks of a load."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .selection import COLUMNS, ROLES
 class ClamFile(ModelFile):
     """Mixin of `ClAM`: memories in a frame, and the replicas of the search."""
 
-    _framed = True
+    _has_frame = True
     loss_curve_: np.ndarray[Any, Any]
     n_iter_: int
     _candidates: np.ndarray[Any, Any]
-    _held: np.ndarray[Any, Any]
-    _sharpness: list[float]
+    _held: np.ndarray[Any, Any]  # [K, D] weight of the entries that each memory won
+    _sharpness: list[float]  # betas in the frame: of `predict_proba`, of `complete`
     _arrays = ("cluster_centers_", "labels_", "loss_curve_", "_candidates", "_held")
     _learned = (
         "n_features_in_",
@@ -34,13 +34,13 @@ class ClamFile(ModelFile):
         "_sharpness",
     )
 
-    def _restored(self) -> None:
-        super()._restored()
-        curve, held, betas = self.loss_curve_, self._held, self._sharpness
+    def _check_restored(self) -> None:
+        super()._check_restored()
+        curve, won, betas = self.loss_curve_, self._held, self._sharpness
         fits = curve.dtype.kind == "f" and curve.shape == (self.n_iter_,)
         serialize.expect(fits, "its losses are not those of its iterations")
-        fits = held.dtype.kind == "f" and held.shape == self.cluster_centers_.shape
-        serialize.expect(fits and _is_mass(held), "weights of clusters are not finite and >= 0")
+        fits = won.dtype.kind == "f" and won.shape == self.cluster_centers_.shape
+        serialize.expect(fits and _is_mass(won), "weights of clusters are not finite and >= 0")
         known = isinstance(betas, list) and len(betas) == 2
         known = known and all(type(x) in (int, float) and x >= 0 for x in betas)
         serialize.expect(known, "betas are not two numbers >= 0")
@@ -52,10 +52,11 @@ def _is_mass(x: np.ndarray) -> bool:
 
 
 def _is_search(table: np.ndarray) -> bool:
-    """Whether the rows are replicas, one of them chosen; `partial_fit` has none."""
+    """Whether a table is one of candidates with one chosen row; `partial_fit` has no rows."""
     if table.dtype != np.float64 or table.shape != (len(table), len(COLUMNS)):
         return False
-    at = {name: table[:, i] for i, name in enumerate(COLUMNS)}
-    whole = all(_is_mass(at[name]) for name in ("round", "replica", "clusters_used"))
-    known = np.isin(at["role"], range(len(ROLES))).all() and np.isin(at["counts"], (0, 1, 2)).all()
-    return whole and bool(known) and int((at["counts"] == 2).sum()) == min(len(table), 1)
+    columns = {name: table[:, i] for i, name in enumerate(COLUMNS)}
+    whole = all(_is_mass(columns[name]) for name in ("round", "replica", "clusters_used"))
+    roles, counts = columns["role"], columns["counts"]
+    known = np.isin(roles, range(len(ROLES))).all() and np.isin(counts, (0, 1, 2)).all()
+    return whole and bool(known) and int((counts == 2).sum()) == min(len(table), 1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that ClAM searches on, in its frame: Lloyd's iterations, labels, means, distances, for
+"""The rows of a ClAM search, in its frame: Lloyd's iterations, labels, means and distances for
 several replicas [R, K, D] at once.
 
-Two forms with the same methods: `Points` are complete and go through the k-means ops. Of
-`PartialPoints` some entries are missing: they have the value 0 (the mean) and count nowhere; a
-squared distance is that of the observed entries times D / their number.
+`Points` are complete rows and use the k-means ops. `PartialPoints` have the same methods for rows
+with missing entries: these have the value 0 (the mean) and do not count; a squared distance is that
+of the m observed entries times D / m.
 """
 
 from __future__ import annotations
@@ -16,55 +16,55 @@ from torch import Tensor
 from ...ops.kmeans import kmeans_assign, kmeans_update
 from ..common.rows import in_memory
 from ..common.threads import threads_for
-from ..kmeans.lloyd import Rule, lloyd
+from ..kmeans.lloyd import LloydRule, lloyd
 
-# Entries of a tile of scores, rows x memories of all replicas.
-TILE_ENTRIES = 1 << 22
+# Scores that are computed at once: rows x memories of all replicas.
+CHUNK_SCORES = 1 << 22
 
 
 def points_of(z: Tensor, weight: Tensor | None, precision: str | None) -> Points:
-    """The rows that count, as points: those with a weight and something observed."""
-    seen = ~z.isnan()
-    counts = seen.any(1)
+    """The rows that count, as points: those with a weight and an observed entry."""
+    observed = ~z.isnan()
+    counts = observed.any(1)
     if weight is not None:
         counts &= weight > 0
     if not bool(counts.all()):
-        z, seen = z[counts], seen[counts]
+        z, observed = z[counts], observed[counts]
         weight = None if weight is None else weight[counts]
-    if bool(seen.all()):
+    if bool(observed.all()):
         return Points(z, weight, precision)
-    return PartialPoints(z.masked_fill(~seen, 0.0), seen, weight, precision)
+    return PartialPoints(z.masked_fill(~observed, 0.0), observed, weight, precision)
 
 
 class Points:
     """Complete rows [N, D] with their weights."""
 
-    seen: Tensor | None = None  # observed entries [N, D]; None where all are
+    observed: Tensor | None = None  # bool [N, D]; None where all entries are observed
 
     def __init__(self, z: Tensor, weight: Tensor | None, precision: str | None) -> None:
         self.z, self.weight, self.precision = z, weight, precision
         self.rows = in_memory(z)
         self.rows.mean = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
-        self.rows.variance = 1.0  # the frame has centred them
+        self.rows.variance = 1.0  # the frame has centered the rows
         ones = torch.ones(len(z), dtype=torch.float64, device=z.device)
-        self.share = ones if weight is None else weight
-        self.total = float(self.share.sum())
+        self.weights = ones if weight is None else weight
+        self.total = float(self.weights.sum())
 
     def __len__(self) -> int:
         return len(self.z)
 
     def part(self, index: Tensor) -> Points:
-        """Some rows."""
+        """The points of some rows."""
         weight = None if self.weight is None else self.weight[index]
         return Points(self.z[index], weight, self.precision)
 
     def lloyd(self, starts: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         """(memories, labels [R, N]) after at most so many of Lloyd's iterations."""
-        rule = Rule(iterations, 0.0, "keep", self.precision)
-        random = np.random.RandomState(0)  # asked only by another rule for empty clusters
+        rule = LloydRule(iterations, 0.0, "keep", self.precision)
+        random = np.random.RandomState(0)  # not used: the rule keeps empty clusters
         with threads_for(self.rows.tile_work(starts.shape[1])):
             runs = lloyd(self.rows, self.weight, starts, rule, random)
-        return torch.stack([r.centres for r in runs]), torch.stack([r.labels for r in runs])
+        return torch.stack([r.centroids for r in runs]), torch.stack([r.labels for r in runs])
 
     def assign(self, memories: Tensor) -> Tensor:
         """Labels [R, N]: the nearest memory of each replica."""
@@ -72,31 +72,33 @@ class Points:
             return kmeans_assign(self.z, memories, distances=False, precision=self.precision)[0]
 
     def means(self, labels: Tensor, memories: Tensor) -> tuple[Tensor, Tensor]:
-        """(means of the rows of each label [R, K, D] in float64, weight of each label [R, K]); a
-        memory without rows keeps its place.
+        """(means of the rows of each label [R, K, D] in float64, weight of each label [R, K]).
+
+        mean_kj = sum_n w_n x_nj / sum_n w_n over the observed entries of label k; the memory where
+        there is none.
         """
-        sums, counts, held = self.sums(labels, memories.shape[1])
+        sums, counts, masses = self.sums(labels, memories.shape[1])
         means = torch.where(counts > 0, sums / counts.clamp(min=_TINY), memories.double())
-        return means, held
+        return means, masses
 
     def sums(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(sums of the rows of each label [R, K, D], their weight at each feature [R, K, D], their
-        weight [R, K]), in float64.
+        """(weighted sums of the rows of each label [R, K, D], weights of their observed entries
+        [R, K, D], weights of the rows [R, K]), in float64.
         """
-        sums, held = kmeans_update(self.z, labels, k, weight=self.weight)
-        held = held.double()
-        return sums, held[..., None].expand(sums.shape), held
+        sums, masses = kmeans_update(self.z, labels, k, weight=self.weight)
+        masses = masses.double()
+        return sums, masses[..., None].expand(sums.shape), masses
 
     def inertia(self, labels: Tensor, means: Tensor) -> Tensor:
-        """Sum of weighted squared distances [R] to the means of the labels."""
+        """sum_n w_n |x_n - means_label|^2 [R]."""
         parts = [
-            self.distances_to(m, own).double() @ self.share
+            self.distances_to(m, own).double() @ self.weights
             for m, own in zip(means.to(self.z.dtype), labels, strict=True)
         ]
         return torch.stack(parts)
 
     def distances_to(self, memories: Tensor, labels: Tensor) -> Tensor:
-        """Squared distance of each row to the memory of its label, one replica."""
+        """Squared distances [N] of the rows to the memories [K, D] of their labels."""
         return torch.cat(
             [
                 (x - memories[own]).square_().sum(1)
@@ -105,22 +107,22 @@ class Points:
         )
 
     def distances(self, memories: Tensor) -> Tensor:
-        """Squared distances [N, K], one replica, from differences."""
+        """Squared distances [N, K] to memories [K, D], from differences."""
         exact = "donot_use_mm_for_euclid_dist"
         return torch.cdist(self.z, memories, compute_mode=exact).square_()
 
-    def far_row(self, memories: Tensor, labels: Tensor, lot: float) -> Tensor | None:
-        """A place for a memory: the row that a lot in [0, 1) draws by weight and squared distance;
-        None where every row lies on its memory.
+    def far_row(self, memories: Tensor, labels: Tensor, draw: float) -> Tensor | None:
+        """A new memory: the row that a number in [0, 1) draws by weight times squared distance;
+        None where every row is equal to its memory.
         """
-        mass = (self.distances_to(memories, labels).double() * self.share).cumsum(0)
+        mass = (self.distances_to(memories, labels).double() * self.weights).cumsum(0)
         if float(mass[-1]) <= 0:
             return None
-        index = torch.searchsorted(mass, lot * float(mass[-1])).clamp(max=len(mass) - 1)
+        index = torch.searchsorted(mass, draw * float(mass[-1])).clamp(max=len(mass) - 1)
         return self.completed(int(index), memories)
 
     def completed(self, index: int, memories: Tensor) -> Tensor:
-        """A row as a place for a memory."""
+        """A row without missing entries."""
         return self.z[index]
 
     def between(self) -> Tensor:
@@ -129,27 +131,29 @@ class Points:
         return torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.split(max(1, TILE_ENTRIES // self.z.shape[1]))
+        return x.split(max(1, CHUNK_SCORES // self.z.shape[1]))
 
 
 class PartialPoints(Points):
-    """Rows with missing entries; every row has an observed one."""
+    """Rows with missing entries; every row has an observed entry."""
 
     def __init__(
-        self, z: Tensor, seen: Tensor, weight: Tensor | None, precision: str | None
+        self, z: Tensor, observed: Tensor, weight: Tensor | None, precision: str | None
     ) -> None:
         super().__init__(z, weight, precision)
-        self.seen = seen
-        self.mask = seen.to(z.dtype)
+        self.observed = observed
+        self.mask = observed.to(z.dtype)
         self.scale = z.shape[1] / self.mask.sum(1)
-        wide = z.double()  # a score is a difference of much larger terms
-        self.both = torch.cat([seen.double(), -2 * wide], 1)  # and is both . (rho^2, rho)
-        self.square = wide.square().sum(1)
+        # |m (x - rho)|^2 - |m x|^2 = (m, -2 m x) . (rho^2, rho), with the mask m of a row; in
+        # float64, as the terms are much larger than their difference
+        x = z.double()
+        self.factors = torch.cat([observed.double(), -2 * x], 1)
+        self.square = x.square().sum(1)
 
     def part(self, index: Tensor) -> Points:
         weight = None if self.weight is None else self.weight[index]
-        assert self.seen is not None
-        return PartialPoints(self.z[index], self.seen[index], weight, self.precision)
+        assert self.observed is not None
+        return PartialPoints(self.z[index], self.observed[index], weight, self.precision)
 
     def lloyd(self, starts: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         memories, labels = starts, self.assign(starts)
@@ -164,56 +168,57 @@ class PartialPoints(Points):
         flat = memories.reshape(-1, memories.shape[-1]).double()
         table = torch.cat([flat.square(), flat], 1).mT.contiguous()
         count, k, _ = memories.shape
-        step = max(1, TILE_ENTRIES // (count * k))
-        found = [(x @ table).view(-1, count, k).argmin(2) for x in self.both.split(step)]
-        return torch.cat(found).mT.contiguous()
+        step = max(1, CHUNK_SCORES // (count * k))
+        labels = [(x @ table).view(-1, count, k).argmin(2) for x in self.factors.split(step)]
+        return torch.cat(labels).mT.contiguous()
 
     def sums(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        sums, held = kmeans_update(self.z, labels, k, weight=self.weight)
+        sums, masses = kmeans_update(self.z, labels, k, weight=self.weight)
         counts, _ = kmeans_update(self.mask, labels, k, weight=self.weight)
-        return sums, counts, held.double()
+        return sums, counts, masses.double()
 
     def distances_to(self, memories: Tensor, labels: Tensor) -> Tensor:
         parts = [
-            ((x - memories[own]).square_() * seen).sum(1)
-            for x, seen, own in zip(
+            ((x - memories[own]).square_() * mask).sum(1)
+            for x, mask, own in zip(
                 self._split(self.z), self._split(self.mask), self._split(labels), strict=True
             )
         ]
         return torch.cat(parts) * self.scale
 
     def distances(self, memories: Tensor) -> Tensor:
-        wide = memories.double()
-        scores = self.both @ torch.cat([wide.square(), wide], 1).mT
-        far = scores.add_(self.square[:, None]).clamp_(min=0).mul_(self.scale[:, None])
-        return far.to(self.z.dtype)
+        rho = memories.double()
+        scores = self.factors @ torch.cat([rho.square(), rho], 1).mT
+        distances = scores.add_(self.square[:, None]).clamp_(min=0).mul_(self.scale[:, None])
+        return distances.to(self.z.dtype)
 
     def completed(self, index: int, memories: Tensor) -> Tensor:
-        """The row with its missing entries from the nearest of the memories."""
-        assert self.seen is not None
-        gap = (memories - self.z[index]).square() * self.mask[index]
-        return torch.where(self.seen[index], self.z[index], memories[gap.sum(1).argmin()])
+        """A row whose missing entries are those of the nearest memory."""
+        assert self.observed is not None
+        squares = (memories - self.z[index]).square() * self.mask[index]
+        nearest = memories[squares.sum(1).argmin()]
+        return torch.where(self.observed[index], self.z[index], nearest)
 
     def between(self) -> Tensor:
-        """Of what both rows have, times D / the number of that; the mean of all distances where
-        they have nothing in common.
+        """Distances [N, N]: squared differences at the c entries that both rows have, times D / c;
+        the mean of all other distances where c is 0.
         """
         x, m = self.z.double(), self.mask.double()
         square, common = x.square() @ m.mT, m @ m.mT
-        far = (square + square.mT - 2 * (x @ x.mT)).clamp_(min=0)
-        far = (far * x.shape[1] / common).sqrt_().fill_diagonal_(0.0)
-        known = common > 0
-        return torch.where(known, far, far[known].mean())
+        distances = (square + square.mT - 2 * (x @ x.mT)).clamp_(min=0)
+        distances = (distances * x.shape[1] / common).sqrt_().fill_diagonal_(0.0)
+        is_known = common > 0
+        return torch.where(is_known, distances, distances[is_known].mean())
 
 
 _TINY = torch.finfo(torch.float64).tiny
 
 
 def masked_distances(z: Tensor, memories: Tensor) -> Tensor:
-    """Squared distances [N, K] of rows with NaN for missing entries; a row without any entry stands
-    at the mean.
+    """Squared distances [N, K] of rows with NaN for missing entries; a row without any entry is the
+    mean.
     """
-    seen = ~z.isnan()
-    seen = seen | ~seen.any(1, keepdim=True)
-    points = PartialPoints(z.nan_to_num(0.0), seen, None, None)
+    observed = ~z.isnan()
+    observed = observed | ~observed.any(1, keepdim=True)
+    points = PartialPoints(z.nan_to_num(0.0), observed, None, None)
     return points.distances(memories)

@@ -1,57 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fit of ClAM tells while it runs: a bar on stderr, callbacks."""
+"""What a ClAM fit shows and calls while it runs: a bar on stderr, callbacks."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from ..common import callbacks
-from ..common.base import progress_bar
+from ..common.callbacks import Callbacks
+from ..common.progress import ProgressBar
 from ..common.scale import rescaled
-from .selection import Contest
+from .selection import Candidates
 
 
-class Progress:
-    """Called after every epoch, or batch of `partial_fit`; whether a callback asks to stop.
+class FitProgress:
+    """Called after every epoch of a fit; returns whether a callback ends the fit.
 
-    `unit` is the exponent of a length 1 of the frame in units of the data, `total` the number of
-    epochs or batches, and `word` is "epoch" or "batch".
+    `unit` is the exponent of a length 1 of the frame in units of the data.
     """
 
-    def __init__(
-        self, estimator: Any, listeners: list[Any], unit: int, total: int, word: str
-    ) -> None:
-        self.estimator, self.listeners, self.unit = estimator, listeners, unit
-        self.bar: Any = None
-        if estimator.verbose:
-            self.bar = progress_bar("ClAM", total, word)
+    def __init__(self, bar: ProgressBar, callbacks: Callbacks, unit: int) -> None:
+        self.bar, self.callbacks, self.unit = bar, callbacks, unit
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, stage: int, epoch: int, losses: Tensor, contest: Contest) -> bool:
-        """One epoch is over."""
-        if self.bar is not None:
-            if contest.select == "silhouette" and contest.front:
-                self.bar.set_postfix(silhouette=f"{-contest.winner().key:.4f}", refresh=False)
-            self.bar.update()
+    def __call__(self, stage: int, epoch: int, losses: Tensor, candidates: Candidates) -> bool:
+        figures = {}
+        if self.bar.is_shown and candidates.select == "silhouette" and candidates.front:
+            figures["silhouette"] = f"{-candidates.best().key:.4f}"
+        self.bar.advance(**figures)
         loss = float(losses.mean()) if len(losses) else float("nan")
-        return self._told(stage, epoch, loss, len(contest.table))
-
-    def batch(self, number: int, loss: float) -> bool:
-        """One batch of `partial_fit` is over, the first ever has the number 0."""
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{rescaled(loss, 2 * self.unit):.4g}", refresh=False)
-            self.bar.update()
-        return self._told(0, number, loss, 0)
-
-    def _told(self, stage: int, epoch: int, loss: float, candidates: int) -> bool:
         loss = rescaled(loss, 2 * self.unit)
-        info = {"round": stage, "epoch": epoch, "loss": loss, "candidates": candidates}
-        return callbacks.call(self.listeners, "on_iteration", self.estimator, info)
+        return after_iteration(self.callbacks, stage, epoch, loss, len(candidates.table))
+
+
+class BatchProgress:
+    """Called after every batch of `partial_fit`; returns whether a callback ends the call.
+
+    `first` is the number of the first batch, which counts all batches of the estimator.
+    """
+
+    def __init__(self, bar: ProgressBar, callbacks: Callbacks, first: int) -> None:
+        self.bar, self.callbacks, self.number = bar, callbacks, first
+
+    def __call__(self, loss: float) -> bool:
+        self.bar.advance(loss=f"{loss:.4g}")
+        number, self.number = self.number, self.number + 1
+        return after_iteration(self.callbacks, 0, number, loss, 0)
+
+
+def after_iteration(
+    callbacks: Callbacks, stage: int, epoch: int, loss: float, candidates: int
+) -> bool:
+    """Call the callbacks; `loss` is in units of the data."""
+    info = {"round": stage, "epoch": epoch, "loss": loss, "candidates": candidates}
+    return callbacks.iteration(info)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fitted memories tell of rows: labels, weights, distances, energies, missing entries."""
+"""What fitted memories compute of rows: labels, weights, distances, energies, missing entries."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from torch import Tensor
 
 from ...ops.am import am_energy, am_recursion
 from ...ops.kmeans import kmeans_assign
+from ..common.base import computed_dtype
 from ..common.frame import Frame
-from ..common.rows import Rows, read_rows, read_weight
+from ..common.rows import Rows, read_rows, read_weight, weighted_sum
 from ..common.scale import rescaled, scaled
 from ..common.threads import small_on_one_thread
 from .container import in_container
 from .points import masked_distances
-from .search import resolved
+from .settings import ClAMSettings
 
-# Beta of `complete` in units of 1/gap: of 1, 1.5, 2 and 3 the one that is near the least error on
+# Beta of `complete` in units of 1/gap: of 1, 1.5, 2 and 3, 1.5 has an error near the least one on
 # every table of bench/completion.py.
 RECALL_STEPS, COMPLETION = 10, 1.5
 
@@ -32,36 +33,37 @@ RECALL_STEPS, COMPLETION = 10, 1.5
 class Recall(TransformerMixin):
     """Mixin of an estimator with memories in a frame."""
 
-    recipe: str
-    precision: str | None
     cluster_centers_: Any
     _frame: Frame
     _sharpness: list[float]
 
-    def _read(self, X: Any) -> Rows:
-        check_is_fitted(self, "cluster_centers_")
-        return read_rows(self, X, reset=False)
+    def _settings(self) -> ClAMSettings:
+        """The parameters of one call; every method reads them anew."""
+        return ClAMSettings.of(self)
 
-    def _centers(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _read(self, X: Any, settings: ClAMSettings) -> Rows:
+        check_is_fitted(self, "cluster_centers_")
+        return read_rows(self, X, device=settings.device, reset=False)
+
+    def _memories(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The memories in the frame."""
-        centers = self.cluster_centers_
-        if not isinstance(centers, Tensor):
-            centers = torch.from_numpy(np.require(centers, requirements=["C", "W"]))
-        return self._frame.states(centers.to(device), dtype)
+        memories = self.cluster_centers_
+        if not isinstance(memories, Tensor):
+            memories = torch.from_numpy(np.require(memories, requirements=["C", "W"]))
+        return self._frame.states(memories.to(device), dtype)
 
     def _pair(self, part: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(states of some rows, memories), of one dtype: float64 where one of them needs it."""
+        """(states of some rows, memories), both in float64 where one of them needs it."""
         z = self._frame.states(part, dtype)
-        centers = self._centers(z.dtype, z.device)
-        return z.to(centers.dtype), centers
+        memories = self._memories(z.dtype, z.device)
+        return z.to(memories.dtype), memories
 
     def _dtype(self, rows: Rows) -> torch.dtype:
-        """What distances are computed in, but for values that only float64 has room for."""
-        name = str(self.cluster_centers_.dtype).removeprefix("torch.")
-        fitted = torch.float64 if name == "float64" else torch.float32
+        """The dtype of distances: float64 where the rows or the memories have it."""
+        fitted = computed_dtype(self.cluster_centers_)
         return torch.float64 if rows.dtype == torch.float64 else fitted
 
-    def _by_pieces(self, rows: Rows, function: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+    def _for_each_chunk(self, rows: Rows, function: Callable[[Tensor, Tensor], Any]) -> list[Any]:
         """`function(states, memories)` for each chunk of rows, without gradients."""
         dtype = self._dtype(rows)
         results = []
@@ -70,55 +72,58 @@ class Recall(TransformerMixin):
                 results.append(function(*self._pair(part, dtype)))
         return results
 
-    def _recalled(self, z: Tensor, centers: Tensor) -> Tensor:
-        """States whose nearest memory gives the label: the paper's are those after the recursion,
-        which fills what is missing.
+    def _recalled(self, z: Tensor, memories: Tensor, settings: ClAMSettings) -> Tensor:
+        """States whose nearest memories are the labels. Those of the paper's recipe are states
+        after the recursion, which starts with missing entries at 0.
         """
-        if self.recipe != "paper":
+        if not settings.is_published:
             return z
-        steps, step = resolved(self, "steps"), float(resolved(self, "step"))
-        start = z.nan_to_num(0.0)
         return am_recursion(
-            start, centers, self._beta(), steps, step=step, precision=self.precision
+            z.nan_to_num(0.0),
+            memories,
+            self._beta(),
+            settings.steps,
+            step=settings.step,
+            precision=settings.precision,
         )
 
     def _beta(self) -> float:
         """beta_ in the frame."""
         return self._sharpness[0]
 
-    def _nearest(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(labels, squared distances in the frame from the rows to the memory of their label)."""
+    def _nearest(self, rows: Rows, settings: ClAMSettings) -> tuple[Tensor, Tensor]:
+        """(labels, squared distances in the frame to the memories of the labels)."""
 
-        def label(z: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-            recalled = self._recalled(z, centers)
-            labels, sqdist = kmeans_assign(recalled, centers, precision=self.precision)
+        def label(z: Tensor, memories: Tensor) -> tuple[Tensor, Tensor]:
+            recalled = self._recalled(z, memories, settings)
+            labels, sqdist = kmeans_assign(recalled, memories, precision=settings.precision)
             if recalled is not z:
-                sqdist = (z - centers[labels]).square().sum(-1)
-            if rows.missing:
+                sqdist = (z - memories[labels]).square().sum(-1)
+            if rows.has_missing:
                 some = z.isnan().any(1).nonzero()[:, 0]
-                far = masked_distances(z[some], centers)
+                distances = masked_distances(z[some], memories)
                 if recalled is z:
-                    labels[some] = far.argmin(1)
-                sqdist[some] = far.gather(1, labels[some, None])[:, 0]
-                sqdist[z.isnan().all(1)] = 0.0  # nothing observed, nothing missed
+                    labels[some] = distances.argmin(1)
+                sqdist[some] = distances.gather(1, labels[some, None])[:, 0]
+                sqdist[z.isnan().all(1)] = 0.0  # no observed entry, no distance
             return labels, sqdist
 
-        labels, sqdist = zip(*self._by_pieces(rows, label), strict=True)
+        labels, sqdist = zip(*self._for_each_chunk(rows, label), strict=True)
         return torch.cat(labels), torch.cat(sqdist)
 
-    def _distances(self, rows: Rows) -> Tensor:
-        """Distances [N, K] in the frame, by direct differences."""
+    def _distances(self, rows: Rows, settings: ClAMSettings) -> Tensor:
+        """Distances [N, K] in the frame, from differences."""
 
-        def measured(z: Tensor, centers: Tensor) -> Tensor:
+        def distances(z: Tensor, memories: Tensor) -> Tensor:
             mode = "donot_use_mm_for_euclid_dist"
-            recalled = self._recalled(z, centers)
-            far = torch.cdist(recalled, centers, compute_mode=mode)
-            if rows.missing and recalled is z:
+            recalled = self._recalled(z, memories, settings)
+            out = torch.cdist(recalled, memories, compute_mode=mode)
+            if rows.has_missing and recalled is z:
                 some = z.isnan().any(1).nonzero()[:, 0]
-                far[some] = masked_distances(z[some], centers).sqrt_()
-            return far
+                out[some] = masked_distances(z[some], memories).sqrt_()
+            return out
 
-        return torch.cat(self._by_pieces(rows, measured))
+        return torch.cat(self._for_each_chunk(rows, distances))
 
     @small_on_one_thread
     def predict(self, X: Any) -> Any:
@@ -127,14 +132,15 @@ class Recall(TransformerMixin):
         Parameters
         ----------
         X : array-like or Tensor [N, D]
-            NaN stands for a missing entry: the distance is that of the others.
+            NaN is a missing entry: the distance is that of the other entries.
 
         Returns
         -------
         array [N], int32, or for a tensor Tensor [N], int64, on its device
         """
-        rows = self._read(X)
-        return rows.give_labels(self._nearest(rows)[0])
+        settings = self._settings()
+        rows = self._read(X, settings)
+        return rows.give_labels(self._nearest(rows, settings)[0])
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """Fit, and the labels of the rows.
@@ -158,18 +164,18 @@ class Recall(TransformerMixin):
         Parameters
         ----------
         X : array-like or Tensor [N, D]
-            NaN stands for a missing entry.
+            NaN is a missing entry.
 
         Returns
         -------
         array or Tensor [N, K]
             Rows sum to 1; the largest entry is at the row's label.
         """
-        rows = self._read(X)
-        labels = self._nearest(rows)[0][:, None]
-        p = torch.softmax(self._distances(rows).square_().mul_(-self._beta()), -1)
-        # two memories so close that their weights round to the same number: the label's is the
-        # larger
+        settings = self._settings()
+        rows = self._read(X, settings)
+        labels = self._nearest(rows, settings)[0][:, None]
+        p = torch.softmax(self._distances(rows, settings).square_().mul_(-self._beta()), -1)
+        # weights of two close memories may round to the same number: raise that of the label
         top = p.amax(-1, keepdim=True)
         tied = p.argmax(-1, keepdim=True) != labels
         raised = torch.nextafter(top, torch.full_like(top, 2.0))
@@ -183,16 +189,17 @@ class Recall(TransformerMixin):
         Parameters
         ----------
         X : array-like or Tensor [N, D]
-            NaN stands for a missing entry: the squared distance is that of the others times D /
-            their number.
+            NaN is a missing entry: the squared distance is that of the m other entries times
+            D / m.
 
         Returns
         -------
         array or Tensor [N, K], unit |x|, |(x - rho_k) / scale_|
         """
-        rows = self._read(X)
-        far = scaled(self._distances(rows).double(), self._frame.unit)
-        return rows.give(far.to(self._dtype(rows)))
+        settings = self._settings()
+        rows = self._read(X, settings)
+        distances = scaled(self._distances(rows, settings).double(), self._frame.unit)
+        return rows.give(distances.to(self._dtype(rows)))
 
     @small_on_one_thread
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -201,7 +208,7 @@ class Recall(TransformerMixin):
         Parameters
         ----------
         X : array-like or Tensor [N, D]
-            NaN stands for a missing entry.
+            NaN is a missing entry.
         y : ignored
         sample_weight : array-like [N], optional
 
@@ -209,9 +216,11 @@ class Recall(TransformerMixin):
         -------
         float
         """
-        rows = self._read(X)
+        settings = self._settings()
+        rows = self._read(X, settings)
         weight = read_weight(sample_weight, rows)
-        return -rescaled(total(self._nearest(rows)[1], weight), 2 * self._frame.unit)
+        inertia = weighted_sum(self._nearest(rows, settings)[1], weight)
+        return -rescaled(inertia, 2 * self._frame.unit)
 
     @small_on_one_thread
     def energy(self, X: Any) -> Any:
@@ -220,27 +229,28 @@ class Recall(TransformerMixin):
         Parameters
         ----------
         X : array-like or Tensor [N, D]
-            NaN stands for a missing entry.
+            NaN is a missing entry.
 
         Returns
         -------
         array or Tensor [N], unit |x|^2
             Low where a row is close to a memory.
         """
-        rows = self._read(X)
+        settings = self._settings()
+        rows = self._read(X, settings)
         beta = self._beta()
 
-        def measured(z: Tensor, centers: Tensor) -> Tensor:
-            energy = am_energy(z, centers, beta, precision=self.precision)
-            if rows.missing:
+        def energies(z: Tensor, memories: Tensor) -> Tensor:
+            energy = am_energy(z, memories, beta, precision=settings.precision)
+            if rows.has_missing:
                 some = z.isnan().any(1).nonzero()[:, 0]
-                logits = masked_distances(z[some], centers).mul_(-beta)
+                logits = masked_distances(z[some], memories).mul_(-beta)
                 energy[some] = logits.logsumexp(1).div_(-beta).to(energy.dtype)
             return energy
 
-        energies = torch.cat(self._by_pieces(rows, measured))
-        energies = scaled(energies.double(), 2 * self._frame.unit)
-        return rows.give(energies.to(self._dtype(rows)))
+        energy = torch.cat(self._for_each_chunk(rows, energies))
+        energy = scaled(energy.double(), 2 * self._frame.unit)
+        return rows.give(energy.to(self._dtype(rows)))
 
     @small_on_one_thread
     def complete(
@@ -248,14 +258,14 @@ class Recall(TransformerMixin):
     ) -> Any:
         """X with its NaN entries recalled from the memories; every other entry keeps its bits.
 
-        Where `set_output` asks for a data frame, it has the names and the index of X, and a column
-        of X without a missing entry keeps its dtype. A
-        recalled entry is inside the range that the fit observed in its column.
+        Where `set_output` chooses a data frame, it has the names and the index of X, and a column
+        of X without a missing entry keeps its dtype. A recalled entry is inside the range that the
+        fit observed in its column.
 
         Parameters
         ----------
         X : array-like or Tensor [N, D]
-            NaN stands for a missing entry.
+            NaN is a missing entry.
         beta : float > 0, unit 1/|x|^2, default 1.5 / gap_
             Sharpness of the recall.
         steps : int, default 10
@@ -265,32 +275,29 @@ class Recall(TransformerMixin):
         -------
         array, Tensor or data frame [N, D]
         """
-        rows = self._read(X)
+        settings = self._settings()
+        rows = self._read(X, settings)
         for name, value, most in (("beta", beta, math.inf), ("step", step, 2.0)):
             number = isinstance(value, Real) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value <= most):
                 bound = "a number in (0, 2]" if most == 2 else "a number > 0"
                 raise ValueError(f"{name}: expected {bound}, got {value!r}")
         squared = 2 * self._frame.unit
-        sharp = self._sharpness[1] if beta is None else rescaled(beta, squared)
-        done = []
+        frame_beta = self._sharpness[1] if beta is None else rescaled(beta, squared)
+        parts = []
         with torch.inference_mode():
             for _, part in rows.pieces():
-                hidden = part.isnan()
-                z, centers = self._pair(part, part.dtype)
-                out = am_recursion(
-                    z.masked_fill(hidden, 0.0),
-                    centers,
-                    sharp,
+                is_missing = part.isnan()
+                z, memories = self._pair(part, part.dtype)
+                states = am_recursion(
+                    z.masked_fill(is_missing, 0.0),
+                    memories,
+                    frame_beta,
                     steps,
                     step=step,
-                    update_mask=hidden,
-                    precision=self.precision,
+                    update_mask=is_missing,
+                    precision=settings.precision,
                 )
-                done.append(torch.where(hidden, self._frame.data(out).to(part.dtype), part))
-        return in_container(self, X, rows.give(torch.cat(done)))
-
-
-def total(values: Tensor, weight: Tensor | None) -> float:
-    """Weighted sum in float64."""
-    return float(values.double().sum() if weight is None else values.double() @ weight)
+                recalled = self._frame.data(states).to(part.dtype)
+                parts.append(torch.where(is_missing, recalled, part))
+        return in_container(self, X, rows.give(torch.cat(parts)))

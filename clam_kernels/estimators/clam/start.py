@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the memories start, and the gap that sets the scale of beta."""
+"""The starting memories, and the gap, which sets the scale of beta."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from ..common.frame import Frame
 from ..common.numbers import as_numbers
 from ..common.rows import in_memory
 from ..kmeans.seeding import plus_plus, random_rows
+from .settings import ClAMSettings
 
 if TYPE_CHECKING:
     from .points import Points
 
-# Rows that a start and the gap are computed from; more add nothing to either.
+# Rows that a start and the gap are computed from; more rows change neither.
 SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY = 10_000, 100
 
 
 def sample_index(rows: int, limit: int, seed: int, weight: Tensor | None = None) -> Tensor | None:
-    """At most `limit` of some rows, drawn by weight without replacement by a generator of their
-    own, in order; None for all.
+    """Index of at most `limit` of so many rows, in order; None for all rows.
+
+    A generator of its own draws the rows by weight, without replacement.
     """
     if rows <= limit:
         return None
@@ -36,41 +38,43 @@ def sample_index(rows: int, limit: int, seed: int, weight: Tensor | None = None)
     return torch.from_numpy(np.sort(index)).to(device)
 
 
-def starts(
-    estimator: Any, init: Any, points: Points, frame: Frame, X: Any, seed: int, n_init: int
-) -> Tensor:
+def starts(settings: ClAMSettings, points: Points, frame: Frame, X: Any, seed: int) -> Tensor:
     """Starting memories [R, K, D] in the frame; replica r depends on the seed and r alone."""
-    z = points.z
-    k, d = estimator.n_clusters, z.shape[1]
-    init = init if estimator.init is None else estimator.init
+    z, init, n_init = points.z, settings.init, settings.n_init
+    k, d = settings.n_clusters, z.shape[1]
     if not isinstance(init, str) and not callable(init):
-        return _given(init, frame, z, (k, d)).expand(n_init, k, d).clone()
-    index = sample_index(len(z), max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed)
-    few = points if index is None else points.part(index.to(z.device))
-    rows = in_memory(few.z)
-    found = []
+        return _array_start(init, frame, z, (k, d)).expand(n_init, k, d).clone()
+    part = _sample(points, k, seed)
+    rows = in_memory(part.z)
+    replicas = []
     for replica in range(n_init):
         random = np.random.RandomState([seed, replica])
         if callable(init):
-            found.append(_given(init(X, k, random), frame, z, (k, d)))
+            replicas.append(_array_start(init(X, k, random), frame, z, (k, d)))
         elif init == "k-means++":
-            found.append(plus_plus(rows, few.weight, k, random))
+            replicas.append(plus_plus(rows, part.weight, k, random))
         elif init == "random":
-            found.append(_random(few, k, random))
+            replicas.append(_random_start(part, k, random))
         else:
-            drawn = random.normal(0.1, 0.1, (k, d)) * frame.one
-            found.append(torch.from_numpy(drawn))
-    return torch.stack([m.to(z.device, z.dtype) for m in found])
+            normal = random.normal(0.1, 0.1, (k, d)) * frame.one
+            replicas.append(torch.from_numpy(normal))
+    return torch.stack([memories.to(z.device, z.dtype) for memories in replicas])
 
 
-def _random(points: Points, k: int, random: np.random.RandomState) -> Tensor:
-    """K rows, different ones if there are as many that count."""
+def _sample(points: Points, k: int, seed: int) -> Points:
+    """The rows that a start and the gap are computed from."""
+    index = sample_index(len(points), max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed)
+    return points if index is None else points.part(index.to(points.z.device))
+
+
+def _random_start(points: Points, k: int, random: np.random.RandomState) -> Tensor:
+    """K rows, different ones where as many count."""
     if len(points) < k:
         return points.z[torch.from_numpy(random.choice(len(points), k)).to(points.z.device)]
     return random_rows(points.rows, points.weight, k, random)
 
 
-def _given(init: Any, frame: Frame, like: Tensor, shape: tuple[int, int]) -> Tensor:
+def _array_start(init: Any, frame: Frame, like: Tensor, shape: tuple[int, int]) -> Tensor:
     """An array of starting memories, in the frame."""
     x = as_numbers("init", init if isinstance(init, Tensor) else unmasked("init", init))
     if not isinstance(x, Tensor):
@@ -93,17 +97,16 @@ def gap_of(points: Points, memories: Tensor, seed: int) -> float:
     Where that is 0 or there is one memory: the mean nearest distance; where that is 0 too: 1.
     """
     k = memories.shape[1]
-    index = sample_index(len(points), max(SAMPLE_ROWS, SAMPLE_ROWS_PER_MEMORY * k), seed)
-    few = points if index is None else points.part(index.to(points.z.device))
+    part = _sample(points, k, seed)
     best: tuple[float, Tensor] | None = None
     for rho in memories:
-        two = few.distances(rho).topk(min(2, k), largest=False).values.double()
-        mean = float(two[:, 0] @ few.share / few.total)
+        two = part.distances(rho).topk(min(2, k), largest=False).values.double()
+        mean = float(two[:, 0] @ part.weights / part.total)
         if best is None or mean < best[0]:
             best = mean, two
     assert best is not None
     mean, two = best
-    gap = _median(two[:, 1] - two[:, 0], few.share) if k > 1 else 0.0
+    gap = _median(two[:, 1] - two[:, 0], part.weights) if k > 1 else 0.0
     return gap or mean or 1.0
 
 

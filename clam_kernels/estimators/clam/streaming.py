@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`partial_fit` of ClAM: two lines of memories on batches as they come, and the choice of one.
+"""`partial_fit` of ClAM: two sets of memories that batches update, and the choice of one.
 
-Line 0 keeps running means of the rows that each memory wins (mini-batch k-means), line 1 trains by
-completion with Adam; as in a fit, line 1 is the answer where its silhouette is better and its
-inertia inside the guard. Both are measured on a sample of all rows so far, and both move where a
-search on that sample finds memories that are clearly better: the order of the rows does not matter.
-The frame, too, follows the sample.
+Set 0 is the running means of the rows that each memory wins (mini-batch k-means). Set 1 trains by
+completion with Adam. As in a fit, set 1 is the answer where its silhouette is better and its
+inertia inside the guard. Both are measured on a sample of all rows so far, and both are replaced
+where a search on that sample gives clearly better memories: the order of the rows does not matter.
+The frame follows the sample too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils import check_random_state
 from torch import Tensor
 
 from ..common.frame import Frame
@@ -26,27 +25,38 @@ from ..common.rows import Rows
 from ..common.scale import rescaled
 from ..kmeans.seeding import plus_plus
 from .columns import frame_of, near
-from .completion import Batch, Plan, draw_masks, expected_masked, in_rates, within
+from .completion import (
+    Batch,
+    CompletionPlan,
+    draw_masks,
+    expected_masked,
+    gradient_in_rates,
+    moved_within,
+)
 from .points import Points, points_of
 from .refresh import refreshed, size_in
 from .rounds import START_ITERATIONS
-from .sample import Sample
-from .search import RECIPES, plan_of, published_beta, rates_of, resolved
+from .sample import StreamSample
+from .search import plan_of, rates_of
 from .selection import Silhouettes
+from .settings import ClAMSettings
 from .start import gap_of, sample_index, starts
 
-# The sample is searched again where its inertia, or the weight of all rows so far, has grown by
-# this factor; the memories move where that makes the inertia less than this share of what it was.
-# The frame is compared with the sample where the number of rows has grown by that factor.
-GROWN, BETTER = 1.05, 0.97
-# Fresh starts of a search, beside that from line 0.
+# The sample is searched again where its inertia, or the weight of all rows so far, is this many
+# times that of the last search. The frame is compared with the sample where the number of rows is.
+GROWTH = 1.05
+# A search replaces the memories where its inertia is below this share of theirs.
+IMPROVEMENT = 0.97
+# Fresh starts of a search, beside the start from set 0.
 STARTS = 3
 # Rows of the sample that the silhouettes are computed from.
 SILHOUETTE_ROWS = 1024
-# Beta of the training in units of 1/gap: with a softer one the memories drift apart. Steps after
-# which its rate has halved; Adam's numbers.
-SHARPNESS, HALFWAY = 10.0, 10.0
-FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
+# Beta of the training in units of 1/gap: at a smaller one the memories move away from their rows.
+SHARPNESS = 10.0
+# Steps after which the learning rate is half of the first one; Adam's numbers.
+HALF_RATE_STEPS = 10.0
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+# The sets of memories.
 MEANS, TRAINED = 0, 1
 MAGNITUDE = "the memories became NaN or infinite: X is of another magnitude than the batches before"
 _TINY = torch.finfo(torch.float64).tiny
@@ -55,131 +65,136 @@ OnBatch = Callable[[float], bool]
 
 
 @dataclass
-class Stream:
-    """What is kept from batch to batch; lengths in units of the frame."""
+class StreamState:
+    """The state between two batches; lengths in units of the frame."""
 
     seed: int
-    frame: Frame  # centred on the mean of all rows so far
-    memories: Tensor  # [2, K, D]
-    held: Tensor  # [D] weight of the observed entries so far
+    frame: Frame  # centered on the mean of all rows so far
+    memories: Tensor  # [2, K, D] both sets
+    observed: Tensor  # [D] weight of the observed entries so far
     won: Tensor  # [K, D] weight of the entries behind the running means
-    sample: Sample
+    sample: StreamSample
     gap: float
     first: Tensor  # [K, D] Adam's running means of gradients and of their squares
     second: Tensor
-    level: float = math.inf  # mean squared distance of line 0 after the last search
+    level: float = math.inf  # mean squared distance of set 0 after the last search
     searched: float = 0.0  # weight of the observed entries at the last search
     steps: int = 0
-    line: int = MEANS  # the line that counts
-    framed: int = 0  # rows when the frame was last compared with the sample
-    used: int = 0  # memories of that line with a row in the sample
+    chosen: int = MEANS  # the set that is the answer
+    framed: int = 0  # rows so far when the frame was last compared with the sample
+    used: int = 0  # memories of the chosen set with a row in the sample
 
     def answer(self) -> Tensor:
-        """The memories [K, D] of the line that counts."""
-        return self.memories[self.line]
+        """The memories [K, D] of the chosen set."""
+        return self.memories[self.chosen]
 
 
-def begin(estimator: Any, rows: Rows, weight: Tensor | None, X: Any) -> Stream:
+def begin(
+    settings: ClAMSettings, rows: Rows, weight: Tensor | None, X: Any, names: Any = None
+) -> StreamState:
     """Memories from the first batch: the best of several starts after Lloyd's iterations."""
-    names = getattr(estimator, "feature_names_in_", None)
-    frame = frame_of(rows, weight, names, estimator.standardize)
-    points = points_of(rows.states(frame), weight, estimator.precision)
-    init, count = RECIPES[estimator.recipe].init, resolved(estimator, "n_init")
-    seed = _seed(estimator)
-    found, labels = points.lloyd(
-        starts(estimator, init, points, frame, X, seed, count), START_ITERATIONS
-    )
-    means, _ = points.means(labels, found)
-    best = found[int(points.inertia(labels, means).argmin())]
-    nothing = torch.zeros_like(best, dtype=torch.float64)
-    stream = _at(seed, frame, best, nothing, gap_of(points, best[None], seed))
+    frame = frame_of(rows, weight, names, settings.standardize)
+    points = points_of(rows.states(frame), weight, settings.precision)
+    seed = settings.draw_seed()
+    first = starts(settings, points, frame, X, seed)
+    memories, labels = points.lloyd(first, START_ITERATIONS)
+    means, _ = points.means(labels, memories)
+    best = memories[int(points.inertia(labels, means).argmin())]
+    won = torch.zeros_like(best, dtype=torch.float64)
+    stream = _new_stream(seed, frame, best, won, gap_of(points, best[None], seed))
     return dataclasses.replace(stream, framed=len(points))
 
 
-def resume(estimator: Any, memories: Tensor, frame: Frame, gap: float) -> Stream:
-    """From a fitted estimator."""
-    won = torch.from_numpy(np.array(estimator._held)).to(memories.device)
-    return _at(_seed(estimator), frame.on(memories.device), memories, won, gap)
+def resume(seed: int, memories: Tensor, frame: Frame, won: Tensor, gap: float) -> StreamState:
+    """A stream that continues from fitted memories; `won` [K, D] is the weight of the entries that
+    each memory won.
+    """
+    return _new_stream(seed, frame.on(memories.device), memories, won, gap)
 
 
-def _seed(estimator: Any) -> int:
-    return int(check_random_state(estimator.random_state).randint(np.iinfo(np.int32).max))
-
-
-def _at(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> Stream:
-    still = torch.zeros_like(memories)
+def _new_stream(seed: int, frame: Frame, memories: Tensor, won: Tensor, gap: float) -> StreamState:
+    zeros = torch.zeros_like(memories)
     both = torch.stack([memories, memories])
-    sample = Sample.empty(memories, won.amax(1), frame.deviation)
-    return Stream(seed, frame, both, won.sum(0), won, sample, gap, still, still.clone())
+    sample = StreamSample.empty(memories, won.amax(1), frame.deviation)
+    return StreamState(seed, frame, both, won.sum(0), won, sample, gap, zeros, zeros.clone())
 
 
 def advance(
-    estimator: Any, stream: Stream, rows: Rows, weight: Tensor | None, on_batch: OnBatch
-) -> tuple[Stream, list[float]]:
+    settings: ClAMSettings,
+    stream: StreamState,
+    rows: Rows,
+    weight: Tensor | None,
+    on_batch: OnBatch,
+) -> tuple[StreamState, list[float]]:
     """The stream after one more call, and the loss of each of its batches, in units of the data."""
     losses = []
-    size = resolved(estimator, "batch_size")
+    size = settings.batch_size
     for start in range(0, len(rows), size):
         stop = min(start + size, len(rows))
         index = torch.arange(start, stop, dtype=torch.int64, device="cpu")
         own = None if weight is None else weight[index.to(weight.device)]
-        stream, points = _centred(estimator, stream, rows.take(index), own)
+        stream, points = _recenter(settings, stream, rows.take(index), own)
         if len(points):
-            stream = _averaged(stream, points)
-            whole = stream.sample.points(estimator.precision)
-            stream = _searched(stream, whole)
-            stream, loss = _trained(estimator, stream, whole)
+            stream = _update_means(stream, points)
+            sample = stream.sample.points(settings.precision)
+            stream = _search_sample(stream, sample)
+            stream, loss = _train(settings, stream, sample)
             losses.append(rescaled(loss, 2 * stream.frame.unit))
             if on_batch(losses[-1]):
                 break
-    return _judged(estimator, stream), losses
+    return _choose_set(settings, stream), losses
 
 
-def _centred(
-    estimator: Any, stream: Stream, x: Tensor, weight: Tensor | None
-) -> tuple[Stream, Points]:
-    """The frame moved to the mean of all rows so far, and with their deviations; the batch and the
-    memories in it.
+def _recenter(
+    settings: ClAMSettings, stream: StreamState, x: Tensor, weight: Tensor | None
+) -> tuple[StreamState, Points]:
+    """(the stream in a frame with the mean and the deviations of all rows so far, the batch in that
+    frame).
     """
     frame, dtype = stream.frame, stream.memories.dtype
     z = frame.states(x, torch.float64)
-    seen = near(z, frame)
-    share = torch.ones(len(z), 1, dtype=torch.float64, device=z.device)
-    share = share if weight is None else weight[:, None]
-    total = stream.held + (seen * share).sum(0)
-    by = (torch.where(seen, z, 0.0) * share).sum(0) / total.clamp(min=_TINY)
-    z = z - by
-    points = points_of(z.to(dtype), weight, estimator.precision)
+    is_near = near(z, frame)
+    weights = torch.ones(len(z), 1, dtype=torch.float64, device=z.device)
+    weights = weights if weight is None else weight[:, None]
+    total = stream.observed + (is_near * weights).sum(0)
+    shift = (torch.where(is_near, z, 0.0) * weights).sum(0) / total.clamp(min=_TINY)
+    z = z - shift
+    points = points_of(z.to(dtype), weight, settings.precision)
     if not bool(points.z.square().sum().isfinite()):
         raise FloatingPointError(MAGNITUDE)
-    fresh = dataclasses.replace(
+    stream = dataclasses.replace(
         stream,
-        frame=frame.moved(by).widened(x if weight is None else x[weight > 0]),
-        memories=(stream.memories.double() - by).to(dtype),
-        sample=stream.sample.shifted(by),
-        held=total,
+        frame=frame.moved(shift).widened(x if weight is None else x[weight > 0]),
+        memories=(stream.memories.double() - shift).to(dtype),
+        sample=stream.sample.shifted(shift),
+        observed=total,
     )
-    if fresh.sample.count + len(points) <= GROWN * fresh.framed:
-        return fresh, points
-    frame = refreshed(estimator.standardize, fresh.frame, fresh.sample, z, weight)
-    fresh = dataclasses.replace(fresh, framed=fresh.sample.count + len(points))
-    if frame is fresh.frame:
-        return fresh, points
-    z = (z * (fresh.frame.width / frame.width)).to(dtype)
-    return _stretched(estimator, fresh, frame), points_of(z, weight, estimator.precision)
+    count = stream.sample.count + len(points)
+    if count <= GROWTH * stream.framed:
+        return stream, points
+    before = stream.frame
+    frame = refreshed(settings.standardize, before, stream.sample, z, weight)
+    stream = dataclasses.replace(stream, framed=count)
+    if frame is before:
+        return stream, points
+    z = (z * (before.width / frame.width)).to(dtype)
+    return _rescale(settings, stream, frame), points_of(z, weight, settings.precision)
 
 
-def _stretched(estimator: Any, stream: Stream, frame: Frame) -> Stream:
-    """The stream in a frame with other widths; a search is due there."""
-    by = stream.frame.width / frame.width
-    # Adam's gradients are divided by the rates of the columns, or they are absolute
-    size = size_in(frame, by)
-    slope = by if estimator.recipe == "paper" else size_in(frame) / size if size else 1.0
+def _rescale(settings: ClAMSettings, stream: StreamState, frame: Frame) -> StreamState:
+    """The stream in a frame with other widths; the next step searches there."""
+    factor = stream.frame.width / frame.width
+    # Adam's gradients are divided by the rates of the columns; the published ones are absolute
+    size = size_in(frame, factor)
+    if settings.is_published:
+        slope: Any = factor
+    else:
+        slope = size_in(frame) / size if size else 1.0
     return dataclasses.replace(
         stream,
         frame=frame,
-        memories=(stream.memories.double() * by).to(stream.memories.dtype),
-        sample=stream.sample.stretched(by),
+        memories=(stream.memories.double() * factor).to(stream.memories.dtype),
+        sample=stream.sample.stretched(factor),
         first=(stream.first.double() * slope).to(stream.first.dtype),
         second=(stream.second.double() * slope * slope).to(stream.second.dtype),
         level=math.inf,
@@ -187,8 +202,12 @@ def _stretched(estimator: Any, stream: Stream, frame: Frame) -> Stream:
     )
 
 
-def _averaged(stream: Stream, points: Points) -> Stream:
-    """Line 0 moved to the means of the rows that its memories win; the sample with the batch."""
+def _update_means(stream: StreamState, points: Points) -> StreamState:
+    """Update set 0 and the sample with a batch.
+
+    c_k <- c_k + (sum of the rows of label k - n_k c_k) / N_k, with n_k the weight of these rows and
+    N_k that of all rows which the memory won so far.
+    """
     k, steps = stream.memories.shape[1], stream.steps + 1
     sums, counts, _ = points.sums(points.assign(stream.memories[:1]), k)
     won = stream.won + counts[0]
@@ -200,122 +219,129 @@ def _averaged(stream: Stream, points: Points) -> Stream:
     return dataclasses.replace(stream, memories=memories, won=won, sample=sample, steps=steps)
 
 
-def _searched(stream: Stream, whole: Points) -> Stream:
-    """Both lines at the memories of a new search on the sample, where one is due and those are
-    clearly better.
+def _search_sample(stream: StreamState, sample: Points) -> StreamState:
+    """Search the sample again where that is due; both sets become the result where it is clearly
+    better.
     """
-    now = _inertia(whole, stream.memories[:1])[0]
-    total = float(stream.held.sum())
-    if now <= GROWN * stream.level and total <= GROWN * stream.searched:
+    inertia_now = _mean_inertia(sample, stream.memories[:1])[0]
+    total = float(stream.observed.sum())
+    if inertia_now <= GROWTH * stream.level and total <= GROWTH * stream.searched:
         return stream
     k = stream.memories.shape[1]
     random = np.random.RandomState([stream.seed, stream.steps])
-    fresh = [plus_plus(whole.rows, whole.weight, k, random) for _ in range(STARTS)]
-    found, labels = whole.lloyd(torch.stack([stream.memories[MEANS], *fresh]), START_ITERATIONS)
-    inertia = _inertia(whole, found)
+    fresh = [plus_plus(sample.rows, sample.weight, k, random) for _ in range(STARTS)]
+    first = torch.stack([stream.memories[MEANS], *fresh])
+    memories, labels = sample.lloyd(first, START_ITERATIONS)
+    inertia = _mean_inertia(sample, memories)
     best = inertia.index(min(inertia))
-    if inertia[best] >= BETTER * now:
-        return dataclasses.replace(stream, level=now, searched=total)
-    counts = whole.sums(labels[best : best + 1], k)[1][0]
-    still = torch.zeros_like(stream.first)
+    if inertia[best] >= IMPROVEMENT * inertia_now:
+        return dataclasses.replace(stream, level=inertia_now, searched=total)
+    counts = sample.sums(labels[best : best + 1], k)[1][0]
+    zeros = torch.zeros_like(stream.first)
     return dataclasses.replace(
-        stream, memories=torch.stack([found[best], found[best]]), first=still, second=still.clone(),
-        won=counts * stream.sample.rows_per_row, level=inertia[best], searched=total,
-    )  # fmt: skip
+        stream,
+        memories=torch.stack([memories[best], memories[best]]),
+        first=zeros,
+        second=zeros.clone(),
+        won=counts * stream.sample.rows_per_row,
+        level=inertia[best],
+        searched=total,
+    )
 
 
-def _inertia(points: Points, memories: Tensor) -> list[float]:
-    """Mean squared distance of the rows to their nearest memory, of each line."""
+def _mean_inertia(points: Points, memories: Tensor) -> list[float]:
+    """Mean squared distance of the rows to their nearest memory, for each set [R, K, D]."""
     labels = points.assign(memories)
     return (points.inertia(labels, memories) / points.total).tolist()
 
 
-def _judged(estimator: Any, stream: Stream) -> Stream:
-    """The line that counts, by the figures of both on the sample."""
-    whole = stream.sample.points(estimator.precision)
+def _choose_set(settings: ClAMSettings, stream: StreamState) -> StreamState:
+    """Choose the set that is the answer, by the figures of both on the sample."""
+    sample = stream.sample.points(settings.precision)
     k = stream.memories.shape[1]
-    line = TRAINED if estimator.recipe == "paper" or estimator.select == "loss" else MEANS
-    if line == MEANS and estimator.select == "silhouette":
-        inertia = _inertia(whole, stream.memories)
-        guard = estimator.inertia_guard or math.inf
-        if inertia[TRAINED] <= guard * inertia[MEANS] and 1 < k < len(whole):
-            index = sample_index(len(whole), SILHOUETTE_ROWS, stream.seed, whole.weight)
-            some = whole if index is None else whole.part(index)
-            quality = Silhouettes(some, stream.seed)(some.assign(stream.memories), k).tolist()
-            line = TRAINED if quality[TRAINED] > quality[MEANS] else MEANS
-    used = len(whole.assign(stream.memories[line, None]).unique())
-    return dataclasses.replace(stream, line=line, used=used)
+    chosen = TRAINED if settings.is_published or settings.select == "loss" else MEANS
+    if chosen == MEANS and settings.select == "silhouette":
+        inertia = _mean_inertia(sample, stream.memories)
+        guard = settings.inertia_guard or math.inf
+        if inertia[TRAINED] <= guard * inertia[MEANS] and 1 < k < len(sample):
+            index = sample_index(len(sample), SILHOUETTE_ROWS, stream.seed, sample.weight)
+            part = sample if index is None else sample.part(index)
+            quality = Silhouettes(part, stream.seed)(part.assign(stream.memories), k).tolist()
+            chosen = TRAINED if quality[TRAINED] > quality[MEANS] else MEANS
+    used = len(sample.assign(stream.memories[chosen, None]).unique())
+    return dataclasses.replace(stream, chosen=chosen, used=used)
 
 
-def _trained(estimator: Any, stream: Stream, whole: Points) -> tuple[Stream, float]:
-    """Line 1 after one step of Adam on rows of the sample; a memory of it without a row jumps."""
+def _train(
+    settings: ClAMSettings, stream: StreamState, sample: Points
+) -> tuple[StreamState, float]:
+    """(the stream after one step of Adam of set 1 on rows of the sample, the loss)."""
     random = np.random.default_rng([stream.seed, stream.steps, 1])
-    stream = _revived(stream, whole, random)
-    gap = gap_of(whole, stream.memories[:1], stream.seed)
+    stream = _move_unused(stream, sample, random)
+    gap = gap_of(sample, stream.memories[:1], stream.seed)
     stream = dataclasses.replace(stream, gap=gap)
-    plan = _plan(estimator, stream, whole)
-    size = min(len(whole), resolved(estimator, "batch_size"))
-    index = torch.from_numpy(np.sort(random.choice(len(whole), size, replace=False)))
-    points = whole.part(index.to(whole.z.device))
+    plan = _plan(settings, stream, sample)
+    size = min(len(sample), settings.batch_size)
+    index = torch.from_numpy(np.sort(random.choice(len(sample), size, replace=False)))
+    points = sample.part(index.to(sample.z.device))
     generator = torch.Generator().manual_seed(stream.seed + stream.steps)
     n, d = points.z.shape
-    seen = None if points.seen is None else points.seen.cpu()
-    masks = draw_masks(n, d, plan.mask_ratio, generator, seen).to(points.z.device)
+    observed = None if points.observed is None else points.observed.cpu()
+    masks = draw_masks(n, d, plan.mask_ratio, generator, observed).to(points.z.device)
     memories = stream.memories[TRAINED].clone().requires_grad_()
-    batch = Batch(points.z, masks, points.seen, points.weight)
+    batch = Batch(points.z, masks, points.observed, points.weight)
     loss = batch.backward(memories[None], plan, expected_masked(points, plan.mask_ratio))
     assert memories.grad is not None
-    slope = in_rates(memories.grad, plan)
-    first = FIRST * stream.first + (1 - FIRST) * slope
-    second = SECOND * stream.second + (1 - SECOND) * slope.square()
-    rate = plan.learning_rate / (1 + stream.steps / HALFWAY)
-    wide = (second / (1 - SECOND**stream.steps)).sqrt() + EPSILON * plan.length
-    move = -rate * (first / (1 - FIRST**stream.steps)) / wide
-    moved = within(memories.detach(), move, plan)
-    both = torch.stack([stream.memories[MEANS], moved])
-    fresh = dataclasses.replace(stream, memories=both, first=first, second=second)
+    slope = gradient_in_rates(memories.grad, plan)
+    first = BETA1 * stream.first + (1 - BETA1) * slope
+    second = BETA2 * stream.second + (1 - BETA2) * slope.square()
+    rate = plan.learning_rate / (1 + stream.steps / HALF_RATE_STEPS)
+    root = (second / (1 - BETA2**stream.steps)).sqrt() + EPSILON * plan.length
+    move = -rate * (first / (1 - BETA1**stream.steps)) / root
+    trained = moved_within(memories.detach(), move, plan)
+    both = torch.stack([stream.memories[MEANS], trained])
     if not (bool(both.isfinite().all()) and math.isfinite(gap)):
         raise FloatingPointError(MAGNITUDE)
-    return fresh, float(loss)
+    return dataclasses.replace(stream, memories=both, first=first, second=second), float(loss)
 
 
-def _revived(stream: Stream, whole: Points, random: np.random.Generator) -> Stream:
-    """The stream after memories of line 1 without a row have jumped to rows drawn by their squared
-    distance.
+def _move_unused(stream: StreamState, sample: Points, random: np.random.Generator) -> StreamState:
+    """The stream after memories of set 1 without a row have jumped to rows that are drawn by their
+    squared distance.
     """
     memories = stream.memories[TRAINED]
-    labels = whole.assign(memories[None])[0]
-    dead = (torch.bincount(labels, minlength=len(memories)) == 0).nonzero()[:, 0].tolist()
-    if not dead:
+    labels = sample.assign(memories[None])[0]
+    unused = (torch.bincount(labels, minlength=len(memories)) == 0).nonzero()[:, 0].tolist()
+    if not unused:
         return stream
     memories, first, second = memories.clone(), stream.first.clone(), stream.second.clone()
-    for k in dead:
-        row = whole.far_row(memories, labels, random.random())
+    for k in unused:
+        row = sample.far_row(memories, labels, random.random())
         if row is not None:
             memories[k], first[k], second[k] = row, 0.0, 0.0
     both = torch.stack([stream.memories[MEANS], memories])
     return dataclasses.replace(stream, memories=both, first=first, second=second)
 
 
-def _plan(estimator: Any, stream: Stream, points: Points) -> Plan:
-    beta = SHARPNESS / stream.gap
-    if estimator.beta is not None:
-        beta = rescaled(float(estimator.beta), 2 * stream.frame.unit)
-    elif estimator.recipe == "paper":
-        beta = published_beta(stream.frame, RECIPES["paper"].betas[0])
-    plan = plan_of(estimator, stream.frame, points, [beta], 1, stream.seed)
-    if estimator.recipe == "paper":
+def _plan(settings: ClAMSettings, stream: StreamState, points: Points) -> CompletionPlan:
+    """How to train set 1; the deviations of the columns are those of the points."""
+    if settings.is_published or settings.beta is not None:
+        beta = settings.betas(stream.frame)[0]
+    else:
+        beta = SHARPNESS / stream.gap
+    plan = plan_of(settings, stream.frame, points, [beta], 1, stream.seed)
+    if settings.is_published:
         return plan
-    square = _squares(stream.frame, points)
+    square = _mean_squares(stream.frame, points)
     size = math.sqrt(float(square.mean())) or 1.0
-    rate = resolved(estimator, "learning_rate") * size
+    rate = settings.learning_rate * size
     rates = rates_of(square.sqrt(), size).to(points.z.dtype)
     return dataclasses.replace(plan, learning_rate=rate, length=size, rates=rates)
 
 
-def _squares(frame: Frame, points: Points) -> Tensor:
-    """Mean [D] of the squared entries that are observed and not far."""
+def _mean_squares(frame: Frame, points: Points) -> Tensor:
+    """Weighted mean [D] of the squares of the entries that are observed and not far."""
     z = points.z.double()
-    z = z if points.seen is None else z.masked_fill(~points.seen, torch.nan)
-    share = near(z, frame) * points.share[:, None]
-    return (z.nan_to_num(0.0).square() * share).sum(0) / share.sum(0).clamp(min=_TINY)
+    z = z if points.observed is None else z.masked_fill(~points.observed, torch.nan)
+    weights = near(z, frame) * points.weights[:, None]
+    return (z.nan_to_num(0.0).square() * weights).sum(0) / weights.sum(0).clamp(min=_TINY)

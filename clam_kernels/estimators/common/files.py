@@ -15,10 +15,10 @@ from ... import serialize
 from .frame import Frame
 
 E = TypeVar("E", bound="ModelFile")
-# What a file holds of a frame.
+# The tensors of a frame in a file.
 COLUMNS = ("mean", "width", "deviation", "low", "high")
 
-# Exponents of two that scale a table lie far below.
+# Exponents of the scale of a table are far below this.
 MOST_EXPONENT = 1 << 13
 SCALARS = {
     **dict.fromkeys(("inertia_", "beta_", "gap_"), float),
@@ -28,8 +28,10 @@ SCALARS = {
 
 
 class ModelFile:
-    """Mixin of an estimator with `cluster_centers_` and `labels_`, which lists its learned arrays
-    and numbers.
+    """Mixin of an estimator with `cluster_centers_` and `labels_`.
+
+    The class lists the names of its learned arrays in `_arrays`, of its learned numbers in
+    `_learned`.
     """
 
     n_clusters: int
@@ -39,28 +41,28 @@ class ModelFile:
     _arrays: tuple[str, ...]
     _learned: tuple[str, ...]
     _frame: Frame
-    _framed = False  # whether the class fits in a frame
+    _has_frame = False  # whether the class fits in a frame
 
     def _check_savable(self) -> None:
-        """ValueError if n_clusters was changed since fit, so that a load would refuse the file."""
+        """ValueError if n_clusters was changed since fit: a load of the file would fail."""
         if len(self.cluster_centers_) != self.n_clusters:
             raise ValueError(
                 f"n_clusters: expected {len(self.cluster_centers_)}, as it was fitted, got"
                 f" {self.n_clusters}; fit again before saving"
             )
 
-    def _restored(self) -> None:
-        """Check the restored state, and finish it."""
+    def _check_restored(self) -> None:
+        """Check the attributes after a load, and set those that a file does not have."""
         for name in self._learned:
             if name in SCALARS:
                 _check_scalar(name, getattr(self, name))
         k, d = self.n_clusters, self.n_features_in_
-        centres, labels = self.cluster_centers_, self.labels_
-        serialize.expect(centres.shape == (k, d), "shapes do not fit the header")
+        centers, labels = self.cluster_centers_, self.labels_
+        serialize.expect(centers.shape == (k, d), "shapes do not fit the header")
         known = labels.dtype in (np.int32, np.int64) and labels.ndim == 1
         known = known and bool(((labels >= 0) & (labels < k)).all())
         serialize.expect(known, "labels are not those of its clusters")
-        finite = centres.dtype.kind == "f" and bool(np.isfinite(centres).all())
+        finite = centers.dtype.kind == "f" and bool(np.isfinite(centers).all())
         serialize.expect(finite, "values are not finite")
         names = getattr(self, "feature_names_in_", None)
         serialize.expect(names is None or len(names) == d, "names do not fit the header")
@@ -77,31 +79,31 @@ class ModelFile:
         Raises
         ------
         TypeError
-            A parameter is no data (a callable, a RandomState); callbacks are left out.
+            A parameter is no data (a callable, a RandomState); callbacks are not written.
         ValueError
             n_clusters was changed since fit.
         OSError
-            The file cannot be written; what was there before is unharmed.
+            The file cannot be written; a file that was there before is unchanged.
         """
         check_is_fitted(self)
         self._check_savable()
         tensors = {name: _host(getattr(self, name)) for name in self._arrays}
         learned = {name: getattr(self, name) for name in self._learned}
-        if self._framed:
+        if self._has_frame:
             tensors |= {f"frame.{name}": getattr(self._frame, name).cpu() for name in COLUMNS}
             frame = self._frame
-            learned["frame"] = [frame.range, frame.unit, frame.one, frame.standard]
+            learned["frame"] = [frame.range, frame.unit, frame.one, frame.is_standard]
         names = getattr(self, "feature_names_in_", None)
         if names is not None:
             learned["feature_names_in_"] = list(names)
         parameters = self.get_params(deep=False)  # type: ignore[attr-defined]
-        if "callbacks" in parameters:  # of a fit that is over; a function is no data
+        if "callbacks" in parameters:  # a function is no data
             parameters["callbacks"] = None
         serialize.save(path, type(self).__name__, parameters, learned, tensors)
 
     @classmethod
     def load(cls: type[E], path: str | PathLike[str]) -> E:
-        """Read a model that `save` wrote; arrays come back as numpy arrays.
+        """Read a model that `save` wrote; arrays are numpy arrays.
 
         Parameters
         ----------
@@ -125,18 +127,19 @@ class ModelFile:
             model = cls(**parameters)
             model._validate_params()  # type: ignore[attr-defined]
             model._restore(learned, tensors)
-            model._restored()
+            model._check_restored()
         return model
 
     def _restore(self, learned: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Set the learned attributes to the content of a file."""
         names = learned.pop("feature_names_in_", None)
-        framed = [f"frame.{name}" for name in COLUMNS] if self._framed else []
-        known = set(learned) == {*self._learned, *(["frame"] if self._framed else [])}
-        known = known and set(tensors) == {*self._arrays, *framed}
+        frame_names = [f"frame.{name}" for name in COLUMNS] if self._has_frame else []
+        known = set(learned) == {*self._learned, *(["frame"] if self._has_frame else [])}
+        known = known and set(tensors) == {*self._arrays, *frame_names}
         serialize.expect(known, "its contents are not those of this class")
-        if self._framed:
+        if self._has_frame:
             shape = (learned["n_features_in_"],)
-            self._frame = _framed(tensors, learned.pop("frame"), shape)
+            self._frame = _frame_of(tensors, learned.pop("frame"), shape)
         for name in self._arrays:
             setattr(self, name, tensors[name].numpy())
         for name in self._learned:
@@ -158,8 +161,8 @@ def _check_scalar(name: str, value: Any) -> None:
     serialize.expect(kind is not int or value >= 0, f"{name} is not >= 0")
 
 
-def _framed(tensors: dict[str, Tensor], numbers: Any, shape: tuple[Any, ...]) -> Frame:
-    """The frame that a file holds; its tensors are taken out of those of the model."""
+def _frame_of(tensors: dict[str, Tensor], numbers: Any, shape: tuple[Any, ...]) -> Frame:
+    """The frame of a file; its tensors are removed from those of the model."""
     mean, width, deviation, low, high = (tensors.pop(f"frame.{x}").double() for x in COLUMNS)
     for x in (mean, width, deviation, low, high):
         serialize.expect(x.shape == shape, "shapes do not fit the header")

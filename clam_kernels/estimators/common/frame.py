@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The affine frame every fit runs in: features centred on their means, scaled by a power of two, or
-by their deviations where the fit standardises.
+"""The affine frame of a fit: columns minus their means, divided by a power of two, or by their
+deviations where the fit standardises.
 
-Centring keeps float32 distances exact far from the origin; the power of two keeps squares finite
-for data near the ends of the float range and changes no digit.
+Because of the centering, float32 distances keep their digits for data far from the origin. Because
+of the power of two, which changes no digit, squares are finite for data near the ends of the float
+range.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .scale import chunks, scaled
 
-# Magnitude up to which float32 holds squares and their sums.
+# Largest magnitude whose squares, and sums of them, float32 holds.
 LARGEST = 2.0**40
 
 
@@ -30,13 +31,13 @@ class Frame:
     unit: int  # exponent of the length 1 of the frame in units of the data
     one: float  # the length that counts as 1 where numbers are absolute
     deviation: Tensor  # [D] float64, standard deviation of a column in the frame
-    low: Tensor  # [D] float64, least and greatest observed entry, in units of the data
+    low: Tensor  # [D] float64, least and largest observed entry, in units of the data
     high: Tensor
-    standard: bool  # whether every column is divided by its deviation
+    is_standard: bool  # whether every column is divided by its deviation
     contrast: float = 1.0  # largest over smallest spread of the columns
 
     def states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Data in the frame, chunk by chunk; in float64 if the dtype cannot hold its squares."""
+        """Data as states, chunk by chunk; in float64 where the dtype cannot hold their squares."""
         return torch.cat([self._states(part, dtype) for part in chunks(x)])
 
     def _states(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,7 +48,7 @@ class Frame:
         return z.to(dtype)
 
     def data(self, z: Tensor) -> Tensor:
-        """States as data, float64, inside the observed range of their columns."""
+        """States as data in float64, clamped to the observed ranges of their columns."""
         x = scaled(z.double() * self.width.to(z.device) + self.mean.to(z.device), self.range)
         return torch.maximum(torch.minimum(x, self.high.to(z.device)), self.low.to(z.device))
 
@@ -60,7 +61,7 @@ class Frame:
 
     @property
     def scale(self) -> Tensor:
-        """[D] float64: what a distance in units of the data divides the columns by."""
+        """[D] float64: the divisors of the columns in a distance in units of the data."""
         return scaled(self.width, self.range - self.unit)
 
     def on(self, device: torch.device) -> Frame:
@@ -68,9 +69,9 @@ class Frame:
         names = ("mean", "width", "deviation", "low", "high")
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def moved(self, by: Tensor) -> Frame:
-        """The frame centred on a state."""
-        return dataclasses.replace(self, mean=self.mean + by * self.width)
+    def moved(self, state: Tensor) -> Frame:
+        """The frame centered on a state."""
+        return dataclasses.replace(self, mean=self.mean + state * self.width)
 
     def widened(self, x: Tensor) -> Frame:
         """The frame whose observed range includes more rows."""

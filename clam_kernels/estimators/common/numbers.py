@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a data matrix holds numbers that floats can hold, before scikit-learn converts it.
+"""Checks of a data matrix before scikit-learn converts it: float64 can hold every entry.
 
-A conversion to float64 turns a missing date into -9.2e18 and rounds integers beyond 2^53. Both are
-refused here, and so is everything else that is no number; the error names the column and the row.
+A conversion to float64 turns a missing date into -9.2e18 and rounds integers beyond 2^53. The
+checks raise for both, and for other entries that are no numbers; the error names column and row.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ...tables._numbers import first_rounded
 
 DATES = "convert dates and durations to numbers first, or leave them out"
 AXES = ("row", "column")
-# Scalars of numpy that `float` takes, and that are no real numbers.
+# Scalars of numpy that `float` converts, although they are no real numbers.
 NO_NUMBERS = (np.datetime64, np.timedelta64, np.complexfloating)
-# Types of entries that need no look: a conversion to float64 keeps them.
+# Types of entries that float64 holds without a check.
 PLAIN = {float, bool, type(None), np.float64, np.float32, np.bool_}
 
 
 def as_numbers(name: str, x: Any) -> Any:
-    """`x` as scikit-learn may convert it; an error for entries that would be lost.
+    """`x` for a conversion by scikit-learn; an error for entries that float64 cannot hold.
 
-    A list becomes an array, and NA among objects becomes NaN. Text is left to the conversion, which
-    reads numbers and refuses the rest.
+    A list becomes an array, and NA among objects becomes NaN. Text stays: the conversion reads
+    numbers in it, and raises for other text.
     """
     if sparse.issparse(x):
         return _checked_sparse(name, x)
@@ -41,7 +41,7 @@ def as_numbers(name: str, x: Any) -> Any:
     if isinstance(x, list | tuple):
         try:
             x = np.asarray(x)
-        except ValueError:  # lists of several lengths: scikit-learn says so
+        except ValueError:  # lists of several lengths: scikit-learn raises
             return x
     return _check_array(name, x) if isinstance(x, np.ndarray) else x
 
@@ -63,9 +63,9 @@ def _is_wide(x: Tensor) -> bool:
 
 
 def _checked_sparse(name: str, x: Any) -> Any:
-    """A sparse matrix whose indices stay inside it; compiled code writes where they point to."""
+    """A sparse matrix, whose indices are checked: compiled code writes to the places they name."""
     if x.ndim != 2:
-        return x  # scikit-learn says so
+        return x  # scikit-learn raises
     if x.format not in ("csr", "csc", "bsr", "coo"):
         x = x.tocsr()
     if x.format == "coo":
@@ -101,14 +101,14 @@ def _check_indices(name: str, x: Any, axis: str, indices: np.ndarray, block: int
         return
     place = int(((indices < 0) | (indices >= size)).argmax())
     if x.format == "coo":
-        at = int((x.col if axis == "row" else x.row)[place])
+        number = int((x.col if axis == "row" else x.row)[place])
     else:
-        at = int(np.searchsorted(x.indptr, place, side="right")) - 1
+        number = int(np.searchsorted(x.indptr, place, side="right")) - 1
     other = AXES[1 - AXES.index(axis)]
     unit = " of blocks" if x.format == "bsr" else ""
     raise ValueError(
         f"{name}: expected {axis} indices{unit} from 0 to {size - 1}, got {int(indices[place])} in"
-        f" {other} {at}{unit}"
+        f" {other} {number}{unit}"
     )
 
 
@@ -135,7 +135,7 @@ def _check_array(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def _checked_frame(name: str, x: Any) -> Any:
-    """A data frame of pandas, polars or pyarrow; columns of floats are not looked at."""
+    """A data frame of pandas, polars or pyarrow; columns of floats need no check."""
     names = list(getattr(x, "column_names", x.columns))
     types = list(getattr(x, "dtypes", [None] * len(names)))
     replaced = {}
@@ -160,7 +160,7 @@ def _checked_column(name: str, label: Any, column: Any) -> np.ndarray | None:
     """The numbers of a column whose objects have NA among them; None where nothing changes."""
     values = np.asarray(column)
     if values.dtype.kind == "f" and np.isnan(values).any():
-        # integers with gaps, which arrived as floats and may be rounded
+        # integers with missing values, which are floats here and may be rounded
         fill = getattr(column, "fill_null", None) or column.fillna
         values = np.asarray(fill(0))
     if values.dtype.kind in "mM":
@@ -179,7 +179,7 @@ def _checked_column(name: str, label: Any, column: Any) -> np.ndarray | None:
 
 
 def _checked_objects(name: str, label: Any, values: Iterable[Any]) -> np.ndarray | None:
-    """The values as float64 where NA is among them, else None."""
+    """The values as float64 where some are NA, else None."""
     values = np.asarray(values)
     if set(map(type, values)) <= PLAIN:
         return None
@@ -207,9 +207,9 @@ def _check_object(name: str, label: Any, row: int, value: Any) -> None:
 
 def _without_na(values: np.ndarray) -> np.ndarray:
     """A copy in which NA of pandas is NaN."""
-    kept = values.copy()
-    kept[np.frompyfunc(_is_na, 1, 1)(values).astype(bool)] = np.nan
-    return kept
+    copy = values.copy()
+    copy[np.frompyfunc(_is_na, 1, 1)(values).astype(bool)] = np.nan
+    return copy
 
 
 def _is_na(value: Any) -> bool:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data matrix of a fit: dense or sparse, in memory or on disk, block by block.
 
-A block is what an op is called with. Rows in memory that need no change are one block and are never
-copied; read-only arrays (a memory map among them), sparse rows, rows of unit norm and rows near the
-ends of the float range are made block by block.
+Ops are called with one block at a time. Rows in memory that need no conversion are one block, which
+is not copied. Read-only arrays (such as memory maps), sparse rows, rows of unit norm and rows near
+the ends of the float range are converted block by block.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
+from sklearn.base import BaseEstimator
 from sklearn.utils import get_tags
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from ..._core.backend import float32_products
+from ..._core.spec import choice
 from ...metrics import unmasked
 from . import sparse_rows
-from .base import NARROW, choose_device, read_tensor, refuse_bad_entries
+from .base import choose_device, computed_dtype, read_tensor, refuse_bad_entries
 from .frame import Frame
 from .numbers import as_numbers, check_integers, refuse_same_names
 from .scale import chunks, rescaled, scaled
 
-# Entries of a block that is made on the way.
+# Entries of a block that is converted.
 BLOCK_ENTRIES = 1 << 22
-# Entries of a piece of float32 rows that are normalised in float64: on a CPU it stays in the cache.
+# Entries of a chunk of float32 rows that are normalised in float64: it fits in a CPU's cache.
 UNIT_ENTRIES = 1 << 16
-# Rows x centres of one product on a CPU, about.
+# About the rows x centroids of one product on a CPU.
 TILE_ENTRIES = 1 << 18
-# Squares of values between these need no scaling: (least, most) exponent.
-SAFE = {torch.float32: (-40, 40), torch.float64: (-400, 400)}
+# Exponents of the least and the largest magnitude whose squares need no scaling.
+SAFE_EXPONENTS = {torch.float32: (-40, 40), torch.float64: (-400, 400)}
 
-# Rows below this have digits whose squares are 0 in float64.
+# Values below this have digits whose squares are 0 in float64.
 LEAST = 2.0**-459
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -63,11 +65,11 @@ class Rows:
     unit_norm: bool = False
     exponent: int = 0
     top: float = 0.0  # the largest magnitude
-    missing: bool = False  # whether some entries are NaN
+    has_missing: bool = False  # whether some entries are NaN
     mean: Tensor = field(default_factory=_no_features)  # [D] float64, scaled
     variance: float = 0.0  # mean over the features, scaled
-    seen_in: Frame | None = None  # rows are states of this frame
-    result: torch.dtype = field(init=False)  # of results; `dtype` is that of the computation
+    frame_of_rows: Frame | None = None  # the rows are states of this frame, if there is one
+    result: torch.dtype = field(init=False)  # dtype of results; `dtype` is that of computations
 
     def __post_init__(self) -> None:
         self.result = self.dtype
@@ -81,41 +83,41 @@ class Rows:
         return int(self.source.shape[1])
 
     @property
-    def whole(self) -> bool:
-        """Whether the source itself can be handed to an op."""
-        plain = isinstance(self.source, Tensor) and self.source.device == self.device
-        same = plain and self.source.dtype == self.dtype
-        plain = same and self.seen_in is None
-        return plain and not self.exponent and not self.unit_norm and self.chunk_rows is None
+    def is_whole(self) -> bool:
+        """Whether an op can take the source itself."""
+        is_scaled = self.frame_of_rows is not None or self.exponent != 0 or self.unit_norm
+        if is_scaled or self.chunk_rows is not None or not isinstance(self.source, Tensor):
+            return False
+        return self.source.device == self.device and self.source.dtype == self.dtype
 
     @property
     def is_sparse(self) -> bool:
-        """Whether passes read the nonzero entries alone; a GPU reads dense blocks."""
+        """Whether a pass reads the nonzero entries alone; a GPU reads dense blocks."""
         return sparse.issparse(self.source) and self.device.type == "cpu"
 
     @functools.cached_property
     def squares(self) -> Tensor:
-        """Squared norms [N] of sparse rows, in float64; asked for when the scale is chosen."""
+        """Squared norms [N] of sparse rows in float64; valid after the scale is chosen."""
         return sparse_rows.squares(self)
 
     @property
-    def in_place(self) -> bool:
-        """Whether some rows are read as cheaply as all, in a processor's memory."""
-        return self.whole and self.device.type == "cpu"
+    def is_in_memory(self) -> bool:
+        """Whether the rows are in a CPU's memory: reading some costs less than reading all."""
+        return self.is_whole and self.device.type == "cpu"
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, values) of every block, in order."""
         n = len(self)
-        if self.whole:
+        if self.is_whole:
             yield slice(0, n), self.source
             return
         step = self.chunk_rows or max(1, BLOCK_ENTRIES // self.features)
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
-            yield part, self._made(self.source[part])
+            yield part, self._converted(self.source[part])
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, values) in chunks that a copy in float64 is no matter for."""
+        """(rows, values) of every chunk: few rows, so that a copy in float64 is small."""
         for part, block in self.blocks():
             start = part.start
             for x in chunks(block):
@@ -123,31 +125,32 @@ class Rows:
                 start += len(x)
 
     def states(self, frame: Frame) -> Tensor:
-        """Every row in a frame."""
+        """All rows as states of a frame."""
         return torch.cat([frame.states(x, self.dtype) for _, x in self.pieces()])
 
     def take(self, index: Tensor) -> Tensor:
-        """Some rows."""
+        """The values of some rows."""
         if isinstance(self.source, Tensor):
-            return self._made(self.source.index_select(0, index.to(self.source.device)))
-        return self._made(self.source[index.cpu().numpy()])
+            return self._converted(self.source.index_select(0, index.to(self.source.device)))
+        return self._converted(self.source[index.cpu().numpy()])
 
     def part(self, index: Tensor) -> Rows:
-        """Some rows, as rows again; sparse ones stay sparse."""
+        """Some rows as `Rows`; sparse rows stay sparse."""
         if self.is_sparse:
             return dataclasses.replace(self, source=self.source[index.cpu().numpy()])
         return in_memory(self.take(index))
 
-    def _made(self, part: Any) -> Tensor:
+    def _converted(self, part: Any) -> Tensor:
         if self.is_sparse:
             return sparse_rows.dense(dataclasses.replace(self, source=part))
         if sparse.issparse(part):
             part = part.toarray()
         if not isinstance(part, Tensor):
-            kept = np.float64 if self.seen_in is not None else _NUMPY[self.dtype]
-            part = torch.from_numpy(np.array(part, dtype=kept, order="C"))
+            dtype = np.float64 if self.frame_of_rows is not None else _NUMPY[self.dtype]
+            part = torch.from_numpy(np.array(part, dtype=dtype, order="C"))
         x = part.to(self.device)
-        x = x.to(self.dtype) if self.seen_in is None else self.seen_in.states(x, self.dtype)
+        frame = self.frame_of_rows
+        x = x.to(self.dtype) if frame is None else frame.states(x, self.dtype)
         x = in_scale(x, self.exponent)
         return normalised(x) if self.unit_norm else x
 
@@ -160,20 +163,22 @@ class Rows:
         return self.give(labels if self.is_tensor else labels.int())
 
     def tile_work(self, k: int) -> int:
-        """Multiply-adds of one matrix product of the CPU's, which is of a tile of rows."""
+        """Multiply-adds of one matrix product on a CPU, which takes a chunk of rows."""
         return min(len(self) * k, TILE_ENTRIES) * self.features
 
-    def seen_from(self, frame: Frame) -> Rows:
+    def in_frame(self, frame: Frame) -> Rows:
         """The same rows as states of a frame."""
         top = max(float(bound.abs().max()) for bound in frame.bounds(frame.mean))
-        return replace(self, seen_in=frame, exponent=0, top=top)
+        return replace(self, frame_of_rows=frame, exponent=0, top=top)
 
     def choose_scale(self, top: float) -> None:
-        """Make room for the squares of values of magnitude `top`, and of those far below it: in
-        float64 they have room, and what is too large or small for it is scaled by a power of two.
+        """Choose dtype and exponent for values of magnitude `top`: their squares are finite.
+
+        float32 becomes float64; values too large or too small for float64 are scaled by a power of
+        two.
         """
         power = math.frexp(top)[1] if top else 0
-        least, most = SAFE[self.dtype]
+        least, most = SAFE_EXPONENTS[self.dtype]
         self.exponent = 0
         if least <= power <= most or self.unit_norm:
             return
@@ -182,48 +187,57 @@ class Rows:
         else:
             self.exponent = most - power
 
-    def refuse_lost(self, scale: Callable[[Tensor], Tensor], centres: Tensor | None = None) -> None:
-        """ValueError where a row is so small beside the largest value that the square of what tells
-        it from others is 0: from other rows, or from centres. `scale` gives values as they are
-        squared; centres are so already.
+    def refuse_lost(
+        self, scale: Callable[[Tensor], Tensor], centroids: Tensor | None = None
+    ) -> None:
+        """ValueError where a row is so small beside the largest value that float64 has 0 for its
+        squared distance to another row, or to a centroid.
+
+        `scale` returns values in the scale in which they are squared; centroids have that scale.
         """
-        near = None if centres is None else centres.abs().amax(1)
-        if near is not None and not bool((near < LEAST).any()):
-            return
-        among = near is not None and bool(((near > 0) & (near < LEAST)).any())
-        small: tuple[int, float] | None = None
-        top, at, value = -1.0, (0, 0), 0.0
+        has_small_centroids = False
+        if centroids is not None:
+            magnitude = centroids.abs().amax(1)
+            if not bool((magnitude < LEAST).any()):
+                return
+            has_small_centroids = bool(((magnitude > 0) & (magnitude < LEAST)).any())
+        small: tuple[int, float] | None = None  # (row, magnitude) of the first small row
+        top, place, value = -1.0, (0, 0), 0.0
         for part, x in self.pieces():
-            far = scale(x).abs().nan_to_num(0.0)
-            most = far.amax(1)
-            lost = ((most < LEAST) & ((most > 0) | among)).nonzero()[:, 0]
-            if small is None and len(lost):
-                row = int(lost[0])
-                given = float(x[row].abs().nan_to_num(0.0).max())
-                small = part.start + row, rescaled(given, -self.exponent)
-            if float(most.max()) > top:
-                top, row = float(most.max()), int(most.argmax())
-                column = int(far[row].argmax())
-                at = part.start + row, column
+            magnitudes = scale(x).abs().nan_to_num(0.0)
+            largest = magnitudes.amax(1)
+            is_small = (largest < LEAST) & ((largest > 0) | has_small_centroids)
+            index = is_small.nonzero()[:, 0]
+            if small is None and len(index):
+                row = int(index[0])
+                magnitude_of_row = float(x[row].abs().nan_to_num(0.0).max())
+                small = part.start + row, rescaled(magnitude_of_row, -self.exponent)
+            if float(largest.max()) > top:
+                top, row = float(largest.max()), int(largest.argmax())
+                column = int(magnitudes[row].argmax())
+                place = part.start + row, column
                 value = rescaled(float(x[row, column]), -self.exponent)
         if small is not None:
             raise ValueError(
                 "X: expected values that float64 can square beside each other, got"
-                f" {value:.3g} in row {at[0]}, column {at[1]}, and at most {small[1]:.3g} in row"
-                f" {small[0]}; leave out or replace values beyond about 1e150"
+                f" {value:.3g} in row {place[0]}, column {place[1]}, and at most {small[1]:.3g} in"
+                f" row {small[0]}; leave out or replace values beyond about 1e150"
             )
 
     def frame(self) -> None:
-        """Choose the scale, and learn mean and variance in one pass."""
+        """Choose the scale, and compute mean and variance in one pass.
+
+        With gap = x - x_0: mean = x_0 + sum gap / N, and the variance of a column is
+        sum gap^2 / N - (sum gap / N)^2.
+        """
         self.choose_scale(self.top)
         if self.exponent < 0:
             self.refuse_lost(lambda x: x)
         if self.is_sparse:
             self.mean, self.variance = sparse_rows.moments(self)
             return
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         first = self.take(torch.zeros(1, dtype=torch.int64, device="cpu"))[0]
-        total, square = torch.zeros(2, self.features, **wide).unbind()
+        total, square = torch.zeros(2, self.features, dtype=torch.float64, device=self.device)
         for _, block in self.blocks():
             for x in block.split(max(1, (BLOCK_ENTRIES >> 6) // self.features)):
                 gap = x - first
@@ -236,7 +250,7 @@ class Rows:
         self.mean = first.double() + mean
 
     def directed(self, weight: Tensor | None) -> Tensor | None:
-        """The weights, 0 for rows of zeros where only directions count; as given if all are."""
+        """The weights; for the cosine metric 0 for rows of zeros, unless all rows are zeros."""
         if not self.unit_norm:
             return weight
         if self.is_sparse:
@@ -249,7 +263,7 @@ class Rows:
 
     @property
     def shift(self) -> Tensor | None:
-        """A point to subtract before sums, where rows lie far from the origin."""
+        """A point to subtract before sums where rows are far from the origin, else None."""
         if self.is_sparse:  # float64 holds their sums
             return None
         far = bool((self.mean.abs().max() ** 2 > 100 * self.variance).item())
@@ -257,17 +271,17 @@ class Rows:
 
 
 def in_memory(x: Tensor) -> Rows:
-    """A tensor as it is."""
+    """A tensor as rows, without a conversion."""
     return Rows(x, x.dtype, x.device, True, x.device)
 
 
 def in_scale(x: Tensor, exponent: int) -> Tensor:
-    """`x * 2**exponent`, by way of float64, which holds the factor."""
+    """`x * 2**exponent`, computed in float64, which holds the factor."""
     return scaled(x.double(), exponent).to(x.dtype) if exponent else x
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Rows of unit norm, rounded once, as those of sparse rows are; a row of zeros stays."""
+    """Rows x / |x|, rounded once, as sparse rows are; a row of zeros stays zeros."""
     if x.dtype == torch.float64:
         top = x.abs().amax(-1, keepdim=True)
         x = x / torch.where(top > 0, top, 1.0)  # squares neither overflow nor vanish
@@ -278,8 +292,8 @@ def normalised(x: Tensor) -> Tensor:
     for part, own in zip(
         x.reshape(-1, features).split(size), out.view(-1, features).split(size), strict=True
     ):
-        wide = part.double()
-        own.copy_(wide.div_(_divisor(wide)))
+        values = part.double()
+        own.copy_(values.div_(_divisor(values)))
     return out
 
 
@@ -289,11 +303,31 @@ def _divisor(x: Tensor) -> Tensor:
     return torch.where(norm > 0, norm, 1.0)
 
 
-def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
-    """Validate a data matrix by scikit-learn's rules, without reading it more than once.
+def backend_of(op: str, rows: Rows) -> str:
+    """The backend that computes an op on these rows."""
+    probe = torch.zeros(1, rows.features, dtype=rows.dtype, device=rows.device)
+    return choice(op, probe).backend
 
-    float32 and float64 stay, 16-bit and narrower types become float32, everything else float64. The
-    estimator's tags say whether sparse matrices and NaN are taken.
+
+def weighted_sum(values: Tensor, weight: Tensor | None) -> float:
+    """sum_n w_n values_n in float64."""
+    return float(values.double().sum() if weight is None else values.double() @ weight)
+
+
+def read_rows(
+    estimator: BaseEstimator,
+    x: Any,
+    *,
+    reset: bool,
+    device: str = "auto",
+    chunk_rows: int | None = None,
+    unit_norm: bool = False,
+) -> Rows:
+    """Validate a data matrix by scikit-learn's rules, and read it once.
+
+    float32 and float64 stay, 16-bit and narrower types become float32, all others float64. The
+    estimator gets `n_features_in_` where `reset`; its tags decide whether sparse matrices and NaN
+    are valid.
     """
     is_tensor = isinstance(x, Tensor)
     origin = x.device if is_tensor else torch.device("cpu")
@@ -306,22 +340,22 @@ def read_rows(estimator: Any, x: Any, *, reset: bool) -> Rows:
         if sparse.issparse(source) and not source.has_canonical_format:
             source = source.copy()
             source.sum_duplicates()
-        found = _float_dtype(source)
-        dtype = torch.float32 if found == np.float32 else torch.float64
-        dense = not sparse.issparse(source) and source.flags.c_contiguous
-        if dense and source.flags.writeable and source.dtype == found:
+        dtype = computed_dtype(source)
+        is_dense = not sparse.issparse(source) and source.flags.c_contiguous
+        if is_dense and source.flags.writeable and source.dtype == _NUMPY[dtype]:
             source = torch.from_numpy(source)
-    device = choose_device(estimator.device, origin if is_tensor else None)
-    if isinstance(source, Tensor) and device.type == "cuda":
-        source = source.to(device)
-    rows = Rows(source, dtype, device, is_tensor, origin, getattr(estimator, "chunk_rows", None))
-    _look_at_entries(estimator, rows)
-    rows.unit_norm = getattr(estimator, "metric", "euclidean") == "cosine"
+    place = choose_device(device, origin if is_tensor else None)
+    if isinstance(source, Tensor) and place.type == "cuda":
+        source = source.to(place)
+    rows = Rows(source, dtype, place, is_tensor, origin, chunk_rows)
+    _check_entries(estimator, rows)
+    rows.unit_norm = unit_norm
     return rows
 
 
-def _look_at_entries(estimator: Any, rows: Rows) -> None:
-    """The largest magnitude, and whether entries are missing; ValueError for bad ones."""
+def _check_entries(estimator: BaseEstimator, rows: Rows) -> None:
+    """Store the largest magnitude, and whether entries are missing; ValueError for bad entries."""
+    name = type(estimator).__name__
     allow_nan = get_tags(estimator).input_tags.allow_nan
     if rows.is_sparse and np.isfinite(rows.source.data).all():
         data = rows.source.data
@@ -332,39 +366,31 @@ def _look_at_entries(estimator: Any, rows: Rows) -> None:
             check_integers("X", rows.source[part], part.start)
         low, high = (float(end) for end in torch.aminmax(block))
         if not (math.isfinite(low) and math.isfinite(high)):
-            refuse_bad_entries(estimator, block, allow_nan, first_row=part.start)
-            rows.missing = True
+            refuse_bad_entries(name, block, allow_nan, first_row=part.start)
+            rows.has_missing = True
             low, high = (float(end) for end in torch.aminmax(block.nan_to_num(0.0)))
         rows.top = max(rows.top, -low, high)
 
 
-def _read_array(estimator: Any, x: Any, reset: bool) -> Any:
+def _read_array(estimator: BaseEstimator, x: Any, reset: bool) -> Any:
     unmasked("X", x)
     refuse_same_names("X", x)
     if _is_mapped(x) and x.ndim == 2 and x.size and x.dtype.kind in "biuf":
         return np.asarray(validate_data(estimator, x, reset=reset, skip_check_array=True))
-    narrow = _float_dtype(x) == np.float32
     return validate_data(
         estimator,
         as_numbers("X", x),
         reset=reset,
         accept_sparse="csr" if get_tags(estimator).input_tags.sparse else False,
         accept_large_sparse=True,
-        dtype=np.float32 if narrow else [np.float64, np.float32],
+        dtype=np.float32 if computed_dtype(x) == torch.float32 else [np.float64, np.float32],
         order="C",
         ensure_all_finite=False,
     )
 
 
-def _float_dtype(x: Any) -> Any:
-    """The dtype that the values of an array are computed in, whatever their order of bytes."""
-    dtype = getattr(x, "dtype", None)
-    name = dtype.newbyteorder("=").name if isinstance(dtype, np.dtype) else str(dtype)
-    return np.float32 if name in (*NARROW, "float32") else np.float64
-
-
 def _is_mapped(x: Any) -> bool:
-    """Whether an array lies in a file: such an array is converted block by block, never whole."""
+    """Whether an array is a memory map: such an array is converted block by block, never whole."""
     while isinstance(x, np.ndarray):
         if isinstance(x, np.memmap):
             return True
@@ -379,8 +405,8 @@ def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:
     if isinstance(sample_weight, Tensor):
         weight = sample_weight.detach().to(rows.device, torch.float64)
     else:
-        given = as_numbers("sample_weight", unmasked("sample_weight", sample_weight))
-        array = np.asarray(given, dtype=np.float64)
+        numbers = as_numbers("sample_weight", unmasked("sample_weight", sample_weight))
+        array = np.asarray(numbers, dtype=np.float64)
         weight = torch.from_numpy(np.array(array)).to(rows.device)
     if weight.ndim == 0:
         weight = weight.expand(len(rows)).clone()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Powers of two, and chunks of rows that a copy in float64 is no matter for."""
+"""Powers of two; and chunks of rows, which are small enough to copy in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def chunks(x: Tensor) -> Iterator[Tensor]:
 
 
 def scaled(x: Tensor, exponent: int) -> Tensor:
-    """`x * 2**exponent` without an overflow on the way."""
+    """`x * 2**exponent`; no factor of the product overflows."""
     while exponent:
         part = max(-1000, min(1000, exponent))
         x, exponent = x * 2.0**part, exponent - part
@@ -26,7 +26,7 @@ def scaled(x: Tensor, exponent: int) -> Tensor:
 
 
 def rescaled(value: float, exponent: int) -> float:
-    """`value * 2**exponent`, 0 or inf where that is past the ends of the floats."""
+    """`value * 2**exponent`; 0 or inf where no float holds that."""
     try:
         return math.ldexp(value, exponent)
     except OverflowError:
@@ -34,5 +34,5 @@ def rescaled(value: float, exponent: int) -> float:
 
 
 def exponent_of(top: float) -> int:
-    """The power of two just above a magnitude; 0 for 0."""
+    """The exponent of the power of two just above a magnitude; 0 for 0."""
     return math.frexp(top)[1] if top > 0 else 0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread for work too small to share.
+"""One thread for small work.
 
-On a busy machine every parallel region waits for its slowest thread, and thousands of small ones
-then take ten times their work. A process that has run a parallel region cannot fork: the child
-waits for threads that are not there. Small work therefore starts none.
+On a busy machine every parallel region waits for its slowest thread; thousands of small regions
+then take ten times as long. After a parallel region a process cannot fork: the child waits for
+threads that it does not have. So small work runs on one thread.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Multiply-adds of one product below which more threads gain nothing: about 1 ms of one core.
+# Multiply-adds of a product below which more threads are not faster: about 1 ms of one core.
 SMALL_PRODUCT = 1 << 26
 
 
 @functools.cache
 def _library() -> Any:
-    """The library of torch through which its OpenMP and its MKL are reached."""
+    """The library of torch that has the functions of its OpenMP and its MKL."""
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
 def _call(name: str, number: int) -> int:
-    """What a function of the library returns for a number; 0 where this torch has no such function,
-    and a block then runs on all threads.
+    """Call a function of the library with a number, and return its result; 0 where this torch has
+    no such function: a block then runs on all threads.
     """
     with contextlib.suppress(AttributeError, OSError):
         return int(getattr(_library(), name)(ctypes.c_int(number)))
@@ -41,10 +41,10 @@ def _call(name: str, number: int) -> int:
 
 @contextlib.contextmanager
 def threads_for(product: int) -> Iterator[None]:
-    """Run the block on one thread if its products are small.
+    """Run the block on one thread if its products have few multiply-adds.
 
-    Only the calling thread changes its number of threads, and it has its own again afterwards.
-    `torch.set_num_threads` would also set the number that new threads begin with.
+    Only the number of threads of the calling thread changes, and is restored afterwards.
+    `torch.set_num_threads` would also change the number that new threads begin with.
     """
     before = torch.get_num_threads()  # the first call of a thread sets its number
     if product >= SMALL_PRODUCT or before == 1:
@@ -61,8 +61,8 @@ def threads_for(product: int) -> Iterator[None]:
 
 
 def small_on_one_thread(method: F) -> F:
-    """A method of an estimator that runs on one thread from its first line to its last where its
-    work on X, which `estimator._work(rows, features)` says, is small.
+    """A method of an estimator that runs on one thread where its work on X is small, by
+    `estimator._work(rows, features)`.
     """
 
     @functools.wraps(method)
@@ -74,7 +74,9 @@ def small_on_one_thread(method: F) -> F:
 
 
 def _work(estimator: Any, X: Any) -> int:
-    """Multiply-adds; of what is no matrix, which the method refuses, as for a large one."""
+    """Multiply-adds of a method; those of large work where X is no matrix, for which the method
+    raises.
+    """
     try:
         rows, features = X.shape if hasattr(X, "shape") else np.shape(X)
         return int(estimator._work(rows, features))

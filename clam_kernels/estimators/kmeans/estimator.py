@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KMeans with scikit-learn's interface, exact labels and the same bits at every run."""
+"""KMeans with scikit-learn's interface, exact labels, and the same bits at every run."""
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,44 +15,42 @@ from sklearn.base import (
 )
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..._core.backend import PRECISIONS
-from ..._core.spec import explain
 from ..._core.warn import warn
 from ...metrics import unmasked
-from ..common import callbacks, sparse_rows
+from ..common import sparse_rows
 from ..common.base import keeps_state_on_failure
 from ..common.files import ModelFile
 from ..common.numbers import as_numbers
-from ..common.rows import Rows, in_scale, normalised, read_rows, read_weight
+from ..common.progress import print_line
+from ..common.rows import Rows, backend_of, in_scale, normalised, read_rows, read_weight
 from ..common.scale import rescaled
 from ..common.threads import small_on_one_thread, threads_for
-from .lloyd import Rule, Run, inertia_of, labels_of, lloyd, same_clustering
+from .lloyd import LloydResult, LloydRule, inertia_of, labels_of, lloyd, same_clustering
 from .minibatch import minibatch
 from .seeding import start
+from .settings import CONSTRAINTS, KMeansSettings
 
-STARTS = {"k-means++", "k-means||", "random"}
-# Starts beyond these have no squared distances in float64.
+# Largest magnitude of a start by the dtype of the rows: float64 holds its squared distances.
 LARGEST = {torch.float32: 3e38, torch.float64: 1e150}
 
 
-def _numbers(given: Any) -> Tensor:
-    """Centres that a user gave, in float64."""
-    if isinstance(given, Tensor):
-        return given.detach().double()
-    given = unmasked("init", given.toarray() if hasattr(given, "toarray") else given)
+def _array_start(init: Any) -> Tensor:
+    """The centroids of the parameter `init`, in float64."""
+    if isinstance(init, Tensor):
+        return init.detach().double()
+    init = unmasked("init", init.toarray() if hasattr(init, "toarray") else init)
     try:
-        found = np.array(as_numbers("init", given), dtype=np.float64)
+        numbers = np.array(as_numbers("init", init), dtype=np.float64)
     except (TypeError, ValueError):
-        text = f"init: expected numbers [K, D], got a {type(given).__name__} that has none"
+        text = f"init: expected numbers [K, D], got a {type(init).__name__} that has none"
         raise ValueError(text) from None
-    if found.ndim != 2:
-        shape = list(found.shape)
-        raise ValueError(f"init: expected numbers [K, D], got {type(given).__name__} {shape}")
-    return torch.from_numpy(found)
+    if numbers.ndim != 2:
+        shape = list(numbers.shape)
+        raise ValueError(f"init: expected numbers [K, D], got {type(init).__name__} {shape}")
+    return torch.from_numpy(numbers)
 
 
 class KMeans(
@@ -61,53 +58,53 @@ class KMeans(
 ):
     """k-means clustering: scikit-learn's KMeans on tensors, arrays and files, on CPU and GPU.
 
-    Labels are those of float64 on the given values, lowest index on ties, whatever the precision of
-    the matrix products; sums are in a fixed order, so one seed gives the same bits.
+    Labels are those of float64, with the lowest index on ties, for every precision of the matrix
+    products. Sums have a fixed order, so one seed gives the same bits.
 
     Parameters
     ----------
     n_clusters : int, default 8
-        Number of centres K.
+        Number of centroids K.
     init : "k-means++", "k-means||", "random", array [K, D] or callable, default "k-means++"
-        Start. "k-means++" is the greedy one and draws the rows that scikit-learn's draws; beyond
-        1e11 multiply-adds k-means|| takes its place. Callables are called as `init(X, n_clusters,
+        Start. "k-means++" is greedy and draws the rows that scikit-learn draws; beyond 1e11
+        multiply-adds k-means|| replaces it. A callable is called as `init(X, n_clusters,
         random_state=...)`.
     n_init : "auto" or int, default "auto"
-        Starts, of which the one with the least inertia is kept. "auto" is 1 for k-means++,
+        Number of starts; the result is that of the least inertia. "auto" is 1 for k-means++,
         k-means|| and arrays, else 10 (3 for minibatch).
     max_iter : int, default 300
         Iterations of one start (minibatch: passes over the rows).
     tol : float >= 0, default 1e-4
-        Stops when the sum of the centres' squared moves is at most tol times the mean variance of
-        the features. Minibatch has no use for it.
+        A start has converged when the sum of the centroids' squared moves is at most tol times the
+        mean variance of the features. Minibatch does not use it.
     verbose : int, default 0
         1 prints iterations and their inertia, as scikit-learn does.
     random_state : int, RandomState or None, default None
         An int gives the same bits on the same device.
     copy_x : bool, default True
-        Accepted and ignored: X is never changed and never copied.
+        Ignored: X is never changed and never copied.
     algorithm : "lloyd", "elkan" or "minibatch", default "lloyd"
-        "elkan" runs as "lloyd", whose results it has.
+        "elkan" runs "lloyd", which has the same results.
     metric : "euclidean" or "cosine", default "euclidean"
-        "cosine" normalises rows and centres (spherical k-means); a row of zeros has label 0 and
-        counts for nothing.
+        "cosine" normalises rows and centroids (spherical k-means); a row of zeros has label 0 and
+        weight 0.
     empty : "relocate", "split" or "keep", default "relocate"
-        What a cluster without rows gets: "relocate" the row that is farthest from its own centre,
-        "split" one of two centres beside that of a large cluster, "keep" nothing. Minibatch
-        relocates at its end, for "split" too.
+        The new centroid of a cluster without rows: for "relocate" the row that is farthest from its
+        own centroid, for "split" one of two centroids near that of a large cluster, for "keep" the
+        old one. Minibatch relocates at its end, also for "split".
     batch_size : int, default 1024
         Rows of a step of minibatch.
     precision : "highest", "high", "medium" or None, default None
-        Of the matrix products; labels are the same in all. None follows torch.
+        Precision of the matrix products; labels do not depend on it. None is the setting of torch.
     device : str, default "auto"
-        "auto" is the tensor's device, for arrays a GPU if there is one. A device that is not there
-        raises, it never falls back.
+        "auto" is the tensor's device, for arrays a GPU if there is one. A device that this machine
+        does not have raises.
     chunk_rows : int or None, default None
-        Rows that are read at once from a file, a sparse matrix or for the cosine metric; given, all
-        data are read so.
+        Rows that are read at once from a file, a sparse matrix or for the cosine metric; a number
+        applies to all data.
     callbacks : callable, object or list of them, optional
-        Called after every iteration as `callback(estimator, info)`, info a dict of start,
-        iteration and shift; returning what is true ends the fit there. Objects may have some of
+        Called after every iteration as `callback(estimator, info)`, with a dict of start, iteration
+        and shift; a true result ends the fit. Objects may have some of
         `on_fit_begin(estimator)`, `on_iteration(estimator, info)` and `on_fit_end(estimator)`.
 
     Attributes
@@ -117,14 +114,14 @@ class KMeans(
     labels_ : array [N]
         Label of each row: its nearest of `cluster_centers_`.
     inertia_ : float
-        Sum of weighted squared distances to the centre of the label (cosine: half of it, over unit
-        rows); inf where that is beyond the floats.
+        Sum of weighted squared distances to the centroid of the label (cosine: half of it, over
+        unit rows); inf where no float holds it.
     n_iter_ : int
-        Iterations of the start that was kept.
+        Iterations of the start of the result.
     n_relocated_ : int
-        Clusters without rows that were relocated or split off, over its iterations.
+        Number of clusters without rows that were relocated or split off, over its iterations.
     device_, backend_ : str
-        What ran.
+        Device and backend of the fit.
     n_features_in_, feature_names_in_
         As everywhere in scikit-learn.
 
@@ -137,24 +134,7 @@ class KMeans(
     78.8557
     """
 
-    _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
-        "n_clusters": [Interval(Integral, 1, None, closed="left")],
-        "init": [StrOptions(STARTS), callable, "array-like"],
-        "n_init": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "verbose": ["verbose"],
-        "random_state": ["random_state"],
-        "copy_x": ["boolean"],
-        "algorithm": [StrOptions({"lloyd", "elkan", "minibatch"})],
-        "metric": [StrOptions({"euclidean", "cosine"})],
-        "empty": [StrOptions({"relocate", "split", "keep"})],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "precision": [StrOptions(set(PRECISIONS)), None],
-        "device": [str],
-        "chunk_rows": [Interval(Integral, 1, None, closed="left"), None],
-        "callbacks": "no_validation",  # type: ignore[dict-item]
-    }
+    _parameter_constraints = CONSTRAINTS
 
     _arrays = ("cluster_centers_", "labels_")
     _learned = ("n_features_in_", "inertia_", "n_iter_", "n_relocated_", "device_", "backend_")
@@ -211,7 +191,7 @@ class KMeans(
     @keeps_state_on_failure
     @small_on_one_thread
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
-        """Find the centres of X [N, D].
+        """Compute the centroids of X [N, D].
 
         Parameters
         ----------
@@ -232,170 +212,85 @@ class KMeans(
             X has NaN or inf (the message names the first), fewer rows than clusters, no feature; a
             parameter, a start or a weight does not fit.
         TypeError
-            n_clusters is True, a callback is none, X is a sparse tensor.
+            n_clusters is True, a callback is not callable, X is a sparse tensor.
         BackendUnavailableError
-            The device is not there.
+            This machine does not have the device.
         """
         self._validate_params()
-        if isinstance(self.n_clusters, bool):
-            raise TypeError("n_clusters: expected an int >= 1, got True")
-        callbacks.check(self.callbacks)
-        rows = read_rows(self, X, reset=True)
-        if len(rows) < self.n_clusters:
-            raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={self.n_clusters}.")
+        settings = self._settings()
+        rows = self._read_rows(X, settings, reset=True)
+        k = settings.n_clusters
+        if len(rows) < k:
+            raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={k}.")
         weight = read_weight(sample_weight, rows)
-        self._resolve()
-        random = check_random_state(self.random_state)
+        settings.warn_of_ignored()
+        self._n_init = settings.starts  # scikit-learn's tests read it
+        random = check_random_state(settings.random_state)
         with torch.no_grad():
             rows.frame()
             weight = rows.directed(weight)
-            listeners = callbacks.each(self.callbacks)
-            callbacks.call(listeners, "on_fit_begin", self)
-            with threads_for(rows.tile_work(self.n_clusters)):
-                run = self._search(X, rows, weight, random)
-            self._store(rows, run)
-            callbacks.call(listeners, "on_fit_end", self)
+            settings.callbacks.fit_begin()
+            with threads_for(rows.tile_work(k)):
+                result = _search(settings, X, rows, weight, random)
+            self._store(settings, rows, result)
+            settings.callbacks.fit_end()
         return self
 
-    def _resolve(self) -> None:
-        """The number of starts, and what scikit-learn warns of."""
-        named = isinstance(self.init, str)
-        given = not named and not callable(self.init)
-        several = 3 if self.algorithm == "minibatch" else 10
-        once = given or (named and self.init != "random")
-        self._n_init = (1 if once else several) if self.n_init == "auto" else self.n_init
-        if given and self._n_init != 1:
-            warn(
-                "Explicit initial center position passed: performing only one init in KMeans"
-                f" instead of n_init={self._n_init}.",
-                RuntimeWarning,
-            )
-            self._n_init = 1
-        if self.algorithm == "elkan" and self.n_clusters == 1:
-            warn(
-                "algorithm='elkan' doesn't make sense for a single cluster. Using 'lloyd' instead.",
-                RuntimeWarning,
-            )
+    def _settings(self) -> KMeansSettings:
+        """The parameters of one call; every method reads them anew."""
+        return KMeansSettings.of(self)
 
-    def _search(
-        self, X: Any, rows: Rows, weight: Tensor | None, random: np.random.RandomState
-    ) -> Run:
-        """The best of all starts."""
-        if self.algorithm == "minibatch":
-            rule = self._rule(0.0)
-
-            def seed(some: Rows, own: Tensor | None) -> Tensor:
-                return self._start(X, some, own, random)
-
-            k, count = self.n_clusters, self._n_init
-            return minibatch(rows, weight, seed, k, count, self.batch_size, rule, random)
-        starts = []
-        for _ in range(self._n_init):
-            starts.append(self._start(X, rows, weight, random))
-            if self.verbose:
-                callbacks.tell("Initialization complete")
-        rule = self._rule(self.tol * rows.variance)
-        best: Run | None = None
-        for run in lloyd(rows, weight, torch.stack(starts), rule, random):
-            # rounding alone may make the inertia of the same clusters a little smaller
-            if best is None or (
-                run.inertia < best.inertia
-                and not same_clustering(run.labels, best.labels, self.n_clusters)
-            ):
-                best = run
-        assert best is not None
-        return best
-
-    def _rule(self, tolerance: float) -> Rule:
-        listeners = callbacks.each(self.callbacks)
-
-        def seen(number: int, iteration: int, shift: float) -> bool:
-            info = {"start": number, "iteration": iteration, "shift": shift}
-            return callbacks.call(listeners, "on_iteration", self, info)
-
-        tell = callbacks.tell if self.verbose else None
-        return Rule(
-            self.max_iter, tolerance, self.empty, self.precision, tell, seen if listeners else None
+    def _read_rows(self, X: Any, settings: KMeansSettings, *, reset: bool) -> Rows:
+        return read_rows(
+            self,
+            X,
+            reset=reset,
+            device=settings.device,
+            chunk_rows=settings.chunk_rows,
+            unit_norm=settings.is_cosine,
         )
 
-    def _start(
-        self, X: Any, rows: Rows, weight: Tensor | None, random: np.random.RandomState
-    ) -> Tensor:
-        """One start [K, D] in the scale of the rows."""
-        if isinstance(self.init, str):
-            return start(rows, weight, self.n_clusters, str(self.init), random)
-        given = self.init
-        if callable(given):
-            given = given(X, self.n_clusters, random_state=random)
-        centres = _numbers(given).to(rows.device)
-        for size, wanted, what in (
-            (centres.shape[0], self.n_clusters, "number of clusters"),
-            (centres.shape[-1], rows.features, "number of features of the data"),
-        ):
-            if centres.ndim != 2 or size != wanted:
-                raise ValueError(
-                    f"The shape of the initial centers {tuple(centres.shape)} does not match the"
-                    f" {what} {wanted}."
-                )
-        if not bool(centres.isfinite().all()):
-            raise ValueError("init: expected finite values, got NaN or infinity")
-        centres = in_scale(centres, rows.exponent)
-        top, most = float(centres.abs().max()), LARGEST[rows.dtype]
-        if top > most and not rows.unit_norm:
-            got = rescaled(top, -rows.exponent)
-            most = rescaled(most, -rows.exponent)
-            raise ValueError(
-                f"init: expected magnitudes up to {most:.3g} for these X, got {got:.3g}"
-            )
-        return (normalised(centres) if rows.unit_norm else centres).to(rows.dtype)
-
-    def _store(self, rows: Rows, run: Run) -> None:
-        """Learned state in units of the data."""
-        centres = in_scale(run.centres, -rows.exponent)
-        self.cluster_centers_ = rows.give(centres.to(rows.result))
-        self.labels_ = rows.give_labels(run.labels)
-        self.inertia_ = rescaled(run.inertia, -2 * rows.exponent)
-        self.n_iter_ = run.n_iter
-        self.n_relocated_ = run.relocated
-        self._n_features_out = self.n_clusters
-        self.device_ = str(rows.device)
-        probe = torch.zeros(1, rows.features, dtype=rows.dtype, device=rows.device)
-        self.backend_ = explain("kmeans_assign", probe).split(": ")[1].split(" at ")[0]
-        distinct = len(run.labels.unique())
-        if distinct < self.n_clusters:
+    def _store(self, settings: KMeansSettings, rows: Rows, result: LloydResult) -> None:
+        """Store the attributes of a fit, in units of the data."""
+        centroids = in_scale(result.centroids, -rows.exponent)
+        self.cluster_centers_ = rows.give(centroids.to(rows.result))
+        self.labels_ = rows.give_labels(result.labels)
+        self.inertia_ = rescaled(result.inertia, -2 * rows.exponent)
+        self.n_iter_ = result.n_iter
+        self.n_relocated_ = result.relocated
+        self._n_features_out = settings.n_clusters
+        self.device_, self.backend_ = str(rows.device), backend_of("kmeans_assign", rows)
+        distinct = len(result.labels.unique())
+        if distinct < settings.n_clusters:
             why = "Possibly due to duplicate points in X."
-            if self.empty == "keep":
+            if settings.empty == "keep":
                 why = "empty='keep' leaves a cluster without rows where it is."
             warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters"
-                f" ({self.n_clusters}). {why}",
+                f" ({settings.n_clusters}). {why}",
                 ConvergenceWarning,
             )
 
-    # ---- using ---------------------------------------------------------------------------------
+    # ---- use -----------------------------------------------------------------------------------
 
-    def _read(self, X: Any) -> tuple[Rows, Tensor]:
-        """(rows, centres) of one scale and dtype."""
+    def _read(self, X: Any, settings: KMeansSettings) -> tuple[Rows, Tensor]:
+        """(rows, centroids) of one scale and dtype."""
         check_is_fitted(self, "cluster_centers_")
-        rows = read_rows(self, X, reset=False)
-        centres = self.cluster_centers_
-        if not isinstance(centres, Tensor):
-            centres = torch.from_numpy(np.array(centres))
-        centres = centres.to(rows.device)
-        rows.dtype = rows.result = torch.promote_types(rows.dtype, centres.dtype)
-        rows.choose_scale(max(rows.top, float(centres.abs().max())))
-        centres = in_scale(centres.to(rows.dtype), rows.exponent)
+        rows = self._read_rows(X, settings, reset=False)
+        centroids = self.cluster_centers_
+        if not isinstance(centroids, Tensor):
+            centroids = torch.from_numpy(np.array(centroids))
+        centroids = centroids.to(rows.device)
+        rows.dtype = rows.result = torch.promote_types(rows.dtype, centroids.dtype)
+        rows.choose_scale(max(rows.top, float(centroids.abs().max())))
+        centroids = in_scale(centroids.to(rows.dtype), rows.exponent)
         if rows.exponent < 0:
-            rows.refuse_lost(lambda x: x, centres)
-        return rows, centres
-
-    def _labels(self, rows: Rows, centres: Tensor) -> Tensor:
-        with torch.inference_mode(), threads_for(rows.tile_work(len(centres))):
-            return labels_of(rows, centres[None], self.precision)[0]
+            rows.refuse_lost(lambda x: x, centroids)
+        return rows, centroids
 
     @small_on_one_thread
     def predict(self, X: Any) -> Any:
-        """Label of each row: the index of the nearest centre.
+        """Label of each row: the index of the nearest centroid.
 
         Parameters
         ----------
@@ -405,8 +300,9 @@ class KMeans(
         -------
         array [N], int32, or for a tensor Tensor [N], int64, on its device
         """
-        rows, centres = self._read(X)
-        return rows.give_labels(self._labels(rows, centres))
+        settings = self._settings()
+        rows, centroids = self._read(X, settings)
+        return rows.give_labels(_labels(settings, rows, centroids))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """Fit, and the labels of the rows.
@@ -425,7 +321,7 @@ class KMeans(
 
     @small_on_one_thread
     def transform(self, X: Any) -> Any:
-        """Distance of each row to each centre.
+        """Distance of each row to each centroid.
 
         Parameters
         ----------
@@ -435,22 +331,23 @@ class KMeans(
         -------
         array or Tensor [N, K], unit |x| (cosine: of unit rows)
         """
-        rows, centres = self._read(X)
+        rows, centroids = self._read(X, self._settings())
         exact = "donot_use_mm_for_euclid_dist"
         with torch.inference_mode():
             if rows.is_sparse:
-                far = sparse_rows.distances(rows, centres, exact=True).sqrt_().mT.contiguous()
-                return rows.give(in_scale(far, -rows.exponent).to(rows.dtype))
+                distances = sparse_rows.distances(rows, centroids, exact=True)
+                distances = distances.sqrt_().mT.contiguous()
+                return rows.give(in_scale(distances, -rows.exponent).to(rows.dtype))
             parts = [
-                torch.cdist(x, centres, compute_mode=exact)
+                torch.cdist(x, centroids, compute_mode=exact)
                 for _, block in rows.blocks()
                 for x in block.split(1 << 14)
             ]
-            far = in_scale(torch.cat(parts), -rows.exponent)
-            return rows.give(far.to(rows.result))
+            distances = in_scale(torch.cat(parts), -rows.exponent)
+            return rows.give(distances.to(rows.result))
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """Fit, and the distances of the rows to the centres.
+        """Fit, and the distances of the rows to the centroids.
 
         Parameters
         ----------
@@ -465,7 +362,7 @@ class KMeans(
 
     @small_on_one_thread
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Minus the weighted sum of squared distances to the nearest centre.
+        """Minus the weighted sum of squared distances to the nearest centroid.
 
         Parameters
         ----------
@@ -477,7 +374,97 @@ class KMeans(
         -------
         float
         """
-        rows, centres = self._read(X)
+        settings = self._settings()
+        rows, centroids = self._read(X, settings)
         weight = rows.directed(read_weight(sample_weight, rows))
-        inertia = inertia_of(rows, weight, centres, self._labels(rows, centres))
+        inertia = inertia_of(rows, weight, centroids, _labels(settings, rows, centroids))
         return -rescaled(inertia, -2 * rows.exponent)
+
+
+def _search(
+    settings: KMeansSettings,
+    X: Any,
+    rows: Rows,
+    weight: Tensor | None,
+    random: np.random.RandomState,
+) -> LloydResult:
+    """The best of all starts."""
+    k, count = settings.n_clusters, settings.starts
+    if settings.algorithm == "minibatch":
+
+        def seed(sample: Rows, weight_of_sample: Tensor | None) -> Tensor:
+            return _start(settings, X, sample, weight_of_sample, random)
+
+        rule = _rule(settings, 0.0)
+        return minibatch(rows, weight, seed, k, count, settings.batch_size, rule, random)
+    starts = []
+    for _ in range(count):
+        starts.append(_start(settings, X, rows, weight, random))
+        if settings.verbose:
+            print_line("Initialization complete")
+    rule = _rule(settings, settings.tol * rows.variance)
+    best: LloydResult | None = None
+    for result in lloyd(rows, weight, torch.stack(starts), rule, random):
+        # rounding alone may make the inertia of the same clusters a little smaller
+        if best is None or (
+            result.inertia < best.inertia and not same_clustering(result.labels, best.labels, k)
+        ):
+            best = result
+    assert best is not None
+    return best
+
+
+def _rule(settings: KMeansSettings, tolerance: float) -> LloydRule:
+    callbacks = settings.callbacks
+
+    def on_iteration(start_number: int, iteration: int, shift: float) -> bool:
+        info = {"start": start_number, "iteration": iteration, "shift": shift}
+        return callbacks.iteration(info)
+
+    return LloydRule(
+        settings.max_iter,
+        tolerance,
+        settings.empty,
+        settings.precision,
+        print_line if settings.verbose else None,
+        on_iteration if callbacks else None,
+    )
+
+
+def _start(
+    settings: KMeansSettings,
+    X: Any,
+    rows: Rows,
+    weight: Tensor | None,
+    random: np.random.RandomState,
+) -> Tensor:
+    """One start [K, D] in the scale of the rows."""
+    k, init = settings.n_clusters, settings.init
+    if isinstance(init, str):
+        return start(rows, weight, k, str(init), random)
+    if callable(init):
+        init = init(X, k, random_state=random)
+    centroids = _array_start(init).to(rows.device)
+    for size, expected, what in (
+        (centroids.shape[0], k, "number of clusters"),
+        (centroids.shape[-1], rows.features, "number of features of the data"),
+    ):
+        if centroids.ndim != 2 or size != expected:
+            raise ValueError(
+                f"The shape of the initial centers {tuple(centroids.shape)} does not match the"
+                f" {what} {expected}."
+            )
+    if not bool(centroids.isfinite().all()):
+        raise ValueError("init: expected finite values, got NaN or infinity")
+    centroids = in_scale(centroids, rows.exponent)
+    top, limit = float(centroids.abs().max()), LARGEST[rows.dtype]
+    if top > limit and not rows.unit_norm:
+        got = rescaled(top, -rows.exponent)
+        limit = rescaled(limit, -rows.exponent)
+        raise ValueError(f"init: expected magnitudes up to {limit:.3g} for these X, got {got:.3g}")
+    return (normalised(centroids) if rows.unit_norm else centroids).to(rows.dtype)
+
+
+def _labels(settings: KMeansSettings, rows: Rows, centroids: Tensor) -> Tensor:
+    with torch.inference_mode(), threads_for(rows.tile_work(len(centroids))):
+        return labels_of(rows, centroids[None], settings.precision)[0]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mini-batch k-means: running means of the batches' rows (Sculley 2010), with scikit-learn's rules
-of reassignment and stopping.
+of reassignment and convergence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ops.kmeans import kmeans_assign, kmeans_update
 from ..common import sparse_rows
 from ..common.rows import Rows, normalised
-from .lloyd import Rule, Run, inertia_of, labels_of, pair_distances
+from .lloyd import LloydResult, LloydRule, inertia_of, labels_of, pair_distances
 
 REASSIGN_EVERY, REASSIGN_RATIO, PATIENCE = 10, 0.01, 10
 
@@ -27,30 +27,33 @@ def minibatch(
     k: int,
     n_init: int,
     batch: int,
-    rule: Rule,
+    rule: LloydRule,
     random: np.random.RandomState,
-) -> Run:
-    """Fit K centres by batches; the best of `n_init` starts on a sample goes on."""
+) -> LloydResult:
+    """Fit K centroids batch by batch, from the best of `n_init` starts on a sample."""
     n = len(rows)
     batch = min(batch, n)
-    centres = _best_start(rows, weight, seed, k, n_init, batch, random)
+    centroids = _best_start(rows, weight, seed, k, n_init, batch, random)
     share = None if weight is None else (weight / weight.sum()).cpu().numpy()
-    held = torch.zeros(len(centres), dtype=torch.float64, device=rows.device)
-    steps, since, average, best, patience = rule.max_iter * n // batch, 0, 0.0, math.inf, 0
-    step = 0
+    masses = torch.zeros(len(centroids), dtype=torch.float64, device=rows.device)
+    steps = rule.max_iter * n // batch
+    since = 0  # rows since the last reassignment
+    average, best = 0.0, math.inf  # running mean of the batches' inertia, and its least value
+    patience, step = 0, 0
     for step in range(1, steps + 1):
         index = random.choice(n, batch, replace=True, p=share)
         x = rows.part(torch.from_numpy(np.asarray(index)))
-        before = centres
-        centres, inertia = _step(x, centres, held, rows, rule)
-        if rule.tell:
-            rule.tell(f"Minibatch step {step}/{steps}: mean batch inertia: {inertia}")
+        before = centroids
+        centroids, inertia = _step(x, centroids, masses, rows, rule)
+        if rule.print_line:
+            rule.print_line(f"Minibatch step {step}/{steps}: mean batch inertia: {inertia}")
         since += batch
-        lost = bool((held == 0).any())
-        if lost or since >= REASSIGN_EVERY * len(centres):
+        has_empty = bool((masses == 0).any())
+        if has_empty or since >= REASSIGN_EVERY * len(centroids):
             since = 0
-            _reassign(x, centres, held, random)
-        stop = bool(rule.seen and rule.seen(0, step, float((centres - before).square().sum())))
+            _reassign(x, centroids, masses, random)
+        shift = float((centroids - before).square().sum()) if rule.on_iteration else 0.0
+        stop = bool(rule.on_iteration and rule.on_iteration(0, step, shift))
         if step == 1:  # its inertia is that of the start
             continue
         alpha = min(1.0, 2.0 * batch / (n + 1))
@@ -58,33 +61,35 @@ def minibatch(
         best, patience = (average, 0) if average < best else (best, patience + 1)
         if stop or patience >= PATIENCE:
             break
-    centres, labels, moved = _filled(rows, weight, centres, rule)
-    total = inertia_of(rows, weight, centres, labels)
-    return Run(centres, labels, total, math.ceil(step * batch / n), moved)
+    centroids, labels, moved = _without_empty(rows, weight, centroids, rule)
+    total = inertia_of(rows, weight, centroids, labels)
+    return LloydResult(centroids, labels, total, math.ceil(step * batch / n), moved)
 
 
-def _filled(
-    rows: Rows, weight: Tensor | None, centres: Tensor, rule: Rule
+def _without_empty(
+    rows: Rows, weight: Tensor | None, centroids: Tensor, rule: LloydRule
 ) -> tuple[Tensor, Tensor, int]:
-    """(centres, labels, how many centres jumped): those without rows jump to the rows that are
-    farthest from their own centres, until each has a row or no row is far.
+    """(centroids, labels, number of centroids that jumped).
+
+    Centroids without rows jump to the rows farthest from their own centroids, until every centroid
+    has a row or every row is equal to its centroid.
     """
     jumps = 0
     while True:
-        labels = labels_of(rows, centres[None], rule.precision)[0]
+        labels = labels_of(rows, centroids[None], rule.precision)[0]
         counted = labels if weight is None else labels[weight > 0]
-        empty = (torch.bincount(counted, minlength=len(centres)) == 0).nonzero()[:, 0]
+        empty = (torch.bincount(counted, minlength=len(centroids)) == 0).nonzero()[:, 0]
         if not len(empty) or rule.empty == "keep":
-            return centres, labels, jumps
-        far = pair_distances(rows, centres, labels)
+            return centroids, labels, jumps
+        sqdist = pair_distances(rows, centroids, labels)
         if weight is not None:
-            far = far.masked_fill(weight == 0, 0.0)
-        # stable: of equally far rows the first
-        order = torch.sort(far, descending=True, stable=True).indices[: len(empty)]
-        order = order[far[order] > 0]
+            sqdist = sqdist.masked_fill(weight == 0, 0.0)
+        # stable: the first of equally far rows
+        order = torch.sort(sqdist, descending=True, stable=True).indices[: len(empty)]
+        order = order[sqdist[order] > 0]
         if not len(order):
-            return centres, labels, jumps
-        centres = centres.index_copy(0, empty[: len(order)], rows.take(order))
+            return centroids, labels, jumps
+        centroids = centroids.index_copy(0, empty[: len(order)], rows.take(order))
         jumps += len(order)
 
 
@@ -97,21 +102,21 @@ def _best_start(
     batch: int,
     random: np.random.RandomState,
 ) -> Tensor:
-    """Of some starts the one with the least inertia on a sample of the rows that count."""
-    counting = None if weight is None else (weight > 0).nonzero()[:, 0].cpu()
-    count = len(rows) if counting is None else len(counting)
+    """The start with the least inertia on a sample of the rows that count."""
+    counted = None if weight is None else (weight > 0).nonzero()[:, 0].cpu()
+    count = len(rows) if counted is None else len(counted)
     size = min(count, 3 * max(batch, k))
 
-    def drawn() -> tuple[Rows, Tensor | None]:
+    def draw() -> tuple[Rows, Tensor | None]:
         index = torch.from_numpy(np.sort(random.choice(count, size, replace=False)))
-        index = index if counting is None else counting[index]
-        few = rows.part(index)
-        return few, None if weight is None else weight[index.to(weight.device)]
+        index = index if counted is None else counted[index]
+        part = rows.part(index)
+        return part, None if weight is None else weight[index.to(weight.device)]
 
-    sample, own = drawn()
+    sample, own = draw()
     best: tuple[float, Tensor] | None = None
     for _ in range(n_init):
-        first = seed(*drawn())
+        first = seed(*draw())
         labels = labels_of(sample, first[None], None)[0]
         inertia = inertia_of(sample, own, first, labels)
         if best is None or inertia < best[0]:
@@ -120,33 +125,39 @@ def _best_start(
     return best[1].clone()
 
 
-def _step(x: Rows, centres: Tensor, held: Tensor, rows: Rows, rule: Rule) -> tuple[Tensor, float]:
-    """Move the centres towards the batch's means; (centres, mean squared distance before)."""
+def _step(
+    x: Rows, centroids: Tensor, masses: Tensor, rows: Rows, rule: LloydRule
+) -> tuple[Tensor, float]:
+    """(centroids after a batch, mean squared distance of its rows before); masses in place.
+
+    c_k <- (m_k c_k + sum of the rows of label k) / (m_k + n_k), m_k <- m_k + n_k, with n_k the
+    number of these rows.
+    """
     if x.is_sparse:
-        labels, far = sparse_rows.assign(x, centres, rule.precision)
-        sums, counts = sparse_rows.sums(x, labels, len(centres), None)
+        labels, sqdist = sparse_rows.assign(x, centroids, rule.precision)
+        sums, counts = sparse_rows.sums(x, labels, len(centroids), None)
     else:
-        labels, far = kmeans_assign(x.source, centres, precision=rule.precision)
-        sums, counts = kmeans_update(x.source, labels, len(centres))
-    total = held + counts
-    moved = (centres.double() * held[:, None] + sums) / total.clamp(min=1.0)[:, None]
-    held += counts
-    moved = torch.where((counts > 0)[:, None], moved, centres.double())
+        labels, sqdist = kmeans_assign(x.source, centroids, precision=rule.precision)
+        sums, counts = kmeans_update(x.source, labels, len(centroids))
+    total = masses + counts
+    moved = (centroids.double() * masses[:, None] + sums) / total.clamp(min=1.0)[:, None]
+    masses += counts
+    moved = torch.where((counts > 0)[:, None], moved, centroids.double())
     if rows.unit_norm:
         moved = normalised(moved)
-    return moved.to(centres.dtype), float(far.double().mean())
+    return moved.to(centroids.dtype), float(sqdist.double().mean())
 
 
-def _reassign(x: Rows, centres: Tensor, held: Tensor, random: np.random.RandomState) -> None:
-    """Centres of very few rows jump to rows of the batch, in place."""
-    weak = held < REASSIGN_RATIO * held.max()
+def _reassign(x: Rows, centroids: Tensor, masses: Tensor, random: np.random.RandomState) -> None:
+    """Centroids with very few rows jump to rows of the batch, in place."""
+    weak = masses < REASSIGN_RATIO * masses.max()
     most = len(x) // 2
-    if int(weak.sum()) > most:  # the weakest, as many as half the batch can serve
-        order = torch.sort(held, stable=True).indices[:most]
+    if int(weak.sum()) > most:  # the weakest, at most half as many as rows in the batch
+        order = torch.sort(masses, stable=True).indices[:most]
         weak = torch.zeros_like(weak).index_fill_(0, order, True)
     count = int(weak.sum())
     if count == 0:
         return
     chosen = random.choice(len(x), count, replace=False)
-    centres[weak] = x.take(torch.from_numpy(np.asarray(chosen)))
-    held[weak] = held[~weak].min() if count < len(held) else 1.0
+    centroids[weak] = x.take(torch.from_numpy(np.asarray(chosen)))
+    masses[weak] = masses[~weak].min() if count < len(masses) else 1.0

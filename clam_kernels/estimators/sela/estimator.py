@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SeLa: an encoder and labels of its own data, found in turn. Equations: docs/sela.md."""
+"""SeLa: training of an encoder on labels of its own data, which are computed from its features.
+
+Equations: docs/sela.md.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,18 +17,17 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ... import serialize, tables
 from ..._core import checks
 from ..._core.warn import warn
-from ..common import callbacks
 from ..common.base import choose_device, keeps_state_on_failure
 from ..training.inputs import Inputs, inputs_of
-from ..training.trainer import SCHEDULES, batches_of, dtype_of, encoded, seed_of
-from .labelling import RECIPES, Training, resolved
+from ..training.trainer import batches_of, dtype_of, encoded, seed_of
+from .labelling import Training
+from .settings import CONSTRAINTS, SeLaSettings
 
 Schedule = str | Callable[[float], float]
 
@@ -33,73 +35,74 @@ Schedule = str | Callable[[float], float]
 class SeLa(BaseEstimator):
     """Self-labelling: an encoder learns labels of its own data, of equal shares, without classes.
 
-    In turn, (1) encoder and heads are trained by cross entropy with the current labels, mean over
-    heads, and (2) each head's labels are found anew from its log-probabilities averaged over
-    augmented draws, by the optimal transport that gives all labels equal shares (Asano, Rupprecht,
-    Vedaldi 2020, arXiv 1911.05371). Equal shares keep all rows from going to one label, and
-    augmentation says which differences are none.
+    Two steps alternate. (1) Encoder and heads train by cross entropy with the current labels, mean
+    over heads. (2) Each head gets new labels from its log-probabilities, averaged over augmented
+    draws, by the optimal transport that gives all labels equal shares (Asano, Rupprecht, Vedaldi
+    2020, arXiv 1911.05371). Without equal shares all rows could get one label; augmentation defines
+    which differences between rows do not matter.
 
     Parameters
     ----------
     encoder : torch.nn.Module
         From a batch to features [B, D]. `fit` trains a copy, `encoder_`.
     n_clusters : int, >= 1
-        Number of labels K; more than the classes one hopes for.
+        Number of labels K; choose more than the expected classes.
     n_heads : int, >= 1
-        Heads H, each with labels of its own.
+        Number of heads H; each has its own labels.
     recipe : "default" or "paper"
-        What the arguments below that are None stand for: a run of minutes, or the published one for
+        The values of parameters that are None: for a run of minutes, or those published for
         ImageNet (SGD with steps, 100 relabellings, one draw).
     augment : callable, optional
-        `augment(batch, generator) -> batch` on the batch's device; all its draws must come from the
-        generator for a run to repeat.
+        `augment(batch, generator) -> batch` on the batch's device. A run repeats only if all random
+        numbers come from the generator.
     n_epochs : int, >= 1, default by recipe (40; paper 400)
         Passes over the data.
     batch_size : int, >= 2, default by recipe (128; paper 256)
-        Rows of a batch; a last one of a single row joins the one before.
+        Rows of a batch; a single last row is part of the batch before.
     learning_rate : float, > 0
-        Of SGD.
+        Learning rate of SGD.
     momentum : float in [0, 1)
-        Of SGD.
+        Momentum of SGD.
     weight_decay : float, >= 0, default by recipe (1e-4; paper 1e-5)
-        Of SGD.
+        Weight decay of SGD.
     schedule : "cosine", "steps", "constant" or callable, default by recipe (cosine; paper steps)
         Factor of the learning rate; a callable gets the progress in [0, 1).
     optimizer : callable, optional
-        `optimizer(parameters) -> torch.optim.Optimizer` instead of SGD, one that steps without a
-        closure; `schedule` still applies.
+        `optimizer(parameters) -> torch.optim.Optimizer` instead of SGD; its step must need no
+        closure. `schedule` still applies.
     n_relabels : int, >= 1, default by recipe (12; paper 100)
-        Relabellings of all heads: at (n_epochs + 1.01) N linspace(0, 1, n_relabels)^2 rows seen,
-        and what falls past the end, the last one, at the end. 1 is the one before the first step.
+        Number of relabellings of all heads: after (n_epochs + 1.01) N linspace(0, 1, n_relabels)^2
+        rows of training; the last one, which would be later than the end, at the end. The first one
+        is before the first step.
     n_augment : int, >= 1, default by recipe (4; paper 1)
-        Augmented draws of each row that a relabelling averages.
+        Number of augmented draws of each row that a relabelling averages.
     lam : float, > 0
-        Sharpness of the plan.
+        Inverse temperature of the transport plan.
     tol : float, > 0, default by recipe (1e-3; paper .1 / N)
         L1 error of the label shares.
     max_iter : int, >= 1, default by recipe (400; paper 2000)
         Most iterations of a relabelling.
     col_marginal : array-like [K], > 0, optional
-        Shares of the labels where they are not equal.
+        Shares of the labels; None is equal shares.
     row_marginal : array-like [N], > 0, optional
-        Masses of the rows in these shares.
+        Masses of the rows in the shares; None is equal masses.
     strict : bool
-        Whether counts are exactly the shares, rounded to whole rows.
+        Whether every label has exactly its share of the rows, rounded to whole rows.
     image_size : int, >= 1, optional
-        Side that the images of a folder are cropped (at the centre) and scaled to.
+        Side to which the images of a folder are cropped (at the center) and scaled.
     device : str
         "auto" is the tensor's device, for other data a GPU if there is one.
     random_state : int, RandomState or None
-        An int repeats a run, to the bit on the CPU with the same number of threads, on a GPU as
-        far as the encoder's layers do. The caller's global generators are left as they were.
+        An int repeats a run, on the CPU to the bit with the same number of threads, on a GPU as far
+        as the encoder's layers repeat. The caller's global generators do not change.
     verbose : int
         1 shows a bar over epochs on stderr (needs tqdm).
     writer : object, optional
-        Told `writer.add_scalar(tag, value, step)` of losses, rate and relabellings; such as torch's
-        SummaryWriter.
+        `writer.add_scalar(tag, value, step)` is called for losses, rate and relabellings; such as
+        torch's SummaryWriter.
     callbacks : callable, object or list of them, optional
-        Called after every epoch as `callback(estimator, info)`, info a dict of epoch, loss and
-        changed; returning what is true ends the training there.
+        Called after every epoch as `callback(estimator, info)`, with a dict of epoch, loss and
+        changed; a true result ends the training.
 
     Attributes
     ----------
@@ -108,29 +111,29 @@ class SeLa(BaseEstimator):
     encoder_ : torch.nn.Module
         The trained copy, in eval mode.
     heads_ : clam_kernels.nn.SelfLabeller
-        Heads, labels and potentials.
+        The heads, with their labels and potentials.
     history_ : dict
         "loss": mean of each epoch; "relabellings": dict of arrays, a row for each head each time:
         seen (rows of training before it), head, n_iter, err, converged, changed (share of rows).
     files_ : list of str
-        Where data is a folder of images: their paths in it, in the order of the rows.
+        For a folder of images: their paths in it, in the order of the rows.
     n_steps_ : int
-        Steps of the optimiser.
+        Number of steps of the optimiser.
     device_ : str
-        What ran.
+        Device of the fit.
 
     Notes
     -----
     Memory beside encoder and optimiser: N D features and N K scores of one head at a time, 8 N H
-    bytes of labels. The encoder stays in training mode, in random batches, while features for
-    relabelling are taken, as in the published code: on digits labels from eval mode made features
-    that cluster worse (docs/sela.md).
+    bytes of labels. Features for relabelling are computed in training mode, in random batches, as
+    in the published code: on digits, labels from eval mode gave features that cluster worse
+    (docs/sela.md).
 
-    Dropout draws from torch's global generators, which all threads share. In each step a fit puts
-    its own states there, and the caller's back at the end of the step. Fits in several threads take
-    turns step by step, and each repeats as it does alone. A thread that is no fit must not draw
-    from these generators while a fit runs: its draws could be the fit's. Give it a generator of its
-    own.
+    Dropout draws from torch's global generators, which all threads share. In each step a fit sets
+    them to its own states, and restores the caller's states at the end of the step. Fits in several
+    threads take turns step by step, and each repeats as it does alone. Another thread must not draw
+    from these generators while a fit runs, as it could get the fit's numbers: give it a generator
+    of its own.
 
     Examples
     --------
@@ -146,34 +149,7 @@ class SeLa(BaseEstimator):
     ((3, 80), [40, 40])
     """
 
-    _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
-        "encoder": [nn.Module],
-        "n_clusters": [Interval(Integral, 1, None, closed="left")],
-        "n_heads": [Interval(Integral, 1, None, closed="left")],
-        "recipe": [StrOptions(set(RECIPES))],
-        "augment": [callable, None],
-        "n_epochs": [Interval(Integral, 1, None, closed="left"), None],
-        "batch_size": [Interval(Integral, 2, None, closed="left"), None],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
-        "momentum": [Interval(Real, 0, 1, closed="left")],
-        "weight_decay": [Interval(Real, 0, None, closed="left"), None],
-        "schedule": [StrOptions(set(SCHEDULES)), callable, None],
-        "optimizer": [callable, None],
-        "n_relabels": [Interval(Integral, 1, None, closed="left"), None],
-        "n_augment": [Interval(Integral, 1, None, closed="left"), None],
-        "lam": [Interval(Real, 0, None, closed="neither")],
-        "tol": [Interval(Real, 0, None, closed="neither"), None],
-        "max_iter": [Interval(Integral, 1, None, closed="left"), None],
-        "col_marginal": ["array-like", Tensor, None],
-        "row_marginal": ["array-like", Tensor, None],
-        "strict": ["boolean"],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
-        "device": [str],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
-        "writer": "no_validation",  # type: ignore[dict-item]
-        "callbacks": "no_validation",  # type: ignore[dict-item]
-    }
+    _parameter_constraints = CONSTRAINTS
     _images: tuple[str, int | None] | None = None  # mode and side of the fit's images
 
     def __init__(
@@ -243,28 +219,28 @@ class SeLa(BaseEstimator):
         checkpoint_every: int | None = None,
         resume: bool = False,
     ) -> SeLa:
-        """Train a copy of the encoder and find labels.
+        """Train a copy of the encoder, and compute labels.
 
         Parameters
         ----------
         data : Tensor or array [N, ...], path, or map-style Dataset
             Rows. A path is an .npy (memory-mapped), an .npz with one array or one called x, or a
-            folder of images (needs Pillow), read as they are asked for. Images of a folder are
-            [C, H, W] in [0, 1], grey (C = 1) if all of them are, else colour (C = 3); arrays, files
-            of them and tensors are taken as they are, not scaled. Items of a Dataset are tensors or
-            arrays, or tuples that begin with one. All go to the encoder in its dtype, but for whole
-            numbers of a Dataset, which keep theirs.
+            folder of images (needs Pillow), which are read batch by batch. Images of a folder are
+            [C, H, W] in [0, 1], grey (C = 1) if all of them are, else colour (C = 3). Arrays, files
+            of them and tensors are not scaled. Items of a Dataset are tensors or arrays, or tuples
+            that begin with one. The encoder gets all rows in its dtype, except whole numbers of a
+            Dataset, which keep their dtype.
         y : object, optional
-            Not used: there for pipelines.
+            Ignored, for pipelines.
         checkpoint : str or PathLike, optional
-            File that all state of the run is written to, whole or not at all.
+            File of the whole state of the run. A write replaces it at once.
         checkpoint_every : int, >= 1, optional
-            Batches between two writes; an epoch's unless given.
+            Batches between two writes; default those of an epoch.
         resume : bool
-            Go on from the file if it is there; a finished run is given back. On the CPU, with the
-            same number of threads, the result is, bit for bit, that of a fit that was never
-            interrupted. What only the interrupted process had is lost: the state of callbacks, and
-            of a Dataset with random items of its own generator.
+            Continue the run of the file if there is one; a finished run is only loaded. On the CPU,
+            with the same number of threads, the result has the bits of a fit without an
+            interruption. The file does not have the state of callbacks, nor that of a Dataset whose
+            items are random.
 
         Returns
         -------
@@ -273,34 +249,35 @@ class SeLa(BaseEstimator):
         Raises
         ------
         InvalidParameterError, ValueError, TypeError
-            A parameter, shape or dtype that does not fit; NaN or infinity in the data, with its
-            place; a checkpoint of other settings or data.
+            A parameter, shape or dtype does not fit; NaN or infinity in the data, with its place; a
+            checkpoint of other settings or data.
         FloatingPointError
             The loss is not finite.
         FileExistsError
-            The checkpoint is there already, without `resume`.
+            The checkpoint exists, without `resume`.
         ModelFileError
-            The checkpoint is damaged, or an encoder has more tensors than one can hold.
+            The checkpoint is damaged, or the encoder has more tensors than a file can have.
         """
         self._validate_params()
-        callbacks.check(self.callbacks)
-        told, kind = self.writer, type(self.writer).__name__
-        if told is not None and not callable(getattr(told, "add_scalar", None)):
+        settings = SeLaSettings.of(self)
+        writer, kind = settings.writer, type(settings.writer).__name__
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(checks.wording("writer", "an object with add_scalar", kind))
-        inputs = inputs_of(data, self.image_size)
-        _check_fit(len(inputs), self.n_clusters, checkpoint, checkpoint_every, resume)
-        device = choose_device(self.device, inputs.origin)
-        seed = seed_of(self.random_state)
-        callbacks.call(callbacks.each(self.callbacks), "on_fit_begin", self)
-        training = Training(self, inputs, device, seed)
+        inputs = inputs_of(data, settings.image_size)
+        _check_fit(len(inputs), settings.n_clusters, checkpoint, checkpoint_every, resume)
+        device = choose_device(settings.device, inputs.origin)
+        seed = seed_of(settings.random_state)
+        settings.callbacks.fit_begin()
+        training = Training(settings, inputs, device, seed)
         if checkpoint is not None:
-            training.keep(checkpoint, checkpoint_every, resume)
+            training.use_checkpoint(checkpoint, checkpoint_every, resume)
         training.go()
         self._store(training)
-        callbacks.call(callbacks.each(self.callbacks), "on_fit_end", self)
+        settings.callbacks.fit_end()
         return self
 
     def _store(self, training: Training) -> None:
+        """Store the attributes of a fit; warn of heads that did not converge."""
         self.encoder_ = training.encoder.eval()
         self.heads_ = training.heads
         self.labels_ = training.inputs.give(training.heads.labels)
@@ -311,11 +288,12 @@ class SeLa(BaseEstimator):
         self.__dict__.pop("files_", None)
         if training.inputs.files is not None:
             self.files_ = training.inputs.files
-        open_ = table["converged"][-self.n_heads :] == 0
-        if open_.any():
-            worst = table["err"][-self.n_heads :].max()
+        heads = training.settings.n_heads
+        is_open = table["converged"][-heads:] == 0
+        if is_open.any():
+            worst = table["err"][-heads:].max()
             warn(
-                f"SeLa: {int(open_.sum())} of {self.n_heads} heads were last relabelled with an"
+                f"SeLa: {int(is_open.sum())} of {heads} heads were last relabelled with an"
                 f" error of the shares up to {worst:.3g}, tol={training.tol:g}: raise max_iter,"
                 " or lower lam",
                 ConvergenceWarning,
@@ -333,41 +311,43 @@ class SeLa(BaseEstimator):
         Returns
         -------
         array or Tensor [N, D]
-            As the data is.
+            In the container of the data.
         """
         check_is_fitted(self, "encoder_")
-        inputs = self._inputs(data)
-        return inputs.give(self._features(inputs))
+        settings = SeLaSettings.of(self)
+        inputs = self._inputs(settings, data)
+        return inputs.give(self._features(settings, inputs))
 
     def predict(self, data: Any, head: int = 0) -> Any:
         """Labels of rows by one head at the potentials of its last relabelling.
 
-        argmax_k(lam log p_k + g_k): what that relabelling would have given a row that did not move
-        the potentials; shares of new rows are what they are. Training rows get their `labels_`
-        again but for what changed them: augmented draws, `strict`, and the training mode of the
-        encoder. BatchNorm has the statistics of each batch there and its running ones here.
+        argmax_k(lam log p_k + g_k): the label of that relabelling for a row that does not change
+        the potentials. Shares of new rows may be unequal. Training rows may get other labels than
+        `labels_`, as these are of augmented draws, maybe `strict`, and of an encoder in training
+        mode: BatchNorm used the statistics of each batch there, and uses its running ones here.
 
         Parameters
         ----------
         data : as in `fit`
         head : int
-            Which, 0 <= head < H.
+            Number of the head, 0 <= head < H.
 
         Returns
         -------
         int32 array or int64 Tensor [N]
-            As the data is.
+            In the container of the data.
         """
         check_is_fitted(self, "encoder_")
-        inputs = self._inputs(data)
-        return inputs.give(self.heads_.assign(self._features(inputs), head))
+        settings = SeLaSettings.of(self)
+        inputs = self._inputs(settings, data)
+        return inputs.give(self.heads_.assign(self._features(settings, inputs), head))
 
-    def _inputs(self, data: Any) -> Inputs:
-        """New rows; images of a folder are brought to what those of `fit` were."""
-        mode, size = self._images or (None, self.image_size)
+    def _inputs(self, settings: SeLaSettings, data: Any) -> Inputs:
+        """New rows; images of a folder get the mode and size of those of `fit`."""
+        mode, size = self._images or (None, settings.image_size)
         return inputs_of(data, size, mode)
 
-    def _features(self, inputs: Inputs) -> Tensor:
+    def _features(self, settings: SeLaSettings, inputs: Inputs) -> Tensor:
         before = self.encoder_.training
         self.encoder_.eval()
         try:
@@ -375,22 +355,22 @@ class SeLa(BaseEstimator):
                 device, dtype = self.heads_.weight.device, dtype_of(self.encoder_)
                 rows = torch.arange(len(inputs), dtype=torch.int64, device="cpu")
                 parts = [
-                    encoded(self.encoder_, inputs.take(some, device, dtype))
-                    for some in batches_of(rows, resolved(self, "batch_size"))
+                    encoded(self.encoder_, inputs.take(batch, device, dtype))
+                    for batch in batches_of(rows, settings.batch_size)
                 ]
         finally:
             self.encoder_.train(before)
         return torch.cat(parts)
 
     def export_labels(self, path: str | PathLike[str]) -> None:
-        """Write the labels to a file, which is whole or not there.
+        """Write the labels to a file; after an error there is no part of a file.
 
         Parameters
         ----------
         path : str or PathLike
-            .npz (arrays labels [H, N], g [H, K] and, of a folder, files [N]), .npy (labels), or
+            .npz (arrays labels [H, N], g [H, K] and, for a folder, files [N]), .npy (labels), or
             .csv, .tsv (also with .gz), .parquet (a row for each row of the data, a column head_h
-            for each head and before them, of a folder, one called file).
+            for each head, and before them, for a folder, the column file).
 
         Raises
         ------
@@ -423,8 +403,8 @@ def _check_fit(count: int, clusters: int, checkpoint: Any, every: Any, resume: b
     if count < clusters:
         raise ValueError(f"n_samples={count} should be >= n_clusters={clusters}.")
     if every is not None:
-        whole = isinstance(every, Integral) and not isinstance(every, bool)
-        if not whole or every < 1:
+        is_whole = isinstance(every, Integral) and not isinstance(every, bool)
+        if not is_whole or every < 1:
             raise ValueError(checks.wording("checkpoint_every", "an int >= 1", repr(every)))
     if checkpoint is None and (resume or every is not None):
         name = "resume" if resume else "checkpoint_every"

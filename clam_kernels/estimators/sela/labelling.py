@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run of a SeLa: steps on the current labels, relabelling when it is due."""
+"""The training of a SeLa: steps on the current labels, and relabelling at fixed times."""
 
 from __future__ import annotations
 
@@ -18,146 +18,121 @@ from torch import Tensor, nn
 from ... import serialize
 from ..._core import checks
 from ...nn.self_labeller import Relabelling, SelfLabeller
-from ..common import callbacks
+from ..common.progress import ProgressBar
 from ..training.checkpoint import Checkpoint, State, of_module
 from ..training.inputs import Inputs, digest
 from ..training.optimisers import SGD, Optimiser
 from ..training.trainer import (
-    SCHEDULES,
-    Bar,
-    OwnRandom,
-    Plan,
-    Run,
+    RunGenerators,
+    RunLength,
+    TrainingRun,
     augmented,
     batches_of,
     dtype_of,
     encoded,
 )
+from .settings import RECIPES, SeLaSettings
 
-# What arguments that are None stand for.
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {
-        "n_epochs": 40,
-        "batch_size": 128,
-        "schedule": "cosine",
-        "weight_decay": 1e-4,
-        "n_relabels": 12,
-        "n_augment": 4,
-        "tol": 1e-3,
-        "max_iter": 400,
-    },
-    "paper": {
-        "n_epochs": 400,
-        "batch_size": 256,
-        "schedule": "steps",
-        "weight_decay": 1e-5,
-        "n_relabels": 100,
-        "n_augment": 1,
-        "tol": None,  # a tenth of a row: 0.1 / N
-        "max_iter": 2000,
-    },
-}
-# Least tolerance that float32 potentials can meet.
-LEAST_TOL = 1e-6
-# Settings that a checkpoint must share with the fit that goes on from it, beside those of a recipe.
+# Parameters that must be equal in a checkpoint and in the fit that resumes from it; so must those
+# of a recipe.
 SHARED = ("n_clusters", "n_heads", "lam", "learning_rate", "momentum", "strict")
 COLUMNS = ("seen", "head", "n_iter", "err", "converged", "changed")
 KIND = "SeLa checkpoint"
 
 
-def resolved(sela: Any, name: str) -> Any:
-    """A parameter of a SeLa, by its recipe where it is None."""
-    given = getattr(sela, name)
-    return RECIPES[sela.recipe][name] if given is None else given
-
-
 @dataclass
-class Kept:
-    """A checkpoint, and how many batches lie between two writes."""
+class CheckpointWriter:
+    """The checkpoint of a fit, and the number of batches between two writes."""
 
     file: Checkpoint
     every: int
 
 
 class Training:
-    """Everything of one fit."""
+    """The encoder, the heads and the training run of one fit."""
 
-    def __init__(self, sela: Any, inputs: Inputs, device: torch.device, seed: int) -> None:
-        self.sela, self.inputs, self.device, self.seed = sela, inputs, device, seed
-        self.random = OwnRandom(seed, device)
-        self.encoder: nn.Module = copy.deepcopy(sela.encoder).to(device)
+    def __init__(
+        self, settings: SeLaSettings, inputs: Inputs, device: torch.device, seed: int
+    ) -> None:
+        self.settings, self.inputs, self.device, self.seed = settings, inputs, device, seed
+        self.random = RunGenerators(seed, device)
+        self.encoder: nn.Module = copy.deepcopy(settings.encoder).to(device)
         self.dtype = dtype_of(self.encoder)
-        tol = resolved(sela, "tol")
-        self.tol = max(0.1 / len(inputs), LEAST_TOL) if tol is None else float(tol)
+        self.tol = settings.tolerance(len(inputs))
         with self.random.turn():
             self.heads = self._heads()
             optimiser = self._optimiser()
-        epochs = resolved(sela, "n_epochs")
-        schedule = resolved(sela, "schedule")
-        schedule = SCHEDULES.get(schedule, schedule) if isinstance(schedule, str) else schedule
-        plan = Plan(len(inputs), resolved(sela, "batch_size"), epochs, schedule)
+        epochs = settings.n_epochs
+        length = RunLength(len(inputs), settings.batch_size, epochs, settings.learning_rate_factor)
         modules = {"encoder": self.encoder, "heads": self.heads}
-        self.run = Run(modules, optimiser, plan, seed, self.random, sela.writer, "sela")
-        times = np.linspace(0.0, 1.0, resolved(sela, "n_relabels")) ** 2
+        self.run = TrainingRun(
+            modules, optimiser, length, seed, self.random, settings.writer, "sela"
+        )
+        times = np.linspace(0.0, 1.0, settings.n_relabels) ** 2
+        # rows of training before each relabelling
         self.times = (epochs + 1.01) * len(inputs) * times
         self.due = 0  # index of the next of these times
-        self.rows: list[tuple[float, ...]] = []
+        self.rows: list[tuple[float, ...]] = []  # figures of each relabelling of a head
         self.changed = 1.0
-        self.kept: Kept | None = None
+        self.checkpoint: CheckpointWriter | None = None
 
     def _heads(self) -> SelfLabeller:
-        """New heads for what the encoder makes of the first rows."""
-        sela, count = self.sela, len(self.inputs)
+        """New heads for the features of the encoder, whose number the first rows show."""
+        settings, count = self.settings, len(self.inputs)
         self.encoder.eval()
         with torch.no_grad():
             first = torch.arange(min(2, count), dtype=torch.int64, device="cpu")
             probe = self.inputs.take(first, self.device, self.dtype)
             features = encoded(self.encoder, probe)
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-        masses = {
-            name: None if mass is None else torch.as_tensor(mass, **wide)
-            for name, mass in (("col", sela.col_marginal), ("row", sela.row_marginal))
-        }
+        col, row = (
+            None if mass is None else torch.as_tensor(mass, dtype=torch.float64, device="cpu")
+            for mass in (settings.col_marginal, settings.row_marginal)
+        )
         return SelfLabeller(
-            features.shape[1], int(sela.n_clusters), count, int(sela.n_heads),
-            lam=float(sela.lam), tol=self.tol, max_iter=int(resolved(sela, "max_iter")),
-            col_marginal=masses["col"], row_marginal=masses["row"], strict=bool(sela.strict),
+            features.shape[1], int(settings.n_clusters), count, int(settings.n_heads),
+            lam=float(settings.lam), tol=self.tol, max_iter=int(settings.max_iter),
+            col_marginal=col, row_marginal=row, strict=bool(settings.strict),
             generator=torch.Generator().manual_seed(self.seed + 2), device=self.device,
             dtype=features.dtype,
         )  # fmt: skip
 
     def _optimiser(self) -> Optimiser:
         both = [*self.encoder.parameters(), *self.heads.parameters()]
-        learning = [p for p in both if p.requires_grad]
-        sela = self.sela
-        if sela.optimizer is None:
-            decay = resolved(sela, "weight_decay")
-            return SGD(learning, float(sela.learning_rate), float(sela.momentum), float(decay))
-        return _stepping(sela.optimizer(learning))
+        parameters = [p for p in both if p.requires_grad]
+        settings = self.settings
+        if settings.optimizer is not None:
+            return _checked_optimiser(settings.optimizer(parameters))
+        return SGD(
+            parameters,
+            float(settings.learning_rate),
+            float(settings.momentum),
+            float(settings.weight_decay),
+        )
 
     # ---- the run ---------------------------------------------------------------------------------
 
     def go(self) -> None:
-        """From wherever the run stands to its end."""
+        """Run from the current state to the end."""
         run = self.run
-        if run.over and self.due == len(self.times):
-            return  # it was at its end when it was written: the file stays as it is
-        with Bar(self.sela.verbose, "SeLa", run) as bar:
+        if run.is_over and self.due == len(self.times):
+            return  # the checkpoint is that of a finished run: do not write it again
+        epochs = self.settings.n_epochs
+        with ProgressBar(self.settings.verbose, "SeLa", epochs, done=run.epoch) as bar:
             for rows in run.batches():
                 if self.due < len(self.times) and self.times[self.due] <= run.seen:
                     self.relabel()
                 self._step(rows)
                 if run.batch == 0:
-                    bar.epoch(loss=run.losses[-1], changed=self.changed)
-                    run.stopped = self._told()
-                # only now: what the callbacks answer is part of the state
-                kept = self.kept
-                if kept is not None and (run.stopped or run.steps % kept.every == 0):
-                    kept.file.write(self.state())
+                    bar.advance(loss=f"{run.losses[-1]:.4f}", changed=f"{self.changed:.4f}")
+                    run.is_stopped = self._after_epoch()
+                # after the callbacks, whose result is part of the state
+                checkpoint = self.checkpoint
+                if checkpoint and (run.is_stopped or run.steps % checkpoint.every == 0):
+                    checkpoint.file.write(self.state())
             if self.due < len(self.times):
                 self.relabel()
-        if self.kept is not None:
-            self.kept.file.write(self.state())
+        if self.checkpoint is not None:
+            self.checkpoint.file.write(self.state())
 
     def _step(self, rows: Tensor) -> None:
         self.encoder.train()
@@ -169,73 +144,74 @@ class Training:
         """Features of an augmented draw of some rows."""
         batch = self.inputs.take(rows, self.device, self.dtype)
         generator = self.run.generators["augment"]
-        return encoded(self.encoder, augmented(self.sela.augment, batch, generator))
+        return encoded(self.encoder, augmented(self.settings.augment, batch, generator))
 
-    def _told(self) -> bool:
-        """Callbacks hear of an epoch; whether one asks to stop."""
+    def _after_epoch(self) -> bool:
+        """Call the callbacks after an epoch; return whether one of them ends the training."""
         run = self.run
         info = {"epoch": run.epoch - 1, "loss": run.losses[-1], "changed": self.changed}
-        listeners = callbacks.each(self.sela.callbacks)
-        return callbacks.call(listeners, "on_iteration", self.sela, info)
+        return self.settings.callbacks.iteration(info)
 
     def relabel(self) -> None:
-        """New labels of every head, and on to the next time that is not over yet."""
-        self.run.look()
+        """Relabel every head, and choose the next time of a relabelling."""
+        self.run.read_losses()
         features = self._features()
-        done = [self.heads.relabel_features(features, h) for h in range(self.heads.n_heads)]
-        self.rows += [_row(self.run.seen, one) for one in done]
-        self.changed = float(np.mean([one.changed for one in done]))
+        results = [self.heads.relabel_features(features, h) for h in range(self.heads.n_heads)]
+        self.rows += [_row(self.run.seen, result) for result in results]
+        self.changed = float(np.mean([result.changed for result in results]))
         self.run.scalar("changed", self.changed)
-        self.run.scalar("err", max(one.err for one in done))
-        self.run.scalar("n_iter", float(np.mean([one.n_iter for one in done])))
+        self.run.scalar("err", max(result.err for result in results))
+        self.run.scalar("n_iter", float(np.mean([result.n_iter for result in results])))
         last = len(self.times) - 1
-        while self.due <= last and (self.times[self.due] <= self.run.seen or self.run.over):
+        while self.due <= last and (self.times[self.due] <= self.run.seen or self.run.is_over):
             self.due += 1
 
     @torch.no_grad()
     def _features(self) -> Tensor:
-        """Features of all rows, mean over augmented draws: heads are linear, so that is all that
-        the mean of their log-probabilities needs. In training mode, and so in random batches: rows
-        in their order may come class by class, which the statistics of BatchNorm would tell.
+        """Mean features [N, D] of all rows over augmented draws.
+
+        Heads are linear, so the mean of the features gives the mean of their log-probabilities.
+        The encoder is in training mode, where BatchNorm has the statistics of each batch: rows are
+        in random order, as their own order may be class by class.
         """
         self.encoder.train()
-        draws = 1 if self.sela.augment is None else resolved(self.sela, "n_augment")
-        size = self.run.plan.batch_size
+        draws = 1 if self.settings.augment is None else self.settings.n_augment
+        size = self.run.length.batch_size
         weight = self.heads.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        total = torch.zeros(len(self.inputs), weight.shape[2], dtype=wide, device=self.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros(len(self.inputs), weight.shape[2], dtype=dtype, device=self.device)
         for _ in range(draws):
             order = self.run.permutation()
             for rows in batches_of(order, size):
                 with self.random.turn():
                     total[rows.to(self.device)] += self._draw(rows)
-        self.inputs.known = True  # each row has been taken
+        self.inputs.is_checked = True  # every row was in a batch
         return total.div_(draws).to(weight.dtype)
 
     # ---- checkpoint ------------------------------------------------------------------------------
 
-    def keep(self, path: str | PathLike[str], every: int | None, resume: bool) -> None:
-        """Write the run to a file as it goes on, or go on from what is there."""
-        every = self.run.plan.steps_per_epoch if every is None else int(every)
-        file = Checkpoint(path, KIND, self.settings(), resume)
-        self.kept = Kept(file, every)
+    def use_checkpoint(self, path: str | PathLike[str], every: int | None, resume: bool) -> None:
+        """Write checkpoints to a file every so many batches; `resume` restores its state first."""
+        every = self.run.length.steps_per_epoch if every is None else int(every)
+        file = Checkpoint(path, KIND, self.shared_settings(), resume)
+        self.checkpoint = CheckpointWriter(file, every)
         state = file.read() if resume else None
         if state is not None:
             with serialize.reading(path):
                 self._restore(state)
 
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint must share with the fit that goes on from it."""
-        sela = self.sela
-        shared = {name: _plain(getattr(sela, name)) for name in SHARED}
-        shared |= {name: _plain(resolved(sela, name)) for name in RECIPES[sela.recipe]}
+    def shared_settings(self) -> dict[str, Any]:
+        """What must be equal in a checkpoint and in the fit that resumes from it."""
+        settings = self.settings
+        names = (*SHARED, *RECIPES[settings.recipe])
+        shared = {name: _as_json(getattr(settings, name)) for name in names}
         shared["tol"] = self.tol
-        shared |= {name: _called(getattr(sela, name)) for name in ("augment", "optimizer")}
+        shared |= {name: _name_of(getattr(settings, name)) for name in ("augment", "optimizer")}
         for name in ("col_marginal", "row_marginal"):
             mass = getattr(self.heads, name)
             shared[name] = None if mass is None else digest(mass.cpu().numpy().tobytes())
         layers = [[name, *t.shape] for name, t in of_module("encoder", self.encoder).items()]
-        seed = sela.random_state
+        seed = settings.random_state
         return {
             **shared,
             "random_state": int(seed) if isinstance(seed, Integral) else None,
@@ -245,7 +221,7 @@ class Training:
         }
 
     def state(self) -> State:
-        """All that changes, as a checkpoint holds it."""
+        """The state that a checkpoint has."""
         tensors, numbers = self.run.state()
         tensors["relabellings"] = torch.tensor(self.rows, dtype=torch.float64, device="cpu")
         return tensors, {**numbers, "due": self.due, "changed": self.changed}
@@ -259,38 +235,38 @@ class Training:
     def table(self) -> dict[str, np.ndarray]:
         """The relabellings by columns."""
         rows = np.array(self.rows, dtype=np.float64).reshape(-1, len(COLUMNS))
-        found = dict(zip(COLUMNS, rows.T, strict=True))
+        table = dict(zip(COLUMNS, rows.T, strict=True))
         for name in ("seen", "head", "n_iter"):
-            found[name] = found[name].astype(np.int64)
-        found["converged"] = found["converged"].astype(bool)
-        return found
+            table[name] = table[name].astype(np.int64)
+        table["converged"] = table["converged"].astype(bool)
+        return table
 
 
-def _stepping(found: Any) -> torch.optim.Optimizer:
-    """What a function made for an optimiser, if it is one that steps on the gradients it finds."""
-    kind = type(found).__name__
-    if not isinstance(found, torch.optim.Optimizer):
+def _checked_optimiser(optimiser: Any) -> torch.optim.Optimizer:
+    """The result of the parameter `optimizer`; TypeError unless it steps without a closure."""
+    kind = type(optimiser).__name__
+    if not isinstance(optimiser, torch.optim.Optimizer):
         raise TypeError(f"optimizer: expected it to return a torch Optimizer, got {kind}")
     try:
-        inspect.signature(found.step).bind()
+        inspect.signature(optimiser.step).bind()
     except TypeError:
         words = "it to return an Optimizer whose step needs no closure"
         raise TypeError(checks.wording("optimizer", words, kind)) from None
-    return found
+    return optimiser
 
 
-def _row(seen: int, one: Relabelling) -> tuple[float, ...]:
-    return (seen, one.head, one.n_iter, one.err, one.converged, one.changed)
+def _row(seen: int, result: Relabelling) -> tuple[float, ...]:
+    return (seen, result.head, result.n_iter, result.err, result.converged, result.changed)
 
 
-def _plain(value: Any) -> Any:
-    """A setting as JSON; a callable by its name."""
+def _as_json(value: Any) -> Any:
+    """A setting as JSON has it; a callable is its name."""
     value = value.item() if isinstance(value, np.generic) else value
-    return _called(value) if callable(value) else value
+    return _name_of(value) if callable(value) else value
 
 
-def _called(function: Any) -> str | None:
-    """A callable's name, which is all that one process can know of another's."""
+def _name_of(function: Any) -> str | None:
+    """The name of a callable: another process can compare nothing else."""
     if function is None:
         return None
     return str(getattr(function, "__qualname__", type(function).__qualname__))

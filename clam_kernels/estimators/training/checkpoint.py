@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a training run: its state as tensors and numbers in one safetensors file, which
-is the old or the new one at any moment, and is refused where settings or data are others.
+"""Checkpoints of a training run: its state as tensors and numbers in one safetensors file.
+
+A write replaces the file at once. A read raises where settings or data differ from those of the
+run.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class Checkpoint:
-    """Where a run is written to, with the settings that belong to it."""
+    """The checkpoint file of a run, with the settings of the run."""
 
     def __init__(
         self, path: str | PathLike[str], kind: str, settings: Mapping[str, Any], resume: bool
@@ -32,14 +34,14 @@ class Checkpoint:
             raise FileNotFoundError(2, "No such folder", str(self.path.parent))
         if self.path.exists() and not resume:
             raise FileExistsError(
-                17, "checkpoint exists; go on from it with resume=True, or remove it", str(path)
+                17, "checkpoint exists; resume=True continues it, or remove it", str(path)
             )
         for stray in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a killed run
             with contextlib.suppress(OSError):
                 stray.unlink()
 
     def write(self, state: State) -> None:
-        """Replace the file; what failed once, as on a busy network drive, is tried once more."""
+        """Replace the file; try a second time after an error, as on a busy network drive."""
         tensors, numbers = state
         learned = {"state": json.dumps(numbers)}
         try:
@@ -48,7 +50,7 @@ class Checkpoint:
             serialize.save(self.path, self.kind, self.settings, learned, tensors)
 
     def read(self) -> State | None:
-        """What was written last, or None before the first time."""
+        """The last state written; None where there is no file."""
         if not self.path.exists():
             return None
         settings, learned, tensors = serialize.load(self.path, self.kind)
@@ -66,7 +68,7 @@ class Checkpoint:
 
 
 def of_module(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, buffers and extra state by name; buffers that are not persistent too, since a
+    """Parameters, buffers and extra state by name; also buffers that are not persistent, as a
     forward may change them.
     """
     state = {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict()}
@@ -78,25 +80,25 @@ def of_module(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_module(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put a state back."""
-    known = module.state_dict().keys()
+    """Replace the state of a module."""
+    saved = module.state_dict().keys()
     buffers = dict(module.named_buffers(remove_duplicate=False))
     parts = dict(module.named_modules(remove_duplicate=False))
-    module.load_state_dict({name: t for name, t in tensors.items() if name in known})
-    for name in sorted((tensors.keys() | buffers.keys()) - known):
+    module.load_state_dict({name: t for name, t in tensors.items() if name in saved})
+    for name in sorted((tensors.keys() | buffers.keys()) - saved):
         serialize.expect(name in tensors, f"no buffer {name}")
         owner, _, leaf = name.rpartition(".")
-        held = parts[owner]._buffers
-        serialize.expect(leaf in held, f"unknown buffer {name}")
-        old, new = held[leaf], tensors[name]
+        owned = parts[owner]._buffers
+        serialize.expect(leaf in owned, f"unknown buffer {name}")
+        old, new = owned[leaf], tensors[name]
         if old is None or old.shape != new.shape or old.dtype != new.dtype:
-            held[leaf] = new.to(device if old is None else old.device)
-        elif not torch.equal(old, new.to(old.device)):  # constants may be views of one entry
-            old.copy_(new)  # in place: modules may share it
+            owned[leaf] = new.to(device if old is None else old.device)
+        elif not torch.equal(old, new.to(old.device)):  # a constant may be a view of one entry
+            old.copy_(new)  # in place, as modules may share it
 
 
 def of_optimiser(optimiser: Optimiser) -> State:
-    """Tensors of the state, and its numbers and groups."""
+    """The state of an optimiser: its tensors, and its numbers and groups."""
     packed = optimiser.state_dict()
     tensors, numbers = {}, {}
     for index, entries in packed["state"].items():
@@ -121,7 +123,7 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: Optimiser, state: State) -> None:
-    """Put a state back."""
+    """Replace the state of an optimiser."""
     tensors, saved = state
     entries: dict[int, dict[str, Any]] = {}
     for key, value in [*under("optimizer", tensors).items(), *saved["numbers"].items()]:

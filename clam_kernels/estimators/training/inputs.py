@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows for a trainer, whatever holds them: tensors, arrays and memory maps, files, folders of
-images, map-style datasets. Rows are read when a batch asks for them.
+"""Rows for a trainer: from tensors, arrays and memory maps, files, folders of images, map-style
+datasets. The rows of a batch are read when the batch is computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".p
 KINDS = "a Tensor, an array, a path to .npy, .npz or a folder of images, or a map-style Dataset"
 GREY = ("1", "L", "LA")
 ITEMS = "a Dataset whose items are, or are tuples that begin with, a Tensor or an array of numbers"
-# Rows whose content tells one data set from another.
+# Rows whose content identifies a data set in a checkpoint.
 PROBES = 64
 
 
@@ -34,42 +34,44 @@ class Inputs(ABC):
 
     count: int
     files: list[str] | None = None
-    images: tuple[str, int | None] | None = None  # mode and side that images are brought to
+    images: tuple[str, int | None] | None = None  # mode and side of images after the conversion
     origin: torch.device | None = None
-    static = True  # whether a row is the same each time
-    known = False  # whether all rows were found finite: looking again would wait for the device
+    is_static = True  # whether a row is the same at each read
+    is_checked = False  # whether all rows are finite: each check of a batch waits for the device
 
     def __len__(self) -> int:
         return self.count
 
     @abstractmethod
     def raw(self, rows: Tensor) -> Tensor:
-        """Some rows as they are kept; rows are int64 on the CPU."""
+        """The stored values of some rows; the index is int64 on the CPU."""
 
-    def like(self, found: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-        """What a batch of the dtype found is turned into for an encoder of another."""
-        return dtype
+    def batch_dtype(self, stored: torch.dtype, encoder: torch.dtype) -> torch.dtype:
+        """The dtype of a batch, by that of the stored rows and of the encoder."""
+        return encoder
 
     def take(self, rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """A batch of rows on a device; NaN and infinity raise with their place."""
+        """A batch of rows on a device; ValueError with the place of NaN or infinity."""
         batch = self.raw(rows)
-        batch = batch.to(device=device, dtype=self.like(batch.dtype, dtype))
-        look = batch.is_floating_point() and not (self.known and self.static)
-        if look and not bool(batch.sum().isfinite()):
-            _refuse(batch, rows)
+        batch = batch.to(device=device, dtype=self.batch_dtype(batch.dtype, dtype))
+        is_unknown = batch.is_floating_point() and not (self.is_checked and self.is_static)
+        if is_unknown and not bool(batch.sum().isfinite()):
+            _check_finite(batch, rows)
         return batch
 
     @abstractmethod
     def mark(self) -> list[Any]:
-        """What tells this data from other data, as JSON."""
+        """What identifies this data in a checkpoint, as JSON."""
 
     def give(self, result: Tensor) -> Any:
-        """A result as users of such data expect it."""
-        found = result.detach().cpu().numpy()
-        return found.astype(np.int32) if found.dtype == np.int64 else found
+        """A result in the container of the data: numpy, with int32 labels, or a tensor."""
+        array = result.detach().cpu().numpy()
+        return array.astype(np.int32) if array.dtype == np.int64 else array
 
 
-class OfTensor(Inputs):
+class TensorInputs(Inputs):
+    """The rows of a tensor."""
+
     def __init__(self, x: Tensor) -> None:
         if x.layout != torch.strided:
             raise TypeError(f"data: expected a dense tensor, got one of layout {x.layout}")
@@ -91,7 +93,9 @@ class OfTensor(Inputs):
         return result.detach().to(self.x.device)
 
 
-class OfArray(Inputs):
+class ArrayInputs(Inputs):
+    """The rows of an array, maybe a memory map."""
+
     def __init__(self, x: Any) -> None:
         unmasked("data", x)
         self.x = x if isinstance(x, np.ndarray) else np.asarray(x)
@@ -100,11 +104,11 @@ class OfArray(Inputs):
         self.count = _rows(self.x.shape)
 
     def raw(self, rows: Tensor) -> Tensor:
-        picked = np.asarray(self.x[rows.numpy()])
-        return torch.from_numpy(picked.astype(picked.dtype.newbyteorder("="), copy=False))
+        values = np.asarray(self.x[rows.numpy()])
+        return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 
     def take(self, rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if self.x.dtype.itemsize > 8:  # longdouble, which torch has not
+        if self.x.dtype.itemsize > 8:  # longdouble, which torch does not have
             self.x = self.x.astype(np.float64)
         return super().take(rows, device, dtype)
 
@@ -113,17 +117,17 @@ class OfArray(Inputs):
         return [list(self.x.shape), str(self.x.dtype), digest(probes.tobytes())]
 
 
-class OfImages(Inputs):
-    """A folder of images; class folders only name them."""
+class ImageInputs(Inputs):
+    """The images in a folder and in its folders, in the order of their paths."""
 
     def __init__(self, folder: Path, size: int | None, mode: str | None) -> None:
         try:
             import PIL  # noqa: F401
         except ImportError:
             raise ImportError(needs(f"{folder}: reading images", "pillow", "images")) from None
-        found = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
-        named = [p.as_posix() for p in found if not any(part[0] == "." for part in p.parts)]
-        self.folder, self.size, self.files = folder, size, sorted(named)
+        paths = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+        names = [p.as_posix() for p in paths if not any(part[0] == "." for part in p.parts)]
+        self.folder, self.size, self.files = folder, size, sorted(names)
         self.count = len(self.files)
         if not self.files:
             raise DataFileError(f"{folder}: expected images ({', '.join(IMAGES)}), got none")
@@ -149,7 +153,7 @@ class OfImages(Inputs):
         from PIL import ImageOps
 
         with self._open(name) as image:
-            if image.mode[0] in "IF":  # conversion would cut them off at 255
+            if image.mode[0] in "IF":  # a conversion would clamp values at 255
                 raise DataFileError(f"{self.folder / name}: expected 8 bits, got mode {image.mode}")
             try:
                 image = image.convert(self.mode)
@@ -169,7 +173,7 @@ class OfImages(Inputs):
             if image.shape != self.shape:
                 raise DataFileError(
                     f"{self.folder / self.files[row]}: expected {list(self.shape)} as in"
-                    f" {self.files[0]}, got {list(image.shape)}; image_size brings all to one size"
+                    f" {self.files[0]}, got {list(image.shape)}; image_size scales all to one size"
                 )
             images.append(image)
         return torch.stack(images)
@@ -180,17 +184,18 @@ class OfImages(Inputs):
         return [len(sizes), self.size, digest("\n".join(sizes).encode())]
 
 
-class OfDataset(Inputs):
-    """Anything with a length whose items are inputs, or tuples that begin with one."""
+class DatasetInputs(Inputs):
+    """The items of an object with a length: inputs, or tuples that begin with one."""
 
-    static = False
+    is_static = False
 
     def __init__(self, items: Any) -> None:
         self.items = items
         self.count = _rows([len(items)])
 
-    def like(self, found: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-        return dtype if found.is_floating_point else found  # whole numbers may be indices
+    def batch_dtype(self, stored: torch.dtype, encoder: torch.dtype) -> torch.dtype:
+        """The encoder's dtype; whole numbers, which may be indices, keep theirs."""
+        return encoder if stored.is_floating_point else stored
 
     def raw(self, rows: Tensor) -> Tensor:
         return torch.stack([self._one(row) for row in rows.tolist()])
@@ -201,37 +206,37 @@ class OfDataset(Inputs):
         if isinstance(item, Tensor):
             return item.detach()
         kind = type(item).__name__
-        # numpy makes an array of anything: of a dict one of objects, of an image one of bytes
+        # numpy converts anything to an array: a dict to objects, an image to bytes
         checks.type_error(
             hasattr(item, "__array__") or isinstance(item, Real),
             lambda: checks.wording("data", ITEMS, f"{kind} in row {row}"),
         )
-        found = np.asarray(item)
+        array = np.asarray(item)
         checks.type_error(
-            found.dtype.kind in "fiub",
-            lambda: checks.wording("data", ITEMS, f"{kind} of dtype {found.dtype} in row {row}"),
+            array.dtype.kind in "fiub",
+            lambda: checks.wording("data", ITEMS, f"{kind} of dtype {array.dtype} in row {row}"),
         )
-        return torch.as_tensor(found, device="cpu")
+        return torch.as_tensor(array, device="cpu")
 
     def mark(self) -> list[Any]:
         return [self.count, list(self._one(0).shape)]
 
 
 def inputs_of(data: Any, image_size: int | None = None, mode: str | None = None) -> Inputs:
-    """The rows of what was given to `fit`; mode is that of images, None to see what they are."""
+    """The rows of the data of `fit`; `mode` is that of images, None to read it from them."""
     if isinstance(data, str | os.PathLike):
         path = Path(data)
         if path.is_dir():
-            return OfImages(path, image_size, mode)
-        return OfArray(tables.read_array(path))
+            return ImageInputs(path, image_size, mode)
+        return ArrayInputs(tables.read_array(path))
     if isinstance(data, Tensor):
-        return OfTensor(data)
+        return TensorInputs(data)
     if isinstance(data, torch.utils.data.IterableDataset):
         raise TypeError(f"data: expected {KINDS}, got an iterable dataset, which has no rows")
     if isinstance(data, np.ndarray | list | tuple) or hasattr(data, "__array__"):
-        return OfArray(data)
+        return ArrayInputs(data)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return OfDataset(data)
+        return DatasetInputs(data)
     raise TypeError(f"data: expected {KINDS}, got {type(data).__name__}")
 
 
@@ -242,20 +247,20 @@ def _rows(shape: Any) -> int:
 
 
 def _probes(count: int) -> Tensor:
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    return torch.linspace(0, count - 1, min(count, PROBES), **wide).long()
+    places = torch.linspace(0, count - 1, min(count, PROBES), dtype=torch.float64, device="cpu")
+    return places.long()
 
 
 def digest(content: bytes) -> str:
-    """A short name for some bytes."""
+    """A hash of some bytes."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _refuse(batch: Tensor, rows: Tensor) -> None:
-    """ValueError that names the first entry of a batch that is not finite, if there is one."""
+def _check_finite(batch: Tensor, rows: Tensor) -> None:
+    """ValueError, which names the first entry of a batch that is not finite, if there is one."""
     bad = (~batch.isfinite()).nonzero()[:1].tolist()
     if not bad:
-        return  # finite entries whose sum is not
+        return  # the entries are finite, their sum is not
     row, *rest = bad[0]
     what = "NaN" if bool(batch[tuple(bad[0])].isnan()) else "infinity"
     where = f" at {rest}" if rest else ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam and SGD, with the arithmetic and the state of torch's.
+"""Adam and SGD, with the arithmetic and the state of torch.optim's.
 
-Those of torch.optim import torch._dynamo, and with it sympy, at their first use: it takes seconds,
-and after Ctrl-C in the middle of it every later use fails.
+torch.optim imports torch._dynamo, and with it sympy, at its first use: that takes seconds, and
+after Ctrl-C during the import every later use fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Optimiser(Protocol):
-    """What a training loop asks of an optimiser, of those here or of torch.optim."""
+    """The methods of an optimiser that a training loop uses: of one here or of torch.optim."""
 
     param_groups: list[dict[str, Any]]
 
@@ -29,8 +29,8 @@ class Optimiser(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class _Own:
-    """Parameters in groups, each with a learning rate, and a state for each parameter."""
+class _ParameterGroups:
+    """Parameters in groups with a learning rate each, and a state for each parameter."""
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], **settings: Any) -> None:
         self.param_groups: list[dict[str, Any]] = [
@@ -42,12 +42,12 @@ class _Own:
         return [p for group in self.param_groups for p in group["params"]]
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set every gradient to None."""
         for parameter in self._parameters():
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """State and settings; parameters are their numbers."""
+        """State and settings; a parameter is its number."""
         number = {id(p): i for i, p in enumerate(self._parameters())}
         groups = [
             {**group, "params": [number[id(p)] for p in group["params"]]}
@@ -57,7 +57,7 @@ class _Own:
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, on the devices of the parameters."""
+        """Replace state and settings by a `state_dict`, on the devices of the parameters."""
         groups, parameters = state["param_groups"], self._parameters()
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(group["params"]) for group in self.param_groups]:
@@ -73,8 +73,12 @@ class _Own:
         }
 
 
-class Adam(_Own):
-    """Adam with the usual running means; every parameter is a group of its own."""
+class Adam(_ParameterGroups):
+    """Adam; every parameter is a group of its own.
+
+    m <- m + (1 - b1) (g - m), v <- b2 v + (1 - b2) g^2,
+    p <- p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps).
+    """
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class Adam(_Own):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step by the gradients."""
+        """One step with the gradients."""
         for i, group in enumerate(self.param_groups):
             (parameter,) = group["params"]
             slope = parameter.grad
@@ -101,12 +105,15 @@ class Adam(_Own):
             state["exp_avg"].lerp_(slope, 1 - first)
             state["exp_avg_sq"].mul_(second).addcmul_(slope, slope, value=1 - second)
             size = group["lr"] / (1 - first**steps)
-            wide = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - second**steps))
-            parameter.addcdiv_(state["exp_avg"], wide.add_(group["eps"]), value=-size)
+            root = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - second**steps))
+            parameter.addcdiv_(state["exp_avg"], root.add_(group["eps"]), value=-size)
 
 
-class SGD(_Own):
-    """Gradient descent with momentum and weight decay."""
+class SGD(_ParameterGroups):
+    """Gradient descent with momentum and weight decay.
+
+    g <- g + decay p, m <- momentum m + g (g at the first step), p <- p - lr m.
+    """
 
     def __init__(
         self, parameters: Sequence[Tensor], lr: float, momentum: float, weight_decay: float
@@ -115,35 +122,36 @@ class SGD(_Own):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step by the gradients."""
+        """One step with the gradients."""
         (group,) = self.param_groups
-        at = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-        if any(group["params"][i].grad.is_sparse for i in at):
-            for i in at:
-                self._move_one(group, i)
-        elif at:
-            self._move(group, at)
+        index = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        if any(group["params"][i].grad.is_sparse for i in index):
+            for i in index:
+                self._step_of_one(group, i)
+        elif index:
+            self._step_of_all(group, index)
 
-    def _move(self, group: dict[str, Any], at: list[int]) -> None:
-        """All parameters in few launches."""
-        parameters = [group["params"][i] for i in at]
+    def _step_of_all(self, group: dict[str, Any], index: list[int]) -> None:
+        """The step of several parameters, in few launches."""
+        parameters = [group["params"][i] for i in index]
         slopes = [p.grad for p in parameters]
         if group["weight_decay"]:
             slopes = list(torch._foreach_add(slopes, parameters, alpha=group["weight_decay"]))
         if group["momentum"]:
-            known = [i for i in at if self._momentum_of(i) is not None]
-            if known:
-                torch._foreach_mul_([self._momentum_of(i) for i in known], group["momentum"])
-                new = dict(zip(at, slopes, strict=True))
-                torch._foreach_add_([self._momentum_of(i) for i in known], [new[i] for i in known])
-            for i, slope in zip(at, slopes, strict=True):
+            later = [i for i in index if self._momentum_of(i) is not None]
+            if later:
+                buffers = [self._momentum_of(i) for i in later]
+                torch._foreach_mul_(buffers, group["momentum"])
+                slope_of = dict(zip(index, slopes, strict=True))
+                torch._foreach_add_(buffers, [slope_of[i] for i in later])
+            for i, slope in zip(index, slopes, strict=True):
                 if self._momentum_of(i) is None:
                     self.state[i] = {"momentum_buffer": slope.detach().clone()}
-            slopes = [self._momentum_of(i) for i in at]
+            slopes = [self._momentum_of(i) for i in index]
         torch._foreach_add_(parameters, slopes, alpha=-group["lr"])
 
-    def _move_one(self, group: dict[str, Any], i: int) -> None:
-        """One parameter, whose gradient may be sparse."""
+    def _step_of_one(self, group: dict[str, Any], i: int) -> None:
+        """The step of one parameter, whose gradient may be sparse."""
         parameter = group["params"][i]
         slope = parameter.grad
         if group["weight_decay"]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trainers of an encoder share: random numbers of their own, batches, steps, schedules,
-scalars, a bar, and a state that goes into a checkpoint and back.
+"""What trainers of an encoder share: generators, batches, steps, schedules, scalars, and the state
+that a checkpoint has.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
 from ... import serialize
-from ..common.base import progress_bar
 from . import checkpoint as checkpoints
 from .checkpoint import State
 from .optimisers import Optimiser
 
-# Steps between two looks at the losses: each look waits for the device.
-LOOK = 16
+# Steps between two reads of the losses: a read waits for the device.
+READ_EVERY = 16
 
 
 def seed_of(random_state: Any) -> int:
-    """A seed: an int's own, drawn from a RandomState, or from the system's entropy for None, so
-    that numpy's global generator is left alone.
+    """A seed from an int or a RandomState; from the system's entropy for None, so that numpy's
+    global generator does not change.
     """
     if random_state is None:
         return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
     return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
 
 
-# Torch has one global generator a device for all threads: runs take turns with them.
+# torch has one global generator for each device, which all threads share: one run uses them at a
+# time.
 _turn = threading.RLock()
 
 
-class OwnRandom:
-    """States of torch's global generators that belong to one run.
+class RunGenerators:
+    """States of torch's global generators for one run.
 
-    Layers draw from these generators (dropout), and cannot be given others. In its turn a run finds
-    them as its last turn left them, and the caller never notices. Other runs wait meanwhile, so
-    that each of several threads has the draws that it would have alone.
+    Layers such as dropout draw from these generators and take no others. In its turn a run has the
+    states after its last turn; the caller's states are restored at the end of the turn. Other runs
+    wait meanwhile, so that each of several threads has the draws that it would have alone.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class OwnRandom:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """The global generators are this run's inside the block."""
+        """Inside the block the global generators have the states of this run."""
         with _turn:
             before = self._read()
             self._set(self.states)
@@ -83,17 +83,17 @@ class OwnRandom:
 
 
 def constant(progress: float) -> float:
-    """The learning rate as it is."""
+    """1: the learning rate does not change."""
     return 1.0
 
 
 def cosine(progress: float) -> float:
-    """From 1 to 0 along a cosine."""
+    """(1 + cos(pi progress)) / 2: from 1 to 0."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def steps(progress: float) -> float:
-    """The published one: a tenth from 150 and from 300 of 400 epochs, a thousandth from 350."""
+    """The published schedule: 1e-1 from epoch 150 of 400, 1e-2 from 300, 1e-3 from 350."""
     return 1e-3 if progress >= 0.875 else 0.1 ** int(progress / 0.375)
 
 
@@ -105,51 +105,51 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def count_of(rows: int, size: int) -> int:
-    """Batches of so many rows; a last row alone joins the batch before: BatchNorm needs two."""
+    """Number of batches; a single last row is part of the batch before, as BatchNorm needs two."""
     whole, rest = divmod(rows, size)
     return max(1, whole + (rest > 1))
 
 
 def batches_of(order: Tensor, size: int) -> Iterator[Tensor]:
-    """Rows batch by batch."""
+    """The rows of each batch."""
     last = count_of(len(order), size) - 1
     for i in range(last + 1):
         yield order[i * size : None if i == last else (i + 1) * size]
 
 
 def augmented(augment: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
-    """A batch after an augmented draw, which must keep its rows."""
+    """An augmented draw of a batch; TypeError or ValueError unless it has as many rows."""
     if augment is None:
         return batch
-    found = augment(batch, generator)
-    if not isinstance(found, Tensor):
-        raise TypeError(f"augment: expected it to return a Tensor, got {type(found).__name__}")
-    if found.ndim == 0 or len(found) != len(batch):
-        got = list(found.shape)
+    draw = augment(batch, generator)
+    if not isinstance(draw, Tensor):
+        raise TypeError(f"augment: expected it to return a Tensor, got {type(draw).__name__}")
+    if draw.ndim == 0 or len(draw) != len(batch):
+        got = list(draw.shape)
         raise ValueError(f"augment: expected a batch of {len(batch)} rows from it, got {got}")
-    return found
+    return draw
 
 
 def encoded(encoder: nn.Module, batch: Tensor) -> Tensor:
-    """Features [B, D]."""
-    found = encoder(batch)
-    if not isinstance(found, Tensor):
-        raise TypeError(f"encoder: expected it to return a Tensor, got {type(found).__name__}")
-    if found.ndim != 2 or len(found) != len(batch):
-        got = list(found.shape)
+    """The features [B, D] of a batch; TypeError or ValueError for another result."""
+    features = encoder(batch)
+    if not isinstance(features, Tensor):
+        raise TypeError(f"encoder: expected it to return a Tensor, got {type(features).__name__}")
+    if features.ndim != 2 or len(features) != len(batch):
+        got = list(features.shape)
         raise ValueError(f"encoder: expected features [{len(batch)}, D] from it, got shape {got}")
-    return found
+    return features
 
 
 def dtype_of(encoder: nn.Module) -> torch.dtype:
-    """What an encoder computes in."""
+    """The dtype of an encoder's parameters; float32 without parameters."""
     floats = (p.dtype for p in encoder.parameters() if p.is_floating_point())
     return next(floats, torch.float32)
 
 
 @dataclass
-class Plan:
-    """How long a run is and how its rate falls."""
+class RunLength:
+    """The batches and epochs of a run, and the factor of its learning rate by the progress."""
 
     rows: int
     batch_size: int
@@ -162,60 +162,62 @@ class Plan:
         return count_of(self.rows, self.batch_size)
 
 
-class Run:
-    """A training run: everything in it that changes, and how that is written down.
+class TrainingRun:
+    """The state of a training run, which a checkpoint stores and restores.
 
-    `batches` yields the rows of the next batch, from wherever the run stands; `step` is called once
-    for each. The generators are `batches` on the CPU and `augment` on the device.
+    `batches` yields the rows of each batch from the current state on; the caller calls `step` once
+    for each of them. The generators are `batches` on the CPU and `augment` on the device.
     """
 
     def __init__(
         self,
         modules: dict[str, nn.Module],
         optimiser: Optimiser,
-        plan: Plan,
+        length: RunLength,
         seed: int,
-        random: OwnRandom,
+        random: RunGenerators,
         writer: Any = None,
         name: str = "run",
     ) -> None:
-        self.modules, self.optimiser, self.plan, self.random = modules, optimiser, plan, random
+        self.modules, self.optimiser, self.length = modules, optimiser, length
+        self.random = random
         self.writer, self.name = writer, name
         self.generators = {
             "batches": torch.Generator().manual_seed(seed),
             "augment": torch.Generator(random.device).manual_seed(seed + 1),
         }
         self.base = [float(group["lr"]) for group in optimiser.param_groups]
-        self.epoch, self.batch, self.seen, self.steps = 0, 0, 0, 0
-        self.stopped = False  # whether a callback ended it
+        self.epoch, self.batch, self.steps = 0, 0, 0
+        self.seen = 0  # rows of training so far
+        self.is_stopped = False  # whether a callback ended it
         self.order: Tensor | None = None
-        self.losses: list[float] = []  # means of the epochs
-        self.sum = 0.0  # of this epoch's losses
+        self.losses: list[float] = []  # mean of each epoch
+        self.sum = 0.0  # of the losses of this epoch
         self._unread: list[Tensor] = []
 
     @property
-    def over(self) -> bool:
-        """Whether there is nothing left to train."""
-        return self.stopped or self.epoch >= self.plan.epochs
+    def is_over(self) -> bool:
+        """Whether the training has ended."""
+        return self.is_stopped or self.epoch >= self.length.epochs
 
     def batches(self) -> Iterator[Tensor]:
         """Rows of each batch until the run is over."""
-        while not self.over:
+        while not self.is_over:
             if self.order is None:
                 self.order = self.permutation()
-            start = self.batch * self.plan.batch_size
-            last = self.batch == self.plan.steps_per_epoch - 1
-            yield self.order[start : None if last else start + self.plan.batch_size]
+            start = self.batch * self.length.batch_size
+            last = self.batch == self.length.steps_per_epoch - 1
+            yield self.order[start : None if last else start + self.length.batch_size]
 
     def permutation(self) -> Tensor:
         """All rows in a random order."""
         generator = self.generators["batches"]
-        return torch.randperm(self.plan.rows, generator=generator, device="cpu")
+        return torch.randperm(self.length.rows, generator=generator, device="cpu")
 
     def step(self, loss: Tensor, rows: Tensor) -> None:
-        """One step of the optimiser, and on to the next batch."""
-        total = self.plan.epochs * self.plan.steps_per_epoch
-        factor = self.plan.schedule(self.steps / total)
+        """One step of the optimiser with the gradients of a loss; go to the next batch."""
+        total = self.length.epochs * self.length.steps_per_epoch
+        factor = self.length.schedule(self.steps / total)
         for group, base in zip(self.optimiser.param_groups, self.base, strict=True):
             group["lr"] = base * factor
         self.optimiser.zero_grad()
@@ -223,31 +225,31 @@ class Run:
         self.optimiser.step()
         self._unread.append(loss.detach())
         self.batch, self.steps, self.seen = self.batch + 1, self.steps + 1, self.seen + len(rows)
-        if self.steps % LOOK == 0:
-            self.look()
-        if self.batch == self.plan.steps_per_epoch:
-            self.look()
+        if self.steps % READ_EVERY == 0:
+            self.read_losses()
+        if self.batch == self.length.steps_per_epoch:
+            self.read_losses()
             self.losses.append(self.sum / self.batch)
             self.scalar("learning_rate", self.optimiser.param_groups[0]["lr"])
             self.epoch, self.batch, self.order, self.sum = self.epoch + 1, 0, None, 0.0
 
-    def look(self) -> None:
-        """Read the losses of the last steps; one that is not finite ends the run."""
+    def read_losses(self) -> None:
+        """Read the losses of the last steps; FloatingPointError if one is not finite."""
         values = torch.stack(self._unread).double().tolist() if self._unread else []
         first = self.steps - len(values)
         self._unread = []
         for i, value in enumerate(values):
             if not math.isfinite(value):
-                epoch, batch = divmod(first + i, self.plan.steps_per_epoch)
+                epoch, batch = divmod(first + i, self.length.steps_per_epoch)
                 raise FloatingPointError(
                     f"loss: expected finite values, got {value} in batch {batch} of epoch {epoch};"
-                    " lower learning_rate, or see what augment and encoder make of the data"
+                    " lower learning_rate, or check the results of augment and encoder"
                 )
             self.sum += value
             self.scalar("loss", value, first + i + 1)
 
     def scalar(self, name: str, value: float, step: int | None = None) -> None:
-        """Tell the writer, if there is one."""
+        """Give a scalar to the writer, if there is one."""
         if self.writer is not None:
             self.writer.add_scalar(
                 f"{self.name}/{name}", value, self.steps if step is None else step
@@ -256,24 +258,24 @@ class Run:
     # ---- state -----------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """All of it; what a checkpoint holds."""
-        self.look()
+        """The state as a checkpoint has it: tensors and numbers."""
+        self.read_losses()
         tensors, numbers = checkpoints.of_optimiser(self.optimiser)
         for name, module in self.modules.items():
             tensors |= checkpoints.of_module(name, module)
         for name, generator in self.generators.items():
             tensors[f"generator.{name}"] = generator.get_state()
-        for name, kept in self.random.states.items():
-            tensors[f"generator.{name}"] = kept
+        for name, generator_state in self.random.states.items():
+            tensors[f"generator.{name}"] = generator_state
         if self.order is not None:
             tensors["order"] = self.order
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
-        at = [self.epoch, self.batch, self.seen, self.steps]
-        ends = {"sum": self.sum, "stopped": self.stopped}
-        return tensors, {"optimizer": numbers, "at": at, **ends}
+        counts = [self.epoch, self.batch, self.seen, self.steps]
+        rest = {"sum": self.sum, "stopped": self.is_stopped}
+        return tensors, {"optimizer": numbers, "at": counts, **rest}
 
     def restore(self, state: State) -> None:
-        """Go on from a state."""
+        """Replace the state by that of a checkpoint."""
         tensors, numbers = state
         try:
             for name, module in self.modules.items():
@@ -287,34 +289,13 @@ class Run:
         for name in self.random.states:
             self.random.states[name] = tensors[f"generator.{name}"]
         self.order = tensors.get("order")
-        everyone = torch.arange(self.plan.rows, dtype=torch.int64, device="cpu")
-        fits = self.order is None or torch.equal(self.order.sort().values, everyone)
-        serialize.expect(fits, "order of the rows does not fit the data")
+        rows = torch.arange(self.length.rows, dtype=torch.int64, device="cpu")
+        is_order = self.order is None or torch.equal(self.order.sort().values, rows)
+        serialize.expect(is_order, "order of the rows does not fit the data")
         self.losses = tensors["losses"].tolist()
         self.epoch, self.batch, self.seen, self.steps = (int(x) for x in numbers["at"])
-        place = self.epoch * self.plan.steps_per_epoch + self.batch
-        inside = 0 <= self.batch < self.plan.steps_per_epoch and 0 <= self.epoch <= self.plan.epochs
-        serialize.expect(inside and place == self.steps, "its place in the run is none")
-        self.sum, self.stopped = float(numbers["sum"]), bool(numbers["stopped"])
-
-
-class Bar:
-    """A bar over epochs on stderr, where verbose."""
-
-    def __init__(self, verbose: int, name: str, run: Run) -> None:
-        self.bar: Any = None
-        if verbose:
-            self.bar = progress_bar(name, run.plan.epochs, done=run.epoch)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def epoch(self, **figures: float) -> None:
-        """One epoch is over."""
-        if self.bar is not None:
-            self.bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()}, refresh=False)
-            self.bar.update()
+        length = self.length
+        is_inside = 0 <= self.batch < length.steps_per_epoch and 0 <= self.epoch <= length.epochs
+        is_inside &= self.steps == self.epoch * length.steps_per_epoch + self.batch
+        serialize.expect(is_inside, "epoch and batch lie outside this run")
+        self.sum, self.is_stopped = float(numbers["sum"]), bool(numbers["stopped"])

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of the associative-memory family on a GPU; equations (8) and (9) of docs/ops/am.md.
 
-A cell of blocks of rows at a time: the recursion keeps its states, what they recall and the
-normalisers in scratch; one kernel walks the rows back (`am/backward_rows.py`) and leaves h = gain g
-and its mean under the weights; another sweeps all rows of all steps for each tile of memories. Sums
-over rows are partials in a fixed order, added in float64.
+Each cell of scratch takes three launches. The recursion stores its states, their recalls and the
+sums of their weights. One kernel computes the gradient of the rows from the last step to the first
+(`am/backward_rows.py`) and stores h = gain g and its mean under the weights. Another sweeps all
+rows of all steps for each tile of memories. Its partial sums have a fixed order, and are added in
+float64.
 """
 
 from __future__ import annotations
@@ -19,23 +20,21 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import finite
-from ..common.score import dot, held_inner, load_memories, load_rows, load_sides, logits, wide_inner
-from ..common.sweep import offset
+from ..common.score import dot, load_memories, load_rows, load_sides, logits, own_inner, wide_inner
 from . import backward_fused, exact_backward
+from .backward_fused import store_memories
 from .backward_rows import rows_backward_kernel, rows_backward_wide_kernel
-from .call import Call, Cell, Totals
+from .call import Call, ScratchCell, Totals
 from .doubt import MOST
-from .forward import flags_of, unit_of
-from .memories import LOG2E
-from .recursion import recursion_kernel
-from .recursion_wide import recursion_wide_kernel
+from .forward import flags_of, launch_recursion
+from .memories import LOG2E, memories_of
 
 # Programs that share the rows of one tile of memories: enough for any GPU, and a function of the
-# shape alone, so that sums have the same order on all.
+# shape alone, so that sums have the same order on every GPU.
 PROGRAMS = 512
 # Problems of a cell are the third dim of a grid, which has a limit.
 MOST_PROBLEMS = 65535
-# Wider rows leave no registers for a whole tile's weights and slopes at once.
+# With wider rows, registers cannot contain the weights and slopes of a whole tile.
 RESIDENT_FEATURES = 32
 _LOG2E = tl.constexpr(LOG2E)
 
@@ -44,10 +43,20 @@ _LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
-def inverse_of(TOTAL, at, live):
-    """1 / the sum of a row's weights; 0 where no memory takes part."""
-    total = tl.load(TOTAL + at, mask=live, other=0.0)
+def inverse_of(TOTAL, at, valid):
+    """1 / total [ROWS] of the weights; 0 where all memories are masked."""
+    total = tl.load(TOTAL + at, mask=valid, other=0.0)
     return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+
+
+@triton.jit
+def norms_in(PATH, at, valid, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
+    """|x|^2 [ROWS] of states in scratch, DIM features at a time."""
+    norm = tl.zeros((at.shape[0],), tl.float32)
+    for d0 in range(0, D, DIM):
+        part = load_rows(PATH, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        norm += tl.sum(part * part, 1)
+    return norm
 
 
 @triton.jit(do_not_specialize=["count", "inner", "steps", "strip", "rows", "share"])
@@ -59,97 +68,90 @@ def memories_backward_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     ENERGY: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sweep with the roles swapped: a tile of memories is held, and meets `share` rows of one
-    problem in every step. PART takes sum_n (p h + 2 beta gz x), SUMS sum_n gz and sum_n gz |x -
-    rho|^2; for the energy sum_n q x, sum_n q and sum_n q (log2 w - log2 p) with q = p g.
+    """The sweep with the roles swapped: a tile of memories stays in registers and meets `share`
+    rows of one problem in every step. Of each memory PART takes sum_n (p h + 2 beta gz x), SUMS
+    take sum_n gz and sum_n gz |x - rho|^2, with weights p and gz = p (h rho - delta). ENERGY, with
+    q = p g: sum_n q x, sum_n q and sum_n q (log2 w - log2 p). HARD: sum_n p h, with p = 1 for the
+    nearest memory.
     """
     tiles = tl.cdiv(count, PROTOS)
     here, piece = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     split, problem = tl.program_id(1), tl.program_id(2)
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
+    _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     d0 = piece * DIM
     if WIDE:
         tile = load_sides((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS)
     else:
         tile = load_memories((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS)
-    k = tile[0]
+    k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM] or a pointer, [PROTOS], [PROTOS]
     known = k < count
     lift = tl.load(SIDE + 2 * count + k, mask=known, other=0.0)
     own = tl.load(SIDE + 3 * count + k, mask=known, other=0.0)
     acc = tl.zeros((PROTOS, DIM), tl.float32)
-    mass, heat = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
+    mass, beta_sum = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
     begin = split * share
     end = tl.minimum(begin + share, rows)
     for t in range(0, steps):
         first = tl.cast(t, tl.int64) * strip + problem.to(tl.int64) * rows
         for n0 in range(begin, end, ROWS):
             n = n0 + tl.arange(0, ROWS)
-            live = n < end
+            valid = n < end
             at = first + n
-            # rows past the end weigh exp2(-inf), whatever the biases are
-            top = tl.load(TOP + at, mask=live, other=float("inf"))
+            # top = inf: rows past the end have the weight exp2(-inf), whatever the biases are
+            top = tl.load(TOP + at, mask=valid, other=float("inf"))
             sure = top != float("inf")
-            inverse = tl.where(sure, inverse_of(TOTAL, at, live), 0.0)
-            delta = tl.load(DELTA + at, mask=live, other=0.0)
-            x = load_rows(PATH, at, live, d0, D, STRIDE, DIM)
+            inverse = tl.where(sure, inverse_of(TOTAL, at, valid), 0.0)
+            delta = tl.load(DELTA + at, mask=valid, other=0.0)
+            x = load_rows(PATH, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
             norm = tl.sum(x * x, 1)
             if WIDE:
-                norm = tl.zeros((ROWS,), tl.float32)
-                for e0 in range(0, D, DIM):
-                    part = load_rows(PATH, at, live, e0, D, STRIDE, DIM)
-                    norm += tl.sum(part * part, 1)
-                inside = wide_inner(((PATH, at, live), norm), tile, count, D, STRIDE, DIM, PREC)
+                norm = norms_in(PATH, at, valid, D, STRIDE, DIM)
+                inside = wide_inner(((PATH, at, valid), norm), tile, count, D, STRIDE, DIM, PREC)
             else:
-                inside = held_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
-            s = logits(inside, 0.5 * norm, tile[2], tile[3], PER_MEMORY)
+                inside = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
+            s = logits(inside, 0.5 * norm, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
             w = tl.exp2(s - finite(top)[:, None]) * inverse[:, None]
             if ENERGY:
                 q = w * delta[:, None]
                 acc += dot(tl.trans(q), x, PREC)
                 mass += tl.sum(q, 0)
                 surprise = lift[None, :] - (s - top[:, None]) - tl.log2(inverse)[:, None]
-                heat += tl.sum(tl.where(w == 0.0, 0.0, q * surprise), 0)
+                beta_sum += tl.sum(tl.where(w == 0.0, 0.0, q * surprise), 0)
             else:
-                h = load_rows(PULL, at, live, d0, D, STRIDE, DIM)
+                h = load_rows(PULL, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
                 if HARD:
                     w = tl.where(k.to(tl.float32)[None, :] == top[:, None], 1.0, 0.0)
                     acc += dot(tl.trans(w), h, PREC)
                 else:
                     if WIDE:
-                        held = ((PULL, at, live), norm)
-                        slope = wide_inner(held, tile, count, D, STRIDE, DIM, PREC)
+                        hs = ((PULL, at, valid), norm)
+                        slope = wide_inner(hs, tile, count, D, STRIDE, DIM, PREC)
                     else:
-                        slope = dot(h, tl.trans(tile[1]), PREC)
+                        slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
                     gz = w * (slope - delta[:, None])
                     acc += dot(tl.trans(w), h, PREC)
-                    acc += dot(tl.trans(gz * (tile[2] / _LOG2E)[None, :]), x, PREC)
+                    acc += dot(tl.trans(gz * (scale / _LOG2E)[None, :]), x, PREC)
                     mass += tl.sum(gz, 0)
                     far = own[None, :] + norm[:, None] - 2.0 * inside
-                    heat += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
-    d = d0 + tl.arange(0, DIM)
+                    beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
     slot = (problem * tl.num_programs(1) + split).to(tl.int64) * count + k
-    where = known[:, None] & (d < STRIDE)[None, :]
-    tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
-    if piece == 0:
-        tl.store(SUMS + slot * 2, mass, mask=known)
-        tl.store(SUMS + slot * 2 + 1, heat, mask=known)
+    store_memories(PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum, STRIDE, DIM)
 
 
 # ---- launches ------------------------------------------------------------------------------------
 
 
-def cells(call: Call, steps: int, step: float, flag: Tensor, keep: int = 2) -> Iterator[Cell]:
-    """Run the recursion cell by cell, everything kept; yields the cells. `flag` takes which rows
-    are in doubt; `keep` is 3 for the energy.
+def cells(
+    call: Call, steps: int, step: float, flag: Tensor, keep: int = 2
+) -> Iterator[ScratchCell]:
+    """Yield cells after the recursion has stored all their steps. `flag` takes which rows are in
+    doubt; `keep` is 3 for the energy.
     """
     chosen, stride = call.recursion(keep), call.memories.stride
     block = max(chosen["ROWS"], call.settings("am_rows_backward")["ROWS"])
     blocks = triton.cdiv(call.rows, block)
     limit = max(1, launch.SCRATCH // (steps * (2 * stride + 3) * block))
     most = max(1, min(MOST_PROBLEMS, launch.SCRATCH // (call.memories.size * stride)))
-    kernel = recursion_wide_kernel if "DIM" in chosen else recursion_kernel
     flags = flags_of(call, chosen, keep)
     parts = list(call.cells(blocks, limit, most))
     rows = max((block * count * (p.stop - p.start) for _, p, _, count in parts), default=0)
@@ -160,20 +162,18 @@ def cells(call: Call, steps: int, step: float, flag: Tensor, keep: int = 2) -> I
         strip = (problems.stop - problems.start) * count * block
         path, pull = wide[:, : steps * strip * stride].view(2, steps, strip, stride)
         top, total, delta = thin[:, : steps * strip].view(3, steps, strip)
-        cell = Cell(o, problems, first, count, block, path, pull, top, total, delta)
+        cell = ScratchCell(o, problems, first, count, block, path, pull, top, total, delta)
         grid, at, share = cell.grid(chosen["ROWS"])
-        operands, strides, u = call.at(o, problems)
-        launch.launch(
-            kernel, grid, call.device, *operands, path, flag[o, problems],
-            top, total, path, pull, path,
-            call.rows, call.memories.size, cell.size, steps, step, at, share, strip, 0,
-            unit_of(call, flags), *strides, *u, **flags,
+        launch_recursion(
+            call, call.at(o, problems), grid, flags,
+            OUT=None, FLAG=flag[o, problems], TOP=top, TOTAL=total, PATH=path, PULL=pull,
+            steps=steps, step=step, first=at, blocks=share, strip=strip,
         )  # fmt: skip
         yield cell
 
 
-def sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: bool) -> None:
-    """The memories' side of one cell."""
+def sweep_memories(call: Call, cell: ScratchCell, totals: Totals, steps: int, energy: bool) -> None:
+    """Add the sums over the rows of one cell to `totals`."""
     chosen = call.settings("am_memories_backward")
     memories, wide = call.memories, "DIM" in chosen
     tiles = triton.cdiv(memories.size, chosen["PROTOS"])
@@ -182,11 +182,12 @@ def sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: b
     share = triton.cdiv(cell.blocks, splits) * cell.block
     part = call.new(cell.size, splits, memories.size, memories.stride)
     sums = call.new(cell.size, splits, memories.size, 2)
-    (_, table, side, _, _), strides, _ = call.at(cell.o, cell.problems)
     launch.launch(
         memories_backward_kernel, (tiles * pieces, splits, cell.size), call.device,
-        table, side, cell.top, cell.total, cell.delta, cell.path, cell.pull, part, sums,
-        memories.size, cell.size, steps, cell.size * cell.rows, cell.rows, share, *strides[2:],
+        **call.at(cell.o, cell.problems).memories(),
+        TOP=cell.top, TOTAL=cell.total, DELTA=cell.delta, PATH=cell.path, PULL=cell.pull,
+        PART=part, SUMS=sums, count=memories.size, inner=cell.size, steps=steps,
+        strip=cell.size * cell.rows, rows=cell.rows, share=share,
         **call.tile(chosen), PER_MEMORY=memories.per_memory, HARD=memories.hard,
         ENERGY=energy, WIDE=wide,
     )  # fmt: skip
@@ -194,32 +195,36 @@ def sweep_memories(call: Call, cell: Cell, totals: Totals, steps: int, energy: b
 
 
 def _walk_back(
-    call: Call, cell: Cell, grad: Tensor, out: Tensor, masked: Tensor, step: float, wants: bool
+    call: Call, cell: ScratchCell, grad: Tensor, out: Tensor, mask_grad: Tensor | None, step: float
 ) -> None:
-    """The rows' side of one cell; `masked` takes the gradient of the mask if `wants`."""
+    """Gradients of the rows of one cell, into `out`, and of the mask, into `mask_grad`."""
     chosen = call.settings("am_rows_backward")
     grid, first, share = cell.grid(chosen["ROWS"])
-    operands, strides, u = call.at(cell.o, cell.problems)
-    _, table, side, _, mask = operands
-    views = (x.view(call.outer, call.inner, call.rows, -1) for x in (grad, out, masked))
-    grads, outs, masks = (x[cell.o, cell.problems] for x in views)
+    views, flags = call.at(cell.o, cell.problems), {}
+    grads, outs, masks = (
+        None if x is None else x.view(call.outer, call.inner, call.rows, -1)[cell.o, cell.problems]
+        for x in (grad, out, mask_grad)
+    )
+    kernel = rows_backward_wide_kernel
+    if "DIM" not in chosen:
+        kernel = rows_backward_kernel
+        resident = call.memories.size <= chosen["PROTOS"] and call.features <= RESIDENT_FEATURES
+        flags = {"RESIDENT": resident}
     launch.launch(
-        rows_backward_wide_kernel if "DIM" in chosen else rows_backward_kernel,
-        grid, call.device, grads, table, side, mask, outs, masks,
-        cell.top, cell.delta, cell.path, cell.pull,
-        call.rows, call.memories.size, cell.size, len(cell.path), step, first, share,
-        cell.size * cell.rows, *strides[2:], *u, **call.tile(chosen),
-        PER_MEMORY=call.memories.per_memory, HARD=call.memories.hard, MASK=call.masked,
-        MASK_GRAD=wants,
-        RESIDENT=call.memories.size <= chosen["PROTOS"] and call.features <= RESIDENT_FEATURES,
+        kernel, grid, call.device, **views.memories(), **views.update_mask(),
+        GRAD=grads, OUT=outs, MASKED=masks, MASK_GRAD=masks is not None,
+        TOP=cell.top, DELTA=cell.delta, PATH=cell.path, PULL=cell.pull,
+        rows=call.rows, count=call.memories.size, inner=cell.size, steps=len(cell.path), step=step,
+        first=first, blocks=share, strip=cell.size * cell.rows, **call.tile(chosen),
+        PER_MEMORY=call.memories.per_memory, HARD=call.memories.hard, **flags,
     )  # fmt: skip
 
 
-def fit(found: Tensor, argument: Any, needed: bool, v: Tensor) -> Tensor:
-    """A gradient in the shape and dtype of its argument; empty where it is not asked for."""
+def fit(gradient: Tensor, argument: Any, needed: bool, v: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its argument; empty unless the caller needs it."""
     if not (needed and isinstance(argument, Tensor)):
         return v.new_empty(0)
-    return found.sum_to_size(argument.shape).to(argument.dtype).contiguous()
+    return gradient.sum_to_size(argument.shape).to(argument.dtype).contiguous()
 
 
 def whole(grad: Tensor, shape: Sequence[int]) -> Tensor:
@@ -241,16 +246,16 @@ def am_recursion_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of (v, rho, beta, update_mask, log_weights).
 
-    Scratch: 256 MB, or T steps of one block of rows if that is more, and partial sums of at most
-    as much.
+    Scratch: 256 MB, or T steps of one block of rows if that is more; and partial sums of at most
+    the same size.
     """
     call = Call(v, rho, beta, update_mask, log_weights, precision)
-    given = (v, rho, beta, update_mask, log_weights)
+    arguments = (v, rho, beta, update_mask, log_weights)
     grad, totals = whole(grad, call.shape), Totals(call)
     out = call.new(*call.shape)
     wants = needs[3] and update_mask is not None
     flag = call.new(*call.shape[:-1], dtype=torch.uint8)
-    masked = torch.zeros_like(out) if wants else out
+    mask_grad = torch.zeros_like(out) if wants else None
     sums = needs[1] or needs[2] or needs[4]
     again = None
     if steps == 0 or step == 0:
@@ -260,24 +265,26 @@ def am_recursion_backward(
             backward_fused.backward(call, grad, out, flag, steps, step, totals if sums else None)
         else:
             for cell in cells(call, steps, step, flag):
-                _walk_back(call, cell, grad, out, masked, step, wants)
+                _walk_back(call, cell, grad, out, mask_grad, step)
                 if sums:
                     sweep_memories(call, cell, totals, steps, energy=False)
         again = exact_backward.recursion_backward(
-            call.given(), grad, steps, step, flag, out, masked if wants else None, sums
+            call.operands(), grad, steps, step, flag, out, mask_grad, sums
         )
+    masked = out if mask_grad is None else mask_grad
     if not sums:
-        found = (out, out, out, masked, out)
-        return tuple(fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
-    acc, mass, heat = totals.of_batch()
+        gradients = (out, out, out, masked, out)
+        return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))
+    acc, mass, beta_sum = totals.of_batch()
     if not call.memories.hard:
         sharp = beta.double()[..., None] if isinstance(beta, Tensor) and beta.ndim else beta
         pull = call.memories.table[..., : call.features].double() * mass[..., None]
         acc = acc - 2 * (sharp * pull)
     if again is not None:
-        acc, mass, heat = (x + y for x, y in zip((acc, mass, heat), again.of_batch(), strict=True))
-    found = (out, acc, -heat, masked, mass)
-    return tuple(fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
+        exact_acc, exact_mass, exact_beta = again.of_batch()
+        acc, mass, beta_sum = acc + exact_acc, mass + exact_mass, beta_sum + exact_beta
+    gradients = (out, acc, -beta_sum, masked, mass)
+    return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))
 
 
 def am_step_backward(
@@ -292,7 +299,7 @@ def am_step_backward(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Of one step; what the memories recall is computed again, and the normaliser with it."""
+    """Gradients of one step; this computes the recall and the sum of the weights again."""
     return am_recursion_backward(
         grad, v, rho, beta, 1, step, update_mask, log_weights, needs, precision
     )

@@ -2,9 +2,9 @@
 """Backward of the recursion for few features and few memories, in one launch: every gradient of a
 block of rows while it is in registers. Equations (8) and (9) of docs/ops/am.md.
 
-A program walks its blocks of rows forward, leaving the states in a strip of scratch of its own, and
-back, where all weights of a row are at hand: nothing else is stored, and the memories' side stays
-in registers from the first block to the last. Wider problems: `am/backward.py`.
+A program runs the recursion of a block of rows and stores its states in a strip of scratch of its
+own. It then goes back through the steps and computes all weights of a row again. The gradients of
+the memories stay in registers from the first block to the last. Wider problems: `am/backward.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,31 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import finite, normalised
-from ..common.score import centred, dot, held_inner, load_memories, load_rows, logits
-from ..common.sweep import NUMBERS, offset
+from ..common.score import centred, dot, load_memories, load_rows, logits, own_inner
+from ..common.sweep import UNSPECIALISED, offset
 from .call import Call, Totals
 from .doubt import MOST, settled, sharpest, step_doubted
-from .memories import LOG2E
+from .memories import LOG2E, memories_of
 from .recursion import gain_of, moved, recalled
 
 # Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
-# same order on all.
+# same order on every GPU.
 PROGRAMS = 512
 _LOG2E = tl.constexpr(LOG2E)
+
+
+@triton.jit
+def store_memories(
+    PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum,
+    STRIDE: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of one tile of memories: acc [PROTOS, DIM], the others [PROTOS]."""
+    d = d0 + tl.arange(0, DIM)
+    where = known[:, None] & (d < STRIDE)[None, :]
+    tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
+    if piece == 0:
+        tl.store(SUMS + slot * 2, mass, mask=known)
+        tl.store(SUMS + slot * 2 + 1, beta_sum, mask=known)
 
 
 @triton.jit
@@ -50,14 +64,14 @@ def walked(
         x = moved(x, xb, gain)
     flag = tl.where(poison == 0.0, settled(flag, total, table[1], count, PROTOS), 0)
     tl.debug_barrier()
-    lost = (flag > 0)[:, None] & (d < STRIDE)[None, :]
+    doubt = (flag > 0)[:, None] & (d < STRIDE)[None, :]
     for t in range(0, steps):
         at = PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep
-        tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=lost)
+        tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=doubt)
     return flag
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def fused_backward_kernel(
     V, RHO, SIDE, CENTRE, U, GRAD, OUT, FLAG, PATH, PART, SUMS,
     rows, count, inner, steps, step, first, splits, share,
@@ -66,68 +80,67 @@ def fused_backward_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
     """Program (split, problem): `share` rows of one problem. OUT takes g before the first step;
-    PART and SUMS are as in `memories_backward_kernel`.
+    MEMORIES: PART and SUMS take the sums of `memories_backward_kernel`.
     """
     pid = tl.program_id(0)
     problem, split = pid // splits, pid % splits
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
+    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     CENTRE += m * STRIDE
     V += offset(problem, inner, v_o, v_i) * D
-    U += offset(problem, inner, u_o, u_i)
+    if MASK:
+        U += offset(problem, inner, u_o, u_i)
     PATH += pid.to(tl.int64) * steps * ROWS * STRIDE
 
     table = (RHO, SIDE)
     sharp, _, _ = sharpest(SIDE, count, PROTOS, False)
     k = tl.arange(0, PROTOS)
     acc = tl.zeros((PROTOS, DIM), tl.float32)
-    mass, heat = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
+    mass, beta_sum = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
     d = tl.arange(0, DIM)
     strip = tl.arange(0, ROWS).to(tl.int64)
     begin = (first + split) * share
     # the sum of both may be past 2^31
     for n0 in range(begin, begin + tl.minimum(share, rows - begin), ROWS):
         row = n0 + tl.arange(0, ROWS)
-        live, at = row < rows, row.to(tl.int64)
-        inside = live[:, None] & (d < D)[None, :]
+        valid, at = row < rows, row.to(tl.int64)
+        inside = valid[:, None] & (d < D)[None, :]
         whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]
-        given = load_rows(V, at, live, 0, D, D, DIM)
-        x = centred(given, CENTRE, live, 0, D, DIM)
+        raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
+        x = centred(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        poison = tl.sum(given * 0.0, 1) + tl.sum(c * 0.0, 0)
+        poison = tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
         flag = walked(
             PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
         )  # fmt: skip
-        tl.store(FLAG + problem.to(tl.int64) * rows + at, flag.to(tl.uint8), mask=live)
-        poison = tl.where(flag > 0, float("-inf"), poison)  # no weight: nothing to any sum
+        tl.store(FLAG + problem.to(tl.int64) * rows + at, flag.to(tl.uint8), mask=valid)
+        poison = tl.where(flag > 0, float("-inf"), poison)  # a row in doubt adds 0 to every sum
         tl.debug_barrier()  # the states are read in another layout
-        g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
         gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
         for back in range(0, steps):
             here = tl.cast(steps - 1 - back, tl.int64) * ROWS + strip
-            x = load_rows(PATH, here, strip >= 0, 0, D, STRIDE, DIM)
+            x = load_rows(PATH, here, strip >= 0, 0, D, STRIDE, DIM)  # [ROWS, DIM]
             norm = tl.sum(x * x, 1)
-            # read here and not before the loops: it takes fewer registers
+            # loaded here and not before the loops: this takes fewer registers
             tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
-            rho, scale = tile[1], tile[2]
-            inner_x = held_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
-            s = logits(inner_x, 0.5 * norm, scale, tile[3], False)
+            _k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
+            inner_x = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+            s = logits(inner_x, 0.5 * norm, scale, bias, False)
             top = tl.max(s, 1)
             w = tl.exp2(s - finite(top)[:, None] + poison[:, None])
             total = tl.sum(w, 1)
             moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]
             h = moves * gain * g
-            slope = dot(h, tl.trans(rho), PREC)
+            slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
             inverse, delta = normalised(total, tl.sum(w * slope, 1))
-            w = tl.where(live[:, None], w * inverse[:, None], 0.0)
+            w = tl.where(valid[:, None], w * inverse[:, None], 0.0)
             gz = w * (slope - delta[:, None])
             if MEMORIES:
                 mass += tl.sum(gz, 0)
-                own = tl.load(SIDE + 3 * count + k, mask=k < count, other=0.0)
-                far = own[None, :] + norm[:, None] - 2.0 * inner_x
-                heat += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
+                norms = tl.load(SIDE + 3 * count + k, mask=k < count, other=0.0)
+                far = norms[None, :] + norm[:, None] - 2.0 * inner_x
+                beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
                 acc += dot(tl.trans(w), h, PREC)
             gz *= (scale / _LOG2E)[None, :]
             if MEMORIES:
@@ -137,19 +150,16 @@ def fused_backward_kernel(
         tl.debug_barrier()  # the next block's states take this one's place
     if MEMORIES:
         slot = pid.to(tl.int64) * count + k
-        where = (k < count)[:, None] & (d < STRIDE)[None, :]
-        tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
-        tl.store(SUMS + slot * 2, mass, mask=k < count)
-        tl.store(SUMS + slot * 2 + 1, heat, mask=k < count)
+        store_memories(PART, SUMS, slot, k < count, 0, 0, acc, mass, beta_sum, STRIDE, DIM)
 
 
 def serves(call: Call, mask_grad: bool) -> bool:
-    """Whether a program can hold all memories and their gradient; there are no registers left for
-    that of the mask, nor for a beta of each memory.
+    """Whether the registers of a program can contain all memories and their gradient. They cannot
+    contain the gradient of the mask as well, nor a beta of each memory.
     """
-    held, memories = call.settings("am_fused_backward").get("PROTOS", 0), call.memories
+    most, memories = call.settings("am_fused_backward").get("PROTOS", 0), call.memories
     special = memories.hard or memories.per_memory or mask_grad
-    return 0 < memories.size <= held and not special
+    return 0 < memories.size <= most and not special
 
 
 def backward(
@@ -161,7 +171,7 @@ def backward(
     step: float,
     totals: Totals | None,
 ) -> None:
-    """Fill `out` and `flag`; add the memories' side to `totals` if given."""
+    """Write `out` and `flag`; add the gradients of the memories to `totals` unless it is None."""
     chosen = dict(call.settings("am_fused_backward"))  # the table keeps its row
     count, stride = call.memories.size, call.memories.stride
     chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
@@ -175,15 +185,16 @@ def backward(
     grads, outs = (x.view(call.outer, call.inner, call.rows, call.features) for x in (grad, out))
     flags = flag.view(call.outer, call.inner, call.rows)
     for o, problems, first, run in call.cells(splits, most):
-        operands, strides, u = call.at(o, problems)
-        size = problems.stop - problems.start
-        part = call.new(size, run, count, stride)
-        sums = call.new(size, run, count, 2)
+        views, size = call.at(o, problems), problems.stop - problems.start
+        part = None if totals is None else call.new(size, run, count, stride)
+        sums = None if totals is None else call.new(size, run, count, 2)
         launch.launch(
-            fused_backward_kernel, (size * run,), call.device, *operands,
-            grads[o, problems], outs[o, problems], flags[o, problems], path, part, sums,
-            call.rows, count, size, steps, step, first, run, share, *strides, *u,
-            **call.tile(chosen), MASK=call.masked, MEMORIES=totals is not None,
+            fused_backward_kernel, (size * run,), call.device,
+            **views.rows(), **views.memories(), CENTRE=views.centre, **views.update_mask(),
+            GRAD=grads[o, problems], OUT=outs[o, problems], FLAG=flags[o, problems],
+            PATH=path, PART=part, SUMS=sums, rows=call.rows, count=count, inner=size,
+            steps=steps, step=step, first=first, splits=run, share=share,
+            **call.tile(chosen), MEMORIES=totals is not None,
         )  # fmt: skip
-        if totals is not None:
+        if totals is not None and part is not None and sums is not None:
             totals.add(o, problems, part, sums)

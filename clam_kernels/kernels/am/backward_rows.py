@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that walk rows back through the recursion; equation (8) of docs/ops/am.md. They leave
-h = gain g and its mean under the weights for the sweep of the memories (`am/backward.py`).
+"""The kernels that take the gradient of the rows from the last step to the first; equation (8) of
+docs/ops/am.md. They store h = gain g and its mean under the weights for the sweep of the memories
+(`am/backward.py`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import triton
 import triton.language as tl
 
 from ..common.fold import finite, normalised
-from ..common.score import dot, held_inner, load_memories, load_rows, load_sides, logits, wide_inner
+from ..common.score import dot, load_memories, load_rows, load_sides, logits, own_inner, wide_inner
 from ..common.sweep import offset, rows_of, sweep
-from .memories import LOG2E
+from .memories import LOG2E, memories_of
 from .recursion import gain_of
 
 _LOG2E = tl.constexpr(LOG2E)
@@ -19,25 +20,30 @@ _LOG2E = tl.constexpr(LOG2E)
 
 @triton.jit
 def delta_fold(state, s, tile, PREC: tl.constexpr):
-    """Sums of w and of w (h rho_k), with w the weights relative to the largest logit.
+    """State: mass' = mass + sum_k w_k, delta' = delta + sum_k w_k (h rho_k), w_k = 2^(s_k - top).
+    Both start at 0; the mean is delta / mass.
 
-    The mean delta must come from the very weights and products that it is taken from: where one
-    memory has all the weight their difference is then exactly 0, and a large beta has nothing to
-    blow up. A sum of weights that another kernel stored is off by a rounding of its logits.
+    The mean must come from the weights and products that `slopes_fold` subtracts it from. Where one
+    memory has all the weight, their difference is then exactly 0, and a large beta cannot multiply
+    an error. The sum of weights that another kernel stored has other roundings of the logits.
     """
     mass, delta, h, top = state
+    _k, rho, _scale, _bias = tile
     w = tl.exp2(s - top[:, None])
-    delta += tl.sum(w * dot(h, tl.trans(tile[1]), PREC), 1)
+    delta += tl.sum(w * dot(h, tl.trans(rho), PREC), 1)
     return mass + tl.sum(w, 1), delta, h, top
 
 
 @triton.jit
 def slopes_fold(state, s, tile, PREC: tl.constexpr):
-    """Sums over memories of gz rho and of gz, with gz = 2 beta log2(e) p (h rho - delta)."""
-    acc, lean, h, delta, top, inverse = state
+    """State: acc' = acc + sum_k gz_k rho_k, total' = total + sum_k gz_k, both from 0, with gz_k =
+    scale_k p_k (h rho_k - delta), scale = 2 beta log2(e) and p_k = 2^(s_k - top) / mass.
+    """
+    acc, total, h, delta, top, inverse = state
+    _k, rho, scale, _bias = tile
     w = tl.exp2(s - top[:, None]) * inverse[:, None]
-    gz = w * (dot(h, tl.trans(tile[1]), PREC) - delta[:, None]) * tile[2][None, :]
-    return acc + dot(gz, tile[1], PREC), lean + tl.sum(gz, 1), h, delta, top, inverse
+    gz = w * (dot(h, tl.trans(rho), PREC) - delta[:, None]) * scale[None, :]  # [ROWS, PROTOS]
+    return acc + dot(gz, rho, PREC), total + tl.sum(gz, 1), h, delta, top, inverse
 
 
 @triton.jit
@@ -46,31 +52,34 @@ def pulled(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """(what one step adds to g beside -h, delta)."""
-    held = (x, 0.5 * tl.sum(x * x, 1))
-    acc, lean = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
-    delta = lean
+    """(sum_k 2 beta p_k (h rho_k - delta) (rho_k - x), delta): what one step adds to g beside -h.
+    The term with x is 0 unless each memory has a beta.
+    """
+    half = 0.5 * tl.sum(x * x, 1)
+    own = (x, half)
+    acc, total = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
+    delta = total
     if RESIDENT:
         tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
-        inner = held_inner(held, tile, count, D, STRIDE, DIM, PREC)
-        w = tl.exp2(logits(inner, held[1], tile[2], tile[3], PER_MEMORY) - top[:, None])
-        slope = dot(h, tl.trans(tile[1]), PREC)
+        _k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
+        inner = own_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+        w = tl.exp2(logits(inner, half, scale, bias, PER_MEMORY) - top[:, None])
+        slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
         inverse, delta = normalised(tl.sum(w, 1), tl.sum(w * slope, 1))
-        gz = w * inverse[:, None] * (slope - delta[:, None]) * tile[2][None, :]
-        acc, lean = dot(gz, tile[1], PREC), tl.sum(gz, 1)
+        gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]
+        acc, total = dot(gz, rho, PREC), tl.sum(gz, 1)
     else:
-        seen = sweep(
-            (delta, delta, h, top), held, table, count, load_memories, held_inner, delta_fold,
+        mass, delta, _, _ = sweep(
+            (delta, delta, h, top), own, table, count, load_memories, own_inner, delta_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
-        inverse, delta = normalised(seen[0], seen[1])
-        state = sweep(
-            (acc, lean, h, delta, top, inverse), held, table, count, load_memories, held_inner,
+        inverse, delta = normalised(mass, delta)
+        acc, total, _, _, _, _ = sweep(
+            (acc, total, h, delta, top, inverse), own, table, count, load_memories, own_inner,
             slopes_fold, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
-        acc, lean = state[0], state[1]
     if PER_MEMORY:
-        acc -= lean[:, None] * x
+        acc -= total[:, None] * x
     return acc / _LOG2E, delta
 
 
@@ -85,36 +94,36 @@ def rows_backward_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr, MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient g of ROWS rows from the last step to the first; h = gain g takes the place of what
-    was recalled. Rows in doubt, whose TOP is inf, have a g of 0 and give nothing to any sum.
+    """Gradient g of ROWS rows from the last step to the first: g <- g - h + `pulled`, h = gain g.
+    PULL takes h in place of the recall, MASKED takes sum_t step g (xb - x). Rows in doubt, whose
+    TOP is inf, have g = 0 and add 0 to every sum.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
-    U += offset(problem, inner, u_o, u_i)
+    _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
+    if MASK:
+        U += offset(problem, inner, u_o, u_i)
     d = tl.arange(0, DIM)
-    live, at = row < rows, row.to(tl.int64)
-    inside = live[:, None] & (d < D)[None, :]
+    valid, at = row < rows, row.to(tl.int64)
+    inside = valid[:, None] & (d < D)[None, :]
     stored = (d < STRIDE)[None, :]
     p = problem.to(tl.int64) * rows + at
     whole = p[:, None] * D + d[None, :]
-    g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     every = local >= 0
     for back in range(0, steps):
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
-        x = load_rows(PATH, here, every, 0, D, STRIDE, DIM)
+        x = load_rows(PATH, here, every, 0, D, STRIDE, DIM)  # [ROWS, DIM]
         top = tl.load(TOP + here)
         g = tl.where((top == float("inf"))[:, None], 0.0, g)
         moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
         if MASK_GRAD:
-            xb = load_rows(PULL, here, every, 0, D, STRIDE, DIM)
-            seen = tl.load(MASKED + whole, mask=inside, other=0.0)
-            tl.store(MASKED + whole, seen + moves * step * g * (xb - x), mask=inside)
+            xb = load_rows(PULL, here, every, 0, D, STRIDE, DIM)  # [ROWS, DIM]
+            sum_so_far = tl.load(MASKED + whole, mask=inside, other=0.0)
+            tl.store(MASKED + whole, sum_so_far + moves * step * g * (xb - x), mask=inside)
         h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g
-        if MASK_GRAD:  # what was recalled has been read by all before h takes its place
+        if MASK_GRAD:  # all threads read the recall before h takes its place
             tl.debug_barrier()
         tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=stored)
         g -= h
@@ -132,18 +141,52 @@ def rows_backward_kernel(
 
 @triton.jit
 def wide_slopes(
-    held, hs, table, k0, count, top,
+    own, hs, table, k0, count, top,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
     PREC: tl.constexpr, PER_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """(weights, h rho, scale) of one tile of memories, for rows that no register tile holds."""
+    """(weights [ROWS, PROTOS], h rho [ROWS, PROTOS], scale [PROTOS]) of one tile of memories, for
+    rows too wide for registers.
+    """
     tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
-    inner = wide_inner(held, tile, count, D, STRIDE, DIM, PREC)
-    s = logits(inner, held[1], tile[2], tile[3], PER_MEMORY)
+    _k, _rho, scale, bias = tile
+    inner = wide_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+    s = logits(inner, own[1], scale, bias, PER_MEMORY)
     w = tl.exp2(s - top[:, None])
-    return w, wide_inner(hs, tile, count, D, STRIDE, DIM, PREC), tile[2]
+    return w, wide_inner(hs, tile, count, D, STRIDE, DIM, PREC), scale
 
 
+@triton.jit
+def wide_h(
+    OUT, MASKED, PATH, PULL, U, p, here, row, valid, every, top, u_row, u_feature, step,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
+):  # fmt: skip
+    """Replace g in OUT by g - h and the recall in PULL by h; returns |x|^2 of the rows."""
+    doubt = (top == float("inf"))[:, None]
+    moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
+    norm = tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        inside = valid[:, None] & (d < D)[None, :]
+        whole = p[:, None] * D + d[None, :]
+        g = tl.where(doubt, 0.0, tl.load(OUT + whole, mask=inside, other=0.0))  # [ROWS, DIM]
+        x = load_rows(PATH, here, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        if MASK_GRAD:
+            xb = load_rows(PULL, here, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+            sum_so_far = tl.load(MASKED + whole, mask=inside, other=0.0)
+            tl.store(MASKED + whole, sum_so_far + moves * step * g * (xb - x), mask=inside)
+        h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g
+        norm += tl.sum(x * x, 1)
+        if MASK_GRAD:
+            tl.debug_barrier()
+        tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=(d < STRIDE)[None, :])
+        tl.store(OUT + whole, g - h, mask=inside)
+    return norm
+
+
+# The narrow kernel has g, x and h of a step in registers. Here they lie in memory, behind barriers
+# and loops over features: as one kernel the two would share the first lines alone.
 @triton.jit(
     do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
 )
@@ -153,58 +196,41 @@ def rows_backward_wide_kernel(
     m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
-    RESIDENT: tl.constexpr, MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
+    MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """As `rows_backward_kernel`; g lives in OUT (float32), DIM features at a time."""
+    """As `rows_backward_kernel`, with g in OUT (float32), DIM features at a time."""
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
-    U += offset(problem, inner, u_o, u_i)
-    live, at = row < rows, row.to(tl.int64)
+    _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
+    if MASK:
+        U += offset(problem, inner, u_o, u_i)
+    valid, at = row < rows, row.to(tl.int64)
     p = problem.to(tl.int64) * rows + at
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     every = local >= 0
     table = (RHO, SIDE)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        inside = live[:, None] & (d < D)[None, :]
+        inside = valid[:, None] & (d < D)[None, :]
         whole = p[:, None] * D + d[None, :]
-        g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
         tl.store(OUT + whole, g, mask=inside)
     tl.debug_barrier()
     for back in range(0, steps):
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
         top = tl.load(TOP + here)
-        doubt = (top == float("inf"))[:, None]
-        moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
-        norm = tl.zeros((ROWS,), tl.float32)
-        for d0 in range(0, D, DIM):
-            d = d0 + tl.arange(0, DIM)
-            inside = live[:, None] & (d < D)[None, :]
-            whole = p[:, None] * D + d[None, :]
-            g = tl.where(doubt, 0.0, tl.load(OUT + whole, mask=inside, other=0.0))
-            x = load_rows(PATH, here, every, d0, D, STRIDE, DIM)
-            if MASK_GRAD:
-                xb = load_rows(PULL, here, every, d0, D, STRIDE, DIM)
-                seen = tl.load(MASKED + whole, mask=inside, other=0.0)
-                tl.store(MASKED + whole, seen + moves * step * g * (xb - x), mask=inside)
-            h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g
-            norm += tl.sum(x * x, 1)
-            if MASK_GRAD:
-                tl.debug_barrier()
-            tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=(d < STRIDE)[None, :])
-            tl.store(OUT + whole, g - h, mask=inside)
+        norm = wide_h(
+            OUT, MASKED, PATH, PULL, U, p, here, row, valid, every, top, u_row, u_feature, step,
+            D, STRIDE, DIM, ROWS, MASK, MASK_GRAD,
+        )  # fmt: skip
         tl.debug_barrier()
         if not HARD:
-            held, hs = ((PATH, here, every), 0.5 * norm), ((PULL, here, every), norm)
+            own, hs = ((PATH, here, every), 0.5 * norm), ((PULL, here, every), norm)
             safe = finite(top)
             mass, delta = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
             for k0 in range(0, count, PROTOS):
                 w, slope, scale = wide_slopes(
-                    held, hs, table, k0, count, safe,
-                    D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
+                    own, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
                 )  # fmt: skip
                 mass += tl.sum(w, 1)
                 delta += tl.sum(w * slope, 1)
@@ -212,20 +238,19 @@ def rows_backward_wide_kernel(
             tl.store(DELTA + here, delta)
             for d0 in range(0, D, DIM):
                 d = d0 + tl.arange(0, DIM)
-                acc, lean = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
+                acc, total = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
                 for k0 in range(0, count, PROTOS):
                     w, slope, scale = wide_slopes(
-                        held, hs, table, k0, count, safe,
-                        D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
+                        own, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
                     )  # fmt: skip
                     gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]
                     k = k0 + tl.arange(0, PROTOS)
                     rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
                     acc += dot(gz, rho, PREC)
-                    lean += tl.sum(gz, 1)
+                    total += tl.sum(gz, 1)
                 if PER_MEMORY:
-                    acc -= lean[:, None] * load_rows(PATH, here, every, d0, D, STRIDE, DIM)
-                inside = live[:, None] & (d < D)[None, :]
+                    acc -= total[:, None] * load_rows(PATH, here, every, d0, D, STRIDE, DIM)
+                inside = valid[:, None] & (d < D)[None, :]
                 whole = p[:, None] * D + d[None, :]
                 g = tl.load(OUT + whole, mask=inside, other=0.0)
                 tl.store(OUT + whole, g + acc / _LOG2E, mask=inside)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launchers of the associative-memory family share: one call's operands as the kernels
-read them, cells of bounded scratch, sums over rows.
+"""The launchers of the associative-memory family share this: one call's operands as the kernels
+read them, cells of bounded scratch, and sums over rows.
 """
 
 from __future__ import annotations
@@ -12,9 +12,36 @@ import torch
 from torch import Tensor
 
 from ..common import launch
-from ..common.operands import arrange, batch_of, in_rows
+from ..common.operands import arrange, batch_of, by_name, in_rows
 from . import exact
 from .memories import memories
+
+MASK_STRIDES = ("u_o", "u_i", "u_row", "u_feature")
+
+
+class Views(NamedTuple):
+    """Operands of one launch as views [O, I, ...], and as arguments of its kernel."""
+
+    v: Tensor
+    mask: Tensor | None
+    table: Tensor
+    side: Tensor
+    centre: Tensor
+
+    def rows(self) -> dict[str, Any]:
+        """The rows; batch strides in rows."""
+        v_o, v_i = in_rows(self.v, self.v.shape[-1])
+        return {"V": self.v, "v_o": v_o, "v_i": v_i}
+
+    def memories(self) -> dict[str, Any]:
+        """The tables without the centre; batch strides in problems."""
+        m_o, m_i = (step // self.centre.shape[-1] for step in self.centre.stride()[:2])
+        return {"RHO": self.table, "SIDE": self.side, "m_o": m_o, "m_i": m_i}
+
+    def update_mask(self) -> dict[str, Any]:
+        """The update mask, if the call has one."""
+        strides = None if self.mask is None else self.mask.stride()
+        return {"U": self.mask, **by_name(MASK_STRIDES, strides), "MASK": self.mask is not None}
 
 
 class Call:
@@ -40,24 +67,28 @@ class Call:
         self.shape = (*self.batch, *v.shape[-2:])
         self.features, self.mode, self.device = v.shape[-1], precision, v.device
         self.memories = memories(rho, beta, log_weights)
-        self._given = (v, rho, beta, update_mask, log_weights)
+        self._arguments = (v, rho, beta, update_mask, log_weights)
         self.masked = update_mask is not None
-        self.v, self.u, *self.tables = self._views(launch.rows(v), update_mask)
-        self.outer, self.inner, self.rows = self.v.shape[:3]
+        self.views = self._arranged(launch.rows(v), update_mask)
+        self.outer, self.inner, self.rows = self.views.v.shape[:3]
 
-    def _views(self, v: Tensor, mask: Tensor | None) -> list[Any]:
+    def _arranged(self, v: Tensor, mask: Tensor | None) -> Views:
         table, side, centre = self.memories[:3]
-        u = v if mask is None else mask
+        large = [v] if mask is None else [v, mask]
         if table.shape[:-2].numel() == 1:
-            flat = arrange((*self.batch, v.shape[-2]), [(v, 1), (u, 1)])
+            flat = arrange((*self.batch, v.shape[-2]), [(x, 1) for x in large])
             if flat[0].shape[0] == 1 and flat[0].stride(1) == self.features:
-                shared = [x.reshape(1, 1, *x.shape[-n:]) for x, n in ((table, 2), (side, 2))]
-                return [x[None] for x in flat] + [*shared, centre.reshape(1, 1, -1)]
-        return arrange(self.batch, [(v, 2), (u, 2), (table, 2), (side, 2), (centre, 1)])
+                table, side = (x.reshape(1, 1, *x.shape[-2:]) for x in (table, side))
+                u = None if mask is None else flat[1][None]
+                return Views(flat[0][None], u, table, side, centre.reshape(1, 1, -1))
+        small = [(table, 2), (side, 2), (centre, 1)]
+        views = arrange(self.batch, [*((x, 2) for x in large), *small])
+        table, side, centre = views[-3:]
+        return Views(views[0], None if mask is None else views[1], table, side, centre)
 
-    def given(self) -> exact.Operands:
-        """The arguments as they are, for rows that are computed again."""
-        return exact.operands(*self._given)
+    def operands(self) -> exact.Operands:
+        """The caller's own arguments, for the launch that computes rows in doubt again."""
+        return exact.operands(*self._arguments)
 
     def settings(self, kernel: str) -> dict[str, Any]:
         """Tile and options of a kernel for this call."""
@@ -79,44 +110,44 @@ class Call:
                 for first in range(0, blocks, limit):
                     yield o, problems, first, min(limit, blocks - first)
 
-    def at(self, o: int | None = None, problems: slice | None = None) -> tuple[Any, ...]:
-        """(v, rho, side, centre, u), the batch strides of v in rows and of the memories in
-        problems, those of u; of one cell or of all.
-        """
-        views = [self.v, self.u, *self.tables]
-        if o is not None and problems is not None:
-            views = [x[o : o + 1, problems] for x in views]
-        v, u, table, side, centre = views
-        m = [s // centre.shape[-1] for s in centre.stride()[:2]]
-        return (v, table, side, centre, u), (*in_rows(v, self.features), *m), u.stride()
+    def at(self, o: int, problems: slice) -> Views:
+        """The operands of one cell."""
+        v, mask, *rest = self.views
+        table, side, centre = (x[o : o + 1, problems] for x in rest)
+        u = None if mask is None else mask[o : o + 1, problems]
+        return Views(v[o : o + 1, problems], u, table, side, centre)
 
     def recursion(self, keep: int) -> dict[str, Any]:
-        """Of the recursion: options cost registers, so without any there is a tile of its own."""
+        """Tile and options of the recursion. A mask, a beta per memory and saved states cost
+        registers: a call without any of them has a tile of its own.
+        """
         plain = keep == 0 and not self.masked and not self.memories.per_memory
-        if self.memories.hard:  # not the lowest products: what they leave open is expensive
+        if self.memories.hard:  # the lowest products leave many rows in doubt, which cost more
             mode = "high" if self.mode == "medium" else self.mode
             return launch.settings("am_recursion_full", self.device, mode, self.features)
         return self.settings("am_recursion" if plain else "am_recursion_full")
 
     def tile(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """Constants of a kernel over these operands; DIM holds a whole row unless it is chosen."""
+        """Constants of a kernel over these operands; DIM is a whole row unless `chosen` has it."""
         width = {"DIM": launch.dim(self.features)}
         return {"D": self.features, "STRIDE": self.memories.stride, **width, **chosen}
 
 
 def _full(mask: Tensor, v: Tensor) -> Tensor:
-    """A mask [..., N, D] by strides, in bytes if it is of bits."""
+    """A mask expanded to [..., N, D]; a bool mask as bytes."""
     lead = mask.shape[:-2] if mask.ndim > 2 else ()
     mask = mask.expand(*lead, *v.shape[-2:])
     return mask.view(torch.uint8) if mask.dtype == torch.bool else launch.plain(mask)
 
 
 class Totals:
-    """Sums of the memories' side, [O, I, K, .] float64, 1 where all problems share the memories."""
+    """Sums over rows for the gradients of the memories, [O, I, K, .] float64; a batch dim is 1
+    where all its problems share the memories.
+    """
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        table = call.tables[0]
+        table = call.views.table
         lead = [n if table.stride(i) else 1 for i, n in enumerate(table.shape[:2])]
         count, stride = table.shape[2:]
         wide: dict[str, Any] = {"dtype": torch.float64, "device": call.device}
@@ -124,47 +155,50 @@ class Totals:
         self.sums = torch.zeros((*lead, count, 2), **wide)
 
     def add(self, o: int, problems: slice, part: Tensor, sums: Tensor) -> None:
-        """Partials [problems, splits, K, .] of one cell."""
-        for total, found in ((self.acc, part), (self.sums, sums)):
+        """Add the partial sums [problems, splits, K, .] of one cell."""
+        for total, parts in ((self.acc, part), (self.sums, sums)):
             row = total[o if total.shape[0] > 1 else 0]
-            found = found.sum(1, dtype=torch.float64)
+            parts = parts.sum(1, dtype=torch.float64)
             if row.shape[0] > 1:
-                row[problems] += found
+                row[problems] += parts
             else:
-                row[0] += found.sum(0)
+                row[0] += parts.sum(0)
 
     def of_batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(acc [..., K, D], mass [..., K], heat [..., K]) over the memories' own batch."""
+        """(acc [..., K, D], mass [..., K], beta_sum [..., K]) over the memories' own batch; the
+        kernel that fills them says what they are.
+        """
         batch, whole = self.call.memories.table.shape[:-2], self.call.batch
-        found = []
+        totals = []
         for total in (self.acc[..., : self.call.features], self.sums):
             core = total.shape[2:]
             if total.shape[:2].numel() == batch.numel():
-                found.append(total.reshape(*batch, *core))
+                totals.append(total.reshape(*batch, *core))
             else:
-                found.append(total.reshape(*whole, *core).sum_to_size(*batch, *core))
-        return found[0], found[1][..., 0], found[1][..., 1]
+                totals.append(total.reshape(*whole, *core).sum_to_size(*batch, *core))
+        acc, sums = totals
+        return acc, sums[..., 0], sums[..., 1]
 
 
-class Cell(NamedTuple):
-    """A run of problems of one outer index, `blocks` blocks of each from block `first`, and its
-    scratch.
+class ScratchCell(NamedTuple):
+    """A run of problems of one outer index, `blocks` blocks of rows of each from block `first` on,
+    and the scratch that they share.
     """
 
     o: int
     problems: slice
     first: int
     blocks: int
-    block: int  # rows of a block, a multiple of what either kernel of the rows takes
-    path: Tensor  # [T, size * rows, stride], as pull
-    pull: Tensor
-    top: Tensor  # [T, size * rows], as total and delta
-    total: Tensor
-    delta: Tensor
+    block: int  # rows of a block, a multiple of the tiles of both kernels over rows
+    path: Tensor  # [T, size * rows, stride]: the states
+    pull: Tensor  # the same shape: the recalls, then h
+    top: Tensor  # [T, size * rows]: the largest logit
+    total: Tensor  # the same shape: the sum of the weights relative to it
+    delta: Tensor  # the same shape
 
     @property
     def size(self) -> int:
-        """Problems."""
+        """How many problems."""
         return int(self.problems.stop - self.problems.start)
 
     @property
@@ -173,6 +207,6 @@ class Cell(NamedTuple):
         return self.blocks * self.block
 
     def grid(self, tile: int) -> tuple[tuple[int], int, int]:
-        """(grid, first block, blocks a problem) of a kernel that takes `tile` rows."""
+        """(grid, first block, blocks of a problem) of a kernel whose program takes `tile` rows."""
         share = self.block // tile
         return (self.size * self.blocks * share,), self.first * share, self.blocks * share

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recursion over few features (D <= 16) in the compiled CUDA library: one launch of it, and a
-launch of Triton for the rows in doubt (`exact.py`, `exact_backward.py`).
+"""The recursion over few features (D <= 16) in the compiled CUDA library: one launch of it, and one
+of Triton for the rows in doubt (`exact.py`, `exact_backward.py`).
 
-The library takes operands as views [O, I, *core] of any strides, float32 on the memories' side;
+The library takes operands as views [O, I, *core] of any strides; betas and log-weights are float32.
 csrc/register.cpp has the contract. `_core.library` must have loaded it before the first call.
 """
 
@@ -23,15 +23,15 @@ from .backward import whole
 
 Beta = float | Tensor
 MAX_FEATURES = 16
-# Shared memory of a block in the backward, and what a warp of it has beside its sums: as in
-# csrc/am_backward.h, against which a test holds `backward_memories`.
+# Shared memory of a block in the backward, and its least number of warps, as in
+# csrc/am_backward.h; a test compares `backward_memories` with it.
 _SHARED_BYTES = 96 * 1024
 _WARPS = 2
 _BACKWARD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def backward_memories(features: int) -> int:
-    """The most memories that the backward has shared memory for; D may be symbolic."""
+    """The most memories whose backward fits in shared memory; D may be symbolic."""
     return _fitting(next(size for size in _BACKWARD_SIZES if size >= features))
 
 
@@ -48,7 +48,7 @@ def _fitting(d: int) -> int:
 
 
 def why_not(v: Tensor, rho: object = None, beta: object = 1.0, *_: Any) -> str | None:
-    """Why these arguments are not for this path, or None; `explain` may know the first few only."""
+    """Why the library cannot take these arguments, or None; `explain` may pass the first few."""
     features = v.shape[-1]
     if features > MAX_FEATURES:
         return f"D = {features} > {MAX_FEATURES}"
@@ -63,8 +63,8 @@ def why_not(v: Tensor, rho: object = None, beta: object = 1.0, *_: Any) -> str |
 
 
 def why_slower(v: Tensor, *rest: Any) -> str | None:
-    """Why Triton is taken although this path could: it has no matrix units, whose lower modes win
-    where products and not exponentials are the cost.
+    """Why Triton is faster although the library can: the library does not use matrix units, whose
+    lower modes win where products cost more than exponentials.
     """
     precision = rest[-1] if rest and isinstance(rest[-1], str) else "highest"
     if precision == "highest" or v.shape[-1] <= 8:
@@ -73,7 +73,7 @@ def why_slower(v: Tensor, *rest: Any) -> str | None:
 
 
 class _Operands(NamedTuple):
-    """The arguments as the library takes them, and the mask as the second launch does."""
+    """The arguments as the library takes them, and the mask as the second launch takes it."""
 
     batch: tuple[int, ...]
     v: Tensor
@@ -87,7 +87,7 @@ class _Operands(NamedTuple):
 
     @property
     def shared(self) -> tuple[Any, ...]:
-        """What forward and backward are both called with."""
+        """The arguments that forward and backward share."""
         return (
             self.v,
             self.rho,
@@ -98,7 +98,7 @@ class _Operands(NamedTuple):
         )
 
     def new_flag(self) -> Tensor:
-        """What the library writes: which rows [O, I, N] are in doubt."""
+        """An output [O, I, N] of the library: 1 for rows in doubt."""
         return launch.empty(self.v.shape[:3], torch.uint8, self.v.device)
 
 
@@ -112,17 +112,17 @@ def _operands(
 ) -> _Operands:
     number = 0.0 if isinstance(beta, Tensor) else float(beta)
     mask = None if update_mask is None else _full(update_mask, v)
-    given = [(v, 2), (rho, 2)]
+    operands = [(v, 2), (rho, 2)]
     if isinstance(beta, Tensor):
-        given.append((beta.float(), 1))
+        operands.append((beta.float(), 1))
     if log_weights is not None:
-        given.append((log_weights.float(), 1))
+        operands.append((log_weights.float(), 1))
     if mask is not None:
-        given.append((mask, 2))
-    batch = batch_of(given)
+        operands.append((mask, 2))
+    batch = batch_of(operands)
     if grad is not None:
-        given.append((grad, 2))
-    views = iter(arrange(batch, given))
+        operands.append((grad, 2))
+    views = iter(arrange(batch, operands))
     return _Operands(
         batch,
         next(views),
@@ -137,7 +137,7 @@ def _operands(
 
 
 def _full(mask: Tensor, v: Tensor) -> Tensor:
-    """A mask [..., N, D] by strides, float32, or bytes if it is of bits."""
+    """A mask expanded to [..., N, D]: float32, or bytes for a bool mask."""
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float()
     if mask.shape[-2:] == v.shape[-2:]:
         return mask
@@ -154,15 +154,14 @@ def am_recursion(
     log_weights: Tensor | None,
     precision: str,
 ) -> Tensor:
-    """All steps in one launch, in float32 whatever the precision, and one for rows in doubt."""
+    """All steps in one launch, in float32 for every precision, and one launch for rows in doubt."""
     a = _operands(v, rho, beta, update_mask, log_weights)
     shape = (*a.batch, *v.shape[-2:])
     if steps == 0 or step == 0 or 0 in shape:
         return v.new_empty(shape).copy_(v)
     flag = a.new_flag()
     out: Tensor = torch.ops.clam_cuda.recursion_small(*a.shared, steps, step, flag)
-    given = exact.operands(v, rho, beta, a.full_mask, log_weights)
-    exact.recursion(given, steps, step, flag, out)
+    exact.recursion(exact.operands(v, rho, beta, a.full_mask, log_weights), steps, step, flag, out)
     return out.view(shape)
 
 
@@ -188,8 +187,8 @@ def am_step_saved(
     log_weights: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """`am_step`, and zeros [..., N]: the backward computes the log-normalisers again, which is
-    cheaper here than reading them.
+    """`am_step`, and zeros [..., N]: the backward computes the sums of the weights again, which is
+    cheaper here than to load them.
     """
     out = am_step(v, rho, beta, step, update_mask, log_weights, precision)
     return out, out.new_zeros(out.shape[:-1], dtype=torch.float32)
@@ -216,14 +215,14 @@ def am_recursion_backward(
         for x, need in zip(arguments, needs, strict=True)
     ]
     if steps == 0 or step == 0 or grad.numel() == 0:
-        # a copy: what an op returns must not be what it was given
-        given = grad.clone(memory_format=torch.contiguous_format)
-        found: list[Tensor | None] = [given, None, None, None, None]
+        # a copy: an op must not return one of its arguments
+        copy = grad.clone(memory_format=torch.contiguous_format)
+        gradients: list[Tensor | None] = [copy, None, None, None, None]
     else:
-        found = _gradients(grad, arguments, steps, step, wanted)
+        gradients = _gradients(grad, arguments, steps, step, wanted)
     return tuple(
         v.new_empty(0) if like is None else _like(value, like)
-        for value, like in zip(found, wanted, strict=True)
+        for value, like in zip(gradients, wanted, strict=True)
     )
 
 
@@ -239,7 +238,7 @@ def am_step_backward(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of one step; `saved` is not looked at."""
+    """Gradients of one step; it ignores `saved`."""
     return am_recursion_backward(
         grad, v, rho, beta, 1, step, update_mask, log_weights, needs, precision
     )
@@ -263,30 +262,30 @@ def _gradients(
         *a.shared,
         steps,
         step,
-        v.shape != grad.shape,  # what is summed over the batch is not rounded before
+        v.shape != grad.shape,  # float32 until the sum over the batch
         memory_side,
         wanted[3] is not None,
         flag,
     )
-    given = exact.operands(v, rho, beta, a.full_mask, log_weights)
+    operands = exact.operands(v, rho, beta, a.full_mask, log_weights)
     masked = None if wanted[3] is None else grad_mask
     again = exact_backward.recursion_backward(
-        given, grad, steps, step, flag, grad_v, masked, memory_side
+        operands, grad, steps, step, flag, grad_v, masked, memory_side
     )
-    found: list[Tensor | None] = [grad_v.view(grad.shape), None, None, None, None]
+    gradients: list[Tensor | None] = [grad_v.view(grad.shape), None, None, None, None]
     if again is not None:
         sums = partials.sum(2, dtype=torch.float64).view(*a.batch, *partials.shape[3:])
-        sums = sums.sum_to_size(*given.memory_batch, *partials.shape[3:])
-        d, (pull, mass, heat) = v.shape[-1], again.of_batch()
-        found[1], found[4] = sums[..., :d] + pull, sums[..., d] + mass
-        found[2] = sums[..., d + 1] - heat
+        sums = sums.sum_to_size(*operands.memory_batch, *partials.shape[3:])
+        d, (grad_rho, mass, beta_sum) = v.shape[-1], again.of_batch()
+        gradients[1], gradients[4] = sums[..., :d] + grad_rho, sums[..., d] + mass
+        gradients[2] = sums[..., d + 1] - beta_sum
     if wanted[3] is not None:
-        found[3] = grad_mask.view(grad.shape)
-    return found
+        gradients[3] = grad_mask.view(grad.shape)
+    return gradients
 
 
 def _like(value: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient summed to the shape of what it is of; None is 0 everywhere."""
+    """A gradient summed to the shape and dtype of its argument `like`; None is 0 everywhere."""
     if value is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     lead = value.ndim - like.ndim

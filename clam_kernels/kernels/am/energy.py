@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The energy of the associative memory on a GPU, and the nearest memory, which k-means knows.
+"""The energy of the associative memory on a GPU, and the nearest memory, by the kernels of k-means.
 
 Equations: docs/ops/am.md.
 """
@@ -15,72 +15,77 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import lse_first_fold, lse_first_init
-from ..common.score import centred, given_inner, held_inner, load_memories, load_rows, load_sides
-from ..common.sweep import NUMBERS, offset, rows_of, sweep
+from ..common.score import centred, load_memories, load_rows, load_sides, own_inner, raw_inner
+from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from ..kmeans import assign
 from ..kmeans.nearest import squared
 from . import exact, exact_backward
 from .backward import cells, fit, sweep_memories, whole
 from .call import Call, Totals
-from .doubt import CALM_OF_ENERGY, doubted, settled, sharpest
-from .memories import LOG2E
+from .doubt import NEAR_LIMIT_OF_ENERGY, doubted, settled, sharpest
+from .memories import LOG2E, memories_of
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def energy_kernel(
-    V, RHO, SIDE, CENTRE, GIVEN, OUT, FLAG,
+    V, RHO, SIDE, CENTRE, RAW, OUT, FLAG,
     rows, count, inner, blocks, v_o, v_i, m_o, m_i,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Energy of ROWS rows: that of the memory with the largest logit alone, from the pair, less
-    what the others add. Only the others come from expanded distances, and FLAG takes the rows where
-    they may be wrong. GIVEN are the memories less nothing; scale = 2 beta log2(e).
+    """Energy of ROWS rows: |x - rho_j|^2 - (lift_j + log2(total)) / (beta log2(e)), where j is the
+    memory of the largest logit and total = sum_k 2^(s_k - s_j). The distance to j comes from a
+    difference with RAW, the memories that are not centred. Only `total` comes from expanded
+    distances, and FLAG takes the rows where it may be wrong. The table has scale = 2 beta log2(e).
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
+    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     CENTRE += m * STRIDE
-    GIVEN += m * count * D
+    RAW += m * count * D
     V += offset(problem, inner, v_o, v_i) * D
-    live, at = row < rows, row.to(tl.int64)
+    valid, at = row < rows, row.to(tl.int64)
     norm, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        given = load_rows(V, at, live, d0, D, D, DIM)
-        x = centred(given, CENTRE, live, d0, D, DIM)
+        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
+        x = centred(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
         norm += tl.sum(x * x, 1)
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        poison += tl.sum(given * 0.0, 1) + tl.sum(c * 0.0, 0)
+        poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
     table = (RHO, SIDE)
     if WIDE:
-        held = ((V, CENTRE, at, live), norm)
+        own = ((V, CENTRE, at, valid), norm)
         state = sweep(
-            lse_first_init(ROWS), held, table, count, load_sides, given_inner, lse_first_fold,
+            lse_first_init(ROWS), own, table, count, load_sides, raw_inner, lse_first_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
     else:
-        held = (centred(load_rows(V, at, live, 0, D, D, DIM), CENTRE, live, 0, D, DIM), norm)
+        own = (centred(load_rows(V, at, valid, 0, D, D, DIM), CENTRE, valid, 0, D, DIM), norm)
         state = sweep(
-            lse_first_init(ROWS), held, table, count, load_memories, held_inner, lse_first_fold,
+            lse_first_init(ROWS), own, table, count, load_memories, own_inner, lse_first_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
     _, index, total = state
     first = tl.maximum(index, 0).to(tl.int64)
-    far = squared(V, GIVEN, at, first, live & (index >= 0), D, DIM if DIM < 32 else 32, tl.float32)
+    far = squared(V, RAW, at, first, valid & (index >= 0), D, DIM if DIM < 32 else 32, tl.float32)
     lift = tl.load(SIDE + 2 * count + first)
     energy = far - (lift + tl.log2(total)) / (0.5 * tl.load(SIDE))
     energy = tl.where(total == 0.0, float("inf"), energy) + poison
 
     sharp, ratio, _ = sharpest(SIDE, count, PROTOS, False)
     doubt = doubted(
-        norm + tl.load(SIDE + 3 * count + first), far, total, sharp, ratio, 0.0, CALM_OF_ENERGY
+        norm + tl.load(SIDE + 3 * count + first),
+        far,
+        total,
+        sharp,
+        ratio,
+        0.0,
+        NEAR_LIMIT_OF_ENERGY,
     )
     flag = settled(doubt.to(tl.int32), total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
-    tl.store(OUT + p, energy, mask=live)
-    tl.store(FLAG + p, tl.where(poison == 0.0, flag, 0).to(tl.uint8), mask=live)
+    tl.store(OUT + p, energy, mask=valid)
+    tl.store(FLAG + p, tl.where(poison == 0.0, flag, 0).to(tl.uint8), mask=valid)
 
 
 def am_energy(
@@ -90,17 +95,17 @@ def am_energy(
     call = Call(v, rho, beta, None, log_weights, precision)
     out, flag = call.new(*call.shape[:-1]), call.new(*call.shape[:-1], dtype=torch.uint8)
     batch = call.memories.table.shape[:-2]
-    given = launch.rows(rho).expand(*batch, *rho.shape[-2:]).contiguous()
+    raw = launch.rows(rho).expand(*batch, *rho.shape[-2:]).contiguous()
     chosen = call.settings("am_energy")
     blocks = triton.cdiv(call.rows, chosen["ROWS"])
-    (v_rows, table, side, centre, _), strides, _ = call.at()
+    views = call.views
     launch.launch(
         energy_kernel, (call.outer * call.inner * blocks,), call.device,
-        v_rows, table, side, centre, given, out, flag,
-        call.rows, call.memories.size, call.inner, blocks, *strides,
+        **views.rows(), **views.memories(), CENTRE=views.centre, RAW=raw, OUT=out, FLAG=flag,
+        rows=call.rows, count=call.memories.size, inner=call.inner, blocks=blocks,
         **call.tile(chosen), WIDE="DIM" in chosen,
     )  # fmt: skip
-    exact.energy(call.given(), flag, out)
+    exact.energy(call.operands(), flag, out)
     return out
 
 
@@ -128,22 +133,25 @@ def am_energy_backward(
         here = (2 * g[..., None] * (x - xb))[..., : call.features]
         outs[cell.o, cell.problems, rows] = here
         sweep_memories(call, cell, totals, 1, energy=True)
-    again = exact_backward.energy_backward(call.given(), grad, flag, out).of_batch()
-    acc, mass, heat = totals.of_batch()
+    exact_rho, exact_mass, exact_beta = exact_backward.energy_backward(
+        call.operands(), grad, flag, out
+    ).of_batch()
+    acc, mass, beta_sum = totals.of_batch()
     sharp = beta.double() if isinstance(beta, Tensor) else beta
     pull = call.memories.table[..., : call.features].double() * mass[..., None]
-    pulled, warmth = 2 * (pull - acc) + again[0], heat / LOG2E / sharp**2 + again[2] / sharp
-    found = (out, pulled, warmth, -(mass + again[1]) / sharp)
-    given = (v, rho, beta, log_weights)
-    return tuple(fit(x, a, n, v) for x, a, n in zip(found, given, needs, strict=True))
+    grad_rho = 2 * (pull - acc) + exact_rho
+    grad_beta = beta_sum / LOG2E / sharp**2 + exact_beta / sharp
+    grad_weights = -(mass + exact_mass) / sharp
+    gradients, arguments = (out, grad_rho, grad_beta, grad_weights), (v, rho, beta, log_weights)
+    return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))
 
 
 def am_assign(
     v: Tensor, rho: Tensor, log_weights: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Nearest memory of every row and its squared distance, as `kmeans_assign` has them."""
-    gone = None
+    """Nearest memory of every row and its squared distance, from `kmeans_assign`."""
+    mask = None
     if log_weights is not None:
-        gone = torch.atleast_1d(log_weights) == float("-inf")
-        gone = gone.expand(*gone.shape[:-1], rho.shape[-2])
-    return assign.kmeans_assign(v, rho, None, gone, True, precision, strict=True)
+        mask = torch.atleast_1d(log_weights) == float("-inf")
+        mask = mask.expand(*mask.shape[:-1], rho.shape[-2])
+    return assign.kmeans_assign(v, rho, None, mask, True, precision, strict=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second launch of an associative-memory call: rows whose flag is set, computed again.
+"""The second launch of an associative-memory call: it computes the rows whose flag is set again.
 
 A fast kernel sets the flags (`am/doubt.py`). The kernels here compute everything of such a row from
-differences of the rows and memories as they were given, in float64, one row at a time. A program
-that meets no flag reads its flags and nothing else. Any fast kernel can be used before: what is
-asked for is one byte for each row of the output.
+differences of the caller's rows and memories, in float64, one row at a time. A program without a
+flagged row reads its flags and nothing else. Any fast kernel may come before this launch, if it
+writes one byte for each row of the output.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import launch
-from ..common.operands import arrange, batch_of, in_rows
-from ..common.sweep import NUMBERS, offset, rows_of
+from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
+from ..common.sweep import UNSPECIALISED, offset, rows_of
 from ..kmeans.nearest import TIE
 
-# Programs of a launch, and the float64 numbers that they may keep between their steps (64 MB).
+# Programs of a launch, and the float64 numbers of their strips of scratch together (64 MB).
 PROGRAMS = 512
-KEPT = 1 << 23
-# Rows of a block, few enough that a short call is many blocks; of a long call, many.
+STRIPS = 1 << 23
+# Rows of a block: FEW, so that a short call has many blocks; MANY for a call of LONG rows or more.
 FEW, MANY, LONG = 32, 1024, 1 << 19
 # Entries of a tile in float64.
 TILE = 2048
@@ -37,7 +37,7 @@ TILE = 2048
 
 @triton.jit
 def number(bits):
-    """The float64 that a whole number has the bits of."""
+    """The float64 with these bits."""
     return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
 
 
@@ -46,22 +46,22 @@ def sides(
     BETA, WEIGHTS, k, count, beta_bits, beta_k, weights_k,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """(betas, log-weights, which take part) of memories, in float64."""
-    live, at = k < count, k.to(tl.int64)
+    """(betas, log-weights, which are active) of the memories k [PROTOS], in float64."""
+    valid, at = k < count, k.to(tl.int64)
     beta = tl.zeros((k.shape[0],), tl.float64) + number(beta_bits)
     lift = tl.zeros((k.shape[0],), tl.float64)
     if HAS_BETA:
-        beta = tl.load(BETA + at * beta_k, mask=live, other=0.0).to(tl.float64)
+        beta = tl.load(BETA + at * beta_k, mask=valid, other=0.0).to(tl.float64)
     if HAS_WEIGHTS:
-        lift = tl.load(WEIGHTS + at * weights_k, mask=live, other=0.0).to(tl.float64)
-    return beta, lift, live & (lift != float("-inf"))
+        lift = tl.load(WEIGHTS + at * weights_k, mask=valid, other=0.0).to(tl.float64)
+    return beta, lift, valid & (lift != float("-inf"))
 
 
 @triton.jit
-def gaps(X, RHO, k, alive, d0, D: tl.constexpr, DIM: tl.constexpr):
-    """Features [d0, d0 + DIM) of rho_k - x; X is a row in float64. 0 beyond the edges."""
+def gaps(X, RHO, k, active, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """Features [d0, d0 + DIM) of rho_k - x, [PROTOS, DIM], 0 beyond the edges; X is in float64."""
     d = d0 + tl.arange(0, DIM)
-    inside = alive[:, None] & (d < D)[None, :]
+    inside = active[:, None] & (d < D)[None, :]
     rho = tl.load(RHO + k.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
     x = tl.load(X + d, mask=d < D, other=0.0)
     return tl.where(inside, rho.to(tl.float64) - x[None, :], 0.0)
@@ -73,24 +73,24 @@ def peak(
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """(largest logit, sum of weights relative to it) of a row, whose distances go to FAR; the logit
-    of a hard assignment is the distance, negated.
+    """(top, total) of a row: z_k = log_weight_k - beta_k |rho_k - x|^2, top = max_k z_k, total =
+    sum_k exp(z_k - top). FAR [count] takes the squared distances. HARD: z_k = -|rho_k - x|^2.
     """
     tl.debug_barrier()
     top = tl.full((1,), float("-inf"), tl.float64)
     total = tl.zeros((1,), tl.float64)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        beta, lift, alive = sides(
+        beta, lift, active = sides(
             BETA, WEIGHTS, k, count, beta_bits, beta_k, weights_k, HAS_BETA, HAS_WEIGHTS
         )
         far = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
-            t = gaps(X, RHO, k, alive, d0, D, DIM)
+            t = gaps(X, RHO, k, active, d0, D, DIM)  # [PROTOS, DIM]
             far += tl.sum(t * t, 1)
         tl.store(FAR + k, far, mask=k < count)
         z = -far if HARD else lift - beta * far
-        z = tl.where(alive, z, float("-inf"))
+        z = tl.where(active, z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), 0)
@@ -104,18 +104,18 @@ def weights_of(
     FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
     HARD: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """(weights, betas, distances, which take part) of memories; `chosen` is the largest logit, or
-    the index of the nearest memory.
+    """(weights, betas, squared distances, which are active) of the memories k [PROTOS]; `chosen` is
+    the largest logit, or the index of the nearest memory.
     """
-    beta, lift, alive = sides(
+    beta, lift, active = sides(
         BETA, WEIGHTS, k, count, beta_bits, beta_k, weights_k, HAS_BETA, HAS_WEIGHTS
     )
     far = tl.load(FAR + k, mask=k < count, other=0.0)
     if HARD:
         p = tl.where(k == chosen, 1.0, 0.0).to(tl.float64)
     else:
-        p = tl.where(alive, tl.exp(lift - beta * far - chosen) / total, 0.0)
-    return p, beta, far, alive
+        p = tl.where(active, tl.exp(lift - beta * far - chosen) / total, 0.0)
+    return p, beta, far, active
 
 
 @triton.jit
@@ -123,15 +123,15 @@ def first_nearest(
     FAR, BETA, WEIGHTS, count, least, weights_k,
     PROTOS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The lowest index of the memories in a tie with the nearest."""
-    found = tl.full((1,), 2147483647, tl.int32)
+    """The lowest index of the active memories with distance <= least (1 + TIE)."""
+    index = tl.full((1,), 2147483647, tl.int32)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        alive = sides(BETA, WEIGHTS, k, count, 0, 0, weights_k, False, HAS_WEIGHTS)[2]
+        active = sides(BETA, WEIGHTS, k, count, 0, 0, weights_k, False, HAS_WEIGHTS)[2]
         far = tl.load(FAR + k, mask=k < count, other=0.0)
-        tied = alive & (far <= least + least * TIE)
-        found = tl.minimum(found, tl.min(tl.where(tied, k, 2147483647), 0))
-    return found
+        tied = active & (far <= least + least * TIE)
+        index = tl.minimum(index, tl.min(tl.where(tied, k, 2147483647), 0))
+    return index
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def chosen_of(
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """What `weights_of` needs of a row: (largest logit or index of the nearest, sum of weights)."""
+    """(largest logit or index of the nearest, sum of weights) of a row, for `weights_of`."""
     top, total = peak(
         X, RHO, BETA, WEIGHTS, FAR, count, beta_bits, beta_k, weights_k,
         D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
@@ -169,7 +169,7 @@ def advance(
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
     MASK: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Store to NEXT the state after the one in X, which may be in the same place."""
+    """Store x + gain sum_k p_k (rho_k - x) to NEXT, with x from X; both may be the same place."""
     chosen, total = chosen_of(
         X, RHO, BETA, WEIGHTS, FAR, count, beta_bits, beta_k, weights_k,
         D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
@@ -179,11 +179,11 @@ def advance(
         pull = tl.zeros((DIM,), tl.float64)
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
-            p, _, _, alive = weights_of(
+            p, _, _, active = weights_of(
                 FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
                 HARD, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
-            pull += tl.sum(p[:, None] * gaps(X, RHO, k, alive, d0, D, DIM), 0)
+            pull += tl.sum(p[:, None] * gaps(X, RHO, k, active, d0, D, DIM), 0)
         x = tl.load(X + d, mask=d < D, other=0.0)
         gain = gain_at(U, u_row, u_feature, one, d, step_bits, D, MASK)
         tl.debug_barrier()
@@ -196,13 +196,25 @@ def load_row(X, V, one, D: tl.constexpr, DIM: tl.constexpr):
     tl.debug_barrier()
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        given = tl.load(V + tl.cast(one, tl.int64) * D + d, mask=d < D, other=0.0)
-        tl.store(X + d, given.to(tl.float64), mask=d < D)
+        raw = tl.load(V + tl.cast(one, tl.int64) * D + d, mask=d < D, other=0.0)
+        tl.store(X + d, raw.to(tl.float64), mask=d < D)
+
+
+@triton.jit
+def memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D: tl.constexpr):
+    """Where the memories and the rows of a problem begin."""
+    return RHO + offset(problem, inner, rho_o, rho_i) * D, V + offset(problem, inner, v_o, v_i) * D
+
+
+@triton.jit
+def of_problem(X, problem, inner, outer_stride, inner_stride, HAS: tl.constexpr):
+    """Where an optional operand of a problem begins; 0, which no kernel reads, without one."""
+    return X + offset(problem, inner, outer_stride, inner_stride) if HAS else 0
 
 
 @triton.jit
 def flags_of(FLAG, block, blocks, rows, ROWS: tl.constexpr):
-    """(problem, rows whose flag is set or -1, how many) of a block."""
+    """(problem, rows [ROWS] whose flag is set, else -1, how many are) of a block."""
     problem, row = rows_of(block, 0, blocks, ROWS)
     at = FLAG + problem.to(tl.int64) * rows + row
     left = tl.load(at, mask=row < rows, other=0) != 0
@@ -212,7 +224,7 @@ def flags_of(FLAG, block, blocks, rows, ROWS: tl.constexpr):
 # ---- forward -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def exact_recursion_kernel(
     FLAG, V, U, RHO, BETA, WEIGHTS, OUT, STRIP,
     rows, count, inner, blocks, every, steps, step_bits, beta_bits,
@@ -220,21 +232,20 @@ def exact_recursion_kernel(
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PROTOS: tl.constexpr,
     HARD: tl.constexpr, MASK: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """All steps of the rows whose flag is set, in `every` blocks of ROWS rows."""
+    """All steps of the rows whose flag is set, in `every` blocks of ROWS rows: `advance`."""
     pid = tl.program_id(0)
     X = STRIP + pid.to(tl.int64) * (D + count)
     FAR = X + D
     for block in range(pid, every, tl.num_programs(0)):
         problem, left, met = flags_of(FLAG, block, blocks, rows, ROWS)
-        rho = RHO + offset(problem, inner, rho_o, rho_i) * D
-        beta = BETA + offset(problem, inner, b_o, b_i)
-        weights = WEIGHTS + offset(problem, inner, w_o, w_i)
-        mask = U + offset(problem, inner, u_o, u_i)
-        given = V + offset(problem, inner, v_o, v_i) * D
+        rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
+        beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
+        weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
+        mask = of_problem(U, problem, inner, u_o, u_i, MASK)
         for _ in range(0, met):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
-            load_row(X, given, one, D, DIM)
+            load_row(X, raw, one, D, DIM)
             for _step in range(0, steps):
                 advance(
                     X, X, FAR, mask, u_row, u_feature, one, step_bits,
@@ -249,7 +260,7 @@ def exact_recursion_kernel(
                 tl.store(place + d, x.to(OUT.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def exact_energy_kernel(
     FLAG, V, RHO, BETA, WEIGHTS, OUT, STRIP,
     rows, count, inner, blocks, every, beta_bits,
@@ -257,27 +268,26 @@ def exact_energy_kernel(
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PROTOS: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Energy of the rows whose flag is set."""
+    """Energy -log(sum_k exp(z_k)) / beta of the rows whose flag is set; z as in `peak`."""
     pid = tl.program_id(0)
     X = STRIP + pid.to(tl.int64) * (D + count)
     for block in range(pid, every, tl.num_programs(0)):
         problem, left, met = flags_of(FLAG, block, blocks, rows, ROWS)
-        rho = RHO + offset(problem, inner, rho_o, rho_i) * D
-        beta = BETA + offset(problem, inner, b_o, b_i)
-        weights = WEIGHTS + offset(problem, inner, w_o, w_i)
-        given = V + offset(problem, inner, v_o, v_i) * D
+        rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
+        beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
+        weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
         for _ in range(0, met):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
-            load_row(X, given, one, D, DIM)
+            load_row(X, raw, one, D, DIM)
             top, total = peak(
                 X, rho, beta, weights, X + D, count, beta_bits, b_k, w_k,
                 D, DIM, PROTOS, False, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
             first = tl.arange(0, 1)
-            sharp = sides(beta, weights, first, count, beta_bits, b_k, w_k, HAS_BETA, HAS_WEIGHTS)[
-                0
-            ]
+            sharp, _lift, _alive = sides(
+                beta, weights, first, count, beta_bits, b_k, w_k, HAS_BETA, HAS_WEIGHTS
+            )
             energy = -(top + tl.log(total)) / sharp
             place = OUT + problem.to(tl.int64) * rows + one
             tl.store(place + first, energy.to(tl.float32))
@@ -287,24 +297,24 @@ def exact_energy_kernel(
 
 
 def bits_of(value: float) -> int:
-    """The bits of a float64 as a whole number: a kernel takes plain numbers in float32 only."""
+    """The bits of a float64 as a whole number: triton passes a float to a kernel in float32."""
     (bits,) = struct.unpack("<q", struct.pack("<d", float(value)))
     return int(bits)
 
 
 class Operands(NamedTuple):
-    """The arguments of a call as the kernels here read them: views [O, I, ...] in float32 or less,
-    as they were given.
+    """The arguments of a call as the kernels here read them: views [O, I, ...] of the caller's
+    tensors, in float32 or less.
     """
 
     batch: tuple[int, ...]
     v: Tensor
-    mask: Tensor
+    mask: Tensor | None
     rho: Tensor
-    beta: Tensor
-    weights: Tensor
+    beta: Tensor | None
+    weights: Tensor | None
     beta_bits: int
-    flags: dict[str, bool]  # constants of the kernels
+    hard: bool
     memory_batch: tuple[int, ...]  # of memories, betas and weights together
     lead: tuple[int, ...]  # [O, I], 1 where all problems share one problem of that batch
 
@@ -320,20 +330,37 @@ class Operands(NamedTuple):
     def memories(self) -> int:
         return self.rho.shape[-2]
 
-    @property
-    def memory_strides(self) -> tuple[int, ...]:
-        """Batch strides of rho in rows; batch and last strides of beta and weights."""
-        found = in_rows(self.rho, self.features)
-        for x in (self.beta, self.weights):
-            found += (*x.stride()[:2], x.stride(2) if x.shape[2] > 1 else 0)
-        return found
+    def arguments(self) -> dict[str, Any]:
+        """The rows and the memories; their batch strides are in rows."""
+        return {
+            "V": self.v,
+            **by_name(("v_o", "v_i"), in_rows(self.v, self.features)),
+            "RHO": self.rho,
+            **by_name(("rho_o", "rho_i"), in_rows(self.rho, self.features)),
+            "BETA": self.beta,
+            **by_name(("b_o", "b_i", "b_k"), of_each(self.beta)),
+            "WEIGHTS": self.weights,
+            **by_name(("w_o", "w_i", "w_k"), of_each(self.weights)),
+            "rows": self.v.shape[2],
+            "count": self.memories,
+            "inner": self.v.shape[1],
+            "beta_bits": self.beta_bits,
+            "HAS_BETA": self.beta is not None,
+            "HAS_WEIGHTS": self.weights is not None,
+        }
+
+    def update_mask(self) -> dict[str, Any]:
+        """The update mask, if the call has one."""
+        strides = None if self.mask is None else self.mask.stride()
+        names = ("u_o", "u_i", "u_row", "u_feature")
+        return {"U": self.mask, **by_name(names, strides), "MASK": self.mask is not None}
 
     def tile(self) -> dict[str, Any]:
         """Constants and options of a kernel over these operands."""
         blocks_of = MANY if self.problems * self.v.shape[2] > LONG else FEW
         width = min(64, launch.dim(self.features))
         tile = {"DIM": width, "ROWS": blocks_of, "PROTOS": TILE // width}
-        if launch.INTERPRETED:  # its cost is by the operation, not by the entry
+        if launch.INTERPRETED:  # the interpreter pays for each operation, not for each entry
             tile = {"DIM": 256, "ROWS": 256, "PROTOS": min(256, launch.dim(self.memories))}
         tile["DIM"] = min(tile["DIM"], launch.dim(self.features))
         warps = 4 if self.features <= 128 else 8  # the backward would spill
@@ -345,71 +372,69 @@ class Operands(NamedTuple):
 def operands(
     v: Tensor, rho: Tensor, beta: float | Tensor, mask: Tensor | None, log_weights: Tensor | None
 ) -> Operands:
-    """Without a batch of memories all rows are one problem, where strides can say so. The mask has
-    N rows of D features.
+    """The operands of a call. Without a batch of memories all rows are one problem, where strides
+    allow it. The mask has N rows of D features.
     """
-    rows, memories = launch.rows(v), launch.rows(rho)
-    u = rows if mask is None else mask
-    sharp = launch.plain(beta) if isinstance(beta, Tensor) else memories
-    lift = memories if log_weights is None else launch.plain(log_weights)
-    small = [(memories, 2), (sharp, 1 if isinstance(beta, Tensor) else 2)]
-    small += [(lift, 2 if log_weights is None else 1)]
-    large = [(rows, 2), (u, 2)]
-    batch = batch_of(large + small)
+    large = [launch.rows(v)] + ([] if mask is None else [mask])
+    small = [(launch.rows(rho), 2)]
+    small += [(launch.plain(x), 1) for x in (beta, log_weights) if isinstance(x, Tensor)]
+    batch = batch_of([*((x, 2) for x in large), *small])
     own = batch_of(small)
-    flat = arrange((*batch, v.shape[-2]), [(rows, 1), (u, 1)]) if math.prod(own) == 1 else []
+    merged = (*batch, v.shape[-2])
+    flat = arrange(merged, [(x, 1) for x in large]) if math.prod(own) == 1 else []
     if flat and flat[0].shape[0] == 1 and flat[0].stride(1) == v.shape[-1]:
         views = [x[None] for x in flat]
         views += [x.reshape(1, 1, *x.shape[max(x.ndim - core, 0) :]) for x, core in small]
         views = [x if x.ndim > 2 else x[None] for x in views]
         lead: tuple[int, ...] = (1, 1)
-    else:  # a tensor of no memory, whose strides say where the memories' batch goes on
+    else:  # strides of an empty tensor tell along which dims the memories have a batch
         marks = torch.empty((*own, 1), dtype=torch.float32, device="meta")
-        *views, marks = arrange(batch, [*large, *small, (marks, 1)])
+        *views, marks = arrange(batch, [*((x, 2) for x in large), *small, (marks, 1)])
         lead = tuple(n if marks.stride(i) else 1 for i, n in enumerate(marks.shape[:2]))
     number = 0.0 if isinstance(beta, Tensor) else float(beta)
-    flags = {
-        "HARD": math.isinf(number),
-        "MASK": mask is not None,
-        "HAS_BETA": isinstance(beta, Tensor),
-        "HAS_WEIGHTS": log_weights is not None,
-    }
-    rows, u, memories, sharp, lift = views
-    return Operands(batch, rows, u, memories, sharp, lift, bits_of(number), flags, own, lead)
+    queue = iter(views)
+    return Operands(
+        batch=batch,
+        v=next(queue),
+        mask=None if mask is None else next(queue),
+        rho=next(queue),
+        beta=next(queue) if isinstance(beta, Tensor) else None,
+        weights=None if log_weights is None else next(queue),
+        beta_bits=bits_of(number),
+        hard=math.isinf(number),
+        memory_batch=own,
+        lead=lead,
+    )
 
 
-def programs_of(a: Operands, rows: int, block: int, kept: int) -> tuple[int, int, int]:
-    """(blocks a problem, blocks of all, programs): `kept` float64 numbers for each program."""
+def programs_of(a: Operands, rows: int, block: int, size: int) -> tuple[int, int, int]:
+    """(blocks of a problem, blocks of all, programs); a program has `size` numbers of scratch."""
     blocks = triton.cdiv(rows, block)
     every = blocks * a.problems
-    return blocks, every, max(1, min(every, PROGRAMS, KEPT // kept)) if every else 0
+    return blocks, every, max(1, min(every, PROGRAMS, STRIPS // size)) if every else 0
 
 
 def recursion(a: Operands, steps: int, step: float, flags: Tensor, out: Tensor) -> None:
-    """Write the result of the rows whose flag is set over `out`. One launch."""
+    """Overwrite in `out` the rows whose flag is set. One launch."""
     raw = launch.plain(out)
     rows, tile = a.v.shape[2], a.tile()
     blocks, every, programs = programs_of(a, rows, tile["ROWS"], a.features + a.memories)
     strip = launch.empty((programs * (a.features + a.memories),), torch.float64, a.v.device)
     launch.launch(
         exact_recursion_kernel, (programs,), a.v.device,
-        flags, a.v, a.mask, a.rho, a.beta, a.weights, raw, strip,
-        rows, a.memories, a.v.shape[1], blocks, every, steps, bits_of(step), a.beta_bits,
-        *in_rows(a.v, a.features), *a.mask.stride(), *a.memory_strides, **tile, **a.flags,
+        **a.arguments(), **a.update_mask(), FLAG=flags, OUT=raw, STRIP=strip,
+        blocks=blocks, every=every, steps=steps, step_bits=bits_of(step), **tile, HARD=a.hard,
     )  # fmt: skip
     if raw is not out:
         out.copy_(raw)
 
 
 def energy(a: Operands, flags: Tensor, out: Tensor) -> None:
-    """Write the energy of the rows whose flag is set over `out`. One launch."""
+    """Overwrite in `out` the energy of the rows whose flag is set. One launch."""
     rows, tile = a.v.shape[2], a.tile()
     blocks, every, programs = programs_of(a, rows, tile["ROWS"], a.features + a.memories)
     strip = launch.empty((programs * (a.features + a.memories),), torch.float64, a.v.device)
-    known = {name: a.flags[name] for name in ("HAS_BETA", "HAS_WEIGHTS")}
     launch.launch(
         exact_energy_kernel, (programs,), a.v.device,
-        flags, a.v, a.rho, a.beta, a.weights, out, strip,
-        rows, a.memories, a.v.shape[1], blocks, every, a.beta_bits,
-        *in_rows(a.v, a.features), *a.memory_strides, **tile, **known,
+        **a.arguments(), FLAG=flags, OUT=out, STRIP=strip, blocks=blocks, every=every, **tile,
     )  # fmt: skip

@@ -3,8 +3,8 @@
 backward. Equations (8) and (9) of docs/ops/am.md with t_k = rho_k - x. `am/exact.py` has the
 forward.
 
-A program adds what its rows give to the gradients of memories, betas and log-weights to a part of
-its own, and marks the part as used. The launch after it adds the used parts in their order.
+A program adds up the gradients of memories, betas and log-weights over its rows in a part of its
+own, and marks the part as used. The next launch adds the used parts in their order.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import launch
-from ..common.operands import in_rows
-from ..common.sweep import NUMBERS, offset
+from ..common.sweep import UNSPECIALISED
 from .exact import (
-    KEPT,
     PROGRAMS,
+    STRIPS,
     Operands,
     advance,
     bits_of,
@@ -32,13 +31,15 @@ from .exact import (
     gain_at,
     gaps,
     load_row,
+    memories_and_rows,
     number,
+    of_problem,
     peak,
     sides,
     weights_of,
 )
 
-# Float64 numbers in all parts of a launch (128 MB), and those of one tile of their sum.
+# Float64 numbers in all parts of a launch (128 MB), and in one tile of their sum.
 PARTS = 1 << 24
 TILE = 1024
 
@@ -57,7 +58,7 @@ def begin_part(PART, fresh):
 
 @triton.jit
 def add_to(PLACE, more, mask):
-    """Add to numbers that one program owns; every call meets them in the same threads."""
+    """Add to numbers of one program; each number belongs to the same thread in every call."""
     tl.store(PLACE, tl.load(PLACE, mask=mask, other=0.0) + more, mask=mask)
 
 
@@ -67,11 +68,11 @@ def slopes(
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Store s_k = h t_k of all memories; returns their mean under the weights."""
+    """Store s_k = h (rho_k - x) of all memories to SLOPE; returns sum_k p_k s_k."""
     mean = tl.zeros((1,), tl.float64)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        p, _, _, alive = weights_of(
+        p, _, _, active = weights_of(
             FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
             HARD, HAS_BETA, HAS_WEIGHTS,
         )  # fmt: skip
@@ -79,7 +80,7 @@ def slopes(
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             h = tl.load(H + d, mask=d < D, other=0.0)
-            s += tl.sum(h[None, :] * gaps(X, RHO, k, alive, d0, D, DIM), 1)
+            s += tl.sum(h[None, :] * gaps(X, RHO, k, active, d0, D, DIM), 1)
         tl.store(SLOPE + k, s, mask=k < count)
         mean += tl.sum(p * s, 0)
     tl.debug_barrier()
@@ -94,7 +95,10 @@ def step_back(
     MASK: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     MASK_GRAD: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
-    """Take the gradient G of a row through the step whose state is X; PART and MASKED grow."""
+    """Replace the gradient G of a row by that before the step whose state is X: g - h + 2 sum_k
+    beta_k gz_k t_k, with t_k = rho_k - x, h = gain g, gz_k = p_k (h t_k - mean). Adds to PART [k]
+    p_k h - 2 beta_k gz_k t_k, gz_k and gz_k |t_k|^2, to MASKED step g sum_k p_k t_k.
+    """
     chosen, total = chosen_of(
         X, RHO, BETA, WEIGHTS, FAR, count, beta_bits, beta_k, weights_k,
         D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
@@ -116,37 +120,37 @@ def step_back(
         more, pull = tl.zeros((DIM,), tl.float64), tl.zeros((DIM,), tl.float64)
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
-            p, beta, far, alive = weights_of(
+            p, beta, far, active = weights_of(
                 FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
                 HARD, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
-            t = gaps(X, RHO, k, alive, d0, D, DIM)
+            t = gaps(X, RHO, k, active, d0, D, DIM)  # [PROTOS, DIM]
             pull += tl.sum(p[:, None] * t, 0)
-            given = p[:, None] * h[None, :]
+            grad_rho = p[:, None] * h[None, :]  # [PROTOS, DIM]
             gz = tl.zeros((PROTOS,), tl.float64)
             if not HARD:
                 gz = p * (tl.load(SLOPE + k, mask=k < count, other=0.0) - mean)
-                pushed = (gz * beta)[:, None] * t
+                pushed = (gz * beta)[:, None] * t  # [PROTOS, DIM]
                 more += tl.sum(pushed, 0)
-                given -= 2.0 * pushed
+                grad_rho -= 2.0 * pushed
             if MEMORIES:
                 place = PART + k.to(tl.int64) * (D + 2)
                 inside = (k < count)[:, None] & (d < D)[None, :]
-                add_to(place[:, None] + d[None, :], given, inside)
+                add_to(place[:, None] + d[None, :], grad_rho, inside)
                 once = k < tl.where(d0 == 0, count, 0)
                 add_to(place + D, gz, once)
                 add_to(place + D + 1, gz * far, once)
         g = tl.load(G + d, mask=d < D, other=0.0)
         if MASK_GRAD:
-            seen = tl.load(MASKED + d, mask=d < D, other=0.0).to(tl.float64)
-            seen = tl.where(last, 0.0, seen) + number(step_bits) * g * pull
+            masked = tl.load(MASKED + d, mask=d < D, other=0.0).to(tl.float64)
+            masked = tl.where(last, 0.0, masked) + number(step_bits) * g * pull
             tl.debug_barrier()
-            tl.store(MASKED + d, seen.to(tl.float32), mask=d < D)
+            tl.store(MASKED + d, masked.to(tl.float32), mask=d < D)
         tl.debug_barrier()
         tl.store(G + d, g - h + 2.0 * more, mask=d < D)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def exact_backward_kernel(
     FLAG, GRAD, V, U, RHO, BETA, WEIGHTS, OUT, MASKED, STRIP, PART, USED,
     rows, count, inner, first, blocks, splits, share, steps, step_bits, beta_bits,
@@ -156,20 +160,20 @@ def exact_backward_kernel(
     MASK_GRAD: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
     """Program (problem, split): `share` blocks of rows of one problem. OUT takes g before the first
-    step, MASKED the gradient of the mask; PART [count, D + 2] the sums of the rest: of rho, of the
-    log-weights, and of gz |x - rho|^2.
+    step, MASKED the gradient of the mask, PART [count, D + 2] the sums over rows and steps of the
+    gradient of rho, of gz, and of gz |x - rho|^2 (see `step_back`).
     """
     pid = tl.program_id(0)
     problem = first + pid // splits
     X = STRIP + pid.to(tl.int64) * ((tl.cast(steps, tl.int64) + 2) * D + 2 * count)
     G = X + tl.cast(steps, tl.int64) * D
     FAR = G + 2 * D
-    PART += pid.to(tl.int64) * count * (D + 2)
-    rho = RHO + offset(problem, inner, rho_o, rho_i) * D
-    beta = BETA + offset(problem, inner, b_o, b_i)
-    weights = WEIGHTS + offset(problem, inner, w_o, w_i)
-    mask = U + offset(problem, inner, u_o, u_i)
-    given = V + offset(problem, inner, v_o, v_i) * D
+    if MEMORIES:
+        PART += pid.to(tl.int64) * count * (D + 2)
+    rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
+    beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
+    weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
+    mask = of_problem(U, problem, inner, u_o, u_i, MASK)
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
@@ -181,7 +185,7 @@ def exact_backward_kernel(
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             row = (problem.to(tl.int64) * rows + one) * D
-            load_row(X, given, one, D, DIM)
+            load_row(X, raw, one, D, DIM)
             load_row(G, GRAD + row, 0, D, DIM)
             for t in range(0, steps - 1):
                 here = X + tl.cast(t, tl.int64) * D
@@ -190,10 +194,11 @@ def exact_backward_kernel(
                     rho, beta, weights, count, beta_bits, b_k, w_k,
                     D, DIM, PROTOS, HARD, MASK, HAS_BETA, HAS_WEIGHTS,
                 )  # fmt: skip
+            masked = MASKED + row if MASK_GRAD else 0
             for back in range(0, steps):
                 here = X + tl.cast(steps - 1 - back, tl.int64) * D
                 step_back(
-                    here, G, G + D, FAR, FAR + count, PART, MASKED + row,
+                    here, G, G + D, FAR, FAR + count, PART, masked,
                     mask, u_row, u_feature, one, back == 0, step_bits,
                     rho, beta, weights, count, beta_bits, b_k, w_k,
                     D, DIM, PROTOS, HARD, MASK, HAS_BETA, HAS_WEIGHTS, MASK_GRAD, MEMORIES,
@@ -209,7 +214,7 @@ def exact_backward_kernel(
 # ---- the energy ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def exact_energy_backward_kernel(
     FLAG, GRAD, V, RHO, BETA, WEIGHTS, OUT, STRIP, PART, USED,
     rows, count, inner, first, blocks, splits, share, beta_bits,
@@ -217,21 +222,20 @@ def exact_energy_backward_kernel(
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PROTOS: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """As `exact_backward_kernel` for the energy: PART takes sums of 2 q t, of q, and of
-    q (|x - rho|^2 - E) with q = p g.
+    """As `exact_backward_kernel` for the energy E: OUT takes -2 sum_k q_k t_k, PART the sums over
+    rows of 2 q t, of q, and of q (|x - rho|^2 - E), with q = p g and t = rho - x.
     """
     pid = tl.program_id(0)
     problem = first + pid // splits
     X = STRIP + pid.to(tl.int64) * (D + count)
     FAR = X + D
     PART += pid.to(tl.int64) * count * (D + 2)
-    rho = RHO + offset(problem, inner, rho_o, rho_i) * D
-    beta = BETA + offset(problem, inner, b_o, b_i)
-    weights = WEIGHTS + offset(problem, inner, w_o, w_i)
-    given = V + offset(problem, inner, v_o, v_i) * D
-    sharp = sides(
+    rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
+    beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
+    weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
+    sharp, _lift, _alive = sides(
         beta, weights, tl.arange(0, 1), count, beta_bits, b_k, w_k, HAS_BETA, HAS_WEIGHTS
-    )[0]
+    )
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
@@ -243,7 +247,7 @@ def exact_energy_backward_kernel(
             left = tl.where(left == one, -1, left)
             row = problem.to(tl.int64) * rows + one
             upstream = tl.load(GRAD + row).to(tl.float64)
-            load_row(X, given, one, D, DIM)
+            load_row(X, raw, one, D, DIM)
             top, total = peak(
                 X, rho, beta, weights, FAR, count, beta_bits, b_k, w_k,
                 D, DIM, PROTOS, False, HAS_BETA, HAS_WEIGHTS,
@@ -254,12 +258,12 @@ def exact_energy_backward_kernel(
                 pull = tl.zeros((DIM,), tl.float64)
                 for k0 in range(0, count, PROTOS):
                     k = k0 + tl.arange(0, PROTOS)
-                    p, _sharps, far, alive = weights_of(
+                    p, _sharps, far, active = weights_of(
                         FAR, beta, weights, k, count, top, total, beta_bits, b_k, w_k,
                         False, HAS_BETA, HAS_WEIGHTS,
                     )  # fmt: skip
                     q = p * upstream
-                    moved = q[:, None] * gaps(X, rho, k, alive, d0, D, DIM)
+                    moved = q[:, None] * gaps(X, rho, k, active, d0, D, DIM)  # [PROTOS, DIM]
                     pull += tl.sum(moved, 0)
                     place = PART + k.to(tl.int64) * (D + 2)
                     inside = (k < count)[:, None] & (d < D)[None, :]
@@ -274,7 +278,7 @@ def exact_energy_backward_kernel(
 # ---- the sums of the parts -----------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def exact_sums_kernel(PART, USED, SUMS, every, pieces, size, TILE: tl.constexpr):
     """Add `every` parts of `size` numbers, those that are used, to one tile of SUMS [., size]."""
     pid = tl.program_id(0)
@@ -295,8 +299,8 @@ def exact_sums_kernel(PART, USED, SUMS, every, pieces, size, TILE: tl.constexpr)
 
 
 class Sums:
-    """Where the gradients of the memories' side add up: [O, I, K, D + 2] float64, 1 where all
-    problems share the memories.
+    """Sums for the gradients of memories, log-weights and betas, [O, I, K, D + 2] float64; a batch
+    dim is 1 where all its problems share the memories.
     """
 
     def __init__(self, a: Operands) -> None:
@@ -305,7 +309,7 @@ class Sums:
         self.total = torch.zeros((*a.lead, a.memories, a.features + 2), **wide)
 
     def add(self, o: int, i: int, problems: int, splits: int, part: Tensor, used: Tensor) -> None:
-        """Parts of `problems` problems (o, i), (o, i + 1), ... One launch."""
+        """Add the parts of `problems` problems (o, i), (o, i + 1), ... One launch."""
         total = self.total[o if self.a.lead[0] > 1 else 0]
         alone = self.a.lead[1] > 1 or self.a.v.shape[1] == 1
         total = total[i : i + problems] if alone else total
@@ -313,27 +317,31 @@ class Sums:
         pieces = triton.cdiv(size, TILE)
         launch.launch(
             exact_sums_kernel, ((problems if alone else 1) * pieces,), part.device,
-            part, used, total, splits if alone else problems * splits, pieces, size,
-            TILE=TILE, num_warps=4, num_stages=1,
+            PART=part, USED=used, SUMS=total, every=splits if alone else problems * splits,
+            pieces=pieces, size=size, TILE=TILE, num_warps=4, num_stages=1,
         )  # fmt: skip
 
     def of_batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(of rho [..., K, D], sum [..., K], weighted sum [..., K]) over the memories' batch."""
+        """The sums over the memories' own batch: the first D columns of PART [..., K, D], the last
+        but one [..., K], the last [..., K].
+        """
         batch, core = self.a.memory_batch, self.total.shape[2:]
         if math.prod(self.a.lead) == math.prod(batch):
-            found = self.total.reshape(*batch, *core)
+            sums = self.total.reshape(*batch, *core)
         else:
-            found = self.total.reshape(*self.a.batch, *core).sum_to_size(*batch, *core)
-        return found[..., : self.a.features], found[..., -2], found[..., -1]
+            sums = self.total.reshape(*self.a.batch, *core).sum_to_size(*batch, *core)
+        return sums[..., : self.a.features], sums[..., -2], sums[..., -1]
 
 
 # ---- launches ------------------------------------------------------------------------------------
 
 
-def _parts(a: Operands, block: int, kept: int, memories: bool) -> tuple[int, int, int, int]:
-    """(blocks a problem, programs a problem, blocks of each, problems of a launch)."""
+def _parts(a: Operands, block: int, size: int, memories: bool) -> tuple[int, int, int, int]:
+    """(blocks of a problem, programs of a problem, blocks of each, problems of a launch); a program
+    has `size` numbers of scratch.
+    """
     blocks = triton.cdiv(a.v.shape[2], block)
-    most = max(1, min(PROGRAMS, KEPT // kept))
+    most = max(1, min(PROGRAMS, STRIPS // size))
     if memories:
         most = max(1, min(most, PARTS // (a.memories * (a.features + 2))))
     splits = max(1, min(blocks, most // max(a.problems, 1)))
@@ -360,29 +368,27 @@ def recursion_backward(
     masked: Tensor | None,
     memories: bool,
 ) -> Sums | None:
-    """Write the gradients of the rows whose flag is set over `out` and `masked`; the sums of the
-    memories' side if they are asked for. `grad`, `out` and `masked` are dense.
+    """Overwrite in `out` and `masked` the gradients of the rows whose flag is set; returns the sums
+    for the memories if `memories`. `grad`, `out` and `masked` are dense.
     """
-    tile, kept = a.tile(), (steps + 2) * a.features + 2 * a.memories
-    blocks, splits, share, run = _parts(a, tile["ROWS"], kept, memories)
+    tile, scratch = a.tile(), (steps + 2) * a.features + 2 * a.memories
+    blocks, splits, share, run = _parts(a, tile["ROWS"], scratch, memories)
     run = min(run, a.v.shape[1])
-    strip = launch.empty((run * splits * kept,), torch.float64, a.v.device)
-    size = a.memories * (a.features + 2) if memories else 0
+    strip = launch.empty((run * splits * scratch,), torch.float64, a.v.device)
+    size = a.memories * (a.features + 2)
     raw = launch.plain(out)
-    part = launch.empty((run * splits * size,), torch.float64, a.v.device)
+    part = launch.empty((run * splits * size,), torch.float64, a.v.device) if memories else None
     used = launch.empty((run * splits,), torch.int32, a.v.device)
     sums = Sums(a) if memories else None
     for o, i, problems, first in _launches(a, splits, run):
         launch.launch(
             exact_backward_kernel, (problems * splits,), a.v.device,
-            flags, grad, a.v, a.mask, a.rho, a.beta, a.weights, raw,
-            raw if masked is None else masked, strip, part, used,
-            a.v.shape[2], a.memories, a.v.shape[1], first, blocks, splits, share, steps,
-            bits_of(step), a.beta_bits, *in_rows(a.v, a.features), *a.mask.stride(),
-            *a.memory_strides, **tile, **a.flags, MASK_GRAD=masked is not None,
-            MEMORIES=memories,
+            **a.arguments(), **a.update_mask(), FLAG=flags, GRAD=grad, OUT=raw, MASKED=masked,
+            STRIP=strip, PART=part, USED=used, first=first, blocks=blocks, splits=splits,
+            share=share, steps=steps, step_bits=bits_of(step), **tile, HARD=a.hard,
+            MASK_GRAD=masked is not None, MEMORIES=memories,
         )  # fmt: skip
-        if sums is not None:
+        if sums is not None and part is not None:
             sums.add(o, i, problems, splits, part, used)
     if raw is not out:
         out.copy_(raw)
@@ -391,20 +397,19 @@ def recursion_backward(
 
 def energy_backward(a: Operands, grad: Tensor, flags: Tensor, out: Tensor) -> Sums:
     """As `recursion_backward` for the energy; `grad` has one number for each row."""
-    tile, kept = a.tile(), a.features + a.memories
-    blocks, splits, share, run = _parts(a, tile["ROWS"], kept, True)
+    tile, scratch = a.tile(), a.features + a.memories
+    blocks, splits, share, run = _parts(a, tile["ROWS"], scratch, True)
     run = min(run, a.v.shape[1])
-    strip = launch.empty((run * splits * kept,), torch.float64, a.v.device)
+    strip = launch.empty((run * splits * scratch,), torch.float64, a.v.device)
     size = a.memories * (a.features + 2)
     part = launch.empty((run * splits * size,), torch.float64, a.v.device)
     used = launch.empty((run * splits,), torch.int32, a.v.device)
-    sums, known = Sums(a), {name: a.flags[name] for name in ("HAS_BETA", "HAS_WEIGHTS")}
+    sums = Sums(a)
     for o, i, problems, first in _launches(a, splits, run):
         launch.launch(
             exact_energy_backward_kernel, (problems * splits,), a.v.device,
-            flags, grad, a.v, a.rho, a.beta, a.weights, out, strip, part, used,
-            a.v.shape[2], a.memories, a.v.shape[1], first, blocks, splits, share, a.beta_bits,
-            *in_rows(a.v, a.features), *a.memory_strides, **tile, **known,
+            **a.arguments(), FLAG=flags, GRAD=grad, OUT=out, STRIP=strip, PART=part, USED=used,
+            first=first, blocks=blocks, splits=splits, share=share, **tile,
         )  # fmt: skip
         sums.add(o, i, problems, splits, part, used)
     return sums

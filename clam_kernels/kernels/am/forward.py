@@ -2,7 +2,7 @@
 """Associative memory on a GPU: the launches of the recursion.
 
 Equations: docs/ops/am.md. The kernels are in `recursion.py`, and for rows too wide for registers in
-`recursion_wide.py`. `exact.py` computes rows in doubt again; `backward.py` has the gradients,
+`recursion_wide.py`. `exact.py` computes rows in doubt again; `backward.py` computes the gradients,
 `energy.py` the energy.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common import launch
 from ..kmeans.nearest import MATRIX_STEPS
 from . import exact
-from .call import Call
+from .call import Call, Views
 from .doubt import PRODUCTS
 from .memories import memory_halves
 from .recursion import recursion_kernel
@@ -27,8 +27,8 @@ from .recursion_wide import recursion_wide_kernel
 def run(
     call: Call, steps: int, step: float, out: Tensor, flag: Tensor, lse: Tensor | None = None
 ) -> None:
-    """Launch the recursion over all rows; those too wide for registers in cells of scratch. `flag`
-    takes which rows are in doubt.
+    """Launch the recursion over all rows, in cells of scratch where registers cannot contain a row.
+    `flag` takes which rows are in doubt.
     """
     keep = 0 if lse is None else 1
     chosen = call.recursion(keep)
@@ -37,30 +37,42 @@ def run(
     out = out.view(call.outer, call.inner, call.rows, call.features)
     flags = flags_of(call, chosen, keep)
     if not wide:
-        operands, strides, u = call.at()
-        grid, parts = (call.outer * call.inner * blocks,), out
-        if flags["PREC"] == "f16x3" and not flags["RESIDENT"]:
-            parts = memory_halves(call.memories, call.features)
-        launch.launch(
-            recursion_kernel, grid, call.device, *operands, out, flag,
-            out if lse is None else lse, out, out, out, parts,
-            call.rows, call.memories.size, call.inner, steps, step, 0, blocks, 0,
-            parts.shape[-2], unit_of(call, flags), *strides, *u, **flags,
+        launch_recursion(
+            call, call.views, (call.outer * call.inner * blocks,), flags,
+            OUT=out, FLAG=flag, TOP=lse, TOTAL=None, PATH=None, PULL=None,
+            steps=steps, step=step, first=0, blocks=blocks, strip=None,
         )  # fmt: skip
         return
     limit = max(1, launch.SCRATCH // (2 * block * call.memories.stride))
     rows = min(limit, call.outer * call.inner * blocks) * block
     path = call.new(2, rows, call.memories.stride)
     for o, problems, first, count in call.cells(blocks, limit):
-        operands, strides, u = call.at(o, problems)
         cell, flag_cell = out[o, problems], flag.view(*out.shape[:3])[o, problems]
-        lse_cell = cell if lse is None else lse.view(*out.shape[:3])[o, problems]
-        launch.launch(
-            recursion_wide_kernel, (len(cell) * count,), call.device, *operands, cell, flag_cell,
-            lse_cell, path, path, path, path,
-            call.rows, call.memories.size, len(cell), steps, step, first, count, rows, 0,
-            unit_of(call, flags), *strides, *u, **flags,
+        lse_cell = None if lse is None else lse.view(*out.shape[:3])[o, problems]
+        launch_recursion(
+            call, call.at(o, problems), (len(cell) * count,), flags,
+            OUT=cell, FLAG=flag_cell, TOP=lse_cell, TOTAL=None, PATH=path, PULL=None,
+            steps=steps, step=step, first=first, blocks=count, strip=rows,
         )  # fmt: skip
+
+
+def launch_recursion(
+    call: Call, views: Views, grid: tuple[int], flags: dict[str, Any], **arguments: Any
+) -> None:
+    """One launch of the recursion over `views`; `arguments` are what differs between callers."""
+    if "RESIDENT" in flags:
+        split = flags["PREC"] == "f16x3" and not flags["RESIDENT"]
+        halves = memory_halves(call.memories, call.features) if split else None
+        arguments |= {"HALVES": halves, "size": None if halves is None else halves.shape[-2]}
+        kernel = recursion_kernel
+    else:
+        kernel = recursion_wide_kernel
+    launch.launch(
+        kernel, grid, call.device,
+        **views.rows(), **views.memories(), CENTRE=views.centre, **views.update_mask(),
+        rows=call.rows, count=call.memories.size, inner=views.v.shape[1],
+        unit=unit_of(call, flags) if call.memories.hard else None, **arguments, **flags,
+    )  # fmt: skip
 
 
 def unit_of(call: Call, flags: dict[str, Any]) -> float:
@@ -70,19 +82,15 @@ def unit_of(call: Call, flags: dict[str, Any]) -> float:
 
 def flags_of(call: Call, chosen: dict[str, Any], keep: int) -> dict[str, Any]:
     """Constants of a recursion kernel."""
-    memories = call.memories
-    return {
-        **call.tile(chosen),
-        "PER_MEMORY": memories.per_memory,
-        "HARD": memories.hard,
-        "RESIDENT": memories.size <= chosen["PROTOS"] and "DIM" not in chosen,
-        "MASK": call.masked,
-        "KEEP": keep,
-    }
+    memories, wide = call.memories, "DIM" in chosen
+    flags = {"PER_MEMORY": memories.per_memory, "HARD": memories.hard, "KEEP": keep}
+    if not wide:
+        flags["RESIDENT"] = memories.size <= chosen["PROTOS"]
+    return {**call.tile(chosen), **flags}
 
 
 class Result(NamedTuple):
-    """What the saving forward returns."""
+    """The outputs of `am_step_saved`."""
 
     out: Tensor
     lse: Tensor
@@ -101,13 +109,13 @@ def _recursion(
 ) -> Result:
     call = Call(v, rho, beta, update_mask, log_weights, precision)
     out = launch.empty(call.shape, v.dtype, v.device)
-    if steps == 0 or step == 0:  # no lse is read where nothing moves
+    if steps == 0 or step == 0:  # nothing moves, and no backward reads the lse
         return Result(out.copy_(v), call.new(*call.shape[:-1]).zero_() if saves else out)
     raw = out.float() if launch.INTERPRETED and v.dtype == torch.bfloat16 else out
     lse = call.new(*call.shape[:-1]) if saves else None
     flag = call.new(*call.shape[:-1], dtype=torch.uint8)
     run(call, steps, step, raw, flag, lse)
-    exact.recursion(call.given(), steps, step, flag, raw)
+    exact.recursion(call.operands(), steps, step, flag, raw)
     return Result(out.copy_(raw) if raw is not out else out, out if lse is None else lse)
 
 
@@ -121,7 +129,7 @@ def am_recursion(
     log_weights: Tensor | None,
     precision: str,
 ) -> Tensor:
-    """All steps in one launch, after one for the memories and before one for rows in doubt."""
+    """All steps: one launch for the memories, one for all rows, one for the rows in doubt."""
     return _recursion(v, rho, beta, steps, step, update_mask, log_weights, precision).out
 
 
@@ -147,7 +155,7 @@ def am_step_saved(
     log_weights: Tensor | None,
     precision: str,
 ) -> Result:
-    """`am_step`, and the [..., N] logsumexp of its centred logits (less |x|^2 where beta is
-    shared).
+    """`am_step`, and the [..., N] log-sum-exp of its centred logits (without the term |x|^2 where
+    one beta serves all memories).
     """
     return _recursion(v, rho, beta, 1, step, update_mask, log_weights, precision, saves=True)

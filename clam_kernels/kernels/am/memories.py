@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memories' side of a call, prepared by one launch: centred rows and what their logits need."""
+"""The memories of a call, prepared by one launch: centred rows, and the numbers of their logits."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.halves import halves, power, reach_of
-from ..common.operands import arrange, batch_of, in_rows
+from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
 from ..common.score import load_rows
-from ..common.sweep import NUMBERS, offset
+from ..common.sweep import UNSPECIALISED, offset
 from .doubt import MOST
 
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
-# Memories of one program, and what tables of halves are filled up to.
+# Memories of one program; tables of halves are padded to a multiple of it.
 PROTOS = 64
-# The centre is a median of at most so many memories, of a tile of the next power of two.
+# The centre is a median over at most SAMPLE memories, in a tile of the next power of two.
 SAMPLE = tl.constexpr(31)
 SAMPLE_TILE = tl.constexpr(32)
 
@@ -29,7 +29,7 @@ SAMPLE_TILE = tl.constexpr(32)
 class Memories(NamedTuple):
     """Tables of every problem of the memories' batch; rows of `stride` floats."""
 
-    table: Tensor  # [*batch, K, stride] float32, less the centre; 0 where log_weight is -inf
+    table: Tensor  # [*batch, K, stride] float32, minus the centre; 0 where log_weight is -inf
     side: Tensor  # [*batch, 4, K]: scale, bias (base 2), log_weights (base 2), |rho|^2
     centre: Tensor  # [*batch, stride]; see `store_centre`
     beta: Tensor | float
@@ -53,22 +53,29 @@ class Memories(NamedTuple):
 
 
 @triton.jit
-def lifts_of(WEIGHTS, k, live, weights_k, HAS_WEIGHTS: tl.constexpr):
-    """(log-weights of memories, whether each takes part)."""
+def memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE: tl.constexpr):
+    """(m, RHO, SIDE): the index of a problem's memories in their batch, and their table."""
+    m = offset(problem, inner, m_o, m_i)
+    return m, RHO + m * count * STRIDE, SIDE + m * 4 * count
+
+
+@triton.jit
+def lifts_of(WEIGHTS, k, valid, weights_k, HAS_WEIGHTS: tl.constexpr):
+    """(log-weights [k] of memories, whether each is active)."""
     lift = tl.zeros((k.shape[0],), tl.float32)
     if HAS_WEIGHTS:
-        lift = tl.load(WEIGHTS + k.to(tl.int64) * weights_k, mask=live, other=0.0).to(tl.float32)
-    return lift, live & (lift != float("-inf"))
+        lift = tl.load(WEIGHTS + k.to(tl.int64) * weights_k, mask=valid, other=0.0).to(tl.float32)
+    return lift, valid & (lift != float("-inf"))
 
 
 @triton.jit
 def sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS: tl.constexpr):
-    """(the memories of the sample, which take part, how many do)."""
+    """(the memories of the sample, which are active, how many are)."""
     i = tl.arange(0, SAMPLE_TILE)
     size = tl.minimum(count, SAMPLE)
     k = i.to(tl.int64) * count // size
-    alive = lifts_of(WEIGHTS, k, i < size, weights_k, HAS_WEIGHTS)[1]
-    return k, alive, tl.sum(alive.to(tl.int32), 0)
+    active = lifts_of(WEIGHTS, k, i < size, weights_k, HAS_WEIGHTS)[1]
+    return k, active, tl.sum(active.to(tl.int32), 0)
 
 
 @triton.jit
@@ -76,31 +83,33 @@ def sampled_median(
     RHO, WEIGHTS, count, d0, weights_k,
     D: tl.constexpr, DIM: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The lower median of features [d0, d0 + DIM) over the sample; 0 where none takes part."""
-    k, alive, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
+    """The lower median of features [d0, d0 + DIM) over the active memories of the sample; 0 if none
+    is active.
+    """
+    k, active, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
     i = tl.arange(0, SAMPLE_TILE)
-    mine = load_rows(RHO, k, alive, d0, D, D, DIM)
-    mine = tl.where(alive[:, None], mine, float("inf"))
+    mine = load_rows(RHO, k, active, d0, D, D, DIM)  # [SAMPLE_TILE, DIM]
+    mine = tl.where(active[:, None], mine, float("inf"))
     rank = tl.zeros((SAMPLE_TILE, DIM), tl.int32)
     size = tl.minimum(count, SAMPLE)
     for j in range(0, size):
         other = tl.zeros((1,), tl.int64) + tl.cast(j, tl.int64) * count // size
-        takes = lifts_of(WEIGHTS, other, other >= 0, weights_k, HAS_WEIGHTS)[1]
-        theirs = load_rows(RHO, other, takes, d0, D, D, DIM)
-        theirs = tl.where(takes[:, None], theirs, float("inf"))
+        is_active = lifts_of(WEIGHTS, other, other >= 0, weights_k, HAS_WEIGHTS)[1]
+        theirs = load_rows(RHO, other, is_active, d0, D, D, DIM)  # [1, DIM]
+        theirs = tl.where(is_active[:, None], theirs, float("inf"))
         before = (theirs < mine) | ((theirs == mine) & (j < i)[:, None])
         rank += before.to(tl.int32)
-    middle = alive[:, None] & (rank == (met - 1) // 2)
+    middle = active[:, None] & (rank == (met - 1) // 2)
     return tl.sum(tl.where(middle, mine, 0.0), 0)
 
 
 @triton.jit
-def from_centre(RHO, CENTRE, k, alive, d0, D: tl.constexpr, DIM: tl.constexpr):
-    """Features [d0, d0 + DIM) of memories less what CENTRE has, in float64; 0 where dead."""
+def from_centre(RHO, CENTRE, k, active, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """Features [d0, d0 + DIM) of memories minus CENTRE, in float64; 0 where masked."""
     d = d0 + tl.arange(0, DIM)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0).to(tl.float64)
-    row = load_rows(RHO, k, alive, d0, D, D, DIM).to(tl.float64)
-    return tl.where(alive[:, None], row - c[None, :], 0.0)
+    row = load_rows(RHO, k, active, d0, D, D, DIM).to(tl.float64)
+    return tl.where(active[:, None], row - c[None, :], 0.0)
 
 
 @triton.jit
@@ -108,22 +117,20 @@ def reach_of_centre(
     RHO, WEIGHTS, CENTRE, count, weights_k,
     D: tl.constexpr, DIM: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Memories count for the centre up to this squared distance from the median: 16 times the
-    median of the distances. All do where none of the sample takes part.
+    """The squared distance from the median up to which memories count for the centre: 16 times the
+    median of the squared distances. All count if none of the sample is active.
     """
-    k, alive, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
+    k, active, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
     i = tl.arange(0, SAMPLE_TILE)
     far = tl.zeros((SAMPLE_TILE,), tl.float64)
     for d0 in range(0, D, DIM):
-        gap = from_centre(RHO, CENTRE, k, alive, d0, D, DIM)
+        gap = from_centre(RHO, CENTRE, k, active, d0, D, DIM)
         far += tl.sum(gap * gap, 1)
-    far = tl.minimum(tl.where(alive, far, float("inf")), MOST).to(tl.float32)
-    behind = far[None, :] < far[:, None]
-    behind = (behind | ((far[None, :] == far[:, None]) & (i[None, :] < i[:, None]))) & alive[
-        None, :
-    ]
+    far = tl.minimum(tl.where(active, far, float("inf")), MOST).to(tl.float32)
+    tied = (far[None, :] == far[:, None]) & (i[None, :] < i[:, None])
+    behind = ((far[None, :] < far[:, None]) | tied) & active[None, :]
     rank = tl.sum(behind.to(tl.int32), 1)
-    middle = alive & (rank == (met - 1) // 2)
+    middle = active & (rank == (met - 1) // 2)
     reach = tl.minimum(16.0 * tl.sum(tl.where(middle, far, 0.0), 0), MOST)
     return tl.where(met > 0, reach, MOST)
 
@@ -134,8 +141,9 @@ def store_centre(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The centre: the mean of the memories that are not far from their median, so that a few far
-    ones cannot move it. What is not finite beside the memories poisons it. FAR is scratch.
+    """Store the centre: the mean of the memories within `reach_of_centre` of their median, so that
+    a few far ones cannot move it. It is NaN where `poison` or an active memory is. FAR [count] is
+    scratch for the squared distances.
     """
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
@@ -146,14 +154,14 @@ def store_centre(
     near = tl.zeros((1,), tl.float32)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        alive = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)[1]
+        active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)[1]
         far = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
-            gap = from_centre(RHO, CENTRE, k.to(tl.int64), alive, d0, D, DIM)
+            gap = from_centre(RHO, CENTRE, k.to(tl.int64), active, d0, D, DIM)
             far += tl.sum(gap * gap, 1)
         far = tl.minimum(far, MOST).to(tl.float32)
-        near += tl.sum((alive & (far <= reach)).to(tl.float32), 0)
-        tl.store(FAR + k, tl.where(alive, far, float("inf")), mask=k < count)
+        near += tl.sum((active & (far <= reach)).to(tl.float32), 0)
+        tl.store(FAR + k, tl.where(active, far, float("inf")), mask=k < count)
     tl.debug_barrier()
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
@@ -161,8 +169,8 @@ def store_centre(
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
             far = tl.load(FAR + k, mask=k < count, other=float("inf"))
-            alive = far < float("inf")
-            bad += tl.sum(load_rows(RHO, k.to(tl.int64), alive, d0, D, D, DIM) * 0.0, 0)
+            active = far < float("inf")
+            bad += tl.sum(load_rows(RHO, k.to(tl.int64), active, d0, D, D, DIM) * 0.0, 0)
             total += tl.sum(from_centre(RHO, CENTRE, k.to(tl.int64), far <= reach, d0, D, DIM), 0)
         c = tl.load(CENTRE + d, mask=d < D, other=0.0).to(tl.float64)
         c = (c + total / tl.maximum(near, 1.0)).to(tl.float32) + bad + poison
@@ -171,7 +179,7 @@ def store_centre(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def memories_kernel(
     RHO, BETA, WEIGHTS, TABLE, SIDE, CENTRE,
     count, inner, beta,
@@ -179,15 +187,19 @@ def memories_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """One problem a program. What is not finite beside the memories poisons the centre, and with it
-    every row: max skips NaN, so no logit could be relied on to carry it. Tables are finite: what is
-    beyond float32 makes rows doubtful (`am/doubt.py`), and 0 times it stays 0.
+    """The tables of one problem: rho - centre, scale = 2 beta log2(e), bias = log2(e) log_weight -
+    scale |rho - centre|^2 / 2, lift = log2(e) log_weight, |rho - centre|^2. HARD: scale 1, bias
+    -|rho - centre|^2 / 2. A memory, beta or log-weight that is not finite makes the centre NaN, and
+    with it every row: max skips NaN, so a logit would not carry it. Tables are finite: numbers
+    beyond float32 become MOST, 0 times which stays 0, and their rows are in doubt (`am/doubt.py`).
     """
     problem = tl.program_id(0)
     m = problem.to(tl.int64)
     RHO += offset(problem, inner, rho_o, rho_i) * D
-    BETA += offset(problem, inner, beta_o, beta_i)
-    WEIGHTS += offset(problem, inner, weights_o, weights_i)
+    if HAS_BETA:
+        BETA += offset(problem, inner, beta_o, beta_i)
+    if HAS_WEIGHTS:
+        WEIGHTS += offset(problem, inner, weights_o, weights_i)
     TABLE += m * count * STRIDE
     SIDE += m * 4 * count
     CENTRE += m * STRIDE
@@ -195,13 +207,11 @@ def memories_kernel(
     poison = 0.0
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        lift, alive = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
-        here = tl.where(alive, lift * 0.0, 0.0)
+        lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
+        here = tl.where(active, lift * 0.0, 0.0)
         if HAS_BETA:
-            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0).to(
-                tl.float32
-            )
-            here += tl.where(alive, scale * 0.0, 0.0)
+            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
+            here += tl.where(active, scale.to(tl.float32) * 0.0, 0.0)
         poison += tl.sum(here, 0)
     store_centre(
         RHO, WEIGHTS, SIDE + 3 * count, CENTRE, count, poison, weights_k,
@@ -210,13 +220,13 @@ def memories_kernel(
 
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        lift, alive = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
+        lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
         norm = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
             d = d0 + tl.arange(0, DIM)
             c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-            row = load_rows(RHO, k.to(tl.int64), alive, d0, D, D, DIM)
-            row = tl.where(alive[:, None], row - c[None, :], 0.0)
+            row = load_rows(RHO, k.to(tl.int64), active, d0, D, D, DIM)  # [PROTOS, DIM]
+            row = tl.where(active[:, None], row - c[None, :], 0.0)
             row = tl.minimum(tl.maximum(row, -MOST), MOST)
             norm += tl.sum(row.to(tl.float64) * row.to(tl.float64), 1)
             at = TABLE + k.to(tl.int64)[:, None] * STRIDE + d[None, :]
@@ -225,29 +235,30 @@ def memories_kernel(
             scale = tl.full((PROTOS,), 1.0, tl.float32)
             bias = -0.5 * norm
         else:
-            scale = tl.zeros((PROTOS,), tl.float32) + beta
             if HAS_BETA:
-                scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0).to(
-                    tl.float32
-                )
-                scale = tl.where(alive | (beta_k == 0), scale, 0.0)
-            # of the scale as it is rounded: what the two are off by moves all rows alike
+                scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
+                scale = tl.where(active | (beta_k == 0), scale.to(tl.float32), 0.0)
+            else:
+                scale = tl.zeros((PROTOS,), tl.float32) + beta
+            # from the rounded scale: the error of both then moves all rows alike
             scale = tl.minimum(2.0 * scale * _LOG2E, MOST)
             bias = lift.to(tl.float64) * _LOG2E - 0.5 * scale.to(tl.float64) * norm
-        live = k < count
-        bias = tl.maximum(bias, -MOST)  # a bias of -inf is for those that take no part
-        tl.store(SIDE + k, scale, mask=live)
-        tl.store(SIDE + count + k, tl.where(alive, bias, float("-inf")), mask=live)
-        tl.store(SIDE + 2 * count + k, lift * _LOG2E, mask=live)
-        tl.store(SIDE + 3 * count + k, tl.minimum(norm, MOST), mask=live)
+        valid = k < count
+        bias = tl.maximum(bias, -MOST)  # only masked memories have a bias of -inf
+        tl.store(SIDE + k, scale, mask=valid)
+        tl.store(SIDE + count + k, tl.where(active, bias, float("-inf")), mask=valid)
+        tl.store(SIDE + 2 * count + k, lift * _LOG2E, mask=valid)
+        tl.store(SIDE + 3 * count + k, tl.minimum(norm, MOST), mask=valid)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def memory_halves_kernel(
     TABLE, SIDE, HALVES, count, blocks, size,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
 ):  # fmt: skip
-    """PROTOS memories of a table in two parts of half precision, rows and features padded by 0."""
+    """PROTOS memories of a table in two parts of half precision, padded with 0: the two parts of
+    rho * power(max_k |rho_k|).
+    """
     pid = tl.program_id(0)
     problem, k = (pid // blocks).to(tl.int64), (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
     at = k.to(tl.int64)
@@ -259,43 +270,43 @@ def memory_halves_kernel(
     tl.store(where + tl.cast(size, tl.int64) * DIM, low)
 
 
-def memory_halves(found: Memories, d: int) -> Tensor:
-    """Parts [*batch, 2, size, DIM] of the memories, for rows that registers hold."""
-    batch, width = found.table.shape[:-2], launch.dim(d)
-    blocks = triton.cdiv(found.size, PROTOS)
-    parts = launch.empty((*batch, 2, blocks * PROTOS, width), torch.float16, found.table.device)
+def memory_halves(tables: Memories, d: int) -> Tensor:
+    """Parts [*batch, 2, size, DIM] of the memories, for rows that fit in registers."""
+    batch, width = tables.table.shape[:-2], launch.dim(d)
+    blocks = triton.cdiv(tables.size, PROTOS)
+    parts = launch.empty((*batch, 2, blocks * PROTOS, width), torch.float16, tables.table.device)
     launch.launch(
-        memory_halves_kernel, (batch.numel() * blocks,), found.table.device,
-        found.table, found.side, parts, found.size, blocks, blocks * PROTOS,
-        D=d, STRIDE=found.stride, DIM=width, PROTOS=PROTOS, num_warps=4, num_stages=1,
+        memory_halves_kernel, (batch.numel() * blocks,), tables.table.device,
+        TABLE=tables.table, SIDE=tables.side, HALVES=parts,
+        count=tables.size, blocks=blocks, size=blocks * PROTOS,
+        D=d, STRIDE=tables.stride, DIM=width, PROTOS=PROTOS, num_warps=4, num_stages=1,
     )  # fmt: skip
     return parts
 
 
 def memories(rho: Tensor, beta: float | Tensor, log_weights: Tensor | None) -> Memories:
-    """Prepare the tables; one launch, whose program count is the memories' batch."""
+    """Prepare the tables: one launch, one program for each problem of the memories' batch."""
     count, d = rho.shape[-2:]
     operands = [(launch.rows(rho), 2)]
     operands += [(x, 1) for x in (beta, log_weights) if isinstance(x, Tensor)]
     batch = batch_of(operands)
-    given = iter(arrange(batch, operands))
-    first = next(given)
-    betas = next(given) if isinstance(beta, Tensor) else first
-    weights = next(given) if log_weights is not None else first
+    views = iter(arrange(batch, operands))
+    first = next(views)
+    betas = next(views) if isinstance(beta, Tensor) else None
+    weights = next(views) if log_weights is not None else None
     stride = -(-d // 4) * 4
     shapes = ((*batch, count, stride), (*batch, 4, count), (*batch, stride))
     table, side, centre = (launch.empty(s, torch.float32, rho.device) for s in shapes)
-    found = Memories(table, side, centre, beta, log_weights)
-    problems = first.shape[0] * first.shape[1]
+    tables = Memories(table, side, centre, beta, log_weights)
     launch.launch(
-        memories_kernel, (problems,), rho.device,
-        first, betas, weights, found.table, found.side, found.centre,
-        count, first.shape[1], 0.0 if isinstance(beta, Tensor) else min(float(beta), 3e38),
-        *in_rows(first, d),
-        *betas.stride()[:2], betas.stride(2) if betas.shape[2] > 1 else 0,
-        *weights.stride()[:2], weights.stride(2) if weights.shape[2] > 1 else 0,
+        memories_kernel, (first.shape[0] * first.shape[1],), rho.device,
+        RHO=first, **by_name(("rho_o", "rho_i"), in_rows(first, d)),
+        BETA=betas, **by_name(("beta_o", "beta_i", "beta_k"), of_each(betas)),
+        WEIGHTS=weights, **by_name(("weights_o", "weights_i", "weights_k"), of_each(weights)),
+        TABLE=table, SIDE=side, CENTRE=centre, count=count, inner=first.shape[1],
+        beta=None if isinstance(beta, Tensor) else min(float(beta), 3e38),
         D=d, STRIDE=stride, DIM=min(64, launch.dim(d)), PROTOS=PROTOS,
-        HAS_BETA=isinstance(beta, Tensor), HAS_WEIGHTS=log_weights is not None, HARD=found.hard,
+        HAS_BETA=betas is not None, HAS_WEIGHTS=weights is not None, HARD=tables.hard,
         num_warps=4 if d <= 32 else 8, num_stages=1, maxnreg=255,
     )  # fmt: skip
-    return found
+    return tables

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel of the recursion: all steps of a tile of rows, whose states stay in float32 registers
-from the first step to the last. Equations: docs/ops/am.md. Rows of more features than registers
-hold are in `am/recursion_wide.py`, the launches in `am/forward.py`.
+from the first step to the last. Equations: docs/ops/am.md. `am/recursion_wide.py` has the kernel
+for rows of more features than registers can contain, `am/forward.py` the launches.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..common.fold import (
     softmax_halves_fold,
     softmax_init,
 )
-from ..common.halves import halves, held_halves, load_memory_halves, power, reach_of, unpower
-from ..common.score import centred, held_inner, load_memories, load_rows, logits
-from ..common.sweep import NUMBERS, offset, rows_of, sweep
+from ..common.halves import halves, load_memory_halves, own_halves, power, reach_of, unpower
+from ..common.score import centred, load_memories, load_rows, logits, own_inner
+from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from ..kmeans.nearest import slack
 from .doubt import (
     SHARED_SCALE,
@@ -34,18 +34,19 @@ from .doubt import (
     settled,
     sharpest,
 )
+from .memories import memories_of
 
 LN2 = tl.constexpr(0.6931471805599453)
-# The flag of a row that is not finite, or meets a memory that is not.
+# The flag of a row that is not finite, and of all rows where a memory is not.
 POISONED = tl.constexpr(2)
 
 
 @triton.jit
 def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
-    """The product step * update_mask of a tile; the number itself where there is no mask."""
+    """The product step * update_mask of a tile; the number `step` itself where there is no mask."""
     if MASK:
         at = row.to(tl.int64)[:, None] * u_row + d.to(tl.int64)[None, :] * u_feature
-        gain = step * tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
+        gain = step * tl.load(U + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
     else:
         gain = step
     return gain
@@ -53,7 +54,7 @@ def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
 
 @triton.jit
 def poison_of(flag):
-    """NaN where the flag says so, else 0."""
+    """NaN for the rows of flag POISONED, else 0."""
     return tl.where(flag >= POISONED, float("nan"), 0.0)
 
 
@@ -70,28 +71,29 @@ def recalled(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """(what the memories recall for x, the largest base-2 logit or the index of the nearest, the
-    sum of weights relative to it); x itself, -inf and 0 where no memory takes part. The sum of a
-    hard assignment is 2 where the nearest is not further than `width` ahead.
+    """(recall, top, total): sum_k 2^(s_k - top) rho_k / total, top = max_k s_k, total = sum_k
+    2^(s_k - top). HARD: the nearest memory, its index, and 1, or 2 where the second is not behind
+    it by more than `width`. Where all memories are masked: x itself, -inf and 0.
     """
-    held = (x, half)
+    own = (x, half)
     if HARD:
         state = sweep(
-            contest_init(ROWS), held, table, count, load_memories, held_inner, contest_fold,
+            contest_init(ROWS), own, table, count, load_memories, own_inner, contest_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
         index, some, total = decided(state, width)
         nearest = tl.minimum(index, count - 1).to(tl.int64)
-        xb = load_rows(table[0], nearest, some, 0, D, STRIDE, DIM)
+        xb = load_rows(table[0], nearest, some, 0, D, STRIDE, DIM)  # [ROWS, DIM]
         top = tl.where(some, index.to(tl.float32), float("-inf"))
         return tl.where(some[:, None], xb, x), top, total
     if RESIDENT:
-        inner = held_inner(held, first_tile, count, D, STRIDE, DIM, PREC)
-        s = logits(inner, half, first_tile[2], first_tile[3], PER_MEMORY)
+        _k, _rho, scale, bias = first_tile
+        inner = own_inner(own, first_tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+        s = logits(inner, half, scale, bias, PER_MEMORY)
         state = softmax_fold(softmax_init(ROWS, DIM), s, first_tile, PREC)
     else:
         state = sweep(
-            softmax_init(ROWS, DIM), held, table, count, load_memories, held_inner, softmax_fold,
+            softmax_init(ROWS, DIM), own, table, count, load_memories, own_inner, softmax_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
     top, total, acc = state
@@ -109,14 +111,15 @@ def recalled_in_halves(
     """As `recalled` with products of halves; `sharp` is the scale of all logits."""
     largest = tl.max(tl.abs(x), 1)
     undo = sharp * (unpower(largest) * unpower(reach))
-    held = (halves(x * power(largest)[:, None]), undo)
+    own = (halves(x * power(largest)[:, None]), undo)
     if RESIDENT:
-        inner = held_halves(held, first_tile, count, D, STRIDE, DIM, PREC)
-        s = logits(inner, undo, undo, first_tile[3], "rows")
+        _code, _parts, _keep, bias = first_tile
+        inner = own_halves(own, first_tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+        s = logits(inner, undo, undo, bias, "rows")
         state = softmax_halves_fold(softmax_init(ROWS, DIM), s, first_tile, PREC)
     else:
         state = sweep(
-            softmax_init(ROWS, DIM), held, table, count, load_memory_halves, held_halves,
+            softmax_init(ROWS, DIM), own, table, count, load_memory_halves, own_halves,
             softmax_halves_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
     top, total, acc = state
@@ -130,17 +133,79 @@ def take_out(
     TOP, PATH, local, flag, steps, strip, d0,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows in doubt, as the kernels of the backward know them: a TOP of inf and states of 0."""
+    """Mark the rows in doubt for the kernels of the backward: a TOP of inf and states of 0."""
     d = d0 + tl.arange(0, DIM)
-    lost = flag > 0
+    doubt = flag > 0
     for t in range(0, steps):
         here = tl.cast(t, tl.int64) * strip + local
-        tl.store(TOP + here, tl.full((ROWS,), float("inf"), tl.float32), mask=lost)
+        tl.store(TOP + here, tl.full((ROWS,), float("inf"), tl.float32), mask=doubt)
         at = PATH + here[:, None] * STRIDE + d[None, :]
-        tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=lost[:, None] & (d < STRIDE)[None, :])
+        tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=doubt[:, None] & (d < STRIDE)[None, :])
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit
+def store_step(
+    PATH, PULL, TOP, TOTAL, here, x, xb, top, total, STRIDE: tl.constexpr, DIM: tl.constexpr
+):
+    """Store a step for the backward: the state, its recall, the largest logit, the sum."""
+    d = tl.arange(0, DIM)
+    keep = here[:, None] * STRIDE + d[None, :]
+    tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
+    tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
+    tl.store(TOP + here, top)
+    tl.store(TOTAL + here, total)
+
+
+@triton.jit
+def store_result(
+    V, CENTRE, U, OUT, x, p, at, row, valid, inside, none, poison, u_row, u_feature, step,
+    D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Store the last states in the caller's coordinates; returns 1 for rows that lost digits to the
+    centre. A row keeps its bits where `none`, an entry where its gain is 0.
+    """
+    d = tl.arange(0, DIM)
+    c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+    out = x + c[None, :] + poison[:, None]  # [ROWS, DIM]
+    raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
+    flag = lost(tl.sum(x * x, 1), tl.sum(out * out, 1), tl.sum(raw * raw, 1))
+    if MASK:
+        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
+        out = tl.where(gain == 0.0, raw, out)
+    out = tl.where(none[:, None], raw, out)
+    tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+    return flag
+
+
+@triton.jit
+def limits_of(SIDE, count, PROTOS: tl.constexpr, PER_MEMORY: tl.constexpr, KEEP: tl.constexpr):
+    """(sharp, ratio, near_limit) of `sharpest`, and the largest log-weight if KEEP is 3, else 0."""
+    sharp, ratio, near_limit = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+    lift = heaviest(SIDE, count, PROTOS) if KEEP == 3 else 0.0
+    return sharp, ratio, near_limit, lift
+
+
+@triton.jit
+def step_in_doubt(
+    x, xb, norm, top, total, sharp, ratio, floor, near_limit, lift,
+    HARD: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """1 for rows whose step may be wrong, else 0: `doubted`, and `energy_lost` if KEEP is 3."""
+    if HARD:
+        flag = hard_doubted(norm, total)
+    else:
+        gap = xb - x  # [ROWS, DIM]
+        # one sum of both squares: |x|^2 would take a register through the sweep
+        norms, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
+        flag = doubted(norms, far, total, sharp, ratio, floor, near_limit).to(tl.int32)
+        if KEEP == 3:
+            flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
+    return flag
+
+
+# `recursion_wide_kernel` is no branch of this kernel: a state that lies in memory needs loops over
+# features and barriers where this one has registers, and they would share the first lines alone.
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def recursion_kernel(
     V, RHO, SIDE, CENTRE, U, OUT, FLAG, TOP, TOTAL, PATH, PULL, HALVES,
     rows, count, inner, steps, step, first, blocks, strip, size, unit,
@@ -149,43 +214,44 @@ def recursion_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """All steps of ROWS rows. KEEP 0: the result; 1: also, in TOP, the natural logsumexp of the
-    last step's logits; 2: no result, but of every step the state, what it recalls, the largest
-    base-2 logit (or the index) and the sum relative to it, in strips of `strip` rows a step; 3: as
-    2, for the gradient of the energy.
+    """All steps of ROWS rows: x <- x + gain (recall(x) - x). KEEP 0: OUT takes the result; 1: and
+    TOP the natural log-sum-exp of the last step's logits; 2: no result, but of every step the state
+    (PATH), its recall (PULL), the largest base-2 logit or the index (TOP) and the sum of weights
+    relative to it (TOTAL), in strips of `strip` rows a step; 3: as 2, for the gradient of the
+    energy. The kernel reads U if MASK, HALVES for products in halves unless RESIDENT.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
+    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     CENTRE += m * STRIDE
     V += offset(problem, inner, v_o, v_i) * D
-    U += offset(problem, inner, u_o, u_i)
+    if MASK:
+        U += offset(problem, inner, u_o, u_i)
 
     d = tl.arange(0, DIM)
-    live, at = row < rows, row.to(tl.int64)
-    inside = live[:, None] & (d < D)[None, :]
-    given = load_rows(V, at, live, 0, D, D, DIM)
-    x = centred(given, CENTRE, live, 0, D, DIM)
-    # a row that is not finite stays visible, whatever it meets; so do memories
-    poison = tl.sum(given * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
+    valid, at = row < rows, row.to(tl.int64)
+    inside = valid[:, None] & (d < D)[None, :]
+    raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
+    x = centred(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
+    # a row that is not finite gives NaN, whatever the memories are, and so does such a memory
+    poison = tl.sum(raw * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
     flag = tl.where(poison == 0.0, 0, POISONED)  # a number of its own would take a register
     IN_HALVES: tl.constexpr = PREC == "f16x3"
-    table, parts, scale, reach, floor = (RHO, SIDE), (HALVES, SIDE, size), 1.0, 1.0, 0.0
+    table, parts, scale, reach, floor = (RHO, SIDE), (RHO, SIDE, 0), 1.0, 1.0, 0.0
+    sharp, ratio, near_limit, lift = 0.0, 0.0, 0.0, 0.0
     if HARD:
-        reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
+        reach = reach_of(SIDE, count, PROTOS)
     else:
-        sharp, ratio, calm = sharpest(SIDE, count, PROTOS, PER_MEMORY)
-        if KEEP == 3:
-            lift = heaviest(SIDE, count, PROTOS)
+        sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
     if IN_HALVES:
         scale, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
         floor = reach * SHARED_SCALE
         floor = floor * floor
-        parts = (HALVES + 2 * m * size * DIM, SIDE, size)
-        tile = (tile[0], halves(tile[1] * power(reach)), tile[0], tile[3])
+        if not RESIDENT:
+            parts = (HALVES + 2 * m * size * DIM, SIDE, size)
+        k, rho, _scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
+        tile = (k, halves(rho * power(reach)), k, bias)
     top, total = lse_init(ROWS)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
@@ -201,22 +267,14 @@ def recursion_kernel(
                 x, 0.5 * norm, tile, table, count, width,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
             )  # fmt: skip
-        if HARD:
-            flag |= hard_doubted(norm, total)
-        else:
-            gap = xb - x
-            # one sum of both squares: |x|^2 would take a register through the sweep
-            norms, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
-            flag |= doubted(norms, far, total, sharp, ratio, floor, calm).to(tl.int32)
-            if KEEP == 3:
-                flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
+        flag |= step_in_doubt(
+            x, xb, norm, top, total, sharp, ratio, floor, near_limit, lift, HARD, KEEP
+        )  # fmt: skip
         if KEEP >= 2:
             here = tl.cast(t, tl.int64) * strip + local
-            keep = here[:, None] * STRIDE + d[None, :]
-            tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
-            tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
-            tl.store(TOP + here, top + poison_of(flag))
-            tl.store(TOTAL + here, total)
+            store_step(
+                PATH, PULL, TOP, TOTAL, here, x, xb, top + poison_of(flag), total, STRIDE, DIM
+            )  # fmt: skip
         x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
 
     poison = poison_of(flag)
@@ -227,17 +285,12 @@ def recursion_kernel(
         tl.debug_barrier()
         take_out(TOP, PATH, local, flag, steps, strip, 0, D, STRIDE, DIM, ROWS)
     else:
-        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        out = x + c[None, :] + poison[:, None]
-        given = load_rows(V, at, live, 0, D, D, DIM)
-        flag |= lost(tl.sum(x * x, 1), tl.sum(out * out, 1), tl.sum(given * given, 1))
-        flag = tl.where(poison == 0.0, flag, 0)
-        if MASK:  # what is held keeps its bits
-            gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
-            out = tl.where(gain == 0.0, given, out)
         none = (top == float("-inf")) & (poison == 0.0)
-        out = tl.where(none[:, None], given, out)
-        tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+        flag |= store_result(
+            V, CENTRE, U, OUT, x, p, at, row, valid, inside, none, poison, u_row, u_feature, step,
+            D, DIM, MASK,
+        )  # fmt: skip
+        flag = tl.where(poison == 0.0, flag, 0)
         if KEEP == 1:
-            tl.store(TOP + p, (top + tl.log2(total)) * LN2 + poison, mask=live)
-    tl.store(FLAG + p, flag.to(tl.uint8), mask=live)
+            tl.store(TOP + p, (top + tl.log2(total)) * LN2 + poison, mask=valid)
+    tl.store(FLAG + p, flag.to(tl.uint8), mask=valid)

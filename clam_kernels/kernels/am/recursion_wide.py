@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recursion of rows that no register tile holds: the states lie in strips of scratch, and each
-step sweeps the memories twice. The kernel of narrower rows is in `am/recursion.py`.
+"""The recursion of rows too wide for registers: the states lie in strips of scratch, and each step
+sweeps the memories twice. The kernel of narrower rows is in `am/recursion.py`.
 """
 
 from __future__ import annotations
@@ -11,133 +11,218 @@ import triton.language as tl
 from ..common.fold import contest_fold, contest_init, decided, finite, inverse, lse_fold, lse_init
 from ..common.halves import reach_of
 from ..common.score import centred, dot, load_rows, load_sides, logits, wide_inner
-from ..common.sweep import NUMBERS, offset, rows_of, sweep
+from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from ..kmeans.nearest import slack
-from .doubt import doubted, energy_lost, hard_doubted, heaviest, lost, settled, sharpest
-from .recursion import LN2, POISONED, gain_of, moved, poison_of, take_out
+from .doubt import doubted, energy_lost, hard_doubted, lost, settled
+from .memories import memories_of
+from .recursion import LN2, POISONED, gain_of, limits_of, moved, poison_of, take_out
+
+
+@triton.jit
+def store_starts(
+    V, CENTRE, PATH, at, valid, local,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Store the centred rows as the first states; returns NaN for rows that are not finite, and for
+    all where the centre is not, else 0.
+    """
+    poison = tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
+        x = centred(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
+        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+        poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
+        tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
+    tl.debug_barrier()
+    return poison
+
+
+@triton.jit
+def norms_of(
+    PATH, slot, every, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr
+):
+    """|x|^2 [ROWS] of states in scratch."""
+    norm = tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        norm += tl.sum(x * x, 1)
+    return norm
+
+
+@triton.jit
+def wide_weights(
+    own, table, count, norm, reach, unit,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """(top, total, index): max_k s_k and sum_k 2^(s_k - top), as `recalled` returns them; HARD: the
+    index of the nearest memory, also as a float in `top`.
+    """
+    index = tl.full((ROWS,), 0, tl.int32)
+    if HARD:
+        state = sweep(
+            contest_init(ROWS), own, table, count, load_sides, wide_inner, contest_fold,
+            D, STRIDE, DIM, PROTOS, PREC, False,
+        )  # fmt: skip
+        index, some, total = decided(state, slack(norm, reach, unit, 0.0, D))
+        top = tl.where(some, index.to(tl.float32), float("-inf"))
+    else:
+        m, total = sweep(
+            lse_init(ROWS), own, table, count, load_sides, wide_inner, lse_fold,
+            D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
+        )  # fmt: skip
+        top = tl.where(total == 0.0, float("-inf"), m + total * 0.0)
+    return top, total, index
 
 
 @triton.jit
 def wide_recall(
-    held, table, count, d0, top,
+    own, table, count, d0, top,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """Features [d0, d0 + DIM) of what the memories recall, relative to the largest logit."""
+    """Features [d0, d0 + DIM) of sum_k 2^(s_k - top) rho_k."""
+    RHO, _SIDE = table
     acc = tl.zeros((ROWS, DIM), tl.float32)
     for k0 in range(0, count, PROTOS):
         tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
-        inner = wide_inner(held, tile, count, D, STRIDE, DIM, PREC)
-        s = logits(inner, held[1], tile[2], tile[3], PER_MEMORY)
-        k = tile[0]
-        rho = load_rows(table[0], k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
+        k, _rho, scale, bias = tile  # [PROTOS], pointer, [PROTOS], [PROTOS]
+        inner = wide_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+        s = logits(inner, own[1], scale, bias, PER_MEMORY)
+        rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         acc += dot(tl.exp2(s - top[:, None]), rho, PREC)
     return acc
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit
+def store_step_wide(
+    PATH, PULL, U, own, table, count, top, total, index, none, following, row, valid,
+    u_row, u_feature, step, more,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
+    MASK: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Store the next states x + gain (xb - x), DIM features at a time; returns |x|^2 + |xb|^2 and
+    |xb - x|^2. KEEP >= 2: store the recalls xb too, but no state after the last step (not `more`).
+    """
+    _path, slot, every = own[0]
+    RHO, _SIDE = table
+    norms, far = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        if HARD:
+            nearest = tl.minimum(index, count - 1).to(tl.int64)
+            xb = load_rows(RHO, nearest, index >= 0, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        else:
+            xb = wide_recall(
+                own, table, count, d0, finite(top),
+                D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
+            )  # fmt: skip
+            xb = xb * inverse(total)[:, None]
+        x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        xb = tl.where(none[:, None], x, xb)
+        norms += tl.sum(x * x + xb * xb, 1)
+        far += tl.sum((xb - x) * (xb - x), 1)
+        if KEEP >= 2:
+            keep = slot[:, None] * STRIDE + d[None, :]
+            tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
+        inside = valid[:, None] & (d < D)[None, :]
+        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
+        if KEEP < 2 or more:
+            keep = following[:, None] * STRIDE + d[None, :]
+            tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
+    return norms, far
+
+
+@triton.jit
+def store_results(
+    V, CENTRE, U, OUT, PATH, p, at, row, valid, slot, every, none, poison,
+    u_row, u_feature, step,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """Store the last states in the caller's coordinates; returns 1 for rows that lost digits to the
+    centre. A row keeps its bits where `none`, an entry where its gain is 0.
+    """
+    norm, result = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    start = tl.zeros((ROWS,), tl.float32)
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        inside = valid[:, None] & (d < D)[None, :]
+        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
+        x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        out = x + c[None, :] + poison[:, None]  # [ROWS, DIM]
+        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
+        norm += tl.sum(x * x, 1)
+        result += tl.sum(out * out, 1)
+        start += tl.sum(raw * raw, 1)
+        if MASK:
+            gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
+            out = tl.where(gain == 0.0, raw, out)
+        out = tl.where(none[:, None], raw, out)
+        tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+    return lost(norm, result, start)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def recursion_wide_kernel(
-    V, RHO, SIDE, CENTRE, U, OUT, FLAG, TOP, TOTAL, PATH, PULL, HALVES,
-    rows, count, inner, steps, step, first, blocks, strip, size, unit,
+    V, RHO, SIDE, CENTRE, U, OUT, FLAG, TOP, TOTAL, PATH, PULL,
+    rows, count, inner, steps, step, first, blocks, strip, unit,
     v_o, v_i, m_o, m_i, u_o, u_i, u_row, u_feature,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
-    RESIDENT: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
+    MASK: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """As `recursion_kernel` for rows that no register tile holds: the states of a program live in
-    PATH, in as many strips as are kept, else in two; each step sweeps once for the normaliser and
-    once for what the memories recall, DIM features at a time. Global memory is no exchange between
-    threads without a barrier.
+    """As `recursion_kernel` for rows too wide for registers. PATH has the states of a program: all
+    of them with KEEP >= 2, else two in turn. Each step sweeps once for the sum of the weights and
+    once for the recall, DIM features at a time. Threads exchange values through global memory only
+    across a barrier.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
-    m = offset(problem, inner, m_o, m_i)
-    RHO += m * count * STRIDE
-    SIDE += m * 4 * count
+    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     CENTRE += m * STRIDE
     V += offset(problem, inner, v_o, v_i) * D
-    U += offset(problem, inner, u_o, u_i)
+    if MASK:
+        U += offset(problem, inner, u_o, u_i)
 
-    live, at = row < rows, row.to(tl.int64)
+    valid, at = row < rows, row.to(tl.int64)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    all_rows = local >= 0
-    poison = tl.zeros((ROWS,), tl.float32)
-    for d0 in range(0, D, DIM):
-        d = d0 + tl.arange(0, DIM)
-        given = load_rows(V, at, live, d0, D, D, DIM)
-        x = centred(given, CENTRE, live, d0, D, DIM)
-        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        poison += tl.sum(given * 0.0, 1) + tl.sum(c * 0.0, 0)
-        tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
-    tl.debug_barrier()
-
-    table = (RHO, SIDE)
+    every = local >= 0
+    poison = store_starts(V, CENTRE, PATH, at, valid, local, D, STRIDE, DIM, ROWS)
+    table, reach = (RHO, SIDE), 1.0
     top, total = lse_init(ROWS)
     if HARD:
-        reach, sharp = reach_of(SIDE, count, PROTOS), 0.0
+        reach = reach_of(SIDE, count, PROTOS)
     else:
-        sharp, ratio, calm = sharpest(SIDE, count, PROTOS, PER_MEMORY)
-        if KEEP == 3:
-            lift = heaviest(SIDE, count, PROTOS)
+        sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
     flag = tl.where(poison == 0.0, 0, POISONED)
     for t in range(0, steps):
         slot = tl.cast(t if KEEP >= 2 else t % 2, tl.int64) * strip + local
         following = tl.cast(t + 1 if KEEP >= 2 else (t + 1) % 2, tl.int64) * strip + local
-        norm = tl.zeros((ROWS,), tl.float32)
-        for d0 in range(0, D, DIM):
-            x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
-            norm += tl.sum(x * x, 1)
-        held = ((PATH, slot, all_rows), 0.5 * norm)
-        index = tl.full((ROWS,), 0, tl.int32)
-        if HARD:
-            state = sweep(
-                contest_init(ROWS), held, table, count, load_sides, wide_inner, contest_fold,
-                D, STRIDE, DIM, PROTOS, PREC, False,
-            )  # fmt: skip
-            index, some, total = decided(state, slack(norm, reach, unit, 0.0, D))
-            top = tl.where(some, index.to(tl.float32), float("-inf"))
-        else:
-            state = sweep(
-                lse_init(ROWS), held, table, count, load_sides, wide_inner, lse_fold,
-                D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
-            )  # fmt: skip
-            total = state[1]
-            top = tl.where(total == 0.0, float("-inf"), state[0] + total * 0.0)
+        norm = norms_of(PATH, slot, every, D, STRIDE, DIM, ROWS)
+        own = ((PATH, slot, every), 0.5 * norm)
+        top, total, index = wide_weights(
+            own, table, count, norm, reach, unit,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD,
+        )  # fmt: skip
         if KEEP >= 2:
             tl.store(TOP + slot, top + poison_of(flag))
             tl.store(TOTAL + slot, total)
         none = top == float("-inf")
 
-        recall, far = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-        for d0 in range(0, D, DIM):
-            d = d0 + tl.arange(0, DIM)
-            if HARD:
-                nearest = tl.minimum(index, count - 1).to(tl.int64)
-                xb = load_rows(RHO, nearest, index >= 0, d0, D, STRIDE, DIM)
-            else:
-                xb = wide_recall(
-                    held, table, count, d0, finite(top),
-                    D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
-                )  # fmt: skip
-                xb = xb * inverse(total)[:, None]
-            x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
-            xb = tl.where(none[:, None], x, xb)
-            recall += tl.sum(x * x + xb * xb, 1)
-            far += tl.sum((xb - x) * (xb - x), 1)
-            if KEEP >= 2:
-                keep = slot[:, None] * STRIDE + d[None, :]
-                tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
-            inside = live[:, None] & (d < D)[None, :]
-            x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
-            if KEEP < 2 or t + 1 < steps:
-                keep = following[:, None] * STRIDE + d[None, :]
-                tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
+        norms, far = store_step_wide(
+            PATH, PULL, U, own, table, count, top, total, index, none, following, row, valid,
+            u_row, u_feature, step, t + 1 < steps,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, MASK, KEEP,
+        )  # fmt: skip
         if HARD:
             flag |= hard_doubted(norm, total)
         else:
-            flag |= doubted(recall, far, total, sharp, ratio, 0.0, calm).to(tl.int32)
+            flag |= doubted(norms, far, total, sharp, ratio, 0.0, near_limit).to(tl.int32)
             if KEEP == 3:
-                flag |= energy_lost(norm, recall, far, top, lift, sharp).to(tl.int32)
+                flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
         tl.debug_barrier()
 
     poison = poison_of(flag)
@@ -150,25 +235,11 @@ def recursion_wide_kernel(
     else:
         slot = tl.cast(steps % 2, tl.int64) * strip + local
         none = (top == float("-inf")) & (poison == 0.0)
-        norm, result = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-        begun = tl.zeros((ROWS,), tl.float32)
-        for d0 in range(0, D, DIM):
-            d = d0 + tl.arange(0, DIM)
-            inside = live[:, None] & (d < D)[None, :]
-            c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-            x = load_rows(PATH, slot, all_rows, d0, D, STRIDE, DIM)
-            out = x + c[None, :] + poison[:, None]
-            given = load_rows(V, at, live, d0, D, D, DIM)
-            norm += tl.sum(x * x, 1)
-            result += tl.sum(out * out, 1)
-            begun += tl.sum(given * given, 1)
-            if MASK:
-                gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
-                out = tl.where(gain == 0.0, given, out)
-            out = tl.where(none[:, None], given, out)
-            tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
-        flag |= lost(norm, result, begun)
+        flag |= store_results(
+            V, CENTRE, U, OUT, PATH, p, at, row, valid, slot, every, none, poison,
+            u_row, u_feature, step, D, STRIDE, DIM, ROWS, MASK,
+        )  # fmt: skip
         if KEEP == 1:
-            tl.store(TOP + p, (top + tl.log2(total)) * LN2 + poison, mask=live)
+            tl.store(TOP + p, (top + tl.log2(total)) * LN2 + poison, mask=valid)
     flag = tl.where(poison == 0.0, flag, 0)
-    tl.store(FLAG + p, flag.to(tl.uint8), mask=live)
+    tl.store(FLAG + p, flag.to(tl.uint8), mask=valid)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a kernel is launched: its row of the table, what the interpreter needs, the device."""
+"""How a kernel is launched: its row of the table, the interpreter's needs, the device."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TABLE = Path(__file__).parents[1] / "configs.json"
-# Rows up to this many features are held in registers; wider ones are read in pieces.
+# A kernel keeps rows of up to this many features in registers, and reads wider ones in pieces.
 WIDEST = 128
 # Rows of one problem are counted in 32 bits, blocks of them included.
 MOST_ROWS = (1 << 31) - (1 << 20)
-# What a backward, or a wide forward, may keep of the rows under way, in float32 numbers (256 MB).
+# Scratch of a backward, or of a wide forward, in float32 numbers (256 MB).
 SCRATCH = 1 << 26
 
 
 def why_not(v: Tensor, *_: Any) -> str | None:
-    """Why these arguments are not for Triton, or None."""
+    """Why Triton cannot take these arguments, or None."""
     if v.dtype == torch.float64:
         return "float64 is computed by the reference"
     if v.ndim > 1 and v.shape[-2] > MOST_ROWS:
@@ -41,9 +41,9 @@ def dim(d: int) -> int:
 
 
 def rows(x: Tensor) -> Tensor:
-    """The last two dims dense, batches whole rows apart and the first on a boundary of 16 bytes, as
-    the kernels read them: the order of a row's sums follows from how its loads are aligned. The
-    interpreter has no bfloat16.
+    """`x` as the kernels read it: the last two dims dense, batch strides a multiple of D, the first
+    entry on a boundary of 16 bytes. The order of a row's sums follows from the alignment of its
+    loads. The interpreter has no bfloat16.
     """
     if INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()
@@ -54,25 +54,25 @@ def rows(x: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Itself, or a copy that begins on a boundary of 16 bytes."""
+    """`x`, or a copy of it that begins on a boundary of 16 bytes."""
     return x.clone() if x.data_ptr() % 16 else x
 
 
 def plain(x: Tensor) -> Tensor:
-    """Any strides, but no bfloat16 under the interpreter."""
+    """`x` with any strides, in float32 where the interpreter would meet bfloat16."""
     return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What a kernel writes to: every output and all scratch comes from here."""
+    """A new tensor for a kernel to write to: every output and all scratch comes from here."""
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, Any]]]:
     """Table: kernel -> "arch/mode/DIM" -> options of the launch."""
-    found: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return found
+    rows_of: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return rows_of
 
 
 @functools.cache
@@ -90,27 +90,29 @@ def arch_of(device: torch.device) -> str:
 def settings(kernel: str, device: torch.device, mode: str, d: int) -> dict[str, Any]:
     """Constants and options of a launch over rows of `d` features.
 
-    With DIM where rows are too wide for registers and are read DIM features at a time: beyond
-    `WIDEST`, or where no tile of that width fits. Empty where a kernel has no such form.
+    They contain DIM where a kernel reads rows DIM features at a time: rows of more than `WIDEST`
+    features, and widths for which no tile fits in registers. Empty where a kernel cannot.
     """
-    here = f"{arch_of(device)}/{mode}"
-    narrow = table()[kernel].get(f"{here}/{dim(d)}") if d <= WIDEST else None
-    found = dict(narrow or table().get(f"{kernel}_wide", {}).get(f"{here}/{WIDEST}", {}))
-    if INTERPRETED and found:  # its cost is by the operation, not by the entry
-        found["ROWS"] = 256
-        if not found["PREC"].startswith("f16"):  # it has no bfloat16, nor any but whole products
-            found["PREC"] = "ieee"
-    return found
+    prefix = f"{arch_of(device)}/{mode}"
+    narrow = table()[kernel].get(f"{prefix}/{dim(d)}") if d <= WIDEST else None
+    options = dict(narrow or table().get(f"{kernel}_wide", {}).get(f"{prefix}/{WIDEST}", {}))
+    if INTERPRETED and options:  # the interpreter pays for each operation, not for each entry
+        options["ROWS"] = 256
+        if not options["PREC"].startswith("f16"):  # it has no bfloat16 and no split products
+            options["PREC"] = "ieee"
+    return options
 
 
-def launch(
-    kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **options: Any
-) -> None:
-    """One launch on the device's current stream; an empty grid is none."""
+def launch(kernel: Any, grid: Sequence[int], device: torch.device, **arguments: Any) -> None:
+    """Launch once on the device's current stream, or not at all where the grid is empty.
+
+    `arguments` are the kernel's own, each by its name, and triton's options. A kernel does not read
+    an argument that is None: a constexpr (`HAS_...`) guards it, and triton removes it.
+    """
     if 0 in grid:
         return
     if device.type != "cuda":
-        kernel[tuple(grid)](*args, enable_fp_fusion=True, **options)
+        kernel[tuple(grid)](enable_fp_fusion=True, **arguments)
         return
     with torch.cuda.device(device):
-        kernel[tuple(grid)](*args, enable_fp_fusion=True, **options)
+        kernel[tuple(grid)](enable_fp_fusion=True, **arguments)

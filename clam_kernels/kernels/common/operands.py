@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operands of a launch: batch dims of any kind as two dims with strides, never copied where strides
-can say it.
+"""Operands of a launch: all batch dims as two dims with strides, without a copy where strides
+suffice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -33,14 +34,14 @@ def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> lis
     if len(groups) > 2:
         return [v.reshape(1, math.prod(batch), *v.shape[len(batch) :]) for v in views]
     sizes = [1] * (2 - len(groups)) + [size for size, _ in groups]
-    found = []
+    arranged = []
     for i, (view, (_, core)) in enumerate(zip(views, operands, strict=True)):
         strides = [0] * (2 - len(groups)) + [stride[i] for _, stride in groups]
         tail = view.ndim - core
-        found.append(
+        arranged.append(
             view.as_strided((*sizes, *view.shape[tail:]), (*strides, *view.stride()[tail:]))
         )
-    return found
+    return arranged
 
 
 def in_rows(view: Tensor, d: int) -> tuple[int, ...]:
@@ -50,8 +51,18 @@ def in_rows(view: Tensor, d: int) -> tuple[int, ...]:
     return tuple(step // d for step in view.stride()[:2])
 
 
+def by_name(names: Sequence[str], values: Sequence[int] | None) -> dict[str, Any]:
+    """Strides as arguments of a launch; all None where the call has no such operand."""
+    return dict.fromkeys(names) if values is None else dict(zip(names, values, strict=True))
+
+
+def of_each(view: Tensor | None) -> tuple[int, ...] | None:
+    """Strides of a vector [O, I, K], the last 0 where one number serves all K."""
+    return None if view is None else (*view.stride()[:2], view.stride(2) * (view.shape[2] > 1))
+
+
 def _lifted(x: Tensor, core: int) -> Tensor:
-    """With all its core dims."""
+    """`x` with `core` dims at least."""
     while x.ndim < core:
         x = x[None]
     return x

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of memories, and the inner products of rows with them, in one numeric recipe.
 
-One-letter tiles: x [ROWS, DIM] centred states, s [ROWS, PROTOS] base-2 logits, k and d the indices
-of memories and features. A table of memories (`am/memories.py`) is the tuple (RHO, SIDE) of
-pointers to one problem: centred rows of STRIDE floats, and SIDE [4, K] = scale, bias, lift, norm.
+One-letter tiles: x [ROWS, DIM] centred states, s [ROWS, PROTOS] base-2 logits, k [PROTOS] and d
+[DIM] the indices of memories and features. A table of memories (`am/memories.py`) is the tuple
+(RHO, SIDE) of pointers to one problem: centred rows of STRIDE floats, and SIDE [4, K] = scale,
+bias, lift, norm. A tile of memories is the tuple (k, rho, scale, bias) = ([PROTOS], [PROTOS, DIM],
+[PROTOS], [PROTOS]). The rows of a program are the tuple `own` = (the rows, half): the second [ROWS]
+is |x|^2 / 2, or what `logits` multiplies instead.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, PREC: tl.constexpr):
-    """Product a @ b summed in float32; "bf16" rounds the factors, other modes are triton's own."""
+    """Product a @ b, summed in float32; "bf16" rounds the factors, the other modes are triton's."""
     return dot_onto(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32), PREC)
 
 
 @triton.jit
 def dot_onto(a, b, c, PREC: tl.constexpr):
-    """Product a @ b summed onto c: with "ieee" a product in pieces has the bits of the whole."""
+    """The sum c + a @ b: with "ieee" a product in pieces has the bits of the whole product."""
     if PREC == "bf16":
         c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), c)
     else:
@@ -29,11 +32,12 @@ def dot_onto(a, b, c, PREC: tl.constexpr):
 
 
 @triton.jit
-def load_rows(X, at, live, d0, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
+def load_rows(X, at, valid, d0, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of rows `at` (int64) as float32; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
     where = X + at[:, None] * STRIDE + d[None, :]
-    return tl.load(where, mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    # [rows, DIM]
+    return tl.load(where, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -43,7 +47,7 @@ def load_memories(
     """One tile of a table: (k, rho, scale, bias); memories past `count` have a bias of -inf."""
     RHO, SIDE = table
     k = k0 + tl.arange(0, PROTOS)
-    rho = load_rows(RHO, k.to(tl.int64), k < count, 0, D, STRIDE, DIM)
+    rho = load_rows(RHO, k.to(tl.int64), k < count, 0, D, STRIDE, DIM)  # [PROTOS, DIM]
     scale = tl.load(SIDE + k, mask=k < count, other=0.0)
     bias = tl.load(SIDE + count + k, mask=k < count, other=float("-inf"))
     return k, rho, scale, bias
@@ -53,7 +57,7 @@ def load_memories(
 def load_sides(
     table, k0, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr
 ):
-    """As `load_memories` where a row is too wide to be held: RHO stands for the tile."""
+    """As `load_memories` for rows too wide for registers: the pointer RHO replaces rho."""
     RHO, SIDE = table
     k = k0 + tl.arange(0, PROTOS)
     scale = tl.load(SIDE + k, mask=k < count, other=0.0)
@@ -62,63 +66,66 @@ def load_sides(
 
 
 @triton.jit
-def held_inner(
-    held, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
+def own_inner(
+    own, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
-    """Products x @ rho^T of rows in registers; held = (x, |x|^2 / 2)."""
-    return dot(held[0], tl.trans(tile[1]), PREC)
+    """Products x @ rho^T [ROWS, PROTOS] of rows in registers; own = (x, |x|^2 / 2)."""
+    x, _half = own
+    _k, rho, _scale, _bias = tile
+    return dot(x, tl.trans(rho), PREC)
 
 
 @triton.jit
 def wide_inner(
-    held, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
+    own, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
-    """Products x @ rho^T of centred rows in memory, DIM features at a time; held = ((X, at, live),
-    ...).
+    """Products x @ rho^T [ROWS, PROTOS] of centred rows in memory, DIM features at a time; own =
+    ((X, at, valid), |x|^2 / 2).
     """
-    X, at, live = held[0]
-    k, RHO = tile[0], tile[1]
+    X, at, valid = own[0]
+    k, RHO, _scale, _bias = tile
     s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
     for d0 in range(0, D, DIM):
-        x = load_rows(X, at, live, d0, D, STRIDE, DIM)
-        rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
+        x = load_rows(X, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+        rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         s = dot_onto(x, tl.trans(rho), s, PREC)
     return s
 
 
 @triton.jit
-def given_inner(
-    held, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
+def raw_inner(
+    own, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
-    """As `wide_inner` for the caller's own rows; held = ((V, CENTRE, at, live), ...)."""
-    V, CENTRE, at, live = held[0]
-    k, RHO = tile[0], tile[1]
+    """As `wide_inner`, but centres the caller's rows; own = ((V, CENTRE, at, valid), ...)."""
+    V, CENTRE, at, valid = own[0]
+    k, RHO, _scale, _bias = tile
     s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
     for d0 in range(0, D, DIM):
-        x = centred_rows(V, CENTRE, at, live, d0, D, DIM)
-        rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
+        x = centred_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM]
+        rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         s = dot_onto(x, tl.trans(rho), s, PREC)
     return s
 
 
 @triton.jit
-def centred_rows(V, CENTRE, at, live, d0, D: tl.constexpr, DIM: tl.constexpr):
-    """Features [d0, d0 + DIM) of the caller's rows, less the centre; 0 beyond the edges."""
-    return centred(load_rows(V, at, live, d0, D, D, DIM), CENTRE, live, d0, D, DIM)
+def centred_rows(V, CENTRE, at, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """Features [d0, d0 + DIM) of the caller's rows minus the centre; 0 beyond the edges."""
+    return centred(load_rows(V, at, valid, d0, D, D, DIM), CENTRE, valid, d0, D, DIM)
 
 
 @triton.jit
-def centred(given, CENTRE, live, d0, D: tl.constexpr, DIM: tl.constexpr):
-    """A tile of rows less the centre; 0 beyond the edges."""
+def centred(raw, CENTRE, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """A tile [ROWS, DIM] of rows minus the centre; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-    return tl.where(live[:, None], given - c[None, :], 0.0)
+    return tl.where(valid[:, None], raw - c[None, :], 0.0)
 
 
 @triton.jit
 def logits(inner, half, scale, bias, PER_MEMORY: tl.constexpr):
-    """Base-2 logits; |x|^2 is the same for all memories, and drops out, unless each has a beta.
-    "rows": what was scaled are the rows, each by a factor that stands in the place of `half`.
+    """Base-2 logits s = scale * inner + bias; with a beta per memory scale * (inner - |x|^2 / 2) +
+    bias. One beta multiplies |x|^2 alike for all memories, and the softmax does not depend on it.
+    "rows": s = half * inner + bias, where `half` is a factor of each row.
     """
     if PER_MEMORY == "rows":
         s = inner * half[:, None] + bias[None, :]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep: what is held meets every tile of the other side once, in order."""
+"""The sweep: rows in registers meet every tile of memories or centroids once, in order; and where
+the problems of a batch begin.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,12 @@ import triton.language as tl
 
 from .score import logits
 
-# Numbers that no kernel is compiled anew for. Batch strides are among them so that a row is
-# computed by the same code in every batch.
-NUMBERS = [
+# Runtime scalars on which triton does not specialise: no value of them compiles a kernel anew.
+# Batch strides are among them, so that the same code computes a row in every batch.
+UNSPECIALISED = [
     "rows", "count", "inner", "blocks", "first", "steps", "step", "strip", "splits", "share",
-    "size", "keep", "unit", "grain", "k", "pieces", "every", "beta", "beta_bits", "step_bits",
+    "size", "problems", "first_problem", "f_count", "g_count", "keep", "unit", "grain", "k",
+    "pieces", "every", "beta", "beta_bits", "step_bits",
     "v_o", "v_i", "m_o", "m_i", "x_o", "x_i", "c_o", "c_i", "l_o", "l_i", "rho_o", "rho_i",
 ]  # fmt: skip
 
@@ -20,7 +23,7 @@ NUMBERS = [
 @triton.jit
 def sweep(
     state,
-    held,
+    own,
     table,
     count,
     LOAD: tl.constexpr,
@@ -33,22 +36,28 @@ def sweep(
     PREC: tl.constexpr,
     PER_MEMORY: tl.constexpr,
 ):
-    """Fold rows over `count` memories: load a tile, score it, take it in."""
+    """Fold rows over `count` memories: state <- FOLD(state, logits of a tile, tile), tile by tile.
+    LOAD makes the tile (k, rho, scale, bias); INNER its products with the rows.
+    """
+    _, half = own
     for k0 in range(0, count, PROTOS):
         tile = LOAD(table, k0, count, D, STRIDE, DIM, PROTOS)
-        inner = INNER(held, tile, count, D, STRIDE, DIM, PREC)
-        state = FOLD(state, logits(inner, held[1], tile[2], tile[3], PER_MEMORY), tile, PREC)
+        _k, _rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
+        inner = INNER(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+        state = FOLD(state, logits(inner, half, scale, bias, PER_MEMORY), tile, PREC)
     return state
 
 
 @triton.jit
 def rows_of(pid, first, blocks, ROWS: tl.constexpr):
-    """(problem, rows) of a program: `blocks` programs a problem, the first at block `first`."""
+    """(problem, its rows [ROWS]) of a program; `blocks` programs serve a problem, the first of them
+    from block `first` on.
+    """
     return pid // blocks, (first + pid % blocks) * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
 def offset(problem, inner, outer_stride, inner_stride):
-    """Where a problem of the batch [O, inner] begins in an operand of two batch strides, int64."""
+    """Where a problem (o, i) of [O, inner] begins, int64: o * outer_stride + i * inner_stride."""
     o, i = problem // inner, problem % inner
     return o.to(tl.int64) * outer_stride + i.to(tl.int64) * inner_stride

@@ -14,23 +14,23 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.halves import (
-    given_halves,
     halves,
-    held_halves,
     load_biases,
     load_halves,
+    own_halves,
     power,
+    raw_halves,
     unpower,
 )
-from ..common.operands import arrange, batch_of, in_rows
+from ..common.operands import arrange, batch_of, by_name, in_rows
 from ..common.score import centred, load_rows
-from ..common.sweep import NUMBERS, offset, rows_of, sweep
+from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from .centroids import centroids as prepared
 from .nearest import grain_of, nearer, nearest, ranked, ranks_fold, ranks_init, slack, squared, unit
 
-# Rows of a label that one program adds, and those of them that it adds in float32.
+# Rows of a label that one program adds, and rows of a tile, which it adds in float32.
 PIECE, TILE = 1024, 64
-# Rows of a program that looks for those left open.
+# Rows of a program of `settle_kernel`.
 SETTLED = 128
 OTHER = tl.constexpr(1 << 32)
 
@@ -40,42 +40,46 @@ OTHER = tl.constexpr(1 << 32)
 
 @triton.jit
 def scored(
-    X, table, ORIGIN, row, live, count, reach, unit, grain,
+    X, table, ORIGIN, row, valid, count, reach, unit, grain,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What scores say of rows: (label or -1, the runner-up, whether these two are too close,
-    whether more are, NaN where a row is not finite).
+    """(label or -1, the runner-up, whether the scores of these two are too close, whether the third
+    is too close as well, NaN where a row is not finite else 0), each [ROWS]. A score is s_k = x c_k
+    - |c_k|^2 / 2, and the label the index of the largest; two scores are too close where they
+    differ by at most `slack`.
     """
     at = row.to(tl.int64)
-    given = load_rows(X, at, live, 0, D, D, DIM)
-    poison = tl.sum(given * 0.0, 1) + tl.where(reach == reach, 0.0, float("nan"))
-    x = centred(given, ORIGIN, live, 0, D, DIM)
+    raw = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
+    poison = tl.sum(raw * 0.0, 1) + tl.where(reach == reach, 0.0, float("nan"))
+    x = centred(raw, ORIGIN, valid, 0, D, DIM)  # [ROWS, DIM]
     norm, largest = tl.sum(x * x, 1), tl.max(tl.abs(x), 1)
     if WIDE:
         for d0 in range(DIM, D, DIM):
-            given = load_rows(X, at, live, d0, D, D, DIM)
-            poison += tl.sum(given * 0.0, 1)
-            part = centred(given, ORIGIN, live, d0, D, DIM)
+            raw = load_rows(X, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
+            poison += tl.sum(raw * 0.0, 1)
+            part = centred(raw, ORIGIN, valid, d0, D, DIM)  # [ROWS, DIM]
             norm += tl.sum(part * part, 1)
             largest = tl.maximum(largest, tl.max(tl.abs(part), 1))
     undo = unpower(largest) * unpower(reach)
     if WIDE:
-        held = ((X, ORIGIN, at, live, power(largest)), undo)
+        own = ((X, ORIGIN, at, valid, power(largest)), undo)
         state = sweep(
-            ranks_init(ROWS, PROTOS // 2), held, table, count, load_biases, given_halves,
+            ranks_init(ROWS, PROTOS // 2), own, table, count, load_biases, raw_halves,
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
     else:
-        held = (halves(x * power(largest)[:, None]), undo)
+        own = (halves(x * power(largest)[:, None]), undo)
         state = sweep(
-            ranks_init(ROWS, PROTOS // 2), held, table, count, load_halves, held_halves,
+            ranks_init(ROWS, PROTOS // 2), own, table, count, load_halves, own_halves,
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
-    best, label, second, runner, third = ranked(state, table[3], PROTOS)
+    _halves, _bias, _size, keep = table
+    best, label, second, runner, third = ranked(state, keep, PROTOS)
     width = slack(norm, reach, unit, grain, D)
-    regular = live & (poison + reach >= 0.0)  # NaN: the row is not finite; -1: nothing can win
-    # not "<=": what is not a number decides nothing
+    # poison is NaN where the row is not finite, reach -1 where all centroids are masked
+    regular = valid & (poison + reach >= 0.0)
+    # not "<=": with a NaN the two are too close
     more = regular & ~(best - third > width)
     pair = regular & ~more & ~(best - second > width)
     return tl.where(regular, label, -1), runner, pair, more, poison
@@ -83,65 +87,67 @@ def scored(
 
 @triton.jit
 def settled(X, C, NORM, row, label, runner, pair, more, count, D: tl.constexpr):
-    """Labels of rows that scores left open: two candidates are compared in float64, for all such
-    rows at once; of more candidates all are, row by row.
+    """Labels of all rows: of two candidates (`pair`) the nearer in float64, for all such rows at
+    once; of `more` candidates the nearest of all centroids in float64, row by row.
     """
     if tl.max(pair.to(tl.int32), 0) > 0:
         label = tl.where(pair, nearer(X, C, row.to(tl.int64), label, runner, pair, D), label)
     open_rows = tl.where(more, row, -1)
     for _ in range(0, tl.sum(more.to(tl.int32), 0)):
         one = tl.max(open_rows, 0)
-        found = nearest(X, C, NORM, one.to(tl.int64), count, D)
-        label = tl.where(row == one, found, label)
+        index = nearest(X, C, NORM, one.to(tl.int64), count, D)
+        label = tl.where(row == one, index, label)
         open_rows = tl.where(row == one, -1, open_rows)
     return label
 
 
 @triton.jit
 def distance(X, C, at, label, poison, D: tl.constexpr, DIM: tl.constexpr):
-    """Squared distance to the winner; inf where there is none, NaN where a row is not finite."""
+    """|x - c|^2 for the labelled centroid; inf without a label, NaN where a row is not finite."""
     some = label >= 0
     k = tl.where(some, label, 0).to(tl.int64)
     sqdist = squared(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
     return tl.where(some, sqdist, tl.where(poison == 0.0, float("inf"), float("nan")))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def kmeans_assign_kernel(
     X, C, HALVES, SIDE, ORIGIN, REACH, LABEL, SQDIST,
     rows, count, inner, blocks, size, keep, unit, grain, x_o, x_i, c_o, c_i, m_o, m_i,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Nearest centroid of ROWS rows by their scores. A row that these leave open gets a label of
-    -2 - (label + 2^32 (runner-up + 1)), or -2 where more than two are in question, for
-    `settle_kernel`: float64 would take the registers of another block here.
+    """Nearest centroid of ROWS rows by their scores (`scored`). Where two scores are too close the
+    label is -2 - (label + 2^32 (runner-up + 1)), where three are it is -2, for `settle_kernel`:
+    here float64 would take the registers of another block. SQDIST takes the distances if DISTANCES.
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     m = offset(problem, inner, m_o, m_i)
     X += offset(problem, inner, x_o, x_i) * D
-    live, at = row < rows, row.to(tl.int64)
+    valid, at = row < rows, row.to(tl.int64)
     table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
     label, runner, pair, more, poison = scored(
-        X, table, ORIGIN + m * D, row, live, count, tl.load(REACH + m), unit, grain,
+        X, table, ORIGIN + m * D, row, valid, count, tl.load(REACH + m), unit, grain,
         D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
     )  # fmt: skip
     p = problem.to(tl.int64) * rows + at
     both = label.to(tl.int64) + (runner.to(tl.int64) + 1) * OTHER
     code = tl.where(more, -2, tl.where(pair, -2 - both, label.to(tl.int64)))
-    tl.store(LABEL + p, code, mask=live)
+    tl.store(LABEL + p, code, mask=valid)
     if DISTANCES:
         C += offset(problem, inner, c_o, c_i) * D
-        tl.store(SQDIST + p, distance(X, C, at, label, poison, D, DIM), mask=live)
+        tl.store(SQDIST + p, distance(X, C, at, label, poison, D, DIM), mask=valid)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def settle_kernel(
     X, C, SIDE, LABEL, SQDIST,
     rows, count, inner, blocks, size, x_o, x_i, c_o, c_i, m_o, m_i,
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Labels of those of ROWS rows that were left open."""
+    """Labels and distances of those of ROWS rows that have a code below -1 from
+    `kmeans_assign_kernel`, with float64 (`settled`).
+    """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     X += offset(problem, inner, x_o, x_i) * D
     C += offset(problem, inner, c_o, c_i) * D
@@ -162,14 +168,15 @@ def settle_kernel(
 
 
 class Nearest(NamedTuple):
-    """What a kernel that assigns is launched with, but for the rows that a program takes."""
+    """The arguments of a kernel that assigns, all but those of its outputs and its grid."""
 
     batch: tuple[int, ...]
-    views: list[Tensor]  # x, centroids, halves, side, origin, reach, what is apart
-    problems: tuple[int, int]
-    numbers: tuple[Any, ...]  # size, keep, unit, grain
-    strides: tuple[int, ...]
-    chosen: dict[str, Any]
+    problems: tuple[int, int]  # [O, I]
+    rows: int
+    operands: dict[str, Any]  # with their strides, by name
+    numbers: dict[str, Any]  # of the table of centroids and of the bound on a score
+    chosen: dict[str, Any]  # tile and options
+    shift: Tensor | None  # view [O, I, 2, D]
 
 
 def arranged(
@@ -179,28 +186,39 @@ def arranged(
     shift: Tensor | None,
     mask: Tensor | None,
     precision: str,
-    apart: list[tuple[Tensor, int]] | None = None,
+    apart: bool = False,
+    moved: Tensor | None = None,
     strict: bool = False,
 ) -> Nearest:
-    """Prepare the centroids and choose the tile; `apart` are operands of a kernel that keeps the
-    problems of a batch apart.
+    """Prepare the centroids and choose the tile. `apart`: the kernel needs the problems of a batch
+    as they are, and else may take all rows as one; `moved` is a shift in two parts for such a
+    kernel.
     """
     d, count = centroids.shape[-1], centroids.shape[-2]
     tile = launch.settings(kernel, x.device, precision, d)
     chosen: dict[str, Any] = {"DIM": launch.dim(d), **tile, "WIDE": "DIM" in tile}
     chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
-    found = prepared(centroids, shift, mask, chosen["DIM"], strict)
-    operands = [(launch.rows(x), 2), (found.given, 2), (found.halves, 3), (found.side, 2)]
-    operands += [(found.origin, 1), (found.reach, 1), *(apart or [])]
+    tables = prepared(centroids, shift, mask, chosen["DIM"], strict)
+    operands = [(launch.rows(x), 2), (tables.rows, 2), (tables.halves, 3), (tables.side, 2)]
+    operands += [(tables.origin, 1), (tables.reach, 1)]
+    operands += [] if moved is None else [(moved, 2)]
     batch = batch_of(operands)
-    one = _as_one_problem(batch, operands) if apart is None else None
+    one = None if apart else _as_one_problem(batch, operands)
     views = one or arrange(batch, operands)
+    rows, c, parts, side, origin, reach = views[:6]
     keep, grain = grain_of(triton.cdiv(count, chosen["PROTOS"]))
-    numbers = (found.size, keep, unit(chosen["PREC"], d), grain)
-    strides = (*in_rows(views[0], d), *in_rows(views[1], d), *views[5].stride()[:2])
-    chosen |= {"D": d, "STRIDE": found.halves.shape[-1]}
-    outer, inner = views[0].shape[:2]
-    return Nearest(batch, views, (outer, inner), numbers, strides, chosen)
+    named = {
+        "X": rows, **by_name(("x_o", "x_i"), in_rows(rows, d)),
+        "C": c, **by_name(("c_o", "c_i"), in_rows(c, d)),
+        "SIDE": side, **by_name(("m_o", "m_i"), reach.stride()[:2]),
+        "HALVES": parts, "ORIGIN": origin, "REACH": reach,
+        "rows": rows.shape[2], "count": count, "inner": rows.shape[1], "size": tables.size,
+    }  # fmt: skip
+    numbers = {"keep": keep, "unit": unit(chosen["PREC"], d), "grain": grain}
+    chosen |= {"D": d, "STRIDE": tables.halves.shape[-1]}
+    shape = (rows.shape[0], rows.shape[1])
+    parts_of_shift = None if moved is None else views[-1]
+    return Nearest(batch, shape, rows.shape[2], named, numbers, chosen, parts_of_shift)
 
 
 def kmeans_assign(
@@ -214,23 +232,21 @@ def kmeans_assign(
 ) -> tuple[Tensor, Tensor]:
     """Labels, and squared distances or an empty tensor: two launches after those of `prepared`."""
     a = arranged("kmeans_assign", x, centroids, shift, mask, precision, strict=strict)
-    (outer, inner), rows = a.problems, a.views[0].shape[2]
-    n = x.shape[-2]
+    (outer, inner), n = a.problems, x.shape[-2]
     labels = launch.empty((*a.batch, n), torch.int64, x.device)
     sqdist = launch.empty((*a.batch, n if distances else 0), torch.float32, x.device)
-    blocks = triton.cdiv(rows, a.chosen["ROWS"])
-    count = centroids.shape[-2]
+    outs = {"LABEL": labels, "SQDIST": sqdist if distances else None, "DISTANCES": distances}
+    blocks = triton.cdiv(a.rows, a.chosen["ROWS"])
     launch.launch(
-        kmeans_assign_kernel, (outer * inner * blocks,), x.device, *a.views, labels, sqdist,
-        rows, count, inner, blocks, *a.numbers, *a.strides, **a.chosen, DISTANCES=distances,
+        kmeans_assign_kernel, (outer * inner * blocks,), x.device,
+        **a.operands, **outs, blocks=blocks, **a.numbers, **a.chosen,
     )  # fmt: skip
-    rows_of_x, given, _, side, *_ = a.views
-    blocks = triton.cdiv(rows, SETTLED)
+    unread = ("HALVES", "ORIGIN", "REACH")
+    operands = {name: value for name, value in a.operands.items() if name not in unread}
+    blocks = triton.cdiv(a.rows, SETTLED)
     launch.launch(
-        settle_kernel, (outer * inner * blocks,), x.device, rows_of_x, given, side, labels, sqdist,
-        rows, count, inner, blocks, a.numbers[0], *a.strides, D=x.shape[-1],
-        DIM=a.chosen["DIM"], ROWS=SETTLED, DISTANCES=distances, num_warps=4, num_stages=1,
-        maxnreg=255,
+        settle_kernel, (outer * inner * blocks,), x.device, **operands, **outs, blocks=blocks,
+        D=x.shape[-1], DIM=a.chosen["DIM"], ROWS=SETTLED, num_warps=4, num_stages=1, maxnreg=255,
     )  # fmt: skip
     return labels, sqdist
 
@@ -238,7 +254,7 @@ def kmeans_assign(
 def _as_one_problem(
     batch: tuple[int, ...], operands: list[tuple[Tensor, int]]
 ) -> list[Tensor] | None:
-    """Without a batch of centroids all rows are one problem, where strides can say so."""
+    """Views of all rows as one problem, where the centroids have no batch and strides allow it."""
     (x, _), *others = operands
     if any(tensor.shape[: tensor.ndim - core].numel() != 1 for tensor, core in others):
         return None
@@ -253,19 +269,19 @@ def _as_one_problem(
 
 
 class Segments(NamedTuple):
-    """Rows of each label in order, cut into pieces; of every problem of the labels' batch."""
+    """The rows of each label in order, cut into pieces; for every problem of the labels' batch."""
 
-    order: Tensor  # [*, N] int64: rows sorted by label, those without one last
+    order: Tensor  # [*, N] int64: rows sorted by label, rows without a label last
     starts: Tensor  # [*, k + 1] int64: where each label begins in `order`
-    before: Tensor  # [*, k + 1] int64: pieces of the labels before each
+    before: Tensor  # [*, k + 1] int64: how many pieces the labels before it have
     owner: Tensor  # [*, pieces] int64: label of each piece, k past the last
 
 
 def segments(labels: Tensor, k: int, piece: int) -> Segments:
-    """No size depends on what the labels are."""
+    """Sort and cut the rows. No size depends on the values of the labels."""
     (n,) = labels.shape[-1:]
     batch, device = labels.shape[:-1], labels.device
-    # a radix sort takes a pass for each byte of its keys
+    # a radix sort makes one pass for each byte of its keys
     narrow = torch.uint8 if k < 255 else torch.int16 if k < 32767 else torch.int32
     keys = torch.where((labels >= 0) & (labels < k), labels, k).to(narrow).contiguous()
     keys, order = torch.sort(keys, dim=-1, stable=True)
@@ -281,22 +297,25 @@ def segments(labels: Tensor, k: int, piece: int) -> Segments:
     return Segments(order, starts, before, owner)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def pieces_kernel(
     X, ORDER, STARTS, BEFORE, OWNER, WEIGHT, SHIFT, PART,
     rows, k, pieces, inner, x_o, x_i, l_o, l_i, w_o, w_i, w_n, s_o, s_i,
     D: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
     WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Sum of one piece, DIM features a program; with weights their sum stands after the last
-    feature. PART [problems, pieces, WEIGHTED + D] float64.
+    """Sum over the rows of one piece, DIM features a program: PART [problems, pieces, D + WEIGHTED]
+    float64 takes sum_n w_n (x_n - shift), and after the last feature sum_n w_n. The kernel reads
+    WEIGHT if WEIGHTED, SHIFT if SHIFTED.
     """
     pid, d0 = tl.program_id(0), tl.program_id(1) * DIM
     problem, piece = pid // pieces, pid % pieces
     own = offset(problem, inner, l_o, l_i)
     X += offset(problem, inner, x_o, x_i) * D
-    WEIGHT += offset(problem, inner, w_o, w_i)
-    SHIFT += offset(problem, inner, s_o, s_i)
+    if WEIGHTED:
+        WEIGHT += offset(problem, inner, w_o, w_i)
+    if SHIFTED:
+        SHIFT += offset(problem, inner, s_o, s_i)
     ORDER += own * rows
     STARTS += own * (k + 1)
     label = tl.load(OWNER + own * pieces + piece)
@@ -308,15 +327,15 @@ def pieces_kernel(
         total, mass = tl.zeros((DIM,), tl.float64), tl.zeros((1,), tl.float64)
         for n0 in range(0, size, TILE):
             n = n0 + tl.arange(0, TILE)
-            live = n < size
-            at = tl.load(ORDER + begin + n, mask=live, other=0)
-            gap = load_rows(X, at, live, d0, D, D, DIM)
-            if SHIFTED:  # in two parts: of a shift in float64 the second is what float32 drops
+            valid = n < size
+            at = tl.load(ORDER + begin + n, mask=valid, other=0)
+            gap = load_rows(X, at, valid, d0, D, D, DIM)  # [TILE, DIM]
+            if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
                 high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
                 low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
-                gap = tl.where(live[:, None], (gap - high) - low, 0.0)
+                gap = tl.where(valid[:, None], (gap - high) - low, 0.0)
             if WEIGHTED:
-                w = tl.load(WEIGHT + at * w_n, mask=live, other=0.0)
+                w = tl.load(WEIGHT + at * w_n, mask=valid, other=0.0)
                 if w.dtype != tl.float64:
                     w = w.to(tl.float32)
                 gap = gap * w[:, None]
@@ -329,12 +348,12 @@ def pieces_kernel(
             tl.store(PART + end, mass, mask=(end + d0) == D)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def sums_kernel(
     BEFORE, PART, SUMS, COUNTS, k, pieces, inner, l_o, l_i,
     D: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the pieces of one label, in their order."""
+    """Sum over the pieces of one label, in order; if WEIGHTED, COUNTS take the last column."""
     pid, d = tl.program_id(0), tl.program_id(1) * DIM + tl.arange(0, DIM)
     problem, label = pid // k, pid % k
     BEFORE += offset(problem, inner, l_o, l_i) * (k + 1) + label
@@ -346,7 +365,7 @@ def sums_kernel(
         p = p0 + tl.arange(0, TILE)
         inside = (p < size)[:, None] & (d < D + WEIGHTED)[None, :]
         at = PART + p.to(tl.int64)[:, None] * (D + WEIGHTED) + d[None, :]
-        total += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+        total += tl.sum(tl.load(at, mask=inside, other=0.0), 0)  # of [TILE, DIM]
     tl.store(SUMS + pid.to(tl.int64) * D + d, total, mask=d < D)
     if WEIGHTED:
         tl.store(COUNTS + pid + d * 0, total, mask=d == D)
@@ -355,16 +374,17 @@ def sums_kernel(
 def kmeans_update(
     x: Tensor, labels: Tensor, k: int, weight: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sums and counts: a sort of the labels, sums of pieces, sums of those."""
+    """Sums and counts: a sort of the labels, the sums of the pieces, the sums of these sums."""
     k, (n, d) = int(k), x.shape[-2:]
     rows = launch.rows(x)
     split = segments(labels, k, PIECE)
-    w = rows if weight is None else launch.plain(weight)
-    s = rows if shift is None else in_two(shift)
     operands = [(rows, 2), *((part, 1) for part in split)]
-    operands += [(w, 2 if weight is None else 1), (s, 2)]
+    operands += [] if weight is None else [(launch.plain(weight), 1)]
+    operands += [] if shift is None else [(in_two(shift), 2)]
     batch = batch_of(operands)
-    x_view, order, starts, before, owner, w, s = arrange(batch, operands)
+    x_view, order, starts, before, owner, *rest = arrange(batch, operands)
+    w = None if weight is None else rest[0]
+    s = None if shift is None else rest[-1]
     outer, inner = x_view.shape[:2]
     pieces, problems = owner.shape[-1], outer * inner
     own = tuple(step // (k + 1) for step in starts.stride()[:2])
@@ -376,21 +396,26 @@ def kmeans_update(
     part = launch.empty((problems * pieces, d + (weight is not None)), torch.float64, x.device)
     options = {"D": d, "DIM": min(64, triton.next_power_of_2(d)), "WEIGHTED": weight is not None}
     options |= {"num_warps": 4, "num_stages": 1}
+    split_arguments = {
+        "BEFORE": before, "k": k, "pieces": pieces, "inner": inner, **by_name(("l_o", "l_i"), own)
+    }  # fmt: skip
     launch.launch(
         pieces_kernel, (problems * pieces, triton.cdiv(d, options["DIM"])), x.device,
-        x_view, order, starts, before, owner, w, s, part, n, k, pieces, inner,
-        *in_rows(x_view, d), *own, *w.stride()[:3], *s.stride()[:2],
-        **options, PIECE=PIECE, TILE=TILE, SHIFTED=shift is not None, maxnreg=255,
+        X=x_view, **by_name(("x_o", "x_i"), in_rows(x_view, d)),
+        WEIGHT=w, **by_name(("w_o", "w_i", "w_n"), None if w is None else w.stride()[:3]),
+        SHIFT=s, **by_name(("s_o", "s_i"), None if s is None else s.stride()[:2]),
+        ORDER=order, STARTS=starts, OWNER=owner, PART=part, rows=n, **split_arguments,
+        **options, PIECE=PIECE, TILE=TILE, SHIFTED=s is not None, maxnreg=255,
     )  # fmt: skip
     tiles = triton.cdiv(d + (weight is not None), options["DIM"])
     launch.launch(
-        sums_kernel, (problems * k, tiles), x.device, before, part, sums, counts,
-        k, pieces, inner, *own, **options, TILE=32,
+        sums_kernel, (problems * k, tiles), x.device, PART=part, SUMS=sums,
+        COUNTS=None if w is None else counts, **split_arguments, **options, TILE=32,
     )  # fmt: skip
     return sums, counts
 
 
 def in_two(shift: Tensor) -> Tensor:
-    """A shift [..., D] as [..., 2, D] float32: its value, and what that leaves of it."""
+    """A shift [..., D] as [..., 2, D] float32: its value, and the rounding error of that."""
     high = shift.float()
     return torch.stack([high, (shift.double() - high.double()).float()], -2).contiguous()

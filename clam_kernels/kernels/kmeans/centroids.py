@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The centroids of a call, prepared for its sweep: less an origin near them, and their norms."""
+"""The centroids of a call, prepared for its sweep: minus an origin near them, and their norms."""
 
 from __future__ import annotations
 
@@ -12,48 +12,52 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.halves import halves, power
-from ..common.operands import arrange, batch_of, in_rows
+from ..common.operands import arrange, batch_of, by_name, in_rows
 from ..common.score import load_rows
-from ..common.sweep import NUMBERS, offset
+from ..common.sweep import UNSPECIALISED, offset
 
-# Centroids that an origin is the mean of, at most twice as many: it only has to be near them.
+# The origin is the mean of at least so many centroids and at most twice as many: near them
+# suffices.
 SAMPLE = 1024
 PROTOS = 64
-# In the place of a score of one that cannot win: finite, so that its bits may be changed.
-DEAD = tl.constexpr(-1e38)
+# The score of a masked centroid: finite, because `ranks_fold` changes bits of it.
+MASKED_SCORE = tl.constexpr(-1e38)
 
 
 class Centroids(NamedTuple):
     """Tables of every problem of the batch of (centroids, shift, mask); `size` is K, full tiles."""
 
-    given: Tensor  # [*own batch, K, D], dense rows
-    halves: Tensor  # [*batch, 2, size, stride] float16: c less the origin, scaled, in two parts
-    side: Tensor  # [*batch, 2, size]: -|c|^2 / 2, DEAD where it cannot win; |c|, -1 where dead
+    rows: Tensor  # [*own batch, K, D], the caller's, dense
+    halves: Tensor  # [*batch, 2, size, stride] float16: c minus the origin, scaled, in two parts
+    side: Tensor  # [*batch, 2, size]: -|c|^2 / 2, MASKED_SCORE where masked; |c|, -1 where masked
     origin: Tensor  # [*batch, D] float32
-    reach: Tensor  # [*batch, 1]: the largest |c|, -1 where all are dead
+    reach: Tensor  # [*batch, 1]: the largest |c|, -1 where all are masked
 
     @property
     def size(self) -> int:
         return self.side.shape[-1]
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def origin_kernel(
-    C, GONE, ORIGIN, count, inner, every, c_o, c_i, gone_o, gone_i, gone_k,
+    C, MASKED, ORIGIN, count, inner, every, c_o, c_i, masked_o, masked_i, masked_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Mean over `every`-th centroid, DIM features a program; 0 where it overflows."""
+    """Mean over every `every`-th centroid that is active and finite, DIM features a program; 0
+    where it overflows. The kernel reads MASKED, 1 where a centroid is masked, if MASK.
+    """
     problem, d0 = tl.program_id(0), tl.program_id(1) * DIM
     C += offset(problem, inner, c_o, c_i) * D
-    GONE += offset(problem, inner, gone_o, gone_i)
+    if MASK:
+        MASKED += offset(problem, inner, masked_o, masked_i)
     total, met = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
     for k0 in range(0, count, PROTOS * every):
         k = (k0 + tl.arange(0, PROTOS) * every).to(tl.int64)
-        live = k < count
+        valid = k < count
         if MASK:
-            live = live & (tl.load(GONE + k * gone_k, mask=live, other=1) == 0)
-        c = load_rows(C, k, live, d0, D, D, DIM)
-        real = live[:, None] & (c * 0.0 == 0.0)
+            valid = valid & (tl.load(MASKED + k * masked_k, mask=valid, other=1) == 0)
+        c = load_rows(C, k, valid, d0, D, D, DIM)  # [PROTOS, DIM]
+        real = valid[:, None] & (c * 0.0 == 0.0)
         total += tl.sum(tl.where(real, c, 0.0), 0)
         met += tl.sum(real.to(tl.float32), 0)
     mean = total / tl.maximum(met, 1.0)
@@ -63,67 +67,71 @@ def origin_kernel(
 
 
 @triton.jit
-def there_of(GONE, at, live, gone_k, MASK: tl.constexpr):
-    """Which centroids are there, finite or not."""
-    there = live
+def active_of(MASKED, at, valid, masked_k, MASK: tl.constexpr):
+    """Which centroids are active, finite or not."""
+    active = valid
     if MASK:
-        there = there & (tl.load(GONE + at * gone_k, mask=live, other=1) == 0)
-    return there
+        active = active & (tl.load(MASKED + at * masked_k, mask=valid, other=1) == 0)
+    return active
 
 
 @triton.jit
-def alive_of(C, GONE, at, live, gone_k, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr):
-    """Which centroids are there and finite."""
+def finite_of(
+    C, MASKED, at, valid, masked_k, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr
+):
+    """Which centroids are active and finite."""
     poison = tl.zeros((at.shape[0],), tl.float32)
     for d0 in range(0, D, DIM):
-        poison += tl.sum(load_rows(C, at, live, d0, D, D, DIM) * 0.0, 1)
-    return there_of(GONE, at, live & (poison == 0.0), gone_k, MASK)
+        poison += tl.sum(load_rows(C, at, valid, d0, D, D, DIM) * 0.0, 1)
+    return active_of(MASKED, at, valid & (poison == 0.0), masked_k, MASK)
 
 
 @triton.jit
-def gap_of(C, ORIGIN, at, alive, d0, D: tl.constexpr, DIM: tl.constexpr):
-    """Features [d0, d0 + DIM) of centroids less the origin, in float64; 0 where dead."""
+def gap_of(C, ORIGIN, at, active, d0, D: tl.constexpr, DIM: tl.constexpr):
+    """Features [d0, d0 + DIM) of centroids minus the origin, in float64; 0 where not `active`."""
     d = d0 + tl.arange(0, DIM)
     origin = tl.load(ORIGIN + d, mask=d < D, other=0.0)[None, :]
-    given = load_rows(C, at, alive, d0, D, D, DIM)
-    return tl.where(alive[:, None], given.to(tl.float64) - origin.to(tl.float64), 0.0)
+    raw = load_rows(C, at, active, d0, D, D, DIM)  # [PROTOS, DIM]
+    return tl.where(active[:, None], raw.to(tl.float64) - origin.to(tl.float64), 0.0)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def norms_kernel(
-    C, GONE, ORIGIN, SIDE, count, inner, blocks, size, c_o, c_i, gone_o, gone_i, gone_k,
+    C, MASKED, ORIGIN, SIDE, count, inner, blocks, size, c_o, c_i, masked_o, masked_i, masked_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, MASK: tl.constexpr,
     STRICT: tl.constexpr,
 ):  # fmt: skip
-    """Side of PROTOS centroids. STRICT: the norm of one that is there and not finite is NaN, and
-    with it the largest norm and every row's result.
+    """SIDE of PROTOS centroids: -|c|^2 / 2 and |c|, with c minus the origin; MASKED_SCORE and -1
+    where masked or not finite. STRICT: the norm of an active centroid that is not finite is NaN,
+    and with it the largest norm and every row's result.
     """
     pid = tl.program_id(0)
     problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
     C += offset(problem, inner, c_o, c_i) * D
-    GONE += offset(problem, inner, gone_o, gone_i)
+    if MASK:
+        MASKED += offset(problem, inner, masked_o, masked_i)
     ORIGIN += problem.to(tl.int64) * D
     SIDE += problem.to(tl.int64) * 2 * size
     at = k.to(tl.int64)
-    alive = alive_of(C, GONE, at, k < count, gone_k, D, DIM, MASK)
+    active = finite_of(C, MASKED, at, k < count, masked_k, D, DIM, MASK)
     norm = tl.zeros((PROTOS,), tl.float64)
     for d0 in range(0, D, DIM):
-        gap = gap_of(C, ORIGIN, at, alive, d0, D, DIM)
+        gap = gap_of(C, ORIGIN, at, active, d0, D, DIM)  # [PROTOS, DIM]
         norm += tl.sum(gap * gap, 1)
-    tl.store(SIDE + k, tl.where(alive, -0.5 * norm, DEAD).to(tl.float32))
-    length = tl.where(alive, tl.sqrt(norm), -1.0)
+    tl.store(SIDE + k, tl.where(active, -0.5 * norm, MASKED_SCORE).to(tl.float32))
+    length = tl.where(active, tl.sqrt(norm), -1.0)
     if STRICT:
-        there = there_of(GONE, at, k < count, gone_k, MASK)
-        length = tl.where(there & ~alive, float("nan"), length)
+        unmasked = active_of(MASKED, at, k < count, masked_k, MASK)
+        length = tl.where(unmasked & ~active, float("nan"), length)
     tl.store(SIDE + size + k, length.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def halves_kernel(
     C, ORIGIN, SIDE, REACH, HALVES, inner, blocks, size, c_o, c_i,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
 ):  # fmt: skip
-    """Both parts of PROTOS centroids, scaled by the largest norm of all."""
+    """Both parts of (c - origin) * power(reach) for PROTOS centroids; reach is the largest norm."""
     pid = tl.program_id(0)
     problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
     C += offset(problem, inner, c_o, c_i) * D
@@ -131,10 +139,10 @@ def halves_kernel(
     SIDE += problem.to(tl.int64) * 2 * size
     HALVES += problem.to(tl.int64) * 2 * size * STRIDE
     at = k.to(tl.int64)
-    alive = tl.load(SIDE + size + k) >= 0.0
+    active = tl.load(SIDE + size + k) >= 0.0
     grow = power(tl.load(REACH + problem))
     for d0 in range(0, STRIDE, DIM):
-        gap = gap_of(C, ORIGIN, at, alive, d0, D, DIM).to(tl.float32)
+        gap = gap_of(C, ORIGIN, at, active, d0, D, DIM).to(tl.float32)  # [PROTOS, DIM]
         high, low = halves(gap * grow)
         where = HALVES + at[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]
         tl.store(where, high)
@@ -142,55 +150,58 @@ def halves_kernel(
 
 
 def _origin(
-    given: Tensor, shift: Tensor | None, batch: tuple[int, ...], views: tuple[Any, ...]
+    problems: int, count: int, operands: dict[str, Any], batch: tuple[int, ...], device: Any
 ) -> Tensor:
-    """The shift, or a point near the centroids."""
-    d = given.shape[-1]
-    if shift is not None:
-        return torch.nan_to_num(shift.float(), 0.0, 0.0, 0.0).expand(*batch, d).contiguous()
-    c, gone, strides, options = views
-    origin = launch.empty((*batch, d), torch.float32, given.device)
-    every = max(1, given.shape[-2] // SAMPLE)
-    grid = (c.shape[0] * c.shape[1], triton.cdiv(d, options["DIM"]))
+    """A point near the centroids of every problem."""
+    d = operands["D"]
+    origin = launch.empty((*batch, d), torch.float32, device)
     launch.launch(
-        origin_kernel, grid, given.device, c, gone, origin, given.shape[-2], c.shape[1], every,
-        *strides, **options,
+        origin_kernel, (problems, triton.cdiv(d, operands["DIM"])), device,
+        **operands, ORIGIN=origin, count=count, every=max(1, count // SAMPLE),
     )  # fmt: skip
     return origin
 
 
 def centroids(
-    given: Tensor, shift: Tensor | None, mask: Tensor | None, width: int, strict: bool = False
+    c: Tensor, shift: Tensor | None, mask: Tensor | None, width: int, strict: bool = False
 ) -> Centroids:
-    """Prepare them, in rows of whole pieces of `width` features: a launch for the origin unless the
-    shift is it, one for the norms, one for the parts. `strict`: a centroid that takes part and is
-    not finite leaves no row a label.
+    """Prepare the centroids, in rows of whole pieces of `width` features: one launch for the norms,
+    one for the parts, and one for the origin unless the shift is the origin. `strict`: if an active
+    centroid is not finite, no row gets a label.
     """
-    given = launch.rows(given)
-    count, d = given.shape[-2:]
-    gone = given if mask is None else mask.view(torch.uint8)
-    operands = [(given, 2)]
+    rows = launch.rows(c)
+    (count, d), device = rows.shape[-2:], rows.device
+    operands = [(rows, 2)]
     operands += [] if shift is None else [(shift, 1)]
-    operands += [] if mask is None else [(gone, 1)]
+    operands += [] if mask is None else [(mask.view(torch.uint8), 1)]
     batch = batch_of(operands)
-    c, gone = arrange(batch, [(given, 2), (gone, 2 if mask is None else 1)])
-    lost = (*gone.stride()[:2], gone.stride(2) if mask is not None else 0)
-    options = {"MASK": mask is not None, "PROTOS": PROTOS, "num_warps": 4, "num_stages": 1}
-    options |= {"D": d, "DIM": min(32, launch.dim(d)), "maxnreg": 255}
-    origin = _origin(given, shift, batch, (c, gone, (*in_rows(c, d), *lost), options))
+    view, *masks = arrange(batch, [operands[0], *([] if mask is None else operands[-1:])])
+    masked, problems = masks[0] if masks else None, view.shape[0] * view.shape[1]
+    common = {
+        "C": view, **by_name(("c_o", "c_i"), in_rows(view, d)), "inner": view.shape[1],
+        "D": d, "DIM": min(32, launch.dim(d)), "PROTOS": PROTOS,
+        "num_warps": 4, "num_stages": 1, "maxnreg": 255,
+    }  # fmt: skip
+    mask_arguments = {"MASKED": masked, "MASK": masked is not None}
+    mask_arguments |= by_name(
+        ("masked_o", "masked_i", "masked_k"), None if masked is None else masked.stride()
+    )
+    if shift is None:
+        origin = _origin(problems, count, common | mask_arguments, batch, device)
+    else:
+        origin = torch.nan_to_num(shift.float(), 0.0, 0.0, 0.0).expand(*batch, d).contiguous()
     blocks, stride = triton.cdiv(count, PROTOS), triton.cdiv(d, width) * width
     size = blocks * PROTOS
-    side = launch.empty((*batch, 2, size), torch.float32, given.device)
-    parts = launch.empty((*batch, 2, size, stride), torch.float16, given.device)
-    grid, shape = (c.shape[0] * c.shape[1] * blocks,), (c.shape[1], blocks, size)
+    side = launch.empty((*batch, 2, size), torch.float32, device)
+    parts = launch.empty((*batch, 2, size, stride), torch.float16, device)
+    common |= {"ORIGIN": origin, "SIDE": side, "blocks": blocks, "size": size}
     launch.launch(
-        norms_kernel, grid, given.device, c, gone, origin, side, count, *shape,
-        *in_rows(c, d), *lost, **options, STRICT=strict,
+        norms_kernel, (problems * blocks,), device, **common, **mask_arguments,
+        count=count, STRICT=strict,
     )  # fmt: skip
     reach = side[..., 1, :].amax(-1, True)
-    del options["MASK"]
     launch.launch(
-        halves_kernel, grid, given.device, c, origin, side, reach, parts, *shape,
-        *in_rows(c, d), **options, STRIDE=stride,
+        halves_kernel, (problems * blocks,), device, **common,
+        REACH=reach, HALVES=parts, STRIDE=stride,
     )  # fmt: skip
-    return Centroids(given, parts, side, origin, reach)
+    return Centroids(rows, parts, side, origin, reach)

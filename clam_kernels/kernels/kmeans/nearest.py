@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which centroid is nearest, with float64's answer: the three best scores of a sweep, the bound on
-their error that tells which rows they decide, and the float64 that decides the others.
+"""The nearest centroid, equal to float64's: a sweep finds the three best scores, a bound on their
+error tells for which rows they decide, and float64 decides for the others.
 
-A score is x . c - |c|^2 / 2, the largest for the nearest; x and c are less the origin. X and C are
-rows and centroids as given.
+A score is x . c - |c|^2 / 2, the largest for the nearest; x and c are minus the origin. X and C are
+the caller's rows and centroids.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ MEETS = tl.constexpr(64)
 PIECE = tl.constexpr(16)
 _NO_INDEX = tl.constexpr(2147483647)
 
-# Below it a score is that of no centroid; a reach beyond FAR leaves nothing for it to be below.
+# A score below NONE is that of no centroid. With a reach beyond FAR a real score may fall below it:
+# there every row goes to float64.
 NONE = tl.constexpr(-5e37)
 FAR = tl.constexpr(1e18)
 
-# Error of a product of rows relative to the product of their norms: what is dropped of the factors
-# (2^-11 of each and their product; of two parts 2^-23 of each and the product of the second ones;
-# entries so small that half precision has fewer digits add less than 2^-26), and steps of 2^-24 a
-# feature: matrix units truncate all addends of a sum.
+# Error of a product of rows relative to the product of their norms. The factors lose 2^-11 each and
+# the product of both; in two parts they lose 2^-23 each and the product of the second parts;
+# entries that are subnormal in half precision add less than 2^-26. Matrix units truncate all
+# addends of a sum: a few steps of 2^-24 for each feature.
 ROUNDED = {"f16": 2.0**-10 + 2.0**-21, "f16x3": 2.0**-21 + 2.0**-26}
 MATRIX_STEPS = 4
 
 
 def unit(precision: str, d: int) -> float:
-    """Bound on the error of a product over `d` features, relative to the norms; the centred values
-    are rounded too, and so is the score.
+    """Bound on the error of a product over `d` features, relative to the norms. It includes the
+    rounding of the centred values and of the score.
     """
     return ROUNDED[precision] + (MATRIX_STEPS * d + 6) * 2.0**-24
 
 
 def grain_of(tiles: int) -> tuple[int, float]:
-    """(mask of the bits that a score keeps beside the code of its tile, what the others may be off
-    by, relative to the score).
+    """(mask of the bits of a score that the code of its tile does not overwrite, error of the other
+    bits relative to the score).
     """
     bits = max(1, (2 * tiles - 1).bit_length())
     return -1 << bits, 2.0 ** (bits - 23)
@@ -49,8 +50,8 @@ def grain_of(tiles: int) -> tuple[int, float]:
 
 @triton.jit
 def slack(norm, reach, unit, grain, D: tl.constexpr):
-    """Twice the error of a score of rows of squared norm `norm`, and the width of a tie; inf or NaN
-    where a score may have overflowed. The powers of two beside D are what underflow may hide.
+    """Twice the error of a score of rows of squared norm `norm`, plus the width of a tie; inf or
+    NaN where a score may have overflowed. The terms D * 2^-125 and D * 2^-122 bound the underflow.
     """
     size = tl.sqrt(norm + D * 2.0**-125)
     span = size + reach
@@ -61,14 +62,14 @@ def slack(norm, reach, unit, grain, D: tl.constexpr):
 
 @triton.jit
 def ranks_init(ROWS: tl.constexpr, PAIRS: tl.constexpr):
-    """The three highest scores met in each column before the first tile; see `ranks_fold`."""
+    """(best, second, third) = -3e38, each [ROWS, PAIRS], before the first tile of `ranks_fold`."""
     none = tl.full((ROWS, PAIRS), -3e38, tl.float32)
     return none, none, none
 
 
 @triton.jit
 def _ranked_in(state, s, keep, code):
-    """One more score a column; its lowest bits become the code of where it was met."""
+    """Fold one more score into each column; the lowest bits of a score become `code`."""
     best, second, third = state
     s = ((s.to(tl.int32, bitcast=True) & keep) | code).to(tl.float32, bitcast=True)
     low = tl.minimum(best, s)
@@ -78,12 +79,14 @@ def _ranked_in(state, s, keep, code):
 
 @triton.jit
 def ranks_fold(state, s, tile, PREC: tl.constexpr):
-    """Columns 2 j and 2 j + 1 of every tile share a place: nothing crosses between threads, and
-    nothing is looked up, until the last tile is in.
+    """The three highest scores of each pair of columns 2 j and 2 j + 1 over all tiles, with the
+    code of their tile and column. Threads exchange no values before the last tile; `ranked`
+    finishes.
     """
-    even, odd = tl.split(tl.reshape(s, (s.shape[0], s.shape[1] // 2, 2)))
-    state = _ranked_in(state, even, tile[2], tile[0])
-    return _ranked_in(state, odd, tile[2], tile[0] + 1)
+    code, _parts, keep, _bias = tile
+    even, odd = tl.split(tl.reshape(s, (s.shape[0], s.shape[1] // 2, 2)))  # [ROWS, PROTOS / 2]
+    state = _ranked_in(state, even, keep, code)
+    return _ranked_in(state, odd, keep, code + 1)
 
 
 @triton.jit
@@ -98,7 +101,9 @@ def _top(one, place, keep, PROTOS: tl.constexpr):
 
 @triton.jit
 def ranked(state, keep, PROTOS: tl.constexpr):
-    """(best, its index, second, its index, third) of every row; an index of -1: there is none."""
+    """Finish `ranks_fold`: (best, its index, second, its index, third) of every row; the index of
+    no centroid is -1.
+    """
     one, two, three = state
     place = tl.arange(0, PROTOS // 2)[None, :]
     best, hit, index = _top(one, place, keep, PROTOS)
@@ -108,56 +113,57 @@ def ranked(state, keep, PROTOS: tl.constexpr):
 
 
 @triton.jit
-def squared(X, C, at, k, live, D: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr):
-    """|x - c|^2 of pairs (row `at`, centroid `k`), both int64, in KIND from differences."""
+def squared(X, C, at, k, valid, D: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr):
+    """sum_d (x_d - c_d)^2 of pairs (row `at`, centroid `k`), both int64 [ROWS], in dtype KIND."""
     total = tl.zeros((at.shape[0],), KIND)
     for d0 in range(0, D, DIM):
-        c = load_rows(C, k, live, d0, D, D, DIM).to(KIND)
-        gap = load_rows(X, at, live, d0, D, D, DIM).to(KIND) - c
+        c = load_rows(C, k, valid, d0, D, D, DIM).to(KIND)  # [ROWS, DIM]
+        gap = load_rows(X, at, valid, d0, D, D, DIM).to(KIND) - c
         total += tl.sum(gap * gap, 1)
     return total
 
 
 @triton.jit
-def nearer(X, C, at, one, other, live, D: tl.constexpr):
+def nearer(X, C, at, one, other, valid, D: tl.constexpr):
     """The nearer of two centroids of each row in float64, the lower index on a tie."""
     low = tl.minimum(one, other)
     high = tl.maximum(one, other)
-    low_far = squared(X, C, at, low.to(tl.int64), live, D, PIECE, tl.float64)
-    high_far = squared(X, C, at, high.to(tl.int64), live, D, PIECE, tl.float64)
+    low_far = squared(X, C, at, low.to(tl.int64), valid, D, PIECE, tl.float64)
+    high_far = squared(X, C, at, high.to(tl.int64), valid, D, PIECE, tl.float64)
     return tl.where(low_far <= high_far + high_far * TIE, low, high)
 
 
 @triton.jit
-def _met(X, C, NORM, at, k0, count, D: tl.constexpr):
-    """(k, squared distances of one row to a tile of centroids); inf for those that are dead."""
+def _distances(X, C, NORM, at, k0, count, D: tl.constexpr):
+    """(k [MEETS], squared distances of one row to these centroids); inf for masked ones."""
     k = k0 + tl.arange(0, MEETS)
-    alive = tl.load(NORM + k, mask=k < count, other=-1.0) >= 0.0
+    active = tl.load(NORM + k, mask=k < count, other=-1.0) >= 0.0
     rows = at + tl.zeros((MEETS,), tl.int64)
-    far = squared(X, C, rows, k.to(tl.int64), alive, D, PIECE, tl.float64)
-    return k, tl.where(alive, far, float("inf"))
+    far = squared(X, C, rows, k.to(tl.int64), active, D, PIECE, tl.float64)
+    return k, tl.where(active, far, float("inf"))
 
 
 @triton.jit
 def nearest(X, C, NORM, at, count, D: tl.constexpr):
-    """Nearest centroid of one row in float64, the lowest index of a tie; -1 if none lives. Only
-    where another is in a tie with the least are those before it met again: how wide a tie is, is
-    known after the last.
+    """Index of the nearest centroid of one row in float64: the lowest k with far_k <= least (1 +
+    TIE), least = min_k far_k; -1 if all are masked. The width of a tie is known after the last
+    centroid. Only if the second distance is in a tie does a second loop compute the earlier ones
+    again.
     """
     best = tl.full((MEETS,), float("inf"), tl.float64)
     second = best
     index = tl.full((MEETS,), -1, tl.int32)
     for k0 in range(0, count, MEETS):
-        k, far = _met(X, C, NORM, at, k0, count, D)
+        k, far = _distances(X, C, NORM, at, k0, count, D)
         better = far < best
         second = tl.where(better, best, tl.minimum(second, far))
         index = tl.where(better, k, index)
         best = tl.where(better, far, best)
     least = tl.min(best, 0)
-    found = tl.min(tl.where(best == least, index, _NO_INDEX), 0)
+    first = tl.min(tl.where(best == least, index, _NO_INDEX), 0)
     limit = least + least * TIE
-    tied = tl.min(tl.where(index == found, second, best), 0) <= limit
-    for k0 in range(0, tl.where(tied, found, 0), MEETS):
-        k, far = _met(X, C, NORM, at, k0, count, D)
-        found = tl.minimum(found, tl.min(tl.where(far <= limit, k, _NO_INDEX), 0))
-    return found
+    tied = tl.min(tl.where(index == first, second, best), 0) <= limit
+    for k0 in range(0, tl.where(tied, first, 0), MEETS):
+        k, far = _distances(X, C, NORM, at, k0, count, D)
+        first = tl.minimum(first, tl.min(tl.where(far <= limit, k, _NO_INDEX), 0))
+    return first

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Lloyd iteration on a GPU in one pass over the rows: labels, and sums by label while a row is on
-chip. For few centroids and features; wider problems take the two ops of `assign.py`, one after
+"""A Lloyd iteration on a GPU in one pass over the rows: labels, and sums by label while a row is in
+registers. For few centroids and features; wider problems take the two ops of `assign.py`, one after
 another.
 """
 
@@ -12,18 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import launch
-from ..common.operands import batch_of
+from ..common.operands import batch_of, by_name
 from ..common.score import load_rows
-from ..common.sweep import NUMBERS, offset
+from ..common.sweep import UNSPECIALISED, offset
 from .assign import arranged, in_two, kmeans_assign, kmeans_update, scored, settled
 
 # Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
-# same order on all.
+# same order on every GPU.
 PROGRAMS = 512
-# Centroids and features whose sums registers hold; fewer centroids take as many, which a matrix
-# instruction of 64 rows multiplies at once.
+# The most centroids and features whose sums fit in registers. Fewer centroids are padded to as
+# many: a matrix instruction multiplies 64 rows at once.
 MOST, FEATURES = 64, 32
-# bfloat16 goes no further.
+# The largest value that bfloat16 represents, about.
 LARGEST = tl.constexpr(3.38e38)
 # Tiles whose sums are added in float32 before they are in float64.
 TILES = tl.constexpr(16)
@@ -31,23 +31,24 @@ TILES = tl.constexpr(16)
 
 @triton.jit
 def summed(chosen, x, PREC: tl.constexpr):
-    """Sum of the rows that each column of `chosen` has a 1 for. Three parts of bfloat16 hold every
-    bit of x, and a product with 0 or 1 rounds nothing.
+    """The product chosen^T x: sums [LABELS, DIM] of the rows that have a 1 in a column of `chosen`
+    [ROWS, LABELS]. Three parts of bfloat16 have every bit of x, and a product with 0 or 1 rounds
+    nothing.
     """
     if PREC == "float64":
-        found = tl.dot(tl.trans(chosen).to(tl.float64), x.to(tl.float64), out_dtype=tl.float64)
-        found = found.to(tl.float32)
+        sums = tl.dot(tl.trans(chosen).to(tl.float64), x.to(tl.float64), out_dtype=tl.float64)
+        sums = sums.to(tl.float32)
     else:
         one = tl.trans(chosen.to(tl.bfloat16))
         high = x.to(tl.bfloat16)
         rest = x - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        found = tl.dot(one, high, tl.dot(one, middle, tl.dot(one, low)))
-    return found
+        sums = tl.dot(one, high, tl.dot(one, middle, tl.dot(one, low)))
+    return sums
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def kmeans_step_kernel(
     X, C, HALVES, SIDE, ORIGIN, REACH, SHIFT, LABEL, PART, COUNT,
     rows, count, inner, splits, share, size, keep, unit, grain,
@@ -57,21 +58,23 @@ def kmeans_step_kernel(
     SHIFTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Program (split, problem): `share` rows of one problem. PART [problems, splits, count, D]
-    takes their sums, COUNT their number. What rounding drops of a total is carried along (Kahan).
+    takes the sums of x - shift over the rows of each label, COUNT their number. `lost` carries the
+    rounding error of a total (Kahan). The kernel reads SHIFT if SHIFTED.
     """
     pid = tl.program_id(0)
     problem, split = pid // splits, pid % splits
     m = offset(problem, inner, m_o, m_i)
     X += offset(problem, inner, x_o, x_i) * D
     C += offset(problem, inner, c_o, c_i) * D
-    SHIFT += offset(problem, inner, s_o, s_i)
+    if SHIFTED:
+        SHIFT += offset(problem, inner, s_o, s_i)
     table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
     reach = tl.load(REACH + m)
     k, d = tl.arange(0, LABELS), tl.arange(0, DIM)
     COUNT += pid.to(tl.int64) * count + k
     PART += (pid.to(tl.int64) * count + k)[:, None] * D + d[None, :]
     known = k < count
-    kept = known[:, None] & (d < D)[None, :]
+    inside = known[:, None] & (d < D)[None, :]
     begin = split * share
     end = begin + tl.minimum(share, rows - begin)
     for g0 in range(begin, end, ROWS * TILES):
@@ -79,35 +82,35 @@ def kmeans_step_kernel(
         number = tl.zeros((LABELS,), tl.float32)
         for n0 in range(g0, g0 + tl.minimum(end - g0, ROWS * TILES), ROWS):
             row = n0 + tl.arange(0, ROWS)
-            live, at = row < rows, row.to(tl.int64)
+            valid, at = row < rows, row.to(tl.int64)
             label, runner, pair, more, _ = scored(
-                X, table, ORIGIN + m * D, row, live, count, reach, unit, grain,
+                X, table, ORIGIN + m * D, row, valid, count, reach, unit, grain,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
             )  # fmt: skip
             label = settled(X, C, table[1] + size, row, label, runner, pair, more, count, D)
-            tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=live)
-            x = load_rows(X, at, live, 0, D, D, DIM)
-            if SHIFTED:  # in two parts: of a shift in float64 the second is what float32 drops
+            tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=valid)
+            x = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
+            if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
                 high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
                 x = (x - high) - tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
-            # 0 times inf would reach other labels; nothing in a part may be inf
+            # 0 * inf would make the sums of other labels NaN: no part may be inf
             x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)
-            chosen = tl.where(label[:, None] == k[None, :], 1.0, 0.0)
+            chosen = tl.where(label[:, None] == k[None, :], 1.0, 0.0)  # [ROWS, LABELS]
             number += tl.sum(chosen, 0)
             more = summed(chosen, x, SUM) - lost
             grown = total + more
             lost = (grown - total) - more
             total = grown
-        # each entry stays with its thread: nothing is exchanged through memory
+        # each entry belongs to one thread: threads exchange nothing through memory
         later = g0 + tl.zeros((1,), tl.int32) > begin
-        seen = tl.load(PART, mask=kept & later[None, :], other=0.0)
-        tl.store(PART, seen + (total.to(tl.float64) - lost.to(tl.float64)), mask=kept)
+        before = tl.load(PART, mask=inside & later[None, :], other=0.0)
+        tl.store(PART, before + (total.to(tl.float64) - lost.to(tl.float64)), mask=inside)
         counted = tl.load(COUNT, mask=known & later, other=0)
         tl.store(COUNT, counted + number.to(tl.int64), mask=known)
 
 
 def serves(x: Tensor, count: int, weight: Tensor | None, precision: str) -> bool:
-    """Whether a program can hold the sums; weights may be more than float32 can hold."""
+    """Whether the sums fit in the registers of a program. Weights may be too large for float32."""
     d = x.shape[-1]
     few = weight is None and count <= MOST and d <= FEATURES
     return few and bool(launch.settings("kmeans_step", x.device, precision, d))
@@ -121,7 +124,7 @@ def kmeans_step(
     mask: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, sums and counts: one launch after those of the centroids, or the two ops."""
+    """Labels, sums and counts: one launch after those for the centroids, or the two ops."""
     count = centroids.shape[-2]
     if not serves(x, count, weight, precision):
         labels, _ = kmeans_assign(x, centroids, shift, mask, False, precision)
@@ -135,10 +138,10 @@ def kmeans_step(
 def _fused(
     x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    moved = launch.rows(x) if shift is None else in_two(shift)
-    a = arranged("kmeans_step", x, centroids, shift, mask, precision, [(moved, 2)])
+    moved = None if shift is None else in_two(shift)
+    a = arranged("kmeans_step", x, centroids, shift, mask, precision, apart=True, moved=moved)
     (outer, inner), (n, d), count = a.problems, x.shape[-2:], centroids.shape[-2]
-    problems, held = outer * inner, a.views[-1]
+    problems, s = outer * inner, a.shift
     blocks = triton.cdiv(n, a.chosen["ROWS"])
     splits = max(1, min(blocks, PROGRAMS // max(problems, 1)))
     share = triton.cdiv(blocks, splits) * a.chosen["ROWS"]
@@ -147,9 +150,10 @@ def _fused(
     part = launch.empty((problems, splits, count, d), torch.float64, x.device)
     number = launch.empty((problems, splits, count), torch.int64, x.device)
     launch.launch(
-        kmeans_step_kernel, (problems * splits,), x.device, *a.views, labels, part, number,
-        n, count, inner, splits, share, *a.numbers, *a.strides, *held.stride()[:2],
-        **a.chosen, LABELS=MOST, SHIFTED=shift is not None,
+        kmeans_step_kernel, (problems * splits,), x.device, **a.operands,
+        SHIFT=s, **by_name(("s_o", "s_i"), None if s is None else s.stride()[:2]),
+        LABEL=labels, PART=part, COUNT=number, splits=splits, share=share,
+        **a.numbers, **a.chosen, LABELS=MOST, SHIFTED=s is not None,
         SUM="float64" if launch.INTERPRETED else "bf16",
     )  # fmt: skip
     return labels, part.sum(1).view(*a.batch, count, d), number.sum(1).view(*a.batch, count)

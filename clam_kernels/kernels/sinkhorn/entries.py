@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of a batch of transport problems as the kernels read them: stored, or features whose
-products every tile computes anew.
+"""The scores of a batch of transport problems as the kernels read them: scores in memory, or
+features whose products every tile computes again.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from ..common import launch
-from ..common.operands import arrange, batch_of, in_rows
+from ..common.operands import arrange, batch_of, by_name, in_rows
 
 
 class Entries(NamedTuple):
-    """The scores of a batch as the kernels read them: views [O, I, N, K] of those in memory, or of
-    features [O, I, N, D] and prototypes [O, I, K, D]; with `scale` [P] float32 they are logits.
+    """The scores of a batch: a view [O, I, N, K] of them, or views of features [O, I, N, D] and
+    prototypes [O, I, K, D]. The logits are the scores times `scale` [P] float32.
     """
 
     x: Tensor
-    c: Tensor
+    c: Tensor | None
     scale: Tensor | None
-    form: str
-    unit: int
-    shape: tuple[int, int]
+    form: str  # "scores" or "features"
+    unit: int  # columns and strides of scores are multiples of it
+    shape: tuple[int, int]  # N, K
     mode: str
 
     @property
@@ -36,45 +36,54 @@ class Entries(NamedTuple):
     def inner(self) -> int:
         return int(self.x.shape[1])
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """(of a row, of the batch of x and of c), in UNITs or in rows."""
-        if self.form == "scores":
-            o, i, step = (s // self.unit for s in self.x.stride()[:3])
-            return step, o, i, 0, 0
+    def scores(self) -> dict[str, Any]:
+        """Arguments of a kernel that reads scores alone; strides in UNITs."""
+        x_o, x_i, step = (s // self.unit for s in self.x.stride()[:3])
+        return {"X": self.x, "x_o": x_o, "x_i": x_i, "step": step, **self._common()}
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a kernel that reads scores or features; batch strides of those in rows."""
+        names = ("c_o", "c_i")
+        if self.c is None:
+            return {**self.scores(), "C": None, **by_name(names, None)}
         d = self.x.shape[-1]
-        return (0, *in_rows(self.x, d), *in_rows(self.c, d))
+        return {
+            "X": self.x, **by_name(("x_o", "x_i"), in_rows(self.x, d)), "step": None,
+            "C": self.c, **by_name(names, in_rows(self.c, d)), **self._common(),
+        }  # fmt: skip
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "SCALE": self.scale, "HAS_SCALE": self.scale is not None, "UNIT": self.unit,
+            "rows": self.shape[0], "count": self.shape[1] // self.unit, "inner": self.inner,
+        }  # fmt: skip
 
     def tile(self, side: str) -> dict[str, Any]:
-        """Tile and options of a kernel that holds rows or columns."""
-        found = tile_of(self.form, self.mode, side, self.x.device, self.x.shape[-1], self.x.dtype)
-        if launch.INTERPRETED:  # its cost is by the operation, unless tiles are far too large
+        """Tile and options of a kernel whose programs own `side`: rows, columns or slopes."""
+        tile = tile_of(self.form, self.mode, side, self.x.device, self.x.shape[-1], self.x.dtype)
+        if launch.INTERPRETED:  # it pays for each operation, unless tiles are far too large
             n, k = (min(512, launch.dim(size)) for size in self.shape)
-            found |= {"HELD": k, "SWEPT": n} if side == "columns" else {"HELD": n, "SWEPT": k}
-        return found | {"UNIT": self.unit, "HAS_SCALE": self.scale is not None}
-
-    def scale_or(self, other: Tensor) -> Tensor:
-        """The scale, or what a kernel takes in its place and does not read."""
-        return other if self.scale is None else self.scale
+            tile |= {"OWN": k, "SWEPT": n} if side == "columns" else {"OWN": n, "SWEPT": k}
+        return tile
 
 
 def tile_of(
     form: str, mode: str, side: str, device: torch.device, d: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Row of the table, with the names that these kernels have."""
+    """A row of the table, with the names of the constants of these kernels."""
     if form == "scores":
-        found = dict(launch.table()["sinkhorn_scores"][f"{launch.arch_of(device)}/any/{side}"])
-        found |= {"D": 1, "DIM": 16, "FORM": form, "PREC": "ieee"}
+        tile = dict(launch.table()["sinkhorn_scores"][f"{launch.arch_of(device)}/any/{side}"])
+        tile |= {"D": 1, "DIM": 16, "FORM": form, "PREC": "ieee"}
     else:
-        # products of bfloat16 are exact in its own units: every mode may use them
+        # matrix units multiply bfloat16 without an error: every mode may use "medium" for it
         lowered = dtype == torch.bfloat16 and not launch.INTERPRETED
         kernel = "sinkhorn_slopes" if side == "slopes" else "sinkhorn"
-        found = launch.settings(kernel, device, "medium" if lowered else mode, d)
-        found["FORM"] = "wide" if "DIM" in found else "held"
-        found = {"D": d, "DIM": launch.dim(d), **found}
-    found.setdefault("STAGES", found["num_stages"])
-    found["HELD"], found["SWEPT"] = found.pop("ROWS"), found.pop("PROTOS")
-    return found
+        tile = dict(launch.settings(kernel, device, "medium" if lowered else mode, d))
+        tile["FORM"] = "wide" if "DIM" in tile else "narrow"
+        tile = {"D": d, "DIM": launch.dim(d), **tile}
+    tile.setdefault("STAGES", tile["num_stages"])
+    tile["OWN"], tile["SWEPT"] = tile.pop("ROWS"), tile.pop("PROTOS")
+    return tile
 
 
 def opened(
@@ -96,7 +105,7 @@ def opened(
 
 
 def _scores(logits: Tensor, scales: Tensor | None, batch: Sequence[int]) -> Entries:
-    """Rows of any stride; entries of a row side by side."""
+    """The entries of stored logits: rows of any stride, the entries of a row side by side."""
     n, k = logits.shape[-2:]
     x = launch.plain(logits)
     if x.stride(-1) != 1 and k > 1:
@@ -104,4 +113,4 @@ def _scores(logits: Tensor, scales: Tensor | None, batch: Sequence[int]) -> Entr
     (x,) = arrange(batch, [(launch.aligned(x), 2)])
     steps = (k, *x.stride()[:3])
     unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in steps))
-    return Entries(x, x, scales, "scores", unit, (n, k), "any")
+    return Entries(x, None, scales, "scores", unit, (n, k), "any")

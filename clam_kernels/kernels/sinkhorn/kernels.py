@@ -1,15 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of Sinkhorn scaling: steps of the rows and of the columns over logits that are loaded, or
-made anew from features tile by tile.
-
-Tiles x [HELD, SWEPT] are logits, the scores times the scale of their problem: a program holds some
-rows and sweeps columns, or the other way round. A vector of potentials is [2, size] float32, two
-parts of each: large ones cancel large logits, and their own rounding would be a common factor of a
-whole row or column. One of -inf: takes no part, whatever the logits hold.
-
-FORM: "scores" [N, K] in memory, rows `step` UNITs apart; "held" features, a side of which registers
-hold; "wide" features, read DIM at a time. Columns and the strides of scores are counted in UNITs,
-so that the compiler knows how addresses are aligned.
+"""Kernels of Sinkhorn scaling: steps of the rows and of the columns over tiles of logits; see
+`sinkhorn/tiles.py` for the tiles and potentials.
 """
 
 from __future__ import annotations
@@ -18,101 +9,21 @@ import triton
 import triton.language as tl
 
 from ..common.fold import finite, lse_init
-from ..common.score import dot, dot_onto, load_rows
-from ..common.sweep import NUMBERS, offset
+from ..common.sweep import UNSPECIALISED, offset
+from .tiles import begin_of, parts_of, scale_of, side_of, store_parts, tile_of, whole_of
 
-# A column's mass below this has lost digits: its logarithm is taken anew.
+# A column mass below this has lost digits: `rescue_kernel` computes its logarithm again.
 LEAST = tl.constexpr(2.0**-100)
-# Bits of a word of flags.
-LIVE = tl.constexpr(1)
+# Bits of a word of flags: the problem has an active row; a value is not finite; a row or column has
+# no finite logit.
+ACTIVE = tl.constexpr(1)
 NOT_FINITE = tl.constexpr(2)
 STUCK = tl.constexpr(4)
-# Words and partial sums read at once.
+# Words and partial sums of one load.
 PIECE = tl.constexpr(128)
 SPLITS = tl.constexpr(32)
-# Rows whose potentials are found together.
+# Rows whose logarithms `pass_kernel` computes together.
 TAIL = tl.constexpr(256)
-
-
-# ---- tiles ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def parts_of(P, at, size, known):
-    """Both parts of some potentials; -inf past the end."""
-    low = tl.load(P + size + at, mask=known, other=0.0)
-    return tl.load(P + at, mask=known, other=float("-inf")), low
-
-
-@triton.jit
-def put_parts(P, at, size, known, value):
-    """Store float64 values as potentials."""
-    high = value.to(tl.float32)
-    whole = high.to(tl.float64)
-    low = tl.where(whole * 0.0 == 0.0, value - whole, 0.0).to(tl.float32)
-    tl.store(P + at, high, mask=known)
-    tl.store(P + size + at, low, mask=known)
-
-
-@triton.jit
-def whole_of(P, at, size, known):
-    """Some potentials in float64."""
-    high, low = parts_of(P, at, size, known)
-    return high.to(tl.float64) + low.to(tl.float64)
-
-
-@triton.jit
-def side_of(MINE, at, known, D: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr):
-    """What a program holds of its own side."""
-    return load_rows(MINE, at, known, 0, D, D, DIM) if FORM == "held" else at
-
-
-@triton.jit
-def tile_of(
-    MINE, OTHER, mine, scale, step, at, known, w, live,
-    BY_ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
-    FORM: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """Logits [HELD, SWEPT] of what is held (`at`, rows if BY_ROWS) and what is swept (`w`): the
-    scores times the scale.
-    """
-    if FORM == "scores":
-        far = tl.cast(step, tl.int64) * UNIT
-        where = at[:, None] * far + w[None, :] if BY_ROWS else at[:, None] + w[None, :] * far
-        x = tl.load(MINE + where, mask=known[:, None] & live[None, :], other=0.0).to(tl.float32)
-    elif FORM == "held":
-        x = dot(mine, tl.trans(load_rows(OTHER, w, live, 0, D, D, DIM)), PREC)
-    else:
-        x = tl.zeros((at.shape[0], w.shape[0]), tl.float32)
-        for d0 in range(0, D, DIM):
-            one = load_rows(MINE, at, known, d0, D, D, DIM)
-            x = dot_onto(one, tl.trans(load_rows(OTHER, w, live, d0, D, D, DIM)), x, PREC)
-    return x * scale
-
-
-@triton.jit
-def scale_of(SCALE, problem, HAS_SCALE: tl.constexpr):
-    """What multiplies the scores of a problem."""
-    return tl.load(SCALE + problem) if HAS_SCALE else tl.full((), 1.0, tl.float32)
-
-
-@triton.jit
-def begin_of(
-    X, C, problem, inner, x_o, x_i, c_o, c_i,
-    BY_ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, FORM: tl.constexpr,
-):  # fmt: skip
-    """(held side, swept side) of a problem."""
-    if FORM == "scores":
-        X += offset(problem, inner, x_o, x_i) * UNIT
-        mine, other = X, X
-    else:
-        X += offset(problem, inner, x_o, x_i) * D
-        C += offset(problem, inner, c_o, c_i) * D
-        if BY_ROWS:
-            mine, other = X, C
-        else:
-            mine, other = C, X
-    return mine, other
 
 
 @triton.jit
@@ -122,23 +33,23 @@ def swept(
     UNIT: tl.constexpr, SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum relative to it) of exp(logits + P) over [begin, end) of the other side, `size`
-    in all, whose potentials are 0 unless STARTED.
+    """(top, total) of the own rows or columns: top = max_j z_j, total = sum_j exp(z_j - top) with
+    z_j = logits_j + P_j, j in [begin, end) of the swept side of `size`. P is 0 unless STARTED.
     """
     mine = side_of(MINE, at, known, D, DIM, FORM)
     top, total = lse_init(at.shape[0])
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
-        live = w < end
+        valid = w < end
         x = tile_of(
-            MINE, OTHER, mine, scale, step, at, known, w, live, BY_ROWS, D, DIM, UNIT, FORM, PREC
+            MINE, OTHER, mine, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         if STARTED:
-            high, low = parts_of(P, w, size, live)
-            gone = high == float("-inf")
-            x = tl.where(gone[None, :], float("-inf"), (x + high[None, :]) + low[None, :])
+            high, low = parts_of(P, w, size, valid)
+            masked = high == float("-inf")
+            x = tl.where(masked[None, :], float("-inf"), (x + high[None, :]) + low[None, :])
         else:
-            x = tl.where(live[None, :], x, float("-inf"))
+            x = tl.where(valid[None, :], x, float("-inf"))
         best = tl.maximum(top, tl.max(x, 1))
         safe = finite(best)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
@@ -148,33 +59,33 @@ def swept(
 
 @triton.jit
 def word_of(bits):
-    """All bits that any entry has."""
-    some = tl.max(bits & LIVE, 0) | tl.max(bits & NOT_FINITE, 0)
+    """The bitwise or of all entries."""
+    some = tl.max(bits & ACTIVE, 0) | tl.max(bits & NOT_FINITE, 0)
     return some | tl.max(bits & STUCK, 0)
 
 
 @triton.jit
-def made_exact(top, total, log_mass, live):
-    """(potential of a row or column from its sum, its flags): what has no open entry drops out,
-    and what is not finite poisons all.
+def made_exact(top, total, log_mass, valid):
+    """(log_mass - top - log(total), the flags) of rows or columns: -inf and STUCK where total is 0,
+    NaN and NOT_FINITE where a number is not finite, -inf where not `valid`.
     """
-    lost = live & ~(total < float("inf"))
-    stuck = live & (total == 0.0)
+    lost = valid & ~(total < float("inf"))
+    stuck = valid & (total == 0.0)
     lse = finite(top).to(tl.float64) + tl.log(tl.where(total > 0.0, total, 1.0).to(tl.float64))
-    found = tl.where(live & ~stuck, log_mass - lse, float("-inf"))
-    lost = lost | (live & ~(log_mass < float("inf")))
-    bits = tl.where(live, LIVE, 0) | tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0)
-    return tl.where(lost, float("nan"), found), bits
+    potential = tl.where(valid & ~stuck, log_mass - lse, float("-inf"))
+    lost = lost | (valid & ~(log_mass < float("inf")))
+    bits = tl.where(valid, ACTIVE, 0) | tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0)
+    return tl.where(lost, float("nan"), potential), bits
 
 
 @triton.jit
 def log_row(LOG_ROW, p, row, rows, here, HAS_ROW: tl.constexpr):
-    """Logarithm of the masses of rows, float64."""
+    """Logarithm of the masses of rows in float64, -log(N) without LOG_ROW."""
     if HAS_ROW:
-        found = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
+        log_mass = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
     else:
-        found = tl.where(here, -tl.log(tl.cast(rows, tl.float64)), float("-inf"))
-    return found
+        log_mass = tl.where(here, -tl.log(tl.cast(rows, tl.float64)), float("-inf"))
+    return log_mass
 
 
 @triton.jit
@@ -191,19 +102,19 @@ def heaviest_of(HEAVIEST, problem, rows, HAS_ROW: tl.constexpr):
 # ---- one side after the other --------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def rows_kernel(
     X, C, SCALE, G, LOG_ROW, F, WORD,
     rows, count, inner, blocks, step, x_o, x_i, c_o, c_i,
-    D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, OWN: tl.constexpr,
     SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_ROW: tl.constexpr,
 ):  # fmt: skip
-    """The step of HELD rows: F = log_row - logsumexp_j(logits + G); `count` is in UNITs."""
+    """The step of OWN rows: F_n = log_row_n - logsumexp_j(logits_nj + G_j); `count` is in UNITs."""
     pid = tl.program_id(0)
     problem = pid // blocks
     p = problem.to(tl.int64)
-    at = ((pid % blocks) * HELD + tl.arange(0, HELD)).to(tl.int64)
+    at = ((pid % blocks) * OWN + tl.arange(0, OWN)).to(tl.int64)
     known = at < rows
     k = count * UNIT
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
@@ -212,30 +123,33 @@ def rows_kernel(
         True, True, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
     )  # fmt: skip
     log_mass = log_row(LOG_ROW, p, at, rows, known, HAS_ROW)
-    found, bits = made_exact(top, total, log_mass, log_mass != float("-inf"))
-    put_parts(F + 2 * p * rows, at, rows, known, found)
+    potential, bits = made_exact(top, total, log_mass, log_mass != float("-inf"))
+    store_parts(F + 2 * p * rows, at, rows, known, potential)
     tl.store(WORD + pid, word_of(bits))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def columns_kernel(
     X, C, SCALE, F, TOP, SUM,
     rows, count, inner, blocks, splits, share, step, x_o, x_i, c_o, c_i,
-    D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, HELD: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, OWN: tl.constexpr,
     SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
     HAS_SCALE: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum) of exp(logits + F) down HELD columns, over one chunk of `share` rows."""
+    """TOP_k = max_n z_nk and SUM_k = sum_n exp(z_nk - TOP_k) of OWN columns k, over one chunk of
+    `share` rows n, with z = logits + F. F is 0 unless STARTED.
+    """
     pid = tl.program_id(0)
     block, split, problem = pid % blocks, (pid // blocks) % splits, pid // (blocks * splits)
     p = problem.to(tl.int64)
-    at = (block * HELD + tl.arange(0, HELD)).to(tl.int64)
+    at = (block * OWN + tl.arange(0, OWN)).to(tl.int64)
     k = count * UNIT
     known = at < k
     begin, end = split * share, tl.minimum(split * share + share, rows)
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, False, D, UNIT, FORM)
+    potentials = F + 2 * p * rows if STARTED else 0
     top, total = swept(
-        mine, other, scale_of(SCALE, problem, HAS_SCALE), F + 2 * p * rows,
+        mine, other, scale_of(SCALE, problem, HAS_SCALE), potentials,
         step, at, known, begin, end, rows,
         False, STARTED, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
     )  # fmt: skip
@@ -247,16 +161,17 @@ def columns_kernel(
 # ---- both sides in one read ----------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def pass_kernel(
     X, SCALE, G, LOG_ROW, HEAVIEST, F, TOP, TOTAL, PART, WORD,
     rows, count, inner, splits, share, step, x_o, x_i,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_ROW: tl.constexpr,
 ):  # fmt: skip
-    """The rows' step of a chunk, and what its columns then weigh: whole rows are on chip, so one
-    read and one exponential an entry give both. Masses are relative to exp(HEAVIEST), the largest
-    of a row: no weight is over 1.
+    """The rows' step F_n = log_row_n - logsumexp_k(logits_nk + G_k) of a chunk, and the masses of
+    its columns after it: PART_k = sum_n exp(log_row_n - HEAVIEST) p_nk, p_n = softmax_k(logits_n +
+    G). Whole rows are in registers, so one read and one exponential of an entry give both. Masses
+    are relative to exp(HEAVIEST), the largest mass of a row: no weight is over 1.
     """
     pid = tl.program_id(0)
     problem, part = pid // splits, pid % splits
@@ -264,7 +179,7 @@ def pass_kernel(
     k, kinds = tl.arange(0, COLUMNS), count * UNIT
     known = k < kinds
     high, low = parts_of(G + 2 * p * kinds, k, kinds, known)
-    gone = high == float("-inf")
+    masked = high == float("-inf")
     X += offset(problem, inner, x_o, x_i) * UNIT
     TOP += p * rows
     TOTAL += p * rows
@@ -277,18 +192,15 @@ def pass_kernel(
     for n0 in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = (n0 + tl.arange(0, ROWS)).to(tl.int64)
         here = row < end
-        x = (
-            tl.load(
-                X + row[:, None] * far + k[None, :], mask=here[:, None] & known[None, :], other=0.0
-            ).to(tl.float32)
-            * scale
-        )
-        weight, live = tl.where(here, 1.0, 0.0), here
+        where = row[:, None] * far + k[None, :]
+        x = tl.load(X + where, mask=here[:, None] & known[None, :], other=0.0)  # [ROWS, COLUMNS]
+        x = x.to(tl.float32) * scale
+        weight, valid = tl.where(here, 1.0, 0.0), here
         if HAS_ROW:
             log_mass = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
             weight = tl.exp((log_mass - heaviest).to(tl.float32))
-            live = log_mass != float("-inf")
-        out = gone[None, :] | ~live[:, None]
+            valid = log_mass != float("-inf")
+        out = masked[None, :] | ~valid[:, None]
         x = tl.where(out, float("-inf"), (x + high[None, :]) + low[None, :])
         top = tl.max(x, 1)
         x = tl.exp(x - finite(top)[:, None])
@@ -299,7 +211,8 @@ def pass_kernel(
         tl.store(TOTAL + row, total, mask=here)
     tl.store(PART + pid.to(tl.int64) * kinds + k, mass, mask=known)
     tl.debug_barrier()
-    # logarithms in float64 where a thread has a row of its own, not all threads the same few
+    # logarithms in float64 here, where each thread has rows of its own: above, all threads share
+    # few
     bits = tl.zeros((TAIL,), tl.int32)
     for n0 in range(begin, end, TAIL):
         row = (n0 + tl.arange(0, TAIL)).to(tl.int64)
@@ -307,23 +220,26 @@ def pass_kernel(
         log_mass = log_row(LOG_ROW, p, row, rows, here, HAS_ROW)
         top = tl.load(TOP + row, mask=here, other=0.0)
         total = tl.load(TOTAL + row, mask=here, other=0.0)
-        found, more = made_exact(top, total, log_mass, log_mass != float("-inf"))
+        potential, more = made_exact(top, total, log_mass, log_mass != float("-inf"))
         bits |= more
-        put_parts(F + 2 * p * rows, row, rows, here, found)
+        store_parts(F + 2 * p * rows, row, rows, here, potential)
     tl.store(WORD + pid, word_of(bits))
 
 
-# ---- what the columns make of it -----------------------------------------------------------------
+# ---- the columns' step --------------------------------------------------------------------------
 
 
 @triton.jit
 def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.constexpr):
-    """(maximum, sum) over the chunks, in their order; FUSED parts share a maximum of 0."""
+    """(top, total) over the chunks s in their order: top = max_s TOP_s, total = sum_s SUM_s
+    exp(TOP_s - top). FUSED parts have no TOP: it is 0.
+    """
     top = tl.full((COLUMNS,), float("-inf"), tl.float32)
     if not FUSED:
         for s0 in range(0, splits, SPLITS):
             s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
             inside = (s < splits)[:, None] & known[None, :]
+            # [SPLITS, COLUMNS]
             here = tl.load(TOP + s[:, None] * count + at[None, :], mask=inside, other=float("-inf"))
             top = tl.maximum(top, tl.max(here, 0))
     safe = finite(top)
@@ -332,7 +248,7 @@ def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.
         s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
         inside = (s < splits)[:, None] & known[None, :]
         where = s[:, None] * count + at[None, :]
-        share = tl.load(SUM + where, mask=inside, other=0.0)
+        share = tl.load(SUM + where, mask=inside, other=0.0)  # [SPLITS, COLUMNS]
         if not FUSED:
             here = tl.load(TOP + where, mask=inside, other=float("-inf"))
             share = share * tl.exp(here - safe[None, :])
@@ -341,32 +257,34 @@ def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.
 
 
 @triton.jit
-def log_column(LOG_COL, G, at, known, count, HAS_COL: tl.constexpr, COVERED: tl.constexpr):
-    """Logarithm of the masses of columns; of those that need not be COVERED, 0 unless they are
-    out.
+def log_column(LOG_COL, G, p, at, known, count, HAS_COL: tl.constexpr, COVERED: tl.constexpr):
+    """Logarithm of the masses of columns in float64, -log(K) without LOG_COL. Columns that need not
+    be COVERED have no mass to reach: 0, or -inf where G is.
     """
     if COVERED:
         if HAS_COL:
-            log_b = tl.load(LOG_COL + at, mask=known, other=float("-inf"))
+            log_b = tl.load(LOG_COL + p * count + at, mask=known, other=float("-inf"))
         else:
             log_b = tl.where(known, -tl.log(tl.cast(count, tl.float64)), float("-inf"))
     else:
-        g, _ = parts_of(G, at, count, known)
+        g, _ = parts_of(G + 2 * p * count, at, count, known)
         log_b = tl.where(g == float("-inf"), float("-inf"), 0.0).to(tl.float64)
     return log_b
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def merge_kernel(
-    TOP, SUM, G, LOG_COL, BIAS, HEAVIEST, FOUND, MASS, ERR, NEED, WORD, ROW_WORD,
+    TOP, SUM, G, LOG_COL, BIAS, HEAVIEST, OUT, MASS, ERR, NEED, WORD, ROW_WORD,
     rows, count, blocks, splits, strip, first,
     COLUMNS: tl.constexpr, FUSED: tl.constexpr, USED: tl.constexpr, HAS_ROW: tl.constexpr,
     HAS_COL: tl.constexpr, HAS_BIAS: tl.constexpr, COVERED: tl.constexpr,
 ):  # fmt: skip
-    """The step of COLUMNS columns from the parts of the chunks and, if USED, their masses after the
-    rows' step at G with the L1 error of these. A BIAS is a part of the potentials, only that it is
-    fine is looked at here. Flags of the rows, `strip` words a problem, are
-    gathered beside; of earlier merges too unless it is the `first`.
+    """The step of COLUMNS columns from the parts of the chunks: OUT_k = log_col_k - lse_k, lse_k
+    = logsumexp_n(logits_nk + F_n). USED, after a rows' step at G: MASS_k = G_k + lse_k, and ERR =
+    sum_k |exp(MASS_k) - exp(log_col_k)|. FUSED: the parts are masses, and NEED marks the columns
+    whose mass is too small. G has the BIAS in it already; here it is only checked. WORD takes the
+    flags: those of the rows, `strip` words a problem, and of earlier merges unless this is the
+    `first`.
     """
     pid = tl.program_id(0)
     problem, block = pid // blocks, pid % blocks
@@ -374,53 +292,55 @@ def merge_kernel(
     at = (block * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     known = at < count
     parts = p * splits * count
-    top, total = merged(TOP + parts, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
-    log_b = log_column(LOG_COL + p * count, G + 2 * p * count, at, known, count, HAS_COL, COVERED)
-    alive = log_b != float("-inf")
+    tops = 0 if FUSED else TOP + parts
+    top, total = merged(tops, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
+    log_b = log_column(LOG_COL, G, p, at, known, count, HAS_COL, COVERED)
+    active = log_b != float("-inf")
     some = total > 0.0
     lse = top.to(tl.float64) + tl.log(tl.where(some, total, 1.0))
     lse = tl.where(total == 0.0, float("-inf"), tl.where(some, lse, float("nan")))
-    stuck = alive & (lse == float("-inf"))
-    lost = alive & ~((lse < float("inf")) & (log_b < float("inf")))
+    stuck = active & (lse == float("-inf"))
+    lost = active & ~((lse < float("inf")) & (log_b < float("inf")))
     if USED:
         g = whole_of(G + 2 * p * count, at, count, known)
         mass = g + lse
-        if FUSED:  # the sums are masses already, and what they cannot say is left to the rescue
+        if FUSED:  # the sums are masses already; `rescue_kernel` serves those that are too small
             mass = lse + heaviest_of(HEAVIEST, problem, rows, HAS_ROW)
             lse = mass - tl.where(g == float("-inf"), 0.0, g)
-            tl.store(NEED + p * count + at, (alive & (total < LEAST)).to(tl.int32), mask=known)
-        mass = tl.where(alive & (g != float("-inf")), mass, float("-inf"))
+            tl.store(NEED + p * count + at, (active & (total < LEAST)).to(tl.int32), mask=known)
+        mass = tl.where(active & (g != float("-inf")), mass, float("-inf"))
         tl.store(MASS + p * count + at, mass, mask=known)
-        gap = tl.where(alive, tl.abs(tl.exp(mass) - tl.exp(log_b)), 0.0)
+        gap = tl.where(active, tl.abs(tl.exp(mass) - tl.exp(log_b)), 0.0)
         tl.store(ERR + pid, tl.sum(gap, 0))
     if FUSED or not COVERED:
         stuck = stuck & False
     if HAS_BIAS:
         bias = tl.load(BIAS + p * count + at, mask=known, other=0.0)
-        lost = lost | (alive & ~(bias < float("inf")))
-        stuck = stuck | (alive & (bias == float("-inf")))
-    found = tl.where(alive & (lse != float("-inf")), log_b - lse, float("-inf"))
-    put_parts(FOUND + 2 * p * count, at, count, known, found)
+        lost = lost | (active & ~(bias < float("inf")))
+        stuck = stuck | (active & (bias == float("-inf")))
+    potential = tl.where(active & (lse != float("-inf")), log_b - lse, float("-inf"))
+    store_parts(OUT + 2 * p * count, at, count, known, potential)
     word = word_of(tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0))
-    share = tl.cdiv(strip, blocks)
-    for w0 in range(block * share, tl.minimum(block * share + share, strip), PIECE):
-        w = w0 + tl.arange(0, PIECE)
-        inside = (w < block * share + share) & (w < strip)
-        word |= word_of(tl.load(ROW_WORD + p * strip + w, mask=inside, other=0))
+    if USED:
+        share = tl.cdiv(strip, blocks)
+        for w0 in range(block * share, tl.minimum(block * share + share, strip), PIECE):
+            w = w0 + tl.arange(0, PIECE)
+            inside = (w < block * share + share) & (w < strip)
+            word |= word_of(tl.load(ROW_WORD + p * strip + w, mask=inside, other=0))
     later = tl.zeros((1,), tl.int32) + first == 0
     here = WORD + pid + tl.arange(0, 1)
     tl.store(here, tl.load(here, mask=later, other=0) | word)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def rescue_kernel(
-    X, SCALE, F, G, LOG_COL, NEED, FOUND, MASS, WORD,
+    X, SCALE, F, G, LOG_COL, NEED, OUT, MASS, WORD,
     rows, count, inner, blocks, step, x_o, x_i,
     UNIT: tl.constexpr, COLUMNS: tl.constexpr, SWEPT: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_COL: tl.constexpr, COVERED: tl.constexpr,
 ):  # fmt: skip
-    """The step of those columns whose masses were too small for float32, from all logits. Where
-    there is none, which is the rule, a program ends at once.
+    """The step of the columns that NEED marks, from all logits: OUT and MASS of `merge_kernel`.
+    Without such a column, the usual case, a program ends at once.
     """
     pid = tl.program_id(0)
     problem = pid // blocks
@@ -435,11 +355,11 @@ def rescue_kernel(
             step, at, need, 0, rows, rows,
             False, True, 1, 16, UNIT, SWEPT, "scores", "ieee", 1,
         )  # fmt: skip
-        log_b = log_column(LOG_COL + p * k, G + 2 * p * k, at, need, k, HAS_COL, COVERED)
-        found, bits = made_exact(top, total, log_b, need)
-        put_parts(FOUND + 2 * p * k, at, k, need, found)
+        log_b = log_column(LOG_COL, G, p, at, need, k, HAS_COL, COVERED)
+        potential, bits = made_exact(top, total, log_b, need)
+        store_parts(OUT + 2 * p * k, at, k, need, potential)
         g = whole_of(G + 2 * p * k, at, k, need)
-        lse = tl.where(found == float("-inf"), found, log_b - found)
+        lse = tl.where(potential == float("-inf"), potential, log_b - potential)
         tl.store(MASS + p * k + at, tl.where(g == float("-inf"), g, g + lse), mask=need)
         word = word_of(bits) & NOT_FINITE
         if COVERED:
@@ -447,15 +367,15 @@ def rescue_kernel(
         tl.store(WORD + pid, tl.load(WORD + pid) | word)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def finish_kernel(
     F, G, BIAS, ERR, WORD, OUT_F, OUT_G, OUT_ERR, STATUS,
     rows, count, blocks, splits, strip,
     SIZE: tl.constexpr, MASSES: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Results in float32, without the BIAS: NaN for problems that failed; of one without rows g is
-    0. MASSES: G are their logarithms in float64, and there is no error. `strip` words and `splits`
-    errors a problem.
+    """Results in float32: f, g - BIAS, the sum of the errors and the status; NaN for problems that
+    failed, f = -inf and g = 0 for problems without an active row. MASSES: G are the logarithms of
+    masses in float64, and there is no error. `strip` words and `splits` errors a problem.
     """
     pid = tl.program_id(0)
     problem, block = pid // blocks, pid % blocks
@@ -465,7 +385,7 @@ def finish_kernel(
         w = w0 + tl.arange(0, PIECE)
         bits |= tl.load(WORD + p * strip + w, mask=w < strip, other=0)
     word = word_of(bits)
-    empty = (word & LIVE) == 0
+    empty = (word & ACTIVE) == 0
     failed = ((word & (NOT_FINITE | STUCK)) != 0) & ~empty
     at = (block * SIZE + tl.arange(0, SIZE)).to(tl.int64)
     inside = at < rows

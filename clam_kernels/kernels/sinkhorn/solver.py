@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinkhorn scaling on a GPU: a fixed number of steps without one look from the host. Equations:
+"""Sinkhorn scaling on a GPU: a fixed number of steps, without a wait for the host. Equations:
 docs/ops/sinkhorn.md.
 
-Where registers hold a row of scores, a row step and the masses of its columns are one launch over
-one read; otherwise, and for features, each side is swept by itself. Backward is in
-`sinkhorn/backward.py`.
+Where a row of scores fits in registers, one launch reads the scores once, for the step of the rows
+and for the masses of the columns. Otherwise, and for features, each side has a sweep of its own.
+`sinkhorn/backward.py` has the gradients.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ from .kernels import (
 )
 from .potentials import pair, whole
 
-# Columns of a row that registers hold, entries of a tile of such rows and rows of one at most.
+# The most columns of a row in registers, entries of a tile of such rows, and rows of a tile.
 MOST, TILE, MOST_ROWS = 4096, 8192, 256
 # Chunks of rows: functions of N and K alone, so that sums are in one order on every GPU.
 CHUNKS, LEAST_ROWS = 2048, 512 if launch.INTERPRETED else 16
 PROGRAMS, COLUMNS, SWEPT_ROWS = 2112, 128, 512 if launch.INTERPRETED else 64
-# Columns of a program that merges or rescues, and entries of one that finishes.
+# Columns of a program of `merge_kernel` and `rescue_kernel`, rows of a tile of the latter, and
+# entries of a program of `finish_kernel`.
 MERGED, RESCUED_ROWS, FINISHED = 64, 64, 1024
 
 
-def sides(n_iter: int, prototype_first: bool, warm: bool) -> list[str]:
-    """The sides that are made exact, in order."""
+def sides(n_iter: int, prototype_first: bool, has_init: bool) -> list[str]:
+    """The half-steps in order, each named for the side whose masses it makes exact."""
     if n_iter == 0:
         return ["row"]
     steps = (["column", "row"] if prototype_first else ["row", "column"]) * n_iter
-    return ["row", *steps] if prototype_first and warm else steps
+    return ["row", *steps] if prototype_first and has_init else steps
 
 
 def pass_tile(device: torch.device, k: int, rows: int) -> dict[str, Any]:
     """Tile and options of the pass over whole rows."""
     name = f"{launch.arch_of(device)}/any/{launch.dim(k)}"
-    found = dict(launch.table()["sinkhorn_pass"][name])
-    return found | ({"ROWS": min(512, launch.dim(rows))} if launch.INTERPRETED else {})
+    tile = dict(launch.table()["sinkhorn_pass"][name])
+    return tile | ({"ROWS": min(512, launch.dim(rows))} if launch.INTERPRETED else {})
 
 
 def wide(vector: Tensor | None, batch: Sequence[int]) -> Tensor | None:
-    """A vector of every problem [P, size], float64."""
+    """A vector expanded to every problem, [P, size] float64."""
     if vector is None:
         return None
     size = vector.shape[-1]
@@ -62,24 +63,25 @@ def wide(vector: Tensor | None, batch: Sequence[int]) -> Tensor | None:
 
 
 def chunk_of(n: int, k: int) -> int:
-    """Rows of a program of the pass that holds whole rows: a multiple of its tile."""
+    """Rows of a program of `pass_kernel`: a multiple of its tile."""
     rows = tile_rows(k)
     return triton.cdiv(max(LEAST_ROWS, triton.cdiv(n, CHUNKS)), rows) * rows
 
 
 def tile_rows(k: int) -> int:
+    """The most rows of a tile of whole rows."""
     return min(MOST_ROWS, max(1, TILE // launch.dim(k)))
 
 
 def share_of(n: int, k: int) -> int:
-    """Rows of a program that holds columns: a multiple of SWEPT_ROWS."""
+    """Rows of a program that owns columns: a multiple of SWEPT_ROWS."""
     splits = max(1, PROGRAMS // triton.cdiv(k, COLUMNS))
     return triton.cdiv(triton.cdiv(n, splits), SWEPT_ROWS) * SWEPT_ROWS
 
 
 class Solver:
-    """The steps of a batch of problems, of which all potentials are kept where there is a history,
-    else those under way. A bias of columns is a part of the potentials in here.
+    """The steps of a batch of problems. It keeps all potentials if there is a history, else the
+    latest. Inside, a bias of columns is a part of the potentials.
     """
 
     def __init__(
@@ -103,18 +105,18 @@ class Solver:
         self.merges, self.keeps = 0, False
         self.need: Tensor | None = None
         self.row_word: Tensor | None = None
-        self.parts: tuple[Tensor, Tensor, int] | None = None
+        self.parts: tuple[Tensor | None, Tensor, int] | None = None
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return launch.empty(shape, dtype, self.device)
 
-    def _launch(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        launch.launch(kernel, (self.problems * programs,), self.device, *args, **options)
+    def _launch(self, kernel: Any, programs: int, **arguments: Any) -> None:
+        launch.launch(kernel, (self.problems * programs,), self.device, **arguments)
 
     # ---- steps ---------------------------------------------------------------------------------
 
     def rows(self, g: Tensor, f: Tensor) -> None:
-        """Potential f from g; with it the masses of the columns where one launch gives both."""
+        """Write f from g; where one launch computes both, also the masses of the columns."""
         if self.fused:
             self._pass(g, f)
         else:
@@ -122,17 +124,14 @@ class Solver:
             self.parts = None
 
     def exact_rows(self, g: Tensor, f: Tensor) -> Tensor:
-        """The rows' step by itself; returns the words of its programs."""
+        """The step of the rows alone; returns the flags of its programs."""
         e = self.entries
         chosen = e.tile("rows")
-        blocks = triton.cdiv(self.n, chosen["HELD"])
+        blocks = triton.cdiv(self.n, chosen["OWN"])
         word = self.new(self.problems, blocks, dtype=torch.int32)
-        step, *strides = e.strides
         self._launch(
-            rows_kernel, blocks, e.x, e.c, e.scale_or(g), g,
-            g if self.log_row is None else self.log_row, f, word,
-            self.n, self.k // e.unit, e.inner, blocks, step, *strides,
-            **chosen, HAS_ROW=self.log_row is not None,
+            rows_kernel, blocks, **e.arguments(), G=g, LOG_ROW=self.log_row, F=f, WORD=word,
+            blocks=blocks, **chosen, HAS_ROW=self.log_row is not None,
         )  # fmt: skip
         return word
 
@@ -143,81 +142,70 @@ class Solver:
         part = self.new(self.problems, splits, self.k)
         self.row_word = self.new(self.problems, splits, dtype=torch.int32)
         chosen = pass_tile(self.device, self.k, min(share, self.n))
-        row = g if self.log_row is None else self.log_row
-        step, x_o, x_i, *_ = e.strides
         top, total = (self.new(self.problems, self.n) for _ in range(2))
         self._launch(
-            pass_kernel, splits, e.x, e.scale_or(g), g, row,
-            g if self.heaviest is None else self.heaviest, f,
-            top, total, part, self.row_word, self.n, self.k // e.unit, e.inner, splits, share,
-            step, x_o, x_i, UNIT=e.unit, COLUMNS=launch.dim(self.k),
-            HAS_SCALE=e.scale is not None, HAS_ROW=self.log_row is not None, **chosen,
+            pass_kernel, splits, **e.scores(), G=g, LOG_ROW=self.log_row, HEAVIEST=self.heaviest,
+            F=f, TOP=top, TOTAL=total, PART=part, WORD=self.row_word, splits=splits, share=share,
+            COLUMNS=launch.dim(self.k), HAS_ROW=self.log_row is not None, **chosen,
         )  # fmt: skip
-        self.parts = (part, part, splits)
+        self.parts = (None, part, splits)
 
     def sweep_columns(self, f: Tensor | None) -> None:
-        """Parts of the columns' sums at f, 0 everywhere if there is none."""
+        """Partial sums of the columns at f; None: at f = 0."""
         e = self.entries
         chosen = e.tile("columns")
-        blocks = triton.cdiv(self.k, chosen["HELD"])
+        blocks = triton.cdiv(self.k, chosen["OWN"])
         share = share_of(self.n, self.k)
         splits = triton.cdiv(self.n, share)
         top, total = (self.new(self.problems, splits, self.k) for _ in range(2))
-        step, *strides = e.strides
         self._launch(
-            columns_kernel, blocks * splits, e.x, e.c, e.scale_or(top), top if f is None else f,
-            top, total,
-            self.n, self.k // e.unit, e.inner, blocks, splits, share, step, *strides,
-            **chosen, STARTED=f is not None,
+            columns_kernel, blocks * splits, **e.arguments(), F=f, TOP=top, SUM=total,
+            blocks=blocks, splits=splits, share=share, **chosen, STARTED=f is not None,
         )  # fmt: skip
         self.parts = (top, total, splits)
 
-    def merge(self, g: Tensor | None, f: Tensor | None, found: Tensor) -> None:
-        """The columns' step, and with g, that of the rows' step before, masses and their error."""
+    def merge(self, g: Tensor | None, f: Tensor | None, out: Tensor) -> None:
+        """The step of the columns into `out`; with g, at which the step of the rows before was,
+        also their masses and the error.
+        """
         fused = self.fused and self.parts is not None and g is not None
         if self.parts is None:
             self.sweep_columns(f)
         assert self.parts is not None
         top, total, splits = self.parts
-        used = g if g is not None else found
-        need = self.new(self.problems, self.k if fused else 1, dtype=torch.int32)
-        word = self.row_word if self.row_word is not None else need
-        given = (
-            found if self.log_col is None else self.log_col,
-            found if self.bias is None else self.bias,
-            found if self.heaviest is None else self.heaviest,
-        )
+        need = self.new(self.problems, self.k, dtype=torch.int32) if fused else None
+        used, words = g is not None, self.row_word
         self._launch(
-            merge_kernel, self.blocks, top, total, used, *given, found, self.mass, self.err, need,
-            self.word, word, self.n, self.k, self.blocks, splits,
-            0 if self.row_word is None else self.row_word.shape[1], int(self.merges == 0),
-            COLUMNS=MERGED, FUSED=fused, USED=g is not None, HAS_ROW=self.heaviest is not None,
-            HAS_COL=self.log_col is not None, HAS_BIAS=self.bias is not None,
-            COVERED=self.covered, num_warps=4, num_stages=1,
+            merge_kernel, self.blocks, TOP=top, SUM=total, G=g, LOG_COL=self.log_col,
+            BIAS=self.bias, HEAVIEST=self.heaviest, OUT=out,
+            MASS=self.mass if used else None, ERR=self.err if used else None, NEED=need,
+            WORD=self.word, ROW_WORD=words if used else None, rows=self.n, count=self.k,
+            blocks=self.blocks, splits=splits,
+            strip=words.shape[1] if used and words is not None else None,
+            first=int(self.merges == 0), COLUMNS=MERGED, FUSED=fused, USED=used,
+            HAS_ROW=self.heaviest is not None, HAS_COL=self.log_col is not None,
+            HAS_BIAS=self.bias is not None, COVERED=self.covered, num_warps=4, num_stages=1,
         )  # fmt: skip
         self.merges += 1
-        self.need = need if fused else None
+        self.need = need
         self.row_word = self.parts = None
 
-    def rescue(self, g: Tensor, f: Tensor, found: Tensor) -> None:
-        """Columns that the last merge could not tell from its masses."""
+    def rescue(self, g: Tensor, f: Tensor, out: Tensor) -> None:
+        """The step of the columns whose masses in the last merge were too small."""
         if self.need is None:
             return
         e = self.entries
-        step, x_o, x_i, *_ = e.strides
         self._launch(
-            rescue_kernel, self.blocks, e.x, e.scale_or(g), f, g,
-            g if self.log_col is None else self.log_col,
-            self.need, found, self.mass, self.word, self.n, self.k // e.unit, e.inner, self.blocks,
-            step, x_o, x_i, UNIT=e.unit, COLUMNS=MERGED, SWEPT=RESCUED_ROWS,
-            HAS_SCALE=e.scale is not None, HAS_COL=self.log_col is not None, COVERED=self.covered,
-            num_warps=4, num_stages=1,
+            rescue_kernel, self.blocks, **e.scores(), F=f, G=g, LOG_COL=self.log_col,
+            NEED=self.need, OUT=out, MASS=self.mass, WORD=self.word, blocks=self.blocks,
+            COLUMNS=MERGED, SWEPT=RESCUED_ROWS, HAS_COL=self.log_col is not None,
+            COVERED=self.covered, num_warps=4, num_stages=1,
         )  # fmt: skip
 
     # ---- all of them ---------------------------------------------------------------------------
 
     def start(self, init: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """(f, g) to begin with; None where it is 0 and all take part."""
+        """The first (f, g); None where it is 0 everywhere and nothing is masked."""
         f, g = None, init
         if self.bias is not None:
             g = self.bias if g is None else self.biased(g)
@@ -229,16 +217,17 @@ class Solver:
         return None if f is None else pair(f), None if g is None else pair(g)
 
     def biased(self, g: Tensor) -> Tensor:
+        """G + bias, -inf where g is."""
         return g if self.bias is None else torch.where(g == -torch.inf, g, g + self.bias)
 
     def solve(
         self, n_iter: int, init: Tensor | None, prototype_first: bool, history: bool = False
     ) -> tuple[list[Tensor], list[Tensor], list[str], Tensor]:
-        """(every f, every g, the half-steps, partial errors); of all but the last two without a
-        history what is overwritten.
+        """(every f, every g, the half-steps, partial errors). Without a history only the last two f
+        and g are valid: the others share their memory.
         """
         self.keeps = history
-        # after an exact step of the columns no even mass falls below 1 / (N K)
+        # after an exact step of the columns, with equal masses, no mass falls below 1 / (N K)
         sound = prototype_first and init is None and self.log_row is None and self.log_col is None
         steps = sides(n_iter, prototype_first, init is not None)
         f, g = self.start(init)
@@ -260,34 +249,34 @@ class Solver:
             return fs, gs, steps, self._row_error(fs[-1], gs[-1])
         spare = self.new(self.problems, 2, self.k)
         self.merge(gs[-1], fs[-1], spare)
-        if len(steps) == 1:  # no step of the columns has looked at what is open
+        if len(steps) == 1:  # no step of the columns has checked for columns without a finite logit
             self.rescue(gs[-1], fs[-1], spare)
         return fs, gs, steps, self.err
 
     def _buffers(self, first: Tensor | None, count: int, size: int, filled: bool) -> list[Tensor]:
-        """The potential to begin with, zeros if it is not known but must be `filled`, and one for
-        each step; two in turn unless all are kept.
+        """The first potential, zeros if it is None but must be `filled`, and one for each step: two
+        buffers in turn unless there is a history.
         """
         kinds = count if self.keeps else min(count, 2)
-        made = [self.new(self.problems, 2, size) for _ in range(kinds)]
+        buffers = [self.new(self.problems, 2, size) for _ in range(kinds)]
         if first is None and filled:
             shape = self.problems, 2, size
             first = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        return [self.mass if first is None else first, *(made[i % kinds] for i in range(count))]
+        return [self.mass if first is None else first, *(buffers[i % kinds] for i in range(count))]
 
     def one_pass(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """(f, logarithm of the masses of the columns) after the rows' step at g."""
-        f, found = (self.new(self.problems, 2, size) for size in (self.n, self.k))
+        f, out = (self.new(self.problems, 2, size) for size in (self.n, self.k))
         self.rows(g, f)
-        self.merge(g, f, found)
-        self.rescue(g, f, found)
+        self.merge(g, f, out)
+        self.rescue(g, f, out)
         return f, self.mass
 
     def _row_error(self, f: Tensor, g: Tensor) -> Tensor:
         """L1 error of the rows after a columns' step."""
         exact = self.new(self.problems, 2, self.n)
         self.exact_rows(g, exact)
-        high = f[:, 0]  # of the f that is returned, which has lost digits where it is large
+        high = f[:, 0]  # the op returns f in float32, with fewer digits where it is large
         out = high == -torch.inf
         mass = torch.where(out, 0.0, torch.expm1(high.double() - whole(exact)).abs())
         weight = 1.0 / self.n if self.log_row is None else self.log_row.exp()
@@ -300,12 +289,14 @@ class Solver:
         outs = (self.new(*batch, self.n), self.new(*batch, self.k), self.new(*batch))
         status = self.new(*batch, dtype=torch.int64)
         blocks = triton.cdiv(max(self.n, self.k), FINISHED)
+        out_f, out_g, out_err = outs
+        has_bias = self.bias is not None and err is not None
         self._launch(
-            finish_kernel, blocks, f, g, g if self.bias is None else self.bias,
-            f if err is None else err, self.word, *outs, status,
-            self.n, self.k, blocks, 0 if err is None else err.shape[1], self.blocks,
-            SIZE=FINISHED, MASSES=err is None, HAS_BIAS=self.bias is not None and err is not None,
-            num_warps=4, num_stages=1,
+            finish_kernel, blocks, F=f, G=g, BIAS=self.bias if has_bias else None, ERR=err,
+            WORD=self.word, OUT_F=out_f, OUT_G=out_g, OUT_ERR=None if err is None else out_err,
+            STATUS=status, rows=self.n, count=self.k, blocks=blocks,
+            splits=None if err is None else err.shape[1], strip=self.blocks,
+            SIZE=FINISHED, MASSES=err is None, HAS_BIAS=has_bias, num_warps=4, num_stages=1,
         )  # fmt: skip
         return (*outs, status)
 
@@ -332,7 +323,7 @@ def _solved(
 
 
 def empty(entries: Entries, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of no row or no problem."""
+    """The results of a call without rows or without problems."""
     like: dict[str, Any] = {"dtype": torch.float32, "device": entries.x.device}
     (n, k), batch = entries.shape, tuple(batch)
     status = torch.full(batch, 4, dtype=torch.int64, device=entries.x.device)
@@ -369,7 +360,9 @@ def sinkhorn_potentials(
     scale: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f, g, err and status; two launches a half-step pair, one more that ends at once."""
+    """f, g, err and status: two launches for a pair of half-steps, and a third that usually ends at
+    once.
+    """
     vectors = (bias, log_row, log_col, init)
     return _solved((logits,), vectors, n_iter, prototype_first, scale, precision)
 
@@ -386,7 +379,7 @@ def sinkhorn_potentials_features(
     scale: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `sinkhorn_potentials`, of logits that are made anew in every pass."""
+    """As `sinkhorn_potentials`; every pass computes the logits from the features again."""
     vectors = (bias, log_row, log_col, init)
     return _solved((z, prototypes), vectors, n_iter, prototype_first, scale, precision)
 
@@ -399,7 +392,7 @@ def sinkhorn_pass(
     scale: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """f, the columns' log masses and status."""
+    """f, the logarithms of the masses of the columns, and status."""
     return _one_pass((logits,), (bias, log_row, g), scale, precision)
 
 
@@ -412,5 +405,5 @@ def sinkhorn_features_pass(
     scale: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `sinkhorn_pass`, of logits that are made anew."""
+    """As `sinkhorn_pass`; the pass computes the logits from the features."""
     return _one_pass((z, prototypes), (bias, log_row, g), scale, precision)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code in a process of its own, where kernels are compiled and not interpreted."""
+"""Run code in its own process, where kernels are compiled and not interpreted."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(code: str) -> str:
-    """What the code prints."""
+def output_of(code: str) -> str:
+    """The output of the code."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(

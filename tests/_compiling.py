@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Counting:
-    """aot_eager, and how often it was asked to compile."""
+    """The backend aot_eager, with a count of its compilations."""
 
     def __init__(self) -> None:
         self.compiled = 0

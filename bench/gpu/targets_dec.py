@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deep embedded clustering on a GPU: its target row, its calls and what they may hold."""
+"""Deep embedded clustering on a GPU: its target, its calls, and the memory that they may use."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .bouts_dec import embeddings, trained
-from .cases import PERIOD, Family, Invocation, Row, Target, Work
+from .cases import PERIOD, Family, Goal, Invocation, Target, Work
+from .contests_dec import embeddings, trained
 
 MIB = 1 << 20
 
@@ -43,20 +43,20 @@ def allowance(call: Invocation, backward: bool) -> int:
     return int((16 + 16 * d * backward) * n + 64 * k * d) + 256 * MIB
 
 
-def _loss() -> Row:
+def _loss() -> Target:
     n, d, k = 1_000_000, 10, 10
     # z, p and dz once; Student-t: a reciprocal, a logarithm in the loss, three products
     work = Work(4.0 * n * (2 * d + k + 1), 2.0 * 3 * n * k * d, "fp32", 2.0 * n * k)
-    target = Target(0.1, {"eager": 8.0, "compile": 1.0})
-    return Row(
+    goal = Goal(0.1, {"eager": 8.0, "compile": 1.0})
+    return Target(
         "15", "dec_losses fwd+bwd 1M x10 K10", "dec_losses", "highest", {"n": n, "d": d, "k": k},
-        work, target, trained, note="a dense frozen target; no kernel yet: the reference",
+        work, goal, trained, note="a dense frozen target; no kernel yet: the reference",
     )  # fmt: skip
 
 
 FAMILY = Family(
     name="dec",
-    rows=(_loss(),),
+    targets=(_loss(),),
     make=make,
     tiny=((70, 13, 5), (1, 13, 5), (70, 1, 5), (70, 64, 16), (70, 13, 40), (70, 13, 200)),
     small=(1001, 33, 16),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Sinkhorn rows ready to run: ours, what others run, the error of the codes of each."""
+"""The Sinkhorn contests: our calls, the forms that others run, the error of the codes of each."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 import clam_kernels
 
-from .bouts_am import STAND_IN_ROWS, compiled, sample_of, torch_mode
-from .cases import Bout, Row
+from .cases import Target, TimedContest
 from .clock import Contestant, launches
+from .contests_am import STAND_IN_ROWS, compiled, sample_of, torch_mode
 from .setting import Setting
 
 CHUNK = 1 << 16
@@ -23,7 +23,7 @@ EPSILON = 0.05
 
 
 def unit_rows(n: int, k: int, d: int, device: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit features near one of k unit prototypes each, and those over epsilon."""
+    """Unit rows, each near one of k unit prototypes; and the prototypes divided by epsilon."""
     generator = torch.Generator(device).manual_seed(seed)
     normal = torch.nn.functional.normalize
     c = normal(torch.randn(k, d, generator=generator, device=device), dim=1)
@@ -36,27 +36,27 @@ def unit_rows(n: int, k: int, d: int, device: str, seed: int) -> tuple[Tensor, T
 
 
 def products(z: Tensor, c: Tensor) -> Tensor:
-    """All logits, chunk by chunk."""
+    """z c^T in float32, chunk by chunk."""
     out = torch.empty(len(z), len(c), device=z.device)
     for part, rows in zip(out.split(CHUNK), z.split(CHUNK), strict=True):
         part.copy_(rows.float() @ c.float().T)
     return out
 
 
-def drawn(setting: Setting, row: Row) -> tuple[Tensor, Tensor, int]:
-    """(z, prototypes, iterations) of a row; few rows and prototypes in its stand-in."""
-    n, d, k, steps = (row.shape[name] for name in ("n", "d", "k", "steps"))
+def operands_of(setting: Setting, target: Target) -> tuple[Tensor, Tensor, int]:
+    """(z, prototypes, iterations) of a target; few rows and prototypes in a dry run."""
+    n, d, k, steps = (target.shape[name] for name in ("n", "d", "k", "steps"))
     if setting.dry_run:
         n, k, steps = STAND_IN_ROWS, min(k, 16), min(steps, 3)
     z, c = unit_rows(n, k, d, setting.device, setting.seed)
-    return (*((x.bfloat16() for x in (z, c)) if row.dtype == "bfloat16" else (z, c)), steps)
+    return (*((x.bfloat16() for x in (z, c)) if target.dtype == "bfloat16" else (z, c)), steps)
 
 
 # ---- errors ---------------------------------------------------------------------------------
 
 
 def exact_potential(tile: Callable[[slice], Tensor], n: int, k: int, steps: int) -> Tensor:
-    """Potential g of the columns in float64, of logits that are made a chunk at a time."""
+    """Potential g of the columns in float64; `tile` computes a chunk of the logits."""
     parts = [slice(first, min(first + CHUNK // 4, n)) for first in range(0, n, CHUNK // 4)]
     f: list[Tensor] = []
     g = torch.zeros(0)
@@ -73,7 +73,7 @@ def exact_potential(tile: Callable[[slice], Tensor], n: int, k: int, steps: int)
 def code_errors(
     tile: Callable[[slice], Tensor], n: int, k: int, steps: int, setting: Setting
 ) -> Callable[[Any], dict[str, Any]]:
-    """Largest error of the codes of a sample of rows, of potentials (f, g, ...) or of a plan."""
+    """max |codes - exact| on a sample of rows; the result is potentials (f, g, ...) or a plan."""
     g = exact_potential(tile, n, k, steps)
     at = sample_of(n, setting.seed, setting.device)
     x = torch.cat([tile(slice(int(i), int(i) + 1)) for i in at[:256]])
@@ -81,13 +81,13 @@ def code_errors(
 
     def errors(out: Any) -> dict[str, Any]:
         if isinstance(out, tuple):
-            found = torch.softmax(x + out[1].double(), 1)
+            result = torch.softmax(x + out[1].double(), 1)
         elif out.ndim < 2:  # a loss alone
             return {}
         else:
-            found = out[at[:256]].double()
-            found = found / found.sum(1, keepdim=True)
-        return {"out": float((found - exact).abs().max())}
+            result = out[at[:256]].double()
+            result = result / result.sum(1, keepdim=True)
+        return {"out": float((result - exact).abs().max())}
 
     return errors
 
@@ -96,7 +96,7 @@ def code_errors(
 
 
 def scaling(x: Tensor, steps: int) -> Tensor:
-    """The linear domain, in place: both sides divided by their sums in turn."""
+    """The linear domain, in place: divide columns, then rows, by their sums."""
     (n, k), q = x.shape, x.exp()
     for _ in range(steps):
         q /= q.sum(0) * k
@@ -105,7 +105,9 @@ def scaling(x: Tensor, steps: int) -> Tensor:
 
 
 def swav_form(x: Tensor, steps: int) -> Tensor:
-    """The loop of public SwAV code: prototypes by samples, a sum of all first, codes of sum 1."""
+    """The loop of public SwAV code: [K, N] arrays, divided by the sum of all first; each code sums
+    to 1.
+    """
     q = x.exp().mT
     k, n = q.shape[-2:]
     q = q / q.sum((-2, -1), keepdim=True)
@@ -116,7 +118,7 @@ def swav_form(x: Tensor, steps: int) -> Tensor:
 
 
 def by_products(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Two products of a stored matrix with a vector an iteration; (f, g)."""
+    """Two products of the stored exp(x) with a vector per iteration; returns (f, g)."""
     n, k = x.shape
     p, u = x.exp(), torch.ones(n, device=x.device)
     for _ in range(steps):
@@ -126,7 +128,7 @@ def by_products(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def by_logarithms(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Logsumexp of both sides; (f, g)."""
+    """Log-sum-exp over rows and columns; returns (f, g)."""
     n, k = x.shape[-2:]
     f = torch.zeros(n, device=x.device)
     for _ in range(steps):
@@ -136,7 +138,7 @@ def by_logarithms(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def features_in_chunks(z: Tensor, c: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """As `by_logarithms` of products that are made anew, a chunk of rows at a time."""
+    """As `by_logarithms`, but each pass computes the products again, a chunk of rows at a time."""
     n, k = len(z), len(c)
     f = torch.zeros(n, device=z.device)
     for _ in range(steps):
@@ -150,7 +152,7 @@ def features_in_chunks(z: Tensor, c: Tensor, steps: int) -> tuple[Tensor, Tensor
 
 
 def pot(x: Tensor, steps: int) -> Tensor:
-    """POT's log domain on the device; -x is its cost, at regularisation 1."""
+    """POT's solver in the log domain on the device; its cost is -x, its regularisation 1."""
     package = importlib.import_module("ot")
     n, k = x.shape
     a, b = (torch.full((size,), 1.0 / size, device=x.device) for size in (n, k))
@@ -161,7 +163,9 @@ def pot(x: Tensor, steps: int) -> Tensor:
 
 
 def samples_loss(package: str, z: Tensor, c: Tensor) -> Tensor:
-    """The loss of a package of point clouds: another cost and stopping rule, a time to know."""
+    """The loss of a package for point clouds. Its cost and stopping rule differ: the time is for
+    information.
+    """
     kind = importlib.import_module(package).SamplesLoss
     loss: Tensor = kind(loss="sinkhorn", p=2, blur=math.sqrt(EPSILON), debias=False)(
         z.float(), EPSILON * c.float()
@@ -169,21 +173,21 @@ def samples_loss(package: str, z: Tensor, c: Tensor) -> Tensor:
     return loss
 
 
-# ---- rows -----------------------------------------------------------------------------------
+# ---- contests -----------------------------------------------------------------------------------
 
 
-def iterations(setting: Setting, row: Row) -> Bout:
-    """Row 9: an iteration on stored logits; a call does some, and one pass to begin with."""
-    z, c, steps = drawn(setting, row)
+def iterations(setting: Setting, target: Target) -> TimedContest:
+    """Target 9: an iteration on stored logits; a call runs `steps` of them after one pass."""
+    z, c, steps = operands_of(setting, target)
     x = products(z, c)
     fast = compiled(setting, by_logarithms)
     peers = {
         "eager_scaling": Contestant(lambda: scaling(x, steps)),
-        "products": Contestant(lambda: by_products(x, steps), torch_mode(row.mode)),
+        "products": Contestant(lambda: by_products(x, steps), torch_mode(target.mode)),
         "compile": Contestant(lambda: fast(x, steps)),
     }
-    return Bout(
-        ours=lambda: torch.ops.clam.sinkhorn_potentials(x, steps, precision=row.mode),
+    return TimedContest(
+        ours=lambda: torch.ops.clam.sinkhorn_potentials(x, steps, precision=target.mode),
         args=(x, steps),
         peers=peers,
         errors=code_errors(lambda part: x[part].double(), *x.shape, steps, setting),
@@ -192,16 +196,16 @@ def iterations(setting: Setting, row: Row) -> Bout:
     )
 
 
-def features(setting: Setting, row: Row) -> Bout:
-    """Row 10: an iteration on features, the logits never stored."""
-    z, c, steps = drawn(setting, row)
+def features(setting: Setting, target: Target) -> TimedContest:
+    """Target 10: an iteration on features; nothing stores the logits."""
+    z, c, steps = operands_of(setting, target)
 
     def tile(part: slice) -> Tensor:
         return z[part].double() @ c.double().T
 
     def stored() -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.ops.clam.sinkhorn_potentials(products(z, c), steps)
-        return found
+        result: tuple[Tensor, ...] = torch.ops.clam.sinkhorn_potentials(products(z, c), steps)
+        return result
 
     peers = {
         "eager_chunks": Contestant(lambda: features_in_chunks(z, c, steps)),
@@ -209,8 +213,10 @@ def features(setting: Setting, row: Row) -> Bout:
         "flash": Contestant(lambda: samples_loss("flash_sinkhorn", z, c)),
         "geomloss": Contestant(lambda: samples_loss("geomloss", z, c)),
     }
-    return Bout(
-        ours=lambda: torch.ops.clam.sinkhorn_potentials_features(z, c, steps, precision=row.mode),
+    return TimedContest(
+        ours=lambda: torch.ops.clam.sinkhorn_potentials_features(
+            z, c, steps, precision=target.mode
+        ),
         args=(z, c, steps),
         peers=peers,
         errors=code_errors(tile, len(z), len(c), steps, setting),
@@ -219,9 +225,9 @@ def features(setting: Setting, row: Row) -> Bout:
     )
 
 
-def relabelling(setting: Setting, row: Row) -> Bout:
-    """Row 11: a relabelling of SeLa as its own function does it, to its stopping rule."""
-    z, c, _ = drawn(setting, row)
+def relabelling(setting: Setting, target: Target) -> TimedContest:
+    """Target 11: a relabelling of SeLa by `sela_labels`, to its stopping rule."""
+    z, c, _ = operands_of(setting, target)
     log_p = products(z, c).mul_(EPSILON).log_softmax(1)
     tol = 1e-2 if setting.dry_run else 1e-3
 
@@ -232,26 +238,26 @@ def relabelling(setting: Setting, row: Row) -> Bout:
         shares = torch.bincount(out, minlength=len(c)).double() / len(out)
         return {"out": 0.0, "share_error": float((shares - 1 / len(c)).abs().sum())}
 
-    return Bout(
+    return TimedContest(
         ours=ours, args=(log_p, 1), peers={}, errors=errors, plain=Contestant(ours)
     )  # fmt: skip
 
 
-def codes(setting: Setting, row: Row) -> Bout:
-    """Row 12: SwAV's codes of two crops."""
-    z, c, steps = drawn(setting, row)
+def codes(setting: Setting, target: Target) -> TimedContest:
+    """Target 12: SwAV's codes of two crops."""
+    z, c, steps = operands_of(setting, target)
     x = products(z, c).view(2, -1, len(c))
 
     def ours() -> Tensor:
-        g = torch.ops.clam.sinkhorn_potentials(x, steps, precision=row.mode)[1]
+        g = torch.ops.clam.sinkhorn_potentials(x, steps, precision=target.mode)[1]
         return torch.softmax(x + g[:, None], -1)
 
     whole = compiled(setting, swav_form)
     peers = {
         "eager_swav": Contestant(lambda: swav_form(x, steps)),
-        "eager_in_place": Contestant(lambda: torch.stack([scaling(one, steps) for one in x])),
+        "eager_in_place": Contestant(lambda: torch.stack([scaling(crop, steps) for crop in x])),
         "compile": Contestant(lambda: whole(x, steps)),
-        "pot": Contestant(lambda: torch.stack([pot(one, steps) for one in x])),
+        "pot": Contestant(lambda: torch.stack([pot(crop, steps) for crop in x])),
     }
     first = code_errors(lambda part: x[0, part].double(), *x.shape[1:], steps, setting)
     facts = None
@@ -263,7 +269,7 @@ def codes(setting: Setting, row: Row) -> Bout:
                 "launches_eager": launches(lambda: swav_form(x, steps)),
             }
 
-    return Bout(
+    return TimedContest(
         ours=ours,
         args=(x, steps),
         peers=peers,

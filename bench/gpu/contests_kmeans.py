@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The k-means rows ready to run: ours, the packages that are installed, wrong labels of each."""
+"""The k-means contests: our calls, the packages that are installed, the wrong labels of each."""
 
 from __future__ import annotations
 
@@ -15,40 +15,41 @@ from torch import Tensor
 import clam_kernels  # noqa: F401  registers torch.ops.clam
 from python_fallback import kmeans as truth
 
-from .bouts_am import STAND_IN_ROWS, sample_of, torch_mode
-from .cases import Bout, Row
+from .cases import Target, TimedContest
 from .clock import Contestant
+from .contests_am import STAND_IN_ROWS, sample_of, torch_mode
 from .setting import Setting
 
 CHUNK = 1 << 20
 SPREAD = 0.7
-# scikit-learn is timed on so many rows: all of them would take the whole budget. What an iteration
-# takes is the difference of two fits, the median of some, none begun after so many seconds.
+# scikit-learn runs on so many rows: all of them would take the whole budget. The time of an
+# iteration is the median over repeats of (long fit - short fit) / (difference of iterations); no
+# repeat starts after PEER_SECONDS.
 PEER_ROWS = 1 << 18
 PEER_ITERATIONS, PEER_REPEATS, PEER_SECONDS = (2, 18), 3, 2.5
 
 
 def blobs(n: int, d: int, k: int, device: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows around k Gaussian centres, and k of the rows as centroids."""
+    """Rows around k Gaussian centers, and k of the rows as centroids."""
     generator = torch.Generator(device).manual_seed(seed)
-    centres = torch.randn(k, d, generator=generator, device=device)
+    centers = torch.randn(k, d, generator=generator, device=device)
     near = torch.randint(k, (n,), generator=generator, device=device)
     x = torch.randn(n, d, generator=generator, device=device).mul_(SPREAD)
     for rows, which in zip(x.split(1 << 22), near.split(1 << 22), strict=True):
-        rows += centres[which]
+        rows += centers[which]
     return x, x[torch.randperm(n, generator=generator, device=device)[:k]].clone()
 
 
-def drawn(setting: Setting, row: Row) -> tuple[Tensor, Tensor]:
-    n, d, k = (row.shape[name] for name in ("n", "d", "k"))
+def operands_of(setting: Setting, target: Target) -> tuple[Tensor, Tensor]:
+    n, d, k = (target.shape[name] for name in ("n", "d", "k"))
     if setting.dry_run:
         n, k = STAND_IN_ROWS, min(k, 16)
     x, centroids = blobs(n, d, k, setting.device, setting.seed)
-    return (x.bfloat16(), centroids) if row.dtype == "bfloat16" else (x, centroids)
+    return (x.bfloat16(), centroids) if target.dtype == "bfloat16" else (x, centroids)
 
 
 def wrong_labels(x: Tensor, centroids: Tensor, seed: int) -> Callable[[Any], dict[str, Any]]:
-    """Share of labels on a sample of rows that are not float64's of the same values."""
+    """Share of the labels on a sample of rows that differ from those of float64 on equal values."""
     at = sample_of(len(x), seed, str(x.device))
     exact = torch.cat(
         [truth.kmeans_assign(part, centroids, distances=False)[0] for part in x[at].split(64)]
@@ -64,7 +65,7 @@ def wrong_labels(x: Tensor, centroids: Tensor, seed: int) -> Callable[[Any], dic
 
 
 def eager_labels(x: Tensor, centroids: Tensor) -> Tensor:
-    """Expanded distances and their minimum, rows in chunks."""
+    """argmin_k of |c|^2 - 2 x c, over chunks of rows."""
     keys = (-2 * centroids.T).to(x.dtype)
     bias = centroids.square().sum(-1)
     return torch.cat([((part @ keys).float() + bias).argmin(-1) for part in x.split(CHUNK)])
@@ -79,10 +80,10 @@ def eager_iteration(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 def flash(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
     package = importlib.import_module("flash_kmeans")
-    found = package.batch_kmeans_Euclid(
+    result = package.batch_kmeans_Euclid(
         x[None], len(centroids), max_iters=1, tol=0.0, init_centroids=centroids[None].to(x.dtype)
     )
-    return found[0][0], found[1][0]
+    return result[0][0], result[1][0]
 
 
 def fast_pytorch(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
@@ -105,7 +106,7 @@ def faiss(x: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
 
 
 def scikit_learn(x: Tensor, centroids: Tensor) -> dict[str, Any]:
-    """Milliseconds of one of its iterations on all rows, by those of some, on all cores."""
+    """Milliseconds of one of its iterations on all cores, scaled from PEER_ROWS rows to all."""
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:
@@ -114,45 +115,45 @@ def scikit_learn(x: Tensor, centroids: Tensor) -> dict[str, Any]:
     rows, first = x[:PEER_ROWS].float().cpu().numpy(), centroids.cpu().numpy()
 
     def fit(most: int) -> tuple[float, int]:
-        """Seconds of a fit and its iterations, which may be fewer than asked."""
+        """Seconds of a fit and its number of iterations, which may be less than `most`."""
         model = KMeans(len(first), init=first, n_init=1, max_iter=most, tol=0.0)
         start = time.perf_counter()
         model.fit(rows)
         return time.perf_counter() - start, model.n_iter_
 
     ends = time.perf_counter() + PEER_SECONDS
-    fit(PEER_ITERATIONS[0])  # the first call starts threads and reads the rows into the caches
-    found: list[float] = []
+    fit(PEER_ITERATIONS[0])  # the first call starts threads and loads the rows into the caches
+    times: list[float] = []
     for _ in range(PEER_REPEATS):
         (short, few), (long, many) = (fit(most) for most in PEER_ITERATIONS)
         if many == few:
             return {"scikit_learn_ms": None, "scikit_learn_absent": f"converged in {few}"}
-        found.append((long - short) / (many - few))
+        times.append((long - short) / (many - few))
         if time.perf_counter() > ends:
             break
-    return {"scikit_learn_ms": 1e3 * statistics.median(found) * len(x) / len(rows)}
+    return {"scikit_learn_ms": 1e3 * statistics.median(times) * len(x) / len(rows)}
 
 
-# ---- rows -----------------------------------------------------------------------------------
+# ---- contests -----------------------------------------------------------------------------------
 
 
-def iteration(setting: Setting, row: Row) -> Bout:
-    """Row 7: labels and sums of one Lloyd iteration."""
-    x, centroids = drawn(setting, row)
+def iteration(setting: Setting, target: Target) -> TimedContest:
+    """Target 7: labels and sums of one Lloyd iteration."""
+    x, centroids = operands_of(setting, target)
     ops, k = torch.ops.clam, len(centroids)
 
     def ours() -> tuple[Tensor, ...]:
-        labels = ops.kmeans_assign(x, centroids, None, None, False, row.mode)[0]
+        labels = ops.kmeans_assign(x, centroids, None, None, False, target.mode)[0]
         sums, counts = ops.kmeans_update(x, labels, k)
         return labels, (sums / counts.clamp(min=1)[:, None]).float()
 
     peers = {
-        "eager": Contestant(lambda: eager_iteration(x, centroids), torch_mode(row.mode)),
+        "eager": Contestant(lambda: eager_iteration(x, centroids), torch_mode(target.mode)),
         "flash": Contestant(lambda: flash(x, centroids)),
         "fast_pytorch": Contestant(lambda: fast_pytorch(x, centroids)),
         "cuml": Contestant(lambda: cuml(x, centroids)),
     }
-    return Bout(
+    return TimedContest(
         ours=ours,
         args=(x, centroids),
         peers=peers,
@@ -162,25 +163,27 @@ def iteration(setting: Setting, row: Row) -> Bout:
     )
 
 
-def step(setting: Setting, row: Row) -> Bout:
-    """The iteration of row 7 for few centroids and features, against the two ops it stands for."""
-    x, centroids = drawn(setting, row)
+def step(setting: Setting, target: Target) -> TimedContest:
+    """Target 7s: the iteration of target 7 for few centroids and features, against the two ops that
+    it replaces.
+    """
+    x, centroids = operands_of(setting, target)
     ops = torch.ops.clam
 
     def ours() -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = ops.kmeans_step(x, centroids, precision=row.mode)
-        return found
+        result: tuple[Tensor, ...] = ops.kmeans_step(x, centroids, precision=target.mode)
+        return result
 
     def two() -> tuple[Tensor, ...]:
-        labels = ops.kmeans_assign(x, centroids, None, None, False, row.mode)[0]
+        labels = ops.kmeans_assign(x, centroids, None, None, False, target.mode)[0]
         return labels, *ops.kmeans_update(x, labels, len(centroids))
 
     peers = {
         "two_ops": Contestant(two),
-        "eager": Contestant(lambda: eager_iteration(x, centroids), torch_mode(row.mode)),
+        "eager": Contestant(lambda: eager_iteration(x, centroids), torch_mode(target.mode)),
         "flash": Contestant(lambda: flash(x, centroids)),
     }
-    return Bout(
+    return TimedContest(
         args=(x, centroids),
         ours=ours,
         peers=peers,
@@ -189,22 +192,22 @@ def step(setting: Setting, row: Row) -> Bout:
     )
 
 
-def assignment(setting: Setting, row: Row) -> Bout:
-    """Row 8: labels alone."""
-    x, centroids = drawn(setting, row)
+def assignment(setting: Setting, target: Target) -> TimedContest:
+    """Target 8: labels alone."""
+    x, centroids = operands_of(setting, target)
 
     def ours() -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.ops.clam.kmeans_assign(
-            x, centroids, None, None, False, row.mode
+        result: tuple[Tensor, ...] = torch.ops.clam.kmeans_assign(
+            x, centroids, None, None, False, target.mode
         )
-        return found
+        return result
 
     peers = {
         "eager": Contestant(lambda: (eager_labels(x, centroids),)),
         "flash": Contestant(lambda: flash(x, centroids)),
         "faiss": Contestant(lambda: faiss(x.float(), centroids)),
     }
-    return Bout(
+    return TimedContest(
         ours=ours,
         args=(x, centroids),
         peers=peers,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The associative-memory rows ready to run: ours, the strongest plain forms, the error of each."""
+"""The associative-memory contests: our calls, the fastest plain forms, and the error of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 import clam_kernels  # noqa: F401  registers torch.ops.clam
 from python_fallback import am as truth
 
-from .cases import Bout, Row
+from .cases import Target, TimedContest
 from .clock import Contestant, launches, products, tf32
 from .setting import Setting
 
@@ -37,9 +37,9 @@ def points(
     return v, rho, 3.0 / d
 
 
-def drawn(setting: Setting, row: Row) -> tuple[Tensor, Tensor, float, int]:
-    """(v, rho, beta, steps) of a row; few rows and memories in its stand-in."""
-    n, d, k, steps = (row.shape[name] for name in ("n", "d", "k", "steps"))
+def operands_of(setting: Setting, target: Target) -> tuple[Tensor, Tensor, float, int]:
+    """(v, rho, beta, steps) of a target; few rows and memories in a dry run."""
+    n, d, k, steps = (target.shape[name] for name in ("n", "d", "k", "steps"))
     if setting.dry_run:
         n, k, steps = STAND_IN_ROWS, min(k, 16), min(steps, 3)
     return (*points(n, d, k, setting.device, setting.seed), steps)
@@ -51,7 +51,9 @@ def drawn(setting: Setting, row: Row) -> tuple[Tensor, Tensor, float, int]:
 def eager(
     v: Tensor, rho: Tensor, beta: Any, steps: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Two products and a softmax, every N x K array whole; the products in a dtype."""
+    """v <- softmax(2 beta v rho^T - beta |rho|^2) rho, with whole N x K arrays; the products are in
+    `dtype`.
+    """
     bias, keys, values = -beta * rho.square().sum(-1), (2 * beta * rho).T.to(dtype), rho.to(dtype)
     for _ in range(steps):
         if dtype == torch.float32:
@@ -67,8 +69,8 @@ def chunked(rows: int, *args: Any, **more: Any) -> Tensor:
 
 
 def attention(v: Tensor, rho: Tensor, beta: float, steps: int) -> Tensor:
-    """Attention in bfloat16 with the bias as a column of the keys; a column of ones in the values
-    makes each result the next query.
+    """The same by attention in bfloat16: the bias is a column of the keys, and a column of ones in
+    the values makes each result the next query.
     """
     width = -(-(rho.shape[1] + 1) // 8) * 8
     pad = (0, width - rho.shape[1] - 1)
@@ -84,8 +86,8 @@ def attention(v: Tensor, rho: Tensor, beta: float, steps: int) -> Tensor:
 
 
 def compiled(setting: Setting, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled by torch's own compiler, at its first call, so that what it dies of is its own
-    affair; traced alone where compiling would only take time.
+    """The function under torch.compile. The first call compiles, so that an error of the compiler
+    fails this peer alone. A dry run only traces it.
     """
     backend = "eager" if setting.dry_run else "inductor"
     ready = functools.cache(lambda: torch.compile(function, dynamic=False, backend=backend))
@@ -100,7 +102,9 @@ def torch_mode(mode: str) -> Callable[[], Any]:
 
 
 def sample_of(n: int, seed: int, device: str, draw: int = 0) -> Tensor:
-    """Rows of one draw of several that share hardly a row; the first has both ends."""
+    """Indices of the rows of one draw of several; draws share few rows, and the first draw has the
+    first and the last rows.
+    """
     if n < DRAWS * SAMPLE_ROWS:
         return torch.arange(draw, n, DRAWS, device=device)
     generator = torch.Generator().manual_seed(seed + draw)
@@ -113,9 +117,8 @@ def sample_of(n: int, seed: int, device: str, draw: int = 0) -> Tensor:
 def forward_errors(
     v: Tensor, rho: Tensor, beta: float, steps: int, seed: int
 ) -> Callable[[Tensor], dict[str, Any]]:
-    """Largest error on a sample of rows over the spread of the output, against float64; and on
-    several samples, because one row near a border between basins makes the largest a matter of
-    luck.
+    """max |out - exact| / std(exact) on a sample of rows, with `exact` from float64; and the same
+    on several samples, because one row near a border between basins decides the maximum by chance.
     """
     samples = [sample_of(len(v), seed, str(v.device), i) for i in range(DRAWS)]
     exact = [truth.am_recursion(v[at].double(), rho.double(), beta, steps) for at in samples]
@@ -124,8 +127,8 @@ def forward_errors(
     def errors(out: Tensor) -> dict[str, Any]:
         pairs = zip(samples, exact, strict=True)
         off = [(out[at].double() - e).abs().amax(1) / spread for at, e in pairs]
-        found = [float(rows.max()) for rows in off]
-        return {"out": found[0], "out_draws": found, "out_p99": float(off[0].quantile(0.99))}
+        largest = [float(rows.max()) for rows in off]
+        return {"out": largest[0], "out_draws": largest, "out_p99": float(off[0].quantile(0.99))}
 
     return errors
 
@@ -134,24 +137,27 @@ def exact_gradients(
     v: Tensor, rho: Tensor, beta: Tensor, steps: int, grad: Tensor, rows: int = 1 << 17
 ) -> list[Tensor]:
     """Gradients of v, rho and beta in float64, a chunk of rows at a time."""
-    found, sums = [], [torch.zeros_like(x, dtype=torch.float64) for x in (rho, beta)]
+    v_gradients, sums = [], [torch.zeros_like(x, dtype=torch.float64) for x in (rho, beta)]
     for part, up in zip(v.detach().split(rows), grad.split(rows), strict=True):
         leaves = [x.detach().double().requires_grad_() for x in (part, rho, beta)]
         out = truth.am_recursion(*leaves, steps)
         first, *rest = torch.autograd.grad(out, leaves, up.double())
-        found.append(first)
-        for total, one in zip(sums, rest, strict=True):
-            total += one
-    return [torch.cat(found), *sums]
+        v_gradients.append(first)
+        for total, part_gradient in zip(sums, rest, strict=True):
+            total += part_gradient
+    return [torch.cat(v_gradients), *sums]
 
 
-def gradient_errors(got: tuple[Tensor, ...], exact: list[Tensor], at: Tensor) -> dict[str, float]:
-    """Row by row for v, since rows near a border between basins rule every norm; whole for the
-    rest.
+def gradient_errors(
+    gradients: tuple[Tensor, ...], exact: list[Tensor], at: Tensor
+) -> dict[str, float]:
+    """|g - exact| / |exact|: row by row for v, since the rows near a border between basins dominate
+    every norm; over the whole gradient for rho and beta.
     """
-    per_row = (got[0][at].double() - exact[0][at]).norm(dim=1) / exact[0][at].norm(dim=1)
+    per_row = (gradients[0][at].double() - exact[0][at]).norm(dim=1) / exact[0][at].norm(dim=1)
     whole = [
-        float((g.double() - e).norm() / e.norm()) for g, e in zip(got[1:], exact[1:], strict=True)
+        float((g.double() - e).norm() / e.norm())
+        for g, e in zip(gradients[1:], exact[1:], strict=True)
     ]
     return {
         "grad_median": float(per_row.median()),
@@ -161,31 +167,31 @@ def gradient_errors(got: tuple[Tensor, ...], exact: list[Tensor], at: Tensor) ->
     }
 
 
-# ---- rows -----------------------------------------------------------------------------------
+# ---- contests -----------------------------------------------------------------------------------
 
 
-def recall(setting: Setting, row: Row) -> Bout:
+def recall(setting: Setting, target: Target) -> TimedContest:
     """Rows 1, 2, 3, 16, 17: forward."""
-    v, rho, beta, steps = drawn(setting, row)
-    args = (v, rho, beta) if row.op == "am_step" else (v, rho, beta, steps)
-    op, mode = getattr(torch.ops.clam, row.op), torch_mode(row.mode)
+    v, rho, beta, steps = operands_of(setting, target)
+    args = (v, rho, beta) if target.op == "am_step" else (v, rho, beta, steps)
+    op, mode = getattr(torch.ops.clam, target.op), torch_mode(target.mode)
     peers = {"eager": Contestant(lambda: eager(v, rho, beta, steps), mode)}
-    if "compile" in row.target.ratios or row.id == "16":
+    if "compile" in target.goal.ratios or target.id == "16":
         fast = compiled(setting, eager)
         peers["compile"] = Contestant(lambda: fast(v, rho, beta, steps), mode)
-    if "sdpa" in row.target.ratios:
+    if "sdpa" in target.goal.ratios:
         peers["sdpa"] = Contestant(lambda: attention(v, rho, beta, steps))
     facts = None
-    if row.target.launches is not None and not setting.dry_run:
+    if target.goal.launches is not None and not setting.dry_run:
 
         def facts() -> dict[str, Any]:
             return {
-                "launches": launches(lambda: op(*args, precision=row.mode)),
+                "launches": launches(lambda: op(*args, precision=target.mode)),
                 "launches_eager": launches(lambda: eager(v, rho, beta, steps)),
             }
 
-    return Bout(
-        ours=lambda: op(*args, precision=row.mode),
+    return TimedContest(
+        ours=lambda: op(*args, precision=target.mode),
         args=args,
         peers=peers,
         errors=forward_errors(v, rho, beta, steps, setting.seed),
@@ -194,27 +200,27 @@ def recall(setting: Setting, row: Row) -> Bout:
     )
 
 
-def recall_trained(setting: Setting, row: Row) -> Bout:
-    """Row 4: forward and backward."""
-    v, rho, number, steps = drawn(setting, row)
+def recall_trained(setting: Setting, target: Target) -> TimedContest:
+    """Target 4: forward and backward."""
+    v, rho, number, steps = operands_of(setting, target)
     leaves = [x.requires_grad_() for x in (v, rho, torch.tensor(number, device=v.device))]
     generator = torch.Generator(v.device).manual_seed(setting.seed + 1)
     grad = torch.randn(v.shape, generator=generator, device=v.device)
-    mode = torch_mode(row.mode)
+    mode = torch_mode(target.mode)
 
     def trained(function: Callable[..., Tensor], **more: Any) -> tuple[Tensor, ...]:
         out = function(*leaves, steps, **more)
         return (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
     peers = {"eager": Contestant(lambda: trained(eager), mode)}
-    if "compile" in row.target.ratios:
+    if "compile" in target.goal.ratios:
         fast = compiled(setting, eager)
         peers["compile"] = Contestant(lambda: trained(fast), mode)
     exact = exact_gradients(v, rho, leaves[2], steps, grad)
     forward = forward_errors(v.detach(), rho.detach(), number, steps, setting.seed)
     at = sample_of(len(v), setting.seed, str(v.device))
-    return Bout(
-        ours=lambda: trained(torch.ops.clam.am_recursion, precision=row.mode),
+    return TimedContest(
+        ours=lambda: trained(torch.ops.clam.am_recursion, precision=target.mode),
         args=tuple(leaves),
         peers=peers,
         errors=lambda got: {**forward(got[0]), **gradient_errors(got[1:], exact, at)},
@@ -222,19 +228,19 @@ def recall_trained(setting: Setting, row: Row) -> Bout:
     )
 
 
-def inference(setting: Setting, row: Row) -> Bout:
-    """Row 5: what does not fit in eager at once, against eager in chunks of rows."""
-    v, rho, beta, steps = drawn(setting, row)
-    half = {"dtype": torch.bfloat16} if row.mode == "medium" else {}
+def inference(setting: Setting, target: Target) -> TimedContest:
+    """Target 5: eager cannot run it whole, so the peers are eager in chunks of rows."""
+    v, rho, beta, steps = operands_of(setting, target)
+    half = {"dtype": torch.bfloat16} if target.mode == "medium" else {}
     peers = {
         f"eager_chunks_{size >> 10}k": Contestant(
-            functools.partial(chunked, size, v, rho, beta, steps, **half), torch_mode(row.mode)
+            functools.partial(chunked, size, v, rho, beta, steps, **half), torch_mode(target.mode)
         )
         for size in CHUNKS
     }
     peers["sdpa"] = Contestant(lambda: attention(v, rho, beta, steps))
-    return Bout(
-        ours=lambda: torch.ops.clam.am_recursion(v, rho, beta, steps, precision=row.mode),
+    return TimedContest(
+        ours=lambda: torch.ops.clam.am_recursion(v, rho, beta, steps, precision=target.mode),
         args=(v, rho, beta),
         peers=peers,
         errors=forward_errors(v, rho, beta, steps, setting.seed),
@@ -242,12 +248,12 @@ def inference(setting: Setting, row: Row) -> Bout:
     )
 
 
-class Trainer:
-    """Memories under SGD on the completion of rows half of whose entries are hidden."""
+class CompletionTrainer:
+    """SGD of the memories on completion: half of the entries of each row are hidden."""
 
-    def __init__(self, setting: Setting, row: Row, function: Callable[..., Tensor]) -> None:
-        n, d, k = (row.shape[name] for name in ("batch", "d", "k"))
-        self.steps = row.shape["steps"]
+    def __init__(self, setting: Setting, target: Target, function: Callable[..., Tensor]) -> None:
+        n, d, k = (target.shape[name] for name in ("batch", "d", "k"))
+        self.steps = target.shape["steps"]
         if setting.dry_run:
             n, k, self.steps = STAND_IN_ROWS, 16, 3
         self.function = function
@@ -261,7 +267,7 @@ class Trainer:
         self.generator = torch.Generator(self.rho.device).manual_seed(self.seed)
 
     def step(self) -> Tensor:
-        """One batch: masks, forward, backward, update; returns the loss."""
+        """One batch: draw masks, run forward and backward, update the memories, return the loss."""
         x = self.x
         hidden = torch.rand(x.shape, generator=self.generator, device=x.device) < 0.5
         seen = x.masked_fill(hidden, 0.0)
@@ -272,8 +278,8 @@ class Trainer:
             self.rho -= RATE * len(self.rho) * grad
         return loss.detach()
 
-    def batch(self) -> Trainer:
-        """A step, and whose it was."""
+    def batch(self) -> CompletionTrainer:
+        """One step; returns the trainer, so that `errors` can compute its curve."""
         self.step()
         return self
 
@@ -297,15 +303,17 @@ def eager_masked_chunks(v: Tensor, *rest: Any) -> Tensor:
     return torch.cat([eager_masked(x, *between, u) for x, u in pairs])
 
 
-def training(setting: Setting, row: Row) -> Bout:
-    """Row 6: one batch of the epoch, and the loss of a few beside that of eager float32."""
-    ours = Trainer(
-        setting, row,
+def training(setting: Setting, target: Target) -> TimedContest:
+    """Target 6: one batch of the epoch; the losses of a few batches beside those of eager
+    float32.
+    """
+    ours = CompletionTrainer(
+        setting, target,
         lambda v, rho, beta, steps, step, mask: torch.ops.clam.am_recursion(
-            v, rho, beta, steps, step, mask, precision=row.mode
+            v, rho, beta, steps, step, mask, precision=target.mode
         ),
     )  # fmt: skip
-    plain = Trainer(setting, row, eager_masked_chunks)
+    plain = CompletionTrainer(setting, target, eager_masked_chunks)
     exact = plain.curve()
     with tf32():
         rival = plain.curve()
@@ -314,20 +322,20 @@ def training(setting: Setting, row: Row) -> Bout:
         return float((losses - exact).abs().max())
 
     def facts() -> dict[str, Any]:
-        found = ours.curve()
+        losses = ours.curve()
         return {
-            "losses": found.tolist(),
+            "losses": losses.tolist(),
             "losses_eager": exact.tolist(),
             "losses_eager_tf32": rival.tolist(),
-            "curve_ok": off(found) <= max(2 * off(rival), 1e-3 * float(exact.abs().max())),
+            "curve_ok": off(losses) <= max(2 * off(rival), 1e-3 * float(exact.abs().max())),
         }
 
-    return Bout(
+    return TimedContest(
         ours=ours.batch,
         args=(ours.x, ours.rho, ours.beta),
         peers={"eager_chunks_32k": Contestant(plain.batch, tf32)},
         errors=lambda trainer: {"curve": off(trainer.curve())},
         plain=Contestant(plain.batch),
-        scale=row.shape["n"] / row.shape["batch"],
+        scale=target.shape["n"] / target.shape["batch"],
         facts=facts,
     )

@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The k-means family on a GPU: its target rows, its calls and what they may hold."""
+"""The k-means family on a GPU: its targets, its calls, and the memory that they may use."""
 
 from __future__ import annotations
 
 import torch
 
-from .bouts_kmeans import assignment, blobs, iteration, step
-from .cases import Family, Invocation, Row, Target, Work
+from .cases import Family, Goal, Invocation, Target, Work
+from .contests_kmeans import assignment, blobs, iteration, step
 
 MIB = 1 << 20
 
 
 def make(op: str, shape: tuple[int, ...], device: str, seed: int) -> Invocation:
-    """A call of an op with every optional argument in use where N is small, none where it is
-    large.
-    """
+    """A call of an op: with every optional argument if N is small, with none if N is large."""
     n, k, d = shape
     x, centroids = blobs(max(n, k), d, k, device, seed)
     x = x[:n]
     generator = torch.Generator(device).manual_seed(seed + 1)
     rich = n < 1000
     shift = centroids.mean(0) if rich else None
-    gone = torch.zeros(k, dtype=torch.bool, device=device)
-    gone[1::5] = True
-    mask = gone if rich else None
+    masked = torch.zeros(k, dtype=torch.bool, device=device)
+    masked[1::5] = True
+    mask = masked if rich else None
     if op == "kmeans_assign":
         return Invocation(op, (x, centroids, shift, mask, True), (0,))
     labels = torch.randint(k, (n,), generator=generator, device=device)
@@ -35,8 +33,8 @@ def make(op: str, shape: tuple[int, ...], device: str, seed: int) -> Invocation:
 
 
 def allowance(call: Invocation, backward: bool) -> int:
-    """16 bytes a row, 8 an entry of the centroids and their copies, and a fixed workspace; sums add
-    order and pieces of the rows.
+    """16 bytes a row, 64 an entry of the centroids (they and their copies), and a fixed workspace;
+    sums add 24 bytes a row for the order and the pieces.
     """
     n, d = call.args[0].shape[-2:]
     adds = call.op in FAMILY.sums
@@ -44,39 +42,39 @@ def allowance(call: Invocation, backward: bool) -> int:
     return int((16 + 24 * adds) * n + 64 * k * d) + 128 * MIB
 
 
-def _iteration(mode: str, unit: str) -> Row:
+def _iteration(mode: str, unit: str) -> Target:
     n, d, k = 10_000_000, 64, 256
     work = Work(8.0 * n * d, 2.0 * n * k * d, unit)
-    target = Target(4.5, {"flash": 1.0, "fast_pytorch": 5.0, "cuml": 3.0}, error="labels")
-    return Row(
+    goal = Goal(4.5, {"flash": 1.0, "fast_pytorch": 5.0, "cuml": 3.0}, error="labels")
+    return Target(
         "7", "Lloyd iteration 10M x64 K256", "kmeans_assign", mode, {"n": n, "d": d, "k": k}, work,
-        target, iteration, note="exact labels, sums in a fixed order",
+        goal, iteration, note="exact labels, sums in a fixed order",
     )  # fmt: skip
 
 
-def _step() -> Row:
+def _step() -> Target:
     n, d, k = 10_000_000, 16, 64
     work = Work(4.0 * n * d + 8.0 * n, 2.0 * n * k * d, "bf16x3")
-    target = Target(0.6, {"two_ops": 1.0, "flash": 1.0}, error="labels")
-    return Row(
+    goal = Goal(0.6, {"two_ops": 1.0, "flash": 1.0}, error="labels")
+    return Target(
         "7s", "kmeans_step 10M x16 K64", "kmeans_step", "high", {"n": n, "d": d, "k": k}, work,
-        target, step, note="one pass over the rows",
+        goal, step, note="one pass over the rows",
     )  # fmt: skip
 
 
-def _assignment() -> Row:
+def _assignment() -> Target:
     n, d, k = 1_000_000, 128, 1024
     work = Work(2.0 * n * d, 2.0 * n * k * d, "bf16")
-    target = Target(0.66, {"flash": 1.0, "eager": 1.0}, error="labels")
-    return Row(
+    goal = Goal(0.66, {"flash": 1.0, "eager": 1.0}, error="labels")
+    return Target(
         "8", "kmeans_assign 1M x128 K1024, bf16 rows", "kmeans_assign", "medium",
-        {"n": n, "d": d, "k": k}, work, target, assignment, dtype="bfloat16",
+        {"n": n, "d": d, "k": k}, work, goal, assignment, dtype="bfloat16",
     )  # fmt: skip
 
 
 FAMILY = Family(
     name="kmeans",
-    rows=(
+    targets=(
         _iteration("highest", "bf16x3"),
         _iteration("high", "bf16x3"),
         _step(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row of deep embedded clustering ready to run: ours, the plain forms, the error of each."""
+"""The contest of deep embedded clustering: our call, the plain forms, the error of each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 import clam_kernels as ck
 from python_fallback import dec as truth
 
-from .bouts_am import DRAWS, STAND_IN_ROWS, compiled, sample_of
-from .cases import Bout, Row
+from .cases import Target, TimedContest
 from .clock import Contestant
+from .contests_am import DRAWS, STAND_IN_ROWS, compiled, sample_of
 from .setting import Setting
 
 
@@ -66,9 +66,9 @@ def errors_of(
     return errors
 
 
-def trained(setting: Setting, row: Row) -> Bout:
-    """Row 15: the losses of a frozen target and the gradients of z and mu."""
-    n, d, k = (row.shape[name] for name in ("n", "d", "k"))
+def trained(setting: Setting, case: Target) -> TimedContest:
+    """Target 15: the losses of a frozen target and the gradients of z and mu."""
+    n, d, k = (case.shape[name] for name in ("n", "d", "k"))
     n = STAND_IN_ROWS if setting.dry_run else n
     old, centroids = embeddings(n, d, k, setting.device, setting.seed)
     target = ck.dec_target(old, centroids, store="dense")
@@ -81,14 +81,14 @@ def trained(setting: Setting, row: Row) -> Bout:
     fast = compiled(setting, eager)
 
     def ours() -> tuple[Tensor, ...]:
-        out = torch.ops.clam.dec_losses(*leaves, 1.0, *frozen, row.mode)
+        out = torch.ops.clam.dec_losses(*leaves, 1.0, *frozen, case.mode)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
     def plain(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         out = function(*leaves, shares)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
-    return Bout(
+    return TimedContest(
         ours=ours,
         args=(*leaves, 1.0, *frozen),
         peers={
