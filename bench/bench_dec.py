@@ -37,7 +37,7 @@ def soft(far: Tensor) -> Tensor:
 
 
 def plain_iteration(distances: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
-    """What users write: q and p as N x K arrays, the loss by autograd."""
+    """The code that users write: q and p are N x K arrays, and autograd differentiates the loss."""
 
     def iteration(z: Tensor, mu: Tensor, new: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():

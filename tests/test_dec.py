@@ -413,8 +413,8 @@ def test_scaling_leaves_the_kernel():
     close(s[0], s[1], 1e-14)
 
 
-def test_a_target_keeps_what_it_was_made_of():
-    """An update of z and mu in place, as optimisers make it, moves no target."""
+def test_an_update_in_place_changes_no_target():
+    """An optimiser updates z and mu in place: the target does not change."""
     z, mu = normal(9, 3), normal(4, 3)
     for store in ("dense", "recompute"):
         target = ck.dec_target(z, mu, store=store)

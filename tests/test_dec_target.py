@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deep embedded clustering: what a target stores, reductions, heads, errors, memory."""
+"""Deep embedded clustering: the numbers that a target stores, reductions, heads, errors, memory."""
 
 from __future__ import annotations
 
@@ -168,18 +168,17 @@ def _iteration(n: int, k: int) -> int:
 
 @pytest.mark.parametrize("n", [20_000, 200_000])
 def test_memory_does_not_grow_with_the_rows(n):
-    """N labels, log-sum-exps and losses are results too: the soft counts alone are wanted."""
+    """`student_t_stats` also returns N labels and log-sum-exps, which the target does not need."""
     assert _iteration(n, 64) - 12 * n < 32e6
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_memory_of_a_million_rows():
-    z, mu = (normal(size, 10, dtype=torch.float32) for size in (1_000_000, 1000))
+def test_memory_of_many_centroids():
+    """An N x K array has 80 MB in float32 and 40 MB in float16."""
+    z, mu = (normal(size, 10, dtype=torch.float32) for size in (40_000, 500))
 
     def call() -> Any:
         target = ck.dec_target(z, mu)
         assert target.p is None
         return target, ck.dec_loss(z, mu, target)
 
-    assert testing.peak_bytes(call) < 250e6
+    assert testing.peak_bytes(call) < 32e6

@@ -14,7 +14,7 @@ from ._facts import compute_dtype
 
 
 def _check_pair(z: Tensor, mu: Tensor, alpha: Any) -> None:
-    """Z [..., N, D], mu [..., K, D] and alpha belong together; K and D are not 0."""
+    """Check z [..., N, D], mu [..., K, D] and alpha; K and D are not 0."""
     for name, x in (("z", z), ("mu", mu)):
         checks.floating(name, x)
         checks.device(name, x)
@@ -36,7 +36,7 @@ def _check_pair(z: Tensor, mu: Tensor, alpha: Any) -> None:
 
 
 def _check_core(name: str, x: Tensor | None, core: list[Any], z: Tensor, match: str) -> None:
-    """A tensor or None whose last dims are `core`, any float dtype."""
+    """Check that x is None, or has a float dtype and the last dims `core`."""
     if x is None:
         return
     checks.floating(name, x)
@@ -130,7 +130,7 @@ def check_losses(
 
 
 def _check_together(name: str, x: Tensor, *others: tuple[str, Tensor | None]) -> None:
-    """What a frozen target needs is there."""
+    """Check that the other parts of a frozen target are tensors."""
     for other, value in others:
         match = f"{name} {checks.spell(*x.shape)}"
         text = checks.wording(other, "a Tensor", "None", match)

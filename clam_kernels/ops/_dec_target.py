@@ -143,7 +143,7 @@ def dec_target(
     store: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> DecTarget:
-    """Freeze the target of a set of rows: soft counts, and what p is recomputed from.
+    """Freeze the target of a set of rows: its soft counts, and p or the rows.
 
         p_ij = exp(2 s_ij - log f_j - R_i),  R_i = logsumexp_j(2 s_ij - log f_j)
                                                                 (eqs. 4-5 of docs/ops/dec.md)
@@ -213,7 +213,7 @@ def dec_target(
 def _check_target(
     z: object, mu: object, weight: object, store: str, dtype: torch.dtype | None
 ) -> None:
-    """Types that the op would refuse in words of its own, and a set of rows that is not empty."""
+    """Check the types that the op would refuse in other words, and that there are rows."""
     checks.tensor("z", z)
     checks.tensor("mu", mu)
     checks.tensor("weight", weight, optional=True)
@@ -317,7 +317,7 @@ def dec_loss(
 
 
 def _alpha(alpha: Any, weight: object, precision: object) -> Any:
-    """The alpha, a number as Python's; types of what else the dispatcher words itself."""
+    """Check the types of alpha, weight and precision; return alpha, a number as a Python float."""
     if not isinstance(alpha, Tensor):
         alpha = checks.real("alpha", alpha, "a number or a Tensor")
     checks.tensor("weight", weight, optional=True)

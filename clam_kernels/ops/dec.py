@@ -182,8 +182,8 @@ def _checked(
     options: tuple[tuple[str, object], ...],
     precision: object,
 ) -> Any:
-    """The alpha, a number as Python's. Checks the types that the dispatcher would refuse in words
-    of its own.
+    """Check the types that the dispatcher would refuse in other words; return alpha, a number as a
+    Python float.
     """
     for name, value in tensors:
         checks.tensor(name, value)

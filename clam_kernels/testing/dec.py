@@ -119,7 +119,7 @@ def _irregular(draw: Draw) -> list[_Call]:
 
 
 def _targets(draw: Draw) -> list[Sample]:
-    """The other places where a target comes from."""
+    """Calls with each other source of a target."""
     inf = math.inf
     z, mu, logs = draw.normal(N, D), draw.normal(K, D), draw.normal(K)
     z0, norm = draw.normal(N, D), draw.normal(N)
@@ -242,7 +242,7 @@ SELECTIONS = {
 
 
 def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
-    """Normal rows and centroids; the target of `dec_losses` comes of the rows themselves."""
+    """Normal rows and centroids; `dec_losses` computes its target from the same rows."""
     draw = Draw(seed)
     z, mu = draw.normal(n, d), draw.normal(k, d)
     if op in STATS:
@@ -344,7 +344,7 @@ def _eager_stats(
 EAGER = {"student_t_stats": _eager_stats, "dec_losses": _eager_losses}
 
 
-# ---- calls that must be refused ------------------------------------------------------------------
+# ---- calls that must raise -----------------------------------------------------------------------
 
 _PLAIN: dict[str, Callable[[], Any]] = {
     "z": lambda: torch.zeros(5, 3),
@@ -469,5 +469,5 @@ _TYPES: list[BadRow] = [
 
 
 def bad_calls() -> list[BadCall]:
-    """What each op of this family refuses."""
+    """The calls of this family that must raise."""
     return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})

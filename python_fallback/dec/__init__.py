@@ -2,8 +2,8 @@
 """Deep embedded clustering: Student-t soft assignments, the sharpened target, the KL loss.
 
 `equations` is the truth; `forward` and `backward` are the CPU backend. `distances` has the scaled
-distances of a chunk, `shares` the assignments and targets of a chunk, `target` what a frozen target
-stores.
+distances of a chunk, `shares` the assignments and targets of a chunk, `target` the numbers that a
+frozen target stores.
 """
 
 from .backward import dec_losses_backward

@@ -23,12 +23,12 @@ from .distances import Distances
 from .equations import Alpha
 from .forward import LossCall, LossChunk, LossProblem, filled
 
-# Below it `log1p(x) - x / (1 + x)` is a series of so many terms.
+# Below SMALL the code computes `log1p(x) - x / (1 + x)` as a series of TERMS terms.
 SMALL, TERMS = 0.01, 8
 
 
 class GradientTotals:
-    """The gradients of z, mu and alpha of one call; of what is shared by problems their sum."""
+    """The gradients of z, mu and alpha of one call, summed over the problems that share them."""
 
     def __init__(self, call: LossCall, needs: Sequence[bool]) -> None:
         self.call, self.needs = call, needs
@@ -40,7 +40,7 @@ class GradientTotals:
                 self.sums[i] = torch.zeros(x.shape, dtype=dtype, device=x.device)
 
     def part(self, i: int, at: tuple[int, ...]) -> Tensor | None:
-        """The part of the gradient of one operand that belongs to a problem."""
+        """A view of the gradient of one operand: the part of one problem."""
         total, core = self.sums[i], self.call.operands[i][1]
         if total is None:
             return None
@@ -49,7 +49,7 @@ class GradientTotals:
         return total[tuple(0 if size == 1 else j for size, j in zip(batch, index, strict=True))]
 
     def results(self) -> tuple[Tensor, ...]:
-        """One gradient for each tensor argument: zeros for those that p depends on alone."""
+        """One gradient for each tensor argument: zeros for those that only change p."""
         gradients = []
         for i, (x, _) in enumerate(self.call.operands):
             total = self.sums[i] if i < 3 else None

@@ -23,7 +23,7 @@ LEAST_COUNT = torch.finfo(torch.float32).tiny
 
 
 def batch_of(*operands: tuple[object, int]) -> torch.Size:
-    """Broadcast of the leading dims of (operand, dims below them); what is no tensor has none."""
+    """Broadcast of the leading dims of (operand, dims below them); a number has none."""
     leads = [o.shape[: max(o.ndim - core, 0)] for o, core in operands if isinstance(o, Tensor)]
     return broadcast_shapes(*leads)
 

@@ -39,9 +39,9 @@ def filled(x: Tensor | None, part: slice, width: int, like: Tensor) -> Tensor:
 def soft_counts(
     z: Tensor, mu: Tensor, alpha: float, weight: Tensor | None, lse: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    """`f_j = sum_i w_i q_ij`, [K], all in float64: sums of GROUP rows, one after the other. Rows
-    with weight 0 at the end change no bit. Beside it the number of rows that are not finite. Fills
-    `lse` [N] with the log-sum-exp of each row.
+    """`f_j = sum_i w_i q_ij`, [K], and the number of rows that are not finite. The sums are float64
+    sums of GROUP rows, added one after the other, so that rows of weight 0 at the end change no
+    bit. `lse` [N] receives the log-sum-exp of each row.
     """
     d, bad = Distances(z, mu, alpha), 0
     total = d.mu.new_zeros(d.size)
@@ -87,7 +87,7 @@ def student_t_stats_forward(
 
 
 class LossChunk(NamedTuple):
-    """What one chunk of rows of one problem has."""
+    """A chunk of rows of one problem: its distances, its assignments and its target."""
 
     part: slice  # the rows
     now: Distances  # of z, loaded
@@ -128,7 +128,7 @@ class LossCall:
 
 
 class LossProblem:
-    """One problem: its rows, and where its target comes from."""
+    """One problem: its rows, and the source of its target."""
 
     def __init__(self, call: LossCall, tensors: list[Tensor]) -> None:
         z, mu, freedom, weight, log_counts, z0, mu0, self.log_norm, self.p = tensors
@@ -161,15 +161,14 @@ class LossProblem:
             ratios = ratios_of(self.now, self.now.load(part))
             if target is None and self.counts is not None:
                 target = target_of(self.now, ratios, self.counts, None)
-            if self.now.irregular is not None:
-                irregular = (
-                    self.now.irregular if irregular is None else irregular | self.now.irregular
-                )
+            other = self.now.irregular
+            if other is not None:
+                irregular = other if irregular is None else irregular | other
             assert target is not None
             yield LossChunk(part, self.now, ratios, ratios.r.sum(0), target, irregular)
 
     def _frozen(self, part: slice) -> tuple[TargetTile | None, Tensor | None]:
-        """The target of some rows that does not follow from z, if any, and which are not finite."""
+        """(target of some rows, their irregular rows); the target is None if it follows from z."""
         n, then, counts = part.stop - part.start, self.then, self.counts
         if self.p is not None:
             p = self.now.narrow.new_zeros(self.now.size, -(-n // GROUP) * GROUP)  # [K, rows]

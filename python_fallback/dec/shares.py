@@ -25,7 +25,7 @@ NARROW = 40.0
 
 
 class Ratios(NamedTuple):
-    """r of a chunk, its logarithm where that exists already, and 1 + y where r is 1 / (1 + y)."""
+    """The ratios r of a chunk, and log r and 1 + y, each None if the calculation has no use for it."""
 
     r: Tensor  # [K, rows]
     log: Tensor | None  # [K, rows]
@@ -33,7 +33,7 @@ class Ratios(NamedTuple):
 
 
 def ratios_of(d: Distances, y: Tensor) -> Ratios:
-    """R of the chunk that d loaded; y [K, rows] is scratch afterwards."""
+    """The ratios r of the chunk that d loaded; y [K, rows] is scratch afterwards."""
     if d.alpha == 1.0:
         stretch = y.add_(1.0)
         return Ratios(stretch.reciprocal(), None, stretch)
@@ -49,7 +49,7 @@ def largest_scores(d: Distances) -> Tensor:
 
 
 class LogCounts:
-    """log f of one problem, and 1 / f over the largest of them where float32 holds their range."""
+    """The log counts of one problem, and min f / f, which float32 represents if `is_narrow`."""
 
     def __init__(self, log_counts: Tensor, dtype: torch.dtype) -> None:
         wide = log_counts.double()
@@ -66,7 +66,7 @@ def log_counts_of(counts: Tensor) -> Tensor:
 
 
 class TargetTile(NamedTuple):
-    """p of a chunk, its logarithm where that exists already, and its sum over the centroids."""
+    """The target p of a chunk, log p (or None), and the sum of p over the centroids."""
 
     p: Tensor  # [K, rows]
     log: Tensor | None  # [K, rows]
@@ -130,6 +130,6 @@ def divergence(ratios: Ratios, total: Tensor, target: TargetTile) -> Tensor:
 
 
 def exact_alpha(alpha: float | Tensor) -> float:
-    """Alpha as a number: NaN for a tensor that holds inf, whose gradient has no value."""
+    """Alpha as a number: NaN for a tensor with the value inf, whose gradient has no value."""
     value = float(alpha)
     return math.nan if isinstance(alpha, Tensor) and math.isinf(value) else value

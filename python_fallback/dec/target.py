@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen target stores of each row, in row chunks."""
+"""The numbers that a frozen target stores for each row, in row chunks."""
 
 from __future__ import annotations
 
