@@ -265,7 +265,7 @@ def _reworded(text: str, options: argparse.Namespace, names: list[str] | None) -
     entry = BAD_ENTRY.match(text)
     if entry is not None:
         what, row, number = entry.groups()
-        got = "a missing cell, which k-means does not take" if what == "NaN" else what
+        got = "a missing cell (k-means takes none, --algo clam does)" if what == "NaN" else what
         place = f"column {column(number)}, row {int(row) + 1}"
         return f"{options.data}: {place}: expected a finite number, got {got}"
     empty = EMPTY_COLUMNS.match(text)
