@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--standardize",
         action=argparse.BooleanOptionalAction,
         help="divide every column by its deviation; clam only. Without it clam does so where the"
-        " spreads of the columns differ much",
+        " spreads of the columns differ by more than 256 times",
     )
     fit.add_argument("--restarts", type=_whole(1), help="number of starts")
     fit.add_argument("--epochs", type=_whole(1), help="most passes over the table")
@@ -108,12 +108,12 @@ def _add_reading(sub: argparse.ArgumentParser) -> None:
         "--index-col",
         type=_levels,
         metavar="A,B",
-        help="index of a data frame, which is no feature; none keeps all columns",
+        help="index of a data frame, which is no feature; `--index-col none` keeps all columns",
     )
     sub.add_argument(
         "--header",
         action=argparse.BooleanOptionalAction,
-        help="the first row of a text has names; without it: if it has text, or is 0,1,2,...",
+        help="the first row of a text has names; default: yes if it has text, or is 0,1,2,...",
     )
     sub.add_argument("--decimal", choices=(".", ","), default=".", help="decimal point of a text")
 
@@ -265,7 +265,7 @@ def _reworded(text: str, options: argparse.Namespace, names: list[str] | None) -
     entry = BAD_ENTRY.match(text)
     if entry is not None:
         what, row, number = entry.groups()
-        got = "a missing cell, which k-means does not take" if what == "NaN" else what
+        got = "a missing cell (k-means takes none, --algo clam does)" if what == "NaN" else what
         place = f"column {column(number)}, row {int(row) + 1}"
         return f"{options.data}: {place}: expected a finite number, got {got}"
     empty = EMPTY_COLUMNS.match(text)
@@ -316,8 +316,8 @@ def _facts(model: ClAM | KMeans) -> dict[str, Any]:
 def _partition_inertia(model: Any) -> float:
     """Inertia about the means of the labels.
 
-    Memories of `ClAM` may lie beyond their rows. They are the means of their rows where the
-    search took a sample, or where there was no search.
+    Memories of `ClAM` may lie outside the range of their rows. They are the means of their rows if
+    the search took a sample, or if there was no search.
     """
     from .estimators.clam.settings import ClAMSettings
     from .estimators.clam.whole import searches_all

@@ -230,14 +230,15 @@ def test_the_columns_of_a_model_are_chosen_by_name(folder: Path, tmp_path: Path)
     by_name = clam("predict", model, folder / "named.tsv", "--columns", "b,a,c,d")
     assert by_name.returncode == 1
     assert (
-        "expected the columns a, b, c, d that the model was fitted on, got b, a" in by_name.stderr
+        "expected the columns 'a', 'b', 'c', 'd' that the model was fitted on, got 'b', 'a'"
+        in by_name.stderr
     )
     for head, error in (
         (
             "a\tb\tc\te",
-            "that the model was fitted on, got a, b, c, e",
+            "that the model was fitted on, got 'a', 'b', 'c', 'e'",
         ),
-        ("a\tb\tc\td\td", "expected 1 column 'd', as the model was fitted on, got 2"),
+        ("a\tb\tc\td\td", "expected 1 column with the name 'd', got 2"),
     ):
         lines = text.splitlines()[1:]
         lines = [line + "\t1" for line in lines] if head.count("d") == 2 else lines
@@ -452,7 +453,7 @@ def test_columns_are_chosen_by_options(folder: Path, tmp_path: Path) -> None:
     refused = clam("fit", table, "-k", 3, "-o", model, "--force")
     assert refused.returncode == 1
     assert "column 'id', row 1: expected a number, got 'r0'" in refused.stderr
-    assert "got b, c, d" in clam("predict", model, table, "--drop", "id,a,label").stderr
+    assert "got 'b', 'c', 'd'" in clam("predict", model, table, "--drop", "id,a,label").stderr
     by_number = clam("fit", folder / "x.npy", "--columns", "1,2", "-k", 3, "-o", model, "--force",
                      "--json", *QUICK)  # fmt: skip
     assert json.loads(by_number.stdout)["features"] == 2

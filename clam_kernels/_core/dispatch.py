@@ -72,7 +72,7 @@ def is_direct(keys: Any) -> bool:
 
 
 def check_key(a: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The key of a call: everything that `OpSpec.check` can see of plain arguments. None if one is
+    """The key of a call: all facts of plain arguments that `OpSpec.check` reads. None if one is
     symbolic or of another class.
     """
     key: list[Any] = []

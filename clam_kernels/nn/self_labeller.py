@@ -147,7 +147,7 @@ class SelfLabeller(nn.Module):
         in_features, n_clusters, n_rows = int(in_features), int(n_clusters), int(n_rows)
         n_heads, self.max_iter = int(n_heads), int(max_iter)
         self.n_rows, self.strict = n_rows, strict
-        # First values of the buffers: `reset_parameters` copies them, also to a module made on meta
+        # First values of the buffers: `reset_parameters` copies them, also to a module on meta
         self._first_values = {
             "col_marginal": normalised_marginal("col_marginal", col_marginal, n_clusters),
             "row_marginal": normalised_marginal("row_marginal", row_marginal, n_rows),
@@ -212,7 +212,7 @@ class SelfLabeller(nn.Module):
             return
         bound = 1.0 / math.sqrt(self.in_features)
         with torch.no_grad():
-            # drawn on the CPU, so that a seed gives the same values on every device
+            # the CPU draws the values, so that a seed gives the same ones on every device
             for part in (self.weight, self.bias):
                 drawn = torch.empty(part.shape, dtype=part.dtype, device="cpu")
                 part.copy_(drawn.uniform_(-bound, bound, generator=generator))

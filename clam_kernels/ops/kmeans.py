@@ -204,7 +204,7 @@ def kmeans_assign(
     distances: bool = True,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Nearest centroid of each row, that of float64 in every precision, and its distance.
+    """Nearest centroid of each row, as in float64 at every precision, and its distance.
 
         d_nk    = sum_j (x_nj - c_kj)^2 in float64 for the stored values
         label_n = min {k : d_nk <= (1 + 2^-40) min_j d_nj}       (eqs. 1-2 of docs/ops/kmeans.md)
@@ -219,7 +219,7 @@ def kmeans_assign(
         A point near the data that is subtracted before scores are computed; default the mean of the
         centroids. It changes no label, only how many rows are computed again in float64.
     mask : Tensor [..., K], bool, optional
-        True: the centroid is masked. Each problem needs an active one; checked on a CPU.
+        True: the centroid is masked. Each problem needs an active centroid; checked on a CPU.
     distances : bool
         Whether to compute the distances.
     precision : "highest", "high" or "medium", optional
@@ -346,7 +346,7 @@ def kmeans_step(
     shift : Tensor [..., D], any float dtype, optional
         A point near the data that is subtracted from the rows of the sums; default 0.
     mask : Tensor [..., K], bool, optional
-        True: the centroid is masked. Each problem needs an active one; checked on a CPU.
+        True: the centroid is masked. Each problem needs an active centroid; checked on a CPU.
     precision : "highest", "high" or "medium", optional
         Precision of the matrix products that decide most rows. Labels do not depend on it.
 

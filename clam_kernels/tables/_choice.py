@@ -72,8 +72,8 @@ class ColumnChoice:
             count = expected.count(name)
             if 0 < count < len(positions):
                 raise DataFileError(
-                    f"{source}: expected {count} {_columns(count)} {name!r}, as the model was"
-                    f" fitted on, got {len(positions)}; --drop leaves a column out by its number"
+                    f"{source}: expected {count} {_columns(count)} with the name {name!r}, got"
+                    f" {len(positions)}; --drop leaves a column out by its number"
                 )
         if any(expected.count(name) > len(places.get(name, ())) for name in expected):
             raise DataFileError(
@@ -84,7 +84,7 @@ class ColumnChoice:
         if others:
             warn(
                 f"{source}: the model was not fitted on {_columns(len(others))}"
-                f" {listed(list(map(repr, others)))}, which {'is' if len(others) == 1 else 'are'}"
+                f" {listed(others)}, which {'is' if len(others) == 1 else 'are'}"
                 " left out"
             )
         return [places[name].pop(0) for name in expected]
@@ -114,7 +114,7 @@ class ColumnChoice:
         if any(names[i] in levels for i in nameless if i in chosen):
             has, it = ("has the name", "it") if len(levels) == 1 else ("have the names", "them")
             raise DataFileError(
-                f"{source}: the {_columns(len(levels))} {listed(list(map(repr, levels)))} {has}"
+                f"{source}: the {_columns(len(levels))} {listed(levels)} {has}"
                 f" that pandas gives to the index of a frame: --index-col"
                 f" {shlex.quote(','.join(levels))} leaves {it} out, --index-col none keeps {it}"
             )
@@ -141,10 +141,9 @@ def _columns(count: int) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names with commas between them; the first ones of many."""
-    if len(names) <= MAX_LISTED:
-        return ", ".join(names)
-    return f"{', '.join(names[:MAX_LISTED])} and {len(names) - MAX_LISTED} more"
+    """Names in quotes with commas between them; the first ones of many."""
+    shown = ", ".join(map(repr, names[:MAX_LISTED]))
+    return shown if len(names) <= MAX_LISTED else f"{shown} and {len(names) - MAX_LISTED} more"
 
 
 def _positions(source: str, names: Sequence[str] | None, count: int, column: str) -> list[int]:
@@ -156,6 +155,6 @@ def _positions(source: str, names: Sequence[str] | None, count: int, column: str
     if not positions:
         there = f"{count} columns without names: expected 0 to {count - 1}"
         if names is not None:
-            there = f"the columns {listed(list(map(repr, names)))}"
+            there = f"the columns {listed(names)}"
         raise DataFileError(f"{source}: no column {column!r}; the table has {there}")
     return positions

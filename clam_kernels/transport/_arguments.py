@@ -232,7 +232,7 @@ def uniform_rows(like: Tensor, group: Any) -> Tensor:
 
 def apply_autocast(scores: Scores, precision: str | None) -> tuple[Scores, str | None]:
     """Scores and precision under the autocast of the caller: features of one dtype, and products of
-    precision "medium" unless a precision is given. Results read later use the same.
+    precision "medium" unless a precision is given. Methods of the result use the same.
     """
     first = scores if isinstance(scores, Tensor) else scores[0]
     kind = first.device.type

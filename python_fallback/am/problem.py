@@ -4,7 +4,7 @@ with their batch dims.
 
 All code computes in place on 3-D tiles [problems, rows, .] of `common/chunk.py`, never N x K. Tiles
 are padded (rows to ROWS, D and K to 4) and the second factor of a product is contiguous: CPU
-libraries use other kernels at ragged edges, and a row shall have the same bits at every place in a
+libraries use other kernels at ragged edges, and a row must have the same bits at every place in a
 tile, alone or in a batch. Padding rows and features are 0, padding memories have logits of -inf.
 """
 
@@ -130,7 +130,7 @@ class RowProducts:
 
 def _underflows(norms: Tensor, scale: Tensor) -> bool:
     """Whether a row at one memory has logits below the floor. The memories alone decide: other rows
-    cannot change the bits of a row. False on a GPU, where reading the answer would wait.
+    cannot change the bits of a row. False on a GPU: the host would wait for it.
     """
     if not norms.is_cpu or norms.numel() == 0:
         return False
@@ -188,7 +188,7 @@ class MemoryProblem:
         # finite, so that a row of zeros has weights; rounded once, because an error of the bias is
         # the same for all rows and would move borders and fixed points
         bias = (rho.double().square().sum(-1)[:, None, :] * -beta.double()).clamp(min=-largest)
-        # the rows that are not in doubt give a memory this distant the weight 0
+        # the rows that are not in doubt give a memory that is so far away the weight 0
         in_range = norms < LARGEST_LOGIT[self.dtype]
         norms, rho = torch.where(in_range, norms, 0.0), torch.where(in_range.mT, rho, 0.0)
         flipped = rho.mT.contiguous()

@@ -19,13 +19,14 @@ FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
 TILE_ENTRIES, MIN_ROWS = 1 << 18, 16
 # Rows whose sum is computed in the dtype of the tiles.
 SUM_ROWS = 256
-# A column's mass below this share of the total has lost digits: `columns` computes its logarithm.
+# Where a column's mass is below this share of the total, digits are lost: `columns` computes its
+# logarithm.
 LEAST_SHARE = 2.0**-90
-# The largest logit of a row, with the potential added: beyond this, rounding exceeds 2^-16 in
+# The largest logit of a row, including the potential: beyond this, rounding exceeds 2^-16 in
 # float32.
 LARGE_LOGIT = 256.0
 # A potential: beyond this, rounding exceeds 2^-19 in float32. Gradients are differences of weights,
-# and passes iterate to a tolerance: both split a potential from a rounding of 2^-24 on.
+# and passes iterate to a tolerance: both split a potential if its rounding exceeds 2^-24.
 LARGE_POTENTIAL, LARGE_IN_GRADIENTS = 32.0, 1.0
 
 
@@ -343,7 +344,7 @@ class ScalingProblem:
         if columns:
             return (mass * self.log_a_max.exp() - self.b).abs().sum()
         exact, _ = self.rows(g)
-        # the error of the f that is returned: in its dtype it has lost digits where it is large
+        # the error of the f that is returned: a large f has lost digits in its dtype
         gap = torch.where(self.masked_row, 0.0, f.to(self.dtype).double() - exact)
         return (torch.expm1(gap).abs() * self.log_a.exp()).sum()
 

@@ -65,7 +65,7 @@ def draw_masks(
     """Masked entries [rows, features]: each observed entry with probability `ratio`, at least one
     of a row, never all.
 
-    The only observed entry of a row is not masked: there would be nothing to complete it from.
+    The only observed entry of a row is not masked: no entry would remain to complete it.
     """
     device = generator.device
     uniform: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.float32}
@@ -140,7 +140,7 @@ class Batch:
     def _backward_wide(
         self, memories: Tensor, plan: CompletionPlan, counted: Tensor, expected: float
     ) -> Tensor:
-        """The same for one step of size 1, where features are many."""
+        """The same for one step of size 1 and many features."""
         count = expected * len(self.x)
         weight = self.x.new_ones(len(self.x)) if self.weight is None else self.weight.to(self.x)
         rows, slope = squared_errors(

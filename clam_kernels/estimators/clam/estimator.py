@@ -468,7 +468,7 @@ def _has_small_clusters(settings: ClAMSettings, result: SearchResult) -> bool:
 
 
 def _warn_of_units(frame: Frame) -> None:
-    """Warn where nothing standardises columns whose spreads differ much."""
+    """Warn where nothing standardises columns whose spreads differ by more than 1e3."""
     if not frame.is_standard and frame.contrast > WARNED_CONTRAST:
         warn(
             f"standardize=False: the spread of one column of X is {frame.contrast:.0e} times that"

@@ -63,7 +63,7 @@ def _is_wide(x: Tensor) -> bool:
 
 
 def _checked_sparse(name: str, x: Any) -> Any:
-    """A sparse matrix, whose indices are checked: compiled code writes to the places they name."""
+    """A sparse matrix, whose indices are checked: compiled code writes at them."""
     if x.ndim != 2:
         return x  # scikit-learn raises
     if x.format not in ("csr", "csc", "bsr", "coo"):
@@ -157,7 +157,7 @@ def _checked_frame(name: str, x: Any) -> Any:
 
 
 def _checked_column(name: str, label: Any, column: Any) -> np.ndarray | None:
-    """The numbers of a column whose objects have NA among them; None where nothing changes."""
+    """The numbers of a column of objects with NA; None if the column needs no change."""
     values = np.asarray(column)
     if values.dtype.kind == "f" and np.isnan(values).any():
         # integers with missing values, which are floats here and may be rounded

@@ -72,7 +72,7 @@ class SeLa(BaseEstimator):
         closure. `schedule` still applies.
     n_relabels : int, >= 1, default by recipe (12; paper 100)
         Number of relabellings of all heads: after (n_epochs + 1.01) N linspace(0, 1, n_relabels)^2
-        rows of training; the last one, which would be later than the end, at the end. The first one
+        rows of training; the last one is at the end. The first one
         is before the first step.
     n_augment : int, >= 1, default by recipe (4; paper 1)
         Number of augmented draws of each row that a relabelling averages.
@@ -131,9 +131,9 @@ class SeLa(BaseEstimator):
 
     Dropout draws from torch's global generators, which all threads share. In each step a fit sets
     them to its own states, and restores the caller's states at the end of the step. Fits in several
-    threads take turns step by step, and each repeats as it does alone. Another thread must not draw
-    from these generators while a fit runs, as it could get the fit's numbers: give it a generator
-    of its own.
+    threads take turns step by step, and each gives the result that it gives alone. Another thread
+    must not draw from these generators while a fit runs, as it could get the fit's numbers: give it
+    a generator of its own.
 
     Examples
     --------
@@ -233,7 +233,7 @@ class SeLa(BaseEstimator):
         y : object, optional
             Ignored, for pipelines.
         checkpoint : str or PathLike, optional
-            File of the whole state of the run. A write replaces it at once.
+            File of the whole state of the run. A write replaces the whole file in one step.
         checkpoint_every : int, >= 1, optional
             Batches between two writes; default those of an epoch.
         resume : bool
@@ -311,7 +311,7 @@ class SeLa(BaseEstimator):
         Returns
         -------
         array or Tensor [N, D]
-            In the container of the data.
+            An array for arrays, a Tensor for a Tensor.
         """
         check_is_fitted(self, "encoder_")
         settings = SeLaSettings.of(self)
@@ -335,7 +335,7 @@ class SeLa(BaseEstimator):
         Returns
         -------
         int32 array or int64 Tensor [N]
-            In the container of the data.
+            An array for arrays, a Tensor for a Tensor.
         """
         check_is_fitted(self, "encoder_")
         settings = SeLaSettings.of(self)
