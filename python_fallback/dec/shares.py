@@ -25,7 +25,7 @@ NARROW = 40.0
 
 
 class Ratios(NamedTuple):
-    """The ratios r of a chunk, and log r and 1 + y, each None if the calculation has no use for it."""
+    """The ratios r of a chunk; log r and 1 + y are None if the calculation does not need them."""
 
     r: Tensor  # [K, rows]
     log: Tensor | None  # [K, rows]
