@@ -26,7 +26,8 @@ STAGES = (
     "env", "build", "ceilings", "tests", "sanitizer", "determinism", "targets", "memory", "graphs",
 )  # fmt: skip
 ROWS = {
-    "1", "2", "3", "4", "5", "6", "7", "7s", "8", "9", "10", "11", "12", "12g", "15", "16", "17a", "17b",
+    "1", "2", "3", "4", "5", "6", "7", "7s", "8", "9", "10", "11", "12", "12g", "15", "16", "17a",
+    "17b",
 }  # fmt: skip
 FIGURES = {
     "id", "shape", "dtype", "mode", "backend", "ms_median", "ms_p10", "ms_p90", "floor_ms",
