@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._core import checks
 
 # float64 distances of one tile: 32 MB.
 TILE_ENTRIES = 1 << 22
@@ -60,11 +61,8 @@ def silhouette(
     x = _matrix(X)
     names = _names(labels, len(x)).to(x.device)
     if sample_size is not None:
-        whole = isinstance(sample_size, Integral) and not isinstance(sample_size, bool)
-        if not whole or not 3 <= sample_size <= len(x):
-            raise ValueError(
-                f"sample_size: expected an int from 3 to {len(x)}, got {sample_size!r}"
-            )
+        fits = checks.is_whole(sample_size) and 3 <= sample_size <= len(x)
+        checks.expect(fits, "sample_size", f"an int from 3 to {len(x)}", repr(sample_size))
         drawn = np.random.default_rng(random_state).choice(len(x), sample_size, replace=False)
         index = torch.from_numpy(np.sort(drawn)).to(x.device)
         x, names = x[index], names[index]
@@ -89,7 +87,7 @@ def _matrix(X: Any) -> Tensor:
     if hasattr(X, "toarray"):
         raise TypeError(f"X: expected an array or a dense Tensor, got a {type(X).__name__}")
     x = X.detach() if isinstance(X, Tensor) else _from_array(X)
-    _check_values("X", x)
+    checks.has_values("X", x)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"X: expected shape [N, D] with N, D >= 1, got {list(x.shape)}")
     if not bool(x.isfinite().all()):
@@ -105,16 +103,10 @@ def _from_array(X: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _check_values(name: str, x: Tensor) -> None:
-    """The argument has values to read; a tensor on meta has none."""
-    if x.is_meta:
-        raise ValueError(f"{name}: expected values, got device meta")
-
-
 def _names(labels: Any, rows: int) -> Tensor:
     """Labels of any type as integers [N]."""
     if isinstance(labels, Tensor):
-        _check_values("labels", labels)
+        checks.has_values("labels", labels)
         if labels.is_complex():
             raise TypeError(f"labels: expected real numbers or names, got dtype {labels.dtype}")
         codes = labels.detach()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ._core import checks
 from .exceptions import needs
 
 MAX_POINTS = 20_000
@@ -215,7 +215,7 @@ def _check_images(rows: Any, shape: Any, titles: Any) -> None:
         raise TypeError(f"rows: expected a sequence of (name, array), got {type(rows).__name__}")
     is_sequence = isinstance(shape, Sequence | np.ndarray) and not isinstance(shape, str)
     sizes = shape if is_sequence else ()
-    if len(sizes) not in (2, 3) or not all(isinstance(size, Integral) for size in sizes):
+    if len(sizes) not in (2, 3) or not all(checks.is_whole(size) for size in sizes):
         raise TypeError(f"shape: expected 2 or 3 ints, got {shape!r}")
     for name, images in rows:
         size = np.shape(images)

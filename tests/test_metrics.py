@@ -88,6 +88,7 @@ def test_a_sample():
         ([1.0, 2.0], [0, 1], None, r"X: expected shape \[N, D\] with N, D >= 1, got \[2\]"),
         ([[1.0], [np.nan], [3.0]], [0, 1, 1], None, "X: expected finite values"),
         ([[1.0], [2.0], [3.0]], [0, 1, 1], 9, "sample_size: expected an int from 3 to 3, got 9"),
+        ([[1.0], [2.0], [3.0]], [0, 1, 1], True, "sample_size: expected an int from 3 to 3, got T"),
     ],
 )
 def test_bad_input(x, labels, size, text):

@@ -67,6 +67,11 @@ def test_images_show_hidden_entries(tmp_path: Path) -> None:
     assert red.any()
 
 
+def test_a_bool_is_no_size_of_an_image() -> None:
+    with pytest.raises(TypeError, match="shape: expected 2 or 3 ints, got"):
+        plots.plot_images([("rows", np.ones((2, 4)))], (True, 4))
+
+
 def test_history(tmp_path: Path) -> None:
     ax = plots.plot_history([3.0, 2.0, 1.0])
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [3, 2, 1])

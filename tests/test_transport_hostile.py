@@ -11,7 +11,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from clam_kernels import sela_labels, sinkhorn
+from clam_kernels import sela_labels, sinkhorn, swav_codes
 
 SHUT = -math.inf
 DOUBLE = torch.float64
@@ -237,6 +237,12 @@ def test_masses_under_a_mask_are_scaled_to_one():
             "scores: expected dtype float",
         ),
         ({"prototype_first": 0}, TypeError, "prototype_first: expected a bool, got int"),
+        ({"warn": 1}, TypeError, "warn: expected a bool, got int"),
+        (
+            {"process_group": 3},
+            TypeError,
+            "process_group: expected a ProcessGroup or None, got int",
+        ),
     ],
     ids=str,
 )
@@ -247,8 +253,20 @@ def test_refusals(wrong, error, text, rule):
         sinkhorn(call.pop("scores"), **call)
 
 
+def test_refusals_of_the_presets():
+    scores = _draw(0, 6, 3)
+    with pytest.raises(TypeError, match="process_group: expected a ProcessGroup or None, got str"):
+        swav_codes(scores, process_group="gloo")
+    for name in ("strict", "warn"):
+        with pytest.raises(TypeError, match=f"{name}: expected a bool, got int"):
+            sela_labels(scores, **{name: 1})
+
+
 def test_refusals_of_a_result():
     result = sinkhorn(_draw(0, 6, 3))
+    for method in (result.labels, result.counts):
+        with pytest.raises(TypeError, match="strict: expected a bool, got int"):
+            method(strict=1)
     for k in (0, 4):
         with pytest.raises(ValueError, match="k: expected an int from 1 to 3, got"):
             result.topk(k)

@@ -22,6 +22,7 @@ from . import transforms
 _INTS = (int, torch.SymInt)
 _NUMBERS = (*_INTS, float, torch.SymFloat)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 DEVICES = ("cpu", "cuda", "meta")
 Sizes = Sequence[Any]
 
@@ -37,7 +38,7 @@ def spell(*sizes: object) -> str:
     return f"[{', '.join([f'{size}' for size in sizes])}]"
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def _dtype(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -65,6 +66,26 @@ def value_error(ok: bool, text: Callable[[], str]) -> None:
     torch._check_value(ok)
 
 
+def expect(ok: bool, name: str, expected: str, got: object) -> None:
+    """Raise a ValueError in the wording of argument errors unless ok."""
+    value_error(ok, lambda: wording(name, expected, got))
+
+
+def boolean(name: str, value: object) -> None:
+    """The argument is a bool."""
+    type_error(isinstance(value, bool), lambda: wording(name, "a bool", type(value).__name__))
+
+
+def float_dtype(name: str, value: object) -> None:
+    """The argument is one of the four float dtypes."""
+    type_error(value in FLOATS, lambda: wording(name, FLOAT_NAMES, _dtype(value)))
+
+
+def has_values(name: str, value: Tensor) -> None:
+    """The argument has values to read; a tensor on meta has none."""
+    value_error(not value.is_meta, lambda: wording(name, "values", "device meta"))
+
+
 def tensor(name: str, value: object, optional: bool = False) -> None:
     """The argument is a Tensor (or None)."""
     if not (isinstance(value, Tensor) or (optional and value is None)):
@@ -74,8 +95,9 @@ def tensor(name: str, value: object, optional: bool = False) -> None:
 
 def floating(name: str, value: Tensor) -> None:
     """The argument has one of the four float dtypes."""
-    text = "dtype float16, bfloat16, float32 or float64"
-    type_error(value.dtype in FLOATS, lambda: wording(name, text, _dtype(value.dtype)))
+    type_error(
+        value.dtype in FLOATS, lambda: wording(name, f"dtype {FLOAT_NAMES}", _dtype(value.dtype))
+    )
 
 
 def same_dtype(name: str, value: Tensor, other: str, reference: Tensor) -> None:
@@ -173,12 +195,16 @@ def number(name: str, value: Any, low: float, *, finite: bool, strict: bool = Fa
     return value
 
 
+def is_whole(value: object) -> bool:
+    """Whether the value is an int of any library (numpy's), and no bool."""
+    return isinstance(value, (*_INTS, Integral)) and not isinstance(value, bool)
+
+
 def whole(name: str, value: Any, low: int) -> Any:
     """A Python int, from an int of any library (numpy's); TypeError for other types and bool. The
     op checks the value by `at_least`, because dynamo cannot trace that for a symbolic int.
     """
-    ok = isinstance(value, (*_INTS, Integral)) and not isinstance(value, bool)
-    type_error(ok, lambda: wording(name, f"an int >= {low}", repr(value)))
+    type_error(is_whole(value), lambda: wording(name, f"an int >= {low}", repr(value)))
     return value if isinstance(value, _INTS) else int(value)
 
 

@@ -42,11 +42,9 @@ class Relabelling:
 
 def check_settings(strict: object, dtype: object) -> None:
     """The types of the settings `strict` and `dtype` of a layer."""
-    kind = type(strict).__name__
-    checks.type_error(isinstance(strict, bool), lambda: checks.wording("strict", "a bool", kind))
-    text, got = "float16, bfloat16, float32 or float64", str(dtype).removeprefix("torch.")
-    is_float = dtype is None or dtype in checks.FLOATS
-    checks.type_error(is_float, lambda: checks.wording("dtype", text, got))
+    checks.boolean("strict", strict)
+    if dtype is not None:
+        checks.float_dtype("dtype", dtype)
 
 
 def normalised_marginal(name: str, mass: Any, size: int) -> Tensor | None:
@@ -56,15 +54,10 @@ def normalised_marginal(name: str, mass: Any, size: int) -> Tensor | None:
     checks.tensor(name, mass)
     checks.floating(name, mass)
     checks.shape(name, mass, f"[{size}]", list(mass.shape) == [size])
-    check_values(name, mass)
+    checks.has_values(name, mass)
     mass64 = mass.detach().cpu().double()
     checks.values(name, mass64, 0.0, finite=True, strict=True)
     return mass64 / mass64.sum()
-
-
-def check_values(name: str, x: Tensor) -> None:
-    """The argument has values to read; a tensor on meta has none."""
-    checks.value_error(not x.is_meta, lambda: checks.wording(name, "values", "device meta"))
 
 
 def _outside(labels: Tensor, clusters: int) -> int:
@@ -84,7 +77,7 @@ def first_labels(start: Any, heads: int, rows: int, clusters: int) -> Tensor | N
         raise error(checks.wording("start", words, got))
     fits = list(start.shape) in ([heads, rows], [rows])
     checks.shape("start", start, f"[{heads}, {rows}]", fits)
-    check_values("start", start)
+    checks.has_values("start", start)
     in_range = bool(((start >= 0) & (start < clusters)).all())
     words = f"labels from 0 to {clusters - 1}"
     checks.value_error(in_range, lambda: checks.wording("start", words, _outside(start, clusters)))

@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from .._core import checks
 from ..ops._facts import compute_dtype
 from ..ops.am import am_assign, am_energy, am_recursion, am_weights
-from ._labels import check_values
 from ._parameters import as_vector, source_names, source_tensors, write
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
-_FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 # Smallest and largest beta by the dtype of its logarithm.
 _LIMITS = {torch.float32: (1e-37, 1e38), torch.float64: (1e-307, 1e308)}
 
@@ -132,9 +129,9 @@ class AssociativeMemory(nn.Module):
             shape.append(checks.whole(name, size, 1))
             checks.at_least(name, shape[-1], 1)
         for name, flag in (("learn_beta", learn_beta), ("log_weights", log_weights)):
-            _expect(isinstance(flag, bool), TypeError, name, "a bool", type(flag).__name__)
+            checks.boolean(name, flag)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        _expect(dtype in _FLOATS, TypeError, "dtype", _FLOAT_NAMES, _dtype_name(dtype))
+        checks.float_dtype("dtype", dtype)
         self.steps, self.step = checks.whole("steps", steps, 0), checks.real("step", step)
         self.precision = precision
         # stored for reset_parameters, which initialises a module that was made on meta
@@ -200,17 +197,14 @@ class AssociativeMemory(nn.Module):
                 [0., 1., 0.],
                 [0., 0., 1.]])
         """
-        kind = type(patterns).__name__
-        _expect(isinstance(patterns, Tensor), TypeError, "patterns", "a Tensor", kind)
-        word = _dtype_name(patterns.dtype)
-        _expect(patterns.dtype in _FLOATS, TypeError, "patterns", f"dtype {_FLOAT_NAMES}", word)
+        checks.tensor("patterns", patterns)
+        checks.floating("patterns", patterns)
+        checks.shape("patterns", patterns, "[..., K, D]", patterns.ndim >= 2)
+        checks.non_empty("patterns", patterns, -2, "K")
+        checks.non_empty("patterns", patterns, -1, "D")
         shape = list(patterns.shape)
-        _expect(len(shape) >= 2, ValueError, "patterns", "shape [..., K, D]", shape)
-        _expect(shape[-2] >= 1, ValueError, "patterns", "K >= 1", shape)
-        _expect(shape[-1] >= 1, ValueError, "patterns", "D >= 1", shape)
         weights = log_weights if isinstance(log_weights, Tensor) else None
-        kind = type(learn_memories).__name__
-        _expect(isinstance(learn_memories, bool), TypeError, "learn_memories", "a bool", kind)
+        checks.boolean("learn_memories", learn_memories)
         # on meta, so that storing patterns draws no random numbers
         layer = cls(
             shape[-2], shape[-1], steps=steps, step=step, beta=beta, learn_beta=learn_beta,
@@ -227,7 +221,7 @@ class AssociativeMemory(nn.Module):
         beta = self._log_beta_start.to(memories.device, _beta_dtype(memories.dtype))
         weights = None if log_weights is False else memories.new_zeros(memories.shape[:-1])
         if isinstance(log_weights, Tensor):
-            check_values("log_weights", log_weights)
+            checks.has_values("log_weights", log_weights)
             weights = as_vector(log_weights.detach().to(memories.device, copy=True))
         rho, on_meta = (None if x is None else x.to("meta") for x in (memories, weights))
         am_recursion(
@@ -267,7 +261,7 @@ class AssociativeMemory(nn.Module):
         fits = log.ndim <= len(size) and all(
             a in (1, b) for a, b in zip(log.shape[::-1], size[::-1], strict=False)
         )
-        _expect(fits, ValueError, "beta", f"shape broadcastable to {size}", list(log.shape))
+        checks.expect(fits, "beta", f"shape broadcastable to {size}", list(log.shape))
         with torch.no_grad():
             write(self, "log_beta", log)
 
@@ -409,16 +403,15 @@ class AssociativeMemory(nn.Module):
         """Check v. The op checks it too, but its errors name `rho`, which is no argument of the
         layer.
         """
-        _expect(isinstance(v, Tensor), TypeError, "v", "a Tensor", type(v).__name__)
+        checks.tensor("v", v)
         rho = self.memories
+        # is_autocast_enabled raises for device meta, which has no autocast
         if v.dtype != rho.dtype and not torch.is_autocast_enabled(v.device.type):
-            match = f"dtype {_dtype_name(rho.dtype)} to match memories"
-            _expect(False, TypeError, "v", match, _dtype_name(v.dtype))
-        if v.device != rho.device:
-            _expect(False, ValueError, "v", f"device {rho.device} to match memories", v.device)
+            checks.same_dtype("v", v, "memories", rho)
+        checks.same_device("v", v, "memories", rho)
         if v.ndim < 2 or v.shape[-1] != rho.shape[-1]:
-            match = f"shape [..., N, {rho.shape[-1]}] to match memories {list(rho.shape)}"
-            _expect(False, ValueError, "v", match, list(v.shape))
+            match = f"memories {checks.spell(*rho.shape)}"
+            checks.shape("v", v, ["...", "N", rho.shape[-1]], False, match)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for `print`."""
@@ -434,16 +427,6 @@ class AssociativeMemory(nn.Module):
         return ", ".join(words)
 
 
-def _expect(ok: bool, error: type[Exception], name: str, what: str, got: object) -> None:
-    """Raise an argument error unless ok."""
-    if not ok:
-        raise error(f"{name}: expected {what}, got {got}")
-
-
-def _dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _beta_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of log_beta in a layer with parameters of `dtype`."""
     return compute_dtype(dtype)
@@ -457,15 +440,13 @@ def _log_of_beta(beta: float | Tensor, dtype: torch.dtype) -> Tensor:
         probe = torch.empty(1, 1, dtype=torch.float32, device="meta")
         am_energy(probe, probe, beta)  # raises for a number that is no beta
         beta = float(beta)
-        _expect(low <= beta <= high, ValueError, "beta", f"a number {limits}", beta)
+        checks.expect(low <= beta <= high, "beta", f"a number {limits}", beta)
         return torch.tensor(beta, dtype=torch.float64, device="cpu").log()
-    _expect(
-        beta.dtype in _FLOATS, TypeError, "beta", f"dtype {_FLOAT_NAMES}", _dtype_name(beta.dtype)
-    )
-    check_values("beta", beta)
+    checks.floating("beta", beta)
+    checks.has_values("beta", beta)
     beta = beta.detach().double()
     if beta.is_cpu:
         checks.values("beta", beta, 0.0, finite=True, strict=True)
         for outside in beta[(beta < low) | (beta > high)][:1].tolist():
-            _expect(False, ValueError, "beta", f"values {limits}", outside)
+            checks.expect(False, "beta", f"values {limits}", outside)
     return beta.log()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .._core import checks
 from ..ops._facts import compute_dtype
 from ..transport import NOT_CONVERGED, Scores, Sinkhorn, sinkhorn
 from ._labels import Relabelling as Relabelling
-from ._labels import check_settings, check_values, first_labels, normalised_marginal
+from ._labels import check_settings, first_labels, normalised_marginal
 
 # With more entries [N, K] than this, 256 MB of float32, `relabel_features` stores no such array.
 DENSE_ENTRIES = 1 << 26
@@ -454,8 +453,9 @@ class SelfLabeller(nn.Module):
 
     def _head(self, head: Any) -> int:
         """The index of a head as a Python int."""
-        whole = isinstance(head, int | Integral) and not isinstance(head, bool)
-        checks.type_error(whole, lambda: checks.wording("head", "an int", repr(head)))
+        checks.type_error(
+            checks.is_whole(head), lambda: checks.wording("head", "an int", repr(head))
+        )
         text = f"an int from 0 to {self.n_heads - 1}"
         checks.value_error(
             bool(0 <= head < self.n_heads), lambda: checks.wording("head", text, head)
@@ -466,7 +466,7 @@ class SelfLabeller(nn.Module):
         """Rows of the data set, at least one."""
         checks.non_empty("rows", rows, 0, "B")
         if not self.labels.is_meta:
-            check_values("rows", rows)
+            checks.has_values("rows", rows)
         if rows.is_cpu and not torch.compiler.is_compiling():
             bad = rows[(rows < 0) | (rows >= self.n_rows)][:1].tolist()
             text = f"values from 0 to {self.n_rows - 1}"

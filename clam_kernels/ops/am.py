@@ -319,7 +319,7 @@ def _kernels(function: str, file: str = "forward", small: bool = False) -> dict[
     return {**names, "cuda": f"{_ROOM}.cuda:{function}"} if small else names
 
 
-AM_STEP = op(
+op(
     name="am_step",
     arguments=f"Tensor v, Tensor rho, {{beta}}, {_REST}",
     returns="Tensor",
@@ -342,7 +342,7 @@ AM_STEP = op(
     core=_CORE,
 )
 
-AM_RECURSION = op(
+op(
     name="am_recursion",
     arguments=f"Tensor v, Tensor rho, {{beta}}, SymInt steps, {_REST}",
     returns="Tensor",
@@ -363,7 +363,7 @@ AM_RECURSION = op(
     core=_CORE,
 )
 
-AM_ENERGY = op(
+op(
     name="am_energy",
     arguments="Tensor v, Tensor rho, {beta}, Tensor? log_weights=None, str? precision=None",
     returns="Tensor",
@@ -385,7 +385,7 @@ AM_ENERGY = op(
     core=_CORE,
 )
 
-AM_ASSIGN = op(
+op(
     name="am_assign",
     arguments="Tensor v, Tensor rho, Tensor? log_weights=None, str? precision=None",
     returns="(Tensor, Tensor)",

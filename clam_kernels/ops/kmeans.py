@@ -387,7 +387,7 @@ def kmeans_step(
 
 _truth = python_fallback.kmeans
 
-KMEANS_ASSIGN = op(
+op(
     name="kmeans_assign",
     arguments="Tensor x, Tensor centroids, Tensor? shift=None, Tensor? mask=None, "
     "bool distances=True, str? precision=None",
@@ -404,7 +404,7 @@ KMEANS_ASSIGN = op(
     core={"x": 2, "centroids": 2, "shift": 1, "mask": 1},
 )
 
-KMEANS_UPDATE = op(
+op(
     name="kmeans_update",
     arguments="Tensor x, Tensor labels, SymInt k, Tensor? weight=None, Tensor? shift=None",
     returns="(Tensor, Tensor)",
@@ -418,7 +418,7 @@ KMEANS_UPDATE = op(
     core={"x": 2, "labels": 1, "weight": 1, "shift": 1},
 )
 
-KMEANS_STEP = op(
+op(
     name="kmeans_step",
     arguments="Tensor x, Tensor centroids, Tensor? weight=None, Tensor? shift=None, "
     "Tensor? mask=None, str? precision=None",

@@ -335,7 +335,7 @@ _KERNELS = "clam_kernels.kernels.sinkhorn"
 _LIMITS = {"triton": "clam_kernels.kernels.common.launch:why_not"}
 _VECTORS = {"bias": 1, "log_row": 1, "log_col": 1, "init": 1, "g": 1, "scale": 0}
 
-SINKHORN_POTENTIALS = op(
+op(
     name="sinkhorn_potentials",
     arguments=f"Tensor logits, SymInt n_iter, {_MASSES}, Tensor? bias=None, {_LAST}",
     returns="(Tensor, Tensor, Tensor, Tensor)",
@@ -355,7 +355,7 @@ SINKHORN_POTENTIALS = op(
     core={"logits": 2, **_VECTORS},
 )
 
-SINKHORN_POTENTIALS_FEATURES = op(
+op(
     name="sinkhorn_potentials_features",
     arguments=f"Tensor z, Tensor prototypes, SymInt n_iter, Tensor? bias=None, {_MASSES}, {_LAST}",
     returns="(Tensor, Tensor, Tensor, Tensor)",
@@ -376,7 +376,7 @@ SINKHORN_POTENTIALS_FEATURES = op(
     core={"z": 2, "prototypes": 2, **_VECTORS},
 )
 
-SINKHORN_PASS = op(
+op(
     name="sinkhorn_pass",
     arguments=f"Tensor logits, Tensor g, Tensor? log_row=None, Tensor? bias=None, {_LAST}",
     returns="(Tensor, Tensor, Tensor)",
@@ -396,7 +396,7 @@ SINKHORN_PASS = op(
     core={"logits": 2, **_VECTORS},
 )
 
-SINKHORN_FEATURES_PASS = op(
+op(
     name="sinkhorn_features_pass",
     arguments="Tensor z, Tensor prototypes, Tensor g, Tensor? bias=None, Tensor? log_row=None,"
     f" {_LAST}",

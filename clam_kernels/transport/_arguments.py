@@ -55,11 +55,6 @@ def check_vector(name: str, x: Any, size: int, like: Tensor, other: str = "score
     checks.same_device(name, x, other, like)
 
 
-def check_values(name: str, x: Tensor) -> None:
-    """The argument has values to read; a tensor on meta has none."""
-    checks.value_error(not x.is_meta, lambda: checks.wording(name, "values", "device meta"))
-
-
 def refuse_not_finite(name: str, x: Tensor, factor: float) -> None:
     """Raise a ValueError for the first NaN or +inf of x [..., K], or of factor * x."""
     for values, what in (
@@ -93,13 +88,8 @@ def check_type(scores: Any) -> None:
     checks.type_error(ok, lambda: checks.wording("scores", text, type(scores).__name__))
 
 
-def _expect(ok: bool, name: str, expected: str, got: object) -> None:
-    """ValueError unless ok."""
-    checks.value_error(ok, lambda: checks.wording(name, expected, repr(got)))
-
-
 def checked_rule(
-    n_iter: Any, tol: Any, max_iter: Any, accelerate: Any, prototype_first: Any
+    n_iter: Any, tol: Any, max_iter: Any, accelerate: Any, prototype_first: Any, warn: Any
 ) -> tuple[int, float | None, int]:
     """(n_iter, tol, max_iter) as Python numbers."""
     n_iter = checks.whole("n_iter", n_iter, 0)
@@ -107,13 +97,15 @@ def checked_rule(
         tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
         max_iter = checks.whole("max_iter", max_iter, 1)
         checks.at_least("max_iter", max_iter, 1)
-    ok, got = isinstance(prototype_first, bool), type(prototype_first).__name__
-    checks.type_error(ok, lambda: checks.wording("prototype_first", "a bool", got))
-    _expect(accelerate in (None, "anderson"), "accelerate", "None or 'anderson'", accelerate)
+    checks.boolean("prototype_first", prototype_first)
+    checks.boolean("warn", warn)
+    checks.expect(
+        accelerate in (None, "anderson"), "accelerate", "None or 'anderson'", repr(accelerate)
+    )
     if accelerate is not None:
-        _expect(tol is not None, "accelerate", "None without tol", accelerate)
+        checks.expect(tol is not None, "accelerate", "None without tol", repr(accelerate))
         text = "None with prototype_first=False"
-        _expect(bool(prototype_first), "accelerate", text, accelerate)
+        checks.expect(bool(prototype_first), "accelerate", text, repr(accelerate))
     return n_iter, tol, max_iter
 
 
@@ -125,7 +117,7 @@ def checked_epsilon(epsilon: Any, like: Tensor) -> float | Tensor:
         checks.type_error(not epsilon.is_complex(), lambda: checks.wording("epsilon", text, dtype))
         checks.shape("epsilon", epsilon, "[]", epsilon.ndim == 0)
         if not like.is_meta:
-            check_values("epsilon", epsilon)
+            checks.has_values("epsilon", epsilon)
         checks.values("epsilon", epsilon, 0.0, finite=True, strict=True)
         return epsilon
     epsilon = checks.real("epsilon", epsilon, "a number or a Tensor")
@@ -172,18 +164,32 @@ def check_transforms(problem: TransportProblem, start: Tensor | None, gradient: 
         )
 
 
+def check_group(group: Any) -> None:
+    """A group of processes, this process among them, or None."""
+    if group is None:
+        return
+    import torch.distributed as dist
+
+    ok = dist.is_available() and isinstance(group, dist.ProcessGroup)
+    text, got = "a ProcessGroup or None", type(group).__name__
+    checks.type_error(ok, lambda: checks.wording("process_group", text, got))
+
+
 def check_gradient(gradient: Any, tol: Any, group: Any) -> None:
-    """The gradient fits `tol` and `process_group`."""
+    """The gradient fits `tol` and `process_group`, which is a group."""
+    check_group(group)
     words = ", ".join(repr(word) for word in GRADIENTS[:-1])
-    _expect(gradient in GRADIENTS, "gradient", f"{words} or {GRADIENTS[-1]!r}", gradient)
+    checks.expect(
+        gradient in GRADIENTS, "gradient", f"{words} or {GRADIENTS[-1]!r}", repr(gradient)
+    )
     if tol is None:
         text = "'stop' or 'unrolled' without tol (the other words need tol)"
-        _expect(gradient in GRADIENTS[:2], "gradient", text, gradient)
+        checks.expect(gradient in GRADIENTS[:2], "gradient", text, repr(gradient))
     else:
         text = "'stop', 'implicit' or 'envelope' with tol"
-        _expect(gradient != "unrolled", "gradient", text, gradient)
+        checks.expect(gradient != "unrolled", "gradient", text, repr(gradient))
     if group is not None:
-        _expect(gradient == "stop", "gradient", "'stop' with process_group", gradient)
+        checks.expect(gradient == "stop", "gradient", "'stop' with process_group", repr(gradient))
 
 
 def log_marginal(
@@ -205,7 +211,7 @@ def log_marginal(
         slack = TOTAL_ERROR + (info.eps / 2 + size * info.tiny * info.eps / 2 if half else 0.0)
         totals = total.detach().flatten()
         worst = float(totals[(totals - 1).abs().argmax()])
-        _expect(abs(worst - 1) <= slack, name, "masses of total 1", worst)
+        checks.expect(abs(worst - 1) <= slack, name, "masses of total 1", repr(worst))
     if half:
         wide = wide / total.to(wide.dtype)
     positive = wide > 0

@@ -117,6 +117,7 @@ class Sinkhorn:
         Tensor [..., N], int64
             -1 for masked rows and in failed problems.
         """
+        checks.boolean("strict", strict)
         problem, g = self.problem.detached(), self.g.detach()
         parts = []
         for part, x in problem.tiles(g):

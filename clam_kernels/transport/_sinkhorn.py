@@ -136,7 +136,7 @@ def sinkhorn(
     first, size = arguments.check_scores(scores)
     epsilon = arguments.checked_epsilon(epsilon, first)
     n_iter, tol, max_iter = arguments.checked_rule(
-        n_iter, tol, max_iter, accelerate, prototype_first
+        n_iter, tol, max_iter, accelerate, prototype_first, warn
     )
     arguments.check_gradient(gradient, tol, process_group)
     if bias is not None:
@@ -151,7 +151,7 @@ def sinkhorn(
     vectors = {"row_marginal" if row_mask is None else "row_mask": log_row, "bias": bias}
     arguments.check_batch(scores, **vectors, col_marginal=log_col, init=start)
     if tol is not None:
-        arguments.check_values("scores", first)
+        checks.has_values("scores", first)
         arguments.check_transforms(problem, start, gradient)
     if gradient == "unrolled":
         state = problem.ops().iterate(n_iter, start, prototype_first)
@@ -269,10 +269,12 @@ def sela_labels(
     tensor([1, 0, 1, 0])
     """
     arguments.check_log_probabilities(log_probabilities)
+    checks.boolean("strict", strict)
+    checks.boolean("warn", warn)
     lam = arguments.checked_lam(lam, log_probabilities)
     tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
     start = init.g if isinstance(init, Sinkhorn) else init
-    arguments.check_values("log_probabilities", log_probabilities)
+    checks.has_values("log_probabilities", log_probabilities)
     size = log_probabilities.shape[-1]
     if start is not None:
         arguments.check_vector("init", start, size, log_probabilities, "log_probabilities")

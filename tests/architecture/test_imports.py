@@ -55,7 +55,11 @@ ADDED: dict[str, dict[str, str]] = {
         "PIL": "folders of images",
         "scipy": "sparse matrices as scikit-learn takes them",
     },
-    "clam_kernels.plots": {"clam_kernels.exceptions": "the wording where a package is missing"},
+    "clam_kernels.metrics": {"clam_kernels._core": "the checks of arguments"},
+    "clam_kernels.plots": {
+        "clam_kernels._core": "the checks of arguments",
+        "clam_kernels.exceptions": "the wording where a package is missing",
+    },
     "clam_kernels.info": {"clam_kernels.testing": "what an op reads and computes"},
     "clam_kernels.tables": {
         "numpy": "rows of a file as an array",

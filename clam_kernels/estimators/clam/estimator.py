@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..._core.warn import warn
-from ..common.base import keeps_state_on_failure
+from ..common.base import FitPredict, keeps_state_on_failure
 from ..common.frame import Frame
 from ..common.progress import ProgressBar
 from ..common.rows import Rows, backend_of, read_rows, read_weight, weighted_sum
@@ -32,7 +32,7 @@ from .start import gap_of
 from .whole import sampled, through_all
 
 
-class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, ClusterMixin, BaseEstimator):
+class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEstimator):
     """Clustering with associative memories.
 
     The memories rho_k are trained so that the recursion v <- v + step (softmax_k(-beta |v -

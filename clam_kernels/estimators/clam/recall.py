@@ -142,21 +142,6 @@ class Recall(TransformerMixin):
         rows = self._read(X, settings)
         return rows.give_labels(self._nearest(rows, settings)[0])
 
-    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """Fit, and the labels of the rows.
-
-        Parameters
-        ----------
-        X, y, sample_weight
-            As in `fit`.
-
-        Returns
-        -------
-        array [N], int32, or for a tensor Tensor [N], int64, on its device
-            `labels_`.
-        """
-        return self.fit(X, sample_weight=sample_weight).labels_
-
     @small_on_one_thread
     def predict_proba(self, X: Any) -> Any:
         """softmax_k(-beta_ |x - rho_k|^2) of each row (paper: of the row after the recursion).

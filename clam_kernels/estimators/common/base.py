@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of tensors and entries, devices, backends; and a decorator of fits, by which a failed fit
-changes nothing.
+"""Checks of tensors and entries, devices, backends; the method `fit_predict`; and a decorator of
+fits, by which a failed fit changes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, ClusterMixin
 from torch import Tensor
 
 from ...exceptions import BackendUnavailableError
@@ -19,6 +19,25 @@ from .numbers import as_numbers
 # Dtypes of data whose values float32 holds.
 NARROW = ("bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "float32")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class FitPredict(ClusterMixin):
+    """Mixin of an estimator whose `fit` takes weights of rows and sets `labels_`."""
+
+    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """Fit, and the labels of the rows.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As in `fit`.
+
+        Returns
+        -------
+        array [N], int32, or for a tensor Tensor [N], int64, on its device
+            `labels_`.
+        """
+        return self.fit(X, sample_weight=sample_weight).labels_
 
 
 def computed_dtype(x: Any) -> torch.dtype:

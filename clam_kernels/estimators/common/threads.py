@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,7 +74,7 @@ def small_on_one_thread(method: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def _work(estimator: Any, X: Any) -> int:
+def _work(estimator: BaseEstimator, X: Any) -> int:
     """Multiply-adds of a method; those of large work where X is no matrix, for which the method
     raises.
     """

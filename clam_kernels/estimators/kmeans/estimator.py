@@ -10,7 +10,6 @@ import torch
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
-    ClusterMixin,
     TransformerMixin,
 )
 from sklearn.exceptions import ConvergenceWarning
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..._core.warn import warn
 from ...metrics import unmasked
 from ..common import sparse_rows
-from ..common.base import keeps_state_on_failure
+from ..common.base import FitPredict, keeps_state_on_failure
 from ..common.files import ModelFile
 from ..common.numbers import as_numbers
 from ..common.progress import print_line
@@ -54,7 +53,11 @@ def _array_start(init: Any) -> Tensor:
 
 
 class KMeans(
-    ModelFile, ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator
+    ModelFile,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    FitPredict,
+    BaseEstimator,
 ):
     """k-means clustering: scikit-learn's KMeans on tensors, arrays and files, on CPU and GPU.
 
@@ -303,21 +306,6 @@ class KMeans(
         settings = self._settings()
         rows, centroids = self._read(X, settings)
         return rows.give_labels(_labels(settings, rows, centroids))
-
-    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """Fit, and the labels of the rows.
-
-        Parameters
-        ----------
-        X, y, sample_weight
-            As in `fit`.
-
-        Returns
-        -------
-        array [N], int32, or for a tensor Tensor [N], int64, on its device
-            `labels_`.
-        """
-        return self.fit(X, sample_weight=sample_weight).labels_
 
     @small_on_one_thread
     def transform(self, X: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -403,9 +402,8 @@ def _check_fit(count: int, clusters: int, checkpoint: Any, every: Any, resume: b
     if count < clusters:
         raise ValueError(f"n_samples={count} should be >= n_clusters={clusters}.")
     if every is not None:
-        is_whole = isinstance(every, Integral) and not isinstance(every, bool)
-        if not is_whole or every < 1:
-            raise ValueError(checks.wording("checkpoint_every", "an int >= 1", repr(every)))
+        fits = checks.is_whole(every) and every >= 1
+        checks.expect(fits, "checkpoint_every", "an int >= 1", repr(every))
     if checkpoint is None and (resume or every is not None):
         name = "resume" if resume else "checkpoint_every"
         raise ValueError(f"{name}: expected a checkpoint to go with it, got None")
