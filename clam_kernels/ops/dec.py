@@ -204,7 +204,7 @@ _TARGET = (
 )
 _CORE = {"z": 2, "mu": 2, "alpha": 1, "weight": 1}
 
-STUDENT_T_STATS = op(
+op(
     name="student_t_stats",
     arguments="Tensor z, Tensor mu, {alpha}, Tensor? weight=None, str? precision=None",
     returns="(Tensor, Tensor, Tensor, Tensor)",
@@ -219,7 +219,7 @@ STUDENT_T_STATS = op(
     core=_CORE,
 )
 
-DEC_LOSSES = op(
+op(
     name="dec_losses",
     arguments=f"Tensor z, Tensor mu, {{alpha}}, Tensor? weight=None, {_TARGET}, "
     "str? precision=None",
