@@ -80,14 +80,16 @@ def memories_backward_kernel(
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     d0 = piece * DIM
     if WIDE:
+        # (k, pointer, scale, bias)
         tile = load_sides((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS)
     else:
+        # (k, rho [PROTOS, DIM], scale, bias)
         tile = load_memories((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS)
     k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM] or a pointer, [PROTOS], [PROTOS]
     known = k < count
     lift = tl.load(SIDE + 2 * count + k, mask=known, other=0.0)
     own = tl.load(SIDE + 3 * count + k, mask=known, other=0.0)
-    acc = tl.zeros((PROTOS, DIM), tl.float32)
+    acc = tl.zeros((PROTOS, DIM), tl.float32)  # [PROTOS, DIM]
     mass, beta_sum = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
     begin = split * share
     end = tl.minimum(begin + share, rows)
@@ -106,33 +108,36 @@ def memories_backward_kernel(
             norm = tl.sum(x * x, 1)
             if WIDE:
                 norm = norms_in(PATH, at, valid, D, STRIDE, DIM)
+                # [ROWS, PROTOS]
                 inside = wide_inner(((PATH, at, valid), norm), tile, count, D, STRIDE, DIM, PREC)
             else:
-                inside = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
+                inside = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
             s = logits(inside, 0.5 * norm, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
-            w = tl.exp2(s - finite(top)[:, None]) * inverse[:, None]
+            w = tl.exp2(s - finite(top)[:, None]) * inverse[:, None]  # [ROWS, PROTOS]
             if ENERGY:
-                q = w * delta[:, None]
+                q = w * delta[:, None]  # [ROWS, PROTOS]
                 acc += dot(tl.trans(q), x, PREC)
                 mass += tl.sum(q, 0)
+                # [ROWS, PROTOS]
                 surprise = lift[None, :] - (s - top[:, None]) - tl.log2(inverse)[:, None]
                 beta_sum += tl.sum(tl.where(w == 0.0, 0.0, q * surprise), 0)
             else:
                 h = load_rows(PULL, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
                 if HARD:
+                    # [ROWS, PROTOS]
                     w = tl.where(k.to(tl.float32)[None, :] == top[:, None], 1.0, 0.0)
                     acc += dot(tl.trans(w), h, PREC)
                 else:
                     if WIDE:
                         hs = ((PULL, at, valid), norm)
-                        slope = wide_inner(hs, tile, count, D, STRIDE, DIM, PREC)
+                        slope = wide_inner(hs, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
                     else:
                         slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
-                    gz = w * (slope - delta[:, None])
+                    gz = w * (slope - delta[:, None])  # [ROWS, PROTOS]
                     acc += dot(tl.trans(w), h, PREC)
                     acc += dot(tl.trans(gz * (scale / _LOG2E)[None, :]), x, PREC)
                     mass += tl.sum(gz, 0)
-                    far = own[None, :] + norm[:, None] - 2.0 * inside
+                    far = own[None, :] + norm[:, None] - 2.0 * inside  # [ROWS, PROTOS]
                     beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
     slot = (problem * tl.num_programs(1) + split).to(tl.int64) * count + k
     store_memories(PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum, STRIDE, DIM)

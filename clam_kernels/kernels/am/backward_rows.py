@@ -29,7 +29,7 @@ def delta_fold(state, s, tile, PREC: tl.constexpr):
     """
     mass, delta, h, top = state
     _k, rho, _scale, _bias = tile
-    w = tl.exp2(s - top[:, None])
+    w = tl.exp2(s - top[:, None])  # [ROWS, PROTOS]
     delta += tl.sum(w * dot(h, tl.trans(rho), PREC), 1)
     return mass + tl.sum(w, 1), delta, h, top
 
@@ -41,7 +41,7 @@ def slopes_fold(state, s, tile, PREC: tl.constexpr):
     """
     acc, total, h, delta, top, inverse = state
     _k, rho, scale, _bias = tile
-    w = tl.exp2(s - top[:, None]) * inverse[:, None]
+    w = tl.exp2(s - top[:, None]) * inverse[:, None]  # [ROWS, PROTOS]
     gz = w * (dot(h, tl.trans(rho), PREC) - delta[:, None]) * scale[None, :]  # [ROWS, PROTOS]
     return acc + dot(gz, rho, PREC), total + tl.sum(gz, 1), h, delta, top, inverse
 
@@ -57,29 +57,30 @@ def pulled(
     """
     half = 0.5 * tl.sum(x * x, 1)
     own = (x, half)
+    # [ROWS, DIM], [ROWS]
     acc, total = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
     delta = total
     if RESIDENT:
         tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
         _k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
         inner = own_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-        w = tl.exp2(logits(inner, half, scale, bias, PER_MEMORY) - top[:, None])
+        w = tl.exp2(logits(inner, half, scale, bias, PER_MEMORY) - top[:, None])  # [ROWS, PROTOS]
         slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
         inverse, delta = normalised(tl.sum(w, 1), tl.sum(w * slope, 1))
-        gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]
-        acc, total = dot(gz, rho, PREC), tl.sum(gz, 1)
+        gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]  # [ROWS, PROTOS]
+        acc, total = dot(gz, rho, PREC), tl.sum(gz, 1)  # [ROWS, DIM], [ROWS]
     else:
         mass, delta, _, _ = sweep(
             (delta, delta, h, top), own, table, count, load_memories, own_inner, delta_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
         inverse, delta = normalised(mass, delta)
-        acc, total, _, _, _, _ = sweep(
+        acc, total, _, _, _, _ = sweep(  # [ROWS, DIM], [ROWS]
             (acc, total, h, delta, top, inverse), own, table, count, load_memories, own_inner,
             slopes_fold, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
     if PER_MEMORY:
-        acc -= total[:, None] * x
+        acc -= total[:, None] * x  # [ROWS, DIM]
     return acc / _LOG2E, delta
 
 
@@ -105,10 +106,10 @@ def rows_backward_kernel(
         U += offset(problem, inner, u_o, u_i)
     d = tl.arange(0, DIM)
     valid, at = row < rows, row.to(tl.int64)
-    inside = valid[:, None] & (d < D)[None, :]
-    stored = (d < STRIDE)[None, :]
+    inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
+    stored = (d < STRIDE)[None, :]  # [1, DIM]
     p = problem.to(tl.int64) * rows + at
-    whole = p[:, None] * D + d[None, :]
+    whole = p[:, None] * D + d[None, :]  # [ROWS, DIM]
     g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     every = local >= 0
@@ -116,19 +117,19 @@ def rows_backward_kernel(
         here = tl.cast(steps - 1 - back, tl.int64) * strip + local
         x = load_rows(PATH, here, every, 0, D, STRIDE, DIM)  # [ROWS, DIM]
         top = tl.load(TOP + here)
-        g = tl.where((top == float("inf"))[:, None], 0.0, g)
-        moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
+        g = tl.where((top == float("inf"))[:, None], 0.0, g)  # [ROWS, DIM]
+        moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]  # [ROWS, 1]
         if MASK_GRAD:
             xb = load_rows(PULL, here, every, 0, D, STRIDE, DIM)  # [ROWS, DIM]
-            sum_so_far = tl.load(MASKED + whole, mask=inside, other=0.0)
+            sum_so_far = tl.load(MASKED + whole, mask=inside, other=0.0)  # [ROWS, DIM]
             tl.store(MASKED + whole, sum_so_far + moves * step * g * (xb - x), mask=inside)
-        h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g
+        h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g  # [ROWS, DIM]
         if MASK_GRAD:  # all threads read the recall before h takes its place
             tl.debug_barrier()
         tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=stored)
         g -= h
         if not HARD:
-            more, delta = pulled(
+            more, delta = pulled(  # [ROWS, DIM], [ROWS]
                 x, h, finite(top), (RHO, SIDE), count,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, RESIDENT,
             )  # fmt: skip
@@ -151,8 +152,8 @@ def wide_slopes(
     tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
     _k, _rho, scale, bias = tile
     inner = wide_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-    s = logits(inner, own[1], scale, bias, PER_MEMORY)
-    w = tl.exp2(s - top[:, None])
+    s = logits(inner, own[1], scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
+    w = tl.exp2(s - top[:, None])  # [ROWS, PROTOS]
     return w, wide_inner(hs, tile, count, D, STRIDE, DIM, PREC), scale
 
 
@@ -163,20 +164,20 @@ def wide_h(
     MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Replace g in OUT by g - h and the recall in PULL by h; returns |x|^2 of the rows."""
-    doubt = (top == float("inf"))[:, None]
-    moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]
+    doubt = (top == float("inf"))[:, None]  # [ROWS, 1]
+    moves = tl.where(top == float("-inf"), 0.0, 1.0)[:, None]  # [ROWS, 1]
     norm = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        inside = valid[:, None] & (d < D)[None, :]
-        whole = p[:, None] * D + d[None, :]
+        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
+        whole = p[:, None] * D + d[None, :]  # [ROWS, DIM]
         g = tl.where(doubt, 0.0, tl.load(OUT + whole, mask=inside, other=0.0))  # [ROWS, DIM]
         x = load_rows(PATH, here, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         if MASK_GRAD:
             xb = load_rows(PULL, here, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
-            sum_so_far = tl.load(MASKED + whole, mask=inside, other=0.0)
+            sum_so_far = tl.load(MASKED + whole, mask=inside, other=0.0)  # [ROWS, DIM]
             tl.store(MASKED + whole, sum_so_far + moves * step * g * (xb - x), mask=inside)
-        h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g
+        h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g  # [ROWS, DIM]
         norm += tl.sum(x * x, 1)
         if MASK_GRAD:
             tl.debug_barrier()
@@ -198,7 +199,10 @@ def rows_backward_wide_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """As `rows_backward_kernel`, with g in OUT (float32), DIM features at a time."""
+    """Gradient g of ROWS rows, in OUT (float32), DIM features at a time: g <- g - h + sum_k 2 beta_k
+    p_k (h rho_k - delta) (rho_k - x), with h = gain g and delta = sum_k p_k (h rho_k). The arguments
+    are those of `rows_backward_kernel`.
+    """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
@@ -211,8 +215,8 @@ def rows_backward_wide_kernel(
     table = (RHO, SIDE)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        inside = valid[:, None] & (d < D)[None, :]
-        whole = p[:, None] * D + d[None, :]
+        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
+        whole = p[:, None] * D + d[None, :]  # [ROWS, DIM]
         g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
         tl.store(OUT + whole, g, mask=inside)
     tl.debug_barrier()
@@ -229,7 +233,7 @@ def rows_backward_wide_kernel(
             safe = finite(top)
             mass, delta = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
             for k0 in range(0, count, PROTOS):
-                w, slope, scale = wide_slopes(
+                w, slope, scale = wide_slopes(  # [ROWS, PROTOS] twice, [PROTOS]
                     own, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
                 )  # fmt: skip
                 mass += tl.sum(w, 1)
@@ -238,20 +242,24 @@ def rows_backward_wide_kernel(
             tl.store(DELTA + here, delta)
             for d0 in range(0, D, DIM):
                 d = d0 + tl.arange(0, DIM)
+                # [ROWS, DIM], [ROWS]
                 acc, total = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
                 for k0 in range(0, count, PROTOS):
-                    w, slope, scale = wide_slopes(
+                    w, slope, scale = wide_slopes(  # [ROWS, PROTOS] twice, [PROTOS]
                         own, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
                     )  # fmt: skip
+                    # [ROWS, PROTOS]
                     gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]
                     k = k0 + tl.arange(0, PROTOS)
+                    # [PROTOS, DIM]
                     rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
                     acc += dot(gz, rho, PREC)
                     total += tl.sum(gz, 1)
                 if PER_MEMORY:
+                    # [ROWS, DIM]
                     acc -= total[:, None] * load_rows(PATH, here, every, d0, D, STRIDE, DIM)
-                inside = valid[:, None] & (d < D)[None, :]
-                whole = p[:, None] * D + d[None, :]
-                g = tl.load(OUT + whole, mask=inside, other=0.0)
+                inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
+                whole = p[:, None] * D + d[None, :]  # [ROWS, DIM]
+                g = tl.load(OUT + whole, mask=inside, other=0.0)  # [ROWS, DIM]
                 tl.store(OUT + whole, g + acc / _LOG2E, mask=inside)
         tl.debug_barrier()

@@ -132,7 +132,7 @@ def energy_lost(norm, size, far, top, lift, sharp):
 @triton.jit
 def step_doubted(x, xb, norm, total, sharp):
     """As `doubted` for rows in registers and one beta, as 1 or 0; `norm` = |x|^2."""
-    gap = xb - x
+    gap = xb - x  # [ROWS, DIM]
     size = norm + tl.sum(xb * xb, 1)
     return doubted(size, tl.sum(gap * gap, 1), total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32)
 

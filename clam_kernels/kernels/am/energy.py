@@ -60,6 +60,7 @@ def energy_kernel(
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
     else:
+        # ([ROWS, DIM], [ROWS])
         own = (centred(load_rows(V, at, valid, 0, D, D, DIM), CENTRE, valid, 0, D, DIM), norm)
         state = sweep(
             lse_first_init(ROWS), own, table, count, load_memories, own_inner, lse_first_fold,

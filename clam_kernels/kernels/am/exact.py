@@ -61,7 +61,8 @@ def sides(
 def gaps(X, RHO, k, active, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of rho_k - x, [PROTOS, DIM], 0 beyond the edges; X is in float64."""
     d = d0 + tl.arange(0, DIM)
-    inside = active[:, None] & (d < D)[None, :]
+    inside = active[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
+    # [PROTOS, DIM]
     rho = tl.load(RHO + k.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
     x = tl.load(X + d, mask=d < D, other=0.0)
     return tl.where(inside, rho.to(tl.float64) - x[None, :], 0.0)
@@ -232,7 +233,9 @@ def exact_recursion_kernel(
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PROTOS: tl.constexpr,
     HARD: tl.constexpr, MASK: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """All steps of the rows whose flag is set, in `every` blocks of ROWS rows: `advance`."""
+    """All steps x <- x + gain sum_k p_k (rho_k - x) of the rows whose flag is set, in `every` blocks
+    of ROWS rows; p_k = exp(z_k - top) / total, with z, top and total as in `peak`.
+    """
     pid = tl.program_id(0)
     X = STRIP + pid.to(tl.int64) * (D + count)
     FAR = X + D

@@ -45,7 +45,7 @@ POISONED = tl.constexpr(2)
 def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
     """The product step * update_mask of a tile; the number `step` itself where there is no mask."""
     if MASK:
-        at = row.to(tl.int64)[:, None] * u_row + d.to(tl.int64)[None, :] * u_feature
+        at = row.to(tl.int64)[:, None] * u_row + d.to(tl.int64)[None, :] * u_feature  # [ROWS, DIM]
         gain = step * tl.load(U + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
     else:
         gain = step
@@ -89,16 +89,16 @@ def recalled(
     if RESIDENT:
         _k, _rho, scale, bias = first_tile
         inner = own_inner(own, first_tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-        s = logits(inner, half, scale, bias, PER_MEMORY)
+        s = logits(inner, half, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
         state = softmax_fold(softmax_init(ROWS, DIM), s, first_tile, PREC)
     else:
         state = sweep(
             softmax_init(ROWS, DIM), own, table, count, load_memories, own_inner, softmax_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
-    top, total, acc = state
+    top, total, acc = state  # [ROWS], [ROWS], [ROWS, DIM]
     none = total == 0.0
-    xb = tl.where(none[:, None], x, acc * inverse(total)[:, None])
+    xb = tl.where(none[:, None], x, acc * inverse(total)[:, None])  # [ROWS, DIM]
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total
 
 
@@ -111,20 +111,20 @@ def recalled_in_halves(
     """As `recalled` with products of halves; `sharp` is the scale of all logits."""
     largest = tl.max(tl.abs(x), 1)
     undo = sharp * (unpower(largest) * unpower(reach))
-    own = (halves(x * power(largest)[:, None]), undo)
+    own = (halves(x * power(largest)[:, None]), undo)  # (two of [ROWS, DIM], [ROWS])
     if RESIDENT:
         _code, _parts, _keep, bias = first_tile
         inner = own_halves(own, first_tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-        s = logits(inner, undo, undo, bias, "rows")
+        s = logits(inner, undo, undo, bias, "rows")  # [ROWS, PROTOS]
         state = softmax_halves_fold(softmax_init(ROWS, DIM), s, first_tile, PREC)
     else:
         state = sweep(
             softmax_init(ROWS, DIM), own, table, count, load_memory_halves, own_halves,
             softmax_halves_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
-    top, total, acc = state
+    top, total, acc = state  # [ROWS], [ROWS], [ROWS, DIM]
     none = total == 0.0
-    xb = tl.where(none[:, None], x, acc * (unpower(reach) * inverse(total))[:, None])
+    xb = tl.where(none[:, None], x, acc * (unpower(reach) * inverse(total))[:, None])  # [ROWS, DIM]
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total / LIFT
 
 
@@ -139,7 +139,7 @@ def take_out(
     for t in range(0, steps):
         here = tl.cast(t, tl.int64) * strip + local
         tl.store(TOP + here, tl.full((ROWS,), float("inf"), tl.float32), mask=doubt)
-        at = PATH + here[:, None] * STRIDE + d[None, :]
+        at = PATH + here[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
         tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=doubt[:, None] & (d < STRIDE)[None, :])
 
 
@@ -149,7 +149,7 @@ def store_step(
 ):
     """Store a step for the backward: the state, its recall, the largest logit, the sum."""
     d = tl.arange(0, DIM)
-    keep = here[:, None] * STRIDE + d[None, :]
+    keep = here[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
     tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
     tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
     tl.store(TOP + here, top)
@@ -170,9 +170,9 @@ def store_result(
     raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
     flag = lost(tl.sum(x * x, 1), tl.sum(out * out, 1), tl.sum(raw * raw, 1))
     if MASK:
-        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
-        out = tl.where(gain == 0.0, raw, out)
-    out = tl.where(none[:, None], raw, out)
+        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)  # [ROWS, DIM]
+        out = tl.where(gain == 0.0, raw, out)  # [ROWS, DIM]
+    out = tl.where(none[:, None], raw, out)  # [ROWS, DIM]
     tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
     return flag
 
@@ -230,7 +230,7 @@ def recursion_kernel(
 
     d = tl.arange(0, DIM)
     valid, at = row < rows, row.to(tl.int64)
-    inside = valid[:, None] & (d < D)[None, :]
+    inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
     raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
     x = centred(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
     # a row that is not finite gives NaN, whatever the memories are, and so does such a memory
@@ -243,6 +243,7 @@ def recursion_kernel(
         reach = reach_of(SIDE, count, PROTOS)
     else:
         sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
+    # (k, rho [PROTOS, DIM], scale, bias)
     tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
     if IN_HALVES:
         scale, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
@@ -251,19 +252,19 @@ def recursion_kernel(
         if not RESIDENT:
             parts = (HALVES + 2 * m * size * DIM, SIDE, size)
         k, rho, _scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
-        tile = (k, halves(rho * power(reach)), k, bias)
+        tile = (k, halves(rho * power(reach)), k, bias)  # the second: two of [PROTOS, DIM]
     top, total = lse_init(ROWS)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
         norm = tl.sum(x * x, 1)
         if IN_HALVES:
-            xb, top, total = recalled_in_halves(
+            xb, top, total = recalled_in_halves(  # xb [ROWS, DIM]
                 x, tile, parts, count, scale, reach,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT,
             )  # fmt: skip
         else:
             width = slack(norm, reach, unit, 0.0, D) if HARD else norm
-            xb, top, total = recalled(
+            xb, top, total = recalled(  # xb [ROWS, DIM]
                 x, 0.5 * norm, tile, table, count, width,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
             )  # fmt: skip
@@ -275,7 +276,7 @@ def recursion_kernel(
             store_step(
                 PATH, PULL, TOP, TOTAL, here, x, xb, top + poison_of(flag), total, STRIDE, DIM
             )  # fmt: skip
-        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
+        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))  # [ROWS, DIM]
 
     poison = poison_of(flag)
     flag = settled(flag, total, SIDE, count, PROTOS)

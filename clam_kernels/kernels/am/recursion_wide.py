@@ -84,12 +84,12 @@ def wide_recall(
 ):  # fmt: skip
     """Features [d0, d0 + DIM) of sum_k 2^(s_k - top) rho_k."""
     RHO, _SIDE = table
-    acc = tl.zeros((ROWS, DIM), tl.float32)
+    acc = tl.zeros((ROWS, DIM), tl.float32)  # [ROWS, DIM]
     for k0 in range(0, count, PROTOS):
         tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
         k, _rho, scale, bias = tile  # [PROTOS], pointer, [PROTOS], [PROTOS]
         inner = wide_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-        s = logits(inner, own[1], scale, bias, PER_MEMORY)
+        s = logits(inner, own[1], scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         acc += dot(tl.exp2(s - top[:, None]), rho, PREC)
     return acc
@@ -115,22 +115,22 @@ def store_step_wide(
             nearest = tl.minimum(index, count - 1).to(tl.int64)
             xb = load_rows(RHO, nearest, index >= 0, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         else:
-            xb = wide_recall(
+            xb = wide_recall(  # [ROWS, DIM]
                 own, table, count, d0, finite(top),
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
             )  # fmt: skip
-            xb = xb * inverse(total)[:, None]
+            xb = xb * inverse(total)[:, None]  # [ROWS, DIM]
         x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
-        xb = tl.where(none[:, None], x, xb)
+        xb = tl.where(none[:, None], x, xb)  # [ROWS, DIM]
         norms += tl.sum(x * x + xb * xb, 1)
         far += tl.sum((xb - x) * (xb - x), 1)
         if KEEP >= 2:
-            keep = slot[:, None] * STRIDE + d[None, :]
+            keep = slot[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
             tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
-        inside = valid[:, None] & (d < D)[None, :]
-        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
+        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
+        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))  # [ROWS, DIM]
         if KEEP < 2 or more:
-            keep = following[:, None] * STRIDE + d[None, :]
+            keep = following[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
             tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
     return norms, far
 
@@ -149,7 +149,7 @@ def store_results(
     start = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        inside = valid[:, None] & (d < D)[None, :]
+        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         out = x + c[None, :] + poison[:, None]  # [ROWS, DIM]
@@ -158,9 +158,9 @@ def store_results(
         result += tl.sum(out * out, 1)
         start += tl.sum(raw * raw, 1)
         if MASK:
-            gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
-            out = tl.where(gain == 0.0, raw, out)
-        out = tl.where(none[:, None], raw, out)
+            gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)  # [ROWS, DIM]
+            out = tl.where(gain == 0.0, raw, out)  # [ROWS, DIM]
+        out = tl.where(none[:, None], raw, out)  # [ROWS, DIM]
         tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
     return lost(norm, result, start)
 

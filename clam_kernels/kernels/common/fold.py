@@ -76,7 +76,7 @@ def softmax_fold(state, s, tile, PREC: tl.constexpr):
     _k, rho, _scale, _bias = tile
     top = tl.maximum(m, tl.max(s, 1))
     safe = finite(top)
-    p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)
+    p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)  # [ROWS, PROTOS], [ROWS]
     return top, total * shrink + tl.sum(p, 1), acc * shrink[:, None] + dot(p, rho, PREC)
 
 
@@ -89,8 +89,9 @@ def softmax_halves_fold(state, s, tile, PREC: tl.constexpr):
     _k, parts, _keep, _bias = tile  # parts: two tiles [PROTOS, DIM]
     top = tl.maximum(m, tl.max(s, 1))
     safe = finite(top)
+    # [ROWS, PROTOS], [ROWS]
     p, shrink = tl.exp2(s - (safe - LIFT_BITS)[:, None]), tl.exp2(m - safe)
-    acc = halved_onto(halves(p), parts, acc * shrink[:, None], PREC)
+    acc = halved_onto(halves(p), parts, acc * shrink[:, None], PREC)  # [ROWS, DIM]
     return top, total * shrink + tl.sum(p, 1), acc
 
 

@@ -39,7 +39,7 @@ def unpower(top):
 @triton.jit
 def halves(x):
     """A scaled tile in two parts: the nearest float16, and the rounding error as float16."""
-    high = x.to(tl.float16)
+    high = x.to(tl.float16)  # the shape of x
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
@@ -66,7 +66,7 @@ def load_halves(
     """
     HALVES, BIAS, size, keep = table
     k = k0 + tl.arange(0, PROTOS)
-    at = HALVES + k.to(tl.int64)[:, None] * STRIDE + tl.arange(0, DIM)[None, :]
+    at = HALVES + k.to(tl.int64)[:, None] * STRIDE + tl.arange(0, DIM)[None, :]  # [PROTOS, DIM]
     high = tl.load(at)  # [PROTOS, DIM]
     low = tl.load(at + tl.cast(size, tl.int64) * STRIDE)  # [PROTOS, DIM]
     return 2 * (k0 // PROTOS), (high, low), keep, tl.load(BIAS + k)
@@ -102,7 +102,7 @@ def load_memory_halves(
     """As `load_halves` with the biases of a table of memories: (k, parts, k, bias)."""
     HALVES, SIDE, size = table
     k = k0 + tl.arange(0, PROTOS)
-    at = HALVES + k.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    at = HALVES + k.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]  # [PROTOS, DIM]
     parts = (tl.load(at), tl.load(at + tl.cast(size, tl.int64) * DIM))  # two of [PROTOS, DIM]
     return k, parts, k, tl.load(SIDE + count + k, mask=k < count, other=float("-inf"))
 
@@ -117,7 +117,7 @@ def own_halves(
     x = own[0]
     _code, parts, _keep, _bias = tile
     high, low = parts
-    s = tl.zeros((x[0].shape[0], high.shape[0]), tl.float32)
+    s = tl.zeros((x[0].shape[0], high.shape[0]), tl.float32)  # [ROWS, PROTOS]
     return halved_onto(x, (tl.trans(high), tl.trans(low)), s, PREC)
 
 
@@ -132,10 +132,11 @@ def raw_halves(
     _code, parts, _keep, bias = tile
     HIGH, skip = parts
     k = tl.arange(0, bias.shape[0])
-    s = tl.zeros((at.shape[0], bias.shape[0]), tl.float32)
+    s = tl.zeros((at.shape[0], bias.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
         # two of [ROWS, DIM]
         x = halves(centred_rows(V, CENTRE, at, valid, d0, D, DIM) * scale[:, None])
+        # [PROTOS, DIM]
         where = HIGH + k.to(tl.int64)[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]
         c = (tl.trans(tl.load(where)), tl.trans(tl.load(where + skip)))  # two of [DIM, PROTOS]
         s = halved_onto(x, c, s, PREC)

@@ -35,7 +35,7 @@ def dot_onto(a, b, c, PREC: tl.constexpr):
 def load_rows(X, at, valid, d0, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of rows `at` (int64) as float32; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
-    where = X + at[:, None] * STRIDE + d[None, :]
+    where = X + at[:, None] * STRIDE + d[None, :]  # [rows, DIM]
     # [rows, DIM]
     return tl.load(where, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
 
@@ -84,7 +84,7 @@ def wide_inner(
     """
     X, at, valid = own[0]
     k, RHO, _scale, _bias = tile
-    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
+    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
         x = load_rows(X, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
@@ -99,7 +99,7 @@ def raw_inner(
     """As `wide_inner`, but centres the caller's rows; own = ((V, CENTRE, at, valid), ...)."""
     V, CENTRE, at, valid = own[0]
     k, RHO, _scale, _bias = tile
-    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
+    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
         x = centred_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
@@ -128,9 +128,9 @@ def logits(inner, half, scale, bias, PER_MEMORY: tl.constexpr):
     "rows": s = half * inner + bias, where `half` is a factor of each row.
     """
     if PER_MEMORY == "rows":
-        s = inner * half[:, None] + bias[None, :]
+        s = inner * half[:, None] + bias[None, :]  # [ROWS, PROTOS]
     else:
         if PER_MEMORY:
-            inner = inner - half[:, None]
-        s = inner * scale[None, :] + bias[None, :]
+            inner = inner - half[:, None]  # [ROWS, PROTOS]
+        s = inner * scale[None, :] + bias[None, :]  # [ROWS, PROTOS]
     return s

@@ -69,7 +69,7 @@ def scored(
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
     else:
-        own = (halves(x * power(largest)[:, None]), undo)
+        own = (halves(x * power(largest)[:, None]), undo)  # (two of [ROWS, DIM], [ROWS])
         state = sweep(
             ranks_init(ROWS, PROTOS // 2), own, table, count, load_halves, own_halves,
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
@@ -117,9 +117,10 @@ def kmeans_assign_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Nearest centroid of ROWS rows by their scores (`scored`). Where two scores are too close the
-    label is -2 - (label + 2^32 (runner-up + 1)), where three are it is -2, for `settle_kernel`:
-    here float64 would take the registers of another block. SQDIST takes the distances if DISTANCES.
+    """Label argmax_k (x c_k - |c_k|^2 / 2) of ROWS rows x, the nearest centroid, by `scored`. Where
+    two scores are too close the label is -2 - (label + 2^32 (runner-up + 1)), where three are it is
+    -2, for `settle_kernel`: here float64 would take the registers of another block. SQDIST takes
+    |x - c|^2 of the label if DISTANCES.
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     m = offset(problem, inner, m_o, m_i)
@@ -145,8 +146,8 @@ def settle_kernel(
     rows, count, inner, blocks, size, x_o, x_i, c_o, c_i, m_o, m_i,
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Labels and distances of those of ROWS rows that have a code below -1 from
-    `kmeans_assign_kernel`, with float64 (`settled`).
+    """Label argmin_k |x - c_k|^2 in float64, over two candidates or all centroids, of each of ROWS
+    rows to which `kmeans_assign_kernel` gave a code below -1; SQDIST takes |x - c|^2 of the label.
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     X += offset(problem, inner, x_o, x_i) * D
@@ -304,9 +305,9 @@ def pieces_kernel(
     D: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
     WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the rows of one piece, DIM features a program: PART [problems, pieces, D + WEIGHTED]
-    float64 takes sum_n w_n (x_n - shift), and after the last feature sum_n w_n. The kernel reads
-    WEIGHT if WEIGHTED, SHIFT if SHIFTED.
+    """The sums over the rows n of one piece, DIM features a program: PART [problems, pieces, D +
+    WEIGHTED] float64 takes sum_n w_n (x_n - shift), and after the last feature sum_n w_n; w_n = 1
+    unless WEIGHTED, shift = 0 unless SHIFTED, and then the kernel reads neither.
     """
     pid, d0 = tl.program_id(0), tl.program_id(1) * DIM
     problem, piece = pid // pieces, pid % pieces
@@ -331,14 +332,14 @@ def pieces_kernel(
             at = tl.load(ORDER + begin + n, mask=valid, other=0)
             gap = load_rows(X, at, valid, d0, D, D, DIM)  # [TILE, DIM]
             if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
-                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
-                low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
-                gap = tl.where(valid[:, None], (gap - high) - low, 0.0)
+                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
+                low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
+                gap = tl.where(valid[:, None], (gap - high) - low, 0.0)  # [TILE, DIM]
             if WEIGHTED:
                 w = tl.load(WEIGHT + at * w_n, mask=valid, other=0.0)
                 if w.dtype != tl.float64:
                     w = w.to(tl.float32)
-                gap = gap * w[:, None]
+                gap = gap * w[:, None]  # [TILE, DIM]
                 mass += tl.sum(w.to(tl.float64), 0)
             total += tl.sum(gap, 0).to(tl.float64)
         PART += pid.to(tl.int64) * (D + WEIGHTED)
@@ -353,7 +354,9 @@ def sums_kernel(
     BEFORE, PART, SUMS, COUNTS, k, pieces, inner, l_o, l_i,
     D: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the pieces of one label, in order; if WEIGHTED, COUNTS take the last column."""
+    """SUMS_k = sum_p PART_p over the pieces p of one label k, in order; if WEIGHTED, COUNTS_k takes
+    the sum of the last column.
+    """
     pid, d = tl.program_id(0), tl.program_id(1) * DIM + tl.arange(0, DIM)
     problem, label = pid // k, pid % k
     BEFORE += offset(problem, inner, l_o, l_i) * (k + 1) + label
@@ -363,8 +366,8 @@ def sums_kernel(
     total = tl.zeros((DIM,), tl.float64)
     for p0 in range(0, size, TILE):
         p = p0 + tl.arange(0, TILE)
-        inside = (p < size)[:, None] & (d < D + WEIGHTED)[None, :]
-        at = PART + p.to(tl.int64)[:, None] * (D + WEIGHTED) + d[None, :]
+        inside = (p < size)[:, None] & (d < D + WEIGHTED)[None, :]  # [TILE, DIM]
+        at = PART + p.to(tl.int64)[:, None] * (D + WEIGHTED) + d[None, :]  # [TILE, DIM]
         total += tl.sum(tl.load(at, mask=inside, other=0.0), 0)  # of [TILE, DIM]
     tl.store(SUMS + pid.to(tl.int64) * D + d, total, mask=d < D)
     if WEIGHTED:

@@ -63,7 +63,7 @@ def slack(norm, reach, unit, grain, D: tl.constexpr):
 @triton.jit
 def ranks_init(ROWS: tl.constexpr, PAIRS: tl.constexpr):
     """(best, second, third) = -3e38, each [ROWS, PAIRS], before the first tile of `ranks_fold`."""
-    none = tl.full((ROWS, PAIRS), -3e38, tl.float32)
+    none = tl.full((ROWS, PAIRS), -3e38, tl.float32)  # [ROWS, PAIRS]
     return none, none, none
 
 
@@ -71,17 +71,17 @@ def ranks_init(ROWS: tl.constexpr, PAIRS: tl.constexpr):
 def _ranked_in(state, s, keep, code):
     """Fold one more score into each column; the lowest bits of a score become `code`."""
     best, second, third = state
-    s = ((s.to(tl.int32, bitcast=True) & keep) | code).to(tl.float32, bitcast=True)
-    low = tl.minimum(best, s)
-    next_low = tl.minimum(second, low)
+    s = ((s.to(tl.int32, bitcast=True) & keep) | code).to(tl.float32, bitcast=True)  # [ROWS, PAIRS]
+    low = tl.minimum(best, s)  # [ROWS, PAIRS]
+    next_low = tl.minimum(second, low)  # [ROWS, PAIRS]
     return tl.maximum(best, s), tl.maximum(second, low), tl.maximum(third, next_low)
 
 
 @triton.jit
 def ranks_fold(state, s, tile, PREC: tl.constexpr):
-    """The three highest scores of each pair of columns 2 j and 2 j + 1 over all tiles, with the
-    code of their tile and column. Threads exchange no values before the last tile; `ranked`
-    finishes.
+    """Each of the two scores s of a pair of columns 2 j and 2 j + 1, with its code in the lowest
+    bits: best' = max(best, s), second' = max(second, min(best, s)), third' = max(third, min(second,
+    best, s)). Threads exchange no values before the last tile; `ranked` finishes.
     """
     code, _parts, keep, _bias = tile
     even, odd = tl.split(tl.reshape(s, (s.shape[0], s.shape[1] // 2, 2)))  # [ROWS, PROTOS / 2]
@@ -104,10 +104,10 @@ def ranked(state, keep, PROTOS: tl.constexpr):
     """Finish `ranks_fold`: (best, its index, second, its index, third) of every row; the index of
     no centroid is -1.
     """
-    one, two, three = state
-    place = tl.arange(0, PROTOS // 2)[None, :]
+    one, two, three = state  # each [ROWS, PROTOS / 2]
+    place = tl.arange(0, PROTOS // 2)[None, :]  # [1, PROTOS / 2]
     best, hit, index = _top(one, place, keep, PROTOS)
-    one, two = tl.where(hit, two, one), tl.where(hit, three, two)
+    one, two = tl.where(hit, two, one), tl.where(hit, three, two)  # [ROWS, PROTOS / 2] twice
     second, hit, runner = _top(one, place, keep, PROTOS)
     return best, index, second, runner, tl.max(tl.where(hit, two, one), 1)
 
@@ -118,7 +118,7 @@ def squared(X, C, at, k, valid, D: tl.constexpr, DIM: tl.constexpr, KIND: tl.con
     total = tl.zeros((at.shape[0],), KIND)
     for d0 in range(0, D, DIM):
         c = load_rows(C, k, valid, d0, D, D, DIM).to(KIND)  # [ROWS, DIM]
-        gap = load_rows(X, at, valid, d0, D, D, DIM).to(KIND) - c
+        gap = load_rows(X, at, valid, d0, D, D, DIM).to(KIND) - c  # [ROWS, DIM]
         total += tl.sum(gap * gap, 1)
     return total
 

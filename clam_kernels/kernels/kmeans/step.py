@@ -36,15 +36,16 @@ def summed(chosen, x, PREC: tl.constexpr):
     nothing.
     """
     if PREC == "float64":
+        # [LABELS, DIM]
         sums = tl.dot(tl.trans(chosen).to(tl.float64), x.to(tl.float64), out_dtype=tl.float64)
-        sums = sums.to(tl.float32)
+        sums = sums.to(tl.float32)  # [LABELS, DIM]
     else:
-        one = tl.trans(chosen.to(tl.bfloat16))
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        sums = tl.dot(one, high, tl.dot(one, middle, tl.dot(one, low)))
+        one = tl.trans(chosen.to(tl.bfloat16))  # [LABELS, ROWS]
+        high = x.to(tl.bfloat16)  # [ROWS, DIM]
+        rest = x - high.to(tl.float32)  # [ROWS, DIM]
+        middle = rest.to(tl.bfloat16)  # [ROWS, DIM]
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)  # [ROWS, DIM]
+        sums = tl.dot(one, high, tl.dot(one, middle, tl.dot(one, low)))  # [LABELS, DIM]
     return sums
 
 
@@ -72,12 +73,13 @@ def kmeans_step_kernel(
     reach = tl.load(REACH + m)
     k, d = tl.arange(0, LABELS), tl.arange(0, DIM)
     COUNT += pid.to(tl.int64) * count + k
-    PART += (pid.to(tl.int64) * count + k)[:, None] * D + d[None, :]
+    PART += (pid.to(tl.int64) * count + k)[:, None] * D + d[None, :]  # [LABELS, DIM]
     known = k < count
-    inside = known[:, None] & (d < D)[None, :]
+    inside = known[:, None] & (d < D)[None, :]  # [LABELS, DIM]
     begin = split * share
     end = begin + tl.minimum(share, rows - begin)
     for g0 in range(begin, end, ROWS * TILES):
+        # [LABELS, DIM] twice
         total, lost = tl.zeros((LABELS, DIM), tl.float32), tl.zeros((LABELS, DIM), tl.float32)
         number = tl.zeros((LABELS,), tl.float32)
         for n0 in range(g0, g0 + tl.minimum(end - g0, ROWS * TILES), ROWS):
@@ -91,19 +93,20 @@ def kmeans_step_kernel(
             tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=valid)
             x = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
             if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
-                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
+                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
+                # [ROWS, DIM]
                 x = (x - high) - tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
             # 0 * inf would make the sums of other labels NaN: no part may be inf
-            x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)
+            x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)  # [ROWS, DIM]
             chosen = tl.where(label[:, None] == k[None, :], 1.0, 0.0)  # [ROWS, LABELS]
             number += tl.sum(chosen, 0)
-            more = summed(chosen, x, SUM) - lost
-            grown = total + more
-            lost = (grown - total) - more
+            more = summed(chosen, x, SUM) - lost  # [LABELS, DIM]
+            grown = total + more  # [LABELS, DIM]
+            lost = (grown - total) - more  # [LABELS, DIM]
             total = grown
         # each entry belongs to one thread: threads exchange nothing through memory
         later = g0 + tl.zeros((1,), tl.int32) > begin
-        before = tl.load(PART, mask=inside & later[None, :], other=0.0)
+        before = tl.load(PART, mask=inside & later[None, :], other=0.0)  # [LABELS, DIM]
         tl.store(PART, before + (total.to(tl.float64) - lost.to(tl.float64)), mask=inside)
         counted = tl.load(COUNT, mask=known & later, other=0)
         tl.store(COUNT, counted + number.to(tl.int64), mask=known)

@@ -37,8 +37,8 @@ def shifted(x, high, low, other, below):
     is the potential that the step used: with it the logits are rounded as in that step, and the sum
     of the weights is the same.
     """
-    out = (high == float("-inf"))[:, None] | (other == float("-inf"))[None, :]
-    x = ((x + high[:, None]) + low[:, None]) + other[None, :]
+    out = (high == float("-inf"))[:, None] | (other == float("-inf"))[None, :]  # [OWN, SWEPT]
+    x = ((x + high[:, None]) + low[:, None]) + other[None, :]  # [OWN, SWEPT]
     return tl.exp(tl.where(out, float("-inf"), x + below[None, :]))
 
 
@@ -68,13 +68,13 @@ def weigh_kernel(
         end = tl.minimum(begin + share, rows)
     known = at < own
     high, low = parts_of(OWN_P + 2 * p * own, at, own, known)
-    side = side_of(mine, at, known, D, DIM, FORM)
+    side = side_of(mine, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     scale = scale_of(SCALE, problem, HAS_SCALE)
     total = tl.zeros((OWN,), tl.float32)
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
         valid = w < end
-        x = tile_of(
+        x = tile_of(  # [OWN, SWEPT]
             mine, other, side, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         beside, below = parts_of(SWEPT_P + 2 * p * far, w, far, valid)
@@ -111,12 +111,12 @@ def slopes_kernel(
     w = ((pid % wide) * SWEPT + tl.arange(0, SWEPT)).to(tl.int64)
     known, valid = near < size, w < kinds
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
-    side = side_of(mine, at, known, D, DIM, FORM)
+    side = side_of(mine, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     scale = scale_of(SCALE, problem, HAS_SCALE)
-    x = tile_of(
+    x = tile_of(  # [OWN, SWEPT]
         mine, other, side, scale, step, at, known, w, valid, True, D, DIM, UNIT, FORM, PREC
     )  # fmt: skip
-    total = tl.zeros((OWN, SWEPT), tl.float32)
+    total = tl.zeros((OWN, SWEPT), tl.float32)  # [OWN, SWEPT]
     for h in range(0, steps):
         if ROWS_FIRST:
             by_row, f, g = h % 2 == 0, h // 2 + 1, (h + 1) // 2
@@ -128,7 +128,7 @@ def slopes_kernel(
         g_at = G + 2 * (own_g * tl.cast(problems, tl.int64) + p) * kinds
         row, low_row = parts_of(f_at, at, rows, known)
         column, low_column = parts_of(g_at, w, kinds, valid)
-        out = (row == float("-inf"))[:, None] | (column == float("-inf"))[None, :]
+        out = (row == float("-inf"))[:, None] | (column == float("-inf"))[None, :]  # [OWN, SWEPT]
         y = x  # [OWN, SWEPT]; the potential that the step used is added first
         y += tl.where(by_row, 0.0, row)[:, None] + tl.where(by_row, column, 0.0)[None, :]
         y += tl.where(by_row, 0.0, low_row)[:, None] + tl.where(by_row, low_column, 0.0)[None, :]
@@ -138,9 +138,10 @@ def slopes_kernel(
         g_at = (g * tl.cast(problems, tl.int64) + p) * kinds + w
         adj_f = tl.load(ADJ_F + f_at, mask=known, other=0.0)
         adj_g = tl.load(ADJ_G + g_at, mask=valid, other=0.0)
+        # [OWN, SWEPT]
         weight = tl.where(by_row, adj_f, 1.0)[:, None] * tl.where(by_row, 1.0, adj_g)[None, :]
         total -= tl.exp(tl.where(out, float("-inf"), y)) * weight
-    where = (local.to(tl.int64) * size + near)[:, None] * kinds + w[None, :]
+    where = (local.to(tl.int64) * size + near)[:, None] * kinds + w[None, :]  # [OWN, SWEPT]
     tl.store(OUT + where, total * scale, mask=known[:, None] & valid[None, :])
     # a masked logit may be NaN, and that of a forbidden pair is -inf: both have the gradient 0
     x -= tl.load(LEVEL + p * kinds + w, mask=valid, other=0.0)[None, :]

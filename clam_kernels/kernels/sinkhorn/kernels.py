@@ -36,20 +36,21 @@ def swept(
     """(top, total) of the own rows or columns: top = max_j z_j, total = sum_j exp(z_j - top) with
     z_j = logits_j + P_j, j in [begin, end) of the swept side of `size`. P is 0 unless STARTED.
     """
-    mine = side_of(MINE, at, known, D, DIM, FORM)
+    mine = side_of(MINE, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     top, total = lse_init(at.shape[0])
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
         valid = w < end
-        x = tile_of(
+        x = tile_of(  # [OWN, SWEPT]
             MINE, OTHER, mine, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         if STARTED:
             high, low = parts_of(P, w, size, valid)
             masked = high == float("-inf")
+            # [OWN, SWEPT]
             x = tl.where(masked[None, :], float("-inf"), (x + high[None, :]) + low[None, :])
         else:
-            x = tl.where(valid[None, :], x, float("-inf"))
+            x = tl.where(valid[None, :], x, float("-inf"))  # [OWN, SWEPT]
         best = tl.maximum(top, tl.max(x, 1))
         safe = finite(best)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
@@ -192,18 +193,18 @@ def pass_kernel(
     for n0 in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = (n0 + tl.arange(0, ROWS)).to(tl.int64)
         here = row < end
-        where = row[:, None] * far + k[None, :]
+        where = row[:, None] * far + k[None, :]  # [ROWS, COLUMNS]
         x = tl.load(X + where, mask=here[:, None] & known[None, :], other=0.0)  # [ROWS, COLUMNS]
-        x = x.to(tl.float32) * scale
+        x = x.to(tl.float32) * scale  # [ROWS, COLUMNS]
         weight, valid = tl.where(here, 1.0, 0.0), here
         if HAS_ROW:
             log_mass = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
             weight = tl.exp((log_mass - heaviest).to(tl.float32))
             valid = log_mass != float("-inf")
-        out = masked[None, :] | ~valid[:, None]
-        x = tl.where(out, float("-inf"), (x + high[None, :]) + low[None, :])
+        out = masked[None, :] | ~valid[:, None]  # [ROWS, COLUMNS]
+        x = tl.where(out, float("-inf"), (x + high[None, :]) + low[None, :])  # [ROWS, COLUMNS]
         top = tl.max(x, 1)
-        x = tl.exp(x - finite(top)[:, None])
+        x = tl.exp(x - finite(top)[:, None])  # [ROWS, COLUMNS]
         total = tl.sum(x, 1)
         weight = tl.where(total == 0.0, 0.0, weight / tl.where(total == 0.0, 1.0, total))
         mass += tl.sum(x * weight[:, None], 0)
@@ -238,7 +239,7 @@ def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.
     if not FUSED:
         for s0 in range(0, splits, SPLITS):
             s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
-            inside = (s < splits)[:, None] & known[None, :]
+            inside = (s < splits)[:, None] & known[None, :]  # [SPLITS, COLUMNS]
             # [SPLITS, COLUMNS]
             here = tl.load(TOP + s[:, None] * count + at[None, :], mask=inside, other=float("-inf"))
             top = tl.maximum(top, tl.max(here, 0))
@@ -246,12 +247,12 @@ def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.
     total = tl.zeros((COLUMNS,), tl.float64)
     for s0 in range(0, splits, SPLITS):
         s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
-        inside = (s < splits)[:, None] & known[None, :]
-        where = s[:, None] * count + at[None, :]
+        inside = (s < splits)[:, None] & known[None, :]  # [SPLITS, COLUMNS]
+        where = s[:, None] * count + at[None, :]  # [SPLITS, COLUMNS]
         share = tl.load(SUM + where, mask=inside, other=0.0)  # [SPLITS, COLUMNS]
         if not FUSED:
-            here = tl.load(TOP + where, mask=inside, other=float("-inf"))
-            share = share * tl.exp(here - safe[None, :])
+            here = tl.load(TOP + where, mask=inside, other=float("-inf"))  # [SPLITS, COLUMNS]
+            share = share * tl.exp(here - safe[None, :])  # [SPLITS, COLUMNS]
         total += tl.sum(share.to(tl.float64), 0)
     return safe, total
 
@@ -339,8 +340,9 @@ def rescue_kernel(
     UNIT: tl.constexpr, COLUMNS: tl.constexpr, SWEPT: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_COL: tl.constexpr, COVERED: tl.constexpr,
 ):  # fmt: skip
-    """The step of the columns that NEED marks, from all logits: OUT and MASS of `merge_kernel`.
-    Without such a column, the usual case, a program ends at once.
+    """The step of the columns k that NEED marks, from all logits: OUT_k = log_col_k - lse_k, MASS_k
+    = G_k + lse_k, lse_k = logsumexp_n(logits_nk + F_n). Without such a column, the usual case, a
+    program ends at once.
     """
     pid = tl.program_id(0)
     problem = pid // blocks
