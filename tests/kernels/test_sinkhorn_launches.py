@@ -70,7 +70,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, kernels: Any, rows: int = 16) -> Non
     monkeypatch.setattr(kernels, "CHUNKS", 2)
     monkeypatch.setattr(kernels, "LEAST_ROWS", 1)
     monkeypatch.setattr(kernels, "SWEPT_ROWS", 16)
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "COLUMN_PROGRAMS", 2)
 
 
 # ---- tiles and chunks ----------------------------------------------------------------------------

@@ -20,23 +20,29 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import finite
-from ..common.score import dot, load_memories, load_rows, load_sides, logits, own_inner, wide_inner
+from ..common.score import (
+    LOG2E,
+    dot,
+    load_memories,
+    load_rows,
+    load_sides,
+    logits,
+    own_inner,
+    wide_inner,
+)
+from ..common.sweep import SIZES
 from . import backward_fused, exact_backward
 from .backward_fused import store_memories
 from .backward_rows import rows_backward_kernel, rows_backward_wide_kernel
 from .call import Call, ScratchCell, Totals
 from .doubt import MOST
 from .forward import flags_of, launch_recursion
-from .memories import LOG2E, memories_of
+from .memories import memories_of
 
-# Programs that share the rows of one tile of memories: enough for any GPU, and a function of the
-# shape alone, so that sums have the same order on every GPU.
-PROGRAMS = 512
 # Problems of a cell are the third dim of a grid, which has a limit.
 MOST_PROBLEMS = 65535
 # With wider rows, registers cannot contain the weights and slopes of a whole tile.
 RESIDENT_FEATURES = 32
-_LOG2E = tl.constexpr(LOG2E)
 
 
 # ---- the memories' side --------------------------------------------------------------------------
@@ -59,7 +65,7 @@ def norms_in(PATH, at, valid, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.con
     return norm
 
 
-@triton.jit(do_not_specialize=["count", "inner", "steps", "strip", "rows", "share"])
+@triton.jit(do_not_specialize=SIZES)
 def memories_backward_kernel(
     RHO, SIDE, TOP, TOTAL, DELTA, PATH, PULL, PART, SUMS,
     count, inner, steps, strip, rows, share,
@@ -135,7 +141,7 @@ def memories_backward_kernel(
                         slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
                     gz = w * (slope - delta[:, None])  # [ROWS, PROTOS]
                     acc += dot(tl.trans(w), h, PREC)
-                    acc += dot(tl.trans(gz * (scale / _LOG2E)[None, :]), x, PREC)
+                    acc += dot(tl.trans(gz * (scale / LOG2E)[None, :]), x, PREC)
                     mass += tl.sum(gz, 0)
                     far = own[None, :] + norm[:, None] - 2.0 * inside  # [ROWS, PROTOS]
                     beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
@@ -183,7 +189,7 @@ def sweep_memories(call: Call, cell: ScratchCell, totals: Totals, steps: int, en
     memories, wide = call.memories, "DIM" in chosen
     tiles = triton.cdiv(memories.size, chosen["PROTOS"])
     pieces = triton.cdiv(memories.stride, chosen["DIM"]) if wide else 1
-    splits = max(1, min(cell.blocks, PROGRAMS // (tiles * pieces * cell.size)))
+    splits = max(1, min(cell.blocks, launch.PROGRAMS // (tiles * pieces * cell.size)))
     share = triton.cdiv(cell.blocks, splits) * cell.block
     part = call.new(cell.size, splits, memories.size, memories.stride)
     sums = call.new(cell.size, splits, memories.size, 2)
@@ -225,9 +231,9 @@ def _walk_back(
     )  # fmt: skip
 
 
-def fit(gradient: Tensor, argument: Any, needed: bool, v: Tensor) -> Tensor:
+def fit(gradient: Tensor | None, argument: Any, needed: bool, v: Tensor) -> Tensor:
     """A gradient in the shape and dtype of its argument; empty unless the caller needs it."""
-    if not (needed and isinstance(argument, Tensor)):
+    if gradient is None or not (needed and isinstance(argument, Tensor)):
         return v.new_empty(0)
     return gradient.sum_to_size(argument.shape).to(argument.dtype).contiguous()
 
@@ -276,10 +282,9 @@ def am_recursion_backward(
         again = exact_backward.recursion_backward(
             call.operands(), grad, steps, step, flag, out, mask_grad, sums
         )
-    masked = out if mask_grad is None else mask_grad
     if not sums:
-        gradients = (out, out, out, masked, out)
-        return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))
+        rows_side = (out, None, None, mask_grad, None)
+        return tuple(fit(x, a, n, v) for x, a, n in zip(rows_side, arguments, needs, strict=True))
     acc, mass, beta_sum = totals.of_batch()
     if not call.memories.hard:
         sharp = beta.double()[..., None] if isinstance(beta, Tensor) and beta.ndim else beta
@@ -288,7 +293,7 @@ def am_recursion_backward(
     if again is not None:
         exact_acc, exact_mass, exact_beta = again.of_batch()
         acc, mass, beta_sum = acc + exact_acc, mass + exact_mass, beta_sum + exact_beta
-    gradients = (out, acc, -beta_sum, masked, mass)
+    gradients = (out, acc, -beta_sum, mask_grad, mass)
     return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))
 
 

@@ -15,17 +15,12 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import finite, normalised
-from ..common.score import centred, dot, load_memories, load_rows, logits, own_inner
+from ..common.score import LOG2E, centred, dot, load_memories, load_rows, logits, own_inner
 from ..common.sweep import UNSPECIALISED, offset
 from .call import Call, Totals
 from .doubt import MOST, settled, sharpest, step_doubted
-from .memories import LOG2E, memories_of
+from .memories import memories_of
 from .recursion import gain_of, moved, recalled
-
-# Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
-# same order on every GPU.
-PROGRAMS = 512
-_LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -49,6 +44,7 @@ def walked(
     PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Store the state before each step; returns 1 for rows in doubt, whose states are 0."""
+    _RHO, SIDE = table
     d = tl.arange(0, DIM)
     keep = tl.arange(0, ROWS)[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
     # [ROWS, DIM] if MASK, else a number
@@ -63,7 +59,7 @@ def walked(
         )  # fmt: skip
         flag |= step_doubted(x, xb, norm, total, sharp)
         x = moved(x, xb, gain)  # [ROWS, DIM]
-    flag = tl.where(poison == 0.0, settled(flag, total, table[1], count, PROTOS), 0)
+    flag = tl.where(poison == 0.0, settled(flag, total, SIDE, count, PROTOS), 0)
     tl.debug_barrier()
     doubt = (flag > 0)[:, None] & (d < STRIDE)[None, :]  # [ROWS, DIM]
     for t in range(0, steps):
@@ -80,9 +76,9 @@ def fused_backward_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, problem): `share` rows of one problem. OUT takes g before the first step; each
+    """Program (split, problem): `share` rows of one problem. OUT takes g before the first step; a
     step is g <- g - h + 2 beta sum_k gz_k rho_k, with h = gain g, gz_k = p_k (h rho_k - delta) and
-    delta = sum_k p_k (h rho_k). MEMORIES: of each memory PART takes sum_n (p h + 2 beta gz x), SUMS
+    delta = sum_k p_k (h rho_k). MEMORIES: PART takes sum_n (p h + 2 beta gz x) of each memory, SUMS
     take sum_n gz and sum_n gz |x - rho|^2, over all rows and steps.
     """
     pid = tl.program_id(0)
@@ -146,7 +142,7 @@ def fused_backward_kernel(
                 far = norms[None, :] + norm[:, None] - 2.0 * inner_x  # [ROWS, PROTOS]
                 beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
                 acc += dot(tl.trans(w), h, PREC)
-            gz *= (scale / _LOG2E)[None, :]  # [ROWS, PROTOS]
+            gz *= (scale / LOG2E)[None, :]  # [ROWS, PROTOS]
             if MEMORIES:
                 acc += dot(tl.trans(gz), x, PREC)
             g += dot(gz, rho, PREC) - h
@@ -180,11 +176,11 @@ def backward(
     count, stride = call.memories.size, call.memories.stride
     chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
     blocks = triton.cdiv(call.rows, chosen["ROWS"])
-    splits = max(1, min(blocks, PROGRAMS // max(call.outer * call.inner, 1)))
+    splits = max(1, min(blocks, launch.PROGRAMS // max(call.outer * call.inner, 1)))
     share = triton.cdiv(blocks, splits) * chosen["ROWS"]
     splits = triton.cdiv(call.rows, share) if blocks else 0
     strip = steps * chosen["ROWS"] * stride
-    most = max(1, min(PROGRAMS, launch.SCRATCH // strip))
+    most = max(1, min(launch.PROGRAMS, launch.SCRATCH // strip))
     path = call.new(min(most, call.outer * call.inner * splits) * strip)
     grads, outs = (x.view(call.outer, call.inner, call.rows, call.features) for x in (grad, out))
     flags = flag.view(call.outer, call.inner, call.rows)

@@ -10,12 +10,19 @@ import triton
 import triton.language as tl
 
 from ..common.fold import finite, normalised
-from ..common.score import dot, load_memories, load_rows, load_sides, logits, own_inner, wide_inner
-from ..common.sweep import offset, rows_of, sweep
-from .memories import LOG2E, memories_of
+from ..common.score import (
+    LOG2E,
+    dot,
+    load_memories,
+    load_rows,
+    load_sides,
+    logits,
+    own_inner,
+    wide_inner,
+)
+from ..common.sweep import SIZES, offset, rows_of, sweep
+from .memories import memories_of
 from .recursion import gain_of
-
-_LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -81,12 +88,10 @@ def pulled(
         )  # fmt: skip
     if PER_MEMORY:
         acc -= total[:, None] * x  # [ROWS, DIM]
-    return acc / _LOG2E, delta
+    return acc / LOG2E, delta
 
 
-@triton.jit(
-    do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def rows_backward_kernel(
     GRAD, RHO, SIDE, U, OUT, MASKED, TOP, DELTA, PATH, PULL,
     rows, count, inner, steps, step, first, blocks, strip,
@@ -150,9 +155,10 @@ def wide_slopes(
     rows too wide for registers.
     """
     tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
-    _k, _rho, scale, bias = tile
+    _k, _rho, scale, bias = tile  # [PROTOS], pointer, [PROTOS], [PROTOS]
+    _rows, half = own
     inner = wide_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-    s = logits(inner, own[1], scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
+    s = logits(inner, half, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
     w = tl.exp2(s - top[:, None])  # [ROWS, PROTOS]
     return w, wide_inner(hs, tile, count, D, STRIDE, DIM, PREC), scale
 
@@ -188,9 +194,7 @@ def wide_h(
 
 # The narrow kernel has g, x and h of a step in registers. Here they lie in memory, behind barriers
 # and loops over features: as one kernel the two would share the first lines alone.
-@triton.jit(
-    do_not_specialize=["rows", "count", "inner", "steps", "step", "first", "blocks", "strip"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def rows_backward_wide_kernel(
     GRAD, RHO, SIDE, U, OUT, MASKED, TOP, DELTA, PATH, PULL,
     rows, count, inner, steps, step, first, blocks, strip,
@@ -199,9 +203,9 @@ def rows_backward_wide_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient g of ROWS rows, in OUT (float32), DIM features at a time: g <- g - h + sum_k 2 beta_k
-    p_k (h rho_k - delta) (rho_k - x), with h = gain g and delta = sum_k p_k (h rho_k). The arguments
-    are those of `rows_backward_kernel`.
+    """Gradient g of ROWS rows, in OUT (float32), DIM features at a time: g <- g - h + sum_k 2
+    beta_k p_k (h rho_k - delta) (rho_k - x), with h = gain g, delta = sum_k p_k (h rho_k). The
+    arguments are those of `rows_backward_kernel`.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
@@ -261,5 +265,5 @@ def rows_backward_wide_kernel(
                 inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
                 whole = p[:, None] * D + d[None, :]  # [ROWS, DIM]
                 g = tl.load(OUT + whole, mask=inside, other=0.0)  # [ROWS, DIM]
-                tl.store(OUT + whole, g + acc / _LOG2E, mask=inside)
+                tl.store(OUT + whole, g + acc / LOG2E, mask=inside)
         tl.debug_barrier()

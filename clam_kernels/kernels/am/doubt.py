@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.score import LOG2E
+
 # A row is near its recall where size is more than NEAR_FACTOR times |xb - x|^2.
 NEAR_FACTOR = tl.constexpr(16.0)
 # A row is right where logit size * (1 - largest weight) is at most NEAR_LIMIT if the row is near
@@ -47,7 +49,6 @@ PRODUCTS = {
 MOST = tl.constexpr(3.0e38)
 # The factor from scale = 2 beta log2(e), in the tables of memories, to beta.
 _BETA = tl.constexpr(0.34657359027997264)
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -125,7 +126,7 @@ def energy_lost(norm, size, far, top, lift, sharp):
     `far`, and x - rho of the likeliest memory, of logit `top` (base 2, without -beta |x|^2). A row
     may lie near that memory and still recall others. `lift` is the largest log-weight.
     """
-    beside = norm - (top - lift) / (sharp * _LOG2E)
+    beside = norm - (top - lift) / (sharp * LOG2E)
     return (far * NEAR_FACTOR_OF_ENERGY < size) | (beside * NEAR_FACTOR_OF_ENERGY < 2.0 * norm)
 
 

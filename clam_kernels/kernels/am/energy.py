@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import lse_first_fold, lse_first_init
-from ..common.score import centred, load_memories, load_rows, load_sides, own_inner, raw_inner
+from ..common.score import (
+    LOG2E,
+    centred,
+    load_memories,
+    load_rows,
+    load_sides,
+    own_inner,
+    raw_inner,
+)
 from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from ..kmeans import assign
 from ..kmeans.nearest import squared
@@ -23,7 +31,7 @@ from . import exact, exact_backward
 from .backward import cells, fit, sweep_memories, whole
 from .call import Call, Totals
 from .doubt import NEAR_LIMIT_OF_ENERGY, doubted, settled, sharpest
-from .memories import LOG2E, memories_of
+from .memories import memories_of
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -141,7 +149,7 @@ def am_energy_backward(
     sharp = beta.double() if isinstance(beta, Tensor) else beta
     pull = call.memories.table[..., : call.features].double() * mass[..., None]
     grad_rho = 2 * (pull - acc) + exact_rho
-    grad_beta = beta_sum / LOG2E / sharp**2 + exact_beta / sharp
+    grad_beta = beta_sum / LOG2E.value / sharp**2 + exact_beta / sharp
     grad_weights = -(mass + exact_mass) / sharp
     gradients, arguments = (out, grad_rho, grad_beta, grad_weights), (v, rho, beta, log_weights)
     return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))

@@ -21,7 +21,6 @@ from torch import Tensor
 from ..common import launch
 from ..common.sweep import UNSPECIALISED
 from .exact import (
-    PROGRAMS,
     STRIPS,
     Operands,
     advance,
@@ -160,9 +159,9 @@ def exact_backward_kernel(
     MASK_GRAD: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
     """Program (problem, split): `share` blocks of rows of one problem. OUT takes g before the first
-    step, with g <- g - h + 2 sum_k beta_k gz_k t_k, t_k = rho_k - x, h = gain g, gz_k = p_k (h t_k -
-    sum_j p_j h t_j). PART [count, D + 2] takes the sums over rows and steps of p_k h - 2 beta_k gz_k
-    t_k, of gz_k, and of gz_k |t_k|^2; MASKED takes sum_t step g sum_k p_k t_k.
+    step, with g <- g - h + 2 sum_k beta_k gz_k t_k, t_k = rho_k - x, h = gain g, gz_k = p_k (h t_k
+    - sum_j p_j h t_j). PART [count, D + 2] takes the sums over rows and steps of p_k h - 2 beta_k
+    gz_k t_k, of gz_k, and of gz_k |t_k|^2; MASKED takes sum_t step g sum_k p_k t_k.
     """
     pid = tl.program_id(0)
     problem = first + pid // splits
@@ -281,8 +280,8 @@ def exact_energy_backward_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def exact_sums_kernel(PART, USED, SUMS, every, pieces, size, TILE: tl.constexpr):
-    """SUMS_i <- SUMS_i + sum_n PART_ni over the used parts n of `every`, in their order, for a tile of
-    TILE numbers i. SUMS is [., size], PART [., every, size].
+    """SUMS_i <- SUMS_i + sum_n PART_ni over the used parts n of `every`, in their order, for a tile
+    of TILE numbers i. SUMS is [., size], PART [., every, size].
     """
     pid = tl.program_id(0)
     own, i = (pid // pieces).to(tl.int64), (pid % pieces) * TILE + tl.arange(0, TILE)
@@ -344,7 +343,7 @@ def _parts(a: Operands, block: int, size: int, memories: bool) -> tuple[int, int
     has `size` numbers of scratch.
     """
     blocks = triton.cdiv(a.v.shape[2], block)
-    most = max(1, min(PROGRAMS, STRIPS // size))
+    most = max(1, min(launch.PROGRAMS, STRIPS // size))
     if memories:
         most = max(1, min(most, PARTS // (a.memories * (a.features + 2))))
     splits = max(1, min(blocks, most // max(a.problems, 1)))

@@ -13,12 +13,10 @@ from torch import Tensor
 from ..common import launch
 from ..common.halves import halves, power, reach_of
 from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
-from ..common.score import load_rows
+from ..common.score import LOG2E, load_rows
 from ..common.sweep import UNSPECIALISED, offset
 from .doubt import MOST
 
-LOG2E = 1.4426950408889634
-_LOG2E = tl.constexpr(LOG2E)
 # Memories of one program; tables of halves are padded to a multiple of it.
 PROTOS = 64
 # The centre is a median over at most SAMPLE memories, in a tile of the next power of two.
@@ -74,7 +72,7 @@ def sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS: tl.constexpr):
     i = tl.arange(0, SAMPLE_TILE)
     size = tl.minimum(count, SAMPLE)
     k = i.to(tl.int64) * count // size
-    active = lifts_of(WEIGHTS, k, i < size, weights_k, HAS_WEIGHTS)[1]
+    _lift, active = lifts_of(WEIGHTS, k, i < size, weights_k, HAS_WEIGHTS)
     return k, active, tl.sum(active.to(tl.int32), 0)
 
 
@@ -94,7 +92,7 @@ def sampled_median(
     size = tl.minimum(count, SAMPLE)
     for j in range(0, size):
         other = tl.zeros((1,), tl.int64) + tl.cast(j, tl.int64) * count // size
-        is_active = lifts_of(WEIGHTS, other, other >= 0, weights_k, HAS_WEIGHTS)[1]
+        _lift, is_active = lifts_of(WEIGHTS, other, other >= 0, weights_k, HAS_WEIGHTS)
         theirs = load_rows(RHO, other, is_active, d0, D, D, DIM)  # [1, DIM]
         theirs = tl.where(is_active[:, None], theirs, float("inf"))  # [1, DIM]
         before = (theirs < mine) | ((theirs == mine) & (j < i)[:, None])  # [SAMPLE_TILE, DIM]
@@ -154,7 +152,7 @@ def store_centre(
     near = tl.zeros((1,), tl.float32)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)[1]
+        _lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
         far = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
             gap = from_centre(RHO, CENTRE, k.to(tl.int64), active, d0, D, DIM)  # [PROTOS, DIM]
@@ -241,13 +239,13 @@ def memories_kernel(
             else:
                 scale = tl.zeros((PROTOS,), tl.float32) + beta
             # from the rounded scale: the error of both then moves all rows alike
-            scale = tl.minimum(2.0 * scale * _LOG2E, MOST)
-            bias = lift.to(tl.float64) * _LOG2E - 0.5 * scale.to(tl.float64) * norm
+            scale = tl.minimum(2.0 * scale * LOG2E, MOST)
+            bias = lift.to(tl.float64) * LOG2E - 0.5 * scale.to(tl.float64) * norm
         valid = k < count
         bias = tl.maximum(bias, -MOST)  # only masked memories have a bias of -inf
         tl.store(SIDE + k, scale, mask=valid)
         tl.store(SIDE + count + k, tl.where(active, bias, float("-inf")), mask=valid)
-        tl.store(SIDE + 2 * count + k, lift * _LOG2E, mask=valid)
+        tl.store(SIDE + 2 * count + k, lift * LOG2E, mask=valid)
         tl.store(SIDE + 3 * count + k, tl.minimum(norm, MOST), mask=valid)
 
 

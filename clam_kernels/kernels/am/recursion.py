@@ -81,9 +81,10 @@ def recalled(
             contest_init(ROWS), own, table, count, load_memories, own_inner, contest_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
+        RHO, _SIDE = table
         index, some, total = decided(state, width)
         nearest = tl.minimum(index, count - 1).to(tl.int64)
-        xb = load_rows(table[0], nearest, some, 0, D, STRIDE, DIM)  # [ROWS, DIM]
+        xb = load_rows(RHO, nearest, some, 0, D, STRIDE, DIM)  # [ROWS, DIM]
         top = tl.where(some, index.to(tl.float32), float("-inf"))
         return tl.where(some[:, None], xb, x), top, total
     if RESIDENT:
@@ -131,7 +132,7 @@ def recalled_in_halves(
 @triton.jit
 def take_out(
     TOP, PATH, local, flag, steps, strip, d0,
-    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mark the rows in doubt for the kernels of the backward: a TOP of inf and states of 0."""
     d = d0 + tl.arange(0, DIM)
@@ -284,7 +285,7 @@ def recursion_kernel(
     if KEEP >= 2:
         flag = tl.where(poison == 0.0, flag, 0)
         tl.debug_barrier()
-        take_out(TOP, PATH, local, flag, steps, strip, 0, D, STRIDE, DIM, ROWS)
+        take_out(TOP, PATH, local, flag, steps, strip, 0, STRIDE, DIM, ROWS)
     else:
         none = (top == float("-inf")) & (poison == 0.0)
         flag |= store_result(

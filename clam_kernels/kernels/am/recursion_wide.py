@@ -84,12 +84,13 @@ def wide_recall(
 ):  # fmt: skip
     """Features [d0, d0 + DIM) of sum_k 2^(s_k - top) rho_k."""
     RHO, _SIDE = table
+    _states, half = own
     acc = tl.zeros((ROWS, DIM), tl.float32)  # [ROWS, DIM]
     for k0 in range(0, count, PROTOS):
         tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
         k, _rho, scale, bias = tile  # [PROTOS], pointer, [PROTOS], [PROTOS]
         inner = wide_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-        s = logits(inner, own[1], scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
+        s = logits(inner, half, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         acc += dot(tl.exp2(s - top[:, None]), rho, PREC)
     return acc
@@ -106,7 +107,8 @@ def store_step_wide(
     """Store the next states x + gain (xb - x), DIM features at a time; returns |x|^2 + |xb|^2 and
     |xb - x|^2. KEEP >= 2: store the recalls xb too, but no state after the last step (not `more`).
     """
-    _path, slot, every = own[0]
+    states, _half = own
+    _path, slot, every = states
     RHO, _SIDE = table
     norms, far = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
@@ -231,7 +233,7 @@ def recursion_wide_kernel(
     if KEEP >= 2:
         flag = tl.where(poison == 0.0, flag, 0)
         for d0 in range(0, D, DIM):
-            take_out(TOP, PATH, local, flag, steps, strip, d0, D, STRIDE, DIM, ROWS)
+            take_out(TOP, PATH, local, flag, steps, strip, d0, STRIDE, DIM, ROWS)
     else:
         slot = tl.cast(steps % 2, tl.int64) * strip + local
         none = (top == float("-inf")) & (poison == 0.0)

@@ -15,6 +15,8 @@ from .score import dot
 
 LIFT_BITS = tl.constexpr(10.0)
 LIFT = tl.constexpr(2.0**10)
+# The index beside the others in a minimum: above all of them.
+NO_INDEX = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -51,9 +53,9 @@ def lse_first_init(ROWS: tl.constexpr):
 def lse_first_fold(state, s, tile, PREC: tl.constexpr):
     """As `lse_fold`, and index = the lowest k with s_k = m."""
     m, index, total = state
-    k = tile[0]
+    k, _rho, _scale, _bias = tile
     highest = tl.max(s, 1)
-    first = tl.min(tl.where(s == highest[:, None], k[None, :], 2147483647), 1)
+    first = tl.min(tl.where(s == highest[:, None], k[None, :], NO_INDEX), 1)
     index = tl.where(highest > m, first, index)
     top = tl.maximum(m, highest)
     safe = finite(top)
@@ -108,9 +110,9 @@ def contest_fold(state, s, tile, PREC: tl.constexpr):
     all k but index.
     """
     best, index, second = state
-    k = tile[0]
+    k, _rho, _scale, _bias = tile
     top = tl.max(s, 1)
-    first = tl.min(tl.where(s == top[:, None], k[None, :], 2147483647), 1)
+    first = tl.min(tl.where(s == top[:, None], k[None, :], NO_INDEX), 1)
     runner = tl.max(tl.where(k[None, :] == first[:, None], float("-inf"), s), 1)
     better = top > best
     second = tl.maximum(tl.maximum(second, runner), tl.where(better, best, top))

@@ -114,10 +114,11 @@ def own_halves(
     """Products [ROWS, PROTOS] of rows in registers with a tile; own = ((high, low) of the rows, the
     inverse of both scales).
     """
-    x = own[0]
+    x, _undo = own
+    x_high, _x_low = x  # two of [ROWS, DIM]
     _code, parts, _keep, _bias = tile
     high, low = parts
-    s = tl.zeros((x[0].shape[0], high.shape[0]), tl.float32)  # [ROWS, PROTOS]
+    s = tl.zeros((x_high.shape[0], high.shape[0]), tl.float32)  # [ROWS, PROTOS]
     return halved_onto(x, (tl.trans(high), tl.trans(low)), s, PREC)
 
 
@@ -128,7 +129,8 @@ def raw_halves(
     """As `own_halves` for the caller's rows, centred and scaled here, DIM features at a time; own =
     ((V, CENTRE, at, valid, scale), the inverse of both scales).
     """
-    V, CENTRE, at, valid, scale = own[0]
+    rows, _undo = own
+    V, CENTRE, at, valid, scale = rows
     _code, parts, _keep, bias = tile
     HIGH, skip = parts
     k = tl.arange(0, bias.shape[0])

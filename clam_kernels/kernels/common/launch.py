@@ -22,6 +22,9 @@ WIDEST = 128
 MOST_ROWS = (1 << 31) - (1 << 20)
 # Scratch of a backward, or of a wide forward, in float32 numbers (256 MB).
 SCRATCH = 1 << 26
+# Programs of a launch whose partial sums are added: enough for any GPU, and the same for each, so
+# that sums have the same order on every GPU.
+PROGRAMS = 512
 
 
 def why_not(v: Tensor, *_: Any) -> str | None:

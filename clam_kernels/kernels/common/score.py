@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def dot(a, b, PREC: tl.constexpr):
@@ -82,7 +84,8 @@ def wide_inner(
     """Products x @ rho^T [ROWS, PROTOS] of centred rows in memory, DIM features at a time; own =
     ((X, at, valid), |x|^2 / 2).
     """
-    X, at, valid = own[0]
+    rows, _half = own
+    X, at, valid = rows
     k, RHO, _scale, _bias = tile
     s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
@@ -97,7 +100,8 @@ def raw_inner(
     own, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
     """As `wide_inner`, but centres the caller's rows; own = ((V, CENTRE, at, valid), ...)."""
-    V, CENTRE, at, valid = own[0]
+    rows, _half = own
+    V, CENTRE, at, valid = rows
     k, RHO, _scale, _bias = tile
     s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.fold import NO_INDEX
 from ..common.score import load_rows
 
 # Squared distances this close, relative to the smaller one, are a tie.
 TIE = tl.constexpr(2.0**-40)
 # Centroids and features of a tile in float64, two registers a value.
-MEETS = tl.constexpr(64)
+CENTROIDS = tl.constexpr(64)
 PIECE = tl.constexpr(16)
-_NO_INDEX = tl.constexpr(2147483647)
 
 # A score below NONE is that of no centroid. With a reach beyond FAR a real score may fall below it:
 # there every row goes to float64.
@@ -93,7 +93,7 @@ def ranks_fold(state, s, tile, PREC: tl.constexpr):
 def _top(one, place, keep, PROTOS: tl.constexpr):
     """(highest, whether a column is the first that has it, its index among all centroids)."""
     top = tl.max(one, 1)
-    at = tl.min(tl.where(one == top[:, None], place, _NO_INDEX), 1)
+    at = tl.min(tl.where(one == top[:, None], place, NO_INDEX), 1)
     code = top.to(tl.int32, bitcast=True) & ~keep
     index = (code // 2) * PROTOS + 2 * at + code % 2
     return top, place == at[:, None], tl.where(top > NONE, index, -1)
@@ -135,10 +135,10 @@ def nearer(X, C, at, one, other, valid, D: tl.constexpr):
 
 @triton.jit
 def _distances(X, C, NORM, at, k0, count, D: tl.constexpr):
-    """(k [MEETS], squared distances of one row to these centroids); inf for masked ones."""
-    k = k0 + tl.arange(0, MEETS)
+    """(k [CENTROIDS], squared distances of one row to these centroids); inf for masked ones."""
+    k = k0 + tl.arange(0, CENTROIDS)
     active = tl.load(NORM + k, mask=k < count, other=-1.0) >= 0.0
-    rows = at + tl.zeros((MEETS,), tl.int64)
+    rows = at + tl.zeros((CENTROIDS,), tl.int64)
     far = squared(X, C, rows, k.to(tl.int64), active, D, PIECE, tl.float64)
     return k, tl.where(active, far, float("inf"))
 
@@ -150,20 +150,20 @@ def nearest(X, C, NORM, at, count, D: tl.constexpr):
     centroid. Only if the second distance is in a tie does a second loop compute the earlier ones
     again.
     """
-    best = tl.full((MEETS,), float("inf"), tl.float64)
+    best = tl.full((CENTROIDS,), float("inf"), tl.float64)
     second = best
-    index = tl.full((MEETS,), -1, tl.int32)
-    for k0 in range(0, count, MEETS):
+    index = tl.full((CENTROIDS,), -1, tl.int32)
+    for k0 in range(0, count, CENTROIDS):
         k, far = _distances(X, C, NORM, at, k0, count, D)
         better = far < best
         second = tl.where(better, best, tl.minimum(second, far))
         index = tl.where(better, k, index)
         best = tl.where(better, far, best)
     least = tl.min(best, 0)
-    first = tl.min(tl.where(best == least, index, _NO_INDEX), 0)
+    first = tl.min(tl.where(best == least, index, NO_INDEX), 0)
     limit = least + least * TIE
     tied = tl.min(tl.where(index == first, second, best), 0) <= limit
-    for k0 in range(0, tl.where(tied, first, 0), MEETS):
+    for k0 in range(0, tl.where(tied, first, 0), CENTROIDS):
         k, far = _distances(X, C, NORM, at, k0, count, D)
-        first = tl.minimum(first, tl.min(tl.where(far <= limit, k, _NO_INDEX), 0))
+        first = tl.minimum(first, tl.min(tl.where(far <= limit, k, NO_INDEX), 0))
     return first

@@ -17,9 +17,6 @@ from ..common.score import load_rows
 from ..common.sweep import UNSPECIALISED, offset
 from .assign import arranged, in_two, kmeans_assign, kmeans_update, scored, settled
 
-# Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
-# same order on every GPU.
-PROGRAMS = 512
 # The most centroids and features whose sums fit in registers. Fewer centroids are padded to as
 # many: a matrix instruction multiplies 64 rows at once.
 MOST, FEATURES = 64, 32
@@ -69,7 +66,8 @@ def kmeans_step_kernel(
     C += offset(problem, inner, c_o, c_i) * D
     if SHIFTED:
         SHIFT += offset(problem, inner, s_o, s_i)
-    table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
+    side = SIDE + 2 * m * size
+    table = (HALVES + 2 * m * size * STRIDE, side, size, keep)
     reach = tl.load(REACH + m)
     k, d = tl.arange(0, LABELS), tl.arange(0, DIM)
     COUNT += pid.to(tl.int64) * count + k
@@ -89,7 +87,7 @@ def kmeans_step_kernel(
                 X, table, ORIGIN + m * D, row, valid, count, reach, unit, grain,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
             )  # fmt: skip
-            label = settled(X, C, table[1] + size, row, label, runner, pair, more, count, D)
+            label = settled(X, C, side + size, row, label, runner, pair, more, count, D)
             tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=valid)
             x = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
             if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
@@ -146,7 +144,7 @@ def _fused(
     (outer, inner), (n, d), count = a.problems, x.shape[-2:], centroids.shape[-2]
     problems, s = outer * inner, a.shift
     blocks = triton.cdiv(n, a.chosen["ROWS"])
-    splits = max(1, min(blocks, PROGRAMS // max(problems, 1)))
+    splits = max(1, min(blocks, launch.PROGRAMS // max(problems, 1)))
     share = triton.cdiv(blocks, splits) * a.chosen["ROWS"]
     splits = triton.cdiv(n, share) if n else 0
     labels = launch.empty((*a.batch, n), torch.int64, x.device)

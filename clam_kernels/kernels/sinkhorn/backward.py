@@ -24,11 +24,10 @@ from ..._core.backend import float32_products
 from ..common import launch
 from ..common.sweep import UNSPECIALISED
 from .entries import opened
+from .kernels import FINE
 from .potentials import less, level, pair, pairs, whole
 from .solver import Solver, share_of, wide
 from .tiles import begin_of, parts_of, scale_of, side_of, tile_of
-
-FINE = 0
 
 
 @triton.jit
@@ -162,7 +161,7 @@ class Back:
         status: Tensor,
     ) -> None:
         self.solver, self.steps = solver, steps
-        fine = (status.reshape(-1) == FINE)[:, None]
+        fine = (status.reshape(-1) == FINE.value)[:, None]
         fs, gs = (torch.where(fine, whole(x), -torch.inf) for x in potentials)
         n, k = solver.n, solver.k
         self.log_a = self._marginal(solver.log_row, n)

@@ -16,9 +16,14 @@ from .tiles import begin_of, parts_of, scale_of, side_of, store_parts, tile_of, 
 LEAST = tl.constexpr(2.0**-100)
 # Bits of a word of flags: the problem has an active row; a value is not finite; a row or column has
 # no finite logit.
-ACTIVE = tl.constexpr(1)
+ACTIVE_BIT = tl.constexpr(1)
+NOT_FINITE_BIT = tl.constexpr(2)
+STUCK_BIT = tl.constexpr(4)
+# Status codes, those of `python_fallback/sinkhorn/scaling.py`; a test compares them.
+FINE = tl.constexpr(0)
 NOT_FINITE = tl.constexpr(2)
-STUCK = tl.constexpr(4)
+INFEASIBLE = tl.constexpr(3)
+EMPTY = tl.constexpr(4)
 # Words and partial sums of one load.
 PIECE = tl.constexpr(128)
 SPLITS = tl.constexpr(32)
@@ -61,21 +66,22 @@ def swept(
 @triton.jit
 def word_of(bits):
     """The bitwise or of all entries."""
-    some = tl.max(bits & ACTIVE, 0) | tl.max(bits & NOT_FINITE, 0)
-    return some | tl.max(bits & STUCK, 0)
+    some = tl.max(bits & ACTIVE_BIT, 0) | tl.max(bits & NOT_FINITE_BIT, 0)
+    return some | tl.max(bits & STUCK_BIT, 0)
 
 
 @triton.jit
 def made_exact(top, total, log_mass, valid):
-    """(log_mass - top - log(total), the flags) of rows or columns: -inf and STUCK where total is 0,
-    NaN and NOT_FINITE where a number is not finite, -inf where not `valid`.
+    """(log_mass - top - log(total), the flags) of rows or columns: -inf and STUCK_BIT where total
+    is 0, NaN and NOT_FINITE_BIT where a number is not finite, -inf where not `valid`.
     """
     lost = valid & ~(total < float("inf"))
     stuck = valid & (total == 0.0)
     lse = finite(top).to(tl.float64) + tl.log(tl.where(total > 0.0, total, 1.0).to(tl.float64))
     potential = tl.where(valid & ~stuck, log_mass - lse, float("-inf"))
     lost = lost | (valid & ~(log_mass < float("inf")))
-    bits = tl.where(valid, ACTIVE, 0) | tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0)
+    bits = tl.where(valid, ACTIVE_BIT, 0) | tl.where(lost, NOT_FINITE_BIT, 0)
+    bits |= tl.where(stuck, STUCK_BIT, 0)
     return tl.where(lost, float("nan"), potential), bits
 
 
@@ -321,7 +327,7 @@ def merge_kernel(
         stuck = stuck | (active & (bias == float("-inf")))
     potential = tl.where(active & (lse != float("-inf")), log_b - lse, float("-inf"))
     store_parts(OUT + 2 * p * count, at, count, known, potential)
-    word = word_of(tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0))
+    word = word_of(tl.where(lost, NOT_FINITE_BIT, 0) | tl.where(stuck, STUCK_BIT, 0))
     if USED:
         share = tl.cdiv(strip, blocks)
         for w0 in range(block * share, tl.minimum(block * share + share, strip), PIECE):
@@ -363,9 +369,9 @@ def rescue_kernel(
         g = whole_of(G + 2 * p * k, at, k, need)
         lse = tl.where(potential == float("-inf"), potential, log_b - potential)
         tl.store(MASS + p * k + at, tl.where(g == float("-inf"), g, g + lse), mask=need)
-        word = word_of(bits) & NOT_FINITE
+        word = word_of(bits) & NOT_FINITE_BIT
         if COVERED:
-            word = word_of(bits) & (NOT_FINITE | STUCK)
+            word = word_of(bits) & (NOT_FINITE_BIT | STUCK_BIT)
         tl.store(WORD + pid, tl.load(WORD + pid) | word)
 
 
@@ -387,8 +393,8 @@ def finish_kernel(
         w = w0 + tl.arange(0, PIECE)
         bits |= tl.load(WORD + p * strip + w, mask=w < strip, other=0)
     word = word_of(bits)
-    empty = (word & ACTIVE) == 0
-    failed = ((word & (NOT_FINITE | STUCK)) != 0) & ~empty
+    empty = (word & ACTIVE_BIT) == 0
+    failed = ((word & (NOT_FINITE_BIT | STUCK_BIT)) != 0) & ~empty
     at = (block * SIZE + tl.arange(0, SIZE)).to(tl.int64)
     inside = at < rows
     f = whole_of(F + 2 * p * rows, at, rows, inside).to(tl.float32)
@@ -412,5 +418,6 @@ def finish_kernel(
             err = tl.sum(total, 0).to(tl.float32)
             err = tl.where(failed, float("nan"), tl.where(empty, 0.0, err))
             tl.store(OUT_ERR + problem, err)
-        code = tl.where((word & NOT_FINITE) != 0, 2, tl.where((word & STUCK) != 0, 3, 0))
-        tl.store(STATUS + problem, tl.where(empty, 4, code).to(tl.int64))
+        code = tl.where((word & STUCK_BIT) != 0, INFEASIBLE, FINE)
+        code = tl.where((word & NOT_FINITE_BIT) != 0, NOT_FINITE, code)
+        tl.store(STATUS + problem, tl.where(empty, EMPTY, code).to(tl.int64))

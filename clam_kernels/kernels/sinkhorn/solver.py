@@ -19,6 +19,7 @@ from torch import Tensor
 from ..common import launch
 from .entries import Entries, opened
 from .kernels import (
+    EMPTY,
     columns_kernel,
     finish_kernel,
     merge_kernel,
@@ -32,7 +33,7 @@ from .potentials import pair, whole
 MOST, TILE, MOST_ROWS = 4096, 8192, 256
 # Chunks of rows: functions of N and K alone, so that sums are in one order on every GPU.
 CHUNKS, LEAST_ROWS = 2048, 512 if launch.INTERPRETED else 16
-PROGRAMS, COLUMNS, SWEPT_ROWS = 2112, 128, 512 if launch.INTERPRETED else 64
+COLUMN_PROGRAMS, COLUMNS, SWEPT_ROWS = 2112, 128, 512 if launch.INTERPRETED else 64
 # Columns of a program of `merge_kernel` and `rescue_kernel`, rows of a tile of the latter, and
 # entries of a program of `finish_kernel`.
 MERGED, RESCUED_ROWS, FINISHED = 64, 64, 1024
@@ -75,7 +76,7 @@ def tile_rows(k: int) -> int:
 
 def share_of(n: int, k: int) -> int:
     """Rows of a program that owns columns: a multiple of SWEPT_ROWS."""
-    splits = max(1, PROGRAMS // triton.cdiv(k, COLUMNS))
+    splits = max(1, COLUMN_PROGRAMS // triton.cdiv(k, COLUMNS))
     return triton.cdiv(triton.cdiv(n, splits), SWEPT_ROWS) * SWEPT_ROWS
 
 
@@ -326,7 +327,7 @@ def empty(entries: Entries, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
     """The results of a call without rows or without problems."""
     like: dict[str, Any] = {"dtype": torch.float32, "device": entries.x.device}
     (n, k), batch = entries.shape, tuple(batch)
-    status = torch.full(batch, 4, dtype=torch.int64, device=entries.x.device)
+    status = torch.full(batch, EMPTY.value, dtype=torch.int64, device=entries.x.device)
     return (
         torch.zeros(*batch, n, **like), torch.zeros(*batch, k, **like),
         torch.zeros(batch, **like), status,
