@@ -76,7 +76,7 @@ def test_both_rules_choose_the_same_rows():
 def doubts_kernel(SIZE, FAR, TOTAL, sharp, FLAGS, ROWS: tl.constexpr):
     i = tl.arange(0, ROWS)
     size, far, total = tl.load(SIZE + i), tl.load(FAR + i), tl.load(TOTAL + i)
-    tl.store(FLAGS + i, doubted(size, far, total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32))
+    tl.store(FLAGS + i, is_in_doubt(size, far, total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32))
 
 
-doubted, NEAR_LIMIT = _rule().doubted, _rule().NEAR_LIMIT
+is_in_doubt, NEAR_LIMIT = _rule().is_in_doubt, _rule().NEAR_LIMIT

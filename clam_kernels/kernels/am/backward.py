@@ -74,11 +74,11 @@ def memories_backward_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     ENERGY: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sweep with the roles swapped: a tile of memories stays in registers and meets `share`
-    rows of one problem in every step. Of each memory PART takes sum_n (p h + 2 beta gz x), SUMS
-    take sum_n gz and sum_n gz |x - rho|^2, with weights p and gz = p (h rho - delta). ENERGY, with
-    q = p g: sum_n q x, sum_n q and sum_n q (log2 w - log2 p). HARD: sum_n p h, with p = 1 for the
-    nearest memory.
+    """The sweep with the roles swapped: a tile of memories stays in registers, and the kernel reads
+    `share` rows of one problem in every step. PART takes sum_n (p h + 2 beta gz x) of each memory,
+    SUMS take sum_n gz and sum_n gz |x - rho|^2, with weights p and gz = p (h rho - delta). ENERGY,
+    with q = p g: sum_n q x, sum_n q and sum_n q (log2 w - log2 p). HARD: sum_n p h, with p = 1 for
+    the nearest memory.
     """
     tiles = tl.cdiv(count, PROTOS)
     here, piece = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -240,7 +240,7 @@ def fit(gradient: Tensor | None, argument: Any, needed: bool, v: Tensor) -> Tens
 
 def whole(grad: Tensor, shape: Sequence[int]) -> Tensor:
     """The upstream gradient, dense."""
-    return launch.aligned(launch.plain(grad).expand(tuple(shape)).contiguous())
+    return launch.align(launch.plain(grad).expand(tuple(shape)).contiguous())
 
 
 def am_recursion_backward(

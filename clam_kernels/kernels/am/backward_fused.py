@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import launch
-from ..common.fold import finite, normalised
-from ..common.score import LOG2E, centred, dot, load_memories, load_rows, logits, own_inner
+from ..common.fold import finite, normalise
+from ..common.score import LOG2E, dot, load_memories, load_rows, logits, own_inner, subtract_centre
 from ..common.sweep import UNSPECIALISED, offset
 from .call import Call, Totals
-from .doubt import MOST, settled, sharpest, step_doubted
+from .doubt import MOST, doubt_flag, final_flags, sharpest
 from .memories import memories_of
-from .recursion import gain_of, moved, recalled
+from .recursion import gain_of, next_state, recall
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def store_memories(
 
 
 @triton.jit
-def walked(
+def store_states(
     PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr,
@@ -53,13 +53,13 @@ def walked(
     for t in range(0, steps):
         tl.store(PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep, x, mask=(d < STRIDE)[None, :])
         norm = tl.sum(x * x, 1)
-        xb, _, total = recalled(  # xb [ROWS, DIM]
+        xb, _, total = recall(  # xb [ROWS, DIM]
             x, 0.5 * norm, table, table, count, norm,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, False, False, False,
         )  # fmt: skip
-        flag |= step_doubted(x, xb, norm, total, sharp)
-        x = moved(x, xb, gain)  # [ROWS, DIM]
-    flag = tl.where(poison == 0.0, settled(flag, total, SIDE, count, PROTOS), 0)
+        flag |= doubt_flag(x, xb, norm, total, sharp)
+        x = next_state(x, xb, gain)  # [ROWS, DIM]
+    flag = tl.where(poison == 0.0, final_flags(flag, total, SIDE, count, PROTOS), 0)
     tl.debug_barrier()
     doubt = (flag > 0)[:, None] & (d < STRIDE)[None, :]  # [ROWS, DIM]
     for t in range(0, steps):
@@ -105,10 +105,10 @@ def fused_backward_kernel(
         inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
         whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]  # [ROWS, DIM]
         raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-        x = centred(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
+        x = subtract_centre(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         poison = tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
-        flag = walked(
+        flag = store_states(
             PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def fused_backward_kernel(
             moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]  # [ROWS, 1]
             h = moves * gain * g  # [ROWS, DIM]
             slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
-            inverse, delta = normalised(total, tl.sum(w * slope, 1))
+            inverse, delta = normalise(total, tl.sum(w * slope, 1))
             w = tl.where(valid[:, None], w * inverse[:, None], 0.0)  # [ROWS, PROTOS]
             gz = w * (slope - delta[:, None])  # [ROWS, PROTOS]
             if MEMORIES:

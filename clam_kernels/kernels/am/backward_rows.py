@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.fold import finite, normalised
+from ..common.fold import finite, normalise
 from ..common.score import (
     LOG2E,
     dot,
@@ -54,7 +54,7 @@ def slopes_fold(state, s, tile, PREC: tl.constexpr):
 
 
 @triton.jit
-def pulled(
+def step_gradient(
     x, h, top, table, count,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, RESIDENT: tl.constexpr,
@@ -73,7 +73,7 @@ def pulled(
         inner = own_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
         w = tl.exp2(logits(inner, half, scale, bias, PER_MEMORY) - top[:, None])  # [ROWS, PROTOS]
         slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
-        inverse, delta = normalised(tl.sum(w, 1), tl.sum(w * slope, 1))
+        inverse, delta = normalise(tl.sum(w, 1), tl.sum(w * slope, 1))
         gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]  # [ROWS, PROTOS]
         acc, total = dot(gz, rho, PREC), tl.sum(gz, 1)  # [ROWS, DIM], [ROWS]
     else:
@@ -81,7 +81,7 @@ def pulled(
             (delta, delta, h, top), own, table, count, load_memories, own_inner, delta_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
-        inverse, delta = normalised(mass, delta)
+        inverse, delta = normalise(mass, delta)
         acc, total, _, _, _, _ = sweep(  # [ROWS, DIM], [ROWS]
             (acc, total, h, delta, top, inverse), own, table, count, load_memories, own_inner,
             slopes_fold, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
@@ -100,9 +100,9 @@ def rows_backward_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     RESIDENT: tl.constexpr, MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient g of ROWS rows from the last step to the first: g <- g - h + `pulled`, h = gain g.
-    PULL takes h in place of the recall, MASKED takes sum_t step g (xb - x). Rows in doubt, whose
-    TOP is inf, have g = 0 and add 0 to every sum.
+    """Gradient g of ROWS rows from the last step to the first: g <- g - h + `step_gradient`, with
+    h = gain g. PULL takes h in place of the recall, MASKED takes sum_t step g (xb - x). Rows in
+    doubt, whose TOP is inf, have g = 0 and add 0 to every sum.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
@@ -134,7 +134,7 @@ def rows_backward_kernel(
         tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=stored)
         g -= h
         if not HARD:
-            more, delta = pulled(  # [ROWS, DIM], [ROWS]
+            more, delta = step_gradient(  # [ROWS, DIM], [ROWS]
                 x, h, finite(top), (RHO, SIDE), count,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, RESIDENT,
             )  # fmt: skip
@@ -242,7 +242,7 @@ def rows_backward_wide_kernel(
                 )  # fmt: skip
                 mass += tl.sum(w, 1)
                 delta += tl.sum(w * slope, 1)
-            inverse, delta = normalised(mass, delta)
+            inverse, delta = normalise(mass, delta)
             tl.store(DELTA + here, delta)
             for d0 in range(0, D, DIM):
                 d = d0 + tl.arange(0, DIM)

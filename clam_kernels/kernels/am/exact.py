@@ -240,12 +240,12 @@ def exact_recursion_kernel(
     X = STRIP + pid.to(tl.int64) * (D + count)
     FAR = X + D
     for block in range(pid, every, tl.num_programs(0)):
-        problem, left, met = flags_of(FLAG, block, blocks, rows, ROWS)
+        problem, left, flag_count = flags_of(FLAG, block, blocks, rows, ROWS)
         rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
         beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
         weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
         mask = of_problem(U, problem, inner, u_o, u_i, MASK)
-        for _ in range(0, met):
+        for _ in range(0, flag_count):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             load_row(X, raw, one, D, DIM)
@@ -275,11 +275,11 @@ def exact_energy_kernel(
     pid = tl.program_id(0)
     X = STRIP + pid.to(tl.int64) * (D + count)
     for block in range(pid, every, tl.num_programs(0)):
-        problem, left, met = flags_of(FLAG, block, blocks, rows, ROWS)
+        problem, left, flag_count = flags_of(FLAG, block, blocks, rows, ROWS)
         rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
         beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
         weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
-        for _ in range(0, met):
+        for _ in range(0, flag_count):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             load_row(X, raw, one, D, DIM)
@@ -288,7 +288,7 @@ def exact_energy_kernel(
                 D, DIM, PROTOS, False, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
             first = tl.arange(0, 1)
-            sharp, _lift, _alive = sides(
+            sharp, _lift, _active = sides(
                 beta, weights, first, count, beta_bits, b_k, w_k, HAS_BETA, HAS_WEIGHTS
             )
             energy = -(top + tl.log(total)) / sharp

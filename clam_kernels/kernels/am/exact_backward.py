@@ -177,11 +177,11 @@ def exact_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, left, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         if MEMORIES:
-            begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
-        used = tl.where(met > 0, 1, used)
-        for _ in range(0, met):
+            begin_part(PART, tl.where((flag_count > 0) & (used == 0), count * (D + 2), 0))
+        used = tl.where(flag_count > 0, 1, used)
+        for _ in range(0, flag_count):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             row = (problem.to(tl.int64) * rows + one) * D
@@ -233,16 +233,16 @@ def exact_energy_backward_kernel(
     rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
     beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
     weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
-    sharp, _lift, _alive = sides(
+    sharp, _lift, _active = sides(
         beta, weights, tl.arange(0, 1), count, beta_bits, b_k, w_k, HAS_BETA, HAS_WEIGHTS
     )
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
-        begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
-        used = tl.where(met > 0, 1, used)
-        for _ in range(0, met):
+        _own, left, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        begin_part(PART, tl.where((flag_count > 0) & (used == 0), count * (D + 2), 0))
+        used = tl.where(flag_count > 0, 1, used)
+        for _ in range(0, flag_count):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             row = problem.to(tl.int64) * rows + one

@@ -84,7 +84,7 @@ def sampled_median(
     """The lower median of features [d0, d0 + DIM) over the active memories of the sample; 0 if none
     is active.
     """
-    k, active, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
+    k, active, active_count = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
     i = tl.arange(0, SAMPLE_TILE)
     mine = load_rows(RHO, k, active, d0, D, D, DIM)  # [SAMPLE_TILE, DIM]
     mine = tl.where(active[:, None], mine, float("inf"))  # [SAMPLE_TILE, DIM]
@@ -97,7 +97,7 @@ def sampled_median(
         theirs = tl.where(is_active[:, None], theirs, float("inf"))  # [1, DIM]
         before = (theirs < mine) | ((theirs == mine) & (j < i)[:, None])  # [SAMPLE_TILE, DIM]
         rank += before.to(tl.int32)
-    middle = active[:, None] & (rank == (met - 1) // 2)  # [SAMPLE_TILE, DIM]
+    middle = active[:, None] & (rank == (active_count - 1) // 2)  # [SAMPLE_TILE, DIM]
     return tl.sum(tl.where(middle, mine, 0.0), 0)
 
 
@@ -118,7 +118,7 @@ def reach_of_centre(
     """The squared distance from the median up to which memories count for the centre: 16 times the
     median of the squared distances. All count if none of the sample is active.
     """
-    k, active, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
+    k, active, active_count = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
     i = tl.arange(0, SAMPLE_TILE)
     far = tl.zeros((SAMPLE_TILE,), tl.float64)
     for d0 in range(0, D, DIM):
@@ -128,9 +128,9 @@ def reach_of_centre(
     tied = (far[None, :] == far[:, None]) & (i[None, :] < i[:, None])  # [SAMPLE_TILE, SAMPLE_TILE]
     behind = ((far[None, :] < far[:, None]) | tied) & active[None, :]  # [SAMPLE_TILE, SAMPLE_TILE]
     rank = tl.sum(behind.to(tl.int32), 1)
-    middle = active & (rank == (met - 1) // 2)
+    middle = active & (rank == (active_count - 1) // 2)
     reach = tl.minimum(16.0 * tl.sum(tl.where(middle, far, 0.0), 0), MOST)
-    return tl.where(met > 0, reach, MOST)
+    return tl.where(active_count > 0, reach, MOST)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .halves import halved_onto, halves
+from .halves import dot_halves_onto, halves
 from .score import dot
 
 LIFT_BITS = tl.constexpr(10.0)
@@ -93,7 +93,7 @@ def softmax_halves_fold(state, s, tile, PREC: tl.constexpr):
     safe = finite(top)
     # [ROWS, PROTOS], [ROWS]
     p, shrink = tl.exp2(s - (safe - LIFT_BITS)[:, None]), tl.exp2(m - safe)
-    acc = halved_onto(halves(p), parts, acc * shrink[:, None], PREC)  # [ROWS, DIM]
+    acc = dot_halves_onto(halves(p), parts, acc * shrink[:, None], PREC)  # [ROWS, DIM]
     return top, total * shrink + tl.sum(p, 1), acc
 
 
@@ -120,7 +120,7 @@ def contest_fold(state, s, tile, PREC: tl.constexpr):
 
 
 @triton.jit
-def decided(state, width):
+def decision(state, width):
     """Finish `contest_fold`: (index of the nearest, whether any memory is active, 1 where best -
     second > width, 2 where not, 0 where all memories are masked).
     """
@@ -141,7 +141,7 @@ def inverse(total):
 
 
 @triton.jit
-def normalised(mass, delta):
+def normalise(mass, delta):
     """(1 / mass, delta / mass); (0, 0) where all memories are masked and mass = 0."""
     inverse = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))
     return inverse, tl.where(mass == 0.0, 0.0, delta / tl.where(mass == 0.0, 1.0, mass))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .score import centred_rows
+from .score import load_centred_rows
 
 # The norm of memories whose squared norms are 0 in float32.
 TINY = tl.constexpr(2.0**-74)
@@ -44,7 +44,7 @@ def halves(x):
 
 
 @triton.jit
-def halved_onto(a, b, c, PREC: tl.constexpr):
+def dot_halves_onto(a, b, c, PREC: tl.constexpr):
     """The sum c + a @ b of tiles in halves: a_low b_high, then a_high b_low (both only with
     "f16x3"), then a_high b_high.
     """
@@ -119,7 +119,7 @@ def own_halves(
     _code, parts, _keep, _bias = tile
     high, low = parts
     s = tl.zeros((x_high.shape[0], high.shape[0]), tl.float32)  # [ROWS, PROTOS]
-    return halved_onto(x, (tl.trans(high), tl.trans(low)), s, PREC)
+    return dot_halves_onto(x, (tl.trans(high), tl.trans(low)), s, PREC)
 
 
 @triton.jit
@@ -137,9 +137,9 @@ def raw_halves(
     s = tl.zeros((at.shape[0], bias.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
         # two of [ROWS, DIM]
-        x = halves(centred_rows(V, CENTRE, at, valid, d0, D, DIM) * scale[:, None])
+        x = halves(load_centred_rows(V, CENTRE, at, valid, d0, D, DIM) * scale[:, None])
         # [PROTOS, DIM]
         where = HIGH + k.to(tl.int64)[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]
         c = (tl.trans(tl.load(where)), tl.trans(tl.load(where + skip)))  # two of [DIM, PROTOS]
-        s = halved_onto(x, c, s, PREC)
+        s = dot_halves_onto(x, c, s, PREC)
     return s

@@ -105,20 +105,20 @@ def raw_inner(
     k, RHO, _scale, _bias = tile
     s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
-        x = centred_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM]
+        x = load_centred_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         s = dot_onto(x, tl.trans(rho), s, PREC)
     return s
 
 
 @triton.jit
-def centred_rows(V, CENTRE, at, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
+def load_centred_rows(V, CENTRE, at, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of the caller's rows minus the centre; 0 beyond the edges."""
-    return centred(load_rows(V, at, valid, d0, D, D, DIM), CENTRE, valid, d0, D, DIM)
+    return subtract_centre(load_rows(V, at, valid, d0, D, D, DIM), CENTRE, valid, d0, D, DIM)
 
 
 @triton.jit
-def centred(raw, CENTRE, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
+def subtract_centre(raw, CENTRE, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
     """A tile [ROWS, DIM] of rows minus the centre; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0)

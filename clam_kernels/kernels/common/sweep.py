@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep: rows in registers meet every tile of memories or centroids once, in order; and where
-the problems of a batch begin.
+"""The sweep: a program folds every tile of memories or centroids into its rows in registers, in
+order; and where the problems of a batch begin.
 """
 
 from __future__ import annotations

@@ -23,10 +23,20 @@ from ..common.halves import (
     unpower,
 )
 from ..common.operands import arrange, batch_of, by_name, in_rows
-from ..common.score import centred, load_rows
+from ..common.score import load_rows, subtract_centre
 from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
-from .centroids import centroids as prepared
-from .nearest import grain_of, nearer, nearest, ranked, ranks_fold, ranks_init, slack, squared, unit
+from .centroids import centroids as prepare
+from .nearest import (
+    best_three,
+    grain_of,
+    nearer,
+    nearest,
+    ranks_fold,
+    ranks_init,
+    slack,
+    squared_distances,
+    unit,
+)
 
 # Rows of a label that one program adds, and rows of a tile, which it adds in float32.
 PIECE, TILE = 1024, 64
@@ -39,7 +49,7 @@ OTHER = tl.constexpr(1 << 32)
 
 
 @triton.jit
-def scored(
+def candidates(
     X, table, ORIGIN, row, valid, count, reach, unit, grain,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
@@ -52,13 +62,13 @@ def scored(
     at = row.to(tl.int64)
     raw = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
     poison = tl.sum(raw * 0.0, 1) + tl.where(reach == reach, 0.0, float("nan"))
-    x = centred(raw, ORIGIN, valid, 0, D, DIM)  # [ROWS, DIM]
+    x = subtract_centre(raw, ORIGIN, valid, 0, D, DIM)  # [ROWS, DIM]
     norm, largest = tl.sum(x * x, 1), tl.max(tl.abs(x), 1)
     if WIDE:
         for d0 in range(DIM, D, DIM):
             raw = load_rows(X, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
             poison += tl.sum(raw * 0.0, 1)
-            part = centred(raw, ORIGIN, valid, d0, D, DIM)  # [ROWS, DIM]
+            part = subtract_centre(raw, ORIGIN, valid, d0, D, DIM)  # [ROWS, DIM]
             norm += tl.sum(part * part, 1)
             largest = tl.maximum(largest, tl.max(tl.abs(part), 1))
     undo = unpower(largest) * unpower(reach)
@@ -75,7 +85,7 @@ def scored(
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
     _halves, _bias, _size, keep = table
-    best, label, second, runner, third = ranked(state, keep, PROTOS)
+    best, label, second, runner, third = best_three(state, keep, PROTOS)
     width = slack(norm, reach, unit, grain, D)
     # poison is NaN where the row is not finite, reach -1 where all centroids are masked
     regular = valid & (poison + reach >= 0.0)
@@ -86,7 +96,7 @@ def scored(
 
 
 @triton.jit
-def settled(X, C, NORM, row, label, runner, pair, more, count, D: tl.constexpr):
+def exact_labels(X, C, NORM, row, label, runner, pair, more, count, D: tl.constexpr):
     """Labels of all rows: of two candidates (`pair`) the nearer in float64, for all such rows at
     once; of `more` candidates the nearest of all centroids in float64, row by row.
     """
@@ -106,7 +116,7 @@ def distance(X, C, at, label, poison, D: tl.constexpr, DIM: tl.constexpr):
     """|x - c|^2 for the labelled centroid; inf without a label, NaN where a row is not finite."""
     some = label >= 0
     k = tl.where(some, label, 0).to(tl.int64)
-    sqdist = squared(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
+    sqdist = squared_distances(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
     return tl.where(some, sqdist, tl.where(poison == 0.0, float("inf"), float("nan")))
 
 
@@ -117,17 +127,17 @@ def kmeans_assign_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Label argmax_k (x c_k - |c_k|^2 / 2) of ROWS rows x, the nearest centroid, by `scored`. Where
-    two scores are too close the label is -2 - (label + 2^32 (runner-up + 1)), where three are it is
-    -2, for `settle_kernel`: here float64 would take the registers of another block. SQDIST takes
-    |x - c|^2 of the label if DISTANCES.
+    """Label argmax_k (x c_k - |c_k|^2 / 2) of ROWS rows x, the nearest centroid (`candidates`).
+    Where two scores are too close the label is -2 - (label + 2^32 (runner-up + 1)), where three are
+    it is -2, for `settle_kernel`: here float64 would take the registers of another block. SQDIST
+    takes |x - c|^2 of the label if DISTANCES.
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     m = offset(problem, inner, m_o, m_i)
     X += offset(problem, inner, x_o, x_i) * D
     valid, at = row < rows, row.to(tl.int64)
     table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
-    label, runner, pair, more, poison = scored(
+    label, runner, pair, more, poison = candidates(
         X, table, ORIGIN + m * D, row, valid, count, tl.load(REACH + m), unit, grain,
         D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
     )  # fmt: skip
@@ -161,7 +171,7 @@ def settle_kernel(
         more = left & (both == 0)
         runner = (both // OTHER).to(tl.int32) - 1
         label = (both % OTHER).to(tl.int32)
-        label = settled(X, C, NORM, row, label, runner, left & ~more, more, count, D)
+        label = exact_labels(X, C, NORM, row, label, runner, left & ~more, more, count, D)
         tl.store(LABEL + p, label.to(tl.int64), mask=left)
         if DISTANCES:
             far = distance(X, C, row.to(tl.int64), label, label * 0.0, D, DIM)
@@ -180,7 +190,7 @@ class Nearest(NamedTuple):
     shift: Tensor | None  # view [O, I, 2, D]
 
 
-def arranged(
+def nearest_arguments(
     kernel: str,
     x: Tensor,
     centroids: Tensor,
@@ -188,21 +198,21 @@ def arranged(
     mask: Tensor | None,
     precision: str,
     apart: bool = False,
-    moved: Tensor | None = None,
+    shift_parts: Tensor | None = None,
     strict: bool = False,
 ) -> Nearest:
     """Prepare the centroids and choose the tile. `apart`: the kernel needs the problems of a batch
-    as they are, and else may take all rows as one; `moved` is a shift in two parts for such a
+    as they are, and else may take all rows as one; `shift_parts` is a shift in two parts for such a
     kernel.
     """
     d, count = centroids.shape[-1], centroids.shape[-2]
     tile = launch.settings(kernel, x.device, precision, d)
     chosen: dict[str, Any] = {"DIM": launch.dim(d), **tile, "WIDE": "DIM" in tile}
     chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
-    tables = prepared(centroids, shift, mask, chosen["DIM"], strict)
+    tables = prepare(centroids, shift, mask, chosen["DIM"], strict)
     operands = [(launch.rows(x), 2), (tables.rows, 2), (tables.halves, 3), (tables.side, 2)]
     operands += [(tables.origin, 1), (tables.reach, 1)]
-    operands += [] if moved is None else [(moved, 2)]
+    operands += [] if shift_parts is None else [(shift_parts, 2)]
     batch = batch_of(operands)
     one = None if apart else _as_one_problem(batch, operands)
     views = one or arrange(batch, operands)
@@ -218,7 +228,7 @@ def arranged(
     numbers = {"keep": keep, "unit": unit(chosen["PREC"], d), "grain": grain}
     chosen |= {"D": d, "STRIDE": tables.halves.shape[-1]}
     shape = (rows.shape[0], rows.shape[1])
-    parts_of_shift = None if moved is None else views[-1]
+    parts_of_shift = None if shift_parts is None else views[-1]
     return Nearest(batch, shape, rows.shape[2], named, numbers, chosen, parts_of_shift)
 
 
@@ -231,8 +241,8 @@ def kmeans_assign(
     precision: str,
     strict: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Labels, and squared distances or an empty tensor: two launches after those of `prepared`."""
-    a = arranged("kmeans_assign", x, centroids, shift, mask, precision, strict=strict)
+    """Labels, and squared distances or an empty tensor: two launches after those of `prepare`."""
+    a = nearest_arguments("kmeans_assign", x, centroids, shift, mask, precision, strict=strict)
     (outer, inner), n = a.problems, x.shape[-2]
     labels = launch.empty((*a.batch, n), torch.int64, x.device)
     sqdist = launch.empty((*a.batch, n if distances else 0), torch.float32, x.device)
@@ -377,7 +387,7 @@ def sums_kernel(
 def kmeans_update(
     x: Tensor, labels: Tensor, k: int, weight: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sums and counts: a sort of the labels, the sums of the pieces, the sums of these sums."""
+    """Sums and counts: a sort of the labels, the sums of each piece, and their sums by label."""
     k, (n, d) = int(k), x.shape[-2:]
     rows = launch.rows(x)
     split = segments(labels, k, PIECE)

@@ -51,7 +51,7 @@ def origin_kernel(
     C += offset(problem, inner, c_o, c_i) * D
     if MASK:
         MASKED += offset(problem, inner, masked_o, masked_i)
-    total, met = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
+    total, finite_count = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
     for k0 in range(0, count, PROTOS * every):
         k = (k0 + tl.arange(0, PROTOS) * every).to(tl.int64)
         valid = k < count
@@ -60,8 +60,8 @@ def origin_kernel(
         c = load_rows(C, k, valid, d0, D, D, DIM)  # [PROTOS, DIM]
         real = valid[:, None] & (c * 0.0 == 0.0)  # [PROTOS, DIM]
         total += tl.sum(tl.where(real, c, 0.0), 0)
-        met += tl.sum(real.to(tl.float32), 0)
-    mean = total / tl.maximum(met, 1.0)
+        finite_count += tl.sum(real.to(tl.float32), 0)
+    mean = total / tl.maximum(finite_count, 1.0)
     d = d0 + tl.arange(0, DIM)
     at = ORIGIN + problem.to(tl.int64) * D + d
     tl.store(at, tl.where(mean * 0.0 == 0.0, mean, 0.0), mask=d < D)

@@ -68,7 +68,7 @@ def ranks_init(ROWS: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _ranked_in(state, s, keep, code):
+def _insert(state, s, keep, code):
     """Fold one more score into each column; the lowest bits of a score become `code`."""
     best, second, third = state
     s = ((s.to(tl.int32, bitcast=True) & keep) | code).to(tl.float32, bitcast=True)  # [ROWS, PAIRS]
@@ -81,12 +81,12 @@ def _ranked_in(state, s, keep, code):
 def ranks_fold(state, s, tile, PREC: tl.constexpr):
     """Each of the two scores s of a pair of columns 2 j and 2 j + 1, with its code in the lowest
     bits: best' = max(best, s), second' = max(second, min(best, s)), third' = max(third, min(second,
-    best, s)). Threads exchange no values before the last tile; `ranked` finishes.
+    best, s)). Threads exchange no values before the last tile; `best_three` finishes.
     """
     code, _parts, keep, _bias = tile
     even, odd = tl.split(tl.reshape(s, (s.shape[0], s.shape[1] // 2, 2)))  # [ROWS, PROTOS / 2]
-    state = _ranked_in(state, even, keep, code)
-    return _ranked_in(state, odd, keep, code + 1)
+    state = _insert(state, even, keep, code)
+    return _insert(state, odd, keep, code + 1)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _top(one, place, keep, PROTOS: tl.constexpr):
 
 
 @triton.jit
-def ranked(state, keep, PROTOS: tl.constexpr):
+def best_three(state, keep, PROTOS: tl.constexpr):
     """Finish `ranks_fold`: (best, its index, second, its index, third) of every row; the index of
     no centroid is -1.
     """
@@ -113,7 +113,7 @@ def ranked(state, keep, PROTOS: tl.constexpr):
 
 
 @triton.jit
-def squared(X, C, at, k, valid, D: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr):
+def squared_distances(X, C, at, k, valid, D: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr):
     """sum_d (x_d - c_d)^2 of pairs (row `at`, centroid `k`), both int64 [ROWS], in dtype KIND."""
     total = tl.zeros((at.shape[0],), KIND)
     for d0 in range(0, D, DIM):
@@ -128,8 +128,8 @@ def nearer(X, C, at, one, other, valid, D: tl.constexpr):
     """The nearer of two centroids of each row in float64, the lower index on a tie."""
     low = tl.minimum(one, other)
     high = tl.maximum(one, other)
-    low_far = squared(X, C, at, low.to(tl.int64), valid, D, PIECE, tl.float64)
-    high_far = squared(X, C, at, high.to(tl.int64), valid, D, PIECE, tl.float64)
+    low_far = squared_distances(X, C, at, low.to(tl.int64), valid, D, PIECE, tl.float64)
+    high_far = squared_distances(X, C, at, high.to(tl.int64), valid, D, PIECE, tl.float64)
     return tl.where(low_far <= high_far + high_far * TIE, low, high)
 
 
@@ -139,7 +139,7 @@ def _distances(X, C, NORM, at, k0, count, D: tl.constexpr):
     k = k0 + tl.arange(0, CENTROIDS)
     active = tl.load(NORM + k, mask=k < count, other=-1.0) >= 0.0
     rows = at + tl.zeros((CENTROIDS,), tl.int64)
-    far = squared(X, C, rows, k.to(tl.int64), active, D, PIECE, tl.float64)
+    far = squared_distances(X, C, rows, k.to(tl.int64), active, D, PIECE, tl.float64)
     return k, tl.where(active, far, float("inf"))
 
 

@@ -15,7 +15,14 @@ from ..common import launch
 from ..common.operands import batch_of, by_name
 from ..common.score import load_rows
 from ..common.sweep import UNSPECIALISED, offset
-from .assign import arranged, in_two, kmeans_assign, kmeans_update, scored, settled
+from .assign import (
+    candidates,
+    exact_labels,
+    in_two,
+    kmeans_assign,
+    kmeans_update,
+    nearest_arguments,
+)
 
 # The most centroids and features whose sums fit in registers. Fewer centroids are padded to as
 # many: a matrix instruction multiplies 64 rows at once.
@@ -27,7 +34,7 @@ TILES = tl.constexpr(16)
 
 
 @triton.jit
-def summed(chosen, x, PREC: tl.constexpr):
+def label_sums(chosen, x, PREC: tl.constexpr):
     """The product chosen^T x: sums [LABELS, DIM] of the rows that have a 1 in a column of `chosen`
     [ROWS, LABELS]. Three parts of bfloat16 have every bit of x, and a product with 0 or 1 rounds
     nothing.
@@ -56,7 +63,7 @@ def kmeans_step_kernel(
     SHIFTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Program (split, problem): `share` rows of one problem. PART [problems, splits, count, D]
-    takes the sums of x - shift over the rows of each label, COUNT their number. `lost` carries the
+    takes the sums of x - shift over the rows of each label, COUNT their number. `error` carries the
     rounding error of a total (Kahan). The kernel reads SHIFT if SHIFTED.
     """
     pid = tl.program_id(0)
@@ -78,16 +85,16 @@ def kmeans_step_kernel(
     end = begin + tl.minimum(share, rows - begin)
     for g0 in range(begin, end, ROWS * TILES):
         # [LABELS, DIM] twice
-        total, lost = tl.zeros((LABELS, DIM), tl.float32), tl.zeros((LABELS, DIM), tl.float32)
+        total, error = tl.zeros((LABELS, DIM), tl.float32), tl.zeros((LABELS, DIM), tl.float32)
         number = tl.zeros((LABELS,), tl.float32)
         for n0 in range(g0, g0 + tl.minimum(end - g0, ROWS * TILES), ROWS):
             row = n0 + tl.arange(0, ROWS)
             valid, at = row < rows, row.to(tl.int64)
-            label, runner, pair, more, _ = scored(
+            label, runner, pair, more, _ = candidates(
                 X, table, ORIGIN + m * D, row, valid, count, reach, unit, grain,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
             )  # fmt: skip
-            label = settled(X, C, side + size, row, label, runner, pair, more, count, D)
+            label = exact_labels(X, C, side + size, row, label, runner, pair, more, count, D)
             tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=valid)
             x = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
             if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
@@ -98,14 +105,14 @@ def kmeans_step_kernel(
             x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)  # [ROWS, DIM]
             chosen = tl.where(label[:, None] == k[None, :], 1.0, 0.0)  # [ROWS, LABELS]
             number += tl.sum(chosen, 0)
-            more = summed(chosen, x, SUM) - lost  # [LABELS, DIM]
+            more = label_sums(chosen, x, SUM) - error  # [LABELS, DIM]
             grown = total + more  # [LABELS, DIM]
-            lost = (grown - total) - more  # [LABELS, DIM]
+            error = (grown - total) - more  # [LABELS, DIM]
             total = grown
         # each entry belongs to one thread: threads exchange nothing through memory
         later = g0 + tl.zeros((1,), tl.int32) > begin
         before = tl.load(PART, mask=inside & later[None, :], other=0.0)  # [LABELS, DIM]
-        tl.store(PART, before + (total.to(tl.float64) - lost.to(tl.float64)), mask=inside)
+        tl.store(PART, before + (total.to(tl.float64) - error.to(tl.float64)), mask=inside)
         counted = tl.load(COUNT, mask=known & later, other=0)
         tl.store(COUNT, counted + number.to(tl.int64), mask=known)
 
@@ -133,14 +140,16 @@ def kmeans_step(
             batch = batch_of([(labels, 0), (weight, 0)])
             labels = labels.expand(batch).contiguous()
         return labels, *kmeans_update(x, labels, count, weight, shift)
-    return _fused(x, centroids, shift, mask, precision)
+    return _in_one_pass(x, centroids, shift, mask, precision)
 
 
-def _fused(
+def _in_one_pass(
     x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    moved = None if shift is None else in_two(shift)
-    a = arranged("kmeans_step", x, centroids, shift, mask, precision, apart=True, moved=moved)
+    shift_parts = None if shift is None else in_two(shift)
+    a = nearest_arguments(
+        "kmeans_step", x, centroids, shift, mask, precision, apart=True, shift_parts=shift_parts
+    )
     (outer, inner), (n, d), count = a.problems, x.shape[-2:], centroids.shape[-2]
     problems, s = outer * inner, a.shift
     blocks = triton.cdiv(n, a.chosen["ROWS"])

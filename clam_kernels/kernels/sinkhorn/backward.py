@@ -23,7 +23,7 @@ from torch import Tensor
 from ..._core.backend import float32_products
 from ..common import launch
 from ..common.sweep import UNSPECIALISED
-from .entries import opened
+from .entries import entries_of
 from .kernels import FINE
 from .potentials import less, level, pair, pairs, whole
 from .solver import Solver, share_of, wide
@@ -31,7 +31,7 @@ from .tiles import begin_of, parts_of, scale_of, side_of, tile_of
 
 
 @triton.jit
-def shifted(x, high, low, other, below):
+def half_step_weights(x, high, low, other, below):
     """Weights exp(logits + both potentials) [OWN, SWEPT]; 0 where a potential is -inf. (high, low)
     is the potential that the step used: with it the logits are rounded as in that step, and the sum
     of the weights is the same.
@@ -78,7 +78,7 @@ def weigh_kernel(
         )  # fmt: skip
         beside, below = parts_of(SWEPT_P + 2 * p * far, w, far, valid)
         weight = tl.load(ADJOINT + p * far + w, mask=valid, other=0.0)
-        total += tl.sum(shifted(x, high, low, beside, below) * weight[None, :], 1)
+        total += tl.sum(half_step_weights(x, high, low, beside, below) * weight[None, :], 1)
     tl.store(PART + (p * splits + split) * own + at, total, mask=known)
 
 
@@ -92,7 +92,7 @@ def slopes_kernel(
     HAS_SCALE: tl.constexpr, ROWS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of scores: OUT_nk = -scale sum_h w_nk(h) adjoint(h), over all half-steps
-    h, with the weights w of `shifted` and the adjoint of the row or of the column that h
+    h, with the weights w of `half_step_weights` and the adjoint of the row or of the column that h
     normalised. The tile is OWN rows of [first, first + size) of the problems from `first_problem`
     on. F and G [2, ., P, 2, size] are the first potentials and those of every step, then the same
     minus the logarithms of the masses; there are `f_count` and `g_count` of them, and P is
@@ -209,7 +209,7 @@ class Back:
                 self.g = torch.zeros_like(self.g)
                 g -= 1
 
-    def _weigh(self, by_rows: bool, own: Tensor, swept: Tensor, adjoint: Tensor) -> Tensor:
+    def _weigh(self, by_rows: bool, own: Tensor, top_and_total: Tensor, adjoint: Tensor) -> Tensor:
         """The adjoint of one side times the weights of a half-step, summed for the other side."""
         solver, e = self.solver, self.solver.entries
         chosen = e.tile("rows" if by_rows else "columns")
@@ -220,7 +220,7 @@ class Back:
         part = solver.new(solver.problems, splits, size)
         launch.launch(
             weigh_kernel, (solver.problems * blocks * splits,), solver.device, **e.arguments(),
-            OWN_P=own, SWEPT_P=swept, ADJOINT=adjoint, PART=part,
+            OWN_P=own, SWEPT_P=top_and_total, ADJOINT=adjoint, PART=part,
             blocks=blocks, splits=splits, share=share, **chosen, BY_ROWS=by_rows,
         )  # fmt: skip
         return part.sum(1, dtype=torch.float64)
@@ -263,7 +263,7 @@ def _through_all(
 
 def _through_pass(solver: Solver, g: Tensor, grads: tuple[Tensor, Tensor]) -> Back:
     """Adjoints of one pass. The masses are those of a columns' step: log_mass = g + lse."""
-    g = solver.biased(g)
+    g = solver.add_bias(g)
     f, mass = solver.one_pass(pair(g))
     *_, status = solver.finish(f, mass, None, (solver.problems,))
     after = torch.where(mass == -torch.inf, mass, g - mass)
@@ -354,7 +354,7 @@ def _fit(gradient: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
     return whole.to(operand.dtype).contiguous()
 
 
-def _differentiated(
+def _gradients(
     operands: dict[str, Tensor | None],
     needs: Sequence[bool],
     precision: str,
@@ -370,7 +370,7 @@ def _differentiated(
     matrices = {name: there[name] for name in MATRICES if name in there}
     names = ("log_row", "log_col", "bias", "init" if covered else "g")
     vectors, scale = [operands.get(name) for name in names], operands["scale"]
-    entries, batch = opened([*matrices.values()], vectors, scale, precision)
+    entries, batch = entries_of([*matrices.values()], vectors, scale, precision)
     gradients: Tensors = {}
     if entries.problems * entries.shape[0] == 0:  # no rows or no problems
         gradients = {name: torch.zeros_like(there[name]).contiguous() for name in wanted}
@@ -428,7 +428,7 @@ def sinkhorn_potentials_backward(
         "scale": scale,
     }  # fmt: skip
     through = partial(_through_all, n_iter, prototype_first)
-    return _differentiated(operands, needs, precision, (grad_f, grad_g), through)
+    return _gradients(operands, needs, precision, (grad_f, grad_g), through)
 
 
 def sinkhorn_potentials_features_backward(
@@ -452,7 +452,7 @@ def sinkhorn_potentials_features_backward(
         "init": init, "scale": scale,
     }  # fmt: skip
     through = partial(_through_all, n_iter, prototype_first)
-    return _differentiated(operands, needs, precision, (grad_f, grad_g), through)
+    return _gradients(operands, needs, precision, (grad_f, grad_g), through)
 
 
 def sinkhorn_pass_backward(
@@ -469,7 +469,7 @@ def sinkhorn_pass_backward(
     """Gradients of (logits, g, log_row, bias, scale)."""
     operands = {"logits": logits, "g": g, "log_row": log_row, "bias": bias, "scale": scale}
     grads = (grad_f, grad_log_mass)
-    return _differentiated(operands, needs, precision, grads, _through_pass, covered=False)
+    return _gradients(operands, needs, precision, grads, _through_pass, covered=False)
 
 
 def sinkhorn_features_pass_backward(
@@ -489,4 +489,4 @@ def sinkhorn_features_pass_backward(
         "z": z, "prototypes": prototypes, "g": g, "bias": bias, "log_row": log_row, "scale": scale
     }  # fmt: skip
     grads = (grad_f, grad_log_mass)
-    return _differentiated(operands, needs, precision, grads, _through_pass, covered=False)
+    return _gradients(operands, needs, precision, grads, _through_pass, covered=False)

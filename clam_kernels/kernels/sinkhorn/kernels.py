@@ -32,7 +32,7 @@ TAIL = tl.constexpr(256)
 
 
 @triton.jit
-def swept(
+def top_and_total(
     MINE, OTHER, scale, P, step, at, known, begin, end, size,
     BY_ROWS: tl.constexpr, STARTED: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
     UNIT: tl.constexpr, SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr,
@@ -71,18 +71,18 @@ def word_of(bits):
 
 
 @triton.jit
-def made_exact(top, total, log_mass, valid):
+def potential_of(top, total, log_mass, valid):
     """(log_mass - top - log(total), the flags) of rows or columns: -inf and STUCK_BIT where total
     is 0, NaN and NOT_FINITE_BIT where a number is not finite, -inf where not `valid`.
     """
-    lost = valid & ~(total < float("inf"))
+    invalid = valid & ~(total < float("inf"))
     stuck = valid & (total == 0.0)
     lse = finite(top).to(tl.float64) + tl.log(tl.where(total > 0.0, total, 1.0).to(tl.float64))
     potential = tl.where(valid & ~stuck, log_mass - lse, float("-inf"))
-    lost = lost | (valid & ~(log_mass < float("inf")))
-    bits = tl.where(valid, ACTIVE_BIT, 0) | tl.where(lost, NOT_FINITE_BIT, 0)
+    invalid = invalid | (valid & ~(log_mass < float("inf")))
+    bits = tl.where(valid, ACTIVE_BIT, 0) | tl.where(invalid, NOT_FINITE_BIT, 0)
     bits |= tl.where(stuck, STUCK_BIT, 0)
-    return tl.where(lost, float("nan"), potential), bits
+    return tl.where(invalid, float("nan"), potential), bits
 
 
 @triton.jit
@@ -125,12 +125,12 @@ def rows_kernel(
     known = at < rows
     k = count * UNIT
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
-    top, total = swept(
+    top, total = top_and_total(
         mine, other, scale_of(SCALE, problem, HAS_SCALE), G + 2 * p * k, step, at, known, 0, k, k,
         True, True, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
     )  # fmt: skip
     log_mass = log_row(LOG_ROW, p, at, rows, known, HAS_ROW)
-    potential, bits = made_exact(top, total, log_mass, log_mass != float("-inf"))
+    potential, bits = potential_of(top, total, log_mass, log_mass != float("-inf"))
     store_parts(F + 2 * p * rows, at, rows, known, potential)
     tl.store(WORD + pid, word_of(bits))
 
@@ -155,7 +155,7 @@ def columns_kernel(
     begin, end = split * share, tl.minimum(split * share + share, rows)
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, False, D, UNIT, FORM)
     potentials = F + 2 * p * rows if STARTED else 0
-    top, total = swept(
+    top, total = top_and_total(
         mine, other, scale_of(SCALE, problem, HAS_SCALE), potentials,
         step, at, known, begin, end, rows,
         False, STARTED, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
@@ -227,7 +227,7 @@ def pass_kernel(
         log_mass = log_row(LOG_ROW, p, row, rows, here, HAS_ROW)
         top = tl.load(TOP + row, mask=here, other=0.0)
         total = tl.load(TOTAL + row, mask=here, other=0.0)
-        potential, more = made_exact(top, total, log_mass, log_mass != float("-inf"))
+        potential, more = potential_of(top, total, log_mass, log_mass != float("-inf"))
         bits |= more
         store_parts(F + 2 * p * rows, row, rows, here, potential)
     tl.store(WORD + pid, word_of(bits))
@@ -237,7 +237,7 @@ def pass_kernel(
 
 
 @triton.jit
-def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.constexpr):
+def merge_parts(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.constexpr):
     """(top, total) over the chunks s in their order: top = max_s TOP_s, total = sum_s SUM_s
     exp(TOP_s - top). FUSED parts have no TOP: it is 0.
     """
@@ -300,14 +300,14 @@ def merge_kernel(
     known = at < count
     parts = p * splits * count
     tops = 0 if FUSED else TOP + parts
-    top, total = merged(tops, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
+    top, total = merge_parts(tops, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
     log_b = log_column(LOG_COL, G, p, at, known, count, HAS_COL, COVERED)
     active = log_b != float("-inf")
     some = total > 0.0
     lse = top.to(tl.float64) + tl.log(tl.where(some, total, 1.0))
     lse = tl.where(total == 0.0, float("-inf"), tl.where(some, lse, float("nan")))
     stuck = active & (lse == float("-inf"))
-    lost = active & ~((lse < float("inf")) & (log_b < float("inf")))
+    invalid = active & ~((lse < float("inf")) & (log_b < float("inf")))
     if USED:
         g = whole_of(G + 2 * p * count, at, count, known)
         mass = g + lse
@@ -323,11 +323,11 @@ def merge_kernel(
         stuck = stuck & False
     if HAS_BIAS:
         bias = tl.load(BIAS + p * count + at, mask=known, other=0.0)
-        lost = lost | (active & ~(bias < float("inf")))
+        invalid = invalid | (active & ~(bias < float("inf")))
         stuck = stuck | (active & (bias == float("-inf")))
     potential = tl.where(active & (lse != float("-inf")), log_b - lse, float("-inf"))
     store_parts(OUT + 2 * p * count, at, count, known, potential)
-    word = word_of(tl.where(lost, NOT_FINITE_BIT, 0) | tl.where(stuck, STUCK_BIT, 0))
+    word = word_of(tl.where(invalid, NOT_FINITE_BIT, 0) | tl.where(stuck, STUCK_BIT, 0))
     if USED:
         share = tl.cdiv(strip, blocks)
         for w0 in range(block * share, tl.minimum(block * share + share, strip), PIECE):
@@ -358,13 +358,13 @@ def rescue_kernel(
     need = tl.load(NEED + p * k + at, mask=at < k, other=0) > 0
     if tl.max(need.to(tl.int32), 0) > 0:
         X += offset(problem, inner, x_o, x_i) * UNIT
-        top, total = swept(
+        top, total = top_and_total(
             X, X, scale_of(SCALE, problem, HAS_SCALE), F + 2 * p * rows,
             step, at, need, 0, rows, rows,
             False, True, 1, 16, UNIT, SWEPT, "scores", "ieee", 1,
         )  # fmt: skip
         log_b = log_column(LOG_COL, G, p, at, need, k, HAS_COL, COVERED)
-        potential, bits = made_exact(top, total, log_b, need)
+        potential, bits = potential_of(top, total, log_b, need)
         store_parts(OUT + 2 * p * k, at, k, need, potential)
         g = whole_of(G + 2 * p * k, at, k, need)
         lse = tl.where(potential == float("-inf"), potential, log_b - potential)

@@ -9,7 +9,7 @@ error of one would be a common factor of a whole row or column. A row or column 
 
 FORM: "scores" [N, K] in memory, rows `step` UNITs apart; "narrow" features, which fit in registers;
 "wide" features, read DIM at a time. Columns and the strides of scores are counted in UNITs, so that
-the compiler knows how addresses are aligned.
+the compiler can derive the alignment of addresses.
 """
 
 from __future__ import annotations
