@@ -204,8 +204,8 @@ def rows_backward_wide_kernel(
     MASK: tl.constexpr, MASK_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient g of ROWS rows, in OUT (float32), DIM features at a time: g <- g - h + sum_k 2
-    beta_k p_k (h rho_k - delta) (rho_k - x), with h = gain g, delta = sum_k p_k (h rho_k). The
-    arguments are those of `rows_backward_kernel`.
+    beta_k p_k (h rho_k - delta) (rho_k - x), with h = gain g, delta = sum_k p_k (h rho_k). It
+    takes the arguments of `rows_backward_kernel`.
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)

@@ -158,7 +158,7 @@ def final_flags(flag, total, SIDE, count, PROTOS: tl.constexpr):
 @triton.jit
 def loses_digits(norm, result, start):
     """1 where a row loses too many digits to the centre: the squared norm of the result minus the
-    centre exceeds CENTRED times those of the result and of the caller's row.
+    centre exceeds CENTRED times the squared norm of the result, and of the caller's row.
     """
     few = norm <= CENTRED * tl.maximum(result, start)
     return tl.where(few, 0, 1)

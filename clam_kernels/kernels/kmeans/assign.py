@@ -179,7 +179,7 @@ def settle_kernel(
 
 
 class Nearest(NamedTuple):
-    """The arguments of a kernel that assigns, all but those of its outputs and its grid."""
+    """The arguments of a kernel that assigns, except its outputs and its grid."""
 
     batch: tuple[int, ...]
     problems: tuple[int, int]  # [O, I]

@@ -262,7 +262,7 @@ def _through_all(
 
 
 def _through_pass(solver: Solver, g: Tensor, grads: tuple[Tensor, Tensor]) -> Back:
-    """Adjoints of one pass. The masses are those of a columns' step: log_mass = g + lse."""
+    """Adjoints of one pass. The masses come from a columns' step: log_mass = g + lse."""
     g = solver.add_bias(g)
     f, mass = solver.one_pass(pair(g))
     *_, status = solver.finish(f, mass, None, (solver.problems,))

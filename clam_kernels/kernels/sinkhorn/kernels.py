@@ -19,7 +19,7 @@ LEAST = tl.constexpr(2.0**-100)
 ACTIVE_BIT = tl.constexpr(1)
 NOT_FINITE_BIT = tl.constexpr(2)
 STUCK_BIT = tl.constexpr(4)
-# Status codes, those of `python_fallback/sinkhorn/scaling.py`; a test compares them.
+# Status codes, equal to `python_fallback/sinkhorn/scaling.py`; a test compares them.
 FINE = tl.constexpr(0)
 NOT_FINITE = tl.constexpr(2)
 INFEASIBLE = tl.constexpr(3)
@@ -290,7 +290,7 @@ def merge_kernel(
     = logsumexp_n(logits_nk + F_n). USED, after a rows' step at G: MASS_k = G_k + lse_k, and ERR =
     sum_k |exp(MASS_k) - exp(log_col_k)|. FUSED: the parts are masses, and NEED marks the columns
     whose mass is too small. G has the BIAS in it already; here it is only checked. WORD takes the
-    flags: those of the rows, `strip` words a problem, and of earlier merges unless this is the
+    flags of the rows, `strip` words a problem, and of earlier merges unless this is the
     `first`.
     """
     pid = tl.program_id(0)
