@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(D, R))
       heights[r][threadIdx.x] = side.peak;
     }
     // Where all memories are masked no row changes.
-    for (int64_t t = 0; t < p.steps && side.alive > 0; ++t) {
+    for (int64_t t = 0; t < p.steps && side.active > 0; ++t) {
       float lift[R], shift[R];
       am::Recall<D> recall[R];
 #pragma unroll
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const For
         real ? load_gain(p, start_of(p.mask, turn.place) + row * p.mask.row + lane * p.mask.feature)
              : 0.0f;
 
-    for (int64_t t = 0; t < p.steps && side.alive > 0; ++t) {
+    for (int64_t t = 0; t < p.steps && side.active > 0; ++t) {
       const am::Stand stand = am::stand_of<D>(x[0], scale, p.per_memory);
       float shift = height + stand.reach, mass, top, sum;
       bool again;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 5) recursion_shared_kernel(const For
       float recalled[D];
 #pragma unroll
       for (int i = 0; i < D; ++i) recalled[i] = mine[L + i];
-      doubt |= am::doubted<D>(x[0], recalled, mass, exp2_weight(top - shift), side.betas);
+      doubt |= am::is_in_doubt<D>(x[0], recalled, mass, exp2_weight(top - shift), side.betas);
 #pragma unroll
       for (int i = 0; i < D; ++i) x[0][i] = mine[i];
       __syncwarp();

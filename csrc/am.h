@@ -70,28 +70,28 @@ struct Slot {
 // One lane's share of the sum of a feature over the active memories, and how many those are. In
 // float64 finite memories do not overflow: the centre is finite if they are.
 template <class T>
-CLAM_HD void add_alive(const T* rho, const Rows& rows, const float* weights, int64_t weights_row,
-                       int64_t memories, int lane, double& sum, int& alive) {
+CLAM_HD void add_active(const T* rho, const Rows& rows, const float* weights, int64_t weights_row,
+                        int64_t memories, int lane, double& sum, int& active) {
   for (int64_t k = lane; k < memories; k += kWarp) {
     if (weights != nullptr && weights[k * weights_row] == -kInfinity)
       continue;  // masked memories may be NaN
     sum += widen(rho[k * rows.row], rows.type);
-    ++alive;
+    ++active;
   }
 }
 
-CLAM_HD void add_alive(const Rows& rho, int64_t rho_start, const Rows& weights,
-                       int64_t weights_start, int64_t memories, int feature, int lane, double& sum,
-                       int& alive) {
+CLAM_HD void add_active(const Rows& rho, int64_t rho_start, const Rows& weights,
+                        int64_t weights_start, int64_t memories, int feature, int lane, double& sum,
+                        int& active) {
   const auto* numbers = static_cast<const float*>(weights.data);
   if (numbers != nullptr) numbers += weights_start;
   const int64_t at = rho_start + feature * rho.feature;
   if (rho.type == Type::kFloat) {
-    add_alive(static_cast<const float*>(rho.data) + at, rho, numbers, weights.row, memories, lane,
-              sum, alive);
+    add_active(static_cast<const float*>(rho.data) + at, rho, numbers, weights.row, memories, lane,
+               sum, active);
   } else {
-    add_alive(static_cast<const Short*>(rho.data) + at, rho, numbers, weights.row, memories, lane,
-              sum, alive);
+    add_active(static_cast<const Short*>(rho.data) + at, rho, numbers, weights.row, memories, lane,
+               sum, active);
   }
 }
 
@@ -136,7 +136,7 @@ CLAM_HD float scale_of(float beta) {
 template <int D, Form F, class Load>
 CLAM_HD void pack(const Load& load, const float* centre, float beta, float log_weight, Quad* slot) {
   using S = Slot<D, F>;
-  const bool alive = log_weight != -kInfinity;
+  const bool active = log_weight != -kInfinity;
   const float scale = scale_of(beta);
   double norm = 0.0;
   CLAM_UNROLL
@@ -146,15 +146,15 @@ CLAM_HD void pack(const Load& load, const float* centre, float beta, float log_w
     CLAM_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int i = 4 * q + j;
-      f[j] = i < D && alive ? clamped(load(i < D ? i : 0) - centre[i < D ? i : 0]) : 0.0f;
+      f[j] = i < D && active ? clamped(load(i < D ? i : 0) - centre[i < D ? i : 0]) : 0.0f;
       norm += static_cast<double>(f[j]) * f[j];
     }
     CLAM_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int i = 4 * q + j;
       const double bias = 1.4426950408889634 * log_weight - 0.5 * scale * norm;
-      if (i == D) f[j] = alive ? static_cast<float>(bias) : -kInfinity;
-      if (i == D + 1 && S::kExtra > 1) f[j] = alive ? scale : 0.0f;
+      if (i == D) f[j] = active ? static_cast<float>(bias) : -kInfinity;
+      if (i == D + 1 && S::kExtra > 1) f[j] = active ? scale : 0.0f;
       if (i == D + 2 && S::kExtra > 2) f[j] = clamped(static_cast<float>(norm));
     }
     slot[q] = Quad{f[0], f[1], f[2], f[3]};
@@ -221,13 +221,14 @@ CLAM_HD Stand stand_of(const float (&x)[D], float scale, bool per_memory) {
 }
 
 // Whether the mass is in its range; false for a row that is not finite.
-CLAM_HD bool settled(float mass) { return mass >= kFaint && mass <= kLoud; }
+CLAM_HD bool is_in_range(float mass) { return mass >= kFaint && mass <= kLoud; }
 
 // After a fold: whether this row needs another one in this step, with its largest logit as the
-// shift. `height` is the shift minus the reach, the first choice of the next step. A settled row
-// keeps its shift; where other rows of the block need another fold, it gets the same bits again.
+// shift. `height` is the shift minus the reach, the first choice of the next step. A row whose
+// mass is in its range keeps its shift; where other rows of the block need another fold, it gets
+// the same bits again.
 CLAM_HD bool turn(float mass, float top, float& height, float& shift) {
-  if (settled(mass) || shift == top) return false;
+  if (is_in_range(mass) || shift == top) return false;
   height += top - shift;
   shift = top;
   return true;
@@ -282,7 +283,7 @@ CLAM_HD bool recalled_of(const Recall<D>& recall, const float (&x)[D], float shi
   const float inverse = 1.0f / recall.mass;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) recalled[i] = product(recall.sum[i], inverse);
-  return doubted<D>(x, recalled, recall.mass, exp2_weight(recall.top - shift), betas);
+  return is_in_doubt<D>(x, recalled, recall.mass, exp2_weight(recall.top - shift), betas);
 }
 
 // One step of one entry, x + gain (recalled - x): exactly `recalled` at gain 1 and x at gain 0,
@@ -310,7 +311,7 @@ CLAM_HD bool left_over(bool doubt, const float (&x)[D], const float (&raw)[D], c
     result = fused(out, out, result);
     before = fused(raw[i], raw[i], before);
   }
-  return (doubt || lost(centred, result, before)) && are_finite<D>(raw, centre, sharp);
+  return (doubt || loses_digits(centred, result, before)) && are_finite<D>(raw, centre, sharp);
 }
 
 }  // namespace am

@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(am::kWarpsMax* kWarp, min_blocks(D))
     const int64_t last = (slice + 1) * p.groups / p.slices;
     for (int64_t group = slice * p.groups / p.slices + warp; group < last; group += warps) {
       const int64_t row = group * kWarp + lane;
-      if (side.alive > 0) {
+      if (side.active > 0) {
         beta_sum += walk<D>(p, place, side, table, mine, problem, row, d, strip);
       } else {
         pass<D>(p, place, problem, row, d);

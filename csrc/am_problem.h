@@ -34,7 +34,7 @@ struct Side {
   float centre[am::kMaxFeatures];
   float peak;  // the largest log-weight, in base 2
   am::Betas betas;
-  int alive;
+  int active;  // how many memories are
 };
 
 __device__ __forceinline__ Place place_of(const Arguments& p, int64_t problem) {
@@ -64,16 +64,16 @@ __device__ __forceinline__ void find_centre(const Arguments& p, const Place& pla
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   for (int i = warp; i < p.features; i += warps) {
     double sum = 0.0;
-    int alive = 0;
-    am::add_alive(p.rho, start_of(p.rho, place), p.weights, start_of(p.weights, place), p.memories,
-                  i, lane, sum, alive);
+    int active = 0;
+    am::add_active(p.rho, start_of(p.rho, place), p.weights, start_of(p.weights, place), p.memories,
+                   i, lane, sum, active);
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(~0u, sum, offset);
-      alive += __shfl_xor_sync(~0u, alive, offset);
+      active += __shfl_xor_sync(~0u, active, offset);
     }
     if (lane == 0) {
-      side.centre[i] = alive > 0 ? static_cast<float>(sum / alive) : 0.0f;
-      if (i == 0) side.alive = alive;
+      side.centre[i] = active > 0 ? static_cast<float>(sum / active) : 0.0f;
+      if (i == 0) side.active = active;
     }
   }
   if (threadIdx.x < am::kMaxFeatures && threadIdx.x >= p.features) side.centre[threadIdx.x] = 0.0f;

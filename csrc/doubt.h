@@ -41,8 +41,8 @@ struct Betas {
 // logit_size < 1 and size < kLongest. Comparisons with NaN are false: such a row is in doubt. Every
 // product is rounded, so that all kernels decide alike.
 template <int D>
-CLAM_HD bool doubted(const float (&x)[D], const float (&recalled)[D], float mass, float largest,
-                     const Betas& betas) {
+CLAM_HD bool is_in_doubt(const float (&x)[D], const float (&recalled)[D], float mass, float largest,
+                         const Betas& betas) {
   float size = 0.0f, far = 0.0f;
   CLAM_UNROLL
   for (int i = 0; i < D; ++i) {
@@ -70,7 +70,7 @@ CLAM_HD bool are_finite(const float (&raw)[D], const float* centre, float sharp)
 
 // Whether a row lost too many digits to the centre: the squared norm of the result minus the centre
 // exceeds kCentred times those of the result and of the caller's row.
-CLAM_HD bool lost(float centred, float result, float raw) {
+CLAM_HD bool loses_digits(float centred, float result, float raw) {
   return !(centred <= kCentred * fmaxf(result, raw));
 }
 

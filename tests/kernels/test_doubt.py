@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch and Triton have the same rule for which rows are computed again."""
+"""PyTorch and Triton have the same rule for which rows are computed again, the same width of a tie
+and the same status codes: the kernels import nothing of `python_fallback`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,8 @@ import triton
 import triton.language as tl
 
 from python_fallback.am import doubt
+from python_fallback.kmeans import nearest
+from python_fallback.sinkhorn import scaling
 
 pytestmark = NEEDS_INTERPRETER
 ROWS, MEMORIES = 512, 3
@@ -35,6 +39,16 @@ def test_both_rules_have_the_same_numbers():
     assert rule.NEAR_FACTOR_OF_ENERGY.value * doubt.NEAR_PART_OF_ENERGY == 1
     assert rule.LONGEST.value == doubt.LARGEST[torch.float32]
     assert rule.LARGEST_LOGIT.value == doubt.LARGEST_LOGIT[torch.float32]
+
+
+def test_both_have_the_same_width_of_a_tie():
+    assert importlib.import_module("clam_kernels.kernels.kmeans.nearest").TIE.value == nearest.TIE
+
+
+@pytest.mark.parametrize("name", ["FINE", "NOT_FINITE", "INFEASIBLE", "EMPTY"])
+def test_both_have_the_same_status_codes(name):
+    kernels = importlib.import_module("clam_kernels.kernels.sinkhorn.kernels")
+    assert getattr(kernels, name).value == getattr(scaling, name)
 
 
 def test_both_rules_choose_the_same_rows():
@@ -59,10 +73,10 @@ def test_both_rules_choose_the_same_rows():
 
 
 @triton.jit
-def doubts_kernel(SIZE, FAR, TOTAL, sharp, FOUND, ROWS: tl.constexpr):
+def doubts_kernel(SIZE, FAR, TOTAL, sharp, FLAGS, ROWS: tl.constexpr):
     i = tl.arange(0, ROWS)
     size, far, total = tl.load(SIZE + i), tl.load(FAR + i), tl.load(TOTAL + i)
-    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32))
+    tl.store(FLAGS + i, is_in_doubt(size, far, total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32))
 
 
-doubted, NEAR_LIMIT = _rule().doubted, _rule().NEAR_LIMIT
+is_in_doubt, NEAR_LIMIT = _rule().is_in_doubt, _rule().NEAR_LIMIT

@@ -378,7 +378,7 @@ def test_many_shapes_need_few_compilations(backend):
         "        assign.kmeans_update(x, labels, k, None, None)\n"
         "    for one in resources.record('sm_90', call):\n"
         "        keys.setdefault(one.name, set()).add(repr(resources.signature(one)))\n"
-        "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
+        "print(max(map(len, keys.values())), {n: len(k) for n, k in keys.items()})\n"
     )
     output = output_of(code)
     assert int(output.split()[0]) <= 4, output

@@ -70,7 +70,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, kernels: Any, rows: int = 16) -> Non
     monkeypatch.setattr(kernels, "CHUNKS", 2)
     monkeypatch.setattr(kernels, "LEAST_ROWS", 1)
     monkeypatch.setattr(kernels, "SWEPT_ROWS", 16)
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "COLUMN_PROGRAMS", 2)
 
 
 # ---- tiles and chunks ----------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_many_shapes_need_few_compilations(backend):
         "        words = ('FORM', 'STARTED', 'FUSED', 'USED')\n"
         "        name = one.name, *(one.options.get(w) for w in words)\n"
         "        keys.setdefault(name, set()).add(repr(resources.signature(one)))\n"
-        "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
+        "print(max(map(len, keys.values())), {n: len(k) for n, k in keys.items()})\n"
     )
     output = output_of(code)
     assert int(output.split()[0]) <= 4, output

@@ -52,23 +52,23 @@ struct Side {
   float centre[am::kMaxFeatures] = {};
   float peak = 0.0f;
   am::Betas betas{};
-  int alive = 0;
+  int active = 0;
 };
 
 static Side find_centre(const Call& c) {
   Side side;
   for (int i = 0; i < c.d; ++i) {
     double sum[kWarp] = {};
-    int alive[kWarp] = {};
+    int active[kWarp] = {};
     for (int lane = 0; lane < kWarp; ++lane)
-      am::add_alive(c.rho, 0, c.weights, 0, c.memories, i, lane, sum[lane], alive[lane]);
+      am::add_active(c.rho, 0, c.weights, 0, c.memories, i, lane, sum[lane], active[lane]);
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
       for (int lane = 0; lane < offset; ++lane) {
         sum[lane] += sum[lane + offset];
-        alive[lane] += alive[lane + offset];
+        active[lane] += active[lane + offset];
       }
-    side.centre[i] = alive[0] > 0 ? static_cast<float>(sum[0] / alive[0]) : 0.0f;
-    side.alive = alive[0];
+    side.centre[i] = active[0] > 0 ? static_cast<float>(sum[0] / active[0]) : 0.0f;
+    side.active = active[0];
   }
   am::Extremes lanes[kWarp];
   std::fill(lanes, lanes + kWarp, am::no_memory());
@@ -121,7 +121,7 @@ void forward(const Call& c, float* out, unsigned char* flag) {
     bool doubt[R] = {};
     for (int r = 0; r < R; ++r) load<D>(c, side, first + r, x[r]);
     for (int r = 0; r < R; ++r) height[r] = side.peak;
-    for (int t = 0; t < c.steps && side.alive; ++t) {
+    for (int t = 0; t < c.steps && side.active; ++t) {
       float lift[R], shift[R];
       am::Recall<D> recall[R];
       for (int r = 0; r < R; ++r) {
@@ -149,12 +149,12 @@ void forward(const Call& c, float* out, unsigned char* flag) {
       }
     }
     for (int r = 0; r < R && first + r < c.rows; ++r) {
-      float given[D];
-      load_row<D>(c.v, (first + r) * c.v.row, false, c.d, given);
+      float raw[D];
+      load_row<D>(c.v, (first + r) * c.v.row, false, c.d, raw);
       flag[first + r] =
-          am::left_over<D>(doubt[r], x[r], given, side.centre, side.betas.sharp);
+          am::left_over<D>(doubt[r], x[r], raw, side.centre, side.betas.sharp);
       for (int i = 0; i < c.d; ++i)
-        out[(first + r) * c.d + i] = am::restore(x[r][i], given[i], side.centre[i]);
+        out[(first + r) * c.d + i] = am::restore(x[r][i], raw[i], side.centre[i]);
     }
   }
 }
@@ -210,7 +210,7 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask,
   std::vector<Quad> rows(kWarp * am::row_stride(D) / 4);
   std::vector<float> weights(am::kWeightFloats);
   float* tile = &rows[0].x;
-  double heat = 0.0;
+  double beta_sum = 0.0;
   for (int group = 0; group * kWarp < c.rows; ++group) {
     std::vector<am::Walk<D>> walks(kWarp);
     struct Way { float x[D], recalled[D], top, inverse; };
@@ -240,16 +240,16 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask,
         am::weigh_back<D>(recall[0], shift[0], way.top, way.inverse);
         const bool more =
             am::recalled_of<D>(recall[0], x[0], shift[0], side.betas, way.recalled);
-        doubt = side.alive && (doubt || more);
+        doubt = side.active && (doubt || more);
         for (int i = 0; i < D; ++i) {
           way.x[i] = x[0][i];
           x[0][i] = am::advance(x[0][i], way.recalled[i], gain[i]);
         }
       }
       if (doubt && row < c.rows) {
-        float given[D];
-        load_row<D>(c.v, row * c.v.row, false, c.d, given);
-        doubt = am::are_finite<D>(given, side.centre, side.betas.sharp);
+        float raw[D];
+        load_row<D>(c.v, row * c.v.row, false, c.d, raw);
+        doubt = am::are_finite<D>(raw, side.centre, side.betas.sharp);
       }
       am::Walk<D> none;
       for (auto& way : ways[lane])
@@ -263,7 +263,7 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask,
       for (int i = 0; i < D; ++i)
         walks[lane].g[i] = row < c.rows && i < c.d && !doubt ? c.grad[row * c.d + i] : 0.0f;
     }
-    for (int t = c.steps - 1; t >= 0 && side.alive; --t) {
+    for (int t = c.steps - 1; t >= 0 && side.active; --t) {
       for (int lane = 0; lane < kWarp; ++lane) {
         const Way& way = ways[lane][t];
         am::Walk<D>& w = walks[lane];
@@ -295,7 +295,7 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask,
       }
       for (auto& w : walks) {
         am::end_back<D>(w);
-        heat += w.beta_sum;
+        beta_sum += w.beta_sum;
       }
     }
     for (int lane = 0; lane < kWarp && group * kWarp + lane < c.rows; ++lane)
@@ -303,7 +303,7 @@ void backward(const Call& c, float* grad_v, float* partial, float* grad_mask,
   }
   for (int k = 0; k < c.memories; ++k)
     am::combine<D>(sums.data(), stride, kWarps, k, &table[k * kQuads], c.betas[k], c.per_memory,
-                   heat, c.d, partial + k * (c.d + 2));
+                   beta_sum, c.d, partial + k * (c.d + 2));
 }
 
 static Call call_of(int type, int packed, const void* v, const void* rho, const float* betas,
@@ -357,7 +357,7 @@ extern "C" void doubts(const float* x, const float* recalled, const float* large
     float a[4], b[4];
     std::copy(x + 4 * row, x + 4 * row + 4, a);
     std::copy(recalled + 4 * row, recalled + 4 * row + 4, b);
-    out[row] = am::doubted<4>(a, b, 1.0f, largest[row], {sharp, 1.0f, am::kNearLimit});
+    out[row] = am::is_in_doubt<4>(a, b, 1.0f, largest[row], {sharp, 1.0f, am::kNearLimit});
   }
 }
 
@@ -372,7 +372,7 @@ extern "C" void centre(const float* rho, const float* weights, float* out, int m
                          0, 0);
   const Side side = find_centre(c);
   std::copy(side.centre, side.centre + d, out);
-  out[d] = static_cast<float>(side.alive);
+  out[d] = static_cast<float>(side.active);
 }
 """
 
@@ -528,7 +528,7 @@ def assert_gradients_agree(library: Any, grad: Tensor, args: tuple[Any, ...]) ->
 
 
 MASKS = (None, "bool", "float")
-WEIGHTS = (None, "finite", "some dead", "one alive")
+WEIGHTS = (None, "finite", "some masked", "one active")
 BETAS = (0.0, 0.3, 4.0, "per memory")
 STEPS = ((0, 1.0), (1, 1.0), (2, 0.5), (5, 0.3), (5, 1.0))
 
@@ -545,9 +545,9 @@ def draw_log_weights(kind: str | None, k: int, generator: torch.Generator) -> Te
     if kind is None:
         return None
     weights = torch.randn(k, generator=generator)
-    if kind == "some dead":
+    if kind == "some masked":
         weights[torch.rand(k, generator=generator) > 0.5] = -torch.inf
-    elif kind == "one alive":
+    elif kind == "one active":
         weights = torch.where(torch.arange(k) == k // 2, weights, -torch.inf)
     return weights
 
@@ -741,7 +741,7 @@ def test_gradients_equal_autograd(library: Any, d: int) -> None:
         v, grad = torch.randn(75, d, generator=g), torch.randn(75, d, generator=g)
         rho = torch.randn(k, d, generator=g)
         mask, weights = draw_mask(mask_kind, v, g), draw_log_weights(weight_kind, k, g)
-        if weights is not None and weight_kind == "some dead":
+        if weights is not None and weight_kind == "some masked":
             weights[k // 2] = 0.0
         if isinstance(beta, str):
             beta = torch.rand(k, generator=g) * 2

@@ -20,23 +20,29 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import finite
-from ..common.score import dot, load_memories, load_rows, load_sides, logits, own_inner, wide_inner
+from ..common.score import (
+    LOG2E,
+    dot,
+    load_memories,
+    load_rows,
+    load_sides,
+    logits,
+    own_inner,
+    wide_inner,
+)
+from ..common.sweep import SIZES
 from . import backward_fused, exact_backward
 from .backward_fused import store_memories
 from .backward_rows import rows_backward_kernel, rows_backward_wide_kernel
 from .call import Call, ScratchCell, Totals
 from .doubt import MOST
 from .forward import flags_of, launch_recursion
-from .memories import LOG2E, memories_of
+from .memories import memories_of
 
-# Programs that share the rows of one tile of memories: enough for any GPU, and a function of the
-# shape alone, so that sums have the same order on every GPU.
-PROGRAMS = 512
 # Problems of a cell are the third dim of a grid, which has a limit.
 MOST_PROBLEMS = 65535
 # With wider rows, registers cannot contain the weights and slopes of a whole tile.
 RESIDENT_FEATURES = 32
-_LOG2E = tl.constexpr(LOG2E)
 
 
 # ---- the memories' side --------------------------------------------------------------------------
@@ -59,7 +65,7 @@ def norms_in(PATH, at, valid, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.con
     return norm
 
 
-@triton.jit(do_not_specialize=["count", "inner", "steps", "strip", "rows", "share"])
+@triton.jit(do_not_specialize=SIZES)
 def memories_backward_kernel(
     RHO, SIDE, TOP, TOTAL, DELTA, PATH, PULL, PART, SUMS,
     count, inner, steps, strip, rows, share,
@@ -68,11 +74,11 @@ def memories_backward_kernel(
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
     ENERGY: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sweep with the roles swapped: a tile of memories stays in registers and meets `share`
-    rows of one problem in every step. Of each memory PART takes sum_n (p h + 2 beta gz x), SUMS
-    take sum_n gz and sum_n gz |x - rho|^2, with weights p and gz = p (h rho - delta). ENERGY, with
-    q = p g: sum_n q x, sum_n q and sum_n q (log2 w - log2 p). HARD: sum_n p h, with p = 1 for the
-    nearest memory.
+    """The sweep with the roles swapped: a tile of memories stays in registers, and the kernel reads
+    `share` rows of one problem in every step. PART takes sum_n (p h + 2 beta gz x) of each memory,
+    SUMS take sum_n gz and sum_n gz |x - rho|^2, with weights p and gz = p (h rho - delta). ENERGY,
+    with q = p g: sum_n q x, sum_n q and sum_n q (log2 w - log2 p). HARD: sum_n p h, with p = 1 for
+    the nearest memory.
     """
     tiles = tl.cdiv(count, PROTOS)
     here, piece = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -80,14 +86,16 @@ def memories_backward_kernel(
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     d0 = piece * DIM
     if WIDE:
+        # (k, pointer, scale, bias)
         tile = load_sides((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS)
     else:
+        # (k, rho [PROTOS, DIM], scale, bias)
         tile = load_memories((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS)
     k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM] or a pointer, [PROTOS], [PROTOS]
     known = k < count
     lift = tl.load(SIDE + 2 * count + k, mask=known, other=0.0)
     own = tl.load(SIDE + 3 * count + k, mask=known, other=0.0)
-    acc = tl.zeros((PROTOS, DIM), tl.float32)
+    acc = tl.zeros((PROTOS, DIM), tl.float32)  # [PROTOS, DIM]
     mass, beta_sum = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
     begin = split * share
     end = tl.minimum(begin + share, rows)
@@ -106,33 +114,36 @@ def memories_backward_kernel(
             norm = tl.sum(x * x, 1)
             if WIDE:
                 norm = norms_in(PATH, at, valid, D, STRIDE, DIM)
+                # [ROWS, PROTOS]
                 inside = wide_inner(((PATH, at, valid), norm), tile, count, D, STRIDE, DIM, PREC)
             else:
-                inside = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)
+                inside = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
             s = logits(inside, 0.5 * norm, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
-            w = tl.exp2(s - finite(top)[:, None]) * inverse[:, None]
+            w = tl.exp2(s - finite(top)[:, None]) * inverse[:, None]  # [ROWS, PROTOS]
             if ENERGY:
-                q = w * delta[:, None]
+                q = w * delta[:, None]  # [ROWS, PROTOS]
                 acc += dot(tl.trans(q), x, PREC)
                 mass += tl.sum(q, 0)
+                # [ROWS, PROTOS]
                 surprise = lift[None, :] - (s - top[:, None]) - tl.log2(inverse)[:, None]
                 beta_sum += tl.sum(tl.where(w == 0.0, 0.0, q * surprise), 0)
             else:
                 h = load_rows(PULL, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
                 if HARD:
+                    # [ROWS, PROTOS]
                     w = tl.where(k.to(tl.float32)[None, :] == top[:, None], 1.0, 0.0)
                     acc += dot(tl.trans(w), h, PREC)
                 else:
                     if WIDE:
                         hs = ((PULL, at, valid), norm)
-                        slope = wide_inner(hs, tile, count, D, STRIDE, DIM, PREC)
+                        slope = wide_inner(hs, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
                     else:
                         slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
-                    gz = w * (slope - delta[:, None])
+                    gz = w * (slope - delta[:, None])  # [ROWS, PROTOS]
                     acc += dot(tl.trans(w), h, PREC)
-                    acc += dot(tl.trans(gz * (scale / _LOG2E)[None, :]), x, PREC)
+                    acc += dot(tl.trans(gz * (scale / LOG2E)[None, :]), x, PREC)
                     mass += tl.sum(gz, 0)
-                    far = own[None, :] + norm[:, None] - 2.0 * inside
+                    far = own[None, :] + norm[:, None] - 2.0 * inside  # [ROWS, PROTOS]
                     beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
     slot = (problem * tl.num_programs(1) + split).to(tl.int64) * count + k
     store_memories(PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum, STRIDE, DIM)
@@ -178,7 +189,7 @@ def sweep_memories(call: Call, cell: ScratchCell, totals: Totals, steps: int, en
     memories, wide = call.memories, "DIM" in chosen
     tiles = triton.cdiv(memories.size, chosen["PROTOS"])
     pieces = triton.cdiv(memories.stride, chosen["DIM"]) if wide else 1
-    splits = max(1, min(cell.blocks, PROGRAMS // (tiles * pieces * cell.size)))
+    splits = max(1, min(cell.blocks, launch.PROGRAMS // (tiles * pieces * cell.size)))
     share = triton.cdiv(cell.blocks, splits) * cell.block
     part = call.new(cell.size, splits, memories.size, memories.stride)
     sums = call.new(cell.size, splits, memories.size, 2)
@@ -220,16 +231,16 @@ def _walk_back(
     )  # fmt: skip
 
 
-def fit(gradient: Tensor, argument: Any, needed: bool, v: Tensor) -> Tensor:
+def fit(gradient: Tensor | None, argument: Any, needed: bool, v: Tensor) -> Tensor:
     """A gradient in the shape and dtype of its argument; empty unless the caller needs it."""
-    if not (needed and isinstance(argument, Tensor)):
+    if gradient is None or not (needed and isinstance(argument, Tensor)):
         return v.new_empty(0)
     return gradient.sum_to_size(argument.shape).to(argument.dtype).contiguous()
 
 
 def whole(grad: Tensor, shape: Sequence[int]) -> Tensor:
     """The upstream gradient, dense."""
-    return launch.aligned(launch.plain(grad).expand(tuple(shape)).contiguous())
+    return launch.align(launch.plain(grad).expand(tuple(shape)).contiguous())
 
 
 def am_recursion_backward(
@@ -271,10 +282,9 @@ def am_recursion_backward(
         again = exact_backward.recursion_backward(
             call.operands(), grad, steps, step, flag, out, mask_grad, sums
         )
-    masked = out if mask_grad is None else mask_grad
     if not sums:
-        gradients = (out, out, out, masked, out)
-        return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))
+        rows_side = (out, None, None, mask_grad, None)
+        return tuple(fit(x, a, n, v) for x, a, n in zip(rows_side, arguments, needs, strict=True))
     acc, mass, beta_sum = totals.of_batch()
     if not call.memories.hard:
         sharp = beta.double()[..., None] if isinstance(beta, Tensor) and beta.ndim else beta
@@ -283,7 +293,7 @@ def am_recursion_backward(
     if again is not None:
         exact_acc, exact_mass, exact_beta = again.of_batch()
         acc, mass, beta_sum = acc + exact_acc, mass + exact_mass, beta_sum + exact_beta
-    gradients = (out, acc, -beta_sum, masked, mass)
+    gradients = (out, acc, -beta_sum, mask_grad, mass)
     return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))
 
 

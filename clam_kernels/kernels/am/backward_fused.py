@@ -14,18 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import launch
-from ..common.fold import finite, normalised
-from ..common.score import centred, dot, load_memories, load_rows, logits, own_inner
+from ..common.fold import finite, normalise
+from ..common.score import LOG2E, dot, load_memories, load_rows, logits, own_inner, subtract_centre
 from ..common.sweep import UNSPECIALISED, offset
 from .call import Call, Totals
-from .doubt import MOST, settled, sharpest, step_doubted
-from .memories import LOG2E, memories_of
-from .recursion import gain_of, moved, recalled
-
-# Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
-# same order on every GPU.
-PROGRAMS = 512
-_LOG2E = tl.constexpr(LOG2E)
+from .doubt import MOST, doubt_flag, final_flags, sharpest
+from .memories import memories_of
+from .recursion import gain_of, next_state, recall
 
 
 @triton.jit
@@ -35,7 +30,7 @@ def store_memories(
 ):  # fmt: skip
     """Store the sums of one tile of memories: acc [PROTOS, DIM], the others [PROTOS]."""
     d = d0 + tl.arange(0, DIM)
-    where = known[:, None] & (d < STRIDE)[None, :]
+    where = known[:, None] & (d < STRIDE)[None, :]  # [PROTOS, DIM], as acc
     tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
     if piece == 0:
         tl.store(SUMS + slot * 2, mass, mask=known)
@@ -43,30 +38,32 @@ def store_memories(
 
 
 @triton.jit
-def walked(
+def store_states(
     PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Store the state before each step; returns 1 for rows in doubt, whose states are 0."""
+    _RHO, SIDE = table
     d = tl.arange(0, DIM)
-    keep = tl.arange(0, ROWS)[:, None] * STRIDE + d[None, :]
+    keep = tl.arange(0, ROWS)[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
+    # [ROWS, DIM] if MASK, else a number
     gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
     flag, total = tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.float32)
     for t in range(0, steps):
         tl.store(PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep, x, mask=(d < STRIDE)[None, :])
         norm = tl.sum(x * x, 1)
-        xb, _, total = recalled(
+        xb, _, total = recall(  # xb [ROWS, DIM]
             x, 0.5 * norm, table, table, count, norm,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, False, False, False,
         )  # fmt: skip
-        flag |= step_doubted(x, xb, norm, total, sharp)
-        x = moved(x, xb, gain)
-    flag = tl.where(poison == 0.0, settled(flag, total, table[1], count, PROTOS), 0)
+        flag |= doubt_flag(x, xb, norm, total, sharp)
+        x = next_state(x, xb, gain)  # [ROWS, DIM]
+    flag = tl.where(poison == 0.0, final_flags(flag, total, SIDE, count, PROTOS), 0)
     tl.debug_barrier()
-    doubt = (flag > 0)[:, None] & (d < STRIDE)[None, :]
+    doubt = (flag > 0)[:, None] & (d < STRIDE)[None, :]  # [ROWS, DIM]
     for t in range(0, steps):
-        at = PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep
+        at = PATH + tl.cast(t, tl.int64) * ROWS * STRIDE + keep  # [ROWS, DIM]
         tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=doubt)
     return flag
 
@@ -79,8 +76,10 @@ def fused_backward_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, MASK: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, problem): `share` rows of one problem. OUT takes g before the first step;
-    MEMORIES: PART and SUMS take the sums of `memories_backward_kernel`.
+    """Program (split, problem): `share` rows of one problem. OUT takes g before the first step; a
+    step is g <- g - h + 2 beta sum_k gz_k rho_k, with h = gain g, gz_k = p_k (h rho_k - delta) and
+    delta = sum_k p_k (h rho_k). MEMORIES: PART takes sum_n (p h + 2 beta gz x) of each memory, SUMS
+    take sum_n gz and sum_n gz |x - rho|^2, over all rows and steps.
     """
     pid = tl.program_id(0)
     problem, split = pid // splits, pid % splits
@@ -94,7 +93,7 @@ def fused_backward_kernel(
     table = (RHO, SIDE)
     sharp, _, _ = sharpest(SIDE, count, PROTOS, False)
     k = tl.arange(0, PROTOS)
-    acc = tl.zeros((PROTOS, DIM), tl.float32)
+    acc = tl.zeros((PROTOS, DIM), tl.float32)  # [PROTOS, DIM]
     mass, beta_sum = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
     d = tl.arange(0, DIM)
     strip = tl.arange(0, ROWS).to(tl.int64)
@@ -103,13 +102,13 @@ def fused_backward_kernel(
     for n0 in range(begin, begin + tl.minimum(share, rows - begin), ROWS):
         row = n0 + tl.arange(0, ROWS)
         valid, at = row < rows, row.to(tl.int64)
-        inside = valid[:, None] & (d < D)[None, :]
-        whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]
+        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
+        whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]  # [ROWS, DIM]
         raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-        x = centred(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
+        x = subtract_centre(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         poison = tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
-        flag = walked(
+        flag = store_states(
             PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
         )  # fmt: skip
@@ -117,6 +116,7 @@ def fused_backward_kernel(
         poison = tl.where(flag > 0, float("-inf"), poison)  # a row in doubt adds 0 to every sum
         tl.debug_barrier()  # the states are read in another layout
         g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
+        # [ROWS, DIM] if MASK, else a number
         gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
         for back in range(0, steps):
             here = tl.cast(steps - 1 - back, tl.int64) * ROWS + strip
@@ -126,23 +126,23 @@ def fused_backward_kernel(
             tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
             _k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
             inner_x = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-            s = logits(inner_x, 0.5 * norm, scale, bias, False)
+            s = logits(inner_x, 0.5 * norm, scale, bias, False)  # [ROWS, PROTOS]
             top = tl.max(s, 1)
-            w = tl.exp2(s - finite(top)[:, None] + poison[:, None])
+            w = tl.exp2(s - finite(top)[:, None] + poison[:, None])  # [ROWS, PROTOS]
             total = tl.sum(w, 1)
-            moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]
-            h = moves * gain * g
+            moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]  # [ROWS, 1]
+            h = moves * gain * g  # [ROWS, DIM]
             slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
-            inverse, delta = normalised(total, tl.sum(w * slope, 1))
-            w = tl.where(valid[:, None], w * inverse[:, None], 0.0)
-            gz = w * (slope - delta[:, None])
+            inverse, delta = normalise(total, tl.sum(w * slope, 1))
+            w = tl.where(valid[:, None], w * inverse[:, None], 0.0)  # [ROWS, PROTOS]
+            gz = w * (slope - delta[:, None])  # [ROWS, PROTOS]
             if MEMORIES:
                 mass += tl.sum(gz, 0)
                 norms = tl.load(SIDE + 3 * count + k, mask=k < count, other=0.0)
-                far = norms[None, :] + norm[:, None] - 2.0 * inner_x
+                far = norms[None, :] + norm[:, None] - 2.0 * inner_x  # [ROWS, PROTOS]
                 beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
                 acc += dot(tl.trans(w), h, PREC)
-            gz *= (scale / _LOG2E)[None, :]
+            gz *= (scale / LOG2E)[None, :]  # [ROWS, PROTOS]
             if MEMORIES:
                 acc += dot(tl.trans(gz), x, PREC)
             g += dot(gz, rho, PREC) - h
@@ -176,11 +176,11 @@ def backward(
     count, stride = call.memories.size, call.memories.stride
     chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
     blocks = triton.cdiv(call.rows, chosen["ROWS"])
-    splits = max(1, min(blocks, PROGRAMS // max(call.outer * call.inner, 1)))
+    splits = max(1, min(blocks, launch.PROGRAMS // max(call.outer * call.inner, 1)))
     share = triton.cdiv(blocks, splits) * chosen["ROWS"]
     splits = triton.cdiv(call.rows, share) if blocks else 0
     strip = steps * chosen["ROWS"] * stride
-    most = max(1, min(PROGRAMS, launch.SCRATCH // strip))
+    most = max(1, min(launch.PROGRAMS, launch.SCRATCH // strip))
     path = call.new(min(most, call.outer * call.inner * splits) * strip)
     grads, outs = (x.view(call.outer, call.inner, call.rows, call.features) for x in (grad, out))
     flags = flag.view(call.outer, call.inner, call.rows)

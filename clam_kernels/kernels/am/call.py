@@ -69,10 +69,10 @@ class Call:
         self.memories = memories(rho, beta, log_weights)
         self._arguments = (v, rho, beta, update_mask, log_weights)
         self.masked = update_mask is not None
-        self.views = self._arranged(launch.rows(v), update_mask)
+        self.views = self._arrange(launch.rows(v), update_mask)
         self.outer, self.inner, self.rows = self.views.v.shape[:3]
 
-    def _arranged(self, v: Tensor, mask: Tensor | None) -> Views:
+    def _arrange(self, v: Tensor, mask: Tensor | None) -> Views:
         table, side, centre = self.memories[:3]
         large = [v] if mask is None else [v, mask]
         if table.shape[:-2].numel() == 1:

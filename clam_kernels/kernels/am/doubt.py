@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.score import LOG2E
+
 # A row is near its recall where size is more than NEAR_FACTOR times |xb - x|^2.
 NEAR_FACTOR = tl.constexpr(16.0)
 # A row is right where logit size * (1 - largest weight) is at most NEAR_LIMIT if the row is near
@@ -47,7 +49,6 @@ PRODUCTS = {
 MOST = tl.constexpr(3.0e38)
 # The factor from scale = 2 beta log2(e), in the tables of memories, to beta.
 _BETA = tl.constexpr(0.34657359027997264)
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def fits(size, logit_size):
 
 
 @triton.jit
-def doubted(size, far, total, sharp, ratio, floor, near_limit):
+def is_in_doubt(size, far, total, sharp, ratio, floor, near_limit):
     """Whether one step of a row may be wrong. With logit_size = sharp * size a row is right if
     logit_size (total - 1) <= limit * total and LOGIT_ERROR logit_size < 1 and size >= floor, and
     nothing overflows. The limit is FAR_LIMIT if far * NEAR_FACTOR >= size * ratio, else near_limit.
@@ -120,31 +121,31 @@ def doubted(size, far, total, sharp, ratio, floor, near_limit):
 
 
 @triton.jit
-def energy_lost(norm, size, far, top, lift, sharp):
+def energy_loses_digits(norm, size, far, top, lift, sharp):
     """Whether the differences of the energy's gradient have lost digits: x - xb, whose square is
     `far`, and x - rho of the likeliest memory, of logit `top` (base 2, without -beta |x|^2). A row
     may lie near that memory and still recall others. `lift` is the largest log-weight.
     """
-    beside = norm - (top - lift) / (sharp * _LOG2E)
+    beside = norm - (top - lift) / (sharp * LOG2E)
     return (far * NEAR_FACTOR_OF_ENERGY < size) | (beside * NEAR_FACTOR_OF_ENERGY < 2.0 * norm)
 
 
 @triton.jit
-def step_doubted(x, xb, norm, total, sharp):
-    """As `doubted` for rows in registers and one beta, as 1 or 0; `norm` = |x|^2."""
-    gap = xb - x
+def doubt_flag(x, xb, norm, total, sharp):
+    """As `is_in_doubt` for rows in registers and one beta, as 1 or 0; `norm` = |x|^2."""
+    gap = xb - x  # [ROWS, DIM]
     size = norm + tl.sum(xb * xb, 1)
-    return doubted(size, tl.sum(gap * gap, 1), total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32)
+    return is_in_doubt(size, tl.sum(gap * gap, 1), total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32)
 
 
 @triton.jit
-def hard_doubted(norm, total):
-    """As `step_doubted` for a hard assignment; its `total` is 2 where the scores do not decide."""
+def hard_doubt_flag(norm, total):
+    """As `doubt_flag` for a hard assignment; its `total` is 2 where the scores do not decide."""
     return tl.where((total != 2.0) & (norm < LARGEST_LOGIT), 0, 1)
 
 
 @triton.jit
-def settled(flag, total, SIDE, count, PROTOS: tl.constexpr):
+def final_flags(flag, total, SIDE, count, PROTOS: tl.constexpr):
     """The flags after the last step. A row of total weight 0 did not move: it is in doubt only if a
     memory is active.
     """
@@ -155,9 +156,9 @@ def settled(flag, total, SIDE, count, PROTOS: tl.constexpr):
 
 
 @triton.jit
-def lost(norm, result, start):
+def loses_digits(norm, result, start):
     """1 where a row loses too many digits to the centre: the squared norm of the result minus the
-    centre exceeds CENTRED times those of the result and of the caller's row.
+    centre exceeds CENTRED times the squared norm of the result, and of the caller's row.
     """
     few = norm <= CENTRED * tl.maximum(result, start)
     return tl.where(few, 0, 1)

@@ -15,15 +15,23 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import lse_first_fold, lse_first_init
-from ..common.score import centred, load_memories, load_rows, load_sides, own_inner, raw_inner
+from ..common.score import (
+    LOG2E,
+    load_memories,
+    load_rows,
+    load_sides,
+    own_inner,
+    raw_inner,
+    subtract_centre,
+)
 from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from ..kmeans import assign
-from ..kmeans.nearest import squared
+from ..kmeans.nearest import squared_distances
 from . import exact, exact_backward
 from .backward import cells, fit, sweep_memories, whole
 from .call import Call, Totals
-from .doubt import NEAR_LIMIT_OF_ENERGY, doubted, settled, sharpest
-from .memories import LOG2E, memories_of
+from .doubt import NEAR_LIMIT_OF_ENERGY, final_flags, is_in_doubt, sharpest
+from .memories import memories_of
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -48,7 +56,7 @@ def energy_kernel(
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
         raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
-        x = centred(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
+        x = subtract_centre(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
         norm += tl.sum(x * x, 1)
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
@@ -60,20 +68,26 @@ def energy_kernel(
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
     else:
-        own = (centred(load_rows(V, at, valid, 0, D, D, DIM), CENTRE, valid, 0, D, DIM), norm)
+        # ([ROWS, DIM], [ROWS])
+        own = (
+            subtract_centre(load_rows(V, at, valid, 0, D, D, DIM), CENTRE, valid, 0, D, DIM),
+            norm,
+        )
         state = sweep(
             lse_first_init(ROWS), own, table, count, load_memories, own_inner, lse_first_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
     _, index, total = state
     first = tl.maximum(index, 0).to(tl.int64)
-    far = squared(V, RAW, at, first, valid & (index >= 0), D, DIM if DIM < 32 else 32, tl.float32)
+    far = squared_distances(
+        V, RAW, at, first, valid & (index >= 0), D, DIM if DIM < 32 else 32, tl.float32
+    )
     lift = tl.load(SIDE + 2 * count + first)
     energy = far - (lift + tl.log2(total)) / (0.5 * tl.load(SIDE))
     energy = tl.where(total == 0.0, float("inf"), energy) + poison
 
     sharp, ratio, _ = sharpest(SIDE, count, PROTOS, False)
-    doubt = doubted(
+    doubt = is_in_doubt(
         norm + tl.load(SIDE + 3 * count + first),
         far,
         total,
@@ -82,7 +96,7 @@ def energy_kernel(
         0.0,
         NEAR_LIMIT_OF_ENERGY,
     )
-    flag = settled(doubt.to(tl.int32), total, SIDE, count, PROTOS)
+    flag = final_flags(doubt.to(tl.int32), total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
     tl.store(OUT + p, energy, mask=valid)
     tl.store(FLAG + p, tl.where(poison == 0.0, flag, 0).to(tl.uint8), mask=valid)
@@ -140,7 +154,7 @@ def am_energy_backward(
     sharp = beta.double() if isinstance(beta, Tensor) else beta
     pull = call.memories.table[..., : call.features].double() * mass[..., None]
     grad_rho = 2 * (pull - acc) + exact_rho
-    grad_beta = beta_sum / LOG2E / sharp**2 + exact_beta / sharp
+    grad_beta = beta_sum / LOG2E.value / sharp**2 + exact_beta / sharp
     grad_weights = -(mass + exact_mass) / sharp
     gradients, arguments = (out, grad_rho, grad_beta, grad_weights), (v, rho, beta, log_weights)
     return tuple(fit(x, a, n, v) for x, a, n in zip(gradients, arguments, needs, strict=True))

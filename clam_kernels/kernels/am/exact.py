@@ -19,15 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import launch
+from ..common.fold import NO_INDEX
 from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
 from ..common.sweep import UNSPECIALISED, offset, rows_of
 from ..kmeans.nearest import TIE
 
-# Programs of a launch, and the float64 numbers of their strips of scratch together (64 MB).
-PROGRAMS = 512
+# Float64 numbers in the strips of scratch of all programs of a launch (64 MB).
 STRIPS = 1 << 23
-# Rows of a block: FEW, so that a short call has many blocks; MANY for a call of LONG rows or more.
-FEW, MANY, LONG = 32, 1024, 1 << 19
+# Rows of a block: few, so that a short call has many blocks; more for a call of over LONG rows.
+SHORT_BLOCK, LONG_BLOCK, LONG = 32, 1024, 1 << 19
 # Entries of a tile in float64.
 TILE = 2048
 
@@ -61,7 +61,8 @@ def sides(
 def gaps(X, RHO, k, active, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of rho_k - x, [PROTOS, DIM], 0 beyond the edges; X is in float64."""
     d = d0 + tl.arange(0, DIM)
-    inside = active[:, None] & (d < D)[None, :]
+    inside = active[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
+    # [PROTOS, DIM]
     rho = tl.load(RHO + k.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
     x = tl.load(X + d, mask=d < D, other=0.0)
     return tl.where(inside, rho.to(tl.float64) - x[None, :], 0.0)
@@ -124,13 +125,13 @@ def first_nearest(
     PROTOS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The lowest index of the active memories with distance <= least (1 + TIE)."""
-    index = tl.full((1,), 2147483647, tl.int32)
+    index = tl.full((1,), NO_INDEX, tl.int32)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        active = sides(BETA, WEIGHTS, k, count, 0, 0, weights_k, False, HAS_WEIGHTS)[2]
+        _beta, _lift, active = sides(BETA, WEIGHTS, k, count, 0, 0, weights_k, False, HAS_WEIGHTS)
         far = tl.load(FAR + k, mask=k < count, other=0.0)
         tied = active & (far <= least + least * TIE)
-        index = tl.minimum(index, tl.min(tl.where(tied, k, 2147483647), 0))
+        index = tl.minimum(index, tl.min(tl.where(tied, k, NO_INDEX), 0))
     return index
 
 
@@ -232,17 +233,19 @@ def exact_recursion_kernel(
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PROTOS: tl.constexpr,
     HARD: tl.constexpr, MASK: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """All steps of the rows whose flag is set, in `every` blocks of ROWS rows: `advance`."""
+    """All steps x <- x + gain sum_k p_k (rho_k - x) of the rows whose flag is set, in `every`
+    blocks of ROWS rows; p_k = exp(z_k - top) / total, with z, top and total as in `peak`.
+    """
     pid = tl.program_id(0)
     X = STRIP + pid.to(tl.int64) * (D + count)
     FAR = X + D
     for block in range(pid, every, tl.num_programs(0)):
-        problem, left, met = flags_of(FLAG, block, blocks, rows, ROWS)
+        problem, left, flag_count = flags_of(FLAG, block, blocks, rows, ROWS)
         rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
         beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
         weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
         mask = of_problem(U, problem, inner, u_o, u_i, MASK)
-        for _ in range(0, met):
+        for _ in range(0, flag_count):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             load_row(X, raw, one, D, DIM)
@@ -272,11 +275,11 @@ def exact_energy_kernel(
     pid = tl.program_id(0)
     X = STRIP + pid.to(tl.int64) * (D + count)
     for block in range(pid, every, tl.num_programs(0)):
-        problem, left, met = flags_of(FLAG, block, blocks, rows, ROWS)
+        problem, left, flag_count = flags_of(FLAG, block, blocks, rows, ROWS)
         rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
         beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
         weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
-        for _ in range(0, met):
+        for _ in range(0, flag_count):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             load_row(X, raw, one, D, DIM)
@@ -285,7 +288,7 @@ def exact_energy_kernel(
                 D, DIM, PROTOS, False, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
             first = tl.arange(0, 1)
-            sharp, _lift, _alive = sides(
+            sharp, _lift, _active = sides(
                 beta, weights, first, count, beta_bits, b_k, w_k, HAS_BETA, HAS_WEIGHTS
             )
             energy = -(top + tl.log(total)) / sharp
@@ -357,7 +360,7 @@ class Operands(NamedTuple):
 
     def tile(self) -> dict[str, Any]:
         """Constants and options of a kernel over these operands."""
-        blocks_of = MANY if self.problems * self.v.shape[2] > LONG else FEW
+        blocks_of = LONG_BLOCK if self.problems * self.v.shape[2] > LONG else SHORT_BLOCK
         width = min(64, launch.dim(self.features))
         tile = {"DIM": width, "ROWS": blocks_of, "PROTOS": TILE // width}
         if launch.INTERPRETED:  # the interpreter pays for each operation, not for each entry
@@ -411,7 +414,7 @@ def programs_of(a: Operands, rows: int, block: int, size: int) -> tuple[int, int
     """(blocks of a problem, blocks of all, programs); a program has `size` numbers of scratch."""
     blocks = triton.cdiv(rows, block)
     every = blocks * a.problems
-    return blocks, every, max(1, min(every, PROGRAMS, STRIPS // size)) if every else 0
+    return blocks, every, max(1, min(every, launch.PROGRAMS, STRIPS // size)) if every else 0
 
 
 def recursion(a: Operands, steps: int, step: float, flags: Tensor, out: Tensor) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from ..common import launch
 from ..common.sweep import UNSPECIALISED
 from .exact import (
-    PROGRAMS,
     STRIPS,
     Operands,
     advance,
@@ -135,7 +134,7 @@ def step_back(
                 grad_rho -= 2.0 * pushed
             if MEMORIES:
                 place = PART + k.to(tl.int64) * (D + 2)
-                inside = (k < count)[:, None] & (d < D)[None, :]
+                inside = (k < count)[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
                 add_to(place[:, None] + d[None, :], grad_rho, inside)
                 once = k < tl.where(d0 == 0, count, 0)
                 add_to(place + D, gz, once)
@@ -160,8 +159,9 @@ def exact_backward_kernel(
     MASK_GRAD: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
     """Program (problem, split): `share` blocks of rows of one problem. OUT takes g before the first
-    step, MASKED the gradient of the mask, PART [count, D + 2] the sums over rows and steps of the
-    gradient of rho, of gz, and of gz |x - rho|^2 (see `step_back`).
+    step, with g <- g - h + 2 sum_k beta_k gz_k t_k, t_k = rho_k - x, h = gain g, gz_k = p_k (h t_k
+    - sum_j p_j h t_j). PART [count, D + 2] takes the sums over rows and steps of p_k h - 2 beta_k
+    gz_k t_k, of gz_k, and of gz_k |t_k|^2; MASKED takes sum_t step g sum_k p_k t_k.
     """
     pid = tl.program_id(0)
     problem = first + pid // splits
@@ -177,11 +177,11 @@ def exact_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, left, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         if MEMORIES:
-            begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
-        used = tl.where(met > 0, 1, used)
-        for _ in range(0, met):
+            begin_part(PART, tl.where((flag_count > 0) & (used == 0), count * (D + 2), 0))
+        used = tl.where(flag_count > 0, 1, used)
+        for _ in range(0, flag_count):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             row = (problem.to(tl.int64) * rows + one) * D
@@ -233,16 +233,16 @@ def exact_energy_backward_kernel(
     rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
     beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
     weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
-    sharp, _lift, _alive = sides(
+    sharp, _lift, _active = sides(
         beta, weights, tl.arange(0, 1), count, beta_bits, b_k, w_k, HAS_BETA, HAS_WEIGHTS
     )
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _own, left, met = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
-        begin_part(PART, tl.where((met > 0) & (used == 0), count * (D + 2), 0))
-        used = tl.where(met > 0, 1, used)
-        for _ in range(0, met):
+        _own, left, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        begin_part(PART, tl.where((flag_count > 0) & (used == 0), count * (D + 2), 0))
+        used = tl.where(flag_count > 0, 1, used)
+        for _ in range(0, flag_count):
             one = tl.max(left, 0)
             left = tl.where(left == one, -1, left)
             row = problem.to(tl.int64) * rows + one
@@ -266,7 +266,7 @@ def exact_energy_backward_kernel(
                     moved = q[:, None] * gaps(X, rho, k, active, d0, D, DIM)  # [PROTOS, DIM]
                     pull += tl.sum(moved, 0)
                     place = PART + k.to(tl.int64) * (D + 2)
-                    inside = (k < count)[:, None] & (d < D)[None, :]
+                    inside = (k < count)[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
                     add_to(place[:, None] + d[None, :], 2.0 * moved, inside)
                     once = k < tl.where(d0 == 0, count, 0)
                     add_to(place + D, q, once)
@@ -280,7 +280,9 @@ def exact_energy_backward_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def exact_sums_kernel(PART, USED, SUMS, every, pieces, size, TILE: tl.constexpr):
-    """Add `every` parts of `size` numbers, those that are used, to one tile of SUMS [., size]."""
+    """SUMS_i <- SUMS_i + sum_n PART_ni over the used parts n of `every`, in their order, for a tile
+    of TILE numbers i. SUMS is [., size], PART [., every, size].
+    """
     pid = tl.program_id(0)
     own, i = (pid // pieces).to(tl.int64), (pid % pieces) * TILE + tl.arange(0, TILE)
     inside = i < size
@@ -341,7 +343,7 @@ def _parts(a: Operands, block: int, size: int, memories: bool) -> tuple[int, int
     has `size` numbers of scratch.
     """
     blocks = triton.cdiv(a.v.shape[2], block)
-    most = max(1, min(PROGRAMS, STRIPS // size))
+    most = max(1, min(launch.PROGRAMS, STRIPS // size))
     if memories:
         most = max(1, min(most, PARTS // (a.memories * (a.features + 2))))
     splits = max(1, min(blocks, most // max(a.problems, 1)))

@@ -13,12 +13,10 @@ from torch import Tensor
 from ..common import launch
 from ..common.halves import halves, power, reach_of
 from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
-from ..common.score import load_rows
+from ..common.score import LOG2E, load_rows
 from ..common.sweep import UNSPECIALISED, offset
 from .doubt import MOST
 
-LOG2E = 1.4426950408889634
-_LOG2E = tl.constexpr(LOG2E)
 # Memories of one program; tables of halves are padded to a multiple of it.
 PROTOS = 64
 # The centre is a median over at most SAMPLE memories, in a tile of the next power of two.
@@ -74,7 +72,7 @@ def sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS: tl.constexpr):
     i = tl.arange(0, SAMPLE_TILE)
     size = tl.minimum(count, SAMPLE)
     k = i.to(tl.int64) * count // size
-    active = lifts_of(WEIGHTS, k, i < size, weights_k, HAS_WEIGHTS)[1]
+    _lift, active = lifts_of(WEIGHTS, k, i < size, weights_k, HAS_WEIGHTS)
     return k, active, tl.sum(active.to(tl.int32), 0)
 
 
@@ -86,20 +84,20 @@ def sampled_median(
     """The lower median of features [d0, d0 + DIM) over the active memories of the sample; 0 if none
     is active.
     """
-    k, active, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
+    k, active, active_count = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
     i = tl.arange(0, SAMPLE_TILE)
     mine = load_rows(RHO, k, active, d0, D, D, DIM)  # [SAMPLE_TILE, DIM]
-    mine = tl.where(active[:, None], mine, float("inf"))
-    rank = tl.zeros((SAMPLE_TILE, DIM), tl.int32)
+    mine = tl.where(active[:, None], mine, float("inf"))  # [SAMPLE_TILE, DIM]
+    rank = tl.zeros((SAMPLE_TILE, DIM), tl.int32)  # [SAMPLE_TILE, DIM]
     size = tl.minimum(count, SAMPLE)
     for j in range(0, size):
         other = tl.zeros((1,), tl.int64) + tl.cast(j, tl.int64) * count // size
-        is_active = lifts_of(WEIGHTS, other, other >= 0, weights_k, HAS_WEIGHTS)[1]
+        _lift, is_active = lifts_of(WEIGHTS, other, other >= 0, weights_k, HAS_WEIGHTS)
         theirs = load_rows(RHO, other, is_active, d0, D, D, DIM)  # [1, DIM]
-        theirs = tl.where(is_active[:, None], theirs, float("inf"))
-        before = (theirs < mine) | ((theirs == mine) & (j < i)[:, None])
+        theirs = tl.where(is_active[:, None], theirs, float("inf"))  # [1, DIM]
+        before = (theirs < mine) | ((theirs == mine) & (j < i)[:, None])  # [SAMPLE_TILE, DIM]
         rank += before.to(tl.int32)
-    middle = active[:, None] & (rank == (met - 1) // 2)
+    middle = active[:, None] & (rank == (active_count - 1) // 2)  # [SAMPLE_TILE, DIM]
     return tl.sum(tl.where(middle, mine, 0.0), 0)
 
 
@@ -108,7 +106,7 @@ def from_centre(RHO, CENTRE, k, active, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of memories minus CENTRE, in float64; 0 where masked."""
     d = d0 + tl.arange(0, DIM)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0).to(tl.float64)
-    row = load_rows(RHO, k, active, d0, D, D, DIM).to(tl.float64)
+    row = load_rows(RHO, k, active, d0, D, D, DIM).to(tl.float64)  # [k, DIM]
     return tl.where(active[:, None], row - c[None, :], 0.0)
 
 
@@ -120,19 +118,19 @@ def reach_of_centre(
     """The squared distance from the median up to which memories count for the centre: 16 times the
     median of the squared distances. All count if none of the sample is active.
     """
-    k, active, met = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
+    k, active, active_count = sample_of(WEIGHTS, count, weights_k, HAS_WEIGHTS)
     i = tl.arange(0, SAMPLE_TILE)
     far = tl.zeros((SAMPLE_TILE,), tl.float64)
     for d0 in range(0, D, DIM):
-        gap = from_centre(RHO, CENTRE, k, active, d0, D, DIM)
+        gap = from_centre(RHO, CENTRE, k, active, d0, D, DIM)  # [SAMPLE_TILE, DIM]
         far += tl.sum(gap * gap, 1)
     far = tl.minimum(tl.where(active, far, float("inf")), MOST).to(tl.float32)
-    tied = (far[None, :] == far[:, None]) & (i[None, :] < i[:, None])
-    behind = ((far[None, :] < far[:, None]) | tied) & active[None, :]
+    tied = (far[None, :] == far[:, None]) & (i[None, :] < i[:, None])  # [SAMPLE_TILE, SAMPLE_TILE]
+    behind = ((far[None, :] < far[:, None]) | tied) & active[None, :]  # [SAMPLE_TILE, SAMPLE_TILE]
     rank = tl.sum(behind.to(tl.int32), 1)
-    middle = active & (rank == (met - 1) // 2)
+    middle = active & (rank == (active_count - 1) // 2)
     reach = tl.minimum(16.0 * tl.sum(tl.where(middle, far, 0.0), 0), MOST)
-    return tl.where(met > 0, reach, MOST)
+    return tl.where(active_count > 0, reach, MOST)
 
 
 @triton.jit
@@ -154,10 +152,10 @@ def store_centre(
     near = tl.zeros((1,), tl.float32)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
-        active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)[1]
+        _lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
         far = tl.zeros((PROTOS,), tl.float64)
         for d0 in range(0, D, DIM):
-            gap = from_centre(RHO, CENTRE, k.to(tl.int64), active, d0, D, DIM)
+            gap = from_centre(RHO, CENTRE, k.to(tl.int64), active, d0, D, DIM)  # [PROTOS, DIM]
             far += tl.sum(gap * gap, 1)
         far = tl.minimum(far, MOST).to(tl.float32)
         near += tl.sum((active & (far <= reach)).to(tl.float32), 0)
@@ -226,10 +224,10 @@ def memories_kernel(
             d = d0 + tl.arange(0, DIM)
             c = tl.load(CENTRE + d, mask=d < D, other=0.0)
             row = load_rows(RHO, k.to(tl.int64), active, d0, D, D, DIM)  # [PROTOS, DIM]
-            row = tl.where(active[:, None], row - c[None, :], 0.0)
-            row = tl.minimum(tl.maximum(row, -MOST), MOST)
+            row = tl.where(active[:, None], row - c[None, :], 0.0)  # [PROTOS, DIM]
+            row = tl.minimum(tl.maximum(row, -MOST), MOST)  # [PROTOS, DIM]
             norm += tl.sum(row.to(tl.float64) * row.to(tl.float64), 1)
-            at = TABLE + k.to(tl.int64)[:, None] * STRIDE + d[None, :]
+            at = TABLE + k.to(tl.int64)[:, None] * STRIDE + d[None, :]  # [PROTOS, DIM]
             tl.store(at, row, mask=(k < count)[:, None] & (d < STRIDE)[None, :])
         if HARD:
             scale = tl.full((PROTOS,), 1.0, tl.float32)
@@ -241,13 +239,13 @@ def memories_kernel(
             else:
                 scale = tl.zeros((PROTOS,), tl.float32) + beta
             # from the rounded scale: the error of both then moves all rows alike
-            scale = tl.minimum(2.0 * scale * _LOG2E, MOST)
-            bias = lift.to(tl.float64) * _LOG2E - 0.5 * scale.to(tl.float64) * norm
+            scale = tl.minimum(2.0 * scale * LOG2E, MOST)
+            bias = lift.to(tl.float64) * LOG2E - 0.5 * scale.to(tl.float64) * norm
         valid = k < count
         bias = tl.maximum(bias, -MOST)  # only masked memories have a bias of -inf
         tl.store(SIDE + k, scale, mask=valid)
         tl.store(SIDE + count + k, tl.where(active, bias, float("-inf")), mask=valid)
-        tl.store(SIDE + 2 * count + k, lift * _LOG2E, mask=valid)
+        tl.store(SIDE + 2 * count + k, lift * LOG2E, mask=valid)
         tl.store(SIDE + 3 * count + k, tl.minimum(norm, MOST), mask=valid)
 
 
@@ -263,8 +261,10 @@ def memory_halves_kernel(
     problem, k = (pid // blocks).to(tl.int64), (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
     at = k.to(tl.int64)
     reach = reach_of(SIDE + problem * 4 * count, count, PROTOS)
+    # [PROTOS, DIM]
     rho = load_rows(TABLE + problem * count * STRIDE, at, k < count, 0, D, STRIDE, DIM)
-    high, low = halves(rho * power(reach))
+    high, low = halves(rho * power(reach))  # two of [PROTOS, DIM]
+    # [PROTOS, DIM]
     where = HALVES + problem * 2 * size * DIM + at[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(where, high)
     tl.store(where + tl.cast(size, tl.int64) * DIM, low)

@@ -13,7 +13,7 @@ from ..common.fold import (
     LIFT,
     contest_fold,
     contest_init,
-    decided,
+    decision,
     inverse,
     lse_init,
     softmax_fold,
@@ -21,17 +21,17 @@ from ..common.fold import (
     softmax_init,
 )
 from ..common.halves import halves, load_memory_halves, own_halves, power, reach_of, unpower
-from ..common.score import centred, load_memories, load_rows, logits, own_inner
+from ..common.score import load_memories, load_rows, logits, own_inner, subtract_centre
 from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from ..kmeans.nearest import slack
 from .doubt import (
     SHARED_SCALE,
-    doubted,
-    energy_lost,
-    hard_doubted,
+    energy_loses_digits,
+    final_flags,
+    hard_doubt_flag,
     heaviest,
-    lost,
-    settled,
+    is_in_doubt,
+    loses_digits,
     sharpest,
 )
 from .memories import memories_of
@@ -45,7 +45,7 @@ POISONED = tl.constexpr(2)
 def gain_of(U, u_row, u_feature, row, d, inside, step, MASK: tl.constexpr):
     """The product step * update_mask of a tile; the number `step` itself where there is no mask."""
     if MASK:
-        at = row.to(tl.int64)[:, None] * u_row + d.to(tl.int64)[None, :] * u_feature
+        at = row.to(tl.int64)[:, None] * u_row + d.to(tl.int64)[None, :] * u_feature  # [ROWS, DIM]
         gain = step * tl.load(U + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
     else:
         gain = step
@@ -59,13 +59,13 @@ def poison_of(flag):
 
 
 @triton.jit
-def moved(x, xb, gain):
+def next_state(x, xb, gain):
     """The state x + gain (xb - x), exactly xb at gain 1 and x at gain 0."""
     return gain * xb + (x - gain * x)
 
 
 @triton.jit
-def recalled(
+def recall(
     x, half, first_tile, table, count, width,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
@@ -81,57 +81,58 @@ def recalled(
             contest_init(ROWS), own, table, count, load_memories, own_inner, contest_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
-        index, some, total = decided(state, width)
+        RHO, _SIDE = table
+        index, some, total = decision(state, width)
         nearest = tl.minimum(index, count - 1).to(tl.int64)
-        xb = load_rows(table[0], nearest, some, 0, D, STRIDE, DIM)  # [ROWS, DIM]
+        xb = load_rows(RHO, nearest, some, 0, D, STRIDE, DIM)  # [ROWS, DIM]
         top = tl.where(some, index.to(tl.float32), float("-inf"))
         return tl.where(some[:, None], xb, x), top, total
     if RESIDENT:
         _k, _rho, scale, bias = first_tile
         inner = own_inner(own, first_tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-        s = logits(inner, half, scale, bias, PER_MEMORY)
+        s = logits(inner, half, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
         state = softmax_fold(softmax_init(ROWS, DIM), s, first_tile, PREC)
     else:
         state = sweep(
             softmax_init(ROWS, DIM), own, table, count, load_memories, own_inner, softmax_fold,
             D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY,
         )  # fmt: skip
-    top, total, acc = state
+    top, total, acc = state  # [ROWS], [ROWS], [ROWS, DIM]
     none = total == 0.0
-    xb = tl.where(none[:, None], x, acc * inverse(total)[:, None])
+    xb = tl.where(none[:, None], x, acc * inverse(total)[:, None])  # [ROWS, DIM]
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total
 
 
 @triton.jit
-def recalled_in_halves(
+def recall_in_halves(
     x, first_tile, table, count, sharp, reach,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """As `recalled` with products of halves; `sharp` is the scale of all logits."""
+    """As `recall` with products of halves; `sharp` is the scale of all logits."""
     largest = tl.max(tl.abs(x), 1)
     undo = sharp * (unpower(largest) * unpower(reach))
-    own = (halves(x * power(largest)[:, None]), undo)
+    own = (halves(x * power(largest)[:, None]), undo)  # (two of [ROWS, DIM], [ROWS])
     if RESIDENT:
         _code, _parts, _keep, bias = first_tile
         inner = own_halves(own, first_tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-        s = logits(inner, undo, undo, bias, "rows")
+        s = logits(inner, undo, undo, bias, "rows")  # [ROWS, PROTOS]
         state = softmax_halves_fold(softmax_init(ROWS, DIM), s, first_tile, PREC)
     else:
         state = sweep(
             softmax_init(ROWS, DIM), own, table, count, load_memory_halves, own_halves,
             softmax_halves_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
-    top, total, acc = state
+    top, total, acc = state  # [ROWS], [ROWS], [ROWS, DIM]
     none = total == 0.0
-    xb = tl.where(none[:, None], x, acc * (unpower(reach) * inverse(total))[:, None])
+    xb = tl.where(none[:, None], x, acc * (unpower(reach) * inverse(total))[:, None])  # [ROWS, DIM]
     return xb, tl.where(none, float("-inf"), top + total * 0.0), total / LIFT
 
 
 @triton.jit
 def take_out(
     TOP, PATH, local, flag, steps, strip, d0,
-    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mark the rows in doubt for the kernels of the backward: a TOP of inf and states of 0."""
     d = d0 + tl.arange(0, DIM)
@@ -139,7 +140,7 @@ def take_out(
     for t in range(0, steps):
         here = tl.cast(t, tl.int64) * strip + local
         tl.store(TOP + here, tl.full((ROWS,), float("inf"), tl.float32), mask=doubt)
-        at = PATH + here[:, None] * STRIDE + d[None, :]
+        at = PATH + here[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
         tl.store(at, tl.zeros((ROWS, DIM), tl.float32), mask=doubt[:, None] & (d < STRIDE)[None, :])
 
 
@@ -149,7 +150,7 @@ def store_step(
 ):
     """Store a step for the backward: the state, its recall, the largest logit, the sum."""
     d = tl.arange(0, DIM)
-    keep = here[:, None] * STRIDE + d[None, :]
+    keep = here[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
     tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
     tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
     tl.store(TOP + here, top)
@@ -168,11 +169,11 @@ def store_result(
     c = tl.load(CENTRE + d, mask=d < D, other=0.0)
     out = x + c[None, :] + poison[:, None]  # [ROWS, DIM]
     raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-    flag = lost(tl.sum(x * x, 1), tl.sum(out * out, 1), tl.sum(raw * raw, 1))
+    flag = loses_digits(tl.sum(x * x, 1), tl.sum(out * out, 1), tl.sum(raw * raw, 1))
     if MASK:
-        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
-        out = tl.where(gain == 0.0, raw, out)
-    out = tl.where(none[:, None], raw, out)
+        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)  # [ROWS, DIM]
+        out = tl.where(gain == 0.0, raw, out)  # [ROWS, DIM]
+    out = tl.where(none[:, None], raw, out)  # [ROWS, DIM]
     tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
     return flag
 
@@ -190,16 +191,18 @@ def step_in_doubt(
     x, xb, norm, top, total, sharp, ratio, floor, near_limit, lift,
     HARD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """1 for rows whose step may be wrong, else 0: `doubted`, and `energy_lost` if KEEP is 3."""
+    """1 for rows whose step may be wrong, else 0: `is_in_doubt`, and if KEEP is 3
+    `energy_loses_digits`.
+    """
     if HARD:
-        flag = hard_doubted(norm, total)
+        flag = hard_doubt_flag(norm, total)
     else:
         gap = xb - x  # [ROWS, DIM]
         # one sum of both squares: |x|^2 would take a register through the sweep
         norms, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
-        flag = doubted(norms, far, total, sharp, ratio, floor, near_limit).to(tl.int32)
+        flag = is_in_doubt(norms, far, total, sharp, ratio, floor, near_limit).to(tl.int32)
         if KEEP == 3:
-            flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
+            flag |= energy_loses_digits(norm, norms, far, top, lift, sharp).to(tl.int32)
     return flag
 
 
@@ -230,9 +233,9 @@ def recursion_kernel(
 
     d = tl.arange(0, DIM)
     valid, at = row < rows, row.to(tl.int64)
-    inside = valid[:, None] & (d < D)[None, :]
+    inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
     raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-    x = centred(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
+    x = subtract_centre(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
     # a row that is not finite gives NaN, whatever the memories are, and so does such a memory
     poison = tl.sum(raw * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
     flag = tl.where(poison == 0.0, 0, POISONED)  # a number of its own would take a register
@@ -243,7 +246,7 @@ def recursion_kernel(
         reach = reach_of(SIDE, count, PROTOS)
     else:
         sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
-    tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
+    tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)  # rho [PROTOS, DIM]
     if IN_HALVES:
         scale, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
         floor = reach * SHARED_SCALE
@@ -251,19 +254,19 @@ def recursion_kernel(
         if not RESIDENT:
             parts = (HALVES + 2 * m * size * DIM, SIDE, size)
         k, rho, _scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
-        tile = (k, halves(rho * power(reach)), k, bias)
+        tile = (k, halves(rho * power(reach)), k, bias)  # the second: two of [PROTOS, DIM]
     top, total = lse_init(ROWS)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
         norm = tl.sum(x * x, 1)
         if IN_HALVES:
-            xb, top, total = recalled_in_halves(
+            xb, top, total = recall_in_halves(  # xb [ROWS, DIM]
                 x, tile, parts, count, scale, reach,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT,
             )  # fmt: skip
         else:
             width = slack(norm, reach, unit, 0.0, D) if HARD else norm
-            xb, top, total = recalled(
+            xb, top, total = recall(  # xb [ROWS, DIM]
                 x, 0.5 * norm, tile, table, count, width,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
             )  # fmt: skip
@@ -275,15 +278,16 @@ def recursion_kernel(
             store_step(
                 PATH, PULL, TOP, TOTAL, here, x, xb, top + poison_of(flag), total, STRIDE, DIM
             )  # fmt: skip
-        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
+        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)  # [ROWS, DIM] if MASK
+        x = next_state(x, xb, gain)  # [ROWS, DIM]
 
     poison = poison_of(flag)
-    flag = settled(flag, total, SIDE, count, PROTOS)
+    flag = final_flags(flag, total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
     if KEEP >= 2:
         flag = tl.where(poison == 0.0, flag, 0)
         tl.debug_barrier()
-        take_out(TOP, PATH, local, flag, steps, strip, 0, D, STRIDE, DIM, ROWS)
+        take_out(TOP, PATH, local, flag, steps, strip, 0, STRIDE, DIM, ROWS)
     else:
         none = (top == float("-inf")) & (poison == 0.0)
         flag |= store_result(

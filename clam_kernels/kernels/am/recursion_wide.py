@@ -8,14 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.fold import contest_fold, contest_init, decided, finite, inverse, lse_fold, lse_init
+from ..common.fold import contest_fold, contest_init, decision, finite, inverse, lse_fold, lse_init
 from ..common.halves import reach_of
-from ..common.score import centred, dot, load_rows, load_sides, logits, wide_inner
+from ..common.score import dot, load_rows, load_sides, logits, subtract_centre, wide_inner
 from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
 from ..kmeans.nearest import slack
-from .doubt import doubted, energy_lost, hard_doubted, lost, settled
+from .doubt import energy_loses_digits, final_flags, hard_doubt_flag, is_in_doubt, loses_digits
 from .memories import memories_of
-from .recursion import LN2, POISONED, gain_of, limits_of, moved, poison_of, take_out
+from .recursion import LN2, POISONED, gain_of, limits_of, next_state, poison_of, take_out
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def store_starts(
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
         raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
-        x = centred(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
+        x = subtract_centre(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
         tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
@@ -56,7 +56,7 @@ def wide_weights(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """(top, total, index): max_k s_k and sum_k 2^(s_k - top), as `recalled` returns them; HARD: the
+    """(top, total, index): max_k s_k and sum_k 2^(s_k - top), as `recall` returns them; HARD: the
     index of the nearest memory, also as a float in `top`.
     """
     index = tl.full((ROWS,), 0, tl.int32)
@@ -65,7 +65,7 @@ def wide_weights(
             contest_init(ROWS), own, table, count, load_sides, wide_inner, contest_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
-        index, some, total = decided(state, slack(norm, reach, unit, 0.0, D))
+        index, some, total = decision(state, slack(norm, reach, unit, 0.0, D))
         top = tl.where(some, index.to(tl.float32), float("-inf"))
     else:
         m, total = sweep(
@@ -84,12 +84,13 @@ def wide_recall(
 ):  # fmt: skip
     """Features [d0, d0 + DIM) of sum_k 2^(s_k - top) rho_k."""
     RHO, _SIDE = table
-    acc = tl.zeros((ROWS, DIM), tl.float32)
+    _states, half = own
+    acc = tl.zeros((ROWS, DIM), tl.float32)  # [ROWS, DIM]
     for k0 in range(0, count, PROTOS):
         tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
         k, _rho, scale, bias = tile  # [PROTOS], pointer, [PROTOS], [PROTOS]
         inner = wide_inner(own, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-        s = logits(inner, own[1], scale, bias, PER_MEMORY)
+        s = logits(inner, half, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         acc += dot(tl.exp2(s - top[:, None]), rho, PREC)
     return acc
@@ -106,7 +107,8 @@ def store_step_wide(
     """Store the next states x + gain (xb - x), DIM features at a time; returns |x|^2 + |xb|^2 and
     |xb - x|^2. KEEP >= 2: store the recalls xb too, but no state after the last step (not `more`).
     """
-    _path, slot, every = own[0]
+    states, _half = own
+    _path, slot, every = states
     RHO, _SIDE = table
     norms, far = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
@@ -115,22 +117,23 @@ def store_step_wide(
             nearest = tl.minimum(index, count - 1).to(tl.int64)
             xb = load_rows(RHO, nearest, index >= 0, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         else:
-            xb = wide_recall(
+            xb = wide_recall(  # [ROWS, DIM]
                 own, table, count, d0, finite(top),
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
             )  # fmt: skip
-            xb = xb * inverse(total)[:, None]
+            xb = xb * inverse(total)[:, None]  # [ROWS, DIM]
         x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
-        xb = tl.where(none[:, None], x, xb)
+        xb = tl.where(none[:, None], x, xb)  # [ROWS, DIM]
         norms += tl.sum(x * x + xb * xb, 1)
         far += tl.sum((xb - x) * (xb - x), 1)
         if KEEP >= 2:
-            keep = slot[:, None] * STRIDE + d[None, :]
+            keep = slot[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
             tl.store(PULL + keep, xb, mask=(d < STRIDE)[None, :])
-        inside = valid[:, None] & (d < D)[None, :]
-        x = moved(x, xb, gain_of(U, u_row, u_feature, row, d, inside, step, MASK))
+        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
+        gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)  # [ROWS, DIM] if MASK
+        x = next_state(x, xb, gain)  # [ROWS, DIM]
         if KEEP < 2 or more:
-            keep = following[:, None] * STRIDE + d[None, :]
+            keep = following[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
             tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
     return norms, far
 
@@ -149,7 +152,7 @@ def store_results(
     start = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        inside = valid[:, None] & (d < D)[None, :]
+        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
         c = tl.load(CENTRE + d, mask=d < D, other=0.0)
         x = load_rows(PATH, slot, every, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         out = x + c[None, :] + poison[:, None]  # [ROWS, DIM]
@@ -158,11 +161,11 @@ def store_results(
         result += tl.sum(out * out, 1)
         start += tl.sum(raw * raw, 1)
         if MASK:
-            gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)
-            out = tl.where(gain == 0.0, raw, out)
-        out = tl.where(none[:, None], raw, out)
+            gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)  # [ROWS, DIM]
+            out = tl.where(gain == 0.0, raw, out)  # [ROWS, DIM]
+        out = tl.where(none[:, None], raw, out)  # [ROWS, DIM]
         tl.store(OUT + p[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
-    return lost(norm, result, start)
+    return loses_digits(norm, result, start)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -218,20 +221,20 @@ def recursion_wide_kernel(
             D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, MASK, KEEP,
         )  # fmt: skip
         if HARD:
-            flag |= hard_doubted(norm, total)
+            flag |= hard_doubt_flag(norm, total)
         else:
-            flag |= doubted(norms, far, total, sharp, ratio, 0.0, near_limit).to(tl.int32)
+            flag |= is_in_doubt(norms, far, total, sharp, ratio, 0.0, near_limit).to(tl.int32)
             if KEEP == 3:
-                flag |= energy_lost(norm, norms, far, top, lift, sharp).to(tl.int32)
+                flag |= energy_loses_digits(norm, norms, far, top, lift, sharp).to(tl.int32)
         tl.debug_barrier()
 
     poison = poison_of(flag)
-    flag = settled(flag, total, SIDE, count, PROTOS)
+    flag = final_flags(flag, total, SIDE, count, PROTOS)
     p = problem.to(tl.int64) * rows + at
     if KEEP >= 2:
         flag = tl.where(poison == 0.0, flag, 0)
         for d0 in range(0, D, DIM):
-            take_out(TOP, PATH, local, flag, steps, strip, d0, D, STRIDE, DIM, ROWS)
+            take_out(TOP, PATH, local, flag, steps, strip, d0, STRIDE, DIM, ROWS)
     else:
         slot = tl.cast(steps % 2, tl.int64) * strip + local
         none = (top == float("-inf")) & (poison == 0.0)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .halves import halved_onto, halves
+from .halves import dot_halves_onto, halves
 from .score import dot
 
 LIFT_BITS = tl.constexpr(10.0)
 LIFT = tl.constexpr(2.0**10)
+# The index beside the others in a minimum: above all of them.
+NO_INDEX = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -51,9 +53,9 @@ def lse_first_init(ROWS: tl.constexpr):
 def lse_first_fold(state, s, tile, PREC: tl.constexpr):
     """As `lse_fold`, and index = the lowest k with s_k = m."""
     m, index, total = state
-    k = tile[0]
+    k, _rho, _scale, _bias = tile
     highest = tl.max(s, 1)
-    first = tl.min(tl.where(s == highest[:, None], k[None, :], 2147483647), 1)
+    first = tl.min(tl.where(s == highest[:, None], k[None, :], NO_INDEX), 1)
     index = tl.where(highest > m, first, index)
     top = tl.maximum(m, highest)
     safe = finite(top)
@@ -76,7 +78,7 @@ def softmax_fold(state, s, tile, PREC: tl.constexpr):
     _k, rho, _scale, _bias = tile
     top = tl.maximum(m, tl.max(s, 1))
     safe = finite(top)
-    p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)
+    p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)  # [ROWS, PROTOS], [ROWS]
     return top, total * shrink + tl.sum(p, 1), acc * shrink[:, None] + dot(p, rho, PREC)
 
 
@@ -89,8 +91,9 @@ def softmax_halves_fold(state, s, tile, PREC: tl.constexpr):
     _k, parts, _keep, _bias = tile  # parts: two tiles [PROTOS, DIM]
     top = tl.maximum(m, tl.max(s, 1))
     safe = finite(top)
+    # [ROWS, PROTOS], [ROWS]
     p, shrink = tl.exp2(s - (safe - LIFT_BITS)[:, None]), tl.exp2(m - safe)
-    acc = halved_onto(halves(p), parts, acc * shrink[:, None], PREC)
+    acc = dot_halves_onto(halves(p), parts, acc * shrink[:, None], PREC)  # [ROWS, DIM]
     return top, total * shrink + tl.sum(p, 1), acc
 
 
@@ -107,9 +110,9 @@ def contest_fold(state, s, tile, PREC: tl.constexpr):
     all k but index.
     """
     best, index, second = state
-    k = tile[0]
+    k, _rho, _scale, _bias = tile
     top = tl.max(s, 1)
-    first = tl.min(tl.where(s == top[:, None], k[None, :], 2147483647), 1)
+    first = tl.min(tl.where(s == top[:, None], k[None, :], NO_INDEX), 1)
     runner = tl.max(tl.where(k[None, :] == first[:, None], float("-inf"), s), 1)
     better = top > best
     second = tl.maximum(tl.maximum(second, runner), tl.where(better, best, top))
@@ -117,7 +120,7 @@ def contest_fold(state, s, tile, PREC: tl.constexpr):
 
 
 @triton.jit
-def decided(state, width):
+def decision(state, width):
     """Finish `contest_fold`: (index of the nearest, whether any memory is active, 1 where best -
     second > width, 2 where not, 0 where all memories are masked).
     """
@@ -138,7 +141,7 @@ def inverse(total):
 
 
 @triton.jit
-def normalised(mass, delta):
+def normalise(mass, delta):
     """(1 / mass, delta / mass); (0, 0) where all memories are masked and mass = 0."""
     inverse = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))
     return inverse, tl.where(mass == 0.0, 0.0, delta / tl.where(mass == 0.0, 1.0, mass))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .score import centred_rows
+from .score import load_centred_rows
 
 # The norm of memories whose squared norms are 0 in float32.
 TINY = tl.constexpr(2.0**-74)
@@ -39,12 +39,12 @@ def unpower(top):
 @triton.jit
 def halves(x):
     """A scaled tile in two parts: the nearest float16, and the rounding error as float16."""
-    high = x.to(tl.float16)
+    high = x.to(tl.float16)  # the shape of x
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
-def halved_onto(a, b, c, PREC: tl.constexpr):
+def dot_halves_onto(a, b, c, PREC: tl.constexpr):
     """The sum c + a @ b of tiles in halves: a_low b_high, then a_high b_low (both only with
     "f16x3"), then a_high b_high.
     """
@@ -66,7 +66,7 @@ def load_halves(
     """
     HALVES, BIAS, size, keep = table
     k = k0 + tl.arange(0, PROTOS)
-    at = HALVES + k.to(tl.int64)[:, None] * STRIDE + tl.arange(0, DIM)[None, :]
+    at = HALVES + k.to(tl.int64)[:, None] * STRIDE + tl.arange(0, DIM)[None, :]  # [PROTOS, DIM]
     high = tl.load(at)  # [PROTOS, DIM]
     low = tl.load(at + tl.cast(size, tl.int64) * STRIDE)  # [PROTOS, DIM]
     return 2 * (k0 // PROTOS), (high, low), keep, tl.load(BIAS + k)
@@ -102,7 +102,7 @@ def load_memory_halves(
     """As `load_halves` with the biases of a table of memories: (k, parts, k, bias)."""
     HALVES, SIDE, size = table
     k = k0 + tl.arange(0, PROTOS)
-    at = HALVES + k.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    at = HALVES + k.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]  # [PROTOS, DIM]
     parts = (tl.load(at), tl.load(at + tl.cast(size, tl.int64) * DIM))  # two of [PROTOS, DIM]
     return k, parts, k, tl.load(SIDE + count + k, mask=k < count, other=float("-inf"))
 
@@ -114,11 +114,12 @@ def own_halves(
     """Products [ROWS, PROTOS] of rows in registers with a tile; own = ((high, low) of the rows, the
     inverse of both scales).
     """
-    x = own[0]
+    x, _undo = own
+    x_high, _x_low = x  # two of [ROWS, DIM]
     _code, parts, _keep, _bias = tile
     high, low = parts
-    s = tl.zeros((x[0].shape[0], high.shape[0]), tl.float32)
-    return halved_onto(x, (tl.trans(high), tl.trans(low)), s, PREC)
+    s = tl.zeros((x_high.shape[0], high.shape[0]), tl.float32)  # [ROWS, PROTOS]
+    return dot_halves_onto(x, (tl.trans(high), tl.trans(low)), s, PREC)
 
 
 @triton.jit
@@ -128,15 +129,17 @@ def raw_halves(
     """As `own_halves` for the caller's rows, centred and scaled here, DIM features at a time; own =
     ((V, CENTRE, at, valid, scale), the inverse of both scales).
     """
-    V, CENTRE, at, valid, scale = own[0]
+    rows, _undo = own
+    V, CENTRE, at, valid, scale = rows
     _code, parts, _keep, bias = tile
     HIGH, skip = parts
     k = tl.arange(0, bias.shape[0])
-    s = tl.zeros((at.shape[0], bias.shape[0]), tl.float32)
+    s = tl.zeros((at.shape[0], bias.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
         # two of [ROWS, DIM]
-        x = halves(centred_rows(V, CENTRE, at, valid, d0, D, DIM) * scale[:, None])
+        x = halves(load_centred_rows(V, CENTRE, at, valid, d0, D, DIM) * scale[:, None])
+        # [PROTOS, DIM]
         where = HIGH + k.to(tl.int64)[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]
         c = (tl.trans(tl.load(where)), tl.trans(tl.load(where + skip)))  # two of [DIM, PROTOS]
-        s = halved_onto(x, c, s, PREC)
+        s = dot_halves_onto(x, c, s, PREC)
     return s

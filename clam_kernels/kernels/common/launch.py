@@ -22,6 +22,9 @@ WIDEST = 128
 MOST_ROWS = (1 << 31) - (1 << 20)
 # Scratch of a backward, or of a wide forward, in float32 numbers (256 MB).
 SCRATCH = 1 << 26
+# Programs of a launch whose partial sums are added: enough for any GPU, and the same for each, so
+# that sums have the same order on every GPU.
+PROGRAMS = 512
 
 
 def why_not(v: Tensor, *_: Any) -> str | None:
@@ -50,16 +53,16 @@ def rows(x: Tensor) -> Tensor:
     n, d = x.shape[-2:]
     dense = (x.stride(-1) == 1 or d == 1) and (x.stride(-2) == d or n == 1)
     even = all(step % d == 0 for step in x.stride()[:-2]) if d else True
-    return aligned(x) if dense and even else x.contiguous()
+    return align(x) if dense and even else x.contiguous()
 
 
-def aligned(x: Tensor) -> Tensor:
+def align(x: Tensor) -> Tensor:
     """`x`, or a copy of it that begins on a boundary of 16 bytes."""
     return x.clone() if x.data_ptr() % 16 else x
 
 
 def plain(x: Tensor) -> Tensor:
-    """`x` with any strides, in float32 where the interpreter would meet bfloat16."""
+    """`x` with any strides; float32 in place of bfloat16 for the interpreter, which has none."""
     return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
 
 

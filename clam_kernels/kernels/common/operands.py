@@ -26,11 +26,11 @@ def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> lis
     Stride 0 stands where an operand is shared. Neighbouring batch dims are merged where the strides
     of all operands allow it; only if more than two remain are the operands that need it copied.
     """
-    lifted = [(_lifted(x, core), core) for x, core in operands]
+    lifted = [(_with_dims(x, core), core) for x, core in operands]
     if not batch:  # nothing to expand, nothing to merge
         return [x.as_strided((1, 1, *x.shape), (0, 0, *x.stride())) for x, _ in lifted]
     views = [x.expand(*batch, *x.shape[x.ndim - core :]) for x, core in lifted]
-    groups = _merged(batch, [v.stride()[: len(batch)] for v in views])
+    groups = _merge_dims(batch, [v.stride()[: len(batch)] for v in views])
     if len(groups) > 2:
         return [v.reshape(1, math.prod(batch), *v.shape[len(batch) :]) for v in views]
     sizes = [1] * (2 - len(groups)) + [size for size, _ in groups]
@@ -45,8 +45,8 @@ def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> lis
 
 
 def in_rows(view: Tensor, d: int) -> tuple[int, ...]:
-    """Batch strides of dense rows [O, I, N, D], in rows: a kernel that multiplies them by D knows
-    how its addresses are aligned, whatever the batch, and computes a row in one order.
+    """Batch strides of dense rows [O, I, N, D], in rows. A kernel multiplies them by D: the
+    compiler derives the alignment of its addresses for every batch, and sums a row in one order.
     """
     return tuple(step // d for step in view.stride()[:2])
 
@@ -61,14 +61,16 @@ def of_each(view: Tensor | None) -> tuple[int, ...] | None:
     return None if view is None else (*view.stride()[:2], view.stride(2) * (view.shape[2] > 1))
 
 
-def _lifted(x: Tensor, core: int) -> Tensor:
+def _with_dims(x: Tensor, core: int) -> Tensor:
     """`x` with `core` dims at least."""
     while x.ndim < core:
         x = x[None]
     return x
 
 
-def _merged(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+def _merge_dims(
+    sizes: Sequence[int], strides: Sequence[Sequence[int]]
+) -> list[tuple[int, list[int]]]:
     """Batch dims as few `(size, strides of the operands)` as possible, outermost first."""
     groups: list[tuple[int, list[int]]] = []
     for at in reversed(range(len(sizes))):

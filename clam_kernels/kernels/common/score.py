@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def dot(a, b, PREC: tl.constexpr):
@@ -35,7 +37,7 @@ def dot_onto(a, b, c, PREC: tl.constexpr):
 def load_rows(X, at, valid, d0, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of rows `at` (int64) as float32; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
-    where = X + at[:, None] * STRIDE + d[None, :]
+    where = X + at[:, None] * STRIDE + d[None, :]  # [rows, DIM]
     # [rows, DIM]
     return tl.load(where, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
 
@@ -82,9 +84,10 @@ def wide_inner(
     """Products x @ rho^T [ROWS, PROTOS] of centred rows in memory, DIM features at a time; own =
     ((X, at, valid), |x|^2 / 2).
     """
-    X, at, valid = own[0]
+    rows, _half = own
+    X, at, valid = rows
     k, RHO, _scale, _bias = tile
-    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
+    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
         x = load_rows(X, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
@@ -97,24 +100,25 @@ def raw_inner(
     own, tile, count, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr
 ):
     """As `wide_inner`, but centres the caller's rows; own = ((V, CENTRE, at, valid), ...)."""
-    V, CENTRE, at, valid = own[0]
+    rows, _half = own
+    V, CENTRE, at, valid = rows
     k, RHO, _scale, _bias = tile
-    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)
+    s = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     for d0 in range(0, D, DIM):
-        x = centred_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM]
+        x = load_centred_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM]
         rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
         s = dot_onto(x, tl.trans(rho), s, PREC)
     return s
 
 
 @triton.jit
-def centred_rows(V, CENTRE, at, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
+def load_centred_rows(V, CENTRE, at, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of the caller's rows minus the centre; 0 beyond the edges."""
-    return centred(load_rows(V, at, valid, d0, D, D, DIM), CENTRE, valid, d0, D, DIM)
+    return subtract_centre(load_rows(V, at, valid, d0, D, D, DIM), CENTRE, valid, d0, D, DIM)
 
 
 @triton.jit
-def centred(raw, CENTRE, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
+def subtract_centre(raw, CENTRE, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
     """A tile [ROWS, DIM] of rows minus the centre; 0 beyond the edges."""
     d = d0 + tl.arange(0, DIM)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0)
@@ -128,9 +132,9 @@ def logits(inner, half, scale, bias, PER_MEMORY: tl.constexpr):
     "rows": s = half * inner + bias, where `half` is a factor of each row.
     """
     if PER_MEMORY == "rows":
-        s = inner * half[:, None] + bias[None, :]
+        s = inner * half[:, None] + bias[None, :]  # [ROWS, PROTOS]
     else:
         if PER_MEMORY:
-            inner = inner - half[:, None]
-        s = inner * scale[None, :] + bias[None, :]
+            inner = inner - half[:, None]  # [ROWS, PROTOS]
+        s = inner * scale[None, :] + bias[None, :]  # [ROWS, PROTOS]
     return s

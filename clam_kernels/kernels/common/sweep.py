@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep: rows in registers meet every tile of memories or centroids once, in order; and where
-the problems of a batch begin.
+"""The sweep: a program folds every tile of memories or centroids into its rows in registers, in
+order; and where the problems of a batch begin.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import triton.language as tl
 
 from .score import logits
 
+# Scalars of a kernel on which triton does not specialise, where it may specialise on the batch
+# strides of the memories.
+SIZES = ["rows", "count", "inner", "blocks", "first", "steps", "step", "strip", "share"]
 # Runtime scalars on which triton does not specialise: no value of them compiles a kernel anew.
 # Batch strides are among them, so that the same code computes a row in every batch.
 UNSPECIALISED = [
-    "rows", "count", "inner", "blocks", "first", "steps", "step", "strip", "splits", "share",
-    "size", "problems", "first_problem", "f_count", "g_count", "keep", "unit", "grain", "k",
-    "pieces", "every", "beta", "beta_bits", "step_bits",
+    *SIZES, "splits", "size", "problems", "first_problem", "f_count", "g_count", "keep", "unit",
+    "grain", "k", "pieces", "every", "beta", "beta_bits", "step_bits",
     "v_o", "v_i", "m_o", "m_i", "x_o", "x_i", "c_o", "c_i", "l_o", "l_i", "rho_o", "rho_i",
 ]  # fmt: skip
 

@@ -23,10 +23,20 @@ from ..common.halves import (
     unpower,
 )
 from ..common.operands import arrange, batch_of, by_name, in_rows
-from ..common.score import centred, load_rows
+from ..common.score import load_rows, subtract_centre
 from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
-from .centroids import centroids as prepared
-from .nearest import grain_of, nearer, nearest, ranked, ranks_fold, ranks_init, slack, squared, unit
+from .centroids import centroids as prepare
+from .nearest import (
+    best_three,
+    grain_of,
+    nearer,
+    nearest,
+    ranks_fold,
+    ranks_init,
+    slack,
+    squared_distances,
+    unit,
+)
 
 # Rows of a label that one program adds, and rows of a tile, which it adds in float32.
 PIECE, TILE = 1024, 64
@@ -39,7 +49,7 @@ OTHER = tl.constexpr(1 << 32)
 
 
 @triton.jit
-def scored(
+def candidates(
     X, table, ORIGIN, row, valid, count, reach, unit, grain,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr,
@@ -52,13 +62,13 @@ def scored(
     at = row.to(tl.int64)
     raw = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
     poison = tl.sum(raw * 0.0, 1) + tl.where(reach == reach, 0.0, float("nan"))
-    x = centred(raw, ORIGIN, valid, 0, D, DIM)  # [ROWS, DIM]
+    x = subtract_centre(raw, ORIGIN, valid, 0, D, DIM)  # [ROWS, DIM]
     norm, largest = tl.sum(x * x, 1), tl.max(tl.abs(x), 1)
     if WIDE:
         for d0 in range(DIM, D, DIM):
             raw = load_rows(X, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
             poison += tl.sum(raw * 0.0, 1)
-            part = centred(raw, ORIGIN, valid, d0, D, DIM)  # [ROWS, DIM]
+            part = subtract_centre(raw, ORIGIN, valid, d0, D, DIM)  # [ROWS, DIM]
             norm += tl.sum(part * part, 1)
             largest = tl.maximum(largest, tl.max(tl.abs(part), 1))
     undo = unpower(largest) * unpower(reach)
@@ -69,13 +79,13 @@ def scored(
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
     else:
-        own = (halves(x * power(largest)[:, None]), undo)
+        own = (halves(x * power(largest)[:, None]), undo)  # (two of [ROWS, DIM], [ROWS])
         state = sweep(
             ranks_init(ROWS, PROTOS // 2), own, table, count, load_halves, own_halves,
             ranks_fold, D, STRIDE, DIM, PROTOS, PREC, "rows",
         )  # fmt: skip
     _halves, _bias, _size, keep = table
-    best, label, second, runner, third = ranked(state, keep, PROTOS)
+    best, label, second, runner, third = best_three(state, keep, PROTOS)
     width = slack(norm, reach, unit, grain, D)
     # poison is NaN where the row is not finite, reach -1 where all centroids are masked
     regular = valid & (poison + reach >= 0.0)
@@ -86,7 +96,7 @@ def scored(
 
 
 @triton.jit
-def settled(X, C, NORM, row, label, runner, pair, more, count, D: tl.constexpr):
+def exact_labels(X, C, NORM, row, label, runner, pair, more, count, D: tl.constexpr):
     """Labels of all rows: of two candidates (`pair`) the nearer in float64, for all such rows at
     once; of `more` candidates the nearest of all centroids in float64, row by row.
     """
@@ -106,7 +116,7 @@ def distance(X, C, at, label, poison, D: tl.constexpr, DIM: tl.constexpr):
     """|x - c|^2 for the labelled centroid; inf without a label, NaN where a row is not finite."""
     some = label >= 0
     k = tl.where(some, label, 0).to(tl.int64)
-    sqdist = squared(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
+    sqdist = squared_distances(X, C, at, k, some, D, DIM if DIM < 32 else 32, tl.float32)
     return tl.where(some, sqdist, tl.where(poison == 0.0, float("inf"), float("nan")))
 
 
@@ -117,16 +127,17 @@ def kmeans_assign_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Nearest centroid of ROWS rows by their scores (`scored`). Where two scores are too close the
-    label is -2 - (label + 2^32 (runner-up + 1)), where three are it is -2, for `settle_kernel`:
-    here float64 would take the registers of another block. SQDIST takes the distances if DISTANCES.
+    """Label argmax_k (x c_k - |c_k|^2 / 2) of ROWS rows x, the nearest centroid (`candidates`).
+    Where two scores are too close the label is -2 - (label + 2^32 (runner-up + 1)), where three are
+    it is -2, for `settle_kernel`: here float64 would take the registers of another block. SQDIST
+    takes |x - c|^2 of the label if DISTANCES.
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     m = offset(problem, inner, m_o, m_i)
     X += offset(problem, inner, x_o, x_i) * D
     valid, at = row < rows, row.to(tl.int64)
     table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
-    label, runner, pair, more, poison = scored(
+    label, runner, pair, more, poison = candidates(
         X, table, ORIGIN + m * D, row, valid, count, tl.load(REACH + m), unit, grain,
         D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
     )  # fmt: skip
@@ -145,8 +156,8 @@ def settle_kernel(
     rows, count, inner, blocks, size, x_o, x_i, c_o, c_i, m_o, m_i,
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Labels and distances of those of ROWS rows that have a code below -1 from
-    `kmeans_assign_kernel`, with float64 (`settled`).
+    """Label argmin_k |x - c_k|^2 in float64, over two candidates or all centroids, of each of ROWS
+    rows to which `kmeans_assign_kernel` gave a code below -1; SQDIST takes |x - c|^2 of the label.
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     X += offset(problem, inner, x_o, x_i) * D
@@ -160,7 +171,7 @@ def settle_kernel(
         more = left & (both == 0)
         runner = (both // OTHER).to(tl.int32) - 1
         label = (both % OTHER).to(tl.int32)
-        label = settled(X, C, NORM, row, label, runner, left & ~more, more, count, D)
+        label = exact_labels(X, C, NORM, row, label, runner, left & ~more, more, count, D)
         tl.store(LABEL + p, label.to(tl.int64), mask=left)
         if DISTANCES:
             far = distance(X, C, row.to(tl.int64), label, label * 0.0, D, DIM)
@@ -168,7 +179,7 @@ def settle_kernel(
 
 
 class Nearest(NamedTuple):
-    """The arguments of a kernel that assigns, all but those of its outputs and its grid."""
+    """The arguments of a kernel that assigns, except its outputs and its grid."""
 
     batch: tuple[int, ...]
     problems: tuple[int, int]  # [O, I]
@@ -179,7 +190,7 @@ class Nearest(NamedTuple):
     shift: Tensor | None  # view [O, I, 2, D]
 
 
-def arranged(
+def nearest_arguments(
     kernel: str,
     x: Tensor,
     centroids: Tensor,
@@ -187,21 +198,21 @@ def arranged(
     mask: Tensor | None,
     precision: str,
     apart: bool = False,
-    moved: Tensor | None = None,
+    shift_parts: Tensor | None = None,
     strict: bool = False,
 ) -> Nearest:
     """Prepare the centroids and choose the tile. `apart`: the kernel needs the problems of a batch
-    as they are, and else may take all rows as one; `moved` is a shift in two parts for such a
+    as they are, and else may take all rows as one; `shift_parts` is a shift in two parts for such a
     kernel.
     """
     d, count = centroids.shape[-1], centroids.shape[-2]
     tile = launch.settings(kernel, x.device, precision, d)
     chosen: dict[str, Any] = {"DIM": launch.dim(d), **tile, "WIDE": "DIM" in tile}
     chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
-    tables = prepared(centroids, shift, mask, chosen["DIM"], strict)
+    tables = prepare(centroids, shift, mask, chosen["DIM"], strict)
     operands = [(launch.rows(x), 2), (tables.rows, 2), (tables.halves, 3), (tables.side, 2)]
     operands += [(tables.origin, 1), (tables.reach, 1)]
-    operands += [] if moved is None else [(moved, 2)]
+    operands += [] if shift_parts is None else [(shift_parts, 2)]
     batch = batch_of(operands)
     one = None if apart else _as_one_problem(batch, operands)
     views = one or arrange(batch, operands)
@@ -217,7 +228,7 @@ def arranged(
     numbers = {"keep": keep, "unit": unit(chosen["PREC"], d), "grain": grain}
     chosen |= {"D": d, "STRIDE": tables.halves.shape[-1]}
     shape = (rows.shape[0], rows.shape[1])
-    parts_of_shift = None if moved is None else views[-1]
+    parts_of_shift = None if shift_parts is None else views[-1]
     return Nearest(batch, shape, rows.shape[2], named, numbers, chosen, parts_of_shift)
 
 
@@ -230,8 +241,8 @@ def kmeans_assign(
     precision: str,
     strict: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Labels, and squared distances or an empty tensor: two launches after those of `prepared`."""
-    a = arranged("kmeans_assign", x, centroids, shift, mask, precision, strict=strict)
+    """Labels, and squared distances or an empty tensor: two launches after those of `prepare`."""
+    a = nearest_arguments("kmeans_assign", x, centroids, shift, mask, precision, strict=strict)
     (outer, inner), n = a.problems, x.shape[-2]
     labels = launch.empty((*a.batch, n), torch.int64, x.device)
     sqdist = launch.empty((*a.batch, n if distances else 0), torch.float32, x.device)
@@ -304,9 +315,9 @@ def pieces_kernel(
     D: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
     WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the rows of one piece, DIM features a program: PART [problems, pieces, D + WEIGHTED]
-    float64 takes sum_n w_n (x_n - shift), and after the last feature sum_n w_n. The kernel reads
-    WEIGHT if WEIGHTED, SHIFT if SHIFTED.
+    """The sums over the rows n of one piece, DIM features a program: PART [problems, pieces, D +
+    WEIGHTED] float64 takes sum_n w_n (x_n - shift), and after the last feature sum_n w_n; w_n = 1
+    unless WEIGHTED, shift = 0 unless SHIFTED, and then the kernel reads neither.
     """
     pid, d0 = tl.program_id(0), tl.program_id(1) * DIM
     problem, piece = pid // pieces, pid % pieces
@@ -331,14 +342,14 @@ def pieces_kernel(
             at = tl.load(ORDER + begin + n, mask=valid, other=0)
             gap = load_rows(X, at, valid, d0, D, D, DIM)  # [TILE, DIM]
             if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
-                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
-                low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
-                gap = tl.where(valid[:, None], (gap - high) - low, 0.0)
+                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
+                low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
+                gap = tl.where(valid[:, None], (gap - high) - low, 0.0)  # [TILE, DIM]
             if WEIGHTED:
                 w = tl.load(WEIGHT + at * w_n, mask=valid, other=0.0)
                 if w.dtype != tl.float64:
                     w = w.to(tl.float32)
-                gap = gap * w[:, None]
+                gap = gap * w[:, None]  # [TILE, DIM]
                 mass += tl.sum(w.to(tl.float64), 0)
             total += tl.sum(gap, 0).to(tl.float64)
         PART += pid.to(tl.int64) * (D + WEIGHTED)
@@ -353,7 +364,9 @@ def sums_kernel(
     BEFORE, PART, SUMS, COUNTS, k, pieces, inner, l_o, l_i,
     D: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the pieces of one label, in order; if WEIGHTED, COUNTS take the last column."""
+    """SUMS_k = sum_p PART_p over the pieces p of one label k, in order; if WEIGHTED, COUNTS_k takes
+    the sum of the last column.
+    """
     pid, d = tl.program_id(0), tl.program_id(1) * DIM + tl.arange(0, DIM)
     problem, label = pid // k, pid % k
     BEFORE += offset(problem, inner, l_o, l_i) * (k + 1) + label
@@ -363,8 +376,8 @@ def sums_kernel(
     total = tl.zeros((DIM,), tl.float64)
     for p0 in range(0, size, TILE):
         p = p0 + tl.arange(0, TILE)
-        inside = (p < size)[:, None] & (d < D + WEIGHTED)[None, :]
-        at = PART + p.to(tl.int64)[:, None] * (D + WEIGHTED) + d[None, :]
+        inside = (p < size)[:, None] & (d < D + WEIGHTED)[None, :]  # [TILE, DIM]
+        at = PART + p.to(tl.int64)[:, None] * (D + WEIGHTED) + d[None, :]  # [TILE, DIM]
         total += tl.sum(tl.load(at, mask=inside, other=0.0), 0)  # of [TILE, DIM]
     tl.store(SUMS + pid.to(tl.int64) * D + d, total, mask=d < D)
     if WEIGHTED:
@@ -374,7 +387,7 @@ def sums_kernel(
 def kmeans_update(
     x: Tensor, labels: Tensor, k: int, weight: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sums and counts: a sort of the labels, the sums of the pieces, the sums of these sums."""
+    """Sums and counts: a sort of the labels, the sums of each piece, and their sums by label."""
     k, (n, d) = int(k), x.shape[-2:]
     rows = launch.rows(x)
     split = segments(labels, k, PIECE)

@@ -43,24 +43,25 @@ def origin_kernel(
     C, MASKED, ORIGIN, count, inner, every, c_o, c_i, masked_o, masked_i, masked_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Mean over every `every`-th centroid that is active and finite, DIM features a program; 0
-    where it overflows. The kernel reads MASKED, 1 where a centroid is masked, if MASK.
+    """ORIGIN = sum_k c_k / sum_k 1 over every `every`-th centroid that is active, each feature
+    over its finite values, DIM features a program; 0 where it overflows. The kernel reads MASKED, 1
+    where a centroid is masked, if MASK.
     """
     problem, d0 = tl.program_id(0), tl.program_id(1) * DIM
     C += offset(problem, inner, c_o, c_i) * D
     if MASK:
         MASKED += offset(problem, inner, masked_o, masked_i)
-    total, met = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
+    total, finite_count = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
     for k0 in range(0, count, PROTOS * every):
         k = (k0 + tl.arange(0, PROTOS) * every).to(tl.int64)
         valid = k < count
         if MASK:
             valid = valid & (tl.load(MASKED + k * masked_k, mask=valid, other=1) == 0)
         c = load_rows(C, k, valid, d0, D, D, DIM)  # [PROTOS, DIM]
-        real = valid[:, None] & (c * 0.0 == 0.0)
+        real = valid[:, None] & (c * 0.0 == 0.0)  # [PROTOS, DIM]
         total += tl.sum(tl.where(real, c, 0.0), 0)
-        met += tl.sum(real.to(tl.float32), 0)
-    mean = total / tl.maximum(met, 1.0)
+        finite_count += tl.sum(real.to(tl.float32), 0)
+    mean = total / tl.maximum(finite_count, 1.0)
     d = d0 + tl.arange(0, DIM)
     at = ORIGIN + problem.to(tl.int64) * D + d
     tl.store(at, tl.where(mean * 0.0 == 0.0, mean, 0.0), mask=d < D)
@@ -90,7 +91,7 @@ def finite_of(
 def gap_of(C, ORIGIN, at, active, d0, D: tl.constexpr, DIM: tl.constexpr):
     """Features [d0, d0 + DIM) of centroids minus the origin, in float64; 0 where not `active`."""
     d = d0 + tl.arange(0, DIM)
-    origin = tl.load(ORIGIN + d, mask=d < D, other=0.0)[None, :]
+    origin = tl.load(ORIGIN + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
     raw = load_rows(C, at, active, d0, D, D, DIM)  # [PROTOS, DIM]
     return tl.where(active[:, None], raw.to(tl.float64) - origin.to(tl.float64), 0.0)
 
@@ -143,8 +144,8 @@ def halves_kernel(
     grow = power(tl.load(REACH + problem))
     for d0 in range(0, STRIDE, DIM):
         gap = gap_of(C, ORIGIN, at, active, d0, D, DIM).to(tl.float32)  # [PROTOS, DIM]
-        high, low = halves(gap * grow)
-        where = HALVES + at[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]
+        high, low = halves(gap * grow)  # two of [PROTOS, DIM]
+        where = HALVES + at[:, None] * STRIDE + (d0 + tl.arange(0, DIM))[None, :]  # [PROTOS, DIM]
         tl.store(where, high)
         tl.store(where + tl.cast(size, tl.int64) * STRIDE, low)
 

@@ -15,11 +15,15 @@ from ..common import launch
 from ..common.operands import batch_of, by_name
 from ..common.score import load_rows
 from ..common.sweep import UNSPECIALISED, offset
-from .assign import arranged, in_two, kmeans_assign, kmeans_update, scored, settled
+from .assign import (
+    candidates,
+    exact_labels,
+    in_two,
+    kmeans_assign,
+    kmeans_update,
+    nearest_arguments,
+)
 
-# Programs of a launch: enough for any GPU, and a function of the shape alone, so that sums have the
-# same order on every GPU.
-PROGRAMS = 512
 # The most centroids and features whose sums fit in registers. Fewer centroids are padded to as
 # many: a matrix instruction multiplies 64 rows at once.
 MOST, FEATURES = 64, 32
@@ -30,21 +34,22 @@ TILES = tl.constexpr(16)
 
 
 @triton.jit
-def summed(chosen, x, PREC: tl.constexpr):
+def label_sums(chosen, x, PREC: tl.constexpr):
     """The product chosen^T x: sums [LABELS, DIM] of the rows that have a 1 in a column of `chosen`
     [ROWS, LABELS]. Three parts of bfloat16 have every bit of x, and a product with 0 or 1 rounds
     nothing.
     """
     if PREC == "float64":
+        # [LABELS, DIM]
         sums = tl.dot(tl.trans(chosen).to(tl.float64), x.to(tl.float64), out_dtype=tl.float64)
-        sums = sums.to(tl.float32)
+        sums = sums.to(tl.float32)  # [LABELS, DIM]
     else:
-        one = tl.trans(chosen.to(tl.bfloat16))
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        sums = tl.dot(one, high, tl.dot(one, middle, tl.dot(one, low)))
+        one = tl.trans(chosen.to(tl.bfloat16))  # [LABELS, ROWS]
+        high = x.to(tl.bfloat16)  # [ROWS, DIM]
+        rest = x - high.to(tl.float32)  # [ROWS, DIM]
+        middle = rest.to(tl.bfloat16)  # [ROWS, DIM]
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)  # [ROWS, DIM]
+        sums = tl.dot(one, high, tl.dot(one, middle, tl.dot(one, low)))  # [LABELS, DIM]
     return sums
 
 
@@ -58,7 +63,7 @@ def kmeans_step_kernel(
     SHIFTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Program (split, problem): `share` rows of one problem. PART [problems, splits, count, D]
-    takes the sums of x - shift over the rows of each label, COUNT their number. `lost` carries the
+    takes the sums of x - shift over the rows of each label, COUNT their number. `error` carries the
     rounding error of a total (Kahan). The kernel reads SHIFT if SHIFTED.
     """
     pid = tl.program_id(0)
@@ -68,43 +73,46 @@ def kmeans_step_kernel(
     C += offset(problem, inner, c_o, c_i) * D
     if SHIFTED:
         SHIFT += offset(problem, inner, s_o, s_i)
-    table = (HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size, size, keep)
+    side = SIDE + 2 * m * size
+    table = (HALVES + 2 * m * size * STRIDE, side, size, keep)
     reach = tl.load(REACH + m)
     k, d = tl.arange(0, LABELS), tl.arange(0, DIM)
     COUNT += pid.to(tl.int64) * count + k
-    PART += (pid.to(tl.int64) * count + k)[:, None] * D + d[None, :]
+    PART += (pid.to(tl.int64) * count + k)[:, None] * D + d[None, :]  # [LABELS, DIM]
     known = k < count
-    inside = known[:, None] & (d < D)[None, :]
+    inside = known[:, None] & (d < D)[None, :]  # [LABELS, DIM]
     begin = split * share
     end = begin + tl.minimum(share, rows - begin)
     for g0 in range(begin, end, ROWS * TILES):
-        total, lost = tl.zeros((LABELS, DIM), tl.float32), tl.zeros((LABELS, DIM), tl.float32)
+        # [LABELS, DIM] twice
+        total, error = tl.zeros((LABELS, DIM), tl.float32), tl.zeros((LABELS, DIM), tl.float32)
         number = tl.zeros((LABELS,), tl.float32)
         for n0 in range(g0, g0 + tl.minimum(end - g0, ROWS * TILES), ROWS):
             row = n0 + tl.arange(0, ROWS)
             valid, at = row < rows, row.to(tl.int64)
-            label, runner, pair, more, _ = scored(
+            label, runner, pair, more, _ = candidates(
                 X, table, ORIGIN + m * D, row, valid, count, reach, unit, grain,
                 D, STRIDE, DIM, ROWS, PROTOS, PREC, WIDE,
             )  # fmt: skip
-            label = settled(X, C, table[1] + size, row, label, runner, pair, more, count, D)
+            label = exact_labels(X, C, side + size, row, label, runner, pair, more, count, D)
             tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=valid)
             x = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
             if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
-                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]
+                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
+                # [ROWS, DIM]
                 x = (x - high) - tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
             # 0 * inf would make the sums of other labels NaN: no part may be inf
-            x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)
+            x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)  # [ROWS, DIM]
             chosen = tl.where(label[:, None] == k[None, :], 1.0, 0.0)  # [ROWS, LABELS]
             number += tl.sum(chosen, 0)
-            more = summed(chosen, x, SUM) - lost
-            grown = total + more
-            lost = (grown - total) - more
+            more = label_sums(chosen, x, SUM) - error  # [LABELS, DIM]
+            grown = total + more  # [LABELS, DIM]
+            error = (grown - total) - more  # [LABELS, DIM]
             total = grown
         # each entry belongs to one thread: threads exchange nothing through memory
         later = g0 + tl.zeros((1,), tl.int32) > begin
-        before = tl.load(PART, mask=inside & later[None, :], other=0.0)
-        tl.store(PART, before + (total.to(tl.float64) - lost.to(tl.float64)), mask=inside)
+        before = tl.load(PART, mask=inside & later[None, :], other=0.0)  # [LABELS, DIM]
+        tl.store(PART, before + (total.to(tl.float64) - error.to(tl.float64)), mask=inside)
         counted = tl.load(COUNT, mask=known & later, other=0)
         tl.store(COUNT, counted + number.to(tl.int64), mask=known)
 
@@ -132,18 +140,20 @@ def kmeans_step(
             batch = batch_of([(labels, 0), (weight, 0)])
             labels = labels.expand(batch).contiguous()
         return labels, *kmeans_update(x, labels, count, weight, shift)
-    return _fused(x, centroids, shift, mask, precision)
+    return _in_one_pass(x, centroids, shift, mask, precision)
 
 
-def _fused(
+def _in_one_pass(
     x: Tensor, centroids: Tensor, shift: Tensor | None, mask: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    moved = None if shift is None else in_two(shift)
-    a = arranged("kmeans_step", x, centroids, shift, mask, precision, apart=True, moved=moved)
+    shift_parts = None if shift is None else in_two(shift)
+    a = nearest_arguments(
+        "kmeans_step", x, centroids, shift, mask, precision, apart=True, shift_parts=shift_parts
+    )
     (outer, inner), (n, d), count = a.problems, x.shape[-2:], centroids.shape[-2]
     problems, s = outer * inner, a.shift
     blocks = triton.cdiv(n, a.chosen["ROWS"])
-    splits = max(1, min(blocks, PROGRAMS // max(problems, 1)))
+    splits = max(1, min(blocks, launch.PROGRAMS // max(problems, 1)))
     share = triton.cdiv(blocks, splits) * a.chosen["ROWS"]
     splits = triton.cdiv(n, share) if n else 0
     labels = launch.empty((*a.batch, n), torch.int64, x.device)

@@ -23,22 +23,21 @@ from torch import Tensor
 from ..._core.backend import float32_products
 from ..common import launch
 from ..common.sweep import UNSPECIALISED
-from .entries import opened
+from .entries import entries_of
+from .kernels import FINE
 from .potentials import less, level, pair, pairs, whole
 from .solver import Solver, share_of, wide
 from .tiles import begin_of, parts_of, scale_of, side_of, tile_of
 
-FINE = 0
-
 
 @triton.jit
-def shifted(x, high, low, other, below):
+def half_step_weights(x, high, low, other, below):
     """Weights exp(logits + both potentials) [OWN, SWEPT]; 0 where a potential is -inf. (high, low)
     is the potential that the step used: with it the logits are rounded as in that step, and the sum
     of the weights is the same.
     """
-    out = (high == float("-inf"))[:, None] | (other == float("-inf"))[None, :]
-    x = ((x + high[:, None]) + low[:, None]) + other[None, :]
+    out = (high == float("-inf"))[:, None] | (other == float("-inf"))[None, :]  # [OWN, SWEPT]
+    x = ((x + high[:, None]) + low[:, None]) + other[None, :]  # [OWN, SWEPT]
     return tl.exp(tl.where(out, float("-inf"), x + below[None, :]))
 
 
@@ -68,18 +67,18 @@ def weigh_kernel(
         end = tl.minimum(begin + share, rows)
     known = at < own
     high, low = parts_of(OWN_P + 2 * p * own, at, own, known)
-    side = side_of(mine, at, known, D, DIM, FORM)
+    side = side_of(mine, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     scale = scale_of(SCALE, problem, HAS_SCALE)
     total = tl.zeros((OWN,), tl.float32)
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
         valid = w < end
-        x = tile_of(
+        x = tile_of(  # [OWN, SWEPT]
             mine, other, side, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         beside, below = parts_of(SWEPT_P + 2 * p * far, w, far, valid)
         weight = tl.load(ADJOINT + p * far + w, mask=valid, other=0.0)
-        total += tl.sum(shifted(x, high, low, beside, below) * weight[None, :], 1)
+        total += tl.sum(half_step_weights(x, high, low, beside, below) * weight[None, :], 1)
     tl.store(PART + (p * splits + split) * own + at, total, mask=known)
 
 
@@ -93,7 +92,7 @@ def slopes_kernel(
     HAS_SCALE: tl.constexpr, ROWS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of scores: OUT_nk = -scale sum_h w_nk(h) adjoint(h), over all half-steps
-    h, with the weights w of `shifted` and the adjoint of the row or of the column that h
+    h, with the weights w of `half_step_weights` and the adjoint of the row or of the column that h
     normalised. The tile is OWN rows of [first, first + size) of the problems from `first_problem`
     on. F and G [2, ., P, 2, size] are the first potentials and those of every step, then the same
     minus the logarithms of the masses; there are `f_count` and `g_count` of them, and P is
@@ -111,12 +110,12 @@ def slopes_kernel(
     w = ((pid % wide) * SWEPT + tl.arange(0, SWEPT)).to(tl.int64)
     known, valid = near < size, w < kinds
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
-    side = side_of(mine, at, known, D, DIM, FORM)
+    side = side_of(mine, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     scale = scale_of(SCALE, problem, HAS_SCALE)
-    x = tile_of(
+    x = tile_of(  # [OWN, SWEPT]
         mine, other, side, scale, step, at, known, w, valid, True, D, DIM, UNIT, FORM, PREC
     )  # fmt: skip
-    total = tl.zeros((OWN, SWEPT), tl.float32)
+    total = tl.zeros((OWN, SWEPT), tl.float32)  # [OWN, SWEPT]
     for h in range(0, steps):
         if ROWS_FIRST:
             by_row, f, g = h % 2 == 0, h // 2 + 1, (h + 1) // 2
@@ -128,7 +127,7 @@ def slopes_kernel(
         g_at = G + 2 * (own_g * tl.cast(problems, tl.int64) + p) * kinds
         row, low_row = parts_of(f_at, at, rows, known)
         column, low_column = parts_of(g_at, w, kinds, valid)
-        out = (row == float("-inf"))[:, None] | (column == float("-inf"))[None, :]
+        out = (row == float("-inf"))[:, None] | (column == float("-inf"))[None, :]  # [OWN, SWEPT]
         y = x  # [OWN, SWEPT]; the potential that the step used is added first
         y += tl.where(by_row, 0.0, row)[:, None] + tl.where(by_row, column, 0.0)[None, :]
         y += tl.where(by_row, 0.0, low_row)[:, None] + tl.where(by_row, low_column, 0.0)[None, :]
@@ -138,9 +137,10 @@ def slopes_kernel(
         g_at = (g * tl.cast(problems, tl.int64) + p) * kinds + w
         adj_f = tl.load(ADJ_F + f_at, mask=known, other=0.0)
         adj_g = tl.load(ADJ_G + g_at, mask=valid, other=0.0)
+        # [OWN, SWEPT]
         weight = tl.where(by_row, adj_f, 1.0)[:, None] * tl.where(by_row, 1.0, adj_g)[None, :]
         total -= tl.exp(tl.where(out, float("-inf"), y)) * weight
-    where = (local.to(tl.int64) * size + near)[:, None] * kinds + w[None, :]
+    where = (local.to(tl.int64) * size + near)[:, None] * kinds + w[None, :]  # [OWN, SWEPT]
     tl.store(OUT + where, total * scale, mask=known[:, None] & valid[None, :])
     # a masked logit may be NaN, and that of a forbidden pair is -inf: both have the gradient 0
     x -= tl.load(LEVEL + p * kinds + w, mask=valid, other=0.0)[None, :]
@@ -161,7 +161,7 @@ class Back:
         status: Tensor,
     ) -> None:
         self.solver, self.steps = solver, steps
-        fine = (status.reshape(-1) == FINE)[:, None]
+        fine = (status.reshape(-1) == FINE.value)[:, None]
         fs, gs = (torch.where(fine, whole(x), -torch.inf) for x in potentials)
         n, k = solver.n, solver.k
         self.log_a = self._marginal(solver.log_row, n)
@@ -209,7 +209,7 @@ class Back:
                 self.g = torch.zeros_like(self.g)
                 g -= 1
 
-    def _weigh(self, by_rows: bool, own: Tensor, swept: Tensor, adjoint: Tensor) -> Tensor:
+    def _weigh(self, by_rows: bool, own: Tensor, top_and_total: Tensor, adjoint: Tensor) -> Tensor:
         """The adjoint of one side times the weights of a half-step, summed for the other side."""
         solver, e = self.solver, self.solver.entries
         chosen = e.tile("rows" if by_rows else "columns")
@@ -220,7 +220,7 @@ class Back:
         part = solver.new(solver.problems, splits, size)
         launch.launch(
             weigh_kernel, (solver.problems * blocks * splits,), solver.device, **e.arguments(),
-            OWN_P=own, SWEPT_P=swept, ADJOINT=adjoint, PART=part,
+            OWN_P=own, SWEPT_P=top_and_total, ADJOINT=adjoint, PART=part,
             blocks=blocks, splits=splits, share=share, **chosen, BY_ROWS=by_rows,
         )  # fmt: skip
         return part.sum(1, dtype=torch.float64)
@@ -262,8 +262,8 @@ def _through_all(
 
 
 def _through_pass(solver: Solver, g: Tensor, grads: tuple[Tensor, Tensor]) -> Back:
-    """Adjoints of one pass. The masses are those of a columns' step: log_mass = g + lse."""
-    g = solver.biased(g)
+    """Adjoints of one pass. The masses come from a columns' step: log_mass = g + lse."""
+    g = solver.add_bias(g)
     f, mass = solver.one_pass(pair(g))
     *_, status = solver.finish(f, mass, None, (solver.problems,))
     after = torch.where(mass == -torch.inf, mass, g - mass)
@@ -354,7 +354,7 @@ def _fit(gradient: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
     return whole.to(operand.dtype).contiguous()
 
 
-def _differentiated(
+def _gradients(
     operands: dict[str, Tensor | None],
     needs: Sequence[bool],
     precision: str,
@@ -370,7 +370,7 @@ def _differentiated(
     matrices = {name: there[name] for name in MATRICES if name in there}
     names = ("log_row", "log_col", "bias", "init" if covered else "g")
     vectors, scale = [operands.get(name) for name in names], operands["scale"]
-    entries, batch = opened([*matrices.values()], vectors, scale, precision)
+    entries, batch = entries_of([*matrices.values()], vectors, scale, precision)
     gradients: Tensors = {}
     if entries.problems * entries.shape[0] == 0:  # no rows or no problems
         gradients = {name: torch.zeros_like(there[name]).contiguous() for name in wanted}
@@ -428,7 +428,7 @@ def sinkhorn_potentials_backward(
         "scale": scale,
     }  # fmt: skip
     through = partial(_through_all, n_iter, prototype_first)
-    return _differentiated(operands, needs, precision, (grad_f, grad_g), through)
+    return _gradients(operands, needs, precision, (grad_f, grad_g), through)
 
 
 def sinkhorn_potentials_features_backward(
@@ -452,7 +452,7 @@ def sinkhorn_potentials_features_backward(
         "init": init, "scale": scale,
     }  # fmt: skip
     through = partial(_through_all, n_iter, prototype_first)
-    return _differentiated(operands, needs, precision, (grad_f, grad_g), through)
+    return _gradients(operands, needs, precision, (grad_f, grad_g), through)
 
 
 def sinkhorn_pass_backward(
@@ -469,7 +469,7 @@ def sinkhorn_pass_backward(
     """Gradients of (logits, g, log_row, bias, scale)."""
     operands = {"logits": logits, "g": g, "log_row": log_row, "bias": bias, "scale": scale}
     grads = (grad_f, grad_log_mass)
-    return _differentiated(operands, needs, precision, grads, _through_pass, covered=False)
+    return _gradients(operands, needs, precision, grads, _through_pass, covered=False)
 
 
 def sinkhorn_features_pass_backward(
@@ -489,4 +489,4 @@ def sinkhorn_features_pass_backward(
         "z": z, "prototypes": prototypes, "g": g, "bias": bias, "log_row": log_row, "scale": scale
     }  # fmt: skip
     grads = (grad_f, grad_log_mass)
-    return _differentiated(operands, needs, precision, grads, _through_pass, covered=False)
+    return _gradients(operands, needs, precision, grads, _through_pass, covered=False)

@@ -42,7 +42,9 @@ class Entries(NamedTuple):
         return {"X": self.x, "x_o": x_o, "x_i": x_i, "step": step, **self._common()}
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of a kernel that reads scores or features; batch strides of those in rows."""
+        """Arguments of a kernel that reads scores or features. Batch strides of features are in
+        rows.
+        """
         names = ("c_o", "c_i")
         if self.c is None:
             return {**self.scores(), "C": None, **by_name(names, None)}
@@ -86,7 +88,7 @@ def tile_of(
     return tile
 
 
-def opened(
+def entries_of(
     matrices: Sequence[Tensor], vectors: Sequence[Tensor | None], scale: Tensor | None, mode: str
 ) -> tuple[Entries, tuple[int, ...]]:
     """(entries, batch) of a call; `matrices` are logits, or features and prototypes."""
@@ -110,7 +112,7 @@ def _scores(logits: Tensor, scales: Tensor | None, batch: Sequence[int]) -> Entr
     x = launch.plain(logits)
     if x.stride(-1) != 1 and k > 1:
         x = x.contiguous()
-    (x,) = arrange(batch, [(launch.aligned(x), 2)])
+    (x,) = arrange(batch, [(launch.align(x), 2)])
     steps = (k, *x.stride()[:3])
     unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in steps))
     return Entries(x, None, scales, "scores", unit, (n, k), "any")

@@ -16,9 +16,14 @@ from .tiles import begin_of, parts_of, scale_of, side_of, store_parts, tile_of, 
 LEAST = tl.constexpr(2.0**-100)
 # Bits of a word of flags: the problem has an active row; a value is not finite; a row or column has
 # no finite logit.
-ACTIVE = tl.constexpr(1)
+ACTIVE_BIT = tl.constexpr(1)
+NOT_FINITE_BIT = tl.constexpr(2)
+STUCK_BIT = tl.constexpr(4)
+# Status codes, equal to `python_fallback/sinkhorn/scaling.py`; a test compares them.
+FINE = tl.constexpr(0)
 NOT_FINITE = tl.constexpr(2)
-STUCK = tl.constexpr(4)
+INFEASIBLE = tl.constexpr(3)
+EMPTY = tl.constexpr(4)
 # Words and partial sums of one load.
 PIECE = tl.constexpr(128)
 SPLITS = tl.constexpr(32)
@@ -27,7 +32,7 @@ TAIL = tl.constexpr(256)
 
 
 @triton.jit
-def swept(
+def top_and_total(
     MINE, OTHER, scale, P, step, at, known, begin, end, size,
     BY_ROWS: tl.constexpr, STARTED: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
     UNIT: tl.constexpr, SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr,
@@ -36,20 +41,21 @@ def swept(
     """(top, total) of the own rows or columns: top = max_j z_j, total = sum_j exp(z_j - top) with
     z_j = logits_j + P_j, j in [begin, end) of the swept side of `size`. P is 0 unless STARTED.
     """
-    mine = side_of(MINE, at, known, D, DIM, FORM)
+    mine = side_of(MINE, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     top, total = lse_init(at.shape[0])
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
         valid = w < end
-        x = tile_of(
+        x = tile_of(  # [OWN, SWEPT]
             MINE, OTHER, mine, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         if STARTED:
             high, low = parts_of(P, w, size, valid)
             masked = high == float("-inf")
+            # [OWN, SWEPT]
             x = tl.where(masked[None, :], float("-inf"), (x + high[None, :]) + low[None, :])
         else:
-            x = tl.where(valid[None, :], x, float("-inf"))
+            x = tl.where(valid[None, :], x, float("-inf"))  # [OWN, SWEPT]
         best = tl.maximum(top, tl.max(x, 1))
         safe = finite(best)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
@@ -60,22 +66,23 @@ def swept(
 @triton.jit
 def word_of(bits):
     """The bitwise or of all entries."""
-    some = tl.max(bits & ACTIVE, 0) | tl.max(bits & NOT_FINITE, 0)
-    return some | tl.max(bits & STUCK, 0)
+    some = tl.max(bits & ACTIVE_BIT, 0) | tl.max(bits & NOT_FINITE_BIT, 0)
+    return some | tl.max(bits & STUCK_BIT, 0)
 
 
 @triton.jit
-def made_exact(top, total, log_mass, valid):
-    """(log_mass - top - log(total), the flags) of rows or columns: -inf and STUCK where total is 0,
-    NaN and NOT_FINITE where a number is not finite, -inf where not `valid`.
+def potential_of(top, total, log_mass, valid):
+    """(log_mass - top - log(total), the flags) of rows or columns: -inf and STUCK_BIT where total
+    is 0, NaN and NOT_FINITE_BIT where a number is not finite, -inf where not `valid`.
     """
-    lost = valid & ~(total < float("inf"))
+    invalid = valid & ~(total < float("inf"))
     stuck = valid & (total == 0.0)
     lse = finite(top).to(tl.float64) + tl.log(tl.where(total > 0.0, total, 1.0).to(tl.float64))
     potential = tl.where(valid & ~stuck, log_mass - lse, float("-inf"))
-    lost = lost | (valid & ~(log_mass < float("inf")))
-    bits = tl.where(valid, ACTIVE, 0) | tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0)
-    return tl.where(lost, float("nan"), potential), bits
+    invalid = invalid | (valid & ~(log_mass < float("inf")))
+    bits = tl.where(valid, ACTIVE_BIT, 0) | tl.where(invalid, NOT_FINITE_BIT, 0)
+    bits |= tl.where(stuck, STUCK_BIT, 0)
+    return tl.where(invalid, float("nan"), potential), bits
 
 
 @triton.jit
@@ -118,12 +125,12 @@ def rows_kernel(
     known = at < rows
     k = count * UNIT
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
-    top, total = swept(
+    top, total = top_and_total(
         mine, other, scale_of(SCALE, problem, HAS_SCALE), G + 2 * p * k, step, at, known, 0, k, k,
         True, True, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
     )  # fmt: skip
     log_mass = log_row(LOG_ROW, p, at, rows, known, HAS_ROW)
-    potential, bits = made_exact(top, total, log_mass, log_mass != float("-inf"))
+    potential, bits = potential_of(top, total, log_mass, log_mass != float("-inf"))
     store_parts(F + 2 * p * rows, at, rows, known, potential)
     tl.store(WORD + pid, word_of(bits))
 
@@ -148,7 +155,7 @@ def columns_kernel(
     begin, end = split * share, tl.minimum(split * share + share, rows)
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, False, D, UNIT, FORM)
     potentials = F + 2 * p * rows if STARTED else 0
-    top, total = swept(
+    top, total = top_and_total(
         mine, other, scale_of(SCALE, problem, HAS_SCALE), potentials,
         step, at, known, begin, end, rows,
         False, STARTED, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
@@ -192,18 +199,18 @@ def pass_kernel(
     for n0 in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = (n0 + tl.arange(0, ROWS)).to(tl.int64)
         here = row < end
-        where = row[:, None] * far + k[None, :]
+        where = row[:, None] * far + k[None, :]  # [ROWS, COLUMNS]
         x = tl.load(X + where, mask=here[:, None] & known[None, :], other=0.0)  # [ROWS, COLUMNS]
-        x = x.to(tl.float32) * scale
+        x = x.to(tl.float32) * scale  # [ROWS, COLUMNS]
         weight, valid = tl.where(here, 1.0, 0.0), here
         if HAS_ROW:
             log_mass = tl.load(LOG_ROW + p * rows + row, mask=here, other=float("-inf"))
             weight = tl.exp((log_mass - heaviest).to(tl.float32))
             valid = log_mass != float("-inf")
-        out = masked[None, :] | ~valid[:, None]
-        x = tl.where(out, float("-inf"), (x + high[None, :]) + low[None, :])
+        out = masked[None, :] | ~valid[:, None]  # [ROWS, COLUMNS]
+        x = tl.where(out, float("-inf"), (x + high[None, :]) + low[None, :])  # [ROWS, COLUMNS]
         top = tl.max(x, 1)
-        x = tl.exp(x - finite(top)[:, None])
+        x = tl.exp(x - finite(top)[:, None])  # [ROWS, COLUMNS]
         total = tl.sum(x, 1)
         weight = tl.where(total == 0.0, 0.0, weight / tl.where(total == 0.0, 1.0, total))
         mass += tl.sum(x * weight[:, None], 0)
@@ -220,7 +227,7 @@ def pass_kernel(
         log_mass = log_row(LOG_ROW, p, row, rows, here, HAS_ROW)
         top = tl.load(TOP + row, mask=here, other=0.0)
         total = tl.load(TOTAL + row, mask=here, other=0.0)
-        potential, more = made_exact(top, total, log_mass, log_mass != float("-inf"))
+        potential, more = potential_of(top, total, log_mass, log_mass != float("-inf"))
         bits |= more
         store_parts(F + 2 * p * rows, row, rows, here, potential)
     tl.store(WORD + pid, word_of(bits))
@@ -230,7 +237,7 @@ def pass_kernel(
 
 
 @triton.jit
-def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.constexpr):
+def merge_parts(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.constexpr):
     """(top, total) over the chunks s in their order: top = max_s TOP_s, total = sum_s SUM_s
     exp(TOP_s - top). FUSED parts have no TOP: it is 0.
     """
@@ -238,7 +245,7 @@ def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.
     if not FUSED:
         for s0 in range(0, splits, SPLITS):
             s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
-            inside = (s < splits)[:, None] & known[None, :]
+            inside = (s < splits)[:, None] & known[None, :]  # [SPLITS, COLUMNS]
             # [SPLITS, COLUMNS]
             here = tl.load(TOP + s[:, None] * count + at[None, :], mask=inside, other=float("-inf"))
             top = tl.maximum(top, tl.max(here, 0))
@@ -246,12 +253,12 @@ def merged(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.
     total = tl.zeros((COLUMNS,), tl.float64)
     for s0 in range(0, splits, SPLITS):
         s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
-        inside = (s < splits)[:, None] & known[None, :]
-        where = s[:, None] * count + at[None, :]
+        inside = (s < splits)[:, None] & known[None, :]  # [SPLITS, COLUMNS]
+        where = s[:, None] * count + at[None, :]  # [SPLITS, COLUMNS]
         share = tl.load(SUM + where, mask=inside, other=0.0)  # [SPLITS, COLUMNS]
         if not FUSED:
-            here = tl.load(TOP + where, mask=inside, other=float("-inf"))
-            share = share * tl.exp(here - safe[None, :])
+            here = tl.load(TOP + where, mask=inside, other=float("-inf"))  # [SPLITS, COLUMNS]
+            share = share * tl.exp(here - safe[None, :])  # [SPLITS, COLUMNS]
         total += tl.sum(share.to(tl.float64), 0)
     return safe, total
 
@@ -283,7 +290,7 @@ def merge_kernel(
     = logsumexp_n(logits_nk + F_n). USED, after a rows' step at G: MASS_k = G_k + lse_k, and ERR =
     sum_k |exp(MASS_k) - exp(log_col_k)|. FUSED: the parts are masses, and NEED marks the columns
     whose mass is too small. G has the BIAS in it already; here it is only checked. WORD takes the
-    flags: those of the rows, `strip` words a problem, and of earlier merges unless this is the
+    flags of the rows, `strip` words a problem, and of earlier merges unless this is the
     `first`.
     """
     pid = tl.program_id(0)
@@ -293,14 +300,14 @@ def merge_kernel(
     known = at < count
     parts = p * splits * count
     tops = 0 if FUSED else TOP + parts
-    top, total = merged(tops, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
+    top, total = merge_parts(tops, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
     log_b = log_column(LOG_COL, G, p, at, known, count, HAS_COL, COVERED)
     active = log_b != float("-inf")
     some = total > 0.0
     lse = top.to(tl.float64) + tl.log(tl.where(some, total, 1.0))
     lse = tl.where(total == 0.0, float("-inf"), tl.where(some, lse, float("nan")))
     stuck = active & (lse == float("-inf"))
-    lost = active & ~((lse < float("inf")) & (log_b < float("inf")))
+    invalid = active & ~((lse < float("inf")) & (log_b < float("inf")))
     if USED:
         g = whole_of(G + 2 * p * count, at, count, known)
         mass = g + lse
@@ -316,11 +323,11 @@ def merge_kernel(
         stuck = stuck & False
     if HAS_BIAS:
         bias = tl.load(BIAS + p * count + at, mask=known, other=0.0)
-        lost = lost | (active & ~(bias < float("inf")))
+        invalid = invalid | (active & ~(bias < float("inf")))
         stuck = stuck | (active & (bias == float("-inf")))
     potential = tl.where(active & (lse != float("-inf")), log_b - lse, float("-inf"))
     store_parts(OUT + 2 * p * count, at, count, known, potential)
-    word = word_of(tl.where(lost, NOT_FINITE, 0) | tl.where(stuck, STUCK, 0))
+    word = word_of(tl.where(invalid, NOT_FINITE_BIT, 0) | tl.where(stuck, STUCK_BIT, 0))
     if USED:
         share = tl.cdiv(strip, blocks)
         for w0 in range(block * share, tl.minimum(block * share + share, strip), PIECE):
@@ -339,8 +346,9 @@ def rescue_kernel(
     UNIT: tl.constexpr, COLUMNS: tl.constexpr, SWEPT: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_COL: tl.constexpr, COVERED: tl.constexpr,
 ):  # fmt: skip
-    """The step of the columns that NEED marks, from all logits: OUT and MASS of `merge_kernel`.
-    Without such a column, the usual case, a program ends at once.
+    """The step of the columns k that NEED marks, from all logits: OUT_k = log_col_k - lse_k, MASS_k
+    = G_k + lse_k, lse_k = logsumexp_n(logits_nk + F_n). Without such a column, the usual case, a
+    program ends at once.
     """
     pid = tl.program_id(0)
     problem = pid // blocks
@@ -350,20 +358,20 @@ def rescue_kernel(
     need = tl.load(NEED + p * k + at, mask=at < k, other=0) > 0
     if tl.max(need.to(tl.int32), 0) > 0:
         X += offset(problem, inner, x_o, x_i) * UNIT
-        top, total = swept(
+        top, total = top_and_total(
             X, X, scale_of(SCALE, problem, HAS_SCALE), F + 2 * p * rows,
             step, at, need, 0, rows, rows,
             False, True, 1, 16, UNIT, SWEPT, "scores", "ieee", 1,
         )  # fmt: skip
         log_b = log_column(LOG_COL, G, p, at, need, k, HAS_COL, COVERED)
-        potential, bits = made_exact(top, total, log_b, need)
+        potential, bits = potential_of(top, total, log_b, need)
         store_parts(OUT + 2 * p * k, at, k, need, potential)
         g = whole_of(G + 2 * p * k, at, k, need)
         lse = tl.where(potential == float("-inf"), potential, log_b - potential)
         tl.store(MASS + p * k + at, tl.where(g == float("-inf"), g, g + lse), mask=need)
-        word = word_of(bits) & NOT_FINITE
+        word = word_of(bits) & NOT_FINITE_BIT
         if COVERED:
-            word = word_of(bits) & (NOT_FINITE | STUCK)
+            word = word_of(bits) & (NOT_FINITE_BIT | STUCK_BIT)
         tl.store(WORD + pid, tl.load(WORD + pid) | word)
 
 
@@ -385,8 +393,8 @@ def finish_kernel(
         w = w0 + tl.arange(0, PIECE)
         bits |= tl.load(WORD + p * strip + w, mask=w < strip, other=0)
     word = word_of(bits)
-    empty = (word & ACTIVE) == 0
-    failed = ((word & (NOT_FINITE | STUCK)) != 0) & ~empty
+    empty = (word & ACTIVE_BIT) == 0
+    failed = ((word & (NOT_FINITE_BIT | STUCK_BIT)) != 0) & ~empty
     at = (block * SIZE + tl.arange(0, SIZE)).to(tl.int64)
     inside = at < rows
     f = whole_of(F + 2 * p * rows, at, rows, inside).to(tl.float32)
@@ -410,5 +418,6 @@ def finish_kernel(
             err = tl.sum(total, 0).to(tl.float32)
             err = tl.where(failed, float("nan"), tl.where(empty, 0.0, err))
             tl.store(OUT_ERR + problem, err)
-        code = tl.where((word & NOT_FINITE) != 0, 2, tl.where((word & STUCK) != 0, 3, 0))
-        tl.store(STATUS + problem, tl.where(empty, 4, code).to(tl.int64))
+        code = tl.where((word & STUCK_BIT) != 0, INFEASIBLE, FINE)
+        code = tl.where((word & NOT_FINITE_BIT) != 0, NOT_FINITE, code)
+        tl.store(STATUS + problem, tl.where(empty, EMPTY, code).to(tl.int64))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Up to this, `level` leaves a common part in the logits: the potentials know it to log(N K).
+# Up to this, `level` leaves a common part in the logits: the potentials contain it up to log(N K).
 LARGE = 256.0
 
 

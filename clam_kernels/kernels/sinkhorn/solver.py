@@ -17,8 +17,9 @@ import triton
 from torch import Tensor
 
 from ..common import launch
-from .entries import Entries, opened
+from .entries import Entries, entries_of
 from .kernels import (
+    EMPTY,
     columns_kernel,
     finish_kernel,
     merge_kernel,
@@ -32,7 +33,7 @@ from .potentials import pair, whole
 MOST, TILE, MOST_ROWS = 4096, 8192, 256
 # Chunks of rows: functions of N and K alone, so that sums are in one order on every GPU.
 CHUNKS, LEAST_ROWS = 2048, 512 if launch.INTERPRETED else 16
-PROGRAMS, COLUMNS, SWEPT_ROWS = 2112, 128, 512 if launch.INTERPRETED else 64
+COLUMN_PROGRAMS, COLUMNS, SWEPT_ROWS = 2112, 128, 512 if launch.INTERPRETED else 64
 # Columns of a program of `merge_kernel` and `rescue_kernel`, rows of a tile of the latter, and
 # entries of a program of `finish_kernel`.
 MERGED, RESCUED_ROWS, FINISHED = 64, 64, 1024
@@ -75,7 +76,7 @@ def tile_rows(k: int) -> int:
 
 def share_of(n: int, k: int) -> int:
     """Rows of a program that owns columns: a multiple of SWEPT_ROWS."""
-    splits = max(1, PROGRAMS // triton.cdiv(k, COLUMNS))
+    splits = max(1, COLUMN_PROGRAMS // triton.cdiv(k, COLUMNS))
     return triton.cdiv(triton.cdiv(n, splits), SWEPT_ROWS) * SWEPT_ROWS
 
 
@@ -208,7 +209,7 @@ class Solver:
         """The first (f, g); None where it is 0 everywhere and nothing is masked."""
         f, g = None, init
         if self.bias is not None:
-            g = self.bias if g is None else self.biased(g)
+            g = self.bias if g is None else self.add_bias(g)
         if self.log_row is not None:
             f = torch.where(self.log_row == -torch.inf, self.log_row, 0.0)
         if self.log_col is not None:
@@ -216,7 +217,7 @@ class Solver:
             g = torch.where(self.log_col == -torch.inf, self.log_col, g)
         return None if f is None else pair(f), None if g is None else pair(g)
 
-    def biased(self, g: Tensor) -> Tensor:
+    def add_bias(self, g: Tensor) -> Tensor:
         """G + bias, -inf where g is."""
         return g if self.bias is None else torch.where(g == -torch.inf, g, g + self.bias)
 
@@ -304,7 +305,7 @@ class Solver:
 # ---- the ops -------------------------------------------------------------------------------------
 
 
-def _solved(
+def _potentials(
     matrices: Sequence[Tensor],
     vectors: tuple[Tensor | None, ...],
     n_iter: int,
@@ -313,7 +314,7 @@ def _solved(
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`vectors` are bias, log_row, log_col and a start."""
-    entries, batch = opened(matrices, vectors, scale, mode)
+    entries, batch = entries_of(matrices, vectors, scale, mode)
     bias, log_row, log_col, init = (wide(v, batch) for v in vectors)
     if entries.shape[0] == 0 or entries.problems == 0:
         return empty(entries, batch)
@@ -326,7 +327,7 @@ def empty(entries: Entries, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
     """The results of a call without rows or without problems."""
     like: dict[str, Any] = {"dtype": torch.float32, "device": entries.x.device}
     (n, k), batch = entries.shape, tuple(batch)
-    status = torch.full(batch, 4, dtype=torch.int64, device=entries.x.device)
+    status = torch.full(batch, EMPTY.value, dtype=torch.int64, device=entries.x.device)
     return (
         torch.zeros(*batch, n, **like), torch.zeros(*batch, k, **like),
         torch.zeros(batch, **like), status,
@@ -337,14 +338,14 @@ def _one_pass(
     matrices: Sequence[Tensor], vectors: tuple[Tensor | None, ...], scale: Tensor | None, mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`vectors` are bias, log_row and g."""
-    entries, batch = opened(matrices, vectors, scale, mode)
+    entries, batch = entries_of(matrices, vectors, scale, mode)
     bias, log_row, g = (wide(v, batch) for v in vectors)
     assert g is not None
     if entries.shape[0] == 0 or entries.problems == 0:
         f, log_mass, _, status = empty(entries, batch)
         return f, log_mass.fill_(-torch.inf), status
     solver = Solver(entries, log_row, None, bias, covered=False)
-    f, log_mass = solver.one_pass(pair(solver.biased(g)))
+    f, log_mass = solver.one_pass(pair(solver.add_bias(g)))
     f, log_mass, _, status = solver.finish(f, log_mass, None, batch)
     return f, log_mass, status
 
@@ -364,7 +365,7 @@ def sinkhorn_potentials(
     once.
     """
     vectors = (bias, log_row, log_col, init)
-    return _solved((logits,), vectors, n_iter, prototype_first, scale, precision)
+    return _potentials((logits,), vectors, n_iter, prototype_first, scale, precision)
 
 
 def sinkhorn_potentials_features(
@@ -381,7 +382,7 @@ def sinkhorn_potentials_features(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `sinkhorn_potentials`; every pass computes the logits from the features again."""
     vectors = (bias, log_row, log_col, init)
-    return _solved((z, prototypes), vectors, n_iter, prototype_first, scale, precision)
+    return _potentials((z, prototypes), vectors, n_iter, prototype_first, scale, precision)
 
 
 def sinkhorn_pass(

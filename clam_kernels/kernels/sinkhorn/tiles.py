@@ -9,7 +9,7 @@ error of one would be a common factor of a whole row or column. A row or column 
 
 FORM: "scores" [N, K] in memory, rows `step` UNITs apart; "narrow" features, which fit in registers;
 "wide" features, read DIM at a time. Columns and the strides of scores are counted in UNITs, so that
-the compiler knows how addresses are aligned.
+the compiler can derive the alignment of addresses.
 """
 
 from __future__ import annotations
@@ -62,14 +62,17 @@ def tile_of(
     """
     if FORM == "scores":
         far = tl.cast(step, tl.int64) * UNIT
+        # [OWN, SWEPT]
         where = at[:, None] * far + w[None, :] if BY_ROWS else at[:, None] + w[None, :] * far
+        # [OWN, SWEPT]
         x = tl.load(MINE + where, mask=known[:, None] & valid[None, :], other=0.0).to(tl.float32)
     elif FORM == "narrow":
-        x = dot(mine, tl.trans(load_rows(OTHER, w, valid, 0, D, D, DIM)), PREC)
+        x = dot(mine, tl.trans(load_rows(OTHER, w, valid, 0, D, D, DIM)), PREC)  # [OWN, SWEPT]
     else:
-        x = tl.zeros((at.shape[0], w.shape[0]), tl.float32)
+        x = tl.zeros((at.shape[0], w.shape[0]), tl.float32)  # [OWN, SWEPT]
         for d0 in range(0, D, DIM):
             one = load_rows(MINE, at, known, d0, D, D, DIM)  # [OWN, DIM]
+            # [OWN, SWEPT]
             x = dot_onto(one, tl.trans(load_rows(OTHER, w, valid, d0, D, D, DIM)), x, PREC)
     return x * scale
 
