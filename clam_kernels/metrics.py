@@ -74,7 +74,7 @@ def silhouette(
     return float(_widths(x, cluster, counts).mean())
 
 
-def unmasked(name: str, value: Any) -> Any:
+def refuse_masked_entries(name: str, value: Any) -> Any:
     """The value; ValueError for a numpy array with masked entries, which have no value."""
     if np.ma.isMaskedArray(value) and np.ma.getmaskarray(value).any():
         raise ValueError(f"{name}: expected an array without masked entries, got a masked array")
@@ -83,7 +83,7 @@ def unmasked(name: str, value: Any) -> Any:
 
 def _matrix(X: Any) -> Tensor:
     """X as a finite Tensor [N, D]."""
-    unmasked("X", X)
+    refuse_masked_entries("X", X)
     if hasattr(X, "toarray"):
         raise TypeError(f"X: expected an array or a dense Tensor, got a {type(X).__name__}")
     x = X.detach() if isinstance(X, Tensor) else _from_array(X)
@@ -111,7 +111,7 @@ def _names(labels: Any, rows: int) -> Tensor:
             raise TypeError(f"labels: expected real numbers or names, got dtype {labels.dtype}")
         codes = labels.detach()
     else:
-        array = np.asarray(unmasked("labels", labels))
+        array = np.asarray(refuse_masked_entries("labels", labels))
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError("labels: expected finite values, got NaN or infinity")
         shape = array.shape

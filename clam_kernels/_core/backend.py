@@ -96,7 +96,7 @@ def backend(name: str | None) -> Iterator[None]:
         _blocks.remove(block)
 
 
-def _forced() -> str | None:
+def _choice_of_blocks() -> str | None:
     """The choice of the blocks of this thread, or else of the other threads; None for no choice."""
     if not _blocks:
         return None
@@ -107,7 +107,7 @@ def _forced() -> str | None:
 
 def requested() -> str:
     """The requested backend: a name, or "auto"."""
-    name = _forced() or os.environ.get("CLAM_BACKEND") or "auto"
+    name = _choice_of_blocks() or os.environ.get("CLAM_BACKEND") or "auto"
     if name != "auto":
         checks.one_of("CLAM_BACKEND", name, BACKENDS)
     return name

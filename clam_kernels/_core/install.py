@@ -57,24 +57,24 @@ class Installation:
         # a gradient for every argument that is a tensor in some overload
         self.slots = tensor_names(spec)
         part = Implementation(spec.name, spec.reference, spec.kernels, spec.limits)
-        kernel = self._kernels(self.op, part, self._checked(spec.fake))
+        kernel = self._kernels(self.op, part, self._check_first(spec.fake))
         differentiate = self._differentiable(kernel) if spec.gradient else None
-        register_autograd(spec, self.op, self._filled, self.tensors, kernel, differentiate)
+        register_autograd(spec, self.op, self._fill_defaults, self.tensors, kernel, differentiate)
         self._autocast()
         dims = [spec.core.get(n, 0) for n in self.names] if spec.core else []
         register_vmap(self.op, qualified(spec.name, self.overload), spec.core, dims)
 
     # ---- kernels -------------------------------------------------------------------------------
 
-    def _filled(self, a: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _fill_defaults(self, a: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with the trailing defaults that the dispatcher drops."""
         return a + self.defaults[len(a) :]
 
-    def _checked(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+    def _check_first(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """A fake that checks the arguments first."""
 
         def checked_fake(*a: Any) -> Any:
-            a = self._filled(a)
+            a = self._fill_defaults(a)
             self.spec.check(*a)
             return fake(*a)
 
@@ -88,7 +88,7 @@ class Installation:
         passed: set[tuple[Any, ...]] = set()
 
         def kernel(*a: Any) -> Any:
-            a = self._filled(a)
+            a = self._fill_defaults(a)
             key = check_key(a)
             if key not in passed:
                 spec.check(*a)
@@ -118,7 +118,7 @@ class Installation:
             name = f"_{self.spec.name}_forward"
             forward = define(name, self.overload, f"({self.arguments}) -> (Tensor, Tensor)")
             part = Implementation(name, reference, gradient.saved_kernels, self.spec.limits)
-            kernel = self._kernels(forward, part, self._checked(fake))
+            kernel = self._kernels(forward, part, self._check_first(fake))
             refuse_gradient(forward, kernel, f"{name} is internal; call {self.spec.name}")
         return function(
             self.spec, gradient, self.names, (forward, kernel), self._backward_op(gradient)
@@ -185,7 +185,7 @@ class Installation:
             def autocast_kernel(
                 *a: Any, device: str = device, excluded: torch._C.DispatchKeySet = excluded
             ) -> Any:
-                values = list(self._filled(a))
+                values = list(self._fill_defaults(a))
                 dtypes = [values[i].dtype for i in promoted]
                 for i in promoted if dtypes and all(d.is_floating_point for d in dtypes) else ():
                     values[i] = values[i].to(functools.reduce(torch.promote_types, dtypes))

@@ -38,7 +38,7 @@ def implicit(problem: TransportProblem, g: Tensor) -> tuple[Tensor, Tensor]:
     masked = constant_g == -torch.inf
     residual = torch.where(masked, 0.0, log_mass - torch.where(masked, 0.0, log_col))
     implicit_g: Tensor = _ImplicitPotential.apply(  # type: ignore[no-untyped-call]
-        residual, constant_g, problem.detached()
+        residual, constant_g, problem.detach()
     )
     f = ops.one_pass(implicit_g, problem.log_row)[0]
     return f, implicit_g

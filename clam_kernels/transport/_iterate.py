@@ -73,7 +73,7 @@ class _RowsFirst:
 
     def next_g(self, g: Tensor, result: Pass, err: Tensor) -> Tensor:
         """The g after the columns' half-step."""
-        self.last_f = without_common(result.f, result.common)
+        self.last_f = subtract_common(result.f, result.common)
         return g + self.passes.residual(result.log_mass)
 
 
@@ -106,10 +106,10 @@ def iterate(
         if last or ((g.is_cpu or (index + 1) % CHECK_INTERVAL == 0) and bool(done.all())):
             break
         g = torch.where(done[..., None], g, order.next_g(g + result.common, result, err))
-    f = without_common(order.f, result.common)
+    f = subtract_common(order.f, result.common)
     return IterationResult(f, g + result.common, err, result.status, count)
 
 
-def without_common(f: Tensor, common: Tensor) -> Tensor:
+def subtract_common(f: Tensor, common: Tensor) -> Tensor:
     """`f - common`: the caller adds `common` to g."""
     return (f.double() - common).to(f.dtype)

@@ -14,7 +14,7 @@ from .._core import checks
 from .._core.backend import default_precision
 from ..ops import sinkhorn as sinkhorn_ops
 from ..ops._facts import LARGE_LOGIT, compute_dtype
-from ._terms import autocast_off, product, scaled
+from ._terms import autocast_off, product, scale_scores
 
 Scores = Tensor | tuple[Tensor, Tensor]
 # Logits of one tile where a result is read: few on a CPU, so that they fit its cache; many on a
@@ -62,7 +62,7 @@ class TransportProblem:
             return self.epsilon.to(self.first.device, self.dtype).reciprocal()
         return torch.full((), 1.0 / self.epsilon, dtype=self.dtype, device=self.first.device)
 
-    def detached(self) -> TransportProblem:
+    def detach(self) -> TransportProblem:
         """The problem without gradients."""
 
         def detach(x: Any) -> Any:
@@ -121,7 +121,7 @@ class TransportProblem:
         if isinstance(self.scores, Tensor):
             x = _zero_masked(self.scores[..., rows, :].to(self.dtype), masked_rows, -1)
             x = _zero_masked(x, masked_columns, -2)
-            logits = _add_potential(scaled(x, None, scale), shift)
+            logits = _add_potential(scale_scores(x, None, scale), shift)
         else:
             z, prototypes = (x.to(self.dtype) for x in self.scores)
             # before the product: in its gradient 0 * NaN would be NaN
@@ -136,7 +136,7 @@ class TransportProblem:
         if checks.readable(is_large) and not bool(is_large.any()):
             return logits
         base = torch.where(is_large, top / scale.detach(), 0.0)
-        return _add_potential(scaled(x, base, scale), shift)
+        return _add_potential(scale_scores(x, base, scale), shift)
 
     def _potential_parts(self, g: Tensor, masked_columns: Tensor | None) -> list[Tensor]:
         """Tensors in the dtype of the potentials whose sum is g + g_low + bias."""

@@ -69,7 +69,7 @@ class Sinkhorn:
         Tensor [..., N, K]
             0 in masked rows, NaN in failed problems.
         """
-        problem = self._detached_if_envelope()
+        problem = self._detach_if_envelope()
 
         def chunk_codes(part: slice, x: Tensor) -> Tensor:
             p, masked = torch.softmax(x, -1), problem.masked_rows(part)
@@ -82,7 +82,7 @@ class Sinkhorn:
         half-step, the plan is computed as masses times codes: a large f has too few digits in
         float32.
         """
-        problem = self._detached_if_envelope()
+        problem = self._detach_if_envelope()
 
         def chunk_of_exact_rows(part: slice, x: Tensor) -> Tensor:
             p = torch.softmax(x, -1)
@@ -97,9 +97,9 @@ class Sinkhorn:
             return problem.map_tiles(self.g, chunk_of_exact_rows, rows)
         return problem.map_tiles(self.g, chunk_of_exact_columns, rows, exact_size=True)
 
-    def _detached_if_envelope(self) -> TransportProblem:
+    def _detach_if_envelope(self) -> TransportProblem:
         """The problem by which codes and the plan are differentiated."""
-        return self.problem.detached() if self.envelope else self.problem
+        return self.problem.detach() if self.envelope else self.problem
 
     def labels(self, strict: bool = False) -> Tensor:
         """The prototype of each row's largest code, without an N x K array.
@@ -118,7 +118,7 @@ class Sinkhorn:
             -1 for masked rows and in failed problems.
         """
         checks.boolean("strict", strict)
-        problem, g = self.problem.detached(), self.g.detach()
+        problem, g = self.problem.detach(), self.g.detach()
         parts = []
         for part, x in problem.tiles(g):
             top_labels, masked = x.argmax(-1), problem.masked_rows(part)
@@ -150,7 +150,7 @@ class Sinkhorn:
         checks.value_error(
             1 <= k <= most, lambda: checks.wording("k", f"an int from 1 to {most}", f"{k}")
         )
-        problem = self._detached_if_envelope()
+        problem = self._detach_if_envelope()
         values, indices = [], []
         for part, x in problem.tiles(self.g):
             top, masked = torch.softmax(x, -1).topk(k, -1), problem.masked_rows(part)
@@ -197,7 +197,7 @@ class Sinkhorn:
         """
         total = torch.zeros_like(self.err, dtype=torch.float64)
         rows = torch.zeros_like(total)
-        problem = self.problem.detached()
+        problem = self.problem.detach()
         for part, x in problem.tiles(self.g.detach()):
             p = torch.softmax(x, -1)
             entropies = torch.special.entr(p).sum(-1).double()

@@ -161,7 +161,7 @@ def sinkhorn(
     limit = n_iter if tol is None else max_iter
     with torch.no_grad():
         result = _solve(
-            problem.detached(), start, limit, tol, prototype_first, accelerate, process_group
+            problem.detach(), start, limit, tol, prototype_first, accelerate, process_group
         )
     if warn and (tol is not None or process_group is not None):
         _warn_of(result, tol, max_iter)
@@ -315,7 +315,7 @@ def _solve(
     ops = problem.ops()
     passes = Passes(ops) if group is None else Sharded(ops, group)
     state = iterate(passes, start, limit, tol, prototype_first, accelerate is not None)
-    return _finished(state, problem, tol, rows_exact)
+    return _finish(state, problem, tol, rows_exact)
 
 
 def _warn_of(result: Sinkhorn, tol: float | None, max_iter: int) -> None:
@@ -334,7 +334,7 @@ def _warn_of(result: Sinkhorn, tol: float | None, max_iter: int) -> None:
         )
 
 
-def _finished(
+def _finish(
     state: IterationResult, problem: TransportProblem, tol: float | None, rows_exact: bool
 ) -> Sinkhorn:
     """The result of an iteration; NaN in failed problems."""

@@ -32,7 +32,7 @@ def product(z: Tensor, prototypes: Tensor, exact: bool) -> Tensor:
     return result
 
 
-def scaled(x: Tensor, base: Tensor | None, scale: Tensor) -> Tensor:
+def scale_scores(x: Tensor, base: Tensor | None, scale: Tensor) -> Tensor:
     """`(x - base) * scale`, with base [..., N, 1] a number of each row."""
     if not scale.requires_grad:
         return _subtract_base(x, base) * scale

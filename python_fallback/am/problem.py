@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..common.chunk import Cell, add_batch_dims, broadcast_shapes, cells, chunk_rows, round_up, take
-from ..common.score import SOFTMAX_FLOOR, active_memories, centred, compute_dtype, softmax_
+from ..common.score import SOFTMAX_FLOOR, active_memories, centre_memories, compute_dtype, softmax_
 from .doubt import LARGEST_LOGIT, SMALL, DoubtRule
 from .exact import ExactRows
 
@@ -175,7 +175,7 @@ class MemoryProblem:
     def _cell_memories(self, cell: Cell) -> CellMemories:
         weights = None if self.log_weights is None else take(self.log_weights, cell).to(self.dtype)
         active = active_memories(weights)
-        rho, c = centred(take(self.rho, cell).to(self.dtype), active)
+        rho, c = centre_memories(take(self.rho, cell).to(self.dtype), active)
         beta, zero_or_nan = self._betas(cell, rho, active)
         norms, largest = rho.square().sum(-1)[:, None, :], torch.finfo(self.dtype).max / 4
         beta = beta.clamp(max=largest)  # 0 * inf is NaN; a beta this large puts all rows in doubt

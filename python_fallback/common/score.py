@@ -23,7 +23,7 @@ def active_memories(log_weights: Tensor | None) -> Tensor | None:
     return None if log_weights is None else torch.atleast_1d(log_weights) != -torch.inf
 
 
-def centred(rho: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
+def centre_memories(rho: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
     """`(rho - c, c)` with c `[..., 1, D]` the centre of the active memories; masked memories become
     0.
 

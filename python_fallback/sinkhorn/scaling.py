@@ -184,7 +184,7 @@ class ScalingProblem:
         x = self.entries.load(part, out)
         return torch.where(x.isfinite(), x, 0.0)
 
-    def biased(self, g: Tensor) -> Tensor:
+    def add_bias(self, g: Tensor) -> Tensor:
         """A column potential plus the bias; -inf stays -inf."""
         return g if self.bias is None else torch.where(g == -torch.inf, g, g + self.bias)
 
@@ -219,7 +219,7 @@ class ScalingProblem:
         mass of every column, sum_i exp(logits + f + g - log_a_max).
         """
         f, mass = torch.empty_like(self.log_a), torch.zeros_like(self.log_b)
-        shift = split_potential(self.biased(g), self.dtype, large)
+        shift = split_potential(self.add_bias(g), self.dtype, large)
         for part in self.tiles():
             x, top, base = self.reduced_logits(part, shift)
             p = exp_(x.sub_(top[:, None]), EXP_FLOOR[self.dtype])
@@ -246,7 +246,7 @@ class ScalingProblem:
                 + exp_(x.sub_(base.to(self.dtype)), EXP_FLOOR[self.dtype]).sum(0).double()
             )
             top = new_top
-        return self.biased(torch.where(top == -torch.inf, 0.0, top) + total.log())
+        return self.add_bias(torch.where(top == -torch.inf, 0.0, top) + total.log())
 
     def step_columns(self, f: Tensor) -> Tensor:
         """The columns' half-step from f: g_j = log b_j - log sum_i exp(logits + f)."""
@@ -400,9 +400,9 @@ class ScalingBackward:
         problem = self.problem
         dtype = problem.dtype
         if step.side == "row":
-            potential = split_potential(problem.biased(step.other), dtype, LARGE_IN_GRADIENTS)
+            potential = split_potential(problem.add_bias(step.other), dtype, LARGE_IN_GRADIENTS)
             return softmax_(problem.reduced_logits(part, potential)[0], underflows=True)
-        columns = problem.biased(step.own - problem.log_b)
+        columns = problem.add_bias(step.own - problem.log_b)
         columns = torch.where(problem.masked_col, -torch.inf, columns)
         rows, base = problem.reduce_potential(step.other[part])
         # add the larger potential first: it cancels large logits

@@ -105,7 +105,7 @@ def test_masks_hide_observed_entries_and_never_all(wine, share):
         for s in range(200)
     ]
     average = torch.stack(drawn).double().sum(2).mean()
-    assert _completion.expected_masked(points, 0.3) == pytest.approx(float(average), rel=0.02)
+    assert _completion.mean_mask_count(points, 0.3) == pytest.approx(float(average), rel=0.02)
 
 
 def test_the_loss_does_not_depend_on_missing_entries(wine):

@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM
-from clam_kernels.estimators.clam.refresh import refreshed
+from clam_kernels.estimators.clam.refresh import refresh_frame
 from clam_kernels.estimators.clam.sample import StreamSample
 
 QUICK = {"n_init": 4, "max_iter": 10, "random_state": 0}
@@ -173,7 +173,7 @@ def test_columns_that_do_not_vary_in_the_sample_keep_their_scale():
     z = frame.states(torch.from_numpy(x), torch.float64)
     z[:, 0], z[:, 1], z[:, 2] = torch.nan, z[0, 1], z[:, 2] * 10
     none = StreamSample.empty(z[:0], torch.zeros(0, dtype=torch.float64), frame.deviation)
-    result = refreshed(True, frame, none, z, None)
+    result = refresh_frame(True, frame, none, z, None)
     before, after = (f.deviation * f.width for f in (frame, result))
     torch.testing.assert_close(after, before * torch.tensor([1.0, 1.0, 10.0]).double())
 

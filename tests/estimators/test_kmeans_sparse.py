@@ -239,5 +239,5 @@ def test_unit_rows_of_float32_are_rounded_alike():
     wide = torch.from_numpy(x.toarray()).double()
     expected = torch.nn.functional.normalize(wide).float()
     assert torch.equal(_sparse.dense(rows), expected)
-    assert torch.equal(_rows.normalised(wide.float()), expected)
-    assert torch.equal(_rows.normalised(wide.float().mT.contiguous().mT), expected)
+    assert torch.equal(_rows.normalise_rows(wide.float()), expected)
+    assert torch.equal(_rows.normalise_rows(wide.float().mT.contiguous().mT), expected)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.frame import Frame
 from ..common.rows import Rows
-from ..common.scale import exponent_of, rescaled, scaled
+from ..common.scale import exponent_of, scale_number, scale_tensor
 
 # "auto" standardises where the spread of one column is more than so many times that of another:
 # pixels of 8 bits stay as they are, columns in different units are standardised.
@@ -65,16 +65,16 @@ def frame_of(
     width = base * math.ldexp(1.0, spread)
     unit = range_ + spread + exponent
     if range_ > SQUARE_EXPONENT or exponent_of(top) > spread + LOSS_EXPONENT:
-        rows.refuse_lost(lambda x: scaled(x.double(), -range_) / width)
+        rows.refuse_lost(lambda x: scale_tensor(x.double(), -range_) / width)
     return Frame(
         mean=columns.mean,
         range=range_,
         width=width,
         unit=unit,
-        one=math.ldexp(mantissa, -spread) if is_standard else rescaled(1.0, -unit),
+        one=math.ldexp(mantissa, -spread) if is_standard else scale_number(1.0, -unit),
         deviation=columns.deviation / width,
-        low=scaled(columns.low, range_),
-        high=scaled(columns.high, range_),
+        low=scale_tensor(columns.low, range_),
+        high=scale_tensor(columns.high, range_),
         is_standard=is_standard,
         contrast=contrast,
     )
@@ -188,7 +188,7 @@ def _weighted_chunks(
     """(rows in float64 and units of 2**range, their weights [n, 1]) of each chunk."""
     for part, x in rows.pieces():
         ones = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
-        yield scaled(x.double(), -range_), ones if weight is None else weight[part, None]
+        yield scale_tensor(x.double(), -range_), ones if weight is None else weight[part, None]
 
 
 def _typical(rows: Rows, weight: Tensor | None, range_: int) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ def _typical(rows: Rows, weight: Tensor | None, range_: int) -> tuple[Tensor, Te
     count = max(LEAST_ROWS, min(SAMPLE_ROWS, SAMPLE_ENTRIES // rows.features))
     step = math.ceil(len(rows) / count)
     index = torch.arange(0, len(rows), step, dtype=torch.int64, device="cpu")
-    x = scaled(rows.take(index).double(), -range_)
+    x = scale_tensor(rows.take(index).double(), -range_)
     weights = torch.ones(len(x), dtype=torch.float64, device=x.device)
     weights = weights if weight is None else weight[index.to(weight.device)]
     median = _medians(x, weights).nan_to_num(0.0)

@@ -82,7 +82,7 @@ def draw_masks(
     return masks & ~(one & (masks == observed).all(1, keepdim=True))
 
 
-def expected_masked(points: Points, ratio: float) -> float:
+def mean_mask_count(points: Points, ratio: float) -> float:
     """Weighted mean over the rows of the number of entries that `draw_masks` masks; where it masks
     none, of the number of observed entries.
 
@@ -164,10 +164,10 @@ def gradient_in_rates(slope: Tensor, plan: CompletionPlan) -> Tensor:
     return torch.where(plan.rates > 0, slope / plan.rates, 0.0)
 
 
-def moved_within(memories: Tensor, move: Tensor, plan: CompletionPlan) -> Tensor:
+def move_within(memories: Tensor, move: Tensor, plan: CompletionPlan) -> Tensor:
     """The memories after a move times the rates of the columns, clamped to the columns' ranges."""
-    moved = memories + (move if plan.rates is None else move * plan.rates)
-    return moved if plan.low is None else moved.clamp(plan.low, plan.high)
+    result = memories + (move if plan.rates is None else move * plan.rates)
+    return result if plan.low is None else result.clamp(plan.low, plan.high)
 
 
 class _Plateau:
@@ -216,7 +216,7 @@ class _ReplicaOptimiser:
                 part.grad.copy_(gradient_in_rates(part.grad, plan))
             self.adam.step()
             for part, old in zip(self.parts, before, strict=True):
-                part.copy_(moved_within(old, part - old, plan))
+                part.copy_(move_within(old, part - old, plan))
 
     def finish_epoch(self, epoch: int, loss: Tensor) -> bool:
         """Set the next learning rates; return whether training goes on."""
@@ -296,7 +296,7 @@ def train(
     generator = torch.Generator().manual_seed(plan.seed)
     batches = _MaskedBatches(points, plan, generator)
     optimiser = _ReplicaOptimiser(start, plan)
-    expected = expected_masked(points, plan.mask_ratio)
+    expected = mean_mask_count(points, plan.mask_ratio)
     best, middle = torch.full_like(start, torch.nan), start.clone()
     lowest = torch.full((len(start),), math.inf, dtype=torch.float64, device="cpu")
     curve = []

@@ -17,7 +17,7 @@ from ..common.base import FitPredict, keeps_state_on_failure
 from ..common.frame import Frame
 from ..common.progress import ProgressBar
 from ..common.rows import Rows, backend_of, read_rows, read_weight, weighted_sum
-from ..common.scale import rescaled
+from ..common.scale import scale_number
 from ..common.threads import small_on_one_thread, threads_for
 from . import streaming as streaming
 from .columns import WARNED_CONTRAST, frame_of
@@ -29,7 +29,7 @@ from .search import SearchResult, search
 from .selection import COLUMNS, ROLES, SILHOUETTE_ROWS
 from .settings import CONSTRAINTS, ClAMSettings
 from .start import gap_of
-from .whole import sampled, through_all
+from .whole import points_of_search, through_all
 
 
 class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEstimator):
@@ -290,7 +290,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEs
         names = getattr(self, "feature_names_in_", None)
         frame = frame_of(rows, weight, names, settings.standardize)
         _warn_of_units(frame)
-        points, is_whole = sampled(settings, rows, weight, frame, seed)
+        points, is_whole = points_of_search(settings, rows, weight, frame, seed)
         settings.callbacks.fit_begin()
         with ProgressBar(settings.verbose, "ClAM", settings.max_iter) as bar:
             progress = FitProgress(bar, settings.callbacks, frame.unit)
@@ -399,7 +399,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEs
         squared = 2 * frame.unit  # exponent of a squared length
         gap = gap_of(points, result.memories[None], 0)
         self._store_memories(settings, rows, frame, result.memories, gap, result.beta)
-        self.loss_curve_ = np.array([rescaled(loss, squared) for loss in result.curve])
+        self.loss_curve_ = np.array([scale_number(loss, squared) for loss in result.curve])
         self._candidates = result.table
         self.n_iter_ = len(result.curve)
         self._store_labels(settings, rows, weight)
@@ -440,7 +440,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEs
         # in the frame, as betas in units of the data may be 0 or inf
         self._sharpness = [beta, COMPLETION / gap]
         squared = 2 * frame.unit
-        self.gap_, self.beta_ = rescaled(gap, squared), rescaled(beta, -squared)
+        self.gap_, self.beta_ = scale_number(gap, squared), scale_number(beta, -squared)
 
     def _store_labels(self, settings: ClAMSettings, rows: Rows, weight: Tensor | None) -> None:
         self.device_, self.backend_ = str(rows.device), backend_of("am_recursion", rows)
@@ -450,7 +450,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEs
         weights = np.ones(len(rows)) if weight is None else weight.cpu().numpy()
         won = np.bincount(labels.cpu().numpy(), weights, minlength=settings.n_clusters)
         self._held = np.repeat(won[:, None], rows.features, axis=1)
-        self.inertia_ = rescaled(weighted_sum(sqdist, weight), 2 * self._frame.unit)
+        self.inertia_ = scale_number(weighted_sum(sqdist, weight), 2 * self._frame.unit)
         self.n_clusters_used_ = len(labels.unique())
 
 

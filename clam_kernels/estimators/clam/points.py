@@ -119,9 +119,9 @@ class Points:
         if float(mass[-1]) <= 0:
             return None
         index = torch.searchsorted(mass, draw * float(mass[-1])).clamp(max=len(mass) - 1)
-        return self.completed(int(index), memories)
+        return self.complete_row(int(index), memories)
 
-    def completed(self, index: int, memories: Tensor) -> Tensor:
+    def complete_row(self, index: int, memories: Tensor) -> Tensor:
         """A row without missing entries."""
         return self.z[index]
 
@@ -192,7 +192,7 @@ class PartialPoints(Points):
         distances = scores.add_(self.square[:, None]).clamp_(min=0).mul_(self.scale[:, None])
         return distances.to(self.z.dtype)
 
-    def completed(self, index: int, memories: Tensor) -> Tensor:
+    def complete_row(self, index: int, memories: Tensor) -> Tensor:
         """A row whose missing entries are those of the nearest memory."""
         assert self.observed is not None
         squares = (memories - self.z[index]).square() * self.mask[index]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..common.callbacks import Callbacks
 from ..common.progress import ProgressBar
-from ..common.scale import rescaled
+from ..common.scale import scale_number
 from .selection import Candidates
 
 
@@ -26,7 +26,7 @@ class FitProgress:
             figures["silhouette"] = f"{-candidates.best().key:.4f}"
         self.bar.advance(**figures)
         loss = float(losses.mean()) if len(losses) else float("nan")
-        loss = rescaled(loss, 2 * self.unit)
+        loss = scale_number(loss, 2 * self.unit)
         return after_iteration(self.callbacks, stage, epoch, loss, len(candidates.table))
 
 

@@ -19,7 +19,7 @@ from ...ops.kmeans import kmeans_assign
 from ..common.base import computed_dtype
 from ..common.frame import Frame
 from ..common.rows import Rows, read_rows, read_weight, weighted_sum
-from ..common.scale import rescaled, scaled
+from ..common.scale import scale_number, scale_tensor
 from ..common.threads import small_on_one_thread
 from .container import in_container
 from .points import masked_distances
@@ -72,7 +72,7 @@ class Recall(TransformerMixin):
                 results.append(function(*self._pair(part, dtype)))
         return results
 
-    def _recalled(self, z: Tensor, memories: Tensor, settings: ClAMSettings) -> Tensor:
+    def _recall_states(self, z: Tensor, memories: Tensor, settings: ClAMSettings) -> Tensor:
         """States whose nearest memories are the labels. Those of the paper's recipe are states
         after the recursion, which starts with missing entries at 0.
         """
@@ -95,14 +95,14 @@ class Recall(TransformerMixin):
         """(labels, squared distances in the frame to the memories of the labels)."""
 
         def label(z: Tensor, memories: Tensor) -> tuple[Tensor, Tensor]:
-            recalled = self._recalled(z, memories, settings)
-            labels, sqdist = kmeans_assign(recalled, memories, precision=settings.precision)
-            if recalled is not z:
+            states = self._recall_states(z, memories, settings)
+            labels, sqdist = kmeans_assign(states, memories, precision=settings.precision)
+            if states is not z:
                 sqdist = (z - memories[labels]).square().sum(-1)
             if rows.has_missing:
                 some = z.isnan().any(1).nonzero()[:, 0]
                 distances = masked_distances(z[some], memories)
-                if recalled is z:
+                if states is z:
                     labels[some] = distances.argmin(1)
                 sqdist[some] = distances.gather(1, labels[some, None])[:, 0]
                 sqdist[z.isnan().all(1)] = 0.0  # no observed entry, no distance
@@ -116,9 +116,9 @@ class Recall(TransformerMixin):
 
         def distances(z: Tensor, memories: Tensor) -> Tensor:
             mode = "donot_use_mm_for_euclid_dist"
-            recalled = self._recalled(z, memories, settings)
-            out = torch.cdist(recalled, memories, compute_mode=mode)
-            if rows.has_missing and recalled is z:
+            states = self._recall_states(z, memories, settings)
+            out = torch.cdist(states, memories, compute_mode=mode)
+            if rows.has_missing and states is z:
                 some = z.isnan().any(1).nonzero()[:, 0]
                 out[some] = masked_distances(z[some], memories).sqrt_()
             return out
@@ -183,7 +183,7 @@ class Recall(TransformerMixin):
         """
         settings = self._settings()
         rows = self._read(X, settings)
-        distances = scaled(self._distances(rows, settings).double(), self._frame.unit)
+        distances = scale_tensor(self._distances(rows, settings).double(), self._frame.unit)
         return rows.give(distances.to(self._dtype(rows)))
 
     @small_on_one_thread
@@ -205,7 +205,7 @@ class Recall(TransformerMixin):
         rows = self._read(X, settings)
         weight = read_weight(sample_weight, rows)
         inertia = weighted_sum(self._nearest(rows, settings)[1], weight)
-        return -rescaled(inertia, 2 * self._frame.unit)
+        return -scale_number(inertia, 2 * self._frame.unit)
 
     @small_on_one_thread
     def energy(self, X: Any) -> Any:
@@ -234,7 +234,7 @@ class Recall(TransformerMixin):
             return energy
 
         energy = torch.cat(self._for_each_chunk(rows, energies))
-        energy = scaled(energy.double(), 2 * self._frame.unit)
+        energy = scale_tensor(energy.double(), 2 * self._frame.unit)
         return rows.give(energy.to(self._dtype(rows)))
 
     @small_on_one_thread
@@ -268,7 +268,7 @@ class Recall(TransformerMixin):
                 bound = "a number in (0, 2]" if most == 2 else "a number > 0"
                 raise ValueError(f"{name}: expected {bound}, got {value!r}")
         squared = 2 * self._frame.unit
-        frame_beta = self._sharpness[1] if beta is None else rescaled(beta, squared)
+        frame_beta = self._sharpness[1] if beta is None else scale_number(beta, squared)
         parts = []
         with torch.inference_mode():
             for _, part in rows.pieces():
@@ -283,6 +283,6 @@ class Recall(TransformerMixin):
                     update_mask=is_missing,
                     precision=settings.precision,
                 )
-                recalled = self._frame.data(states).to(part.dtype)
-                parts.append(torch.where(is_missing, recalled, part))
+                values = self._frame.data(states).to(part.dtype)
+                parts.append(torch.where(is_missing, values, part))
         return in_container(self, X, rows.give(torch.cat(parts)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.frame import Frame
 from ..common.rows import in_memory
-from ..common.scale import rescaled, scaled
+from ..common.scale import scale_number, scale_tensor
 from .columns import frame_of
 from .sample import StreamSample
 
@@ -22,11 +22,11 @@ from .sample import StreamSample
 DEVIATION_RATIO = 2.0
 
 
-def refreshed(
+def refresh_frame(
     standardize: str | bool, frame: Frame, sample: StreamSample, z: Tensor, weight: Tensor | None
 ) -> Frame:
     """The frame with the deviations of the sample and of a batch z [N, D], both states of the
-    frame; the frame itself where they differ little. Its center and its range do not change.
+    frame; the frame itself where they differ little. Its centre and its range do not change.
     """
     rows, weights = sample.table(z, weight)
     rows, weights = _with_constant_columns(frame, rows, weights)
@@ -34,7 +34,7 @@ def refreshed(
     table = in_memory(rows)
     table.top = float(rows.abs().nan_to_num(0.0).max())
     fresh = frame_of(table, weights, None, standardize)
-    width = scaled(fresh.width, fresh.range)
+    width = scale_tensor(fresh.width, fresh.range)
     before, after = frame.deviation * frame.width, fresh.deviation * width
     differs = (after > DEVIATION_RATIO * before) | (DEVIATION_RATIO * after < before)
     if not bool(differs.any()) and fresh.is_standard == frame.is_standard:
@@ -44,7 +44,7 @@ def refreshed(
         frame,
         width=width,
         unit=unit,
-        one=fresh.one if fresh.is_standard else rescaled(1.0, -unit),
+        one=fresh.one if fresh.is_standard else scale_number(1.0, -unit),
         deviation=fresh.deviation,
         is_standard=fresh.is_standard,
         contrast=fresh.contrast,

@@ -51,12 +51,12 @@ class StreamSample:
         """How many rows of the stream each row of the sample represents."""
         return max(self.count, 1) / max(len(self.rows), 1)
 
-    def shifted(self, shift: Tensor) -> StreamSample:
+    def move(self, shift: Tensor) -> StreamSample:
         """The sample in a frame whose mean is moved by `shift`."""
         rows, memories = ((x.double() - shift).to(x.dtype) for x in (self.rows, self.memories))
         return dataclasses.replace(self, rows=rows, memories=memories)
 
-    def stretched(self, factor: Tensor) -> StreamSample:
+    def stretch(self, factor: Tensor) -> StreamSample:
         """The sample in a frame whose columns are multiplied by `factor` [D]."""
         rows, memories = ((x.double() * factor).to(x.dtype) for x in (self.rows, self.memories))
         spread = self.spread * factor

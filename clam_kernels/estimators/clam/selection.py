@@ -54,7 +54,7 @@ class Silhouettes:
         top = float(weights.max())
         self.unit = min(1.0, float(weights.min())) / top  # weight of one row
         self.weights, self.weights32 = weights, (weights / top).float()
-        self.distances = _bounded(part.between())
+        self.distances = _bound_distances(part.between())
 
     def __call__(self, labels: Tensor, k: int) -> Tensor:
         """Silhouettes [R] of labels [R, N], each row weighted; -1 where they are not defined."""
@@ -86,7 +86,7 @@ class Silhouettes:
         return torch.where(is_defined, width @ self.weights / self.weights.sum(), -1.0)
 
 
-def _bounded(distances: Tensor) -> Tensor:
+def _bound_distances(distances: Tensor) -> Tensor:
     """Distances as float32, divided by a power of two near their median and at most `LARGEST`, so
     that their sums stay finite beside one far row. `distances` is overwritten.
     """
@@ -97,7 +97,7 @@ def _bounded(distances: Tensor) -> Tensor:
     return distances.mul_(2.0**power).clamp_(max=LARGEST).float()
 
 
-def _rounded(inertia: float) -> float:
+def _round_inertia(inertia: float) -> float:
     """The digits of an inertia that do not depend on the order of its sum."""
     return float(f"{inertia:.9e}")
 
@@ -121,7 +121,7 @@ class Candidate:
 
 @dataclass
 class Candidates:
-    """The figures of every candidate, and the memories of those that may still be chosen."""
+    """The figures of every candidate, and the memories of the candidates in the front."""
 
     points: Points
     k: int
@@ -177,16 +177,18 @@ class Candidates:
             "loss": math.inf if math.isnan(row[4]) else row[4],
         }
         used = min(int(row[7]), self.required)
-        new = Candidate(memories, len(self.table) - 1, used, keys[self.select], _rounded(row[6]))
+        new = Candidate(
+            memories, len(self.table) - 1, used, keys[self.select], _round_inertia(row[6])
+        )
         if not any(old.dominates(new) for old in self.front):
             self.front = [old for old in self.front if not new.dominates(old)]
             self.front.append(replace(new, memories=memories.clone()))
-        counts = new.used >= self.required and new.inertia <= self._bound(new.used)
+        counts = new.used >= self.required and new.inertia <= self._largest_inertia(new.used)
         row[8] = float(counts)
         value = -new.inertia if self.select == "inertia" else -new.key
         return value - (0.0 if counts else PENALTY)
 
-    def _bound(self, used: int) -> float:
+    def _largest_inertia(self, used: int) -> float:
         """The largest inertia at which a candidate with so many clusters counts so far."""
         if self.guard is None or self.select != "silhouette":
             return math.inf
@@ -194,13 +196,13 @@ class Candidates:
         return self.guard * min(inertias, default=math.inf)
 
     def best(self) -> Candidate:
-        """The best of those that use `required` clusters, else of those that use most."""
+        """The best candidate with `required` used clusters, or with most where none has so many."""
         if not self.front:
             raise FloatingPointError(
                 "the memories of every restart became NaN or infinite: lower learning_rate or beta"
             )
         most = max(c.used for c in self.front)
-        bound = self._bound(most)
+        bound = self._largest_inertia(most)
         counting = [c for c in self.front if c.used == most and c.inertia <= bound]
         return min(counting, key=lambda c: (c.key, c.inertia, c.number))
 
@@ -209,8 +211,8 @@ class Candidates:
         best candidate.
         """
         rows = np.array(self.table, dtype=np.float64)
-        bound = self._bound(self.required)
-        is_inside = np.array([_rounded(inertia) <= bound for inertia in rows[:, 6]])
+        bound = self._largest_inertia(self.required)
+        is_inside = np.array([_round_inertia(inertia) <= bound for inertia in rows[:, 6]])
         rows[:, 8] = (rows[:, 7] >= self.required) & is_inside
         rows[best.number, 8] = 2
         return rows

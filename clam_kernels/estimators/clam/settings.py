@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from ..._core.backend import PRECISIONS
 from ..common.callbacks import Callbacks
 from ..common.frame import Frame
-from ..common.scale import rescaled
+from ..common.scale import scale_number
 from ..common.settings import check_n_clusters, parameters_of
 
 # The values of parameters that are None.
@@ -126,7 +126,7 @@ class ClAMSettings:
     def betas(self, frame: Frame, gap: float | None = None) -> list[float]:
         """The betas of training in a frame, which replicas use in turn; `gap` in the frame."""
         if self.beta is not None:
-            return [rescaled(self.beta, 2 * frame.unit)]
+            return [scale_number(self.beta, 2 * frame.unit)]
         if self.is_published:
             return [published_beta(frame, beta) for beta in PUBLISHED_BETAS]
         assert gap is not None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...metrics import unmasked
+from ...metrics import refuse_masked_entries
 from ..common.frame import Frame
 from ..common.numbers import as_numbers
 from ..common.rows import in_memory
@@ -76,7 +76,9 @@ def _random_start(points: Points, k: int, random: np.random.RandomState) -> Tens
 
 def _array_start(init: Any, frame: Frame, like: Tensor, shape: tuple[int, int]) -> Tensor:
     """An array of starting memories, in the frame."""
-    x = as_numbers("init", init if isinstance(init, Tensor) else unmasked("init", init))
+    x = as_numbers(
+        "init", init if isinstance(init, Tensor) else refuse_masked_entries("init", init)
+    )
     if not isinstance(x, Tensor):
         x = torch.as_tensor(np.array(x), device="cpu")
     if tuple(x.shape) != shape:

@@ -22,19 +22,19 @@ from torch import Tensor
 
 from ..common.frame import Frame
 from ..common.rows import Rows
-from ..common.scale import rescaled
+from ..common.scale import scale_number
 from ..kmeans.seeding import plus_plus
 from .columns import frame_of, near
 from .completion import (
     Batch,
     CompletionPlan,
     draw_masks,
-    expected_masked,
     gradient_in_rates,
-    moved_within,
+    mean_mask_count,
+    move_within,
 )
 from .points import Points, points_of
-from .refresh import refreshed, size_in
+from .refresh import refresh_frame, size_in
 from .rounds import START_ITERATIONS
 from .sample import StreamSample
 from .search import plan_of, rates_of
@@ -45,7 +45,7 @@ from .start import gap_of, sample_index, starts
 # The sample is searched again where its inertia, or the weight of all rows so far, is this many
 # times that of the last search. The frame is compared with the sample where the number of rows is.
 GROWTH = 1.05
-# A search replaces the memories where its inertia is below this share of theirs.
+# A search replaces the memories where its inertia is below this share of the memories' inertia.
 IMPROVEMENT = 0.97
 # Fresh starts of a search, beside the start from set 0.
 STARTS = 3
@@ -139,7 +139,7 @@ def advance(
             sample = stream.sample.points(settings.precision)
             stream = _search_sample(stream, sample)
             stream, loss = _train(settings, stream, sample)
-            losses.append(rescaled(loss, 2 * stream.frame.unit))
+            losses.append(scale_number(loss, 2 * stream.frame.unit))
             if on_batch(losses[-1]):
                 break
     return _choose_set(settings, stream), losses
@@ -164,16 +164,16 @@ def _recenter(
         raise FloatingPointError(MAGNITUDE)
     stream = dataclasses.replace(
         stream,
-        frame=frame.moved(shift).widened(x if weight is None else x[weight > 0]),
+        frame=frame.move_to(shift).include(x if weight is None else x[weight > 0]),
         memories=(stream.memories.double() - shift).to(dtype),
-        sample=stream.sample.shifted(shift),
+        sample=stream.sample.move(shift),
         observed=total,
     )
     count = stream.sample.count + len(points)
     if count <= GROWTH * stream.framed:
         return stream, points
     before = stream.frame
-    frame = refreshed(settings.standardize, before, stream.sample, z, weight)
+    frame = refresh_frame(settings.standardize, before, stream.sample, z, weight)
     stream = dataclasses.replace(stream, framed=count)
     if frame is before:
         return stream, points
@@ -194,7 +194,7 @@ def _rescale(settings: ClAMSettings, stream: StreamState, frame: Frame) -> Strea
         stream,
         frame=frame,
         memories=(stream.memories.double() * factor).to(stream.memories.dtype),
-        sample=stream.sample.stretched(factor),
+        sample=stream.sample.stretch(factor),
         first=(stream.first.double() * slope).to(stream.first.dtype),
         second=(stream.second.double() * slope * slope).to(stream.second.dtype),
         level=math.inf,
@@ -290,7 +290,7 @@ def _train(
     masks = draw_masks(n, d, plan.mask_ratio, generator, observed).to(points.z.device)
     memories = stream.memories[TRAINED].clone().requires_grad_()
     batch = Batch(points.z, masks, points.observed, points.weight)
-    loss = batch.backward(memories[None], plan, expected_masked(points, plan.mask_ratio))
+    loss = batch.backward(memories[None], plan, mean_mask_count(points, plan.mask_ratio))
     assert memories.grad is not None
     slope = gradient_in_rates(memories.grad, plan)
     first = BETA1 * stream.first + (1 - BETA1) * slope
@@ -298,7 +298,7 @@ def _train(
     rate = plan.learning_rate / (1 + stream.steps / HALF_RATE_STEPS)
     root = (second / (1 - BETA2**stream.steps)).sqrt() + EPSILON * plan.length
     move = -rate * (first / (1 - BETA1**stream.steps)) / root
-    trained = moved_within(memories.detach(), move, plan)
+    trained = move_within(memories.detach(), move, plan)
     both = torch.stack([stream.memories[MEANS], trained])
     if not (bool(both.isfinite().all()) and math.isfinite(gap)):
         raise FloatingPointError(MAGNITUDE)

@@ -33,7 +33,7 @@ def searches_all(settings: ClAMSettings, rows: int) -> bool:
     return settings.is_published or rows <= _sample_size(settings)
 
 
-def sampled(
+def points_of_search(
     settings: ClAMSettings, rows: Rows, weight: Tensor | None, frame: Frame, seed: int
 ) -> tuple[Points, bool]:
     """(the rows of the search, in the frame; whether they are all rows that count).

@@ -78,7 +78,7 @@ def _checked_sparse(name: str, x: Any) -> Any:
         place = first_rounded(entries.data)
         if place is not None:
             row, column = int(entries.row[place]), int(entries.col[place])
-            raise _rounded(name, column, row, entries.data[place])
+            raise _rounding_error(name, column, row, entries.data[place])
     return x
 
 
@@ -120,7 +120,7 @@ def check_integers(name: str, x: Any, first_row: int = 0) -> None:
     if place is not None:
         row, *rest = (int(i) for i in np.unravel_index(place, x.shape))
         column = rest[0] if len(rest) == 1 else None
-        raise _rounded(name, column, first_row + row, x.flat[place])
+        raise _rounding_error(name, column, first_row + row, x.flat[place])
 
 
 def _check_array(name: str, x: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def _checked_column(name: str, label: Any, column: Any) -> np.ndarray | None:
         return _checked_objects(name, label, values.astype(object))
     row = first_rounded(values)
     if row is not None:
-        raise _rounded(name, label, row, values[row])
+        raise _rounding_error(name, label, row, values[row])
     return None
 
 
@@ -202,7 +202,7 @@ def _check_object(name: str, label: Any, row: int, value: Any) -> None:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{where}: {error}") from None
     if isinstance(value, int | np.integer) and int(number) != int(value):
-        raise _rounded(name, label, row, value)
+        raise _rounding_error(name, label, row, value)
 
 
 def _without_na(values: np.ndarray) -> np.ndarray:
@@ -220,7 +220,7 @@ def _no_numbers(name: str, label: Any, dtype: Any) -> TypeError:
     return TypeError(f"{name}: expected numbers in column {label!r}, got dtype {dtype}; {DATES}")
 
 
-def _rounded(name: str, label: Any, row: int, value: Any) -> ValueError:
+def _rounding_error(name: str, label: Any, row: int, value: Any) -> ValueError:
     place = f"in row {row}" if label is None else f"in column {label!r}, row {row}"
     return ValueError(
         f"{name}: expected integers that float64 can hold, got {int(value)} {place}; beyond 2^53 it"

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from ..._core.backend import float32_products
 from ..._core.spec import choice
-from ...metrics import unmasked
+from ...metrics import refuse_masked_entries
 from . import sparse_rows
 from .base import choose_device, computed_dtype, read_tensor, refuse_bad_entries
 from .frame import Frame
 from .numbers import as_numbers, check_integers, refuse_same_names
-from .scale import chunks, rescaled, scaled
+from .scale import chunks, scale_number, scale_tensor
 
 # Entries of a block that is converted.
 BLOCK_ENTRIES = 1 << 22
@@ -114,7 +114,7 @@ class Rows:
         step = self.chunk_rows or max(1, BLOCK_ENTRIES // self.features)
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
-            yield part, self._converted(self.source[part])
+            yield part, self._convert(self.source[part])
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, values) of every chunk: few rows, so that a copy in float64 is small."""
@@ -131,8 +131,8 @@ class Rows:
     def take(self, index: Tensor) -> Tensor:
         """The values of some rows."""
         if isinstance(self.source, Tensor):
-            return self._converted(self.source.index_select(0, index.to(self.source.device)))
-        return self._converted(self.source[index.cpu().numpy()])
+            return self._convert(self.source.index_select(0, index.to(self.source.device)))
+        return self._convert(self.source[index.cpu().numpy()])
 
     def part(self, index: Tensor) -> Rows:
         """Some rows as `Rows`; sparse rows stay sparse."""
@@ -140,7 +140,7 @@ class Rows:
             return dataclasses.replace(self, source=self.source[index.cpu().numpy()])
         return in_memory(self.take(index))
 
-    def _converted(self, part: Any) -> Tensor:
+    def _convert(self, part: Any) -> Tensor:
         if self.is_sparse:
             return sparse_rows.dense(dataclasses.replace(self, source=part))
         if sparse.issparse(part):
@@ -152,7 +152,7 @@ class Rows:
         frame = self.frame_of_rows
         x = x.to(self.dtype) if frame is None else frame.states(x, self.dtype)
         x = in_scale(x, self.exponent)
-        return normalised(x) if self.unit_norm else x
+        return normalise_rows(x) if self.unit_norm else x
 
     def give(self, result: Tensor) -> Any:
         """A result in the container of the input: numpy for arrays, else a tensor on its device."""
@@ -211,12 +211,12 @@ class Rows:
             if small is None and len(index):
                 row = int(index[0])
                 magnitude_of_row = float(x[row].abs().nan_to_num(0.0).max())
-                small = part.start + row, rescaled(magnitude_of_row, -self.exponent)
+                small = part.start + row, scale_number(magnitude_of_row, -self.exponent)
             if float(largest.max()) > top:
                 top, row = float(largest.max()), int(largest.argmax())
                 column = int(magnitudes[row].argmax())
                 place = part.start + row, column
-                value = rescaled(float(x[row, column]), -self.exponent)
+                value = scale_number(float(x[row, column]), -self.exponent)
         if small is not None:
             raise ValueError(
                 "X: expected values that float64 can square beside each other, got"
@@ -249,7 +249,7 @@ class Rows:
         self.variance = float((square / len(self) - mean.square()).clamp(min=0).mean())
         self.mean = first.double() + mean
 
-    def directed(self, weight: Tensor | None) -> Tensor | None:
+    def mask_zero_rows(self, weight: Tensor | None) -> Tensor | None:
         """The weights; for the cosine metric 0 for rows of zeros, unless all rows are zeros."""
         if not self.unit_norm:
             return weight
@@ -277,10 +277,10 @@ def in_memory(x: Tensor) -> Rows:
 
 def in_scale(x: Tensor, exponent: int) -> Tensor:
     """`x * 2**exponent`, computed in float64, which holds the factor."""
-    return scaled(x.double(), exponent).to(x.dtype) if exponent else x
+    return scale_tensor(x.double(), exponent).to(x.dtype) if exponent else x
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalise_rows(x: Tensor) -> Tensor:
     """Rows x / |x|, rounded once, as sparse rows are; a row of zeros stays zeros."""
     if x.dtype == torch.float64:
         top = x.abs().amax(-1, keepdim=True)
@@ -373,7 +373,7 @@ def _check_entries(estimator: BaseEstimator, rows: Rows) -> None:
 
 
 def _read_array(estimator: BaseEstimator, x: Any, reset: bool) -> Any:
-    unmasked("X", x)
+    refuse_masked_entries("X", x)
     refuse_same_names("X", x)
     if _is_mapped(x) and x.ndim == 2 and x.size and x.dtype.kind in "biuf":
         return np.asarray(validate_data(estimator, x, reset=reset, skip_check_array=True))
@@ -405,7 +405,7 @@ def read_weight(sample_weight: Any, rows: Rows) -> Tensor | None:
     if isinstance(sample_weight, Tensor):
         weight = sample_weight.detach().to(rows.device, torch.float64)
     else:
-        numbers = as_numbers("sample_weight", unmasked("sample_weight", sample_weight))
+        numbers = as_numbers("sample_weight", refuse_masked_entries("sample_weight", sample_weight))
         array = np.asarray(numbers, dtype=np.float64)
         weight = torch.from_numpy(np.array(array)).to(rows.device)
     if weight.ndim == 0:

@@ -17,7 +17,7 @@ def chunks(x: Tensor) -> Iterator[Tensor]:
     return iter(x.split(max(1, CHUNK_ENTRIES // x.shape[1])))
 
 
-def scaled(x: Tensor, exponent: int) -> Tensor:
+def scale_tensor(x: Tensor, exponent: int) -> Tensor:
     """`x * 2**exponent`; no factor of the product overflows."""
     while exponent:
         part = max(-1000, min(1000, exponent))
@@ -25,7 +25,7 @@ def scaled(x: Tensor, exponent: int) -> Tensor:
     return x
 
 
-def rescaled(value: float, exponent: int) -> float:
+def scale_number(value: float, exponent: int) -> float:
     """`value * 2**exponent`; 0 or inf where no float holds that."""
     try:
         return math.ldexp(value, exponent)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...ops._facts import TIE
 from ...ops.kmeans import kmeans_assign
-from .scale import scaled
+from .scale import scale_tensor
 
 Array = np.ndarray[Any, Any]
 
@@ -109,7 +109,7 @@ def sparse_chunks(rows: SparseRows, width: int) -> Iterator[SparseChunk]:
         inside = slice(ends[0], ends[-1])
         x = np.asarray(source.data[inside], dtype=np.float64)
         if rows.exponent:
-            x = scaled(torch.from_numpy(np.array(x)), rows.exponent).numpy()
+            x = scale_tensor(torch.from_numpy(np.array(x)), rows.exponent).numpy()
         chunk = SparseChunk(part, x, source.indices[inside], ends - ends[0], rows.features)
         if rows.unit_norm:
             _normalise(chunk, np.float32 if rows.dtype == torch.float32 else np.float64)
@@ -149,7 +149,9 @@ def moments(rows: SparseRows) -> tuple[Tensor, float]:
         return mean, max(0.0, float(spread) / rows.features)
     x = rows.source
     if rows.exponent or (x.dtype == np.float32 and rows.dtype == torch.float64):
-        data = scaled(torch.from_numpy(np.array(x.data, dtype=np.float64)), rows.exponent).numpy()
+        data = scale_tensor(
+            torch.from_numpy(np.array(x.data, dtype=np.float64)), rows.exponent
+        ).numpy()
         x = sparse.csr_array((data, x.indices, x.indptr), shape=x.shape)
     mean, variance = mean_variance_axis(x, axis=0)
     return torch.from_numpy(mean).double(), float(variance.mean(dtype=np.float64))

@@ -18,14 +18,14 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..._core.warn import warn
-from ...metrics import unmasked
+from ...metrics import refuse_masked_entries
 from ..common import sparse_rows
 from ..common.base import FitPredict, keeps_state_on_failure
 from ..common.files import ModelFile
 from ..common.numbers import as_numbers
 from ..common.progress import print_line
-from ..common.rows import Rows, backend_of, in_scale, normalised, read_rows, read_weight
-from ..common.scale import rescaled
+from ..common.rows import Rows, backend_of, in_scale, normalise_rows, read_rows, read_weight
+from ..common.scale import scale_number
 from ..common.threads import small_on_one_thread, threads_for
 from .lloyd import LloydResult, LloydRule, inertia_of, labels_of, lloyd, same_clustering
 from .minibatch import minibatch
@@ -40,7 +40,7 @@ def _array_start(init: Any) -> Tensor:
     """The centroids of the parameter `init`, in float64."""
     if isinstance(init, Tensor):
         return init.detach().double()
-    init = unmasked("init", init.toarray() if hasattr(init, "toarray") else init)
+    init = refuse_masked_entries("init", init.toarray() if hasattr(init, "toarray") else init)
     try:
         numbers = np.array(as_numbers("init", init), dtype=np.float64)
     except (TypeError, ValueError):
@@ -231,7 +231,7 @@ class KMeans(
         random = check_random_state(settings.random_state)
         with torch.no_grad():
             rows.frame()
-            weight = rows.directed(weight)
+            weight = rows.mask_zero_rows(weight)
             settings.callbacks.fit_begin()
             with threads_for(rows.tile_work(k)):
                 result = _search(settings, X, rows, weight, random)
@@ -258,7 +258,7 @@ class KMeans(
         centroids = in_scale(result.centroids, -rows.exponent)
         self.cluster_centers_ = rows.give(centroids.to(rows.result))
         self.labels_ = rows.give_labels(result.labels)
-        self.inertia_ = rescaled(result.inertia, -2 * rows.exponent)
+        self.inertia_ = scale_number(result.inertia, -2 * rows.exponent)
         self.n_iter_ = result.n_iter
         self.n_relocated_ = result.relocated
         self._n_features_out = settings.n_clusters
@@ -364,9 +364,9 @@ class KMeans(
         """
         settings = self._settings()
         rows, centroids = self._read(X, settings)
-        weight = rows.directed(read_weight(sample_weight, rows))
+        weight = rows.mask_zero_rows(read_weight(sample_weight, rows))
         inertia = inertia_of(rows, weight, centroids, _labels(settings, rows, centroids))
-        return -rescaled(inertia, -2 * rows.exponent)
+        return -scale_number(inertia, -2 * rows.exponent)
 
 
 def _search(
@@ -447,10 +447,10 @@ def _start(
     centroids = in_scale(centroids, rows.exponent)
     top, limit = float(centroids.abs().max()), LARGEST[rows.dtype]
     if top > limit and not rows.unit_norm:
-        got = rescaled(top, -rows.exponent)
-        limit = rescaled(limit, -rows.exponent)
+        got = scale_number(top, -rows.exponent)
+        limit = scale_number(limit, -rows.exponent)
         raise ValueError(f"init: expected magnitudes up to {limit:.3g} for these X, got {got:.3g}")
-    return (normalised(centroids) if rows.unit_norm else centroids).to(rows.dtype)
+    return (normalise_rows(centroids) if rows.unit_norm else centroids).to(rows.dtype)
 
 
 def _labels(settings: KMeansSettings, rows: Rows, centroids: Tensor) -> Tensor:

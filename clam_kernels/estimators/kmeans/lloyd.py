@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...ops.kmeans import kmeans_assign, kmeans_step, kmeans_update
 from ..common import sparse_rows
-from ..common.rows import Rows, normalised, weighted_sum
+from ..common.rows import Rows, normalise_rows, weighted_sum
 
 # Labels in memory at once, those of all starts that run together.
 LABELS_AT_ONCE = 1 << 25
@@ -212,13 +212,13 @@ class _Fit:
         has_rows = (masses > 0)[..., None]
         if self.rows.unit_norm:
             has_rows &= sums.norm(dim=-1, keepdim=True) > 0
-            mean = normalised(sums)
+            mean = normalise_rows(sums)
         else:
             mean = sums.div_(masses.clamp(min=torch.finfo(torch.float64).tiny)[..., None])
             mean = mean if self.shift is None else mean.add_(self.shift.double())
         centroids = torch.where(has_rows, mean.to(self.centroids.dtype), self.centroids)
         centroids = self._fill(centroids, masses)
-        return normalised(centroids) if self.rows.unit_norm else centroids
+        return normalise_rows(centroids) if self.rows.unit_norm else centroids
 
     def _relocate(self, a: int, labels: Tensor, sums: Tensor, masses: Tensor) -> None:
         """Move the rows farthest from their centroids to the clusters without rows, in place."""

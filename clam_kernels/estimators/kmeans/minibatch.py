@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...ops.kmeans import kmeans_assign, kmeans_update
 from ..common import sparse_rows
-from ..common.rows import Rows, normalised
+from ..common.rows import Rows, normalise_rows
 from .lloyd import LloydResult, LloydRule, inertia_of, labels_of, pair_distances
 
 REASSIGN_EVERY, REASSIGN_RATIO, PATIENCE = 10, 0.01, 10
@@ -140,12 +140,12 @@ def _step(
         labels, sqdist = kmeans_assign(x.source, centroids, precision=rule.precision)
         sums, counts = kmeans_update(x.source, labels, len(centroids))
     total = masses + counts
-    moved = (centroids.double() * masses[:, None] + sums) / total.clamp(min=1.0)[:, None]
+    means = (centroids.double() * masses[:, None] + sums) / total.clamp(min=1.0)[:, None]
     masses += counts
-    moved = torch.where((counts > 0)[:, None], moved, centroids.double())
+    means = torch.where((counts > 0)[:, None], means, centroids.double())
     if rows.unit_norm:
-        moved = normalised(moved)
-    return moved.to(centroids.dtype), float(sqdist.double().mean())
+        means = normalise_rows(means)
+    return means.to(centroids.dtype), float(sqdist.double().mean())
 
 
 def _reassign(x: Rows, centroids: Tensor, masses: Tensor, random: np.random.RandomState) -> None:

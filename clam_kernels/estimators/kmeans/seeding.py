@@ -113,10 +113,10 @@ def parallel(rows: Rows, weight: Tensor | None, k: int, random: np.random.Random
         rest = np.setdiff1d(np.arange(n), chosen.numpy())
         more = random.choice(rest, k - len(chosen), replace=False)
         chosen = torch.cat([chosen, torch.from_numpy(more)])
-    return _reduced(rows, weight, rows.take(chosen), k, random)
+    return _reduce_candidates(rows, weight, rows.take(chosen), k, random)
 
 
-def _reduced(
+def _reduce_candidates(
     rows: Rows,
     weight: Tensor | None,
     candidates: Tensor,

@@ -24,7 +24,7 @@ from ..._core import checks
 from ..._core.warn import warn
 from ..common.base import choose_device, keeps_state_on_failure
 from ..training.inputs import Inputs, inputs_of
-from ..training.trainer import batches_of, dtype_of, encoded, seed_of
+from ..training.trainer import batches_of, dtype_of, encode_batch, seed_of
 from .labelling import Training
 from .settings import CONSTRAINTS, SeLaSettings
 
@@ -88,7 +88,7 @@ class SeLa(BaseEstimator):
     strict : bool
         Whether every label has exactly its share of the rows, rounded to whole rows.
     image_size : int, >= 1, optional
-        Side to which the images of a folder are cropped (at the center) and scaled.
+        Side to which the images of a folder are cropped (equally at opposite sides) and scaled.
     device : str
         "auto" is the tensor's device, for other data a GPU if there is one.
     random_state : int, RandomState or None
@@ -342,7 +342,7 @@ class SeLa(BaseEstimator):
         return inputs.give(self.heads_.assign(self._features(settings, inputs), head))
 
     def _inputs(self, settings: SeLaSettings, data: Any) -> Inputs:
-        """New rows; images of a folder get the mode and size of those of `fit`."""
+        """New rows; images of a folder get the mode and size of the images of `fit`."""
         mode, size = self._images or (None, settings.image_size)
         return inputs_of(data, size, mode)
 
@@ -354,7 +354,7 @@ class SeLa(BaseEstimator):
                 device, dtype = self.heads_.weight.device, dtype_of(self.encoder_)
                 rows = torch.arange(len(inputs), dtype=torch.int64, device="cpu")
                 parts = [
-                    encoded(self.encoder_, inputs.take(batch, device, dtype))
+                    encode_batch(self.encoder_, inputs.take(batch, device, dtype))
                     for batch in batches_of(rows, settings.batch_size)
                 ]
         finally:

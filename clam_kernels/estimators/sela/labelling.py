@@ -26,10 +26,10 @@ from ..training.trainer import (
     RunGenerators,
     RunLength,
     TrainingRun,
-    augmented,
+    augment_batch,
     batches_of,
     dtype_of,
-    encoded,
+    encode_batch,
 )
 from .settings import RECIPES, SeLaSettings
 
@@ -83,7 +83,7 @@ class Training:
         with torch.no_grad():
             first = torch.arange(min(2, count), dtype=torch.int64, device="cpu")
             probe = self.inputs.take(first, self.device, self.dtype)
-            features = encoded(self.encoder, probe)
+            features = encode_batch(self.encoder, probe)
         col, row = (
             None if mass is None else torch.as_tensor(mass, dtype=torch.float64, device="cpu")
             for mass in (settings.col_marginal, settings.row_marginal)
@@ -144,7 +144,7 @@ class Training:
         """Features of an augmented draw of some rows."""
         batch = self.inputs.take(rows, self.device, self.dtype)
         generator = self.run.generators["augment"]
-        return encoded(self.encoder, augmented(self.settings.augment, batch, generator))
+        return encode_batch(self.encoder, augment_batch(self.settings.augment, batch, generator))
 
     def _after_epoch(self) -> bool:
         """Call the callbacks after an epoch; return whether one of them ends the training."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import tables
 from ..._core import checks
 from ...exceptions import DataFileError, needs
-from ...metrics import unmasked
+from ...metrics import refuse_masked_entries
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 KINDS = "a Tensor, an array, a path to .npy, .npz or a folder of images, or a map-style Dataset"
@@ -97,7 +97,7 @@ class ArrayInputs(Inputs):
     """The rows of an array, maybe a memory map."""
 
     def __init__(self, x: Any) -> None:
-        unmasked("data", x)
+        refuse_masked_entries("data", x)
         self.x = x if isinstance(x, np.ndarray) else np.asarray(x)
         if self.x.dtype.kind not in "fiub":
             raise ValueError(f"data: expected numbers, got dtype {self.x.dtype}")

@@ -117,7 +117,7 @@ def batches_of(order: Tensor, size: int) -> Iterator[Tensor]:
         yield order[i * size : None if i == last else (i + 1) * size]
 
 
-def augmented(augment: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
+def augment_batch(augment: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
     """An augmented draw of a batch; TypeError or ValueError unless it has as many rows."""
     if augment is None:
         return batch
@@ -130,7 +130,7 @@ def augmented(augment: Any, batch: Tensor, generator: torch.Generator) -> Tensor
     return draw
 
 
-def encoded(encoder: nn.Module, batch: Tensor) -> Tensor:
+def encode_batch(encoder: nn.Module, batch: Tensor) -> Tensor:
     """The features [B, D] of a batch; TypeError or ValueError for another result."""
     features = encoder(batch)
     if not isinstance(features, Tensor):
