@@ -59,10 +59,10 @@ def test_both_rules_choose_the_same_rows():
 
 
 @triton.jit
-def doubts_kernel(SIZE, FAR, TOTAL, sharp, FOUND, ROWS: tl.constexpr):
+def doubts_kernel(SIZE, FAR, TOTAL, sharp, DOUBTS, ROWS: tl.constexpr):
     i = tl.arange(0, ROWS)
     size, far, total = tl.load(SIZE + i), tl.load(FAR + i), tl.load(TOTAL + i)
-    tl.store(FOUND + i, doubted(size, far, total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32))
+    tl.store(DOUBTS + i, doubted(size, far, total, sharp, 1.0, 0.0, NEAR_LIMIT).to(tl.int32))
 
 
 doubted, NEAR_LIMIT = _rule().doubted, _rule().NEAR_LIMIT

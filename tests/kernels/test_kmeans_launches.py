@@ -167,7 +167,7 @@ def test_all_candidates_in_float64(backend, monkeypatch, d, unit):
 
 def test_equal_to_rounding_is_a_tie(backend, monkeypatch):
     """The label is the lowest index within 2^-40 of the minimum, not the first that the
-    sweep met.
+    sweep loads.
     """
     step = 2.0**-12
     far = 1 + torch.tensor([1.5, 0.8, 0.0, 0.5, 2.0], dtype=torch.float64) * 2.0**-41
@@ -378,7 +378,7 @@ def test_many_shapes_need_few_compilations(backend):
         "        assign.kmeans_update(x, labels, k, None, None)\n"
         "    for one in resources.record('sm_90', call):\n"
         "        keys.setdefault(one.name, set()).add(repr(resources.signature(one)))\n"
-        "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
+        "print(max(map(len, keys.values())), {n: len(one) for n, one in keys.items()})\n"
     )
     output = output_of(code)
     assert int(output.split()[0]) <= 4, output

@@ -410,7 +410,7 @@ def test_many_shapes_need_few_compilations(backend):
         "        words = ('FORM', 'STARTED', 'FUSED', 'USED')\n"
         "        name = one.name, *(one.options.get(w) for w in words)\n"
         "        keys.setdefault(name, set()).add(repr(resources.signature(one)))\n"
-        "print(max(map(len, keys.values())), {n: len(found) for n, found in keys.items()})\n"
+        "print(max(map(len, keys.values())), {n: len(one) for n, one in keys.items()})\n"
     )
     output = output_of(code)
     assert int(output.split()[0]) <= 4, output
