@@ -42,15 +42,15 @@ class NotBuilt(Exception):
 
 
 def find_nvcc():
-    """Path of nvcc; a CUDA_HOME that is set is meant, and nothing else is looked at."""
+    """Path of nvcc: that of CUDA_HOME where this is set, else that of PATH or /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME")
     if home:
-        found = shutil.which("nvcc", path=os.path.join(home, "bin"))
+        path = shutil.which("nvcc", path=os.path.join(home, "bin"))
     else:
-        found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if found is None:
+        path = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if path is None:
         raise NotBuilt(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "nvcc was not found")
-    return found
+    return path
 
 
 def find_torch():
@@ -127,20 +127,20 @@ class build_cuda(Command):
     def run(self):
         built = Path(self.build_lib)
         folders = [built, ROOT] if self.editable_mode else [built]
-        kept = self.kept() if self.editable_mode else None
+        previous = self.previous_library() if self.editable_mode else None
         # A library of an earlier build must not stay beside a record that denies it, least of all
         # in a wheel that calls itself pure.
         for folder in folders:
             (folder / LIBRARY).unlink(missing_ok=True)
             (folder / RECORD).unlink(missing_ok=True)
-        record = self.build(kept)
+        record = self.build(previous)
         for folder in folders:
             (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
             (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if self.editable_mode and record["cuda"]:
             shutil.copy2(built / LIBRARY, ROOT / LIBRARY)
 
-    def kept(self):
+    def previous_library(self):
         """(digest, bytes) of the library in the source tree, or None."""
         try:
             record = json.loads((ROOT / RECORD).read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ class build_cuda(Command):
         except (OSError, ValueError, KeyError):
             return None
 
-    def build(self, kept=None):
+    def build(self, previous=None):
         """The record: {cuda, archs, reason, torch, nvcc, digest}."""
         wish = os.environ.get("CLAM_CUDA") or "auto"
         if wish not in ("0", "1", "auto"):
@@ -167,10 +167,10 @@ class build_cuda(Command):
             record["nvcc"] = release.group(1) if release else "unknown"
             archs = find_archs()
             digest = digest_of(archs, record["torch"], record["nvcc"])
-            if kept is not None and kept[0] == digest:
+            if previous is not None and previous[0] == digest:
                 target = Path(self.build_lib) / LIBRARY
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(kept[1])
+                target.write_bytes(previous[1])
             else:
                 self.compile(nvcc, torch, archs)
         except NotBuilt as error:
@@ -205,7 +205,7 @@ class build_cuda(Command):
         library.parent.mkdir(parents=True, exist_ok=True)
         # The static run time needs no libcudart beside it. torch is a DT_NEEDED although no symbol
         # binds at link time: without it the loader finds none of the C ABI. Through -Xlinker, since
-        # the device linker writes what it is given into the library.
+        # the device linker writes its arguments into the library.
         host = f"-L{torch}/lib,--no-as-needed,-ltorch,-ltorch_cpu"
         link = ["-shared", "-cudart=static", f"-Xlinker={host}", *targets(archs)]
         call([nvcc, *objects, *link, "-o", str(library)], "the link")
@@ -225,17 +225,17 @@ class build_cuda(Command):
 
 
 def digest_of(*facts):
-    """Of all that decides what the library will be: an unchanged one is not compiled again."""
-    found = hashlib.sha256(repr((FLAGS, facts)).encode())
+    """Digest of all that the library depends on: with the same digest it is not compiled again."""
+    digest = hashlib.sha256(repr((FLAGS, facts)).encode())
     for path in [*sources_of("*"), "setup.py"]:
-        found.update(path.encode() + b"\0" + (ROOT / path).read_bytes())
-    return found.hexdigest()
+        digest.update(path.encode() + b"\0" + (ROOT / path).read_bytes())
+    return digest.hexdigest()
 
 
 def sources_of(*patterns):
     """Files of csrc/, relative to the root: absolute ones would enter the library and the sdist."""
-    found = {path for pattern in patterns for path in (ROOT / "csrc").glob(pattern)}
-    return sorted(f"csrc/{p.name}" for p in found if p.is_file() and not p.name.startswith("."))
+    paths = {path for pattern in patterns for path in (ROOT / "csrc").glob(pattern)}
+    return sorted(f"csrc/{p.name}" for p in paths if p.is_file() and not p.name.startswith("."))
 
 
 class Build(build):
@@ -249,7 +249,7 @@ class BdistWheel(bdist_wheel):
         built = self.get_finalized_command("build").build_lib
         if not Path(built, LIBRARY).exists():
             return super().get_tag()
-        # The library knows no Python: a tag of this interpreter would only turn others away.
+        # The library does not depend on Python: a tag of this interpreter would exclude others.
         self.root_is_pure = False
         return ("py3", "none", super().get_tag()[2])
 

@@ -73,8 +73,8 @@ def test_fit(workload: testing.Workload, race: Any) -> None:
         models = {"ours": ours.fit(x), "eager": peer.fit(x)}
         error = {}
         for name, model in models.items():  # error of the inertia, recomputed in float64
-            centers = model.cluster_centers_[model.labels_].astype(np.float64)
-            exact = float(np.square(x - centers).sum())
+            nearest = model.cluster_centers_[model.labels_].astype(np.float64)
+            exact = float(np.square(x - nearest).sum())
             error[name] = abs(model.inertia_ - exact) / exact
         row = race(
             workload.name.replace("kmeans_assign", "KMeans"),

@@ -150,7 +150,7 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "dry_run": options.dry_run,
         "seed": options.seed,
-        "asked": options.only,
+        "selected": options.only,
         "budget_seconds": options.budget,
         "machine": "not recorded",
         "versions": "not recorded",

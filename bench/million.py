@@ -27,11 +27,11 @@ K, FEATURES = 64, 16
 def data(rows: int, seed: int = 0) -> np.ndarray:
     """A mixture of 64 overlapping Gaussians of unequal weight and spread, float32."""
     rng = np.random.default_rng(seed)
-    centers = rng.normal(size=(K, FEATURES)) * 2
+    means = rng.normal(size=(K, FEATURES)) * 2
     spread = rng.uniform(0.6, 1.4, size=K)
     label = rng.choice(K, rows, p=rng.dirichlet(np.full(K, 3.0)))
     noise = rng.normal(size=(rows, FEATURES)) * spread[label, None]
-    return (centers[label] + noise).astype(np.float32)
+    return (means[label] + noise).astype(np.float32)
 
 
 def measure(method: str, rows: int, seed: int) -> dict[str, Any]:

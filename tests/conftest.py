@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import _slow
+from _points import BOTH
 
 import clam_kernels
 from clam_kernels import testing
@@ -240,6 +241,12 @@ def pytest_runtest_teardown(item: pytest.Item) -> Any:
         commands = "; ".join(command[:200] for _, command in processes)
         pytest.fail(f"the test left processes behind: {commands}", pytrace=False)
     return outcome
+
+
+@pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
+def am(request: pytest.FixtureRequest) -> Any:
+    """The public functions of the associative memory, or the equations."""
+    return request.param
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of associative memory: exact cases, numerical rules, properties. Each case runs
-through the op and through the truth, in float64 with a bound of 1e-12 unless it says otherwise.
+"""The mathematics of associative memory: exact cases, invariances, limits. Each case runs through
+the op and through the truth, in float64 with a bound of 1e-12 unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -10,34 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from _points import BOTH, F64, close, draw
 from torch import Tensor
 
 import clam_kernels
 import python_fallback.am
 
-F64 = torch.float64
-BOTH = {"op": clam_kernels, "truth": python_fallback.am}
-
-
-@pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
-def am(request):
-    """The public functions, or the equations."""
-    return request.param
-
 
 def _t(*rows: Any, grad: bool = False) -> Tensor:
     return torch.tensor(rows, dtype=F64, requires_grad=grad)
-
-
-def _draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator, dtype=F64).to(dtype) for s in shapes]
-
-
-def _close(a: Tensor, b: Tensor | float, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype).expand_as(a), rtol=0, atol=atol)
 
 
 # ---- 1 one memory -------------------------------------------------------------------------------
@@ -48,13 +29,13 @@ def _close(a: Tensor, b: Tensor | float, atol: float = 1e-12) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_one_memory(am, beta, a, steps):
     """The distance to it shrinks by the factor 1 - a in each step, for any beta."""
-    v, rho = _draw(0, (6, 3), (1, 3))
-    _close(am.am_recursion(v, rho, beta, steps, step=a) - rho, (1 - a) ** steps * (v - rho))
+    v, rho = draw(0, (6, 3), (1, 3))
+    close(am.am_recursion(v, rho, beta, steps, step=a) - rho, (1 - a) ** steps * (v - rho))
 
 
 def test_one_memory_is_reached_exactly_and_gives_exact_zeros(am):
-    v, rho = _draw(1, (6, 3), (1, 3))
-    _close(am.am_step(v, rho, 2.0), rho.expand(6, 3))
+    v, rho = draw(1, (6, 3), (1, 3))
+    close(am.am_step(v, rho, 2.0), rho.expand(6, 3))
     beta, weights = _t(2.0, grad=True), _t(0.3, grad=True)
     for out in (
         am.am_step(v, rho, beta, step=0.4, log_weights=weights),
@@ -63,7 +44,7 @@ def test_one_memory_is_reached_exactly_and_gives_exact_zeros(am):
         g_beta, g_weights = torch.autograd.grad(out.square().sum(), (beta, weights))
         assert torch.equal(g_beta, torch.zeros(1, dtype=F64))
         assert torch.equal(g_weights, torch.zeros(1, dtype=F64))
-    _close(am.am_energy(v, rho, 0.7), (v - rho).square().sum(-1))
+    close(am.am_energy(v, rho, 0.7), (v - rho).square().sum(-1))
 
 
 # ---- 2 two memories -----------------------------------------------------------------------------
@@ -72,12 +53,12 @@ def test_one_memory_is_reached_exactly_and_gives_exact_zeros(am):
 @pytest.mark.parametrize("a", [0.3, 1.0])
 def test_two_opposite_memories_are_a_tanh(am, a):
     m = _t(1.5, 0.5)
-    (x,) = _draw(2, (50, 2))
+    (x,) = draw(2, (50, 2))
     for beta in (0.01, 0.2, 3.0):
         expected = (1 - a) * x + a * m * torch.tanh(2 * beta * (x @ m))[:, None]
-        _close(am.am_step(x, torch.stack([m, -m]), beta, step=a), expected)
+        close(am.am_step(x, torch.stack([m, -m]), beta, step=a), expected)
     zero = torch.zeros(1, 2, dtype=F64)
-    _close(am.am_step(zero, torch.stack([m, -m]), 5.0, step=a), zero)
+    close(am.am_step(zero, torch.stack([m, -m]), 5.0, step=a), zero)
 
 
 @pytest.mark.parametrize(("beta", "share"), [(0.19, 0.0), (0.21, 0.37070573257)])
@@ -87,7 +68,7 @@ def test_the_midpoint_is_stable_below_the_critical_beta(beta, share):
     """
     m = _t(1.5, 0.5)
     end = clam_kernels.am_recursion(1e-3 * m[None], torch.stack([m, -m]), beta, 20_000)
-    _close(end[0], share * m, atol=1e-11)
+    close(end[0], share * m, atol=1e-11)
     assert share == 0 or abs(math.tanh(2 * beta * 2.5 * share) - share) < 1e-11
 
 
@@ -99,15 +80,15 @@ def test_one_step_in_numbers(am):
     v, beta, lam = _t([0.25, 0.0], grad=True), torch.tensor(4.0, dtype=F64), _t(0.0, 0.0, grad=True)
     beta.requires_grad_()
     out = am.am_step(v, rho, beta, step=0.5, log_weights=lam)
-    _close(out.detach(), _t([0.1846014610110588, 0.0]))
+    close(out.detach(), _t([0.1846014610110588, 0.0]))
     # p is the step of one-hot memories: x' = p @ rho at a = 1
     p = am.am_step(v, rho, beta, log_weights=lam).detach()[0, 0]
-    _close(p, 0.11920292202212, atol=1e-14)
+    close(p, 0.11920292202212, atol=1e-14)
     gradients = torch.autograd.grad(out[0, 0], (v, rho, beta, lam))
-    _close(gradients[0], _t([0.919974341614026, 0.0]))
-    _close(gradients[1], _t([0.33540495358543465, 0.0], [-0.25537929519946073, 0.0]))
-    _close(gradients[2], -0.026248396350876627)
-    _close(gradients[3], _t(-0.052496792701753246, 0.05249679270175325))
+    close(gradients[0], _t([0.919974341614026, 0.0]))
+    close(gradients[1], _t([0.33540495358543465, 0.0], [-0.25537929519946073, 0.0]))
+    close(gradients[2], -0.026248396350876627)
+    close(gradients[3], _t(-0.052496792701753246, 0.05249679270175325))
 
 
 def test_one_energy_in_numbers(am):
@@ -115,15 +96,15 @@ def test_one_energy_in_numbers(am):
     v, lam = _t([0.25, 0.0], grad=True), _t(0.0, 0.0, grad=True)
     beta = torch.tensor(4.0, dtype=F64, requires_grad=True)
     energy = am.am_energy(v, rho, beta, log_weights=lam)
-    _close(energy.detach(), _t(0.03076799723925685))
+    close(energy.detach(), _t(0.03076799723925685))
     gradients = torch.autograd.grad(energy.sum(), (v, rho, beta, lam))
-    _close(gradients[0], _t([0.26159415595576485, 0.0]))
-    _close(gradients[1], _t([-0.44039853898894116, 0.0], [0.1788043830331763, 0.0]))
-    _close(gradients[2], 0.022833365942950476)
-    _close(gradients[3], _t(-0.22019926949447058, -0.029800730505529383))
+    close(gradients[0], _t([0.26159415595576485, 0.0]))
+    close(gradients[1], _t([-0.44039853898894116, 0.0], [0.1788043830331763, 0.0]))
+    close(gradients[2], 0.022833365942950476)
+    close(gradients[3], _t(-0.22019926949447058, -0.029800730505529383))
     # the step is descent of this energy: v' = v - (a/2) dE/dv
     step = am.am_step(v, rho, beta, step=0.5).detach()
-    _close(step, v.detach() - 0.25 * gradients[0])
+    close(step, v.detach() - 0.25 * gradients[0])
 
 
 def test_three_steps_in_numbers(am):
@@ -131,62 +112,62 @@ def test_three_steps_in_numbers(am):
     v = _t([0.5, 0.5], [1.5, -0.5])
     end = am.am_recursion(v, rho, 1.0, 3, step=0.5, log_weights=lam)
     expected = _t([0.190338987092, 0.330726981176], [1.864921755616, -0.058167614966])
-    _close(end, expected, atol=6e-13)
+    close(end, expected, atol=6e-13)
     energy = am.am_energy(v, rho, 1.0, log_weights=lam)
-    _close(energy, _t(-0.104130605337, -0.085097246364), atol=6e-13)
+    close(energy, _t(-0.104130605337, -0.085097246364), atol=6e-13)
 
 
 # ---- 5, 6 limits of beta ------------------------------------------------------------------------
 
 
 def test_beta_zero_is_the_weighted_mean(am):
-    v, rho = _draw(5, (7, 4), (3, 4))
+    v, rho = draw(5, (7, 4), (3, 4))
     lam = _t(1.0, 2.0, 3.0).log()
     mean = (_t(1.0, 2.0, 3.0)[:, None] * rho).sum(0) / 6
     for beta in (0.0, torch.zeros((), dtype=F64), torch.zeros(3, dtype=F64)):
-        _close(am.am_step(v, rho, beta, log_weights=lam), mean.expand(7, 4))
-        _close(am.am_step(v, rho, beta), rho.mean(0).expand(7, 4))
+        close(am.am_step(v, rho, beta, log_weights=lam), mean.expand(7, 4))
+        close(am.am_step(v, rho, beta), rho.mean(0).expand(7, 4))
     near = am.am_step(v, rho, 1e-9, log_weights=lam)
     assert float((near - mean).abs().max()) < 1e-7
 
 
 def test_beta_to_infinity_is_the_nearest_memory(am):
-    v, rho = _draw(6, (40, 3), (8, 3))
+    v, rho = draw(6, (40, 3), (8, 3))
     distance = torch.cdist(v, rho).square()
     nearest = rho[distance.argmin(1)]
     two = distance.topk(2, largest=False).values
     smallest_gap = float((two[:, 1] - two[:, 0]).min())
-    _close(am.am_step(v, rho, 1e4 / smallest_gap), nearest)
-    _close(am.am_step(v, rho, math.inf), nearest)
+    close(am.am_step(v, rho, 1e4 / smallest_gap), nearest)
+    close(am.am_step(v, rho, math.inf), nearest)
     labels, sqdist = am.am_assign(v, rho)
     assert torch.equal(labels, distance.argmin(1))
-    _close(sqdist, distance.amin(1))
+    close(sqdist, distance.amin(1))
 
 
 def test_ties_take_the_lowest_index(am):
     m = _t(1.5, 0.5)
     rho, zero = torch.stack([m, -m, m]), torch.zeros(1, 2, dtype=F64)
-    _close(am.am_step(zero, rho, math.inf), m[None])
+    close(am.am_step(zero, rho, math.inf), m[None])
     assert am.am_assign(zero, rho)[0].tolist() == [0]
-    _close(am.am_step(zero, rho.flip(0)[1:], math.inf), -m[None])
+    close(am.am_step(zero, rho.flip(0)[1:], math.inf), -m[None])
     assert am.am_assign(m[None], rho)[0].tolist() == [0]
     first = _t(-math.inf, 0.0, 0.0)
     assert am.am_assign(m[None], rho, log_weights=first)[0].tolist() == [2]
-    _close(am.am_step(zero, rho, math.inf, log_weights=first), -m[None])
+    close(am.am_step(zero, rho, math.inf, log_weights=first), -m[None])
     grid = torch.zeros(9, 5, dtype=torch.float32)  # all equal: every label 0
     assert am.am_assign(grid, grid)[0].tolist() == [0] * 9
 
 
 def test_hard_assignment_has_its_own_gradient(am):
     """Gx = G - H, Grho = onehot^T H; log-weights get 0."""
-    v, rho, g = _draw(7, (6, 3), (4, 3), (6, 3))
+    v, rho, g = draw(7, (6, 3), (4, 3), (6, 3))
     v.requires_grad_(), rho.requires_grad_()
     lam = torch.zeros(4, dtype=F64, requires_grad=True)
     out = am.am_step(v, rho, math.inf, step=0.3, log_weights=lam)
     gradients = torch.autograd.grad(out, (v, rho, lam), g, allow_unused=True)
     hot = torch.nn.functional.one_hot(torch.cdist(v, rho).argmin(1), 4).to(F64)
-    _close(gradients[0], 0.7 * g)
-    _close(gradients[1], hot.T @ (0.3 * g))
+    close(gradients[0], 0.7 * g)
+    close(gradients[1], hot.T @ (0.3 * g))
     assert gradients[2] is None or not gradients[2].any()
 
 
@@ -200,7 +181,7 @@ def test_no_step_raises_the_energy_by_more_than_it_must_fall(am):
         return torch.rand(shape, generator=generator, dtype=F64)
 
     for trial in range(60):
-        v, rho, lam = _draw(100 + trial, (20, 3), (5, 3), (5,))
+        v, rho, lam = draw(100 + trial, (20, 3), (5, 3), (5,))
         a, u = 2 * float(share(1)), share(20, 3)
         beta = 10 ** (4 * float(share(1)) - 2)
         fall = am.am_energy(v, rho, beta, log_weights=lam)
@@ -212,7 +193,7 @@ def test_no_step_raises_the_energy_by_more_than_it_must_fall(am):
 
 
 def test_the_energy_falls_all_along_a_recursion(am):
-    v, rho, lam = _draw(8, (50, 4), (6, 4), (6,))
+    v, rho, lam = draw(8, (50, 4), (6, 4), (6,))
     for a in (0.1, 0.5, 1.0):
         energy = [
             am.am_energy(
@@ -227,7 +208,7 @@ def test_the_energy_falls_all_along_a_recursion(am):
 
 def test_a_step_beyond_two_may_raise_the_energy(am):
     """With a = 2.2 the energy rises, so the tests above can fail."""
-    v, rho = _draw(9, (200, 3), (5, 3))
+    v, rho = draw(9, (200, 3), (5, 3))
     rise = am.am_energy(am.am_step(v, rho, 5.0, step=2.2), rho, 5.0) - am.am_energy(v, rho, 5.0)
     assert float(rise.max()) > 0.1
 
@@ -237,7 +218,7 @@ def test_a_step_beyond_two_may_raise_the_energy(am):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_masked_entries_keep_their_bits(am, dtype):
-    v, rho = _draw(10, (70, 5), (6, 5), dtype=dtype)
+    v, rho = draw(10, (70, 5), (6, 5), dtype=dtype)
     rho = rho + 1000  # here v - c + c differs from v
     nothing = torch.zeros(70, 5, dtype=torch.bool)
     half = torch.arange(350).reshape(70, 5) % 2 == 0
@@ -259,37 +240,37 @@ def test_masked_entries_keep_their_bits(am, dtype):
 
 
 def test_rotation_and_translation(am):
-    v, rho, t = _draw(11, (30, 4), (6, 4), (4,))
-    q, _ = torch.linalg.qr(_draw(12, (4, 4))[0])
+    v, rho, t = draw(11, (30, 4), (6, 4), (4,))
+    q, _ = torch.linalg.qr(draw(12, (4, 4))[0])
     out = am.am_recursion(v, rho, 0.8, 3, step=0.5)
-    _close(am.am_recursion(v @ q.T + t, rho @ q.T + t, 0.8, 3, step=0.5), out @ q.T + t)
-    _close(am.am_energy(v @ q.T + t, rho @ q.T + t, 0.8), am.am_energy(v, rho, 0.8))
+    close(am.am_recursion(v @ q.T + t, rho @ q.T + t, 0.8, 3, step=0.5), out @ q.T + t)
+    close(am.am_energy(v @ q.T + t, rho @ q.T + t, 0.8), am.am_energy(v, rho, 0.8))
 
 
 def test_scaling(am):
-    v, rho = _draw(13, (30, 4), (6, 4))
+    v, rho = draw(13, (30, 4), (6, 4))
     out = am.am_recursion(v, rho, 0.8, 3, step=0.5)
-    _close(am.am_recursion(7 * v, 7 * rho, 0.8 / 49, 3, step=0.5), 7 * out, atol=1e-11)
-    _close(am.am_energy(7 * v, 7 * rho, 0.8 / 49), 49 * am.am_energy(v, rho, 0.8), atol=1e-11)
+    close(am.am_recursion(7 * v, 7 * rho, 0.8 / 49, 3, step=0.5), 7 * out, atol=1e-11)
+    close(am.am_energy(7 * v, 7 * rho, 0.8 / 49), 49 * am.am_energy(v, rho, 0.8), atol=1e-11)
 
 
 def test_permuted_memories(am):
-    v, rho, lam = _draw(14, (30, 4), (6, 4), (6,))
+    v, rho, lam = draw(14, (30, 4), (6, 4), (6,))
     rho.requires_grad_()
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     beta = torch.linspace(0.5, 1.5, 6, dtype=F64)
     out = am.am_recursion(v, rho, beta, 2, log_weights=lam)
     moved = am.am_recursion(v, rho[order], beta[order], 2, log_weights=lam[order])
-    _close(moved.detach(), out.detach())
+    close(moved.detach(), out.detach())
     (grad,) = torch.autograd.grad(out.square().sum(), rho)
     leaf = rho.detach()[order].requires_grad_()
     again = am.am_recursion(v, leaf, beta[order], 2, log_weights=lam[order])
-    _close(torch.autograd.grad(again.square().sum(), leaf)[0], grad[order], atol=1e-11)
+    close(torch.autograd.grad(again.square().sum(), leaf)[0], grad[order], atol=1e-11)
 
 
 def test_float32_a_thousand_from_the_origin():
     """Measured 6e-4 with centring (input rounding, amplified between memories), 2.7 without."""
-    v, rho = _draw(15, (200, 16), (8, 16), dtype=torch.float32)
+    v, rho = draw(15, (200, 16), (8, 16), dtype=torch.float32)
     here = clam_kernels.am_recursion(v, rho, 0.3, 5, step=0.5)
     there = clam_kernels.am_recursion(v + 1000, rho + 1000, 0.3, 5, step=0.5)
     assert float((there - 1000 - here).abs().max()) < 3e-3
@@ -299,17 +280,17 @@ def test_twins_and_shares(am):
     """Two equal memories equal one with log-weight + log 2; a constant added to all log-weights
     changes nothing.
     """
-    v, rho, lam = _draw(16, (30, 4), (5, 4), (5,))
+    v, rho, lam = draw(16, (30, 4), (5, 4), (5,))
     twins, wide = torch.cat([rho, rho[:1]]), torch.cat([lam, lam[:1]])
     heavier = lam + _t(math.log(2), 0, 0, 0, 0)
     for function, tail in ((am.am_step, ()), (am.am_recursion, (3,))):
         one = function(v, rho, 0.9, *tail, log_weights=heavier)
-        _close(function(v, twins, 0.9, *tail, log_weights=wide), one)
-        _close(function(v, rho, 0.9, *tail, log_weights=heavier + 5.0), one)
-        _close(function(v, rho, 0.9, *tail, log_weights=_t(3.0)), function(v, rho, 0.9, *tail))
+        close(function(v, twins, 0.9, *tail, log_weights=wide), one)
+        close(function(v, rho, 0.9, *tail, log_weights=heavier + 5.0), one)
+        close(function(v, rho, 0.9, *tail, log_weights=_t(3.0)), function(v, rho, 0.9, *tail))
     one = am.am_energy(v, rho, 0.9, log_weights=heavier)
-    _close(am.am_energy(v, twins, 0.9, log_weights=wide), one)
-    _close(am.am_energy(v, rho, 0.9, log_weights=heavier + 5.0), one - 5 / 0.9)
+    close(am.am_energy(v, twins, 0.9, log_weights=wide), one)
+    close(am.am_energy(v, rho, 0.9, log_weights=heavier + 5.0), one - 5 / 0.9)
 
 
 # ---- 10 composition -----------------------------------------------------------------------------
@@ -319,7 +300,7 @@ def test_a_recursion_is_its_steps(am):
     """Bit for bit in the truth. The chunked form keeps the centred state between steps, where
     single steps round c + (x - c) each time: 1e-13.
     """
-    v, rho, lam, beta = _draw(17, (40, 5), (7, 5), (7,), (7,))
+    v, rho, lam, beta = draw(17, (40, 5), (7, 5), (7,), (7,))
     mask = torch.rand(40, 5, generator=torch.Generator().manual_seed(1)) < 0.6
     options = {"step": 0.6, "update_mask": mask, "log_weights": lam}
     x = v
@@ -329,7 +310,7 @@ def test_a_recursion_is_its_steps(am):
     if am is python_fallback.am:
         assert torch.equal(whole, x)
     else:
-        _close(whole, x, atol=1e-13)
+        close(whole, x, atol=1e-13)
         v, rho, lam, beta = (a.float() for a in (v, rho, lam, beta))
         options["log_weights"] = lam
         x = v
@@ -340,28 +321,28 @@ def test_a_recursion_is_its_steps(am):
 
 
 def test_replicas_are_a_loop(am):
-    v, rho, beta = _draw(18, (30, 4), (3, 6, 4), (3, 6))
+    v, rho, beta = draw(18, (30, 4), (3, 6, 4), (3, 6))
     together = am.am_recursion(v, rho, beta.square(), 4, step=0.7)
     for r in range(3):
-        _close(together[r], am.am_recursion(v, rho[r], beta[r].square(), 4, step=0.7), atol=1e-13)
+        close(together[r], am.am_recursion(v, rho[r], beta[r].square(), 4, step=0.7), atol=1e-13)
 
 
 def test_chunks_of_rows_add_up(am):
-    v, rho, g = _draw(19, (57, 4), (6, 4), (57, 4))
+    v, rho, g = draw(19, (57, 4), (6, 4), (57, 4))
     rho.requires_grad_()
     whole = am.am_recursion(v, rho, 0.9, 3)
     (grad,) = torch.autograd.grad(whole, rho, g)
     parts = torch.zeros_like(rho)
     for rows in (slice(0, 20), slice(20, 21), slice(21, 57)):
         part = am.am_recursion(v[rows], rho, 0.9, 3)
-        _close(part.detach(), whole[rows].detach())
+        close(part.detach(), whole[rows].detach())
         parts += torch.autograd.grad(part, rho, g[rows])[0]
-    _close(parts, grad, atol=1e-11)
+    close(parts, grad, atol=1e-11)
 
 
 def test_many_chunks_are_one():
     """More rows than one chunk has: the op against the truth, forward and backward."""
-    v, rho = _draw(20, (9000, 3), (300, 3))
+    v, rho = draw(20, (9000, 3), (300, 3))
     results = []
     for am in BOTH.values():
         leaves = v.clone().requires_grad_(), rho.clone().requires_grad_()
@@ -383,19 +364,19 @@ def test_states_on_their_memories_have_finite_gradients(am):
         assert all(bool(g.isfinite().all()) for g in grads)
     v, rho = (torch.eye(3, dtype=F64).requires_grad_() for _ in range(2))
     (grad,) = torch.autograd.grad(am.am_energy(v, rho, 1e6).sum(), v)
-    _close(grad, 0.0)
+    close(grad, 0.0)
 
 
 def test_a_masked_memory_has_no_influence(am):
-    v, rho, lam = _draw(21, (20, 3), (5, 3), (5,))
+    v, rho, lam = draw(21, (20, 3), (5, 3), (5,))
     lam[2] = -math.inf
     keep = torch.tensor([0, 1, 3, 4])
     without = am.am_recursion(v, rho[keep], 1.1, 3, log_weights=lam[keep])
-    _close(am.am_recursion(v, rho, 1.1, 3, log_weights=lam), without)
+    close(am.am_recursion(v, rho, 1.1, 3, log_weights=lam), without)
     rho[2] = math.nan  # and it may have any values
     rho.requires_grad_()
     out = am.am_recursion(v, rho, 1.1, 3, log_weights=lam)
-    _close(out.detach(), without)
+    close(out.detach(), without)
     if am is clam_kernels:
         (grad,) = torch.autograd.grad(out.sum(), rho)
         assert torch.equal(grad[2], torch.zeros(3, dtype=F64))
@@ -404,14 +385,14 @@ def test_a_masked_memory_has_no_influence(am):
 
 def test_without_active_memories_rows_stay(am):
     """x' = x, E = +inf, no label; and only where every memory is masked."""
-    v, rho = _draw(22, (2, 6, 3), (4, 3))
+    v, rho = draw(22, (2, 6, 3), (4, 3))
     v.requires_grad_(), rho.requires_grad_()
     lam = torch.zeros(2, 4, dtype=F64)
     lam[0] = -math.inf
     lam.requires_grad_()
     out = am.am_recursion(v, rho, 1.1, 3, log_weights=lam)
     assert torch.equal(out[0], v[0])
-    _close(out[1].detach(), am.am_recursion(v[1], rho, 1.1, 3).detach())
+    close(out[1].detach(), am.am_recursion(v[1], rho, 1.1, 3).detach())
     gradients = torch.autograd.grad(out[0].sum(), (v, rho, lam), retain_graph=True)
     assert torch.equal(gradients[0][0], torch.ones(6, 3, dtype=F64))
     assert not any(bool(g.any()) for g in (gradients[0][1], gradients[1], gradients[2]))
@@ -461,40 +442,6 @@ def test_recall_among_a_thousand(beta, share):
     assert share <= float(right) < 1.0
 
 
-# ---- 13 rows that are not finite, no rows, dtypes -----------------------------------------------
-
-
-def test_nan_rows_and_no_rows(am):
-    v, rho = _draw(23, (9, 3), (4, 3))
-    clean = am.am_recursion(v, rho, 1.0, 3)
-    v[4, 1] = math.nan
-    dirty = am.am_recursion(v, rho, 1.0, 3)
-    others = torch.arange(9) != 4
-    assert torch.equal(dirty[others], clean[others])
-    assert bool(dirty[4].isnan().all())
-    assert bool(am.am_energy(v, rho, 1.0)[4].isnan())
-    assert int(am.am_assign(v, rho)[0][4]) == -1
-    none = torch.zeros(0, 3, dtype=F64, requires_grad=True)
-    rho.requires_grad_()
-    out = am.am_recursion(none, rho, 1.0, 3)
-    assert out.shape == (0, 3)
-    grads = torch.autograd.grad(out.sum(), (none, rho))
-    assert grads[0].shape == (0, 3)
-    assert torch.equal(grads[1], torch.zeros(4, 3, dtype=F64))
-    assert am.am_energy(none, rho, 1.0).shape == (0,)
-    assert am.am_assign(none, rho)[0].shape == (0,)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_states_are_float32_between_the_steps(am, dtype):
-    """They are rounded once, at the end: rounding after each step costs .5 % in bfloat16."""
-    v, rho = _draw(24, (50, 6), (5, 6), dtype=dtype)
-    out = am.am_recursion(v, rho, 0.8, 10, step=0.1)
-    assert out.dtype == dtype
-    assert torch.equal(out, am.am_recursion(v.float(), rho.float(), 0.8, 10, step=0.1).to(dtype))
-    assert am.am_energy(v, rho, 0.8).dtype == torch.float32
-
-
 # ---- 14 the amplitude of trained memories -------------------------------------------------------
 
 
@@ -524,265 +471,3 @@ def test_masked_training_inflates_memories_if_the_recursion_is_short(a, steps, r
     growth = rho.detach().norm(dim=1) / means.norm(dim=1)
     assert float((growth - ratio).abs().max()) <= slack, growth
     assert abs(1 / (1 - (1 - a) ** steps) - ratio) < 1e-3
-
-
-# ---- numerical rules ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("beta", [0.22, 1.0, 1e4, 1e6, 1e30])
-def test_sharp_beta_far_from_all_memories(am, beta):
-    """exp(-beta d) underflows float32 beyond 104: without the row maximum this is 0/0."""
-    v, rho = _draw(25, (30, 1024), (6, 1024), dtype=torch.float32)
-    assert float(torch.cdist(v, rho).square().amin()) > 480
-    out = am.am_step(v, rho, beta)
-    assert bool(out.isfinite().all())
-    nearest = rho[torch.cdist(v.double(), rho.double()).argmin(1)]
-    if beta >= 1e4:
-        torch.testing.assert_close(out, nearest, rtol=1e-5, atol=1e-5)
-    grads_of = v.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(am.am_step(grads_of, rho, beta).sum(), grads_of)
-    assert bool(grad.isfinite().all())
-
-
-def test_twin_memories_in_float32(am):
-    """Equal memories get equal weights, at any beta and any position."""
-    for offset in (0.0, 1000.0, 1e5):
-        for beta in (1.0, 1e6):
-            rho = torch.tensor([[1.0, 2.0], [1.0, 2.0], [9.0, 9.0]]) + offset
-            v = (rho + torch.tensor([[0.5, 0.0], [-0.25, 0.0], [0.0, 0.25]])).requires_grad_()
-            leaf = rho.clone().requires_grad_()
-            out = am.am_step(v, leaf, beta)
-            (grad,) = torch.autograd.grad(out[:2].sum(), leaf)
-            assert torch.equal(grad[0], grad[1])
-            torch.testing.assert_close(
-                out[:2].detach(), rho[:2], rtol=0, atol=2e-6 * max(offset, 1)
-            )
-
-
-def test_an_outlier_does_not_blur_the_others(am):
-    """A row and a memory at distance 1e6: the other rows stay as without them, to float32 of
-    centred data.
-    """
-    v, rho = _draw(26, (50, 4), (6, 4), dtype=torch.float32)
-    plain = am.am_step(v, rho, 0.7)
-    far = torch.full((1, 4), 1e6)
-    assert torch.equal(am.am_step(torch.cat([v, far]), rho, 0.7)[:50], plain)
-    # a far memory moves the centre: inputs are rounded relative to its distance / K
-    dragged = am.am_step(v, torch.cat([rho, far / 1e3]), 0.7)
-    torch.testing.assert_close(dragged, plain, rtol=0, atol=1e-2)
-    out_of_play = torch.tensor([0.0] * 6 + [-math.inf])
-    torch.testing.assert_close(
-        am.am_step(v, torch.cat([rho, far]), 0.7, log_weights=out_of_play), plain,
-        rtol=0, atol=1e-6,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("offset", [0.0, 1000.0, 1e5])
-def test_the_distance_of_a_point_to_itself(am, offset):
-    (rho,) = _draw(27, (40, 16), dtype=torch.float32)
-    rho = rho + offset
-    labels, sqdist = am.am_assign(rho, rho)
-    assert labels.tolist() == list(range(40))
-    assert torch.equal(sqdist, torch.zeros(40))
-    v = rho + 0.01 * torch.sign(_draw(28, (40, 16), dtype=torch.float32)[0])
-    direct = (v.double() - rho.double()).square().sum(-1)
-    torch.testing.assert_close(am.am_assign(v, rho)[1].double(), direct, rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize("offset", [1000.0, 1e5])
-def test_energy_far_from_the_origin(am, offset):
-    """An offset of float32 data changes the energy by its rounding only."""
-    v, rho = _draw(29, (100, 16), (12, 16), dtype=torch.float32)
-    v, rho = v + offset, rho + offset
-    exact = am.am_energy(v.double(), rho.double(), 0.5)
-    torch.testing.assert_close(am.am_energy(v, rho, 0.5).double(), exact, rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("k", [3, 8, 16, 40])
-@pytest.mark.parametrize("beta", [0.02, 1.0, 30.0])
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_weights_that_underflow(am, k, beta, dtype):
-    """Soft to hard memories: most exponentials underflow; each row is alone."""
-    v, rho = (3 * x for x in _draw(33, (60, 8), (k, 8)))
-    v, rho, up = v.to(dtype), rho.to(dtype), _draw(34, (60, 8))[0]
-
-    def call(function: Any, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (v, rho)]
-        out = function(*leaves, torch.tensor(beta, dtype=dtype), 3)
-        return [out, *torch.autograd.grad((out * up.to(dtype)).sum(), leaves)]
-
-    result = call(am.am_recursion, dtype)
-    exact = call(python_fallback.am.am_recursion, F64)
-    bound = 1e-12 if dtype == F64 else 2e-6 * max(1.0, beta)
-    for ours, theirs in zip(result, exact, strict=True):
-        gap = (ours.detach().double() - theirs.detach()).abs() / (1 + theirs.detach().abs())
-        assert float(gap.max()) <= 20 * bound
-    energy = am.am_energy(v, rho, beta).double()
-    truth = python_fallback.am.am_energy(v.double(), rho.double(), beta)
-    torch.testing.assert_close(energy, truth, rtol=1e-5, atol=1e-4)
-    op = torch.ops.clam.am_recursion
-    parts = [op(x, rho, beta, 3) for x in (v[:7], v[7:40], v[40:])]
-    assert torch.equal(torch.cat(parts), op(v, rho, beta, 3))
-
-
-def test_energy_is_never_below_its_bound(am):
-    """No distance is below 0, so E >= -logsumexp(log w)/beta, also for a state at a memory."""
-    (rho,) = _draw(30, (20, 64), dtype=torch.float32)
-    for beta in (1e-2, 1.0, 1e4):
-        floor = -math.log(20) / beta
-        assert float(am.am_energy(rho, rho, beta).min()) >= floor - 1e-6 * abs(floor)
-
-
-def test_large_batches_of_small_problems(am):
-    """[B, N, D] with B in the thousands: every problem has its own result."""
-    v, rho = _draw(31, (3000, 4, 2), (3000, 3, 2))
-    out = am.am_recursion(v, rho, 1.0, 2)
-    for i in (0, 1, 1499, 2999):
-        _close(out[i], am.am_recursion(v[i], rho[i], 1.0, 2))
-
-
-# ---- properties ---------------------------------------------------------------------------------
-
-PROBLEM = {
-    "seed": st.integers(0, 10**6),
-    "n": st.integers(1, 20),
-    "k": st.integers(1, 12),
-    "d": st.integers(1, 8),
-    "log_beta": st.floats(-2, 2),
-}
-PROPERTY = settings(max_examples=25)
-
-
-def _problem(
-    seed: int, n: int, k: int, d: int, log_beta: float
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    v, rho, lam = _draw(seed, (n, d), (k, d), (k,))
-    return v, rho, lam, 10**log_beta
-
-
-@PROPERTY
-@given(**PROBLEM, steps=st.integers(0, 5), a=st.floats(0, 2))
-def test_the_op_equals_the_truth(steps, a, **size):
-    v, rho, lam, beta = _problem(**size)
-    options = {"step": a, "log_weights": lam}
-    result, expected = (am.am_recursion(v, rho, beta, steps, **options) for am in BOTH.values())
-    torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-9)
-    result, expected = (am.am_energy(v, rho, beta, log_weights=lam) for am in BOTH.values())
-    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
-    result, expected = (am.am_assign(v, rho) for am in BOTH.values())
-    assert torch.equal(result[0], expected[0])
-    torch.testing.assert_close(result[1], expected[1], rtol=1e-12, atol=1e-12)
-
-
-@PROPERTY
-@given(**PROBLEM, a=st.floats(0, 2))
-def test_descent(a, **size):
-    v, rho, lam, beta = _problem(**size)
-    before = clam_kernels.am_energy(v, rho, beta, log_weights=lam)
-    moved = clam_kernels.am_step(v, rho, beta, step=a, log_weights=lam)
-    after = clam_kernels.am_energy(moved, rho, beta, log_weights=lam)
-    assert bool((after <= before + 1e-11 * (1 + before.abs())).all())
-
-
-@PROPERTY
-@given(**PROBLEM)
-def test_a_full_step_stays_in_the_convex_hull(**size):
-    """A convex combination of the memories: inside their box, and fixed where all are equal."""
-    v, rho, lam, beta = _problem(**size)
-    out = clam_kernels.am_step(v, rho, beta, log_weights=lam)
-    assert bool((out <= rho.amax(0) + 1e-12).all())
-    assert bool((out >= rho.amin(0) - 1e-12).all())
-    same = rho[:1].expand_as(rho)
-    _close(clam_kernels.am_step(v, same, beta, log_weights=lam), same[:1].expand_as(v))
-
-
-@PROPERTY
-@given(**PROBLEM)
-def test_energy_bounds(**size):
-    """min d - log(K)/beta <= E <= min d."""
-    v, rho, _, beta = _problem(**size)
-    energy = clam_kernels.am_energy(v, rho, beta)
-    nearest = clam_kernels.am_assign(v, rho)[1]
-    assert bool((energy <= nearest + 1e-11 * (1 + nearest)).all())
-    assert bool((energy >= nearest - math.log(len(rho)) / beta - 1e-11 * (1 + nearest)).all())
-
-
-@PROPERTY
-@given(**PROBLEM, shift=st.floats(-1e3, 1e3), steps=st.integers(1, 4))
-def test_a_shift_of_all_points_shifts_the_result(shift, steps, **size):
-    v, rho, lam, beta = _problem(**size)
-    here = clam_kernels.am_recursion(v, rho, beta, steps, step=0.5, log_weights=lam)
-    there = clam_kernels.am_recursion(
-        v + shift, rho + shift, beta, steps, step=0.5, log_weights=lam
-    )
-    # rounding of the inputs at `shift`; a step multiplies it by up to 1/2 + beta delta^2 / 4
-    spread = float((rho[:, None] - rho[None]).square().sum(-1).max())
-    stretch = (1 + beta * spread / 4) ** steps
-    slack = 1e-14 * (1 + abs(shift)) * stretch * (1 + beta)
-    assert float((there - shift - here).abs().max()) <= slack + 1e-11
-
-
-@PROPERTY
-@given(**PROBLEM, copies=st.integers(2, 4))
-def test_copies_of_all_memories_change_nothing(copies, **size):
-    v, rho, lam, beta = _problem(**size)
-    one = clam_kernels.am_step(v, rho, beta, log_weights=lam)
-    many = clam_kernels.am_step(v, rho.repeat(copies, 1), beta, log_weights=lam.repeat(copies))
-    _close(many, one, atol=1e-11)
-
-
-@PROPERTY
-@given(**PROBLEM, first=st.integers(0, 3), second=st.integers(0, 3))
-def test_steps_add_up(first, second, **size):
-    v, rho, lam, beta = _problem(**size)
-    options = {"step": 0.5, "log_weights": lam}
-    middle = clam_kernels.am_recursion(v, rho, beta, first, **options)
-    parts = clam_kernels.am_recursion(middle, rho, beta, second, **options)
-    whole = clam_kernels.am_recursion(v, rho, beta, first + second, **options)
-    torch.testing.assert_close(parts, whole, rtol=1e-7, atol=1e-8)
-
-
-@PROPERTY
-@given(**PROBLEM)
-def test_gradient_of_the_energy_is_the_step(**size):
-    """dE/dx = 2 (x - xb)."""
-    v, rho, lam, beta = _problem(**size)
-    leaf = v.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(
-        clam_kernels.am_energy(leaf, rho, beta, log_weights=lam).sum(), leaf
-    )
-    xb = clam_kernels.am_step(v, rho, beta, log_weights=lam)
-    _close(grad, 2 * (v - xb), atol=1e-10)
-
-
-@PROPERTY
-@given(**PROBLEM, data=st.data())
-def test_batches_broadcast_like_torch(data, **size):
-    """Any split of leading dims between the arguments equals the call on expanded copies."""
-    _, _, _, beta = _problem(**size)
-    n, k, d = size["n"], size["k"], size["d"]
-    dims = data.draw(st.lists(st.integers(1, 3), min_size=0, max_size=2))
-
-    def lead() -> tuple[int, ...]:
-        own = tuple(s if data.draw(st.booleans()) else 1 for s in dims)
-        return own[data.draw(st.integers(0, len(own))) :]
-
-    leads = [lead() for _ in range(4)]
-    v, rho, mask, lam = _draw(
-        size["seed"], (*leads[0], n, d), (*leads[1], k, d), (*leads[2], n, d), (*leads[3], k)
-    )
-    full = torch.broadcast_shapes(*leads)
-    result = clam_kernels.am_recursion(
-        v, rho, beta, 2, step=0.5, update_mask=mask > 0, log_weights=lam
-    )
-    expected = clam_kernels.am_recursion(
-        v.expand(*full, n, d).contiguous(),
-        rho.expand(*full, k, d).contiguous(),
-        beta,
-        2,
-        step=0.5,
-        update_mask=(mask > 0).expand(*full, n, d).contiguous(),
-        log_weights=lam.expand(*full, k).contiguous(),
-    )
-    assert result.shape == (*full, n, d)
-    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)

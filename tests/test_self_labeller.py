@@ -299,13 +299,13 @@ def test_a_state_with_a_marginal_does_not_load_into_a_layer_without(name):
         assert str(caught.value).splitlines()[1:] == [f"\t{words}: make the layer {source} {name}"]
     heads = {part: state[f"0.{part}"] for part in ("weight", "bias")}
     # its labels do not have other shares
-    lost = layers["with"][0].load_state_dict(heads, strict=False)
-    assert set(lost.missing_keys) == {"labels", "g", name}
+    mismatch = layers["with"][0].load_state_dict(heads, strict=False)
+    assert set(mismatch.missing_keys) == {"labels", "g", name}
 
 
-@pytest.mark.parametrize("start", ["balanced", "given"])
+@pytest.mark.parametrize("start", ["balanced", "labels"])
 def test_a_layer_made_on_meta_is_complete_after_a_reset(start):
-    options = {"start": torch.arange(N).flip(0) % K} if start == "given" else {}
+    options = {"start": torch.arange(N).flip(0) % K} if start == "labels" else {}
     plain = _heads(**_masses(), **options)
     before = torch.get_rng_state()
     heads = SelfLabeller(D, K, N, H, device="meta", **_masses(), **options)

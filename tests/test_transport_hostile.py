@@ -103,9 +103,9 @@ def test_gradients_do_not_depend_on_masked_entries(form, gradient):
         if gradient == "envelope":
             loss = result.value()
         else:
-            live = shares > 0
+            active = shares > 0
             codes = result.codes() if mask is None else result.codes()[mask]
-            loss = codes[:, live].square().sum() + result.g[live].square().sum()
+            loss = codes[:, active].square().sum() + result.g[active].square().sum()
         return list(torch.autograd.grad(loss, leaves))
 
     rows, columns = mask.nonzero()[:, 0], (shares > 0).nonzero()[:, 0]

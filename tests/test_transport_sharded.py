@@ -118,9 +118,9 @@ def _worker(rank: int, folder: str) -> None:
     keep("forbidden", sinkhorn(_forbidden()[part], process_group=group))
     keep("batch", sinkhorn(torch.stack([_scores(), 3 * _scores()])[:, part], tol=1e-4,
         max_iter=3000, process_group=group))  # fmt: skip
-    lost = _scores()
-    lost[80, 3] = torch.nan
-    keep("lost", sinkhorn(lost[part], process_group=group))
+    not_finite = _scores()
+    not_finite[80, 3] = torch.nan
+    keep("not-finite", sinkhorn(not_finite[part], process_group=group))
     keep("no rows", sinkhorn(_scores()[:0], process_group=group))
     results["sums"] = _sums_of(part, group)
     halves = torch.full((N,), 1 / N, dtype=torch.bfloat16)
@@ -179,7 +179,7 @@ def test_masses_masks_batches_and_forbidden_pairs(ranks):
 
 
 def test_a_failure_of_one_process_is_one_of_all(ranks):
-    codes, labels, *_, status, _ = _whole(ranks, "lost")
+    codes, labels, *_, status, _ = _whole(ranks, "not-finite")
     assert int(status) == 2
     assert bool(codes.isnan().all())
     assert bool((labels == -1).all())

@@ -89,7 +89,7 @@ def decide(base_torch: str | None, driver: bool, index: str | None) -> TorchPlan
             Attempt(("--extra-index-url", index, TORCH), f"{says}, beside pip's own"),
         )
     if driver:
-        return TorchPlan(False, "torch: for the NVIDIA driver found", (plain, *named, cpu))
+        return TorchPlan(False, "torch: for the NVIDIA driver", (plain, *named, cpu))
     return TorchPlan(False, "torch: for a machine without an NVIDIA driver", (cpu, *named, plain))
 
 
@@ -256,7 +256,7 @@ def second_triton() -> None:
     wanted = f"triton=={SECOND_TRITON}"
     failure = pip("install", "--no-deps", "--target", str(target), wanted)
     if failure is not None:
-        say(f"triton {SECOND_TRITON} is not to be had: its tests will be skipped")
+        say(f"triton {SECOND_TRITON} could not be installed: its tests will be skipped")
 
 
 def cuda_line() -> str:
@@ -273,6 +273,7 @@ def cuda_line() -> str:
 
 def setup() -> None:
     """Run all steps; each prints one line, and pip prints its large downloads."""
+    say(SIZE)
     STAMP.unlink(missing_ok=True)
     present = torch_of(venv_python()) if venv_python().exists() else None
     if new_enough(present):
@@ -282,8 +283,6 @@ def setup() -> None:
         base = base_interpreter()
         plan = decide(torch_of(base), has_driver(), os.environ.get("TORCH_INDEX"))
         make_venv(base, plan.system_site)
-        if not plan.system_site:
-            say(SIZE)
         say(plan.says)
         constrained = not plan.system_site and install_torch(plan)
     # Without build isolation the build uses the setuptools of .venv; the bundled one is too old for

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what they need.
+"""Compiles the Triton kernels ahead of time for other GPUs, and reads the resources that they need.
 
     tools/resources.py [--arch 80,90] [--mode highest] [--dim 64] [--kernel recursion]
                        [--base] [--amd] [--out FILE] [--table FILE]
 
-What is compiled is what the launchers launch: their calls are recorded, arguments and options
-alike, with the table's row for each GPU. Nothing runs, and no driver is needed.
+It records the calls of the launchers, with arguments and options and with the table's row for each
+GPU, and compiles these. Nothing runs, and no driver is needed.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ PLAIN = (
     "settle_kernel", "pieces_kernel", "sums_kernel", "pass_kernel", "merge_kernel", "rescue_kernel",
     "finish_kernel",
 )  # fmt: skip
-# Variants of a kernel within one call: constant, its value, what they are called.
+# Variants of a kernel within one call: constant, its value, the word in the name.
 WORDS = {
-    "KEEP": (2, "kept"), "STARTED": (True, "started"), "BY_ROWS": (True, "rows"),
+    "KEEP": (2, "saved"), "STARTED": (True, "started"), "BY_ROWS": (True, "rows"),
     "USED": (True, "used"), "FUSED": (True, "fused"), "COVERED": (False, "pass"),
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -78,7 +78,7 @@ class Launch:
 
 def record(arch: str, call: Callable[[], object]) -> list[Launch]:
     """The launches of a call, as a GPU of `arch` would get them."""
-    found: list[Launch] = []
+    launches: list[Launch] = []
 
     def note(kernel: Any, grid: Any, device: Any, **arguments: Any) -> None:
         runtime = {p.name for p in kernel.params if not p.is_constexpr}
@@ -86,7 +86,7 @@ def record(arch: str, call: Callable[[], object]) -> list[Launch]:
         options = {n: value for n, value in arguments.items() if n not in runtime}
         missing = runtime - args.keys()
         assert not missing, f"{kernel.fn.__name__} is launched without {sorted(missing)}"
-        found.append(Launch(kernel.fn.__name__, kernel, args, options))
+        launches.append(Launch(kernel.fn.__name__, kernel, args, options))
 
     before = launch.launch, launch.arch_of
     launch.launch, launch.arch_of = note, lambda device: arch  # type: ignore[assignment]
@@ -96,7 +96,7 @@ def record(arch: str, call: Callable[[], object]) -> list[Launch]:
     finally:
         launch.launch, launch.arch_of = before
         launch.settings.cache_clear()
-    return found
+    return launches
 
 
 def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -187,8 +187,8 @@ def of_recursion(
     yield f"{label}-full", partial(forward.am_step_saved, v, rho, full[0], *full[2:], mode)
     yield f"{label}-full", partial(backward, v, v, rho, *full, needs, mode)
     if label.startswith("resident"):
-        held = [True, True, True, False, True]
-        yield f"{label}-full", partial(backward, v, v, rho, 1.0, *full[1:], held, mode)
+        needs = [True, True, True, False, True]
+        yield f"{label}-full", partial(backward, v, v, rho, 1.0, *full[1:], needs, mode)
 
 
 def signature(one: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="")
     parser.add_argument("--base", action="store_true", help="without the variants of all options")
     parser.add_argument("--amd", action="store_true", help="compile for gfx942, as information")
-    parser.add_argument("--out", type=Path, help="write what was found here")
+    parser.add_argument("--out", type=Path, help="write the resources to this file")
     parser.add_argument("--table", type=Path, help="put all of it under this triton's version here")
     arguments = parser.parse_args()
     numbers = [[int(x) for x in text.split(",")] for text in (arguments.arch, arguments.dim)]

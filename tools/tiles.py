@@ -128,7 +128,7 @@ def of_kmeans(kernel: str, width: int, arch: int, wide: bool) -> list[dict[str, 
 
 def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> Iterator[Any]:
     """The variants of a kernel that need most, with a tile in place of the table's."""
-    names, found = KERNELS[kernel], {}
+    names, variants = KERNELS[kernel], {}
     real = launch.settings
     launch.settings = lambda name, device, wanted, width: (  # type: ignore[assignment]
         {**tile, "chosen": True} if name == kernel else real(name, device, wanted, width)
@@ -138,11 +138,13 @@ def launches(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) ->
         for label, call in resources.calls(mode, d):
             for one in resources.record(resources.ARCHS[arch], call):
                 if one.name in names and "chosen" in one.options:
-                    found[repr((resources.signature(one), one.options))] = (label, one)
+                    variants[repr((resources.signature(one), one.options))] = (label, one)
     finally:
         launch.settings = real
-    yield from (one for label, one in found.values() if "full" in label or label == "energy")
-    yield from (one for label, one in found.values() if "full" not in label and label != "energy")
+    yield from (one for label, one in variants.values() if "full" in label or label == "energy")
+    yield from (
+        one for label, one in variants.values() if "full" not in label and label != "energy"
+    )
 
 
 def verdict(kernel: str, mode: str, d: int, arch: int, tile: dict[str, Any]) -> str:

@@ -27,8 +27,8 @@ PERIOD = 256
 
 @dataclass(frozen=True)
 class Invocation:
-    """One call of an op. `rows`: positions of the arguments with rows in dim -2; `wanted`: of those
-    to differentiate; `lines`: of those with rows in dim -1.
+    """One call of an op. `rows` has the positions of the arguments with rows in dim -2, `lines` of
+    the arguments with rows in dim -1, `wanted` of the arguments to differentiate.
     """
 
     op: str
@@ -192,7 +192,7 @@ def refusal(name: str, op: str, *args: Any) -> str | None:
     """
     try:
         with clam_kernels.backend(name):
-            clam_kernels.explain(op, *args)
+            clam_kernels.choice(op, *args)
     except RuntimeError as error:
         return str(error)
     return None

@@ -143,7 +143,7 @@ def race(
     for name, contestant in contestants.items():
         try:
             calls[name] = _prepare(clock, contestant, kind)
-        except Exception as error:  # whatever a rival dies of is a fact of the table
+        except Exception as error:  # the table shows the error of a rival
             times[name].reason = f"{type(error).__name__}: {error}"[:300]
         free_memory(clock)
     names = list(calls)

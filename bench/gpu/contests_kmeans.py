@@ -30,13 +30,13 @@ PEER_ITERATIONS, PEER_REPEATS, PEER_SECONDS = (2, 18), 3, 2.5
 
 
 def blobs(n: int, d: int, k: int, device: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows around k Gaussian centers, and k of the rows as centroids."""
+    """Rows around k Gaussian means, and k of the rows as centroids."""
     generator = torch.Generator(device).manual_seed(seed)
-    centers = torch.randn(k, d, generator=generator, device=device)
+    means = torch.randn(k, d, generator=generator, device=device)
     near = torch.randint(k, (n,), generator=generator, device=device)
     x = torch.randn(n, d, generator=generator, device=device).mul_(SPREAD)
     for rows, which in zip(x.split(1 << 22), near.split(1 << 22), strict=True):
-        rows += centers[which]
+        rows += means[which]
     return x, x[torch.randperm(n, generator=generator, device=device)[:k]].clone()
 
 

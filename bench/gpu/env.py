@@ -63,10 +63,13 @@ def device_facts() -> dict[str, Any]:
     }
 
 
-def choices(device: str) -> dict[str, str]:
-    """The sentence of `explain` for every op on this device."""
+def choices(device: str) -> dict[str, dict[str, str]]:
+    """The backend, precision and reason of every op on this device."""
     probe = torch.empty(1, device=device)
-    return {spec.name: clam_kernels.explain(spec.name, probe) for spec in clam_kernels.all_ops()}
+    return {
+        spec.name: clam_kernels.choice(spec.name, probe)._asdict()
+        for spec in clam_kernels.all_ops()
+    }
 
 
 def run(setting: Setting) -> dict[str, Any]:

@@ -25,8 +25,8 @@ DRAWS = 6
 
 
 def draw_sample(op: str, name: str, dtype: torch.dtype, device: str, seed: int) -> testing.Sample:
-    found = next(s for s in testing.samples(op, seed) if s.name == name)
-    return found.cast(dtype, device)
+    sample = next(s for s in testing.samples(op, seed) if s.name == name)
+    return sample.cast(dtype, device)
 
 
 def judge(spec: Any, samples: list[testing.Sample], wanted: tuple[str, ...]) -> None:

@@ -31,7 +31,7 @@ def peaks(setting: Setting, clock: Clock, op: str) -> Iterator[dict[str, Any]]:
     family = family_of(op)
     for backend, call in calls_by_backend(op, family.large, setting):
         if isinstance(call, str):
-            yield {"what": f"{op} {backend} held", "ok": True, "refused": call}
+            yield {"what": f"{op} {backend} peak", "ok": True, "refused": call}
             continue
         for backward in (False, True) if differentiable(op) else (False,):
             method = call.backward if backward else call.forward
@@ -136,13 +136,13 @@ def run(setting: Setting) -> dict[str, Any]:
     clock = Clock(setting.device)
     results: list[dict[str, Any]] = []
     left_out: list[str] = []
-    plan = [(part, op) for part in ("held", "wide") for op in with_kernels()]
+    plan = [(part, op) for part in ("peak", "wide") for op in with_kernels()]
     for part, op in plan:
         if setting.left() < 3:
             left_out.append(f"{op} {part}")
             continue
         try:
-            for entry in (peaks if part == "held" else wide)(setting, clock, op):
+            for entry in (peaks if part == "peak" else wide)(setting, clock, op):
                 results.append(entry)
                 setting.save({"status": "timeout", "cases": results})
         except Exception as error:  # also out of memory, which this stage tests

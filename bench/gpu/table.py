@@ -76,7 +76,7 @@ def verdict(report: dict[str, Any], selected: list[str], strict: bool) -> tuple[
         if stage.name in selected and not fine:
             failures.append(f"{stage.name} {status}")
     missing = [s.name for s in STAGES if s.gate and s.name not in selected]
-    note = f" (not asked for: {', '.join(missing)})" if missing else ""
+    note = f" (not selected: {', '.join(missing)})" if missing else ""
     if failures:
         return 1, f"exit 1: {', '.join(failures)}{note}"
     return 0, f"exit 0{note}"

@@ -183,11 +183,13 @@ def large(
 def bad_calls(op: str | None = None) -> list[BadCall]:
     """Calls that must raise, of one op or of all."""
     families = {spec.family: _family(spec.name) for spec in all_ops()}
-    result: list[BadCall] = [bad for family in families.values() for bad in family.bad_calls()]
+    result = [
+        bad for family in families.values() for bad in _bad_calls_of(family.PLAIN, family.BAD_CALLS)
+    ]
     return [bad for bad in result if op in (None, bad.op)]
 
 
-def bad_calls_of(
+def _bad_calls_of(
     plain: Mapping[str, Callable[[], Any]], tables: Mapping[str, Sequence[BadRow]]
 ) -> list[BadCall]:
     """The bad calls of a family's tables: each row for each of its ops. The keys of `tables` are
@@ -277,7 +279,7 @@ def _with_gradient(op: str) -> int:
 
 
 def single(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """An op, or its truth, with one result: the concatenation of those that have a gradient."""
+    """An op, or its truth, with one result: all results that have a gradient, concatenated."""
     count = _with_gradient(op)
     if count < 2:
         return function

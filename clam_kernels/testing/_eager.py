@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops._facts import compute_dtype
 from . import spec_of
 
 
@@ -19,7 +20,7 @@ def _centred(
     v: Tensor, rho: Tensor, log_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
     """(states - centre, memories - centre, centre, dtype); masked memories are 0."""
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(v.dtype)
     memories = rho.to(dtype)
     if log_weights is None:
         c = memories.detach().mean(-2, keepdim=True)

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._facts import compute_dtype
 from . import (
-    BadCall,
     BadRow,
     Sample,
     Workload,
     _eager,
     argument_names,
-    bad_calls_of,
     constants,
     spec_of,
     zeros,
@@ -94,15 +93,18 @@ def _shared(draw: Draw) -> list[AmCase]:
             weights=draw.normal(1),
             dtypes=without_half,
         ),
-        AmCase("one-dead", draw.normal(N, D), draw.normal(K, D), weights=one_masked),
+        AmCase("one-masked", draw.normal(N, D), draw.normal(K, D), weights=one_masked),
         AmCase(
-            "all-dead",
+            "all-masked",
             draw.normal(N, D),
             draw.normal(K, D),
             weights=torch.full((K,), -inf).double(),
         ),
         AmCase(
-            "all-dead-in-one-problem", draw.normal(N, D), draw.normal(K, D), weights=one_all_masked
+            "all-masked-in-one-problem",
+            draw.normal(N, D),
+            draw.normal(K, D),
+            weights=one_all_masked,
         ),
     ]
 
@@ -182,7 +184,7 @@ def samples(op: str, seed: int = 0) -> list[Sample]:
     names: tuple[str, ...] = ("v", "rho", "beta", "log_weights")
     if op == "am_energy":
         for call in calls:
-            if call.name.startswith("all-dead"):  # E = +inf has no finite differences
+            if call.name.startswith("all-masked"):  # E = +inf has no finite differences
                 call.kinks = names
         return [c.sample(op, (c.v, c.rho, c.beta, c.weights), names) for c in calls]
     calls += _moving(draw)
@@ -256,7 +258,7 @@ WITH_BETA = (*STEP_LIKE, "am_energy")
 EVERY = (*WITH_BETA, "am_assign")
 ROW_ARGUMENTS = ("v",)
 COUPLED = ()
-_DIFFERENTIATED = ("plain", "beta-batch-weights", "everything", "one-dead", "beta-inf-mask")
+_DIFFERENTIATED = ("plain", "beta-batch-weights", "everything", "one-masked", "beta-inf-mask")
 EAGER = {
     "am_step": _eager.am_step,
     "am_recursion": _eager.am_recursion,
@@ -264,27 +266,27 @@ EAGER = {
 }
 SELECTIONS = {
     "traced": (
-        "plain", "no-rows", "batch-crossed", "one-dead", "beta-batch", "beta-inf", "mask-bool",
+        "plain", "no-rows", "batch-crossed", "one-masked", "beta-batch", "beta-inf", "mask-bool",
         "everything", "T-0",
     ),
     "compiled": ("plain", "beta-batch-weights", "everything"),
     "exported": ("plain", "beta-batch"),
     "laid": (
-        "plain", "batch", "batch-crossed", "one-dead", "beta-batch-k", "mask-bool", "mask-batch",
+        "plain", "batch", "batch-crossed", "one-masked", "beta-batch-k", "mask-bool", "mask-batch",
         "everything", "wide",
     ),
     "mapped": (
-        "plain", "batch-crossed", "one-dead", "beta-0d", "beta-1", "beta-batch", "beta-batch-k",
+        "plain", "batch-crossed", "one-masked", "beta-0d", "beta-1", "beta-batch", "beta-batch-k",
         "mask-bool", "mask-dim", "mask-0d", "log-weights-0d", "everything", "beta-inf-mask",
-        "all-dead-in-one-problem", "no-rows", "T-0-mask",
+        "all-masked-in-one-problem", "no-rows", "T-0-mask",
     ),
     "nested": ("plain", "beta-batch"),
     "autocast": ("plain", "beta-0d", "log-weights"),
     "differentiated": _DIFFERENTIATED,
     "batched gradients": (*_DIFFERENTIATED, "batch-crossed", "beta-0d", "T-0"),
     "twice": ("plain", "everything", "beta-0d"),
-    "hessian": ("plain", "one-dead", "beta-0d"),
-    "frozen": ("everything", "beta-batch-weights", "one-dead"),
+    "hessian": ("plain", "one-masked", "beta-0d"),
+    "frozen": ("everything", "beta-batch-weights", "one-masked"),
     "views": ("everything", "beta-batch"),
 }  # fmt: skip
 
@@ -323,13 +325,13 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
 
 def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     """States have the dtype of v; energies and distances are float32 unless v is float64."""
-    score = torch.float64 if dtype == torch.float64 else torch.float32
+    score = compute_dtype(dtype)
     return {"am_energy": [score], "am_assign": [torch.int64, score]}.get(op, [dtype])
 
 
 # ---- calls that must raise -----------------------------------------------------------------------
 
-_PLAIN: dict[str, Callable[[], Any]] = {
+PLAIN: dict[str, Callable[[], Any]] = {
     "v": lambda: torch.zeros(5, 3),
     "rho": lambda: torch.ones(4, 3),
     "beta": lambda: 1.0,
@@ -477,8 +479,4 @@ _TYPES: list[BadRow] = [
     ("step Tensor", STEP_LIKE, TypeError, "step: expected a number, got Tensor",
         {"step": lambda: torch.tensor(0.5)}),
 ]  # fmt: skip
-
-
-def bad_calls() -> list[BadCall]:
-    """Calls of the ops of this family that must raise."""
-    return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})
+BAD_CALLS = {"op": _ROWS, "values": _VALUES, "function": _TYPES}

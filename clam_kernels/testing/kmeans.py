@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import DTYPES, BadCall, BadRow, Sample, Workload, bad_calls_of, constants, zeros
+from ..ops._facts import compute_dtype
+from . import DTYPES, BadRow, Sample, Workload, constants, zeros
 
 B, N, K, D = 2, 7, 4, 3
 WIDE = (torch.float64, torch.float32)
@@ -56,20 +57,26 @@ def _assigned(seed: int) -> dict[str, tuple[Any, ...]]:
         "batch-of-rows": (rows(B, N, D), rows(K, D), None, None, True),
         "batch-crossed": (rows(B, 1, N, D), rows(3, K, D), None, None, True),
         "no-batch": (rows(0, N, D), rows(K, D), None, None, True),
-        "lost-rows": (odd, rows(K, D), None, None, True),
-        "lost-centroid": (rows(N, D), bad, None, None, True),
+        "not-finite-rows": (odd, rows(K, D), None, None, True),
+        "not-finite-centroid": (rows(N, D), bad, None, None, True),
         "labels-alone": (rows(N, D), rows(K, D), None, None, False),
         "everything": (rows(B, 1, N, D), rows(3, K, D), rows(3, D), mask, True),
         "no-rows-restarts": (rows(0, D), rows(B, K, D), None, None, True),
         "no-rows-batch": (rows(B, 0, D), rows(K, D), None, mask, True),
         "no-restarts": (rows(N, D), rows(0, K, D), None, None, True),
-        "one-lost-centroid": (rows(N, D), none_finite[:1].clone(), None, None, True),
-        "lost-centroids": (odd.clone(), none_finite.clone(), rows(D), None, True),
-        "lost-or-masked": (rows(N, D), bad.clone(), None, ~mask, True),
-        "lost-restart": (rows(N, D), torch.stack([bad[1:2], bad[:1]]), None, None, True),
+        "one-not-finite-centroid": (rows(N, D), none_finite[:1].clone(), None, None, True),
+        "not-finite-centroids": (odd.clone(), none_finite.clone(), rows(D), None, True),
+        "not-finite-or-masked": (rows(N, D), bad.clone(), None, ~mask, True),
+        "not-finite-restart": (rows(N, D), torch.stack([bad[1:2], bad[:1]]), None, None, True),
         "labels-alone-batch": (rows(B, N, D), rows(K, D), None, None, False),
         "labels-alone-no-rows": (rows(0, D), rows(B, K, D), None, None, False),
-        "labels-alone-lost": (rows(N, D), torch.stack([bad[1:2], bad[:1]]), None, None, False),
+        "labels-alone-not-finite": (
+            rows(N, D),
+            torch.stack([bad[1:2], bad[:1]]),
+            None,
+            None,
+            False,
+        ),
     }
 
 
@@ -106,7 +113,7 @@ def _updated(seed: int) -> dict[str, tuple[Any, ...]]:
         "without-labels": (rows(N, D), torch.full((N,), -1), K, None, None),
         "some-without-label": (rows(N, D), labels(N, low=-1), K, None, None),
         "out-of-range": (rows(N, D), out_of_range, K, None, None),
-        "lost-row-without-label": (not_finite, unlabelled, K, None, None),
+        "not-finite-row-without-label": (not_finite, unlabelled, K, None, None),
         "weight": (rows(N, D), labels(N), K, weight(N), None),
         "weight-0": (rows(N, D), labels(N), K, zero_weight, None),
         "weight-batch": (rows(N, D), labels(N), K, weight(B, N), None),
@@ -163,11 +170,11 @@ def samples(op: str, seed: int) -> list[Sample]:
 
 
 def _blobs(seed: int, n: int, d: int, k: int) -> tuple[Tensor, Tensor]:
-    """Rows around k centers, and k of the rows as centroids."""
+    """Rows around k random means, and k of the rows as centroids."""
     generator = torch.Generator().manual_seed(seed)
-    centers = torch.randn(k, d, generator=generator, dtype=torch.float32)
+    means = torch.randn(k, d, generator=generator, dtype=torch.float32)
     x = torch.randn(n, d, generator=generator, dtype=torch.float32).mul_(0.7)
-    x += centers[torch.randint(k, (n,), generator=generator)]
+    x += means[torch.randint(k, (n,), generator=generator)]
     return x, x[torch.randperm(n, generator=generator)[:k]].clone()
 
 
@@ -232,8 +239,8 @@ SELECTIONS = {
     ),
     "mapped": (
         "plain", "batch-crossed", "restarts", "mask", "mask-batch", "shift", "shift-batch",
-        "labels-alone", "weight", "weight-batch", "no-rows", "no-rows-restarts", "lost-restart",
-        "everything",
+        "labels-alone", "weight", "weight-batch", "no-rows", "no-rows-restarts",
+        "not-finite-restart", "everything",
     ),
     "nested": ("plain", "restarts"),
     "autocast": ("plain", "mask", "weight", "shift"),
@@ -268,12 +275,12 @@ def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     """Labels and counts are integers; distances are float32 unless x is float64, sums never."""
     if op in SUMMED:
         return [*[torch.int64] * (op in STEP), torch.float64, torch.int64]
-    return [torch.int64, torch.float64 if dtype == torch.float64 else torch.float32]
+    return [torch.int64, compute_dtype(dtype)]
 
 
 # ---- calls that must raise -----------------------------------------------------------------------
 
-_PLAIN: dict[str, Callable[[], Any]] = {
+PLAIN: dict[str, Callable[[], Any]] = {
     "x": lambda: torch.zeros(5, 3),
     "centroids": lambda: torch.ones(4, 3),
     "labels": lambda: torch.zeros(5, dtype=torch.int64),
@@ -412,8 +419,4 @@ _TYPES: list[BadRow] = [
         for value in (4.0, "4", True, None)
     ),
 ]  # fmt: skip
-
-
-def bad_calls() -> list[BadCall]:
-    """Calls of the ops of this family that must raise."""
-    return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})
+BAD_CALLS = {"op": _ROWS, "values": _VALUES, "function": _TYPES}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import DTYPES, BadCall, BadRow, Sample, Workload, bad_calls_of, constants, zeros
+from ..ops._facts import compute_dtype
+from . import DTYPES, BadRow, Sample, Workload, constants, zeros
 from ._draw import Draw
 
 B, N, K, D = 2, 7, 4, 3
@@ -110,7 +111,7 @@ def _calls(draw: Draw) -> list[SinkhornCase]:
         SinkhornCase("batch-crossed", x(B, 1, N, K), log_col=draw.log_masses(3, K)),
         SinkhornCase("no-batch", x(0, N, K)),
         SinkhornCase("bias", x(N, K), bias=True),
-        SinkhornCase("lost", not_finite, dtypes=WIDE, scale=scale(0.5)),
+        SinkhornCase("not-finite", not_finite, dtypes=WIDE, scale=scale(0.5)),
         SinkhornCase("scale", x(N, K), scale=scale(0.4)),
         SinkhornCase("scale-rows-first", x(N, K), first=False, scale=scale(2.5)),
         SinkhornCase("scale-batch", x(N, K), scale=scale([0.5, 2.0]), init=draw.normal(K)),
@@ -129,7 +130,7 @@ def _passes(draw: Draw) -> list[SinkhornCase]:
         start = draw.normal(shape[-1]) if g is None else g
         return SinkhornCase(name, 2 * draw.normal(*shape), init=start, **rest)
 
-    not_finite = call("lost", N, K, dtypes=WIDE)
+    not_finite = call("not-finite", N, K, dtypes=WIDE)
     not_finite.logits[0, 0] = torch.nan
     masked_row, masked_g = draw.log_masses(N), draw.normal(K)
     masked_row[2], masked_g[1] = -math.inf, -math.inf
@@ -183,7 +184,7 @@ NAMES = {
     ),
 }  # fmt: skip
 # Potentials or masses of these samples are not finite, so finite differences do not exist.
-BORDERS = ("zero-masses", "lost", "scale-forbidden")
+BORDERS = ("zero-masses", "not-finite", "scale-forbidden")
 BORDERS_OF_PASSES = (*BORDERS, "no-rows")
 
 
@@ -295,13 +296,13 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
 
 def result_dtypes(op: str, dtype: torch.dtype) -> list[torch.dtype]:
     """Potentials and error are float32, or float64 for float64 rows."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(dtype)
     return [dtype, dtype, *(() if op in PASSES else (dtype,)), torch.int64]
 
 
 # ---- calls that must raise -----------------------------------------------------------------------
 
-_PLAIN: dict[str, Callable[[], Any]] = {
+PLAIN: dict[str, Callable[[], Any]] = {
     "logits": lambda: torch.zeros(5, 4),
     "z": lambda: torch.zeros(5, 3),
     "prototypes": lambda: torch.zeros(4, 3),
@@ -429,8 +430,4 @@ _TYPES: list[BadRow] = [
     ("precision number", COUPLED, TypeError, "precision: expected a str or None, got int",
         constants(precision=3)),
 ]  # fmt: skip
-
-
-def bad_calls() -> list[BadCall]:
-    """Calls of the ops of this family that must raise."""
-    return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})
+BAD_CALLS = {"op": _ROWS, "values": _VALUES, "function": _TYPES}

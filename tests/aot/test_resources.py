@@ -34,7 +34,7 @@ def compiles(tmp_path: Path, *arguments: str, path: Path | None = None) -> dict[
     """The table that tools/resources.py writes. It runs in its own process: the interpreter must be
     off.
     """
-    out = tmp_path / "found.json"
+    out = tmp_path / "resources.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
@@ -76,7 +76,7 @@ def test_every_kernel_compiles_for_amd():
     """Every kernel was compiled for gfx942 with the tiles of sm_90; no bound applies."""
     (table,) = json.loads(AMD.read_text(encoding="utf-8")).values()
     mine = {n for n in committed("3.9.0") if n.startswith("sm_90/")}
-    kernels = [{n.split("/")[1].removesuffix("-kept") for n in names} for names in (table, mine)]
+    kernels = [{n.split("/")[1].removesuffix("-saved") for n in names} for names in (table, mine)]
     assert kernels[0] == kernels[1]
 
 

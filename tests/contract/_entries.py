@@ -372,7 +372,7 @@ def estimators() -> Calls:
         "KMeans in pieces": lambda: _kmeans(chunk_rows=13),
         "KMeans, k-means||": lambda: _kmeans(init="k-means||"),
         "KMeans, random start": lambda: _kmeans(init="random", weight=WEIGHTS),
-        "KMeans, given start": lambda: _kmeans(init=X[:K], n_init=1),
+        "KMeans, init array": lambda: _kmeans(init=X[:K], n_init=1),
         "KMeans, empty clusters": lambda: [
             _kmeans(init=np.stack([X[0], X[0] + 99, X[0] + 98]), n_init=1, empty=word)
             for word in ("relocate", "split", "keep")
@@ -387,7 +387,7 @@ def estimators() -> Calls:
         "ClAM, paper, with gaps": lambda: _clam(GAPS, recipe="paper", max_iter=2),
         "ClAM, random start": lambda: _clam(init="random", select="loss"),
         "ClAM, normal start": lambda: _clam(init="normal", select="inertia"),
-        "ClAM, given start": lambda: _clam(init=X[:K], n_init=1),
+        "ClAM, init array": lambda: _clam(init=X[:K], n_init=1),
         "ClAM searching a part": lambda: _clam(search_rows=30),
         "ClAM in parts": _streamed,
         "ClAMImputer": lambda: _imputed(GAPS),

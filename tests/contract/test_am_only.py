@@ -212,7 +212,7 @@ def test_a_nan_memory_makes_every_row_nan(spec, backend):
         assert bool(marked.all())
 
 
-@pytest.mark.contract(ops=AM, samples=("one-dead",))
+@pytest.mark.contract(ops=AM, samples=("one-masked",))
 def test_a_masked_memory_of_any_value_does_not_change_others(spec, sample, backend):
     """A masked memory may have any values: padding is made of such memories."""
     names = testing.argument_names(spec.name)
@@ -293,7 +293,7 @@ def test_beta_alone_has_a_gradient(spec, sample, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.contract(ops=AM, gradient=True, samples=("one-dead", "beta-k-weights"))
+@pytest.mark.contract(ops=AM, gradient=True, samples=("one-masked", "beta-k-weights"))
 def test_a_masked_memory_gets_no_gradient(spec, sample):
     result = testing.evaluate(spec.packet, sample, sample.differentiable)
     weights = sample.args[testing.argument_names(spec.name).index("log_weights")]
@@ -304,7 +304,7 @@ def test_a_masked_memory_gets_no_gradient(spec, sample):
         assert bool((result.gradients["beta"][masked] == 0).all())
 
 
-@pytest.mark.contract(ops=AM, gradient=True, samples=("all-dead",))
+@pytest.mark.contract(ops=AM, gradient=True, samples=("all-masked",))
 def test_without_active_memories_gradients_are_zero(spec, sample):
     inputs = sample.differentiable + sample.kinks
     result = testing.evaluate(spec.packet, sample, inputs)

@@ -27,10 +27,10 @@ def _draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-CENTRES, WEIGHTS, MASK = _draw(K, D), _draw(N).exp(), _draw(N, D) > 0
+CENTROIDS, WEIGHTS, MASK = _draw(K, D), _draw(N).exp(), _draw(N, D) > 0
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 OPS = ck.ops.sinkhorn
-TARGET = ck.dec_target(_draw(N, D), CENTRES)
+TARGET = ck.dec_target(_draw(N, D), CENTROIDS)
 
 
 # ---- ops -----------------------------------------------------------------------------------------
@@ -39,27 +39,31 @@ TARGET = ck.dec_target(_draw(N, D), CENTRES)
 def _ops() -> dict[str, Case]:
     beta = SHARES.clone()
     return {
-        "am_step": lambda x, at: ck.am_step(x, CENTRES, 0.5),
+        "am_step": lambda x, at: ck.am_step(x, CENTROIDS, 0.5),
         "am_step with options": lambda x, at: ck.am_step(
-            x, CENTRES, beta, step=0.5, update_mask=MASK[at], log_weights=SHARES.log()
+            x, CENTROIDS, beta, step=0.5, update_mask=MASK[at], log_weights=SHARES.log()
         ),
-        "am_recursion": lambda x, at: ck.am_recursion(x, CENTRES, beta, 3, update_mask=MASK[at]),
-        "am_energy": lambda x, at: ck.am_energy(x, CENTRES, 0.5, log_weights=SHARES.log()),
-        "am_assign": lambda x, at: ck.am_assign(x, CENTRES),
-        "kmeans_assign": lambda x, at: ck.kmeans_assign(x, CENTRES, mask=SHARES > 0.25),
+        "am_recursion": lambda x, at: ck.am_recursion(x, CENTROIDS, beta, 3, update_mask=MASK[at]),
+        "am_energy": lambda x, at: ck.am_energy(x, CENTROIDS, 0.5, log_weights=SHARES.log()),
+        "am_assign": lambda x, at: ck.am_assign(x, CENTROIDS),
+        "kmeans_assign": lambda x, at: ck.kmeans_assign(x, CENTROIDS, mask=SHARES > 0.25),
         "kmeans_update": lambda x, at: ck.kmeans_update(x, at % K, K, weight=WEIGHTS[at]),
-        "kmeans_step": lambda x, at: ck.kmeans_step(x, CENTRES, weight=WEIGHTS[at]),
-        "student_t_stats": lambda x, at: ck.student_t_stats(x, CENTRES, weight=WEIGHTS[at]),
-        "dec_loss": lambda x, at: ck.dec_loss(x, CENTRES, TARGET, at, weight=WEIGHTS[at]),
-        "dec_loss, self": lambda x, at: ck.dec_loss(x, CENTRES, TARGET, alpha=beta[0], mode="self"),
-        "dec_loss, minibatch": lambda x, at: ck.dec_loss(x, CENTRES, mode="minibatch"),
-        "ops.dec_losses": lambda x, at: ck.ops.dec.dec_losses(x, CENTRES, weight=WEIGHTS[at]),
+        "kmeans_step": lambda x, at: ck.kmeans_step(x, CENTROIDS, weight=WEIGHTS[at]),
+        "student_t_stats": lambda x, at: ck.student_t_stats(x, CENTROIDS, weight=WEIGHTS[at]),
+        "dec_loss": lambda x, at: ck.dec_loss(x, CENTROIDS, TARGET, at, weight=WEIGHTS[at]),
+        "dec_loss, self": lambda x, at: ck.dec_loss(
+            x, CENTROIDS, TARGET, alpha=beta[0], mode="self"
+        ),
+        "dec_loss, minibatch": lambda x, at: ck.dec_loss(x, CENTROIDS, mode="minibatch"),
+        "ops.dec_losses": lambda x, at: ck.ops.dec.dec_losses(x, CENTROIDS, weight=WEIGHTS[at]),
         "ops.sinkhorn": lambda x, at: OPS.sinkhorn_potentials(x, 3, log_row=_masses(at).log()),
         "ops.sinkhorn_potentials_features": lambda x, at: OPS.sinkhorn_potentials_features(
-            x, CENTRES, 3, bias=SHARES
+            x, CENTROIDS, 3, bias=SHARES
         ),
         "ops.sinkhorn_pass": lambda x, at: OPS.sinkhorn_pass(x, x[0], log_row=_masses(at).log()),
-        "ops.sinkhorn_features_pass": lambda x, at: OPS.sinkhorn_features_pass(x, CENTRES, SHARES),
+        "ops.sinkhorn_features_pass": lambda x, at: OPS.sinkhorn_features_pass(
+            x, CENTROIDS, SHARES
+        ),
     }
 
 
@@ -92,9 +96,9 @@ def _transport() -> dict[str, Case]:
         "sinkhorn of masked rows": lambda x, at: ck.sinkhorn(x, row_mask=at % 5 > 0).codes(),
         "sinkhorn, rows first": lambda x, at: ck.sinkhorn(x, prototype_first=False).codes(),
         "sinkhorn from a start": lambda x, at: ck.sinkhorn(x, init=four).codes(),
-        "sinkhorn of features": lambda x, at: ck.sinkhorn((x, CENTRES), epsilon=0.5).codes(),
+        "sinkhorn of features": lambda x, at: ck.sinkhorn((x, CENTROIDS), epsilon=0.5).codes(),
         "unrolled": lambda x, at: ck.sinkhorn(x, **differentiated).codes(),
-        "unrolled, features": lambda x, at: ck.sinkhorn((x, CENTRES), **differentiated).codes(),
+        "unrolled, features": lambda x, at: ck.sinkhorn((x, CENTROIDS), **differentiated).codes(),
         "unrolled, epsilon learnt": lambda x, at: ck.sinkhorn(
             x, gradient="unrolled", epsilon=epsilon
         ).codes(),
@@ -106,7 +110,7 @@ def _transport() -> dict[str, Case]:
         "assign": lambda x, at: ck.sinkhorn(x).assign(x[1:] + 1.0),
         "swav_codes": lambda x, at: ck.swav_codes(x),
         "swav_codes of masked rows": lambda x, at: ck.swav_codes(x, row_mask=at % 5 > 0),
-        "swav_codes of features": lambda x, at: ck.swav_codes((x, CENTRES)),
+        "swav_codes of features": lambda x, at: ck.swav_codes((x, CENTROIDS)),
     }
 
 
@@ -115,7 +119,7 @@ def _transport() -> dict[str, Case]:
 
 def _layers() -> dict[str, Case]:
     memory = AssociativeMemory.from_patterns(
-        CENTRES, steps=2, learn_memories=True, learn_beta=True, log_weights=True
+        CENTROIDS, steps=2, learn_memories=True, learn_beta=True, log_weights=True
     )
     heads = SelfLabeller(D, K, N, 2, dtype=torch.float64, col_marginal=SHARES)
     return {
@@ -179,7 +183,7 @@ def test_a_loss_is_exported_for_any_number_of_rows(strict):
 
 
 def test_a_loss_of_rows_selected_by_their_values():
-    """Only the running graph knows the number of rows."""
+    """The number of rows depends on the values: the graph computes it."""
     module, x = Loss(), _draw(N, D)
 
     def call(x: Tensor) -> Tensor:

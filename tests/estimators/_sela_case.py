@@ -68,8 +68,8 @@ def kill_case(path: str | None = None) -> SeLa:
 
 def die_at(place: str, count: int) -> None:
     """From here on SIGKILL ends this process when it comes to a place for the `count`-th time:
-    "batch" is a draw of an augmented batch, "written" a checkpoint that has no name yet, "kept" a
-    checkpoint that has its name. "nowhere" is never reached.
+    "batch" is a draw of an augmented batch, "written" a checkpoint that has no name yet, "renamed"
+    a checkpoint that has its name. "nowhere" does not occur.
     """
     countdown = count
 
@@ -89,5 +89,5 @@ def die_at(place: str, count: int) -> None:
         globals()["noisy"] = dies(noisy, after=False)
     elif place == "written":
         os.fsync = dies(os.fsync, after=True)
-    elif place == "kept":
+    elif place == "renamed":
         os.replace = dies(os.replace, after=True)

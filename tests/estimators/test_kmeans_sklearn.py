@@ -72,8 +72,8 @@ def _names_batches(value: Any) -> bool:
 
 
 if SOURCE.exists():
-    FOUND = _suite()
-    globals().update({name: _without_batches(test) for name, test in FOUND.items()})
+    SUITE = _suite()
+    globals().update({name: _without_batches(test) for name, test in SUITE.items()})
 
 
 @pytest.fixture
@@ -88,6 +88,6 @@ def global_dtype(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.skipif(not SOURCE.exists(), reason="scikit-learn was installed without its tests")
 def test_the_suite_has_tests():
-    assert len(FOUND) >= 30
-    assert {"test_kmeans_results", "test_kmeans_predict", "test_transform"} <= set(FOUND)
+    assert len(SUITE) >= 30
+    assert {"test_kmeans_results", "test_kmeans_predict", "test_transform"} <= set(SUITE)
     assert not inspect.getsource(KMeans).count("sklearn.cluster import")

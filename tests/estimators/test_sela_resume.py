@@ -252,10 +252,10 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path):
     places = [
         ("batch", 5),
         ("written", 1),
-        ("kept", 7),
+        ("renamed", 7),
         ("batch", 30),
         ("written", 12),
-        ("kept", 9),
+        ("renamed", 9),
     ]
     steps = _kills(path, places)
     assert steps[:2] == [0, 0], "the first two fell before the first checkpoint"
@@ -273,7 +273,7 @@ def test_a_hundred_kills(tmp_path):
     for run in itertools.count():
         path = tmp_path / f"run{run}"
         places = [
-            (draw.choice(("batch", "written", "kept")), draw.randint(1, 20)) for _ in range(8)
+            (draw.choice(("batch", "written", "renamed")), draw.randint(1, 20)) for _ in range(8)
         ]
         killed += _kills(path, places)
         same(whole, kill_case(str(path)))
