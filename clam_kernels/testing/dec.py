@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dec import dec_target
-from . import DTYPES, BadCall, BadRow, Sample, Workload, bad_calls_of, constants, spec_of, zeros
+from . import DTYPES, BadRow, Sample, Workload, constants, spec_of, zeros
 from ._draw import Draw
 
 B, N, K, D = 2, 5, 4, 3
@@ -111,8 +111,8 @@ def _irregular(draw: Draw) -> list[_Call]:
     undefined[1, 0], far[2] = math.nan, 1e4
     equal = draw.normal(1, D).expand(K, D).clone()
     return [
-        _Call("lost-rows", irregular, draw.normal(K, D)),
-        _Call("lost-centroid", draw.normal(N, D), undefined),
+        _Call("not-finite-rows", irregular, draw.normal(K, D)),
+        _Call("not-finite-centroid", draw.normal(N, D), undefined),
         _Call("far-centroid", draw.normal(N, D), far, 100.0, alpha0=100.0),
         _Call("equal-centroids", draw.normal(N, D), equal),
     ]
@@ -139,12 +139,12 @@ def _targets(draw: Draw) -> list[Sample]:
         call.of_target("frozen-inf", True, logs, z0, mu + 0.1, inf, None, None),
         alpha.of_target("frozen-alpha", True, logs, z0, mu + 0.1, 1.0, norm, None),
         call.of_target("frozen-dead", True, far, z0, mu + 0.1, 1.0, None, None),
-        call.of_target("frozen-lost", False, logs, irregular, mu + 0.1, 1.0, norm, None),
+        call.of_target("frozen-not-finite", False, logs, irregular, mu + 0.1, 1.0, norm, None),
         call.of_target("dense", True, None, *none, p),
         call.of_target("dense-norm", True, None, None, None, 1.0, 0.1 * norm, sparse),
         alpha.of_target("dense-alpha", True, None, *none, sparse),
         heads.of_target("dense-batch", True, None, *none, p),
-        call.of_target("dense-lost", False, None, *none, p.log().clamp(min=-2).sqrt()),
+        call.of_target("dense-not-finite", False, None, *none, p.log().clamp(min=-2).sqrt()),
         call.of_target("self", False, logs, *none, None),
         alpha.of_target("self-alpha", False, logs, *none, None),
         heads.of_target("self-batch", False, logs, *none, None),
@@ -346,7 +346,7 @@ EAGER = {"student_t_stats": _eager_stats, "dec_losses": _eager_losses}
 
 # ---- calls that must raise -----------------------------------------------------------------------
 
-_PLAIN: dict[str, Callable[[], Any]] = {
+PLAIN: dict[str, Callable[[], Any]] = {
     "z": lambda: torch.zeros(5, 3),
     "mu": lambda: torch.ones(4, 3),
     "alpha": lambda: 1.0,
@@ -468,6 +468,4 @@ _TYPES: list[BadRow] = [
 ]  # fmt: skip
 
 
-def bad_calls() -> list[BadCall]:
-    """The calls of this family that must raise."""
-    return bad_calls_of(_PLAIN, {"op": _ROWS, "values": _VALUES, "function": _TYPES})
+BAD_CALLS = {"op": _ROWS, "values": _VALUES, "function": _TYPES}
