@@ -73,8 +73,8 @@ def kmeans_step_kernel(
     C += offset(problem, inner, c_o, c_i) * D
     if SHIFTED:
         SHIFT += offset(problem, inner, s_o, s_i)
-    side = SIDE + 2 * m * size
-    table = (HALVES + 2 * m * size * STRIDE, side, size, keep)
+    parts, side = HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size
+    table = (parts, side, size, keep)
     reach = tl.load(REACH + m)
     k, d = tl.arange(0, LABELS), tl.arange(0, DIM)
     COUNT += pid.to(tl.int64) * count + k

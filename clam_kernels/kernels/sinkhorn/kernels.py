@@ -418,6 +418,6 @@ def finish_kernel(
             err = tl.sum(total, 0).to(tl.float32)
             err = tl.where(failed, float("nan"), tl.where(empty, 0.0, err))
             tl.store(OUT_ERR + problem, err)
-        code = tl.where((word & STUCK_BIT) != 0, INFEASIBLE, FINE)
-        code = tl.where((word & NOT_FINITE_BIT) != 0, NOT_FINITE, code)
+        bad = (word & NOT_FINITE_BIT) != 0
+        code = tl.where(bad, NOT_FINITE, tl.where((word & STUCK_BIT) != 0, INFEASIBLE, FINE))
         tl.store(STATUS + problem, tl.where(empty, EMPTY, code).to(tl.int64))
