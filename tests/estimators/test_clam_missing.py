@@ -58,7 +58,7 @@ def test_distances_use_observed_entries_only(wine):
         np.testing.assert_array_equal(label, expected.argmin(1))
         np.testing.assert_allclose(points.distances_to(own, label), expected.min(1), atol=1e-9)
     expected = nan_euclidean_distances(z.numpy())
-    np.testing.assert_allclose(points.between(), expected, atol=1e-6)
+    np.testing.assert_allclose(points.distances_between_rows(), expected, atol=1e-6)
 
 
 def test_means_use_observed_entries_only(wine):

@@ -65,7 +65,7 @@ def frame_of(
     width = base * math.ldexp(1.0, spread)
     unit = range_ + spread + exponent
     if range_ > SQUARE_EXPONENT or exponent_of(top) > spread + LOSS_EXPONENT:
-        rows.refuse_lost(lambda x: scale_tensor(x.double(), -range_) / width)
+        rows.refuse_underflow(lambda x: scale_tensor(x.double(), -range_) / width)
     return Frame(
         mean=columns.mean,
         range=range_,

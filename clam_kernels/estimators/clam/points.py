@@ -125,7 +125,7 @@ class Points:
         """A row without missing entries."""
         return self.z[index]
 
-    def between(self) -> Tensor:
+    def distances_between_rows(self) -> Tensor:
         """Distances [N, N] of the rows to each other, in float64."""
         z = self.z.double()
         return torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
@@ -199,7 +199,7 @@ class PartialPoints(Points):
         nearest = memories[squares.sum(1).argmin()]
         return torch.where(self.observed[index], self.z[index], nearest)
 
-    def between(self) -> Tensor:
+    def distances_between_rows(self) -> Tensor:
         """Distances [N, N]: squared differences at the c entries that both rows have, times D / c;
         the mean of all other distances where c is 0.
         """

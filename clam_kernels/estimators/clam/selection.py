@@ -54,7 +54,7 @@ class Silhouettes:
         top = float(weights.max())
         self.unit = min(1.0, float(weights.min())) / top  # weight of one row
         self.weights, self.weights32 = weights, (weights / top).float()
-        self.distances = _bound_distances(part.between())
+        self.distances = _bound_distances(part.distances_between_rows())
 
     def __call__(self, labels: Tensor, k: int) -> Tensor:
         """Silhouettes [R] of labels [R, N], each row weighted; -1 where they are not defined."""

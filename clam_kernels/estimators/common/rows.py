@@ -187,7 +187,7 @@ class Rows:
         else:
             self.exponent = most - power
 
-    def refuse_lost(
+    def refuse_underflow(
         self, scale: Callable[[Tensor], Tensor], centroids: Tensor | None = None
     ) -> None:
         """ValueError where a row is so small beside the largest value that float64 has 0 for its
@@ -232,7 +232,7 @@ class Rows:
         """
         self.choose_scale(self.top)
         if self.exponent < 0:
-            self.refuse_lost(lambda x: x)
+            self.refuse_underflow(lambda x: x)
         if self.is_sparse:
             self.mean, self.variance = sparse_rows.moments(self)
             return

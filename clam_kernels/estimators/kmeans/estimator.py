@@ -288,7 +288,7 @@ class KMeans(
         rows.choose_scale(max(rows.top, float(centroids.abs().max())))
         centroids = in_scale(centroids.to(rows.dtype), rows.exponent)
         if rows.exponent < 0:
-            rows.refuse_lost(lambda x: x, centroids)
+            rows.refuse_underflow(lambda x: x, centroids)
         return rows, centroids
 
     @small_on_one_thread

@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_iter": 2000,
     },
 }
-# Least tolerance that float32 potentials can meet.
+# Least tolerance that float32 potentials can reach.
 LEAST_TOL = 1e-6
 
 # What scikit-learn checks of each parameter.

@@ -194,7 +194,7 @@ class DatasetInputs(Inputs):
         self.count = _rows([len(items)])
 
     def batch_dtype(self, stored: torch.dtype, encoder: torch.dtype) -> torch.dtype:
-        """The encoder's dtype; whole numbers, which may be indices, keep theirs."""
+        """The encoder's dtype; whole numbers, which may be indices, keep their dtype."""
         return encoder if stored.is_floating_point else stored
 
     def raw(self, rows: Tensor) -> Tensor:
