@@ -167,7 +167,7 @@ def samples(op: str, seed: int) -> list[Sample]:
     result = [plain.of_target("plain", True, None, None, None, 1.0, None, p)]
     result += [call.losses(draw) for call in calls]
     for call in odd:
-        smooth = not call.name.startswith("lost")
+        smooth = not call.name.startswith("not-finite")
         one = call.losses(draw)
         if not smooth:
             one = replace(one, differentiable=(), kinks=one.differentiable)
