@@ -25,7 +25,7 @@ from .scale import scale_tensor
 Array = np.ndarray[Any, Any]
 
 # Most scores, and about the most nonzero entries, of a chunk; entries of a chunk of dense rows.
-CHUNK_SCORES, CHUNK_NONZERO, DENSE_ENTRIES = 1 << 17, 1 << 17, 1 << 18
+CHUNK_SCORES, CHUNK_NONZERO, DENSE_ENTRIES = 1 << 16, 1 << 15, 1 << 18
 # A distance below this share of |x|^2 + |c|^2 is computed from differences.
 CANCELLED = 2.0**-20
 UNIT = 2.0**-52
