@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "clam_kernels._core": set(),
     "clam_kernels.kernels": {"clam_kernels._core", "triton"},
     "clam_kernels.ops": {"clam_kernels._core", "python_fallback"},
+    "clam_kernels.augment": {"clam_kernels._core"},
     "clam_kernels.distributed": _OPS,
     "clam_kernels.nn": {*_OPS, "clam_kernels.distributed"},
     "clam_kernels.metrics": {*_OPS, "numpy"},
