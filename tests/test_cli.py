@@ -377,7 +377,7 @@ def test_help_imports_neither_scikit_learn_nor_triton() -> None:
 HEARS_CTRL_C = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("clam_kernels.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("clam_kernels", run_name="__main__", alter_sys=True)
 """
 
 

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs that read a model and a table: predict, transform, complete, score, plot."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from .errors import reworded_errors
+from .facts import facts_of
+from .files import RESULTS, read, write_table
+
+
+def apply(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Run a verb that reads a model; (the table, facts of the model)."""
+    from .. import estimators, serialize
+    from ..tables import listed
+
+    model = getattr(estimators, serialize.class_of(options.model)).load(options.model)
+    facts = facts_of(model)
+    if options.verb == "complete" and not hasattr(model, "complete"):
+        raise ValueError(f"{options.model}: a {facts['algo']} model cannot complete; clam can")
+    feature_names = model.__dict__.pop("feature_names_in_", None)
+    fitted_on = None if feature_names is None else list(feature_names)
+    x, names = read(options, fitted_on)
+    if options.columns and fitted_on is not None and names not in (None, fitted_on):
+        raise ValueError(
+            f"{options.data}: expected the columns {listed(fitted_on)} that the model was fitted"
+            f" on, got {listed(names)} with --columns"
+        )
+    with reworded_errors(options, names):
+        _write_result(options, model, x, names, facts)
+    if options.verb in RESULTS:
+        print(f"clam: {len(x)} rows read, {len(x)} rows written", file=sys.stderr)
+    return x, facts
+
+
+def _write_result(
+    options: argparse.Namespace, model: Any, x: Any, names: list[str] | None, facts: dict[str, Any]
+) -> None:
+    """Compute and write the result of a verb; `score` adds to the facts."""
+    if options.verb == "predict":
+        write_table(options, model.predict(x), ["label"])
+    elif options.verb == "transform":
+        write_table(options, model.transform(x), list(model.get_feature_names_out()))
+    elif options.verb == "complete":
+        columns = names or [f"column{i}" for i in range(x.shape[1])]
+        write_table(options, model.complete(x), columns)
+    elif options.verb == "score":
+        facts["score"] = model.score(x)
+        if hasattr(model, "energy"):
+            facts["mean_energy"] = float(model.energy(x).mean())
+        if not options.json:
+            energy = f", mean energy {facts['mean_energy']:.6g}" if "mean_energy" in facts else ""
+            print(f"score {facts['score']:.6g}{energy}")
+    else:
+        from .. import plots
+
+        labels = model.predict(x)
+        x = model.complete(x) if hasattr(model, "complete") else x
+        figure = plots.plot_clusters(x, labels, model.cluster_centers_)
+        plots.save(figure, options.output)
