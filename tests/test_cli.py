@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import pickle
@@ -13,34 +11,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from _children import ended
+from _command import QUICK, clam
 from sklearn.datasets import load_iris, load_wine
 
 import clam_kernels
 from clam_kernels import ClAM, KMeans, tables
-from clam_kernels.cli import main
 from clam_kernels.exceptions import DataFileError
 
 X = load_iris().data
-QUICK = ["--restarts", "2", "--epochs", "3"]
-
-
-def clam(*arguments: object) -> SimpleNamespace:
-    """Run the command in this process: exit code and output."""
-    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(list(map(str, arguments)))
-        except SystemExit as stop:
-            code = stop.code
-        out.flush()
-    stdout = out.buffer.getvalue().decode()
-    return SimpleNamespace(returncode=code, stdout=stdout, stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")

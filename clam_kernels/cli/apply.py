@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import reworded_errors
 from .facts import facts_of
-from .files import RESULTS, read, write_table
+from .files import RESULTS, check_names, read, write_table
+
+if TYPE_CHECKING:
+    from ..tables import Table
 
 
 def apply(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -23,41 +26,52 @@ def apply(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{options.model}: a {facts['algo']} model cannot complete; clam can")
     feature_names = model.__dict__.pop("feature_names_in_", None)
     fitted_on = None if feature_names is None else list(feature_names)
-    x, names = read(options, fitted_on)
+    table = read(options, fitted_on)
+    x, names = table.matrix, table.names
     if options.columns and fitted_on is not None and names not in (None, fitted_on):
         raise ValueError(
             f"{options.data}: expected the columns {listed(fitted_on)} that the model was fitted"
             f" on, got {listed(names)} with --columns"
         )
     with reworded_errors(options, names):
-        _write_result(options, model, x, names, facts)
+        if options.verb in RESULTS:
+            _write_result(options, model, table)
+        elif options.verb == "score":
+            _score(options, model, x, facts)
+        else:
+            _plot(options, model, x)
     if options.verb in RESULTS:
         print(f"clam: {len(x)} rows read, {len(x)} rows written", file=sys.stderr)
     return x, facts
 
 
-def _write_result(
-    options: argparse.Namespace, model: Any, x: Any, names: list[str] | None, facts: dict[str, Any]
-) -> None:
-    """Compute and write the result of a verb; `score` adds to the facts."""
+def _write_result(options: argparse.Namespace, model: Any, table: Table) -> None:
+    """Compute and write the result of predict, transform or complete."""
     if options.verb == "predict":
-        write_table(options, model.predict(x), ["label"])
+        compute, names = model.predict, ["label"]
     elif options.verb == "transform":
-        write_table(options, model.transform(x), list(model.get_feature_names_out()))
-    elif options.verb == "complete":
-        columns = names or [f"column{i}" for i in range(x.shape[1])]
-        write_table(options, model.complete(x), columns)
-    elif options.verb == "score":
-        facts["score"] = model.score(x)
-        if hasattr(model, "energy"):
-            facts["mean_energy"] = float(model.energy(x).mean())
-        if not options.json:
-            energy = f", mean energy {facts['mean_energy']:.6g}" if "mean_energy" in facts else ""
-            print(f"score {facts['score']:.6g}{energy}")
+        compute, names = model.transform, list(model.get_feature_names_out())
     else:
-        from .. import plots
+        compute, names = model.complete, table.feature_names
+    check_names(options, names, table.kept)
+    write_table(options, compute(table.matrix), names, table.kept)
 
-        labels = model.predict(x)
-        x = model.complete(x) if hasattr(model, "complete") else x
-        figure = plots.plot_clusters(x, labels, model.cluster_centers_)
-        plots.save(figure, options.output)
+
+def _score(options: argparse.Namespace, model: Any, x: Any, facts: dict[str, Any]) -> None:
+    """Add the score to the facts, and print it unless --json prints the facts."""
+    facts["score"] = model.score(x)
+    if hasattr(model, "energy"):
+        facts["mean_energy"] = float(model.energy(x).mean())
+    if not options.json:
+        energy = f", mean energy {facts['mean_energy']:.6g}" if "mean_energy" in facts else ""
+        print(f"score {facts['score']:.6g}{energy}")
+
+
+def _plot(options: argparse.Namespace, model: Any, x: Any) -> None:
+    """Write a picture of the clusters; a clam model fills the gaps of the table first."""
+    from .. import plots
+
+    labels = model.predict(x)
+    x = model.complete(x) if hasattr(model, "complete") else x
+    figure = plots.plot_clusters(x, labels, model.cluster_centers_)
+    plots.save(figure, options.output)

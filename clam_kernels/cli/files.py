@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ..tables import KeptColumn, Table
 
 # Verbs with a result beside the object that --json prints.
 RESULTS = ("predict", "transform", "complete")
@@ -26,7 +29,10 @@ def check_output(options: argparse.Namespace) -> None:
         from .. import plots, tables
 
         try:
-            (tables if options.verb in RESULTS else plots).check_output(output)
+            if options.verb in RESULTS:
+                tables.check_output(output, keeps_columns=bool(options.keep))
+            else:
+                plots.check_output(output)
         except ValueError as error:
             raise ArgumentError(f"{output}: {error}") from None
     for source in (options.data, getattr(options, "model", None)):
@@ -46,11 +52,11 @@ def check_output(options: argparse.Namespace) -> None:
         raise ArgumentError(f"{output}: {error.strerror}") from None
 
 
-def read(options: argparse.Namespace, expected: list[str] | None) -> tuple[Any, list[str] | None]:
-    """(matrix, column names) of the table; `expected` has the column names of a model."""
+def read(options: argparse.Namespace, expected: list[str] | None) -> Table:
+    """The table of a command; `expected` has the column names of a model."""
     from .. import tables
 
-    x, names = tables.read(
+    table = tables.read_table(
         options.data,
         options.key,
         columns=options.columns,
@@ -59,17 +65,32 @@ def read(options: argparse.Namespace, expected: list[str] | None) -> tuple[Any, 
         header=options.header,
         decimal=options.decimal,
         expected=expected,
+        keep=getattr(options, "keep", ()),
     )
-    if not len(x):
+    if not len(table.matrix):
         raise ValueError(f"{options.data}: no rows")
-    return x, names
+    return table
 
 
-def write_table(options: argparse.Namespace, array: Any, names: list[str]) -> None:
+def check_names(options: argparse.Namespace, names: list[str], kept: list[KeptColumn]) -> None:
+    """ValueError if a column that the output repeats has the name of a column of the result."""
+    from .. import tables
+
+    twice = [column.name for column in kept if column.name in names]
+    if twice:
+        raise ValueError(
+            f"{options.data}: --keep: expected names that the result does not have, got"
+            f" {tables.listed(twice)}"
+        )
+
+
+def write_table(
+    options: argparse.Namespace, array: Any, names: list[str], kept: list[KeptColumn]
+) -> None:
     """Write a result to the output file, or to stdout as CSV."""
     from .. import tables
 
     if options.output is not None:
-        tables.write(options.output, array, names)
+        tables.write(options.output, array, names, kept)
     else:
-        sys.stdout.buffer.write(tables.encode(array, "", names))
+        sys.stdout.buffer.write(tables.encode(array, "", names, kept))

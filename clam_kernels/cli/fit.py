@@ -21,7 +21,8 @@ def fit(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Fit a model and save it; (the table, facts of the model)."""
     import numpy as np
 
-    x, names = read(options, None)
+    table = read(options, None)
+    x, names = table.matrix, table.names
     if len(x) < options.clusters:
         k = options.clusters
         raise ValueError(f"{options.data}: expected at least {k} rows for -k {k}, got {len(x)}")

@@ -53,9 +53,18 @@ def command_parser() -> argparse.ArgumentParser:
     fit.add_argument("--device", default="auto", help="cpu, cuda or auto (a GPU if there is one)")
     fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")
     table = ".csv, .tsv (also .gz), .npy or .parquet; without it, or with -, CSV on stdout"
-    verb("predict", "label of each row", output=table)
-    verb("transform", "distance of each row to each memory", output=table)
-    verb("complete", "fill the missing entries (NaN, empty); a clam model", output=table)
+    for name, text in (
+        ("predict", "label of each row"),
+        ("transform", "distance of each row to each memory"),
+        ("complete", "fill the missing entries (NaN, empty); a clam model"),
+    ):
+        verb(name, text, output=table).add_argument(
+            "--keep",
+            type=_levels,
+            default=[],
+            metavar="A,B",
+            help="columns that are no features and that the output repeats, such as id",
+        )
     verb("score", "minus the inertia of a table, and its mean energy (clam)")
     verb("plot", "picture of the clusters", output="image file; the suffix decides the format")
     verbs.add_parser("info", help="what is installed, and the backends of each op")
