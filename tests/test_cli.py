@@ -485,15 +485,6 @@ def test_json_has_no_infinity(
     assert json.loads(run.stdout)["score"] is None
 
 
-def test_info(tmp_path: Path) -> None:
-    run = clam("info", "--json")
-    facts = json.loads(run.stdout)
-    assert run.returncode == 0
-    assert facts["ops"]["am_step"]["reference"] == "available"
-    assert str(Path.home()) not in run.stdout
-    assert "selftest_error" in clam("info", "--selftest").stdout
-
-
 def test_the_installed_command(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "clam_kernels"]
     run = subprocess.run(

@@ -38,9 +38,12 @@ def _partition_inertia(model: Any) -> float:
     return float(inertia[model.candidates_["chosen"]][0])
 
 
-def plain(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts as JSON has them: a number that is not finite is null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in facts.items()
-    }
+def plain(value: Any) -> Any:
+    """A fact as JSON has it: a number that is not finite is null, an array is a list."""
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

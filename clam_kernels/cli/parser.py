@@ -67,7 +67,11 @@ def command_parser() -> argparse.ArgumentParser:
         )
     verb("score", "minus the inertia of a table, and its mean energy (clam)")
     verb("plot", "picture of the clusters", output="image file; the suffix decides the format")
-    verbs.add_parser("info", help="what is installed, and the backends of each op")
+    text = "what is in a model file; without a file, what is installed and the backends of each op"
+    info = verbs.add_parser("info", help=text, description=text)
+    info.add_argument("model", type=Path, nargs="?", help="model file that `clam fit` wrote")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.add_argument("--selftest", action="store_true", help="run each op against its truth")
     return parser
 
 

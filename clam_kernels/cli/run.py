@@ -15,10 +15,14 @@ from .errors import FAILURES, ArgumentError, show_warning
 from .facts import plain
 from .files import check_output
 from .fit import fit
+from .info import show_info
 from .parser import command_parser
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
+    """Run a verb, print its report, and return the exit code."""
+    if options.verb == "info":
+        return show_info(options)
     check_output(options)
     x, facts = (fit if options.verb == "fit" else apply)(options)
     if options.json:
@@ -32,20 +36,16 @@ def _run(options: argparse.Namespace) -> None:
             about = facts["partition_inertia"]
             text += f" about the memories, {about:.6g} about the means of the clusters"
         print(text, file=sys.stderr)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["info"]:
-        from .. import info
-
-        return info.main(arguments[1:])
     options = command_parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning  # type: ignore[assignment]
-            _run(options)
+            code = _run(options)
         sys.stdout.flush()
     except ArgumentError as error:
         print(f"clam: error: {error}", file=sys.stderr)
@@ -60,4 +60,4 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"clam: error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return code
