@@ -38,20 +38,7 @@ def command_parser() -> argparse.ArgumentParser:
         return sub
 
     fit = verb("fit", "cluster a table and write the model", model=False, output="model file")
-    fit.add_argument("-k", "--clusters", type=_whole(1), required=True, help="number of clusters")
-    fit.add_argument("--algo", choices=("clam", "kmeans"), default="clam", help="default clam")
-    fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="clam only")
-    fit.add_argument(
-        "--standardize",
-        action=argparse.BooleanOptionalAction,
-        help="divide every column by its deviation; clam only. Without it clam does so where the"
-        " spreads of the columns differ by more than 256 times",
-    )
-    fit.add_argument("--restarts", type=_whole(1), help="number of starts")
-    fit.add_argument("--epochs", type=_whole(1), help="most passes over the table")
-    fit.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="default 0")
-    fit.add_argument("--device", default="auto", help="cpu, cuda or auto (a GPU if there is one)")
-    fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")
+    _add_fitting(fit)
     table = ".csv, .tsv (also .gz), .npy or .parquet; without it, or with -, CSV on stdout"
     for name, text in (
         ("predict", "label of each row"),
@@ -73,6 +60,24 @@ def command_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.add_argument("--selftest", action="store_true", help="run each op against its truth")
     return parser
+
+
+def _add_fitting(fit: argparse.ArgumentParser) -> None:
+    """Add the options of a fit."""
+    fit.add_argument("-k", "--clusters", type=_whole(1), required=True, help="number of clusters")
+    fit.add_argument("--algo", choices=("clam", "kmeans"), default="clam", help="default clam")
+    fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="clam only")
+    fit.add_argument(
+        "--standardize",
+        action=argparse.BooleanOptionalAction,
+        help="divide every column by its deviation; clam only. Without it clam does so where the"
+        " spreads of the columns differ by more than 256 times",
+    )
+    fit.add_argument("--restarts", type=_whole(1), help="number of starts")
+    fit.add_argument("--epochs", type=_whole(1), help="most passes over the table")
+    fit.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="default 0")
+    fit.add_argument("--device", default="auto", help="cpu, cuda or auto (a GPU if there is one)")
+    fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")
 
 
 def _add_reading(sub: argparse.ArgumentParser) -> None:
