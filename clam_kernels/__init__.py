@@ -30,12 +30,14 @@ from .transport import swav_codes as swav_codes
 
 if TYPE_CHECKING:
     from . import nn as nn
+    from .estimators import DEC as DEC
     from .estimators import ClAM as ClAM
     from .estimators import ClAMImputer as ClAMImputer
     from .estimators import KMeans as KMeans
     from .estimators import SeLa as SeLa
 
 __all__ = [
+    "DEC",
     "ClAM",
     "ClAMImputer",
     "DecTarget",
@@ -65,7 +67,7 @@ __all__ = [
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-_ESTIMATORS = ("ClAM", "ClAMImputer", "KMeans", "SeLa")
+_ESTIMATORS = ("ClAM", "ClAMImputer", "DEC", "KMeans", "SeLa")
 _ROOMS = ("nn",)
 _LAZY = dict.fromkeys(_ESTIMATORS, ".estimators")
 

@@ -25,9 +25,9 @@ from ._version import __version__
 from .exceptions import ModelFileError
 
 FORMAT = 1
-CLASSES = ("ClAM", "ClAMImputer", "KMeans")
+CLASSES = ("ClAM", "ClAMImputer", "DEC", "KMeans")
 # States of training runs, which are no models.
-CHECKPOINTS = ("SeLa checkpoint",)
+CHECKPOINTS = ("DEC checkpoint", "SeLa checkpoint")
 # Limit of a header, which has the names of all columns and the start values of a model, or the
 # names of all tensors of an encoder and its optimiser.
 MAX_HEADER_BYTES = 1 << 26

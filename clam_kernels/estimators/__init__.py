@@ -7,5 +7,6 @@ share.
 
 from .clam import ClAM as ClAM
 from .clam import ClAMImputer as ClAMImputer
+from .dec import DEC as DEC
 from .kmeans import KMeans as KMeans
 from .sela import SeLa as SeLa

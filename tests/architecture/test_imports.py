@@ -296,7 +296,7 @@ def test_a_room_holds_families_and_shared_files_only(room, pattern):
     assert names <= allowed, sorted(names - allowed)
 
 
-ESTIMATORS = {"clam", "kmeans", "sela"}
+ESTIMATORS = {"clam", "dec", "kmeans", "sela"}
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from sklearn.preprocessing import StandardScaler
 
 from clam_kernels import ClAM, metrics
 from clam_kernels import KMeans as ClusterKMeans
-from clam_kernels.estimators.clam import columns as _columns
 from clam_kernels.estimators.clam import points as _points
 from clam_kernels.estimators.clam import selection as _selection
+from clam_kernels.estimators.common import columns as _columns
 from clam_kernels.estimators.common import rows as _rows
 from clam_kernels.estimators.common import scale as _scale
 

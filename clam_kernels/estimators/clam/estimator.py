@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..._core.warn import warn
 from ..common.base import FitPredict, keeps_state_on_failure
+from ..common.columns import WARNED_CONTRAST, frame_of, warn_of_units
 from ..common.frame import Frame
 from ..common.progress import ProgressBar
 from ..common.rows import Rows, backend_of, read_rows, read_weight, weighted_sum
 from ..common.scale import scale_number
+from ..common.settings import check_enough_rows
 from ..common.threads import small_on_one_thread, threads_for
 from . import streaming as streaming
-from .columns import WARNED_CONTRAST, frame_of
 from .model_file import ClamFile
 from .points import Points
 from .progress import BatchProgress, FitProgress
@@ -284,12 +285,12 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEs
         self._validate_params()
         settings = self._settings()
         rows = read_rows(self, X, device=settings.device, reset=True)
-        _check_rows(rows, settings)
+        check_enough_rows(len(rows), settings.n_clusters)
         weight = read_weight(sample_weight, rows)
         seed = settings.draw_seed()
         names = getattr(self, "feature_names_in_", None)
         frame = frame_of(rows, weight, names, settings.standardize)
-        _warn_of_units(frame)
+        warn_of_units(frame)
         points, is_whole = points_of_search(settings, rows, weight, frame, seed)
         settings.callbacks.fit_begin()
         with ProgressBar(settings.verbose, "ClAM", settings.max_iter) as bar:
@@ -342,7 +343,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEs
         rows = read_rows(self, X, device=settings.device, reset=not is_fitted)
         weight = read_weight(sample_weight, rows)
         if not is_fitted:
-            _check_rows(rows, settings)
+            check_enough_rows(len(rows), settings.n_clusters)
         elif len(self.cluster_centers_) != settings.n_clusters:
             raise ValueError(
                 f"n_clusters: expected {len(self.cluster_centers_)}, as it was fitted, got"
@@ -360,7 +361,7 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEs
             stream, losses = streaming.advance(settings, stream, rows, weight, progress)
         self._stream = stream
         if not is_fitted or self._frame.contrast <= WARNED_CONTRAST:
-            _warn_of_units(stream.frame)
+            warn_of_units(stream.frame)
         self._store_memories(settings, rows, stream.frame, stream.answer(), stream.gap)
         self.loss_curve_ = np.array([*losses_before, *losses])
         self._candidates = np.zeros((0, len(COLUMNS)))
@@ -454,24 +455,8 @@ class ClAM(Recall, ClamFile, ClassNamePrefixFeaturesOutMixin, FitPredict, BaseEs
         self.n_clusters_used_ = len(labels.unique())
 
 
-def _check_rows(rows: Rows, settings: ClAMSettings) -> None:
-    """ValueError unless there are as many rows as clusters."""
-    if len(rows) < settings.n_clusters:
-        raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={settings.n_clusters}.")
-
-
 def _has_small_clusters(settings: ClAMSettings, result: SearchResult) -> bool:
     """Whether the chosen partition has clusters below `min_cluster_size`."""
     required = 1 if settings.is_published else settings.n_clusters
     (chosen,) = result.table[result.table[:, COLUMNS.index("counts")] == 2]
     return bool(chosen[COLUMNS.index("clusters_used")] < required)
-
-
-def _warn_of_units(frame: Frame) -> None:
-    """Warn where nothing standardises columns whose spreads differ by more than 1e3."""
-    if not frame.is_standard and frame.contrast > WARNED_CONTRAST:
-        warn(
-            f"standardize=False: the spread of one column of X is {frame.contrast:.0e} times that"
-            " of another: columns of large spread alone decide the labels.",
-            UserWarning,
-        )

@@ -12,10 +12,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..common.columns import frame_of
 from ..common.frame import Frame
 from ..common.rows import in_memory
 from ..common.scale import scale_number, scale_tensor
-from .columns import frame_of
 from .sample import StreamSample
 
 # A column has another deviation where the sample's differs by more than this factor.

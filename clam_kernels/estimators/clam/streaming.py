@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.columns import frame_of, near
 from ..common.frame import Frame
 from ..common.rows import Rows
 from ..common.scale import scale_number
 from ..kmeans.seeding import plus_plus
-from .columns import frame_of, near
 from .completion import (
     Batch,
     CompletionPlan,

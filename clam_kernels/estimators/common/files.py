@@ -42,6 +42,15 @@ class ModelFile:
     _learned: tuple[str, ...]
     _frame: Frame
     _has_frame = False  # whether the class fits in a frame
+    _unsaved: tuple[str, ...] = ("callbacks",)  # parameters that a file has as None: no data
+
+    def _center_features(self) -> int:
+        """Number of features of `cluster_centers_`."""
+        return self.n_features_in_
+
+    def _modules(self) -> dict[str, Tensor]:
+        """Tensors of modules for a file, beside the arrays."""
+        return {}
 
     def _check_savable(self) -> None:
         """ValueError if n_clusters was changed since fit: a load of the file would fail."""
@@ -58,7 +67,8 @@ class ModelFile:
                 _check_scalar(name, getattr(self, name))
         k, d = self.n_clusters, self.n_features_in_
         centers, labels = self.cluster_centers_, self.labels_
-        serialize.expect(centers.shape == (k, d), "shapes do not fit the header")
+        fits = centers.shape == (k, self._center_features())
+        serialize.expect(fits, "shapes do not fit the header")
         known = labels.dtype in (np.int32, np.int64) and labels.ndim == 1
         known = known and bool(((labels >= 0) & (labels < k)).all())
         serialize.expect(known, "labels are not those of its clusters")
@@ -93,12 +103,12 @@ class ModelFile:
             tensors |= {f"frame.{name}": getattr(self._frame, name).cpu() for name in COLUMNS}
             frame = self._frame
             learned["frame"] = [frame.range, frame.unit, frame.one, frame.is_standard]
+        tensors |= self._modules()
         names = getattr(self, "feature_names_in_", None)
         if names is not None:
             learned["feature_names_in_"] = list(names)
         parameters = self.get_params(deep=False)  # type: ignore[attr-defined]
-        if "callbacks" in parameters:  # a function is no data
-            parameters["callbacks"] = None
+        parameters |= {name: None for name in self._unsaved if name in parameters}
         serialize.save(path, type(self).__name__, parameters, learned, tensors)
 
     @classmethod

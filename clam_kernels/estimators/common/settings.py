@@ -32,6 +32,12 @@ def check_n_clusters(n_clusters: object) -> None:
         raise TypeError("n_clusters: expected an int >= 1, got True")
 
 
+def check_enough_rows(rows: int, n_clusters: int) -> None:
+    """ValueError for fewer rows than clusters."""
+    if rows < n_clusters:
+        raise ValueError(f"n_samples={rows} should be >= n_clusters={n_clusters}.")
+
+
 def _python_number(value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)

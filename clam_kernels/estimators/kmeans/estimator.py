@@ -26,6 +26,7 @@ from ..common.numbers import as_numbers
 from ..common.progress import print_line
 from ..common.rows import Rows, backend_of, in_scale, normalise_rows, read_rows, read_weight
 from ..common.scale import scale_number
+from ..common.settings import check_enough_rows
 from ..common.threads import small_on_one_thread, threads_for
 from .lloyd import LloydResult, LloydRule, inertia_of, labels_of, lloyd, same_clustering
 from .minibatch import minibatch
@@ -223,8 +224,7 @@ class KMeans(
         settings = self._settings()
         rows = self._read_rows(X, settings, reset=True)
         k = settings.n_clusters
-        if len(rows) < k:
-            raise ValueError(f"n_samples={len(rows)} should be >= n_clusters={k}.")
+        check_enough_rows(len(rows), k)
         weight = read_weight(sample_weight, rows)
         settings.warn_of_ignored()
         self._n_init = settings.starts  # scikit-learn's tests read it

@@ -20,11 +20,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ... import serialize, tables
-from ..._core import checks
 from ..._core.warn import warn
 from ..common.base import choose_device, keeps_state_on_failure
+from ..common.settings import check_enough_rows
+from ..training.checkpoint import check_checkpoint
 from ..training.inputs import Inputs, inputs_of
-from ..training.trainer import batches_of, dtype_of, encode_batch, seed_of
+from ..training.trainer import check_writer, dtype_of, encode_rows, seed_of
 from .labelling import Training
 from .settings import CONSTRAINTS, SeLaSettings
 
@@ -259,11 +260,10 @@ class SeLa(BaseEstimator):
         """
         self._validate_params()
         settings = SeLaSettings.of(self)
-        writer, kind = settings.writer, type(settings.writer).__name__
-        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
-            raise TypeError(checks.wording("writer", "an object with add_scalar", kind))
+        check_writer(settings.writer)
         inputs = inputs_of(data, settings.image_size)
-        _check_fit(len(inputs), settings.n_clusters, checkpoint, checkpoint_every, resume)
+        check_enough_rows(len(inputs), settings.n_clusters)
+        check_checkpoint(checkpoint, checkpoint_every, resume)
         device = choose_device(settings.device, inputs.origin)
         seed = seed_of(settings.random_state)
         settings.callbacks.fit_begin()
@@ -347,19 +347,8 @@ class SeLa(BaseEstimator):
         return inputs_of(data, size, mode)
 
     def _features(self, settings: SeLaSettings, inputs: Inputs) -> Tensor:
-        before = self.encoder_.training
-        self.encoder_.eval()
-        try:
-            with torch.no_grad():
-                device, dtype = self.heads_.weight.device, dtype_of(self.encoder_)
-                rows = torch.arange(len(inputs), dtype=torch.int64, device="cpu")
-                parts = [
-                    encode_batch(self.encoder_, inputs.take(batch, device, dtype))
-                    for batch in batches_of(rows, settings.batch_size)
-                ]
-        finally:
-            self.encoder_.train(before)
-        return torch.cat(parts)
+        device, dtype = self.heads_.weight.device, dtype_of(self.encoder_)
+        return encode_rows(self.encoder_, inputs, device, dtype, settings.batch_size)
 
     def export_labels(self, path: str | PathLike[str]) -> None:
         """Write the labels to a file; after an error there is no part of a file.
@@ -396,14 +385,3 @@ class SeLa(BaseEstimator):
                 return
             columns = [np.array(self.files_, dtype=object)[:, None], labels.T.astype(object)]
             tables.write(path, np.concatenate(columns, 1), ["file", *names])
-
-
-def _check_fit(count: int, clusters: int, checkpoint: Any, every: Any, resume: bool) -> None:
-    if count < clusters:
-        raise ValueError(f"n_samples={count} should be >= n_clusters={clusters}.")
-    if every is not None:
-        fits = checks.is_whole(every) and every >= 1
-        checks.expect(fits, "checkpoint_every", "an int >= 1", repr(every))
-    if checkpoint is None and (resume or every is not None):
-        name = "resume" if resume else "checkpoint_every"
-        raise ValueError(f"{name}: expected a checkpoint to go with it, got None")

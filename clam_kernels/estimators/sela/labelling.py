@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
-from dataclasses import dataclass
 from numbers import Integral
 from os import PathLike
 from typing import Any
@@ -16,12 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ... import serialize
-from ..._core import checks
 from ...nn.self_labeller import Relabelling, SelfLabeller
 from ..common.progress import ProgressBar
-from ..training.checkpoint import Checkpoint, State, of_module
+from ..training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    State,
+    as_json,
+    name_of,
+    shapes_of,
+)
 from ..training.inputs import Inputs, digest
-from ..training.optimisers import SGD, Optimiser
+from ..training.optimisers import SGD, Optimiser, checked_optimiser
 from ..training.trainer import (
     RunGenerators,
     RunLength,
@@ -38,14 +42,6 @@ from .settings import RECIPES, SeLaSettings
 SHARED = ("n_clusters", "n_heads", "lam", "learning_rate", "momentum", "strict")
 COLUMNS = ("seen", "head", "n_iter", "err", "converged", "changed")
 KIND = "SeLa checkpoint"
-
-
-@dataclass
-class CheckpointWriter:
-    """The checkpoint of a fit, and the number of batches between two writes."""
-
-    file: Checkpoint
-    every: int
 
 
 class Training:
@@ -101,7 +97,7 @@ class Training:
         parameters = [p for p in both if p.requires_grad]
         settings = self.settings
         if settings.optimizer is not None:
-            return _checked_optimiser(settings.optimizer(parameters))
+            return checked_optimiser(settings.optimizer(parameters))
         return SGD(
             parameters,
             float(settings.learning_rate),
@@ -204,20 +200,19 @@ class Training:
         """What must be equal in a checkpoint and in the fit that resumes from it."""
         settings = self.settings
         names = (*SHARED, *RECIPES[settings.recipe])
-        shared = {name: _as_json(getattr(settings, name)) for name in names}
+        shared = {name: as_json(getattr(settings, name)) for name in names}
         shared["tol"] = self.tol
-        shared |= {name: _name_of(getattr(settings, name)) for name in ("augment", "optimizer")}
+        shared |= {name: name_of(getattr(settings, name)) for name in ("augment", "optimizer")}
         for name in ("col_marginal", "row_marginal"):
             mass = getattr(self.heads, name)
             shared[name] = None if mass is None else digest(mass.cpu().numpy().tobytes())
-        layers = [[name, *t.shape] for name, t in of_module("encoder", self.encoder).items()]
         seed = settings.random_state
         return {
             **shared,
             "random_state": int(seed) if isinstance(seed, Integral) else None,
             "device": self.device.type,
             "data": self.inputs.mark(),
-            "encoder": digest(json.dumps(layers).encode()),
+            "encoder": digest(json.dumps(shapes_of(self.encoder)).encode()),
         }
 
     def state(self) -> State:
@@ -242,31 +237,5 @@ class Training:
         return table
 
 
-def _checked_optimiser(optimiser: Any) -> torch.optim.Optimizer:
-    """The result of the parameter `optimizer`; TypeError unless it steps without a closure."""
-    kind = type(optimiser).__name__
-    if not isinstance(optimiser, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected it to return a torch Optimizer, got {kind}")
-    try:
-        inspect.signature(optimiser.step).bind()
-    except TypeError:
-        words = "it to return an Optimizer whose step needs no closure"
-        raise TypeError(checks.wording("optimizer", words, kind)) from None
-    return optimiser
-
-
 def _row(seen: int, result: Relabelling) -> tuple[float, ...]:
     return (seen, result.head, result.n_iter, result.err, result.converged, result.changed)
-
-
-def _as_json(value: Any) -> Any:
-    """A setting as JSON has it; a callable is its name."""
-    value = value.item() if isinstance(value, np.generic) else value
-    return _name_of(value) if callable(value) else value
-
-
-def _name_of(function: Any) -> str | None:
-    """The name of a callable: another process can compare nothing else."""
-    if function is None:
-        return None
-    return str(getattr(function, "__qualname__", type(function).__qualname__))

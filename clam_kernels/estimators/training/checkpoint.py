@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ... import serialize
+from ..._core import checks
 from .optimisers import Optimiser
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
@@ -65,6 +68,42 @@ class Checkpoint:
             numbers = json.loads(learned["state"])
             serialize.expect(isinstance(numbers, dict), "damaged metadata")
         return tensors, numbers
+
+
+@dataclass
+class CheckpointWriter:
+    """The checkpoint of a fit, and the number of batches between two writes."""
+
+    file: Checkpoint
+    every: int
+
+
+def check_checkpoint(checkpoint: Any, every: Any, resume: bool) -> None:
+    """ValueError unless the arguments of a fit with a checkpoint fit together."""
+    if every is not None:
+        fits = checks.is_whole(every) and every >= 1
+        checks.expect(fits, "checkpoint_every", "an int >= 1", repr(every))
+    if checkpoint is None and (resume or every is not None):
+        name = "resume" if resume else "checkpoint_every"
+        raise ValueError(f"{name}: expected a checkpoint to go with it, got None")
+
+
+def as_json(value: Any) -> Any:
+    """A setting as JSON has it; a callable is its name."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return name_of(value) if callable(value) else value
+
+
+def name_of(function: Any) -> str | None:
+    """The name of a callable: another process can compare nothing else."""
+    if function is None:
+        return None
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def shapes_of(module: nn.Module) -> list[list[Any]]:
+    """Name and shape of every tensor of a module: what identifies its layers in a checkpoint."""
+    return [[name, *t.shape] for name, t in of_module("encoder", module).items()]
 
 
 def of_module(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -54,10 +54,14 @@ class Inputs(ABC):
         """A batch of rows on a device; ValueError with the place of NaN or infinity."""
         batch = self.raw(rows)
         batch = batch.to(device=device, dtype=self.batch_dtype(batch.dtype, dtype))
+        self.check_finite(batch, rows)
+        return batch
+
+    def check_finite(self, batch: Tensor, rows: Tensor) -> None:
+        """ValueError with the place of NaN or infinity in a batch that no check has read before."""
         is_unknown = batch.is_floating_point() and not (self.is_checked and self.is_static)
         if is_unknown and not bool(batch.sum().isfinite()):
             _check_finite(batch, rows)
-        return batch
 
     @abstractmethod
     def mark(self) -> list[Any]:

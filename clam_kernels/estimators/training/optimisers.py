@@ -7,12 +7,15 @@ after Ctrl-C during the import every later use fails.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ..._core import checks
 
 
 class Optimiser(Protocol):
@@ -167,3 +170,16 @@ class SGD(_ParameterGroups):
 
     def _momentum_of(self, i: int) -> Any:
         return self.state.get(i, {}).get("momentum_buffer")
+
+
+def checked_optimiser(optimiser: Any) -> torch.optim.Optimizer:
+    """The result of the parameter `optimizer`; TypeError unless it steps without a closure."""
+    kind = type(optimiser).__name__
+    if not isinstance(optimiser, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected it to return a torch Optimizer, got {kind}")
+    try:
+        inspect.signature(optimiser.step).bind()
+    except TypeError:
+        words = "it to return an Optimizer whose step needs no closure"
+        raise TypeError(checks.wording("optimizer", words, kind)) from None
+    return optimiser

@@ -18,8 +18,10 @@ from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
 from ... import serialize
+from ..._core import checks
 from . import checkpoint as checkpoints
 from .checkpoint import State
+from .inputs import Inputs
 from .optimisers import Optimiser
 
 # Steps between two reads of the losses: a read waits for the device.
@@ -139,6 +141,32 @@ def encode_batch(encoder: nn.Module, batch: Tensor) -> Tensor:
         got = list(features.shape)
         raise ValueError(f"encoder: expected features [{len(batch)}, D] from it, got shape {got}")
     return features
+
+
+@torch.no_grad()
+def encode_rows(
+    encoder: nn.Module, inputs: Inputs, device: torch.device, dtype: torch.dtype, size: int
+) -> Tensor:
+    """The features [N, D] of all rows in eval mode, without augmentation, in batches of a size."""
+    before = encoder.training
+    encoder.eval()
+    try:
+        rows = torch.arange(len(inputs), dtype=torch.int64, device="cpu")
+        parts = [
+            encode_batch(encoder, inputs.take(batch, device, dtype))
+            for batch in batches_of(rows, size)
+        ]
+    finally:
+        encoder.train(before)
+    return torch.cat(parts)
+
+
+def check_writer(writer: Any) -> None:
+    """TypeError unless a writer is None or has `add_scalar`."""
+    if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+        raise TypeError(
+            checks.wording("writer", "an object with add_scalar", type(writer).__name__)
+        )
 
 
 def dtype_of(encoder: nn.Module) -> torch.dtype:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.frame import Frame
-from ..common.rows import Rows
-from ..common.scale import exponent_of, scale_number, scale_tensor
+from ..._core.warn import warn
+from .frame import Frame
+from .rows import Rows
+from .scale import exponent_of, scale_number, scale_tensor
 
 # "auto" standardises where the spread of one column is more than so many times that of another:
 # pixels of 8 bits stay as they are, columns in different units are standardised.
@@ -216,3 +217,13 @@ def _medians(x: Tensor, weights: Tensor) -> Tensor:
     index = (below * 2 < below[-1]).sum(0).clamp(max=len(x) - 1)
     medians = values.gather(0, index[None])[0]
     return torch.where(below[-1] > 0, medians, torch.nan)
+
+
+def warn_of_units(frame: Frame) -> None:
+    """Warn where nothing standardises columns whose spreads differ by more than 1e3."""
+    if not frame.is_standard and frame.contrast > WARNED_CONTRAST:
+        warn(
+            f"standardize=False: the spread of one column of X is {frame.contrast:.0e} times that"
+            " of another: columns of large spread alone decide the labels.",
+            UserWarning,
+        )

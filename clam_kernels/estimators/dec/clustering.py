@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clustering of a DEC: centroids from k-means on codes, then steps on KL(p || q) against a target p
+that is refreshed from all rows. Equations: docs/dec.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._core.warn import warn
+from ...ops.dec import DecTarget, dec_loss, dec_target, student_t_stats
+from ..kmeans import KMeans
+from ..training.checkpoint import State, of_module, restore_module, under
+from .networks import EncoderDecoder
+from .phases import Context, Phase
+from .pretraining import dead_layers, reconstruction_loss
+
+COLUMNS = (
+    "step", "changed", "loss", "reconstruction", "entropy", "smallest", "confidence",
+)  # fmt: skip
+# Mean squared distance of a code to its centroid at the start, with z_scale="auto".
+WITHIN = 4.0
+# Passes of the stop rule, one after the other, that end the clustering.
+PASSES = 2
+# A mean max q below this many times 1/K at the start is nearly uniform.
+NEARLY_UNIFORM = 1.5
+# Start codes with more numbers than this are not kept.
+MOST_START_CODES = 1 << 24
+# Rows of a chunk.
+CHUNK_ROWS = 1 << 13
+
+
+class Assignment(NamedTuple):
+    """Labels of all rows, and what the history has of them."""
+
+    labels: Tensor  # [N] int64
+    counts: Tensor  # [K] float64, soft counts
+    inertia: float  # sum of the squared distances to the centroids of the labels
+    confidence: float  # mean over the rows of the largest q
+
+
+class Snapshot(NamedTuple):
+    """The labels at a step."""
+
+    labels: Tensor
+    step: int
+
+
+def assign(z: Tensor, centroids: Tensor, alpha: float) -> Assignment:
+    """Labels, soft counts, inertia and mean max q of codes."""
+    lse, labels, counts, _ = student_t_stats(z, centroids, alpha=alpha)
+    inertia = confidence = 0.0
+    for part, label, norm in zip(
+        z.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), lse.split(CHUNK_ROWS), strict=True
+    ):
+        sqdist = (part - centroids[label]).square().sum(1).double()
+        inertia += float(sqdist.sum())
+        confidence += float((student_score(sqdist, alpha) - norm.double()).exp().sum())
+    return Assignment(labels, counts, inertia, confidence / len(z))
+
+
+def student_score(sqdist: Tensor, alpha: float) -> Tensor:
+    """-(alpha + 1)/2 log(1 + d^2/alpha); q is its softmax over the centroids."""
+    if math.isinf(alpha):
+        return -0.5 * sqdist
+    return -0.5 * (alpha + 1.0) * torch.log1p(sqdist / alpha)
+
+
+class Clustering(Phase):
+    """The phase that trains encoder and centroids (idec: and the decoder).
+
+    dec: loss = mean_i KL(p_i || q_i); idec: loss = |x - decoder(z)|^2 / features + gamma mean KL.
+    p comes from clean rows in eval mode, q from augmented rows.
+    """
+
+    name = "cluster"
+
+    def __init__(self, context: Context, number: int) -> None:
+        super().__init__(context, number)
+        settings, network = context.settings, context.network
+        self.is_idec = settings.variant == "idec"
+        parameters = [network.centroids, *network.encoder.parameters()]
+        if self.is_idec:
+            assert network.decoder is not None
+            parameters += network.decoder.parameters()
+        self.run = self.start_run(
+            parameters, settings.learning_rate, settings.batch_size, settings.n_epochs
+        )
+        self.interval = settings.interval_of(len(context.inputs))
+        # labels are compared with labels that are at least so many steps old
+        self.lag = max(self.interval, self.run.length.steps_per_epoch)
+        self.pretrained: EncoderDecoder | None = None
+        self.target: DecTarget | None = None
+        self.init_labels: Tensor | None = None
+        self.init_codes: Tensor | None = None
+        self.older: Snapshot | None = None
+        self.newer: Snapshot | None = None
+        self.passes = 0
+        self.stop_reason = "max_iter"
+        self.rows: list[tuple[float, ...]] = []  # of the history
+        self._reset_sums()
+
+    # ---- the start -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Centroids by k-means on the codes of all rows, and the scale of the codes."""
+        context, network = self.context, self.context.network
+        settings = context.settings
+        self.pretrained = network.pair()
+        for layer in dead_layers(context):
+            warn(
+                f"DEC: more than half of the units of layer {layer} of the encoder are 0 for all"
+                " rows: lower pretrain_learning_rate, or scale X to about [-1, 1]"
+            )
+        network.code_scale.fill_(1.0)
+        z = context.codes()
+        _check_codes(z)
+        model = KMeans(settings.n_clusters, n_init=settings.n_init, random_state=context.seed)
+        model.fit(z)
+        scale = settings.z_scale
+        if scale == "auto":
+            within = model.inertia_ / len(z)
+            scale = math.sqrt(WITHIN / within) if within > 0 else 1.0
+        with torch.no_grad():
+            network.code_scale.fill_(float(scale))
+            network.centroids.copy_(model.cluster_centers_ * network.code_scale)
+
+    def _warn_of_uniform(self, confidence: float) -> None:
+        k = self.context.settings.n_clusters
+        if k > 1 and confidence < NEARLY_UNIFORM / k:
+            warn(
+                f"DEC: at the start the mean largest q is {confidence:.3g}, nearly 1/K ="
+                f" {1 / k:.3g}, so the target teaches little: use z_scale='auto', or a longer"
+                " pretraining"
+            )
+
+    # ---- the steps -------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        if self.run.steps % self.interval == 0:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Labels of all rows; then either the end of the run, or a new target."""
+        settings, network = self.context.settings, self.context.network
+        z = self.context.codes()
+        _check_codes(z)
+        found = assign(z, network.centroids.detach(), settings.alpha)
+        if self.init_labels is None:
+            self.init_labels = found.labels
+            self.init_codes = z if z.numel() <= MOST_START_CODES else None
+            self._warn_of_uniform(found.confidence)
+        if self._has_converged(found):
+            self.stop_reason, self.run.is_stopped = "tol", True
+            return
+        self.target = self._new_target(z, found)
+
+    def _new_target(self, z: Tensor, found: Assignment) -> DecTarget | None:
+        settings, centroids = self.context.settings, self.context.network.centroids.detach()
+        if settings.target == "minibatch":
+            return None
+        if settings.target == "frozen":
+            return dec_target(z, centroids, alpha=settings.alpha)
+        log_counts = found.counts.clamp(min=torch.finfo(torch.float32).tiny).log()
+        return DecTarget(log_counts, centroids.clone(), settings.alpha)
+
+    def _has_converged(self, found: Assignment) -> bool:
+        """Add a row to the history; return whether the stop rule ends the run.
+
+        It compares labels with labels that are at least `lag` steps old, since labels change
+        little in few steps whatever the state; the first refresh compares nothing.
+        """
+        step = self.run.steps
+        if self.newer is None or step - self.newer.step >= self.lag:
+            self.older, self.newer = self.newer, Snapshot(found.labels, step)
+        changed, is_old = self._changed(found.labels)
+        self._record(found, changed)
+        self.passes = self.passes + 1 if is_old and changed < self.context.settings.tol else 0
+        return self.passes >= PASSES
+
+    def _changed(self, labels: Tensor) -> tuple[float, bool]:
+        """(share of rows whose label changed, whether the other labels are `lag` steps old)."""
+        before = self.older or self.newer
+        assert before is not None
+        changed = float((labels != before.labels).double().mean())
+        return changed, self.run.steps - before.step >= self.lag
+
+    def _record(self, found: Assignment, changed: float) -> None:
+        self.run.read_losses()
+        kl, rec = (self.sums / self.count).tolist() if self.count else (math.nan, math.nan)
+        self._reset_sums()
+        k, n = len(found.counts), len(found.labels)
+        share = found.counts / n
+        entropy = float(torch.special.entr(share).sum()) / math.log(k) if k > 1 else 1.0
+        smallest = float(torch.bincount(found.labels, minlength=k).min()) / n
+        rec = rec if self.is_idec else math.nan
+        figures = (changed, kl, rec, entropy, smallest, found.confidence)
+        self.rows.append((self.run.steps, *figures))
+        for name, value in zip(COLUMNS[1:], figures, strict=True):
+            if not math.isnan(value):
+                self.run.scalar(name if name != "loss" else "kl", value)
+
+    def _reset_sums(self) -> None:
+        """Begin the sums of KL and reconstruction since the last refresh."""
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        self.count = 0
+
+    def loss(self, rows: Tensor) -> Tensor:
+        context, settings = self.context, self.context.settings
+        x = context.draw(rows, self.run.generators["augment"])
+        z = context.network(x)
+        index = rows if settings.target == "frozen" else None
+        kl = dec_loss(
+            z, context.network.centroids, self.target, index,
+            alpha=settings.alpha, mode=settings.target,
+        )  # fmt: skip
+        self.sums[0] += kl.detach()
+        self.count += 1
+        if not self.is_idec:
+            return kl
+        rec = reconstruction_loss(context.network.reconstruct(z), x)
+        self.sums[1] += rec.detach()
+        return rec + settings.gamma * kl
+
+    def figures(self) -> dict[str, Any]:
+        last = dict(zip(COLUMNS, self.rows[-1], strict=True))
+        names = ("changed", "smallest", "confidence")
+        return {**super().figures(), **{name: last[name] for name in names}}
+
+    # ---- the end ---------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """The history gets a last row, unless the run ended at a refresh."""
+        if not self.rows or self.rows[-1][0] != self.run.steps:
+            z = self.context.codes()
+            _check_codes(z)
+            found = assign(z, self.context.network.centroids.detach(), self.context.settings.alpha)
+            if self.init_labels is None:  # no epochs
+                self.init_labels = found.labels
+                self.init_codes = z if z.numel() <= MOST_START_CODES else None
+            self.newer = self.newer or Snapshot(found.labels, self.run.steps)
+            self._record(found, self._changed(found.labels)[0])
+        if self.run.is_stopped and self.stop_reason != "tol":
+            self.stop_reason = "callback"
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        tensors, numbers = self.run.state()
+        assert self.pretrained is not None
+        tensors |= of_module("pretrained", self.pretrained)
+        optional = {"init_labels": self.init_labels, "init_codes": self.init_codes}
+        steps = {}
+        for name in ("older", "newer"):
+            snapshot = getattr(self, name)
+            if snapshot is not None:
+                optional[f"{name}_labels"], steps[name] = snapshot
+        if self.target is not None:
+            for name in ("log_counts", "mu0", "z0", "log_norm", "p"):
+                optional[f"target.{name}"] = getattr(self.target, name)
+        tensors |= {name: value for name, value in optional.items() if value is not None}
+        tensors["sums"] = self.sums
+        tensors["history"] = torch.tensor(self.rows, dtype=torch.float64, device="cpu")
+        rest = {"count": self.count, "passes": self.passes, "stop_reason": self.stop_reason}
+        return tensors, {**numbers, **rest, "snapshots": steps}
+
+    def restore(self, state: State) -> None:
+        tensors, numbers = state
+        self.run.restore(state)
+        device = self.context.device
+        self.pretrained = self.context.network.pair()
+        restore_module(self.pretrained, under("pretrained", tensors), device)
+        self.sums = tensors["sums"].to(device)
+        self.rows = [tuple(row) for row in tensors["history"].reshape(-1, len(COLUMNS)).tolist()]
+        self.count, self.passes = int(numbers["count"]), int(numbers["passes"])
+        self.stop_reason = str(numbers["stop_reason"])
+        placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.init_labels, self.init_codes = placed.get("init_labels"), placed.get("init_codes")
+        for name, step in numbers["snapshots"].items():
+            setattr(self, name, Snapshot(placed[f"{name}_labels"], int(step)))
+        parts: dict[str, Any] = under("target", placed)
+        if parts:
+            self.target = DecTarget(**parts, alpha0=self.context.settings.alpha)
+
+
+def _check_codes(z: Tensor) -> None:
+    """FloatingPointError, which names the first row whose code is not finite."""
+    if bool(z.sum().isfinite()):
+        return
+    bad = (~z.isfinite()).any(1).nonzero()[:1].tolist()
+    if bad:
+        raise FloatingPointError(
+            f"encoder: expected finite codes, got NaN or infinity for row {bad[0][0]};"
+            " lower pretrain_learning_rate or learning_rate"
+        )
