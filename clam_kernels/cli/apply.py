@@ -68,10 +68,15 @@ def _score(options: argparse.Namespace, model: Any, x: Any, facts: dict[str, Any
 
 
 def _plot(options: argparse.Namespace, model: Any, x: Any) -> None:
-    """Write a picture of the clusters; a clam model fills the gaps of the table first."""
+    """Write a picture of the clusters: of the codes of dec, else of the rows, whose gaps a clam
+    model fills first.
+    """
     from .. import plots
 
     labels = model.predict(x)
-    x = model.complete(x) if hasattr(model, "complete") else x
+    if hasattr(model, "complete"):
+        x = model.complete(x)
+    elif hasattr(model, "code_scale_"):
+        x = model.transform(x)
     figure = plots.plot_clusters(x, labels, model.cluster_centers_)
     plots.save(figure, options.output)

@@ -18,6 +18,7 @@ OPTIONS = {
     "n_clusters": "-k",
     "n_init": "--restarts",
     "max_iter": "--epochs",
+    "n_epochs": "--epochs",
     "random_state": "--seed",
 }
 BAD_ENTRY = re.compile(r"Input X contains (\w+): .* the first at row (\d+), column (\d+)\.")
@@ -56,7 +57,7 @@ def _reworded(text: str, options: argparse.Namespace, names: list[str] | None) -
     entry = BAD_ENTRY.match(text)
     if entry is not None:
         what, row, number = entry.groups()
-        got = "a missing cell (k-means takes none, --algo clam does)" if what == "NaN" else what
+        got = "a missing cell (only --algo clam takes any)" if what == "NaN" else what
         place = f"column {column(number)}, row {int(row) + 1}"
         return f"{options.data}: {place}: expected a finite number, got {got}"
     empty = EMPTY_COLUMNS.match(text)

@@ -7,20 +7,26 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..estimators import ClAM, KMeans
+    from ..estimators import DEC, ClAM, KMeans
 
 
-def facts_of(model: ClAM | KMeans) -> dict[str, Any]:
+def facts_of(model: ClAM | KMeans | DEC) -> dict[str, Any]:
     """Facts of a fitted model, for --json."""
-    return {
-        "algo": type(model).__name__.lower(),
+    algo = getattr(model, "variant", type(model).__name__.lower())
+    facts = {
+        "algo": algo,
         "k": model.n_clusters,
         "clusters_used": len(set(model.labels_.tolist())),
         "inertia": model.inertia_,
-        "partition_inertia": _partition_inertia(model),
-        "device": model.device_,
-        "backend": model.backend_,
     }
+    if algo in ("clam", "kmeans"):
+        facts["partition_inertia"] = _partition_inertia(model)
+    if hasattr(model, "stop_reason_"):
+        facts["steps"], facts["stop_reason"] = model.n_steps_, model.stop_reason_
+    facts["device"] = model.device_
+    if hasattr(model, "backend_"):
+        facts["backend"] = model.backend_
+    return facts
 
 
 def _partition_inertia(model: Any) -> float:

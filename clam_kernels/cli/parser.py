@@ -13,7 +13,8 @@ from .._version import __version__
 
 def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="clam", description="Clustering with associative memories and k-means."
+        prog="clam",
+        description="Clustering with associative memories, k-means and deep embedded clustering.",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"clam_kernels {__version__}")
@@ -42,7 +43,7 @@ def command_parser() -> argparse.ArgumentParser:
     table = ".csv, .tsv (also .gz), .npy or .parquet; without it, or with -, CSV on stdout"
     for name, text in (
         ("predict", "label of each row"),
-        ("transform", "distance of each row to each memory"),
+        ("transform", "distance of each row to each memory or centroid; its code (dec, idec)"),
         ("complete", "fill the missing entries (NaN, empty); a clam model"),
     ):
         verb(name, text, output=table).add_argument(
@@ -65,14 +66,29 @@ def command_parser() -> argparse.ArgumentParser:
 def _add_fitting(fit: argparse.ArgumentParser) -> None:
     """Add the options of a fit."""
     fit.add_argument("-k", "--clusters", type=_whole(1), required=True, help="number of clusters")
-    fit.add_argument("--algo", choices=("clam", "kmeans"), default="clam", help="default clam")
-    fit.add_argument("--recipe", choices=("default", "paper"), default="default", help="clam only")
+    fit.add_argument(
+        "--algo",
+        choices=("clam", "kmeans", "dec", "idec"),
+        default="clam",
+        help="default clam; dec and idec train an autoencoder and cluster its codes",
+    )
+    fit.add_argument(
+        "--recipe", choices=("default", "paper"), default="default", help="not for kmeans"
+    )
     fit.add_argument(
         "--standardize",
         action=argparse.BooleanOptionalAction,
-        help="divide every column by its deviation; clam only. Without it clam does so where the"
-        " spreads of the columns differ by more than 256 times",
+        help="divide every column by its deviation; not for kmeans. Without this option the fit"
+        " does so where the spreads of the columns differ by more than 256 times",
     )
+    fit.add_argument(
+        "--images",
+        type=_shape,
+        metavar="HxW",
+        help="each row is an image of this shape, such as 28x28; dec and idec shift and rotate it",
+    )
+    fit.add_argument("--checkpoint", type=Path, help="file of the state of a run; dec and idec")
+    fit.add_argument("--resume", action="store_true", help="continue the run of --checkpoint")
     fit.add_argument("--restarts", type=_whole(1), help="number of starts")
     fit.add_argument("--epochs", type=_whole(1), help="most passes over the table")
     fit.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="default 0")
@@ -120,6 +136,14 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """Height and width between an x."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"expected a height and a width as 28x28, got {text!r}")
+    return int(height), int(width)
 
 
 def _names(text: str) -> list[str]:

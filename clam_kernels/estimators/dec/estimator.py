@@ -356,7 +356,6 @@ class DEC(
         assert clustering.pretrained is not None
         self._network = network
         self.pretrained_ = clustering.pretrained.eval()
-        self.code_scale_ = float(network.code_scale)
         size = network.centroids.shape[1]
         self._layers = [settings.encoder is not None, list(self._scale.shape),
                         list(settings.hidden), size]  # fmt: skip
