@@ -97,10 +97,8 @@ class ExpandedDistances:
         self.limit = max(FEWEST_ROWS_IN_DOUBT, FLOAT64_TILE_ENTRIES // len(self.rho))
 
     def pad_tile(self, x: Tensor) -> Tensor:
-        rows, features = (
-            round_up(len(x), FEWEST_ROWS_IN_DOUBT) - len(x),
-            self.rho.shape[-1] - self.features,
-        )
+        rows = round_up(len(x), FEWEST_ROWS_IN_DOUBT) - len(x)
+        features = self.rho.shape[-1] - self.features
         return pad(x, (0, features, 0, rows))
 
     def trim_tile(self, x: Tensor, rows: int) -> Tensor:

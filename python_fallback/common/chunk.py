@@ -130,11 +130,21 @@ def take(operand: Tensor, cell: Cell, rows: slice | None = None) -> Tensor:
 
 
 class GradientSum:
-    """Gradient of one operand: sum over the problems that share it, in a fixed order."""
+    """Gradient of one operand: sum over the problems that share it, in a fixed order.
+
+    `batched` is the operand with the dims of `add_batch_dims`; `dtype` is that of the sum.
+    """
 
     def __init__(self, operand: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
         self.operand = operand
         self.total = torch.zeros(batched.shape, dtype=dtype, device=operand.device)
+
+    def of_problem(self, index: tuple[int, ...]) -> Tensor:
+        """A view of the sum: the part of the problem with this index in the batch."""
+        part = self.total
+        for i in index or (0,):
+            part = part[i if part.shape[0] > 1 else 0]
+        return part
 
     def add(self, cell: Cell, value: Tensor, rows: slice | None = None) -> None:
         part = take(self.total, cell, rows)
