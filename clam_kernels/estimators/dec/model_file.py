@@ -97,6 +97,7 @@ class DecFile(ModelFile):
     def _set_modules(self) -> None:
         """Set the public attributes of the network and of the history."""
         self.encoder_, self.decoder_ = self._network.encoder, self._network.decoder
+        self.code_scale_ = float(self._network.code_scale)
         self.history_ = dict(zip(COLUMNS, self._table.T, strict=True))
         self.history_["step"] = self.history_["step"].astype(np.int64)
         self.history_["pretraining"] = {name: list(losses) for name, losses in self._pretraining}
@@ -107,6 +108,7 @@ class DecFile(ModelFile):
     def _check_restored(self) -> None:
         k = self.n_clusters
         super()._check_restored()
+        self._n_features_out = self._center_features()
         centers = self.cluster_centers_
         serialize.expect(self.stop_reason_ in REASONS, "no such stop reason")
         counts = self.soft_counts_
