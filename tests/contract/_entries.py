@@ -362,6 +362,38 @@ def sela(x: Any = X, **rest: Any) -> Any:
     return [results, states, exported]
 
 
+class AutoencoderOfRows(nn.Module):
+    """An encoder and a decoder in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = encoder(), Product(6, D)
+
+    def encode(self, x: Tensor) -> Tensor:
+        codes: Tensor = self.down(x)
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        rows: Tensor = self.up(codes)
+        return rows
+
+
+def dec(x: Any = X, **rest: Any) -> Any:
+    """A fit, its outputs, the same fit resumed from its file, and a model from a file."""
+    settings = {"hidden": (8,), "n_components": 3, "n_epochs": 2, "n_init": 2}
+    settings |= {"pretrain_epochs": 60, "pretrain_learning_rate": 0.02}
+    settings |= {"augment": noisy, "random_state": 0, "device": "cpu", **rest}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        model = ck.DEC(K, **settings).fit(x, checkpoint=path)
+        again = ck.DEC(K, **settings).fit(x, checkpoint=path, resume=True)
+        model.save(Path(folder) / "model")
+        loaded = ck.DEC.load(Path(folder) / "model", encoder=settings.get("encoder"))
+    states = [one.encoder_.state_dict() for one in (model, again, loaded)]
+    results = [model.labels_, model.init_labels_, model.predict(x), model.predict_proba(x)]
+    return [results, model.transform(x), model.score(x), model.history_, states]
+
+
 def estimators() -> Calls:
     wide, x = X.astype(np.float64), tensor(X)
     return {
@@ -391,6 +423,11 @@ def estimators() -> Calls:
         "ClAM searching a part": lambda: _clam(search_rows=30),
         "ClAM in parts": _streamed,
         "ClAMImputer": lambda: _imputed(GAPS),
+        "DEC": dec,
+        "DEC of a tensor": lambda: dec(x, target="self"),
+        "DEC of a dataset": lambda: dec(LabelledRows(), target="minibatch"),
+        "DEC, layer by layer": lambda: dec(pretrain="sdae"),
+        "DEC of an own encoder": lambda: dec(encoder=AutoencoderOfRows(), variant="idec"),
         "SeLa": sela,
         "SeLa of a tensor": lambda: sela(x, strict=True),
         "SeLa of a dataset": lambda: sela(LabelledRows()),

@@ -441,7 +441,7 @@ def test_files_have_default_permissions_and_the_umask_stays(tmp_path, monkeypatc
 
 IN_THREADS = [
     "am_recursion", "kmeans_step", "sinkhorn with marginals", "strict labels", "SelfLabeller",
-    "AssociativeMemory", "KMeans", "ClAM", "SeLa",
+    "AssociativeMemory", "KMeans", "ClAM", "SeLa", "DEC of an own encoder",
 ]  # fmt: skip
 
 

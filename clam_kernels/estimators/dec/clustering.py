@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from ..._core.warn import warn
@@ -28,6 +29,10 @@ WITHIN = 4.0
 PASSES = 2
 # A mean max q below this many times 1/K at the start is nearly uniform.
 NEARLY_UNIFORM = 1.5
+# A fit warns where a cluster has less than this part of an equal share in so many checks.
+SMALL_SHARE, SMALL_CHECKS = 0.1, 3
+# A fit warns where this share of the labels still changes at its end.
+MANY_CHANGES = 0.05
 # Start codes with more numbers than this are not kept.
 MOST_START_CODES = 1 << 24
 # Rows of a chunk.
@@ -246,6 +251,25 @@ class Clustering(Phase):
             self._record(found, self._changed(found.labels)[0])
         if self.run.is_stopped and self.stop_reason != "tol":
             self.stop_reason = "callback"
+
+    def warn_of_result(self) -> None:
+        """Warn of small clusters, and of labels that still change."""
+        k = self.context.settings.n_clusters
+        table = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows]
+        last = [row["smallest"] for row in table[-SMALL_CHECKS:]]
+        if max(last) < SMALL_SHARE / k:
+            warn(
+                f"DEC: the smallest cluster has {last[-1]:.2%} of the rows, less than a tenth of an"
+                f" equal share, in the last {len(last)} checks: lower learning_rate or n_epochs,"
+                " use variant='idec' or target='frozen', or choose a smaller n_clusters"
+            )
+        changed = table[-1]["changed"]
+        if self.stop_reason == "max_iter" and changed > MANY_CHANGES:
+            warn(
+                f"DEC: {changed:.1%} of the labels changed in the last epoch: raise n_epochs, or"
+                " lower learning_rate",
+                ConvergenceWarning,
+            )
 
     # ---- state -----------------------------------------------------------------------------------
 

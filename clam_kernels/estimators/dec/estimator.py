@@ -19,27 +19,21 @@ from sklearn.base import (
     ClusterMixin,
     TransformerMixin,
 )
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..._core.warn import warn
 from ..common.base import choose_device, keeps_state_on_failure
 from ..common.settings import check_enough_rows, check_n_clusters
+from ..common.threads import threads_for
 from ..training.checkpoint import check_checkpoint
 from ..training.inputs import Inputs
 from ..training.trainer import check_writer, encode_rows, seed_of
 from .clustering import CHUNK_ROWS, Assignment, assign, student_score
 from .inputs import MatrixInputs, ScaledInputs, read, scale_of
 from .model_file import DecFile
-from .networks import DecNetwork, batch_dtype
+from .networks import DecNetwork, batch_dtype, product_of
 from .settings import CONSTRAINTS, DecSettings
-from .training import Training
-
-# A fit warns where a cluster has less than this part of an equal share in so many checks.
-SMALL_SHARE, SMALL_CHECKS = 0.1, 3
-# A fit warns where this share of the labels still changes at its end.
-MANY_CHANGES = 0.05
+from .training import DecTraining
 
 
 class DEC(
@@ -337,19 +331,20 @@ class DEC(
         names = getattr(self, "feature_names_in_", None)
         is_paper = settings.recipe == "paper"
         self._scale = scale_of(inner, shape, names, settings.standardize, is_paper)
-        inputs = ScaledInputs(inner, self._scale)
+        inputs = ScaledInputs(inner, self._scale, is_own=settings.encoder is not None)
         settings.callbacks.fit_begin()
-        training = Training(
+        training = DecTraining(
             settings, inputs, self.n_features_in_, device, seed_of(settings.random_state)
         )
         if checkpoint is not None:
             training.use_checkpoint(checkpoint, checkpoint_every, resume)
-        training.go()
+        with threads_for(product_of(training.context.network, settings.batch_size)):
+            training.go()
         self._store(settings, inputs, training)
         settings.callbacks.fit_end()
         return self
 
-    def _store(self, settings: DecSettings, inputs: Inputs, training: Training) -> None:
+    def _store(self, settings: DecSettings, inputs: Inputs, training: DecTraining) -> None:
         """Store the attributes of a fit."""
         clustering, network = training.clustering, training.context.network
         assert clustering is not None
@@ -381,25 +376,7 @@ class DEC(
         losses = training.losses.items()
         self._pretraining = [[name, list(x)] for name, x in losses if name != clustering.name]
         self._set_modules()
-        self._warn_of_result(settings)
-
-    def _warn_of_result(self, settings: DecSettings) -> None:
-        """Warn of small clusters and of labels that still change."""
-        k, table = settings.n_clusters, self.history_
-        last = table["smallest"][-SMALL_CHECKS:]
-        if bool((last < SMALL_SHARE / k).all()):
-            warn(
-                f"DEC: the smallest cluster has {last[-1]:.2%} of the rows, less than a tenth of an"
-                f" equal share, in the last {len(last)} checks: lower learning_rate or n_epochs,"
-                " use variant='idec' or target='frozen', or choose a smaller n_clusters"
-            )
-        changed = float(table["changed"][-1])
-        if self.stop_reason_ == "max_iter" and changed > MANY_CHANGES:
-            warn(
-                f"DEC: {changed:.1%} of the labels changed in the last epoch: raise n_epochs, or"
-                " lower learning_rate",
-                ConvergenceWarning,
-            )
+        clustering.warn_of_result()
 
     # ---- use -----------------------------------------------------------------------------------
 
@@ -408,12 +385,9 @@ class DEC(
         check_is_fitted(self, "cluster_centers_")
         settings = DecSettings.of(self)
         mode, size = self._images or (None, settings.image_size)
-        inner, _ = read(self, X, self._place(settings), (mode, size), reset=False)
-        return settings, ScaledInputs(inner, self._scale)
-
-    def _place(self, settings: DecSettings) -> str:
-        """Where the network is."""
-        return str(self._network.centroids.device)
+        place = str(self._network.centroids.device)
+        inner, _ = read(self, X, place, (mode, size), reset=False)
+        return settings, ScaledInputs(inner, self._scale, is_own=self._layers[0])
 
     def _codes(self, settings: DecSettings, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(codes [N, D], centroids); in float64 by the default encoder."""
@@ -422,7 +396,8 @@ class DEC(
             network = copy.deepcopy(network).double()
             network.dtype = torch.float64
         device, dtype = network.centroids.device, batch_dtype(network)
-        codes = encode_rows(network, inputs, device, dtype, settings.batch_size)
+        with threads_for(product_of(network, settings.batch_size)):
+            codes = encode_rows(network, inputs, device, dtype, settings.batch_size)
         return codes, network.centroids.detach()
 
     def _assign(self, settings: DecSettings, inputs: Inputs) -> tuple[Tensor, Assignment]:

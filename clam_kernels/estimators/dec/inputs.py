@@ -97,7 +97,9 @@ class InputScale:
 class ScaledInputs(Inputs):
     """The rows of other inputs in the scale of an encoder."""
 
-    def __init__(self, inner: Inputs, scale: InputScale) -> None:
+    def __init__(self, inner: Inputs, scale: InputScale, is_own: bool) -> None:
+        """`is_own`: whether the encoder is the user's, which may take whole numbers."""
+        self.is_own = is_own
         self.inner, self.scale, self.count = inner, scale, len(inner)
         self.origin, self.files, self.images = inner.origin, inner.files, inner.images
         self.is_static, self.is_checked = inner.is_static, inner.is_checked
@@ -108,7 +110,8 @@ class ScaledInputs(Inputs):
     def take(self, rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         x = self.inner.raw(rows).to(device)
         self.scale = self.scale.on(x.device)
-        batch = self.scale.apply(x, self.inner.batch_dtype(x.dtype, dtype))
+        dtype = self.inner.batch_dtype(x.dtype, dtype) if self.is_own else dtype
+        batch = self.scale.apply(x, dtype)
         self.check_finite(batch, rows)
         return batch
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._core import checks
+from ..common.threads import SMALL_PRODUCT
 from ..training.trainer import dtype_of, encode_batch
 
 # Standard deviation of the weights at the start of the paper's layers.
@@ -154,6 +155,19 @@ def probe(pair: EncoderDecoder, batch: Tensor) -> Tensor:
 def batch_dtype(pair: EncoderDecoder) -> torch.dtype:
     """The dtype of the rows that an encoder gets."""
     return dtype_of(pair.encoder)
+
+
+def product_of(network: nn.Module, batch_size: int) -> int:
+    """Multiply-adds of the largest product of linear layers; those of large work where other
+    layers have parameters.
+    """
+    sizes = [0]
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            sizes.append(layer.weight.numel())
+        elif not isinstance(layer, DecNetwork) and any(True for _ in layer.parameters(False)):
+            return SMALL_PRODUCT
+    return batch_size * max(sizes)
 
 
 def blocks_of(module: nn.Module, name: str) -> list[nn.Sequential]:

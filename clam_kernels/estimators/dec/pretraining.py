@@ -6,7 +6,7 @@ layer by layer with dropout. Equations: docs/dec.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,18 @@ def _schedule(settings: DecSettings, factor: int) -> Callable[[float], float]:
 class _Pretraining(Phase):
     """A phase whose published momentum rises from 0 in the first steps."""
 
+    def start_pretraining(self, parameters: Iterable[nn.Parameter], factor: int) -> None:
+        """Set the run; `factor` is its length in published lengths of a layer."""
+        settings = self.context.settings
+        self.run = self.start_run(
+            parameters,
+            settings.pretrain_learning_rate,
+            settings.pretrain_batch_size,
+            settings.pretrain_length(len(self.context.inputs), factor),
+            _schedule(settings, factor),
+        )
+        self.run.rate = "pretrain_learning_rate"
+
     def before_step(self) -> None:
         settings = self.context.settings
         if settings.recipe == "paper" and settings.optimizer == "sgd":
@@ -62,14 +74,9 @@ class WholePretraining(_Pretraining):
         assert network.decoder is not None
         layers = settings.pretrain == "sdae"
         self.name = "finetune" if layers else "pretrain"
-        factor = 2 if layers else 1  # the published steps of all layers together
-        self.run = self.start_run(
-            [*network.encoder.parameters(), *network.decoder.parameters()],
-            settings.pretrain_learning_rate,
-            settings.pretrain_batch_size,
-            settings.pretrain_length(len(context.inputs), factor),
-            _schedule(settings, factor),
-        )
+        parameters = [*network.encoder.parameters(), *network.decoder.parameters()]
+        # all layers together have twice the published steps of one
+        self.start_pretraining(parameters, 2 if layers else 1)
 
     def loss(self, rows: Tensor) -> Tensor:
         x = self.context.draw(rows, self.run.generators["augment"])
@@ -101,7 +108,7 @@ class LayerPretraining(_Pretraining):
 
     def __init__(self, context: Context, number: int) -> None:
         super().__init__(context, number)
-        settings, network = context.settings, context.network
+        network = context.network
         assert network.decoder is not None
         encoder = blocks_of(network.encoder, "encoder")
         decoder = blocks_of(network.decoder, "decoder")
@@ -114,13 +121,7 @@ class LayerPretraining(_Pretraining):
         self.block, self.mirror = encoder[number], decoder[-1 - number]
         self.has_input_dropout = number > 0
         self.has_code_dropout = number < len(encoder) - 1
-        self.run = self.start_run(
-            [*self.block.parameters(), *self.mirror.parameters()],
-            settings.pretrain_learning_rate,
-            settings.pretrain_batch_size,
-            settings.pretrain_length(len(context.inputs)),
-            _schedule(settings, 1),
-        )
+        self.start_pretraining([*self.block.parameters(), *self.mirror.parameters()], 1)
 
     def loss(self, rows: Tensor) -> Tensor:
         x = self._below(self.context.draw(rows, self.run.generators["augment"]))

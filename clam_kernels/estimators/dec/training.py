@@ -33,7 +33,7 @@ SHARED = (
 KIND = "DEC checkpoint"
 
 
-class Training:
+class DecTraining:
     """The network and the phases of one fit."""
 
     def __init__(
@@ -130,7 +130,8 @@ class Training:
         """What must be equal in a checkpoint and in the fit that resumes from it."""
         settings, context = self.settings, self.context
         seed = settings.random_state
-        layers = shapes_of(context.network)
+        modules = (context.network.encoder, context.network.decoder)
+        layers = [None if module is None else shapes_of(module) for module in modules]
         return {
             **{name: as_json(_plain(getattr(settings, name))) for name in SHARED},
             "augment": name_of(settings.augment),

@@ -210,6 +210,7 @@ class TrainingRun:
         self.modules, self.optimiser, self.length = modules, optimiser, length
         self.random = random
         self.writer, self.name = writer, name
+        self.rate = "learning_rate"  # the parameter of the estimator that has the rate
         self.generators = {
             "batches": torch.Generator().manual_seed(seed),
             "augment": torch.Generator(random.device).manual_seed(seed + 1),
@@ -271,7 +272,7 @@ class TrainingRun:
                 epoch, batch = divmod(first + i, self.length.steps_per_epoch)
                 raise FloatingPointError(
                     f"loss: expected finite values, got {value} in batch {batch} of epoch {epoch};"
-                    " lower learning_rate, or check the results of augment and encoder"
+                    f" lower {self.rate}, or check the results of augment and encoder"
                 )
             self.sum += value
             self.scalar("loss", value, first + i + 1)
