@@ -15,11 +15,19 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import finite, normalise
-from ..common.score import LOG2E, dot, load_memories, load_rows, logits, own_inner, subtract_centre
-from ..common.sweep import UNSPECIALISED, offset
+from ..common.score import (
+    LOG2E,
+    dot,
+    load_checked_rows,
+    load_memories,
+    load_rows,
+    logits,
+    own_inner,
+)
+from ..common.sweep import UNSPECIALISED, of_problem
 from .call import Call, Totals
 from .doubt import MOST, doubt_flag, final_flags, sharpest
-from .memories import memories_of
+from .memories import rows_and_memories_of
 from .recursion import gain_of, next_state, recall
 
 
@@ -83,11 +91,10 @@ def fused_backward_kernel(
     """
     pid = tl.program_id(0)
     problem, split = pid // splits, pid % splits
-    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i) * D
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    _m, V, RHO, SIDE, CENTRE = rows_and_memories_of(
+        V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count, D, STRIDE
+    )
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
     PATH += pid.to(tl.int64) * steps * ROWS * STRIDE
 
     table = (RHO, SIDE)
@@ -104,10 +111,7 @@ def fused_backward_kernel(
         valid, at = row < rows, row.to(tl.int64)
         inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
         whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]  # [ROWS, DIM]
-        raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-        x = subtract_centre(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
-        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        poison = tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
+        x, poison = load_checked_rows(V, CENTRE, at, valid, 0, D, DIM)  # [ROWS, DIM], [ROWS]
         flag = store_states(
             PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,

@@ -20,7 +20,7 @@ from ..common.score import (
     own_inner,
     wide_inner,
 )
-from ..common.sweep import SIZES, offset, rows_of, sweep
+from ..common.sweep import SIZES, of_problem, rows_of, sweep
 from .memories import memories_of
 from .recursion import gain_of
 
@@ -107,8 +107,7 @@ def rows_backward_kernel(
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
     d = tl.arange(0, DIM)
     valid, at = row < rows, row.to(tl.int64)
     inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
@@ -210,8 +209,7 @@ def rows_backward_wide_kernel(
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
     valid, at = row < rows, row.to(tl.int64)
     p = problem.to(tl.int64) * rows + at
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)

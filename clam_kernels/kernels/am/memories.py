@@ -14,7 +14,7 @@ from ..common import launch
 from ..common.halves import halves, power, reach_of
 from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
 from ..common.score import LOG2E, load_rows
-from ..common.sweep import UNSPECIALISED, offset
+from ..common.sweep import UNSPECIALISED, of_problem, offset
 from .doubt import MOST
 
 # Memories of one program; tables of halves are padded to a multiple of it.
@@ -55,6 +55,17 @@ def memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE: tl.constexpr
     """(m, RHO, SIDE): the index of a problem's memories in their batch, and their table."""
     m = offset(problem, inner, m_o, m_i)
     return m, RHO + m * count * STRIDE, SIDE + m * 4 * count
+
+
+@triton.jit
+def rows_and_memories_of(
+    V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count,
+    D: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """(m, V, RHO, SIDE, CENTRE): as `memories_of`, and the rows and the centre of a problem."""
+    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
+    CENTRE += m * STRIDE
+    return m, V + offset(problem, inner, v_o, v_i) * D, RHO, SIDE, CENTRE
 
 
 @triton.jit
@@ -194,10 +205,8 @@ def memories_kernel(
     problem = tl.program_id(0)
     m = problem.to(tl.int64)
     RHO += offset(problem, inner, rho_o, rho_i) * D
-    if HAS_BETA:
-        BETA += offset(problem, inner, beta_o, beta_i)
-    if HAS_WEIGHTS:
-        WEIGHTS += offset(problem, inner, weights_o, weights_i)
+    BETA = of_problem(BETA, problem, inner, beta_o, beta_i, HAS_BETA)
+    WEIGHTS = of_problem(WEIGHTS, problem, inner, weights_o, weights_i, HAS_WEIGHTS)
     TABLE += m * count * STRIDE
     SIDE += m * 4 * count
     CENTRE += m * STRIDE

@@ -21,8 +21,8 @@ from ..common.fold import (
     softmax_init,
 )
 from ..common.halves import halves, load_memory_halves, own_halves, power, reach_of, unpower
-from ..common.score import load_memories, load_rows, logits, own_inner, subtract_centre
-from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
+from ..common.score import load_checked_rows, load_memories, load_rows, logits, own_inner
+from ..common.sweep import UNSPECIALISED, of_problem, rows_of, sweep
 from ..kmeans.nearest import slack
 from .doubt import (
     SHARED_SCALE,
@@ -34,7 +34,7 @@ from .doubt import (
     loses_digits,
     sharpest,
 )
-from .memories import memories_of
+from .memories import rows_and_memories_of
 
 LN2 = tl.constexpr(0.6931471805599453)
 # The flag of a row that is not finite, and of all rows where a memory is not.
@@ -225,19 +225,16 @@ def recursion_kernel(
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
-    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i) * D
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    m, V, RHO, SIDE, CENTRE = rows_and_memories_of(
+        V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count, D, STRIDE
+    )
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
 
     d = tl.arange(0, DIM)
     valid, at = row < rows, row.to(tl.int64)
     inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
-    raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-    x = subtract_centre(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
     # a row that is not finite gives NaN, whatever the memories are, and so does such a memory
-    poison = tl.sum(raw * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
+    x, poison = load_checked_rows(V, CENTRE, at, valid, 0, D, DIM)  # [ROWS, DIM], [ROWS]
     flag = tl.where(poison == 0.0, 0, POISONED)  # a number of its own would take a register
     IN_HALVES: tl.constexpr = PREC == "f16x3"
     table, parts, scale, reach, floor = (RHO, SIDE), (RHO, SIDE, 0), 1.0, 1.0, 0.0

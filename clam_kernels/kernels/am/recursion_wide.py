@@ -10,11 +10,11 @@ import triton.language as tl
 
 from ..common.fold import contest_fold, contest_init, decision, finite, inverse, lse_fold, lse_init
 from ..common.halves import reach_of
-from ..common.score import dot, load_rows, load_sides, logits, subtract_centre, wide_inner
-from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
+from ..common.score import dot, load_checked_rows, load_rows, load_sides, logits, wide_inner
+from ..common.sweep import UNSPECIALISED, of_problem, rows_of, sweep
 from ..kmeans.nearest import slack
 from .doubt import energy_loses_digits, final_flags, hard_doubt_flag, is_in_doubt, loses_digits
-from .memories import memories_of
+from .memories import rows_and_memories_of
 from .recursion import LN2, POISONED, gain_of, limits_of, next_state, poison_of, take_out
 
 
@@ -29,10 +29,8 @@ def store_starts(
     poison = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
-        x = subtract_centre(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
-        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
+        x, more = load_checked_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM], [ROWS]
+        poison += more
         tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
     tl.debug_barrier()
     return poison
@@ -184,11 +182,10 @@ def recursion_wide_kernel(
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
-    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i) * D
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    _m, V, RHO, SIDE, CENTRE = rows_and_memories_of(
+        V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count, D, STRIDE
+    )
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
 
     valid, at = row < rows, row.to(tl.int64)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
