@@ -188,6 +188,47 @@ def store_centre(
     tl.debug_barrier()
 
 
+@triton.jit
+def poison_of_all(
+    BETA, WEIGHTS, count, beta_k, weights_k,
+    PROTOS: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """NaN where the beta or the log-weight of an active memory is not finite, else 0."""
+    poison = 0.0
+    for k0 in range(0, count, PROTOS):
+        k = k0 + tl.arange(0, PROTOS)
+        lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
+        here = tl.where(active, lift * 0.0, 0.0)
+        if HAS_BETA:
+            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
+            here += tl.where(active, scale.to(tl.float32) * 0.0, 0.0)
+        poison += tl.sum(here, 0)
+    return poison
+
+
+@triton.jit
+def scale_and_bias(
+    BETA, beta, k, count, beta_k, active, lift, norm,
+    PROTOS: tl.constexpr, HAS_BETA: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """(scale float32, bias float64) of memories of squared norms `norm`, as `memories_kernel` has
+    them.
+    """
+    if HARD:
+        scale = tl.full((PROTOS,), 1.0, tl.float32)
+        bias = -0.5 * norm
+    else:
+        if HAS_BETA:
+            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
+            scale = tl.where(active | (beta_k == 0), scale.to(tl.float32), 0.0)
+        else:
+            scale = tl.zeros((PROTOS,), tl.float32) + beta
+        # from the rounded scale: the error of both then moves all rows alike
+        scale = tl.minimum(2.0 * scale * LOG2E, MOST)
+        bias = lift.to(tl.float64) * LOG2E - 0.5 * scale.to(tl.float64) * norm
+    return scale, bias
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def memories_kernel(
     RHO, BETA, WEIGHTS, TABLE, SIDE, CENTRE,
@@ -211,15 +252,9 @@ def memories_kernel(
     SIDE += m * 4 * count
     CENTRE += m * STRIDE
 
-    poison = 0.0
-    for k0 in range(0, count, PROTOS):
-        k = k0 + tl.arange(0, PROTOS)
-        lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
-        here = tl.where(active, lift * 0.0, 0.0)
-        if HAS_BETA:
-            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
-            here += tl.where(active, scale.to(tl.float32) * 0.0, 0.0)
-        poison += tl.sum(here, 0)
+    poison = poison_of_all(
+        BETA, WEIGHTS, count, beta_k, weights_k, PROTOS, HAS_BETA, HAS_WEIGHTS
+    )  # fmt: skip
     store_centre(
         RHO, WEIGHTS, SIDE + 3 * count, CENTRE, count, poison, weights_k,
         D, STRIDE, DIM, PROTOS, HAS_WEIGHTS,
@@ -238,18 +273,9 @@ def memories_kernel(
             norm += tl.sum(row.to(tl.float64) * row.to(tl.float64), 1)
             at = TABLE + k.to(tl.int64)[:, None] * STRIDE + d[None, :]  # [PROTOS, DIM]
             tl.store(at, row, mask=(k < count)[:, None] & (d < STRIDE)[None, :])
-        if HARD:
-            scale = tl.full((PROTOS,), 1.0, tl.float32)
-            bias = -0.5 * norm
-        else:
-            if HAS_BETA:
-                scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
-                scale = tl.where(active | (beta_k == 0), scale.to(tl.float32), 0.0)
-            else:
-                scale = tl.zeros((PROTOS,), tl.float32) + beta
-            # from the rounded scale: the error of both then moves all rows alike
-            scale = tl.minimum(2.0 * scale * LOG2E, MOST)
-            bias = lift.to(tl.float64) * LOG2E - 0.5 * scale.to(tl.float64) * norm
+        scale, bias = scale_and_bias(
+            BETA, beta, k, count, beta_k, active, lift, norm, PROTOS, HAS_BETA, HARD
+        )  # fmt: skip
         valid = k < count
         bias = tl.maximum(bias, -MOST)  # only masked memories have a bias of -inf
         tl.store(SIDE + k, scale, mask=valid)

@@ -13,7 +13,7 @@ from ..common.halves import reach_of
 from ..common.score import dot, load_checked_rows, load_rows, load_sides, logits, wide_inner
 from ..common.sweep import UNSPECIALISED, of_problem, rows_of, sweep
 from ..kmeans.nearest import slack
-from .doubt import energy_loses_digits, final_flags, hard_doubt_flag, is_in_doubt, loses_digits
+from .doubt import final_flags, loses_digits, step_flag
 from .memories import rows_and_memories_of
 from .recursion import LN2, POISONED, gain_of, limits_of, next_state, poison_of, take_out
 
@@ -195,8 +195,7 @@ def recursion_wide_kernel(
     top, total = lse_init(ROWS)
     if HARD:
         reach = reach_of(SIDE, count, PROTOS)
-    else:
-        sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
+    sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, HARD, KEEP)
     flag = tl.where(poison == 0.0, 0, POISONED)
     for t in range(0, steps):
         slot = tl.cast(t if KEEP >= 2 else t % 2, tl.int64) * strip + local
@@ -217,12 +216,9 @@ def recursion_wide_kernel(
             u_row, u_feature, step, t + 1 < steps,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, MASK, KEEP,
         )  # fmt: skip
-        if HARD:
-            flag |= hard_doubt_flag(norm, total)
-        else:
-            flag |= is_in_doubt(norms, far, total, sharp, ratio, 0.0, near_limit).to(tl.int32)
-            if KEEP == 3:
-                flag |= energy_loses_digits(norm, norms, far, top, lift, sharp).to(tl.int32)
+        flag |= step_flag(
+            norm, norms, far, top, total, sharp, ratio, 0.0, near_limit, lift, HARD, KEEP
+        )
         tl.debug_barrier()
 
     poison = poison_of(flag)
