@@ -9,9 +9,9 @@ is
     other KIND0   u = 2 e0 - log2(f / F)             p = 2^(u - a) b
     "dense"       u = p as stored                    p = u a
 
-and (a, b) are numbers of the row. Without NORM they make the row sum to 1. With it they follow from
-its log-normaliser R. A state of a row is (top, total, top0, total0, mass), each [ROWS]: of q as in
-`total_fold`, of u, and the sum of p with NORM.
+and (a, b) are numbers of the row. Without NORM they make the row sum to 1, or are 1 for "dense". With it they
+follow from its log-normaliser R. A state of a row is (top, total, top0, total0, mass), each [ROWS]: of q as in
+`total_fold`, of u, and the sum of p where (a, b) are known before.
 """
 
 from __future__ import annotations
@@ -123,13 +123,13 @@ def numbers_fold(
     state, tile, norm, KIND: tl.constexpr, KIND0: tl.constexpr, SOURCE: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """(top, total) as `total_fold` of e. NORM: mass' = mass + sum_j p_j. Else of u: "one": top0' =
+    """(top, total) as `total_fold` of e. NORM or "dense": mass' = mass + sum_j p_j. Else of u: "one": top0' =
     max(top0, max_j u_j), total0' = total0 (top0 / top0')^2 + sum_j (u_j / top0')^2; scores as e.
     """
     top, total, top0, total0, mass = state
     _far, e, u = tile
     top, total = total_fold((top, total), e, KIND)
-    if NORM:
+    if NORM or SOURCE == "dense":
         a, b = norm
         mass += tl.sum(targets(u, a, b, KIND0, SOURCE), 1)
     else:
@@ -155,7 +155,7 @@ def numbers_of(
     a, b = norm
     if SOURCE == "dense":
         regular = regular & (mass * 0.0 == 0.0)
-    if not NORM:
+    if not (NORM or SOURCE == "dense"):
         a = inverse(top0) if KIND0 == "one" else finite(top0)
         b = inverse(total0)
         mass = b * 0.0 + 1.0
