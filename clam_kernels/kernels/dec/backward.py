@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the losses on a GPU; equations (8) and (9) of docs/ops/dec.md. One kernel computes dz
-and stores the numbers of each row, one sums over the rows of a chunk for each tile of centroids, and
-one adds the chunks.
+"""Gradients of the losses on a GPU; equations (8) and (9) of docs/ops/dec.md.
+
+One kernel computes dz and stores the numbers of each row. A second sums over the rows of a chunk
+for each tile of centroids. A third adds the chunks. Where one tile contains all centroids,
+`backward_fused` replaces the first two.
 """
 
 from __future__ import annotations
@@ -16,96 +18,26 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import inverse
-from ..common.score import dot, dot_onto
+from ..common.score import dot
 from ..common.sweep import offset, rows_of
+from .backward_fused import dec_fused_backward_kernel
 from .call import alpha_of, merge
+from .gradients import (
+    damped,
+    load_numbers,
+    residuals,
+    rows_fold,
+    slopes,
+    store_numbers,
+    store_part,
+    store_rows,
+)
 from .losses import LossCall, peak_of, regular_rows, sources_of, unit_norm
-from .scores import UNSPECIALISED, assignments, centre_of, load_centred, log1p, reciprocal
-from .target import numbers_fold, numbers_init, numbers_of, pair_tile, targets
+from .scores import UNSPECIALISED, centre_of, load_centred
+from .target import numbers_fold, numbers_init, numbers_of, pair_tile
 
 # How many numbers of a row the kernel over rows stores for the one over centroids.
 STORED = 6
-# Below SMALL the kernel computes log(1 + x) - x / (1 + x) as a series.
-SMALL = tl.constexpr(0.1)
-
-
-@triton.jit
-def residuals(tile, numbers, several, KIND0: tl.constexpr, SOURCE: tl.constexpr,
-              KIND: tl.constexpr):  # fmt: skip
-    """p_ij - P_i q_ij [ROWS, PROTOS] with P_i = sum_j p_ij; exactly 0 for one centroid."""
-    _far, e, u = tile
-    top, unity, a, b, mass = numbers
-    p = targets(u, a, b, KIND0, SOURCE)  # [ROWS, PROTOS]
-    q = assignments(e, top, unity, KIND)  # [ROWS, PROTOS]
-    return (p - mass[:, None] * q) * several
-
-
-@triton.jit
-def damped(gap, tile, alpha, KIND: tl.constexpr):
-    """gap (alpha + 1) / (alpha + d); gap itself for alpha = inf."""
-    far, e, _u = tile
-    if KIND == "one":
-        c = gap * (2.0 * e)  # [ROWS, PROTOS]
-    else:
-        c = gap  # [ROWS, PROTOS]
-        if KIND == "any":
-            c = gap * ((alpha + 1.0) / alpha * reciprocal(1.0 + far / alpha))  # [ROWS, PROTOS]
-    return c
-
-
-@triton.jit
-def slopes(far, alpha):
-    """ds/dalpha = -(log(1 + x) - x/(1 + x))/2 + x/(1 + x)/(2 alpha), x = d / alpha."""
-    x = far / alpha  # [ROWS, PROTOS]
-    share = x * reciprocal(1.0 + x)  # [ROWS, PROTOS]
-    series = x * 0.0 + 0.9
-    for i in tl.static_range(8):  # sum_n (-1)^n (n - 1)/n x^n for n = 2 ... 10
-        n = 9 - i
-        series = series * x + (n - 1) / n * (1 - 2 * (n % 2))
-    excess = tl.where(x < SMALL, series * x * x, log1p(x) - share)  # [ROWS, PROTOS]
-    return share / (2.0 * alpha) - 0.5 * excess
-
-
-@triton.jit
-def rows_fold(
-    state, tile, numbers, g, several, alpha, MU, centre, k0, d0, count,
-    D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, PREC: tl.constexpr,
-    KIND: tl.constexpr, KIND0: tl.constexpr, SOURCE: tl.constexpr,
-):  # fmt: skip
-    """State (acc [ROWS, DIM], lean [ROWS]): acc' = acc + sum_j c_j mu_j, lean' = lean + sum_j c_j
-    with c_j = g (alpha + 1)(p_j - P q_j)/(alpha + d_j).
-    """
-    acc, lean = state
-    k = k0 + tl.arange(0, PROTOS)
-    gap = residuals(tile, numbers, several, KIND0, SOURCE, KIND) * g[:, None]  # [ROWS, PROTOS]
-    c = damped(gap, tile, alpha, KIND)  # [ROWS, PROTOS]
-    mu = load_centred(MU, k.to(tl.int64), k < count, centre, d0, D, DIM)  # [PROTOS, DIM]
-    return dot_onto(c, mu, acc, PREC), lean + tl.sum(c, 1)
-
-
-@triton.jit
-def store_numbers(NUMBERS, size, p, valid, numbers, g):
-    """Store (top, 1 / total, a, b, P) of the rows and their upstream gradients."""
-    top, unity, a, b, mass = numbers
-    step = tl.cast(size, tl.int64)
-    tl.store(NUMBERS + p, top, mask=valid)
-    tl.store(NUMBERS + step + p, unity, mask=valid)
-    tl.store(NUMBERS + 2 * step + p, a, mask=valid)
-    tl.store(NUMBERS + 3 * step + p, b, mask=valid)
-    tl.store(NUMBERS + 4 * step + p, mass, mask=valid)
-    tl.store(NUMBERS + 5 * step + p, g, mask=valid)
-
-
-@triton.jit
-def load_numbers(NUMBERS, size, p, valid):
-    """((top, 1 / total, a, b, P), upstream gradients) of rows as `store_numbers` stored them."""
-    step = tl.cast(size, tl.int64)
-    top = tl.load(NUMBERS + p, mask=valid, other=0.0)
-    unity = tl.load(NUMBERS + step + p, mask=valid, other=0.0)
-    a = tl.load(NUMBERS + 2 * step + p, mask=valid, other=0.0)
-    b = tl.load(NUMBERS + 3 * step + p, mask=valid, other=0.0)
-    mass = tl.load(NUMBERS + 4 * step + p, mask=valid, other=0.0)
-    return (top, unity, a, b, mass), tl.load(NUMBERS + 5 * step + p, mask=valid, other=0.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -136,12 +68,14 @@ def dec_rows_backward_kernel(
     own, old = (X, MU, at, now, freedom), (Z0, MU0, at, then, alpha0)
     source = (COUNTS, c_k, peak_of(COUNTS, c_k, count, PROTOS, SOURCE), P, p_n, p_k)
     norm = unit_norm(LOG_NORM, at, then, l_n, source, KIND0, SOURCE, NORM)
-    first = pair_tile(
-        own, old, source, 0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
-    )
     state = numbers_init(ROWS, KIND, KIND0)
-    state = numbers_fold(state, first, norm, KIND, KIND0, SOURCE, NORM)
-    for k0 in range(PROTOS, count, PROTOS):
+    BEGIN: tl.constexpr = 0 if WIDE else PROTOS
+    if not WIDE:
+        first = pair_tile(
+            own, old, source, 0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
+        )
+        state = numbers_fold(state, first, norm, KIND, KIND0, SOURCE, NORM)
+    for k0 in range(BEGIN, count, PROTOS):
         tile = pair_tile(
             own, old, source, k0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
         )
@@ -151,16 +85,17 @@ def dec_rows_backward_kernel(
     p = problem.to(tl.int64) * rows + at
     upstream = tl.load(GRAD + p, mask=valid, other=0.0)
     g = tl.where(regular, upstream, 0.0)
-    store_numbers(NUMBERS, size, p, valid & (row * 0 + d0 == 0), numbers, g)
+    store_numbers(NUMBERS, size, p, valid & (row * 0 + d0 == 0), numbers, g, KIND, SOURCE)
     if DZ is not None:
         several = tl.where(count > 1, 1.0, 0.0)
         centre = centre_of(MU, count, d0, D, DIM)
         sums = (tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32))
-        sums = rows_fold(
-            sums, first, numbers, g, several, freedom, MU, centre, 0, d0, count,
-            D, DIM, PROTOS, PREC, KIND, KIND0, SOURCE,
-        )  # fmt: skip
-        for k0 in range(PROTOS, count, PROTOS):
+        if not WIDE:
+            sums = rows_fold(
+                sums, first, numbers, g, several, freedom, MU, centre, 0, d0, count,
+                D, DIM, PROTOS, PREC, KIND, KIND0, SOURCE,
+            )  # fmt: skip
+        for k0 in range(BEGIN, count, PROTOS):
             tile = pair_tile(
                 own, old, source, k0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
             )
@@ -170,12 +105,8 @@ def dec_rows_backward_kernel(
             )  # fmt: skip
         acc, lean = sums
         x = load_centred(X, at, now, centre, d0, D, DIM)  # [ROWS, DIM]
-        dz = lean[:, None] * x - acc  # [ROWS, DIM]
         void = valid & ~regular & (upstream != 0.0)
-        dz = tl.where(void[:, None], float("nan"), dz)
-        d = d0 + tl.arange(0, DIM)
-        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
-        tl.store(DZ + p[:, None] * D + d[None, :], dz, mask=inside)
+        store_rows(DZ, p, valid, void, lean[:, None] * x - acc, d0, D, DIM)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -189,8 +120,8 @@ def dec_columns_backward_kernel(
     SOURCE: tl.constexpr, NORM: tl.constexpr, HAS_ALPHA: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """dmu_j = mu_j sum_i c_ij - sum_i c_ij z_i of PROTOS centroids over the rows of one chunk, DIM
-    features a program, to PART [problems, chunks, count, D + SLOPE]. With SLOPE the last column takes
-    sum_i g_i (P_i q_ij - p_ij) ds_ij/dalpha.
+    features a program, to PART [problems, chunks, count, D + SLOPE]. With SLOPE the last column
+    takes sum_i g_i (P_i q_ij - p_ij) ds_ij/dalpha.
     """
     tiles = tl.cdiv(count, PROTOS)
     here, piece = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -213,7 +144,8 @@ def dec_columns_backward_kernel(
     for n0 in range(begin, end, ROWS):
         row = n0 + tl.arange(0, ROWS)
         at, valid = row.to(tl.int64), row < end
-        numbers, g = load_numbers(NUMBERS, size, problem.to(tl.int64) * rows + at, valid)
+        p = problem.to(tl.int64) * rows + at
+        numbers, g = load_numbers(NUMBERS, size, p, valid, KIND, SOURCE)
         now, then = regular_rows(X, Z0, at, valid, D, DIM, SOURCE)
         own, old = (X, MU, at, now, freedom), (Z0, MU0, at, then, alpha0)
         tile = pair_tile(
@@ -229,36 +161,28 @@ def dec_columns_backward_kernel(
             far, _e, _u = tile
             slope -= tl.sum(gap * slopes(far, freedom), 0)
     mu = load_centred(MU, k.to(tl.int64), k < count, centre, d0, D, DIM)  # [PROTOS, DIM]
-    d = d0 + tl.arange(0, DIM)
-    PART += (piece.to(tl.int64) * count + k[:, None]) * (D + SLOPE)
-    inside = (k < count)[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
-    tl.store(PART + d[None, :], weight[:, None] * mu - acc, mask=inside)
-    if SLOPE:
-        last = D + tl.arange(0, 1)[None, :]  # [1, 1]
-        tl.store(PART + last, slope[:, None], mask=((k < count) & (k * 0 + d0 == 0))[:, None])
+    PART += piece.to(tl.int64) * count * (D + SLOPE)
+    store_part(PART, k, count, weight[:, None] * mu - acc, slope, d0, D, DIM, SLOPE)
 
 
-def _row_gradients(call: LossCall, grad: Tensor, needed: bool) -> tuple[Tensor | None, Tensor]:
-    """(dz or None, numbers of the rows). One launch."""
-    grad = launch.align(launch.plain(grad).float().expand(*call.batch, call.rows).contiguous())
-    dz = call.new(*call.batch, call.rows, call.features) if needed else None
+def _row_gradients(call: LossCall, grad: Tensor, dz: Tensor | None) -> Tensor:
+    """Write dz unless it is None; return the numbers of the rows. One launch."""
     size = call.problems * call.rows
     numbers = call.new(STORED, size)
     tile = call.tile("dec_rows_backward")
     blocks = triton.cdiv(call.rows, tile["ROWS"])
-    pieces = triton.cdiv(call.features, tile["DIM"]) if needed else 1
+    pieces = 1 if dz is None else triton.cdiv(call.features, tile["DIM"])
     launch.launch(
         dec_rows_backward_kernel, (call.problems * blocks, pieces), call.device,
         **call.operands(), **call.target(), GRAD=grad, DZ=dz, NUMBERS=numbers,
         size=size, blocks=blocks, **tile,
     )  # fmt: skip
-    return dz, numbers
+    return numbers
 
 
-def _column_gradients(call: LossCall, numbers: Tensor, slope: bool) -> tuple[Tensor, Tensor]:
-    """(dmu [*batch, K, D], dalpha [*batch, 1] if `slope`), float64. Two launches."""
-    width = call.features + slope
-    part = call.new(call.problems, call.chunks, call.count, width)
+def _column_parts(call: LossCall, numbers: Tensor, slope: bool) -> Tensor:
+    """The sums of each chunk, [problems, chunks, K, D + slope]. One launch."""
+    part = call.new(call.problems, call.chunks, call.count, call.features + slope)
     tile = call.tile("dec_columns_backward")
     tiles = triton.cdiv(call.count, tile["PROTOS"])
     launch.launch(
@@ -267,6 +191,29 @@ def _column_gradients(call: LossCall, numbers: Tensor, slope: bool) -> tuple[Ten
         call.device, **call.operands(), **call.target(), NUMBERS=numbers, PART=part,
         chunks=call.chunks, chunk=call.chunk, size=call.problems * call.rows, SLOPE=slope, **tile,
     )  # fmt: skip
+    return part
+
+
+def _parts_at_once(call: LossCall, grad: Tensor, dz: Tensor | None, slope: bool) -> Tensor:
+    """Write dz unless it is None; return the sums of each chunk. One launch."""
+    part = call.new(call.problems, call.chunks, call.count, call.features + slope)
+    launch.launch(
+        dec_fused_backward_kernel, (call.chunks * call.problems,), call.device,
+        **call.operands(), **call.target(), GRAD=grad, DZ=dz, PART=part,
+        chunks=call.chunks, chunk=call.chunk, SLOPE=slope, **call.tile("dec_fused_backward"),
+    )  # fmt: skip
+    return part
+
+
+def _column_gradients(
+    call: LossCall, grad: Tensor, dz: Tensor | None, slope: bool
+) -> tuple[Tensor, Tensor]:
+    """(dmu [*batch, K, D], dalpha [*batch, 1] if `slope`), float64; dz is written too."""
+    width = call.features + slope
+    if not call.wide and call.count <= call.tile("dec_fused_backward")["PROTOS"]:
+        part = _parts_at_once(call, grad, dz, slope)
+    else:
+        part = _column_parts(call, _row_gradients(call, grad, dz), slope)
     total = merge(call, part, call.count * width, "sums").view(*call.batch, call.count, width)
     return total[..., : call.features], total[..., call.features :].sum(-2)
 
@@ -286,17 +233,23 @@ def dec_losses_backward(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (z, mu, alpha, weight, log_counts, z0, mu0, log_norm, p): three launches, after
-    three for soft counts of these rows. Only the first three are not zero.
+    """Gradients of (z, mu, alpha, weight, log_counts, z0, mu0, log_norm, p): two launches where one
+    tile contains all centroids, else three, after three for soft counts of these rows. Only the
+    first three gradients are not zero.
     """
     arguments: tuple[Any, ...] = (z, mu, alpha, weight, log_counts, z0, mu0, log_norm, p)
     call = LossCall(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p, precision)
     wants = [need and isinstance(x, Tensor) for need, x in zip(needs, arguments, strict=True)]
     gradients: list[Tensor | None] = [None] * len(arguments)
     if any(wants[:3]):
-        gradients[0], numbers = _row_gradients(call, grad, wants[0])
+        grad = launch.plain(grad).float().expand(*call.batch, call.rows).contiguous()
+        grad, dz = launch.align(grad), None
+        if wants[0]:
+            dz = gradients[0] = call.new(*call.batch, call.rows, call.features)
         if wants[1] or wants[2]:
-            gradients[1], gradients[2] = _column_gradients(call, numbers, wants[2])
+            gradients[1], gradients[2] = _column_gradients(call, grad, dz, wants[2])
+        else:
+            _row_gradients(call, grad, dz)
     return tuple(
         _fit(gradient, x, want, z)
         for gradient, x, want in zip(gradients, arguments, wants, strict=True)

@@ -120,7 +120,8 @@ class Call:
         """
         mode = self.precision if self.wide else "highest"
         d = self.features
-        chosen = dict(launch.settings(kernel, self.device, mode, launch.WIDEST + 1 if self.wide else d))
+        width = launch.WIDEST + 1 if self.wide else d  # the wide rows of the table
+        chosen = dict(launch.settings(kernel, self.device, mode, width))
         chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(self.count))
         chosen.setdefault("DIM", launch.dim(d))
         if launch.INTERPRETED and self.wide:
@@ -144,13 +145,13 @@ def alpha_of(ALPHA, problem, inner, a_o, a_i, alpha, HAS_ALPHA: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def merge_chunks_kernel(
+def dec_merge_kernel(
     PART, OUT, BAD, width, chunks, blocks,
     COLUMNS: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """OUT [problems, width] float64 takes s = sum_c PART[c], chunk after chunk, of PART [problems,
-    chunks, width]. FORM "counts": PART has one more column, whose sum goes to BAD. "logs": OUT takes
-    log(max(s, smallest normal float32)).
+    chunks, width]. FORM "counts": PART has one more column, whose sum goes to BAD. "logs": OUT
+    takes log(max(s, smallest normal float32)), and PART has one more column.
     """
     pid = tl.program_id(0)
     problem, at = pid // blocks, (pid % blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -173,7 +174,7 @@ def merge(call: Call, part: Tensor, width: int, form: str, bad: Tensor | None = 
     columns = min(128, triton.next_power_of_2(width + 1))
     blocks = triton.cdiv(width + (form != "sums"), columns)
     launch.launch(
-        merge_chunks_kernel, (call.problems * blocks,), call.device,
+        dec_merge_kernel, (call.problems * blocks,), call.device,
         PART=part, OUT=out, BAD=bad, width=width, chunks=call.chunks, blocks=blocks,
         COLUMNS=columns, FORM=form, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -56,9 +56,7 @@ def peak_of(COUNTS, c_k, count, PROTOS: tl.constexpr, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def regular_rows(
-    X, Z0, at, valid, D: tl.constexpr, DIM: tl.constexpr, SOURCE: tl.constexpr
-):
+def regular_rows(X, Z0, at, valid, D: tl.constexpr, DIM: tl.constexpr, SOURCE: tl.constexpr):
     """(which rows z are finite, which rows of the target are: of a dense target all)."""
     now = is_regular(X, at, valid, D, DIM)
     if SOURCE == "frozen":
@@ -82,7 +80,7 @@ def unit_norm(LOG_NORM, at, inside, l_n, source, KIND0: tl.constexpr, SOURCE: tl
 
 @triton.jit
 def loss_fold(loss, tile, numbers, KIND: tl.constexpr, KIND0: tl.constexpr, SOURCE: tl.constexpr):
-    """loss' = loss + sum_j p_j (log2 p_j - log2 q_j)."""
+    """The loss of a row: loss' = loss + sum_j p_j (log2 p_j - log2 q_j)."""
     far, e, u = tile
     top, total, a, b, _mass, _regular = numbers
     p = targets(u, a, b, KIND0, SOURCE)  # [ROWS, PROTOS]
@@ -101,7 +99,7 @@ def dec_losses_kernel(
     SOURCE: tl.constexpr, NORM: tl.constexpr, HAS_ALPHA: tl.constexpr,
 ):  # fmt: skip
     """l_i = sum_j p_ij (log p_ij - log q_ij) of ROWS rows: one sweep for the numbers of the rows,
-    one for the sum. The first tile stays in registers for the second sweep.
+    one for the sum. Unless WIDE the first tile stays in registers for the second sweep.
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     X += offset(problem, inner, x_o, x_i) * D
@@ -116,19 +114,23 @@ def dec_losses_kernel(
     own, old = (X, MU, at, now, freedom), (Z0, MU0, at, then, alpha0)
     source = (COUNTS, c_k, peak_of(COUNTS, c_k, count, PROTOS, SOURCE), P, p_n, p_k)
     norm = unit_norm(LOG_NORM, at, then, l_n, source, KIND0, SOURCE, NORM)
-    first = pair_tile(
-        own, old, source, 0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
-    )
     state = numbers_init(ROWS, KIND, KIND0)
-    state = numbers_fold(state, first, norm, KIND, KIND0, SOURCE, NORM)
-    for k0 in range(PROTOS, count, PROTOS):
+    BEGIN: tl.constexpr = 0 if WIDE else PROTOS
+    if not WIDE:
+        first = pair_tile(
+            own, old, source, 0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
+        )
+        state = numbers_fold(state, first, norm, KIND, KIND0, SOURCE, NORM)
+    for k0 in range(BEGIN, count, PROTOS):
         tile = pair_tile(
             own, old, source, k0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
         )
         state = numbers_fold(state, tile, norm, KIND, KIND0, SOURCE, NORM)
     numbers = numbers_of(state, norm, now & then, KIND0, SOURCE, NORM)
-    loss = loss_fold(tl.zeros((ROWS,), tl.float32), first, numbers, KIND, KIND0, SOURCE)
-    for k0 in range(PROTOS, count, PROTOS):
+    loss = tl.zeros((ROWS,), tl.float32)
+    if not WIDE:
+        loss = loss_fold(loss, first, numbers, KIND, KIND0, SOURCE)
+    for k0 in range(BEGIN, count, PROTOS):
         tile = pair_tile(
             own, old, source, k0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
         )

@@ -2,9 +2,9 @@
 """Squared distances of a tile of rows to a tile of centroids, and the weights that follow from
 them. Tiles are [ROWS, PROTOS]. Equations: docs/ops/dec.md.
 
-The rows of a program are the tuple `own` = (X, MU, at, regular, alpha): the pointers to one problem,
-the indices of the rows (int64), which of them are finite, and the degrees of freedom. KIND says what
-the weight e of a pair is, with d its squared distance:
+The rows of a program are the tuple `own` = (X, MU, at, regular, alpha): the pointers to one
+problem, the indices of the rows (int64), which of them are finite, and the degrees of freedom. KIND
+says what the weight e of a pair is, with d its squared distance:
 
     "one"  e = 1 / (1 + d)                                 alpha = 1; no logarithm, no exponential
     "any"  e = -(alpha + 1)/2 log2(1 + d / alpha)          a score to the base 2
@@ -101,8 +101,8 @@ def from_products(
     X, MU, at, regular, k, known, alpha, count, unit,
     D: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """|x|^2 + |c|^2 - 2 x c with x and c less a centre. The error of a pair is at most unit (|x| +
-    |c|)^2. Where that changes its score by more than ALLOWED, the distance comes from differences.
+    """|x|^2 + |c|^2 - 2 x c with x and c less a centre. Where the error of a pair may change its
+    score by too much (`Call.tile` has the bound `unit`), its distance comes from differences.
     """
     inside = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     x_norm, c_norm = tl.zeros((at.shape[0],), tl.float32), tl.zeros((k.shape[0],), tl.float32)
@@ -114,13 +114,13 @@ def from_products(
         c_norm += tl.sum(c * c, 1)
         inside = dot_onto(x, tl.trans(c), inside, PREC)
     far = tl.maximum(x_norm[:, None] + c_norm[None, :] - 2.0 * inside, 0.0)  # [ROWS, PROTOS]
-    size = tl.sqrt(x_norm)[:, None] + tl.sqrt(c_norm)[None, :]  # [ROWS, PROTOS]
+    size = 2.0 * (x_norm[:, None] + c_norm[None, :])  # [ROWS, PROTOS], at least (|x| + |c|)^2
     stiff = far + 1.0 if KIND == "one" else (far + alpha) / (1.0 + alpha)
     if KIND == "inf":
         stiff = far * 0.0 + 1.0
     # not ">": a distance with NaN or inf is in doubt as well
-    doubt = (regular[:, None] & known[None, :]) & ~(unit * size * size <= stiff)
-    if tl.max(tl.max(doubt.to(tl.int32), 1), 0) > 0:
+    doubt = (regular[:, None] & known[None, :]) & ~(unit * size <= stiff)
+    if tl.sum(tl.sum(doubt.to(tl.int32), 1), 0) > 0:
         far = tl.where(doubt, from_differences(X, MU, at, regular, k, known, D), far)
     return tl.minimum(far, FARTHEST) + (c_norm * 0.0)[None, :]
 
@@ -133,9 +133,7 @@ def distances(
     """Squared distances of the rows to the centroids k [PROTOS], at most FARTHEST."""
     X, MU, at, regular, alpha = own
     if WIDE:
-        far = from_products(
-            X, MU, at, regular, k, known, alpha, count, unit, D, DIM, KIND, PREC
-        )
+        far = from_products(X, MU, at, regular, k, known, alpha, count, unit, D, DIM, KIND, PREC)
     else:
         far = from_differences(X, MU, at, regular, k, known, D)
     return far
@@ -174,8 +172,8 @@ def total_init(ROWS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def total_fold(state, e, KIND: tl.constexpr):
-    """"one": total' = total + sum_j e_j. Scores: top' = max(top, max_j e_j), total' = total 2^(top -
-    top') + sum_j 2^(e_j - top').
+    """The sum of the weights: total' = total + sum_j e_j. Of scores: top' = max(top, max_j e_j),
+    total' = total 2^(top - top') + sum_j 2^(e_j - top').
     """
     top, total = state
     if KIND == "one":

@@ -150,6 +150,18 @@ def student_t_stats(
     those of `kmeans_assign`.
     """
     nearest, _ = kmeans_assign(z, mu, None, None, False, precision)
+    return soft_assignment(z, mu, alpha, weight, nearest, precision)
+
+
+def soft_assignment(
+    z: Tensor,
+    mu: Tensor,
+    alpha: float | Tensor,
+    weight: Tensor | None,
+    nearest: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`student_t_stats` with the labels of the finite rows. Three launches."""
     call = Call(z, mu, alpha, precision, {"NEAREST": (nearest, 1), "WEIGHT": (weight, 1)})
     numbers, lse, labels = row_totals(call, nearest)
     part = count_parts(call, numbers)

@@ -9,9 +9,9 @@ is
     other KIND0   u = 2 e0 - log2(f / F)             p = 2^(u - a) b
     "dense"       u = p as stored                    p = u a
 
-and (a, b) are numbers of the row. Without NORM they make the row sum to 1, or are 1 for "dense". With it they
-follow from its log-normaliser R. A state of a row is (top, total, top0, total0, mass), each [ROWS]: of q as in
-`total_fold`, of u, and the sum of p where (a, b) are known before.
+and (a, b) are numbers of the row. Without NORM they make the row sum to 1, or are 1 for "dense".
+With it they follow from its log-normaliser R. A state of a row is (top, total, top0, total0, mass),
+each [ROWS]: of q as in `total_fold`, of u, and the sum of p where (a, b) are known before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 from ..common.fold import finite, inverse
-from ..common.score import LOG2E
 from .scores import distances, total_fold, total_init, weights
 
 # The logarithm to the base 2 of the largest factor sqrt(F / f).
@@ -29,7 +28,7 @@ MOST_LIFT = tl.constexpr(115.0)
 
 @triton.jit
 def largest_log(COUNTS, c_k, count, PROTOS: tl.constexpr):
-    """log F = max_j log f_j over the log counts of one problem, float64."""
+    """The largest log count: log F = max_j log f_j of one problem, float64."""
     top = tl.full((1,), float("-inf"), tl.float64)
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
@@ -123,8 +122,9 @@ def numbers_fold(
     state, tile, norm, KIND: tl.constexpr, KIND0: tl.constexpr, SOURCE: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """(top, total) as `total_fold` of e. NORM or "dense": mass' = mass + sum_j p_j. Else of u: "one": top0' =
-    max(top0, max_j u_j), total0' = total0 (top0 / top0')^2 + sum_j (u_j / top0')^2; scores as e.
+    """(top, total) as `total_fold` of e. NORM or "dense": mass' = mass + sum_j p_j. Else of u:
+    "one": top0' = max(top0, max_j u_j), total0' = total0 (top0 / top0')^2 + sum_j (u_j / top0')^2;
+    scores as `total_fold`.
     """
     top, total, top0, total0, mass = state
     _far, e, u = tile
@@ -145,9 +145,7 @@ def numbers_fold(
 
 
 @triton.jit
-def numbers_of(
-    state, norm, regular, KIND0: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr
-):
+def numbers_of(state, norm, regular, KIND0: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr):
     """Finish `numbers_fold`: (top, total, a, b, mass = sum_j p_j, which rows and targets are
     finite). In the others a, b and the mass are 0.
     """
@@ -160,13 +158,14 @@ def numbers_of(
         b = inverse(total0)
         mass = b * 0.0 + 1.0
     zero = tl.zeros((regular.shape[0],), tl.float32)
-    a, b, mass = tl.where(regular, a, zero), tl.where(regular, b, zero), tl.where(regular, mass, zero)
-    return top, total, a, b, mass, regular
+    a, b = tl.where(regular, a, zero), tl.where(regular, b, zero)
+    return top, total, a, b, tl.where(regular, mass, zero), regular
 
 
 @triton.jit
-def surprise(p, far, e, top, total, u, a, b, KIND: tl.constexpr, KIND0: tl.constexpr,
-             SOURCE: tl.constexpr):  # fmt: skip
+def surprise(
+    p, far, e, top, total, u, a, b, KIND: tl.constexpr, KIND0: tl.constexpr, SOURCE: tl.constexpr
+):
     """log2 p - log2 q [ROWS, PROTOS], finite where p is 0."""
     tiny = 1.1754944e-38
     if KIND == "one":  # one logarithm a pair, of p / q
