@@ -60,7 +60,7 @@ WHOLE = {
 # come DIM = 32 features at a time.
 PAIRS = [(64, 32, 4), (32, 32, 4), (32, 16, 4), (16, 16, 4)]
 PAIRS_OF = {
-    "dec_fused_backward": [(32, 64, 4), (16, 64, 4), (16, 32, 4)],
+    "dec_fused_backward": [(32, 64, 8), (16, 64, 4), (16, 32, 4)],
     "dec_rows_backward": PAIRS[1:],
     "dec_columns_backward": PAIRS[1:],
 }  # fmt: skip

@@ -32,16 +32,12 @@ def sources_of(
     c_o, c_i, p_o, p_i, v_o, v_i, rho_o, rho_i, l_o, l_i,
     D: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Where the operands of the target of a problem begin; the others stay as they are."""
-    if SOURCE == "dense":
-        P += offset(problem, inner, p_o, p_i)
-    else:
-        COUNTS += offset(problem, inner, c_o, c_i)
-    if SOURCE == "frozen":
-        Z0 += offset(problem, inner, v_o, v_i) * D
-        MU0 += offset(problem, inner, rho_o, rho_i) * D
-    if NORM:
-        LOG_NORM += offset(problem, inner, l_o, l_i)
+    """Where the operands of the target of a problem begin; 0, which no kernel reads, for others."""
+    COUNTS = COUNTS + offset(problem, inner, c_o, c_i) if SOURCE != "dense" else 0
+    P = P + offset(problem, inner, p_o, p_i) if SOURCE == "dense" else 0
+    Z0 = Z0 + offset(problem, inner, v_o, v_i) * D if SOURCE == "frozen" else 0
+    MU0 = MU0 + offset(problem, inner, rho_o, rho_i) * D if SOURCE == "frozen" else 0
+    LOG_NORM = LOG_NORM + offset(problem, inner, l_o, l_i) if NORM else 0
     return COUNTS, P, Z0, MU0, LOG_NORM
 
 
