@@ -317,8 +317,10 @@ def test_callbacks_and_history():
     assert losses[-1] < losses[0]
     assert [info["loss"] for info in infos[:20]] == losses
     assert history["step"].tolist() == [0, 4, 8, 12]
-    smallest = np.bincount(model.labels_, minlength=K).min() / N
-    assert history["smallest"][-1] == smallest
+    sizes = np.bincount(model.labels_, minlength=K)
+    assert history["sizes"].shape == (4, K)
+    assert history["sizes"][-1].tolist() == sizes.tolist()
+    assert history["smallest"][-1] == sizes.min() / N
     q = model.predict_proba(X)
     assert history["confidence"][-1] == pytest.approx(q.max(1).mean(), rel=1e-4)
     share = q.sum(0) / N

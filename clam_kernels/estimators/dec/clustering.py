@@ -106,7 +106,7 @@ class Clustering(Phase):
         self.newer: Snapshot | None = None
         self.passes = 0
         self.stop_reason = "max_iter"
-        self.rows: list[tuple[float, ...]] = []  # of the history
+        self.rows: list[tuple[float, ...]] = []  # of the history, with the sizes of the clusters
         self._reset_sums()
 
     # ---- the start -------------------------------------------------------------------------------
@@ -201,10 +201,10 @@ class Clustering(Phase):
         k, n = len(found.counts), len(found.labels)
         share = found.counts / n
         entropy = float(torch.special.entr(share).sum()) / math.log(k) if k > 1 else 1.0
-        smallest = float(torch.bincount(found.labels, minlength=k).min()) / n
+        sizes = torch.bincount(found.labels, minlength=k).tolist()
         rec = rec if self.is_idec else math.nan
-        figures = (changed, kl, rec, entropy, smallest, found.confidence)
-        self.rows.append((self.run.steps, *figures))
+        figures = (changed, kl, rec, entropy, min(sizes) / n, found.confidence)
+        self.rows.append((self.run.steps, *figures, *sizes))
         for name, value in zip(COLUMNS[1:], figures, strict=True):
             if not math.isnan(value):
                 self.run.scalar(name if name != "loss" else "kl", value)
@@ -232,7 +232,7 @@ class Clustering(Phase):
         return rec + settings.gamma * kl
 
     def figures(self) -> dict[str, Any]:
-        last = dict(zip(COLUMNS, self.rows[-1], strict=True))
+        last = dict(zip(COLUMNS, self.rows[-1], strict=False))
         names = ("changed", "smallest", "confidence")
         return {**super().figures(), **{name: last[name] for name in names}}
 
@@ -255,7 +255,7 @@ class Clustering(Phase):
     def warn_of_result(self) -> None:
         """Warn of small clusters, and of labels that still change."""
         k = self.context.settings.n_clusters
-        table = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows]
+        table = [dict(zip(COLUMNS, row, strict=False)) for row in self.rows]
         last = [row["smallest"] for row in table[-SMALL_CHECKS:]]
         if max(last) < SMALL_SHARE / k:
             warn(
@@ -299,7 +299,8 @@ class Clustering(Phase):
         self.pretrained = self.context.network.pair()
         restore_module(self.pretrained, under("pretrained", tensors), device)
         self.sums = tensors["sums"].to(device)
-        self.rows = [tuple(row) for row in tensors["history"].reshape(-1, len(COLUMNS)).tolist()]
+        width = len(COLUMNS) + self.context.settings.n_clusters
+        self.rows = [tuple(row) for row in tensors["history"].reshape(-1, width).tolist()]
         self.count, self.passes = int(numbers["count"]), int(numbers["passes"])
         self.stop_reason = str(numbers["stop_reason"])
         placed = {name: tensor.to(device) for name, tensor in tensors.items()}

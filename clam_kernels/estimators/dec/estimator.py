@@ -156,8 +156,8 @@ class DEC(
         Arrays with an entry for each refresh and for the end: step; changed (share of labels, see
         `tol`; 0 at first); loss (mean KL of the steps since the refresh before, in nats a row) and
         reconstruction (idec), NaN at first; entropy of the soft counts over log K; smallest (share
-        of rows of the smallest cluster); confidence (mean largest q). "pretraining": the mean
-        losses of the epochs of each of its phases.
+        of rows of the smallest cluster); confidence (mean largest q); sizes [entries, K] (rows of
+        each cluster). "pretraining": the mean losses of the epochs of each of its phases.
     init_embedding_ : array or Tensor [N, D], or None
         The codes at the start of clustering, if N D <= 2^24; `transform(X)` gives those at the end.
     encoder_, decoder_ : torch.nn.Module
