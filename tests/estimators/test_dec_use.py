@@ -329,6 +329,17 @@ def test_callbacks_and_history():
     assert np.isnan(history["reconstruction"]).all()
 
 
+def test_a_verbose_fit_shows_a_bar_for_each_phase(capsys):
+    pytest.importorskip("tqdm")
+    dec(verbose=1).fit(X)
+    shown = capsys.readouterr()
+    assert not shown.out
+    for name in ("DEC pretrain: ", "DEC cluster: ", "changed="):
+        assert name in shown.err
+    dec().fit(X)
+    assert capsys.readouterr() == ("", "")
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
