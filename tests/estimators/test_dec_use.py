@@ -317,14 +317,27 @@ def test_callbacks_and_history():
     assert losses[-1] < losses[0]
     assert [info["loss"] for info in infos[:20]] == losses
     assert history["step"].tolist() == [0, 4, 8, 12]
-    smallest = np.bincount(model.labels_, minlength=K).min() / N
-    assert history["smallest"][-1] == smallest
+    sizes = np.bincount(model.labels_, minlength=K)
+    assert history["sizes"].shape == (4, K)
+    assert history["sizes"][-1].tolist() == sizes.tolist()
+    assert history["smallest"][-1] == sizes.min() / N
     q = model.predict_proba(X)
     assert history["confidence"][-1] == pytest.approx(q.max(1).mean(), rel=1e-4)
     share = q.sum(0) / N
     assert history["entropy"][-1] == pytest.approx(-(share * np.log(share)).sum() / np.log(K))
     assert np.isnan(history["loss"][0])
     assert np.isnan(history["reconstruction"]).all()
+
+
+def test_a_verbose_fit_shows_a_bar_for_each_phase(capsys):
+    pytest.importorskip("tqdm")
+    dec(verbose=1).fit(X)
+    shown = capsys.readouterr()
+    assert not shown.out
+    for name in ("DEC pretrain: ", "DEC cluster: ", "changed="):
+        assert name in shown.err
+    dec().fit(X)
+    assert capsys.readouterr() == ("", "")
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class Clustering(Phase):
         self.newer: Snapshot | None = None
         self.passes = 0
         self.stop_reason = "max_iter"
-        self.rows: list[tuple[float, ...]] = []  # of the history
+        self.rows: list[tuple[float, ...]] = []  # of the history, with the sizes of the clusters
         self._reset_sums()
 
     # ---- the start -------------------------------------------------------------------------------
@@ -134,11 +134,16 @@ class Clustering(Phase):
             network.code_scale.fill_(float(scale))
             network.centroids.copy_(model.cluster_centers_ * network.code_scale)
 
-    def _warn_of_uniform(self, confidence: float) -> None:
+    def _store_start(self, z: Tensor, result: Assignment) -> None:
+        """Store labels and codes at the first refresh; warn where q is nearly uniform."""
+        if self.init_labels is not None:
+            return
+        self.init_labels = result.labels
+        self.init_codes = z if z.numel() <= MOST_START_CODES else None
         k = self.context.settings.n_clusters
-        if k > 1 and confidence < NEARLY_UNIFORM / k:
+        if k > 1 and not self.run.is_over and result.confidence < NEARLY_UNIFORM / k:
             warn(
-                f"DEC: at the start the mean largest q is {confidence:.3g}, nearly 1/K ="
+                f"DEC: at the start the mean largest q is {result.confidence:.3g}, nearly 1/K ="
                 f" {1 / k:.3g}, so the target teaches little: use z_scale='auto', or a longer"
                 " pretraining"
             )
@@ -154,26 +159,23 @@ class Clustering(Phase):
         settings, network = self.context.settings, self.context.network
         z = self.context.codes()
         _check_codes(z)
-        found = assign(z, network.centroids.detach(), settings.alpha)
-        if self.init_labels is None:
-            self.init_labels = found.labels
-            self.init_codes = z if z.numel() <= MOST_START_CODES else None
-            self._warn_of_uniform(found.confidence)
-        if self._has_converged(found):
+        result = assign(z, network.centroids.detach(), settings.alpha)
+        self._store_start(z, result)
+        if self._has_converged(result):
             self.stop_reason, self.run.is_stopped = "tol", True
             return
-        self.target = self._new_target(z, found)
+        self.target = self._new_target(z, result)
 
-    def _new_target(self, z: Tensor, found: Assignment) -> DecTarget | None:
+    def _new_target(self, z: Tensor, result: Assignment) -> DecTarget | None:
         settings, centroids = self.context.settings, self.context.network.centroids.detach()
         if settings.target == "minibatch":
             return None
         if settings.target == "frozen":
             return dec_target(z, centroids, alpha=settings.alpha)
-        log_counts = found.counts.clamp(min=torch.finfo(torch.float32).tiny).log()
+        log_counts = result.counts.clamp(min=torch.finfo(torch.float32).tiny).log()
         return DecTarget(log_counts, centroids.clone(), settings.alpha)
 
-    def _has_converged(self, found: Assignment) -> bool:
+    def _has_converged(self, result: Assignment) -> bool:
         """Add a row to the history; return whether the stop rule ends the run.
 
         It compares labels with labels that are at least `lag` steps old, since labels change
@@ -181,9 +183,9 @@ class Clustering(Phase):
         """
         step = self.run.steps
         if self.newer is None or step - self.newer.step >= self.lag:
-            self.older, self.newer = self.newer, Snapshot(found.labels, step)
-        changed, is_old = self._changed(found.labels)
-        self._record(found, changed)
+            self.older, self.newer = self.newer, Snapshot(result.labels, step)
+        changed, is_old = self._changed(result.labels)
+        self._record(result, changed)
         self.passes = self.passes + 1 if is_old and changed < self.context.settings.tol else 0
         return self.passes >= PASSES
 
@@ -194,17 +196,17 @@ class Clustering(Phase):
         changed = float((labels != before.labels).double().mean())
         return changed, self.run.steps - before.step >= self.lag
 
-    def _record(self, found: Assignment, changed: float) -> None:
+    def _record(self, result: Assignment, changed: float) -> None:
         self.run.read_losses()
         kl, rec = (self.sums / self.count).tolist() if self.count else (math.nan, math.nan)
         self._reset_sums()
-        k, n = len(found.counts), len(found.labels)
-        share = found.counts / n
+        k, n = len(result.counts), len(result.labels)
+        share = result.counts / n
         entropy = float(torch.special.entr(share).sum()) / math.log(k) if k > 1 else 1.0
-        smallest = float(torch.bincount(found.labels, minlength=k).min()) / n
+        sizes = torch.bincount(result.labels, minlength=k).tolist()
         rec = rec if self.is_idec else math.nan
-        figures = (changed, kl, rec, entropy, smallest, found.confidence)
-        self.rows.append((self.run.steps, *figures))
+        figures = (changed, kl, rec, entropy, min(sizes) / n, result.confidence)
+        self.rows.append((self.run.steps, *figures, *sizes))
         for name, value in zip(COLUMNS[1:], figures, strict=True):
             if not math.isnan(value):
                 self.run.scalar(name if name != "loss" else "kl", value)
@@ -232,7 +234,7 @@ class Clustering(Phase):
         return rec + settings.gamma * kl
 
     def figures(self) -> dict[str, Any]:
-        last = dict(zip(COLUMNS, self.rows[-1], strict=True))
+        last = dict(zip(COLUMNS, self.rows[-1], strict=False))
         names = ("changed", "smallest", "confidence")
         return {**super().figures(), **{name: last[name] for name in names}}
 
@@ -243,19 +245,17 @@ class Clustering(Phase):
         if not self.rows or self.rows[-1][0] != self.run.steps:
             z = self.context.codes()
             _check_codes(z)
-            found = assign(z, self.context.network.centroids.detach(), self.context.settings.alpha)
-            if self.init_labels is None:  # no epochs
-                self.init_labels = found.labels
-                self.init_codes = z if z.numel() <= MOST_START_CODES else None
-            self.newer = self.newer or Snapshot(found.labels, self.run.steps)
-            self._record(found, self._changed(found.labels)[0])
+            result = assign(z, self.context.network.centroids.detach(), self.context.settings.alpha)
+            self._store_start(z, result)  # without epochs this is the start
+            self.newer = self.newer or Snapshot(result.labels, self.run.steps)
+            self._record(result, self._changed(result.labels)[0])
         if self.run.is_stopped and self.stop_reason != "tol":
             self.stop_reason = "callback"
 
     def warn_of_result(self) -> None:
         """Warn of small clusters, and of labels that still change."""
         k = self.context.settings.n_clusters
-        table = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows]
+        table = [dict(zip(COLUMNS, row, strict=False)) for row in self.rows]
         last = [row["smallest"] for row in table[-SMALL_CHECKS:]]
         if max(last) < SMALL_SHARE / k:
             warn(
@@ -299,7 +299,8 @@ class Clustering(Phase):
         self.pretrained = self.context.network.pair()
         restore_module(self.pretrained, under("pretrained", tensors), device)
         self.sums = tensors["sums"].to(device)
-        self.rows = [tuple(row) for row in tensors["history"].reshape(-1, len(COLUMNS)).tolist()]
+        width = len(COLUMNS) + self.context.settings.n_clusters
+        self.rows = [tuple(row) for row in tensors["history"].reshape(-1, width).tolist()]
         self.count, self.passes = int(numbers["count"]), int(numbers["passes"])
         self.stop_reason = str(numbers["stop_reason"])
         placed = {name: tensor.to(device) for name, tensor in tensors.items()}

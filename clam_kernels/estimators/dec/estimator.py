@@ -156,8 +156,8 @@ class DEC(
         Arrays with an entry for each refresh and for the end: step; changed (share of labels, see
         `tol`; 0 at first); loss (mean KL of the steps since the refresh before, in nats a row) and
         reconstruction (idec), NaN at first; entropy of the soft counts over log K; smallest (share
-        of rows of the smallest cluster); confidence (mean largest q). "pretraining": the mean
-        losses of the epochs of each of its phases.
+        of rows of the smallest cluster); confidence (mean largest q); sizes [entries, K] (rows of
+        each cluster). "pretraining": the mean losses of the epochs of each of its phases.
     init_embedding_ : array or Tensor [N, D], or None
         The codes at the start of clustering, if N D <= 2^24; `transform(X)` gives those at the end.
     encoder_, decoder_ : torch.nn.Module
@@ -231,36 +231,25 @@ class DEC(
         callbacks: Any = None,
     ) -> None:
         self.n_clusters = n_clusters
-        self.encoder = encoder
-        self.decoder = decoder
-        self.hidden = hidden
-        self.n_components = n_components
-        self.variant = variant
-        self.target = target
-        self.pretrain = pretrain
-        self.augment = augment
+        self.encoder, self.decoder = encoder, decoder
+        self.hidden, self.n_components = hidden, n_components
+        self.variant, self.target = variant, target
+        self.pretrain, self.augment = pretrain, augment
         self.recipe = recipe
         self.z_scale = z_scale
         self.standardize = standardize
-        self.alpha = alpha
-        self.gamma = gamma
-        self.pretrain_epochs = pretrain_epochs
-        self.pretrain_steps = pretrain_steps
+        self.alpha, self.gamma = alpha, gamma
+        self.pretrain_epochs, self.pretrain_steps = pretrain_epochs, pretrain_steps
         self.pretrain_batch_size = pretrain_batch_size
         self.pretrain_learning_rate = pretrain_learning_rate
-        self.n_epochs = n_epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.optimizer = optimizer
-        self.interval = interval
-        self.tol = tol
-        self.n_init = n_init
+        self.n_epochs, self.batch_size = n_epochs, batch_size
+        self.learning_rate, self.optimizer = learning_rate, optimizer
+        self.interval, self.tol, self.n_init = interval, tol, n_init
         self.image_size = image_size
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
-        self.writer = writer
-        self.callbacks = callbacks
+        self.writer, self.callbacks = writer, callbacks
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

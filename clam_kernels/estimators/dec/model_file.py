@@ -41,7 +41,7 @@ class DecFile(ModelFile):
     # whether the encoder is the user's, shape of a row, sizes of hidden layers, size of a code
     _layers: list[Any]
     _images: Any
-    _table: np.ndarray  # columns of the history
+    _table: np.ndarray  # columns of the history, and the size of each cluster
     _pretraining: list[Any]  # (name, losses) of each phase of pretraining
     soft_counts_: Any
     init_labels_: Any
@@ -71,7 +71,8 @@ class DecFile(ModelFile):
         self._scale = InputScale(scale["shift"], scale["divisor"], shape)
         self._network = self._restored_network(parts["network"])
         table = self._table
-        fits = table.dtype == np.float64 and table.ndim == 2 and table.shape[1] == len(COLUMNS)
+        fits = table.dtype == np.float64 and table.ndim == 2
+        fits = fits and table.shape[1] == len(COLUMNS) + self.n_clusters
         serialize.expect(fits, "its history is no table")
         self._set_modules()
 
@@ -98,7 +99,8 @@ class DecFile(ModelFile):
         """Set the public attributes of the network and of the history."""
         self.encoder_, self.decoder_ = self._network.encoder, self._network.decoder
         self.code_scale_ = float(self._network.code_scale)
-        self.history_ = dict(zip(COLUMNS, self._table.T, strict=True))
+        self.history_ = dict(zip(COLUMNS, self._table.T, strict=False))
+        self.history_["sizes"] = self._table[:, len(COLUMNS) :].astype(np.int64)
         self.history_["step"] = self.history_["step"].astype(np.int64)
         self.history_["pretraining"] = {name: list(losses) for name, losses in self._pretraining}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..._core import checks
 from ..common.threads import SMALL_PRODUCT
-from ..training.trainer import dtype_of, encode_batch
+from ..training.trainer import RunGenerators, dtype_of, encode_batch
 
 # Standard deviation of the weights at the start of the paper's layers.
 PAPER_DEVIATION = 0.01
@@ -120,8 +120,9 @@ def default_pair(
     the deviation 0.01; biases are 0. The generator is on the CPU.
     """
     sizes = [features, *hidden, components]
-    encoder = nn.Sequential(nn.Flatten(), *_layers(sizes, device))
-    decoder = nn.Sequential(*_layers(sizes[::-1], device))
+    with RunGenerators(0, torch.device("cpu")).turn():  # torch draws weights of its own
+        encoder = nn.Sequential(nn.Flatten(), *_layers(sizes))
+        decoder = nn.Sequential(*_layers(sizes[::-1]))
     with torch.no_grad():
         for layer in (*encoder, *decoder):
             if isinstance(layer, nn.Linear):
@@ -133,15 +134,14 @@ def default_pair(
                     weight.uniform_(-bound, bound, generator=generator)
                 layer.weight.copy_(weight)
                 layer.bias.zero_()
-    return EncoderDecoder(encoder, decoder)
+    return EncoderDecoder(encoder, decoder).to(device)
 
 
-def _layers(sizes: Sequence[int], device: torch.device) -> list[nn.Module]:
-    """Linear layers with ReLU between them. torch draws no weights: its generator is global."""
+def _layers(sizes: Sequence[int]) -> list[nn.Module]:
+    """Linear layers with ReLU between them, on the CPU."""
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
-        layer = nn.utils.skip_init(nn.Linear, before, after, device=device, dtype=torch.float32)
-        layers += [layer, nn.ReLU()]
+        layers += [nn.Linear(before, after, device="cpu", dtype=torch.float32), nn.ReLU()]
     return layers[:-1]
 
 

@@ -75,9 +75,9 @@ class DecTraining:
                 phase = self.makers[self.at]()
                 phase.begin()
             self._run(phase)
-            phase.end()
+            if not is_done:  # else the checkpoint is that of the end of the phase
+                phase.end()
             self.losses[phase.name] = list(phase.run.losses)
-            # the checkpoint of a phase that was over is that of its end already
             if self.checkpoint is not None and not is_done:
                 self.checkpoint.file.write(self.state(phase))
             if isinstance(phase, Clustering):
@@ -116,9 +116,16 @@ class DecTraining:
             Checkpoint(path, KIND, self.shared_settings(), resume), self._every(every)
         )
         state = self.checkpoint.file.read() if resume else None
-        if state is not None:
-            with serialize.reading(path):
-                self._restore(state)
+        if state is None:
+            return
+        with serialize.reading(path):
+            at = int(state[1]["phase"])
+            serialize.expect(0 <= at < len(self.makers), "no such phase in this fit")
+            losses = state[1]["phase_losses"].items()
+            self.losses = {str(name): [float(x) for x in column] for name, column in losses}
+        self.at, self.phase = at, self.makers[at]()
+        with serialize.reading(path):
+            self.phase.restore(state)
 
     def _every(self, every: int | None) -> int:
         """Batches between two writes; those of an epoch of clustering by default."""
@@ -145,14 +152,6 @@ class DecTraining:
         """The state that a checkpoint has."""
         tensors, numbers = phase.state()
         return tensors, {**numbers, "phase": self.at, "phase_losses": self.losses}
-
-    def _restore(self, state: State) -> None:
-        at = int(state[1]["phase"])
-        serialize.expect(0 <= at < len(self.makers), "no such phase in this fit")
-        self.at = at
-        self.losses = {str(k): [float(x) for x in v] for k, v in state[1]["phase_losses"].items()}
-        self.phase = self.makers[at]()
-        self.phase.restore(state)
 
 
 def _plain(value: Any) -> Any:
