@@ -34,9 +34,10 @@ from ..common.sweep import SIZES
 from . import backward_fused, exact_backward
 from .backward_fused import distance_sums, store_memories
 from .backward_rows import rows_backward_kernel, rows_backward_wide_kernel
-from .call import Call, ScratchCell, Totals
+from .call import Call, ScratchCell
 from .forward import flags_of, launch_recursion
 from .memories import memories_of
+from .totals import MemoryTotals
 
 # Problems of a cell are the third dim of a grid, which has a limit.
 MOST_PROBLEMS = 65535
@@ -200,7 +201,9 @@ def cells(
         yield cell
 
 
-def sweep_memories(call: Call, cell: ScratchCell, totals: Totals, steps: int, energy: bool) -> None:
+def sweep_memories(
+    call: Call, cell: ScratchCell, totals: MemoryTotals, steps: int, energy: bool
+) -> None:
     """Add the sums over the rows of one cell to `totals`."""
     chosen = call.settings("am_memories_backward")
     memories, wide = call.memories, "DIM" in chosen
@@ -279,7 +282,7 @@ def am_recursion_backward(
     """
     call = Call(v, rho, beta, update_mask, log_weights, precision)
     arguments = (v, rho, beta, update_mask, log_weights)
-    grad, totals = whole(grad, call.shape), Totals(call)
+    grad, totals = whole(grad, call.shape), call.totals()
     out = call.new(*call.shape)
     wants = needs[3] and update_mask is not None
     flag = call.new(*call.shape[:-1], dtype=torch.uint8)

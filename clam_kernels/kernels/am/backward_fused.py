@@ -25,10 +25,11 @@ from ..common.score import (
     own_inner,
 )
 from ..common.sweep import UNSPECIALISED, of_problem
-from .call import Call, Totals
+from .call import Call
 from .doubt import MOST, doubt_flag, final_flags, sharpest
 from .memories import rows_and_memories_of
 from .recursion import gain_of, next_state, recall
+from .totals import MemoryTotals
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def backward(
     flag: Tensor,
     steps: int,
     step: float,
-    totals: Totals | None,
+    totals: MemoryTotals | None,
 ) -> None:
     """Write `out` and `flag`; add the gradients of the memories to `totals` unless it is None."""
     chosen = dict(call.settings("am_fused_backward"))  # the table keeps its row

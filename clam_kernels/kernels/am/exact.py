@@ -23,6 +23,7 @@ from ..common.fold import NO_INDEX
 from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
 from ..common.sweep import UNSPECIALISED, of_problem, offset, rows_of
 from ..kmeans.nearest import TIE
+from .totals import MemoryTotals
 
 # Float64 numbers in the strips of scratch of all programs of a launch (64 MB).
 STRIPS = 1 << 23
@@ -326,6 +327,12 @@ class Operands(NamedTuple):
     @property
     def memories(self) -> int:
         return self.rho.shape[-2]
+
+    def totals(self) -> MemoryTotals:
+        """Sums for the gradients of the memories, all 0."""
+        return MemoryTotals(
+            self.lead, self.memories, self.features, self.batch, self.memory_batch, self.v.device
+        )
 
     def arguments(self) -> dict[str, Any]:
         """The rows and the memories; their batch strides are in rows."""

@@ -275,18 +275,6 @@ def _through_pass(solver: Solver, g: Tensor, grads: tuple[Tensor, Tensor]) -> Ba
     return back
 
 
-class _Sum:
-    """Gradient of a matrix operand, summed over the problems that share it."""
-
-    def __init__(self, operand: Tensor, batch: Sequence[int]) -> None:
-        self.dtype = operand.dtype
-        self.total = torch.zeros(operand.shape, dtype=torch.float32, device=operand.device)
-        self.view = self.total.expand(*batch, *operand.shape[-2:])
-
-    def result(self) -> Tensor:
-        return self.total.to(self.dtype)
-
-
 Tensors = dict[str, Tensor]
 MATRICES = ("logits", "z", "prototypes")
 
@@ -308,6 +296,20 @@ def _chunks(
             yield problem, at, part, slope
 
 
+def _zeros_of(operands: Tensors, needs: set[str]) -> Tensors:
+    """Zeros for the sums of gradients of matrices."""
+    # float32, and not the float64 of MemoryTotals: scores and rows may fill half of the memory
+    return {
+        name: torch.zeros(operands[name].shape, dtype=torch.float32, device=operands[name].device)
+        for name in needs
+    }
+
+
+def _of_problem(total: Tensor, batch: Sequence[int], at: tuple[int, ...]) -> Tensor:
+    """The part of a sum to which a problem adds; problems that share an operand share the part."""
+    return total.expand(*batch, *total.shape[-2:])[at]
+
+
 def _of_scores(
     back: Back, operands: Tensors, batch: Sequence[int], needs: set[str]
 ) -> tuple[Tensors, Tensor]:
@@ -318,12 +320,12 @@ def _of_scores(
         out = back.solver.new(back.solver.problems, *logits.shape[-2:], dtype=stored)
         sums = back.slopes(out, 0)
         return {"logits": out.view(logits.shape).to(logits.dtype)}, sums
-    total = _Sum(logits, batch) if needs else None
+    totals = _zeros_of(operands, needs)
     sums = torch.zeros(back.solver.problems, dtype=torch.float64, device=logits.device)
     for _, at, part, slope in _chunks(back, batch, sums):
-        if total is not None:
-            total.view[at][part].add_(slope)
-    return {} if total is None else {"logits": total.result()}, sums
+        for total in totals.values():
+            _of_problem(total, batch, at)[part].add_(slope)
+    return {name: total.to(logits.dtype) for name, total in totals.items()}, sums
 
 
 def _of_features(
@@ -333,7 +335,7 @@ def _of_features(
     gradients); two products a chunk.
     """
     z, prototypes = (x.expand(*batch, *x.shape[-2:]) for x in operands.values())
-    totals = {name: _Sum(operands[name], batch) for name in needs}
+    totals = _zeros_of(operands, needs)
     sums = torch.zeros(back.solver.problems, dtype=torch.float64, device=z.device)
     with float32_products() if exact else contextlib.nullcontext():
         for problem, at, part, slope in _chunks(back, batch, sums):
@@ -341,11 +343,11 @@ def _of_features(
             rows, columns = (out[problem][:, None] for out in back.masked)
             if "z" in totals:
                 c = torch.where(columns, 0.0, prototypes[at].float())
-                totals["z"].view[at][part].add_(slope @ c)
+                _of_problem(totals["z"], batch, at)[part].add_(slope @ c)
             if "prototypes" in totals:
                 x = torch.where(rows[part], 0.0, z[at][part].float())
-                totals["prototypes"].view[at].add_(slope.mT @ x)
-    return {name: total.result() for name, total in totals.items()}, sums
+                _of_problem(totals["prototypes"], batch, at).add_(slope.mT @ x)
+    return {name: total.to(operands[name].dtype) for name, total in totals.items()}, sums
 
 
 def _fit(gradient: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
