@@ -137,10 +137,10 @@ class Call:
             return launch.settings("am_recursion_full", self.device, mode, self.features)
         return self.settings("am_recursion" if plain else "am_recursion_full")
 
-    def tile(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """Constants of a kernel over these operands; DIM is a whole row unless `chosen` has it."""
+    def tile(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Constants of a kernel over these operands; DIM is a row unless `settings` has it."""
         width = {"DIM": launch.dim(self.features)}
-        return {"D": self.features, "STRIDE": self.memories.stride, **width, **chosen}
+        return {"D": self.features, "STRIDE": self.memories.stride, **width, **settings}
 
 
 def _full(mask: Tensor, v: Tensor) -> Tensor:

@@ -103,14 +103,14 @@ def am_energy(
     out, flag = call.new(*call.shape[:-1]), call.new(*call.shape[:-1], dtype=torch.uint8)
     batch = call.memories.table.shape[:-2]
     raw = launch.rows(rho).expand(*batch, *rho.shape[-2:]).contiguous()
-    chosen = call.settings("am_energy")
-    blocks = triton.cdiv(call.rows, chosen["ROWS"])
+    settings = call.settings("am_energy")
+    blocks = triton.cdiv(call.rows, settings["ROWS"])
     views = call.views
     launch.launch(
         energy_kernel, (call.outer * call.inner * blocks,), call.device,
         **views.rows(), **views.memories(), CENTRE=views.centre, RAW=raw, OUT=out, FLAG=flag,
         rows=call.rows, count=call.memories.size, inner=call.inner, blocks=blocks,
-        **call.tile(chosen), WIDE="DIM" in chosen,
+        **call.tile(settings), WIDE="DIM" in settings,
     )  # fmt: skip
     exact.energy(call.operands(), flag, out)
     return out

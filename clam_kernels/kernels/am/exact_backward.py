@@ -23,7 +23,6 @@ from .exact import (
     Operands,
     advance,
     bits_of,
-    chosen_of,
     flags_of,
     gain_at,
     gaps,
@@ -32,6 +31,7 @@ from .exact import (
     number,
     peak,
     sides,
+    top_or_index_of,
     weights_of,
 )
 from .totals import MemoryTotals
@@ -61,7 +61,7 @@ def add_to(PLACE, more, mask):
 
 @triton.jit
 def slopes(
-    X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, chosen, total, beta_bits, beta_k, weights_k,
+    X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, top_or_index, total, beta_bits, beta_k, weights_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def slopes(
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
         p, _, _, active = weights_of(
-            FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
+            FAR, BETA, WEIGHTS, k, count, top_or_index, total, beta_bits, beta_k, weights_k,
             HARD, HAS_BETA, HAS_WEIGHTS,
         )  # fmt: skip
         s = tl.zeros((PROTOS,), tl.float64)
@@ -96,7 +96,7 @@ def step_back(
     beta_k gz_k t_k, with t_k = rho_k - x, h = gain g, gz_k = p_k (h t_k - mean). Adds to PART [k]
     p_k h - 2 beta_k gz_k t_k, gz_k and gz_k |t_k|^2, to MASKED step g sum_k p_k t_k.
     """
-    chosen, total = chosen_of(
+    top_or_index, total = top_or_index_of(
         X, RHO, BETA, WEIGHTS, FAR, count, beta_bits, beta_k, weights_k,
         D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def step_back(
     mean = tl.zeros((1,), tl.float64)
     if not HARD:
         mean = slopes(
-            X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, chosen, total, beta_bits, beta_k,
+            X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, top_or_index, total, beta_bits, beta_k,
             weights_k, D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
         )  # fmt: skip
     for d0 in range(0, D, DIM):
@@ -118,7 +118,7 @@ def step_back(
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
             p, beta, far, active = weights_of(
-                FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
+                FAR, BETA, WEIGHTS, k, count, top_or_index, total, beta_bits, beta_k, weights_k,
                 HARD, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
             t = gaps(X, RHO, k, active, d0, D, DIM)  # [PROTOS, DIM]
@@ -127,9 +127,9 @@ def step_back(
             gz = tl.zeros((PROTOS,), tl.float64)
             if not HARD:
                 gz = p * (tl.load(SLOPE + k, mask=k < count, other=0.0) - mean)
-                pushed = (gz * beta)[:, None] * t  # [PROTOS, DIM]
-                more += tl.sum(pushed, 0)
-                grad_rho -= 2.0 * pushed
+                gz_t = (gz * beta)[:, None] * t  # [PROTOS, DIM]
+                more += tl.sum(gz_t, 0)
+                grad_rho -= 2.0 * gz_t
             if MEMORIES:
                 place = PART + k.to(tl.int64) * (D + 2)
                 inside = (k < count)[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
@@ -175,13 +175,13 @@ def exact_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _own, left, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, open_rows, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         if MEMORIES:
             begin_part(PART, tl.where((flag_count > 0) & (used == 0), count * (D + 2), 0))
         used = tl.where(flag_count > 0, 1, used)
         for _ in range(0, flag_count):
-            one = tl.max(left, 0)
-            left = tl.where(left == one, -1, left)
+            one = tl.max(open_rows, 0)
+            open_rows = tl.where(open_rows == one, -1, open_rows)
             row = (problem.to(tl.int64) * rows + one) * D
             load_row(X, raw, one, D, DIM)
             load_row(G, GRAD + row, 0, D, DIM)
@@ -237,12 +237,12 @@ def exact_energy_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _own, left, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, open_rows, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         begin_part(PART, tl.where((flag_count > 0) & (used == 0), count * (D + 2), 0))
         used = tl.where(flag_count > 0, 1, used)
         for _ in range(0, flag_count):
-            one = tl.max(left, 0)
-            left = tl.where(left == one, -1, left)
+            one = tl.max(open_rows, 0)
+            open_rows = tl.where(open_rows == one, -1, open_rows)
             row = problem.to(tl.int64) * rows + one
             upstream = tl.load(GRAD + row).to(tl.float64)
             load_row(X, raw, one, D, DIM)
@@ -261,11 +261,11 @@ def exact_energy_backward_kernel(
                         False, HAS_BETA, HAS_WEIGHTS,
                     )  # fmt: skip
                     q = p * upstream
-                    moved = q[:, None] * gaps(X, rho, k, active, d0, D, DIM)  # [PROTOS, DIM]
-                    pull += tl.sum(moved, 0)
+                    q_t = q[:, None] * gaps(X, rho, k, active, d0, D, DIM)  # [PROTOS, DIM]
+                    pull += tl.sum(q_t, 0)
                     place = PART + k.to(tl.int64) * (D + 2)
                     inside = (k < count)[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
-                    add_to(place[:, None] + d[None, :], 2.0 * moved, inside)
+                    add_to(place[:, None] + d[None, :], 2.0 * q_t, inside)
                     once = k < tl.where(d0 == 0, count, 0)
                     add_to(place + D, q, once)
                     add_to(place + D + 1, tl.where(q == 0.0, 0.0, q * (far - energy)), once)
