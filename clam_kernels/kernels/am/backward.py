@@ -34,9 +34,10 @@ from ..common.sweep import SIZES
 from . import backward_fused, exact_backward
 from .backward_fused import distance_sums, store_memories
 from .backward_rows import rows_backward_kernel, rows_backward_wide_kernel
-from .call import Call, ScratchCell, Totals
+from .call import Call, ScratchCell
 from .forward import flags_of, launch_recursion
 from .memories import memories_of
+from .totals import MemoryTotals
 
 # Problems of a cell are the third dim of a grid, which has a limit.
 MOST_PROBLEMS = 65535
@@ -116,9 +117,9 @@ def memories_backward_kernel(
     d0 = piece * DIM
     tile = load_tile((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS, WIDE)
     k, _rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM] or a pointer, [PROTOS], [PROTOS]
-    known = k < count
-    lift = tl.load(SIDE + 2 * count + k, mask=known, other=0.0)
-    own = tl.load(SIDE + 3 * count + k, mask=known, other=0.0)
+    exists = k < count
+    lift = tl.load(SIDE + 2 * count + k, mask=exists, other=0.0)
+    own = tl.load(SIDE + 3 * count + k, mask=exists, other=0.0)
     acc = tl.zeros((PROTOS, DIM), tl.float32)  # [PROTOS, DIM]
     mass, beta_sum = tl.zeros((PROTOS,), tl.float32), tl.zeros((PROTOS,), tl.float32)
     begin = split * share
@@ -163,7 +164,7 @@ def memories_backward_kernel(
                 mass += tl.sum(gz, 0)
                 beta_sum += distance_sums(gz, norm, own, inside)
     slot = (problem * tl.num_programs(1) + split).to(tl.int64) * count + k
-    store_memories(PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum, STRIDE, DIM)
+    store_memories(PART, SUMS, slot, exists, d0, piece, acc, mass, beta_sum, STRIDE, DIM)
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -175,12 +176,12 @@ def cells(
     """Yield cells after the recursion has stored all their steps. `flag` takes which rows are in
     doubt; `keep` is 3 for the energy.
     """
-    chosen, stride = call.recursion(keep), call.memories.stride
-    block = max(chosen["ROWS"], call.settings("am_rows_backward")["ROWS"])
+    settings, stride = call.recursion(keep), call.memories.stride
+    block = max(settings["ROWS"], call.settings("am_rows_backward")["ROWS"])
     blocks = triton.cdiv(call.rows, block)
     limit = max(1, launch.SCRATCH // (steps * (2 * stride + 3) * block))
     most = max(1, min(MOST_PROBLEMS, launch.SCRATCH // (call.memories.size * stride)))
-    flags = flags_of(call, chosen, keep)
+    flags = flags_of(call, settings, keep)
     parts = list(call.cells(blocks, limit, most))
     rows = max((block * count * (p.stop - p.start) for _, p, _, count in parts), default=0)
     flag = flag.view(call.outer, call.inner, call.rows)
@@ -191,7 +192,7 @@ def cells(
         path, pull = wide[:, : steps * strip * stride].view(2, steps, strip, stride)
         top, total, delta = thin[:, : steps * strip].view(3, steps, strip)
         cell = ScratchCell(o, problems, first, count, block, path, pull, top, total, delta)
-        grid, at, share = cell.grid(chosen["ROWS"])
+        grid, at, share = cell.grid(settings["ROWS"])
         launch_recursion(
             call, call.at(o, problems), grid, flags,
             OUT=None, FLAG=flag[o, problems], TOP=top, TOTAL=total, PATH=path, PULL=pull,
@@ -200,12 +201,14 @@ def cells(
         yield cell
 
 
-def sweep_memories(call: Call, cell: ScratchCell, totals: Totals, steps: int, energy: bool) -> None:
+def sweep_memories(
+    call: Call, cell: ScratchCell, totals: MemoryTotals, steps: int, energy: bool
+) -> None:
     """Add the sums over the rows of one cell to `totals`."""
-    chosen = call.settings("am_memories_backward")
-    memories, wide = call.memories, "DIM" in chosen
-    tiles = triton.cdiv(memories.size, chosen["PROTOS"])
-    pieces = triton.cdiv(memories.stride, chosen["DIM"]) if wide else 1
+    settings = call.settings("am_memories_backward")
+    memories, wide = call.memories, "DIM" in settings
+    tiles = triton.cdiv(memories.size, settings["PROTOS"])
+    pieces = triton.cdiv(memories.stride, settings["DIM"]) if wide else 1
     splits = max(1, min(cell.blocks, launch.PROGRAMS // (tiles * pieces * cell.size)))
     share = triton.cdiv(cell.blocks, splits) * cell.block
     part = call.new(cell.size, splits, memories.size, memories.stride)
@@ -216,7 +219,7 @@ def sweep_memories(call: Call, cell: ScratchCell, totals: Totals, steps: int, en
         TOP=cell.top, TOTAL=cell.total, DELTA=cell.delta, PATH=cell.path, PULL=cell.pull,
         PART=part, SUMS=sums, count=memories.size, inner=cell.size, steps=steps,
         strip=cell.size * cell.rows, rows=cell.rows, share=share,
-        **call.tile(chosen), PER_MEMORY=memories.per_memory, HARD=memories.hard,
+        **call.tile(settings), PER_MEMORY=memories.per_memory, HARD=memories.hard,
         ENERGY=energy, WIDE=wide,
     )  # fmt: skip
     totals.add(cell.o, cell.problems, part, sums)
@@ -226,24 +229,24 @@ def _walk_back(
     call: Call, cell: ScratchCell, grad: Tensor, out: Tensor, mask_grad: Tensor | None, step: float
 ) -> None:
     """Gradients of the rows of one cell, into `out`, and of the mask, into `mask_grad`."""
-    chosen = call.settings("am_rows_backward")
-    grid, first, share = cell.grid(chosen["ROWS"])
+    settings = call.settings("am_rows_backward")
+    grid, first, share = cell.grid(settings["ROWS"])
     views, flags = call.at(cell.o, cell.problems), {}
     grads, outs, masks = (
         None if x is None else x.view(call.outer, call.inner, call.rows, -1)[cell.o, cell.problems]
         for x in (grad, out, mask_grad)
     )
     kernel = rows_backward_wide_kernel
-    if "DIM" not in chosen:
+    if "DIM" not in settings:
         kernel = rows_backward_kernel
-        resident = call.memories.size <= chosen["PROTOS"] and call.features <= RESIDENT_FEATURES
+        resident = call.memories.size <= settings["PROTOS"] and call.features <= RESIDENT_FEATURES
         flags = {"RESIDENT": resident}
     launch.launch(
         kernel, grid, call.device, **views.memories(), **views.update_mask(),
         GRAD=grads, OUT=outs, MASKED=masks, MASK_GRAD=masks is not None,
         TOP=cell.top, DELTA=cell.delta, PATH=cell.path, PULL=cell.pull,
         rows=call.rows, count=call.memories.size, inner=cell.size, steps=len(cell.path), step=step,
-        first=first, blocks=share, strip=cell.size * cell.rows, **call.tile(chosen),
+        first=first, blocks=share, strip=cell.size * cell.rows, **call.tile(settings),
         PER_MEMORY=call.memories.per_memory, HARD=call.memories.hard, **flags,
     )  # fmt: skip
 
@@ -279,7 +282,7 @@ def am_recursion_backward(
     """
     call = Call(v, rho, beta, update_mask, log_weights, precision)
     arguments = (v, rho, beta, update_mask, log_weights)
-    grad, totals = whole(grad, call.shape), Totals(call)
+    grad, totals = whole(grad, call.shape), call.totals()
     out = call.new(*call.shape)
     wants = needs[3] and update_mask is not None
     flag = call.new(*call.shape[:-1], dtype=torch.uint8)

@@ -25,24 +25,25 @@ from ..common.score import (
     own_inner,
 )
 from ..common.sweep import UNSPECIALISED, of_problem
-from .call import Call, Totals
+from .call import Call
 from .doubt import MOST, doubt_flag, final_flags, sharpest
 from .memories import rows_and_memories_of
 from .recursion import gain_of, next_state, recall
+from .totals import MemoryTotals
 
 
 @triton.jit
 def store_memories(
-    PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum,
+    PART, SUMS, slot, exists, d0, piece, acc, mass, beta_sum,
     STRIDE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of one tile of memories: acc [PROTOS, DIM], the others [PROTOS]."""
     d = d0 + tl.arange(0, DIM)
-    where = known[:, None] & (d < STRIDE)[None, :]  # [PROTOS, DIM], as acc
+    where = exists[:, None] & (d < STRIDE)[None, :]  # [PROTOS, DIM], as acc
     tl.store(PART + slot[:, None] * STRIDE + d[None, :], acc, mask=where)
     if piece == 0:
-        tl.store(SUMS + slot * 2, mass, mask=known)
-        tl.store(SUMS + slot * 2 + 1, beta_sum, mask=known)
+        tl.store(SUMS + slot * 2, mass, mask=exists)
+        tl.store(SUMS + slot * 2 + 1, beta_sum, mask=exists)
 
 
 @triton.jit
@@ -196,17 +197,17 @@ def backward(
     flag: Tensor,
     steps: int,
     step: float,
-    totals: Totals | None,
+    totals: MemoryTotals | None,
 ) -> None:
     """Write `out` and `flag`; add the gradients of the memories to `totals` unless it is None."""
-    chosen = dict(call.settings("am_fused_backward"))  # the table keeps its row
+    settings = dict(call.settings("am_fused_backward"))  # the table keeps its row
     count, stride = call.memories.size, call.memories.stride
-    chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
-    blocks = triton.cdiv(call.rows, chosen["ROWS"])
+    settings["PROTOS"] = min(settings["PROTOS"], launch.dim(count))
+    blocks = triton.cdiv(call.rows, settings["ROWS"])
     splits = max(1, min(blocks, launch.PROGRAMS // max(call.outer * call.inner, 1)))
-    share = triton.cdiv(blocks, splits) * chosen["ROWS"]
+    share = triton.cdiv(blocks, splits) * settings["ROWS"]
     splits = triton.cdiv(call.rows, share) if blocks else 0
-    strip = steps * chosen["ROWS"] * stride
+    strip = steps * settings["ROWS"] * stride
     most = max(1, min(launch.PROGRAMS, launch.SCRATCH // strip))
     path = call.new(min(most, call.outer * call.inner * splits) * strip)
     grads, outs = (x.view(call.outer, call.inner, call.rows, call.features) for x in (grad, out))
@@ -221,7 +222,7 @@ def backward(
             GRAD=grads[o, problems], OUT=outs[o, problems], FLAG=flags[o, problems],
             PATH=path, PART=part, SUMS=sums, rows=call.rows, count=count, inner=size,
             steps=steps, step=step, first=first, splits=run, share=share,
-            **call.tile(chosen), MEMORIES=totals is not None,
+            **call.tile(settings), MEMORIES=totals is not None,
         )  # fmt: skip
         if totals is not None and part is not None and sums is not None:
             totals.add(o, problems, part, sums)

@@ -32,7 +32,7 @@ def delta_fold(state, s, tile, PREC: tl.constexpr):
 
     The mean must come from the weights and products that `slopes_fold` subtracts it from. Where one
     memory has all the weight, their difference is then exactly 0, and a large beta cannot multiply
-    an error. The sum of weights that another kernel stored has other roundings of the logits.
+    an error. The sum of weights that another kernel in_strip has other roundings of the logits.
     """
     mass, delta, h, top = state
     _k, rho, _scale, _bias = tile
@@ -111,7 +111,7 @@ def rows_backward_kernel(
     d = tl.arange(0, DIM)
     valid, at = row < rows, row.to(tl.int64)
     inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
-    stored = (d < STRIDE)[None, :]  # [1, DIM]
+    in_strip = (d < STRIDE)[None, :]  # [1, DIM]
     p = problem.to(tl.int64) * rows + at
     whole = p[:, None] * D + d[None, :]  # [ROWS, DIM]
     g = tl.load(GRAD + whole, mask=inside, other=0.0).to(tl.float32)  # [ROWS, DIM]
@@ -130,7 +130,7 @@ def rows_backward_kernel(
         h = moves * gain_of(U, u_row, u_feature, row, d, inside, step, MASK) * g  # [ROWS, DIM]
         if MASK_GRAD:  # all threads read the recall before h takes its place
             tl.debug_barrier()
-        tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=stored)
+        tl.store(PULL + here[:, None] * STRIDE + d[None, :], h, mask=in_strip)
         g -= h
         if not HARD:
             more, delta = step_gradient(  # [ROWS, DIM], [ROWS]

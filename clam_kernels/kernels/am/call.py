@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launchers of the associative-memory family share this: one call's operands as the kernels
-read them, cells of bounded scratch, and sums over rows.
+read them, and cells of bounded scratch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..common import launch
 from ..common.operands import arrange, batch_of, by_name, in_rows
 from . import exact
 from .memories import memories
+from .totals import MemoryTotals
 
 MASK_STRIDES = ("u_o", "u_i", "u_row", "u_feature")
 
@@ -94,6 +95,15 @@ class Call:
         """Tile and options of a kernel for this call."""
         return launch.settings(kernel, self.device, self.mode, self.features)
 
+    def totals(self) -> MemoryTotals:
+        """Sums for the gradients of the memories, all 0."""
+        table = self.views.table
+        lead = [n if table.stride(i) else 1 for i, n in enumerate(table.shape[:2])]
+        batch = self.memories.table.shape[:-2]
+        return MemoryTotals(
+            lead, self.memories.size, self.features, self.batch, batch, self.device
+        )  # fmt: skip
+
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return launch.empty(shape, dtype, self.device)
 
@@ -127,10 +137,10 @@ class Call:
             return launch.settings("am_recursion_full", self.device, mode, self.features)
         return self.settings("am_recursion" if plain else "am_recursion_full")
 
-    def tile(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """Constants of a kernel over these operands; DIM is a whole row unless `chosen` has it."""
+    def tile(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Constants of a kernel over these operands; DIM is a row unless `settings` has it."""
         width = {"DIM": launch.dim(self.features)}
-        return {"D": self.features, "STRIDE": self.memories.stride, **width, **chosen}
+        return {"D": self.features, "STRIDE": self.memories.stride, **width, **settings}
 
 
 def _full(mask: Tensor, v: Tensor) -> Tensor:
@@ -138,46 +148,6 @@ def _full(mask: Tensor, v: Tensor) -> Tensor:
     lead = mask.shape[:-2] if mask.ndim > 2 else ()
     mask = mask.expand(*lead, *v.shape[-2:])
     return mask.view(torch.uint8) if mask.dtype == torch.bool else launch.plain(mask)
-
-
-class Totals:
-    """Sums over rows for the gradients of the memories, [O, I, K, .] float64; a batch dim is 1
-    where all its problems share the memories.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        table = call.views.table
-        lead = [n if table.stride(i) else 1 for i, n in enumerate(table.shape[:2])]
-        count, stride = table.shape[2:]
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": call.device}
-        self.acc = torch.zeros((*lead, count, stride), **wide)
-        self.sums = torch.zeros((*lead, count, 2), **wide)
-
-    def add(self, o: int, problems: slice, part: Tensor, sums: Tensor) -> None:
-        """Add the partial sums [problems, splits, K, .] of one cell."""
-        for total, parts in ((self.acc, part), (self.sums, sums)):
-            row = total[o if total.shape[0] > 1 else 0]
-            parts = parts.sum(1, dtype=torch.float64)
-            if row.shape[0] > 1:
-                row[problems] += parts
-            else:
-                row[0] += parts.sum(0)
-
-    def of_batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(acc [..., K, D], mass [..., K], beta_sum [..., K]) over the memories' own batch; the
-        kernel that fills them says what they are.
-        """
-        batch, whole = self.call.memories.table.shape[:-2], self.call.batch
-        totals = []
-        for total in (self.acc[..., : self.call.features], self.sums):
-            core = total.shape[2:]
-            if total.shape[:2].numel() == batch.numel():
-                totals.append(total.reshape(*batch, *core))
-            else:
-                totals.append(total.reshape(*whole, *core).sum_to_size(*batch, *core))
-        acc, sums = totals
-        return acc, sums[..., 0], sums[..., 1]
 
 
 class ScratchCell(NamedTuple):

@@ -64,7 +64,7 @@ def why_not(v: Tensor, rho: object = None, beta: object = 1.0, *_: Any) -> str |
 
 def why_slower(v: Tensor, *rest: Any) -> str | None:
     """Why Triton is faster although the library can: the library does not use matrix units, whose
-    lower modes win where products cost more than exponentials.
+    lower modes are faster where products cost more than exponentials.
     """
     precision = rest[-1] if rest and isinstance(rest[-1], str) else "highest"
     if precision == "highest" or v.shape[-1] <= 8:
@@ -210,7 +210,7 @@ def am_recursion_backward(
     `backward_memories(D)`.
     """
     arguments = (v, rho, beta, update_mask, log_weights)
-    wanted = [
+    targets = [
         x if need and isinstance(x, Tensor) else None
         for x, need in zip(arguments, needs, strict=True)
     ]
@@ -219,10 +219,10 @@ def am_recursion_backward(
         copy = grad.clone(memory_format=torch.contiguous_format)
         gradients: list[Tensor | None] = [copy, None, None, None, None]
     else:
-        gradients = _gradients(grad, arguments, steps, step, wanted)
+        gradients = _gradients(grad, arguments, steps, step, targets)
     return tuple(
         v.new_empty(0) if like is None else _like(value, like)
-        for value, like in zip(gradients, wanted, strict=True)
+        for value, like in zip(gradients, targets, strict=True)
     )
 
 
@@ -249,14 +249,14 @@ def _gradients(
     arguments: tuple[Tensor, Tensor, Beta, Tensor | None, Tensor | None],
     steps: int,
     step: float,
-    wanted: Sequence[Tensor | None],
+    targets: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients in the order of `arguments`, with the whole batch, not yet summed over it."""
     v, rho, beta, update_mask, log_weights = arguments
     grad = whole(grad, grad.shape)  # as the second launch reads it
     a = _operands(v, rho, beta, update_mask, log_weights, grad)
     flag = a.new_flag()
-    memory_side = any(wanted[i] is not None for i in (1, 2, 4))
+    memory_side = any(targets[i] is not None for i in (1, 2, 4))
     grad_v, partials, grad_mask = torch.ops.clam_cuda.recursion_small_backward(
         a.grad,
         *a.shared,
@@ -264,11 +264,11 @@ def _gradients(
         step,
         v.shape != grad.shape,  # float32 until the sum over the batch
         memory_side,
-        wanted[3] is not None,
+        targets[3] is not None,
         flag,
     )
     operands = exact.operands(v, rho, beta, a.full_mask, log_weights)
-    masked = None if wanted[3] is None else grad_mask
+    masked = None if targets[3] is None else grad_mask
     again = exact_backward.recursion_backward(
         operands, grad, steps, step, flag, grad_v, masked, memory_side
     )
@@ -279,7 +279,7 @@ def _gradients(
         d, (grad_rho, mass, beta_sum) = v.shape[-1], again.of_batch()
         gradients[1], gradients[4] = sums[..., :d] + grad_rho, sums[..., d] + mass
         gradients[2] = sums[..., d + 1] - beta_sum
-    if wanted[3] is not None:
+    if targets[3] is not None:
         gradients[3] = grad_mask.view(grad.shape)
     return gradients
 

@@ -29,7 +29,7 @@ from ..kmeans import assign
 from ..kmeans.nearest import squared_distances
 from . import exact, exact_backward
 from .backward import cells, fit, sweep_memories, whole
-from .call import Call, Totals
+from .call import Call
 from .doubt import NEAR_LIMIT_OF_ENERGY, final_flags, is_in_doubt, sharpest
 from .memories import rows_and_memories_of
 
@@ -103,14 +103,14 @@ def am_energy(
     out, flag = call.new(*call.shape[:-1]), call.new(*call.shape[:-1], dtype=torch.uint8)
     batch = call.memories.table.shape[:-2]
     raw = launch.rows(rho).expand(*batch, *rho.shape[-2:]).contiguous()
-    chosen = call.settings("am_energy")
-    blocks = triton.cdiv(call.rows, chosen["ROWS"])
+    settings = call.settings("am_energy")
+    blocks = triton.cdiv(call.rows, settings["ROWS"])
     views = call.views
     launch.launch(
         energy_kernel, (call.outer * call.inner * blocks,), call.device,
         **views.rows(), **views.memories(), CENTRE=views.centre, RAW=raw, OUT=out, FLAG=flag,
         rows=call.rows, count=call.memories.size, inner=call.inner, blocks=blocks,
-        **call.tile(chosen), WIDE="DIM" in chosen,
+        **call.tile(settings), WIDE="DIM" in settings,
     )  # fmt: skip
     exact.energy(call.operands(), flag, out)
     return out
@@ -127,7 +127,7 @@ def am_energy_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of (v, rho, beta, log_weights)."""
     call = Call(v, rho, beta, None, log_weights, precision)
-    totals, out = Totals(call), call.new(*call.shape)
+    totals, out = call.totals(), call.new(*call.shape)
     flag = call.new(*call.shape[:-1], dtype=torch.uint8)
     grad = whole(grad, call.shape[:-1]).float().view(call.outer, call.inner, call.rows)
     outs = out.view(call.outer, call.inner, call.rows, call.features)

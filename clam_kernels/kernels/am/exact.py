@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second launch of an associative-memory call: it computes the rows whose flag is set again.
+"""The second launch of an associative-memory call: it computes again the rows whose flag is set.
 
 A fast kernel sets the flags (`am/doubt.py`). The kernels here compute everything of such a row from
 differences of the caller's rows and memories, in float64, one row at a time. A program without a
@@ -23,6 +23,7 @@ from ..common.fold import NO_INDEX
 from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
 from ..common.sweep import UNSPECIALISED, of_problem, offset, rows_of
 from ..kmeans.nearest import TIE
+from .totals import MemoryTotals
 
 # Float64 numbers in the strips of scratch of all programs of a launch (64 MB).
 STRIPS = 1 << 23
@@ -102,20 +103,20 @@ def peak(
 
 @triton.jit
 def weights_of(
-    FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
+    FAR, BETA, WEIGHTS, k, count, top_or_index, total, beta_bits, beta_k, weights_k,
     HARD: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """(weights, betas, squared distances, which are active) of the memories k [PROTOS]; `chosen` is
-    the largest logit, or the index of the nearest memory.
+    """(weights, betas, squared distances, which are active) of the memories k [PROTOS];
+    `top_or_index` is the largest logit, or the index of the nearest memory.
     """
     beta, lift, active = sides(
         BETA, WEIGHTS, k, count, beta_bits, beta_k, weights_k, HAS_BETA, HAS_WEIGHTS
     )
     far = tl.load(FAR + k, mask=k < count, other=0.0)
     if HARD:
-        p = tl.where(k == chosen, 1.0, 0.0).to(tl.float64)
+        p = tl.where(k == top_or_index, 1.0, 0.0).to(tl.float64)
     else:
-        p = tl.where(active, tl.exp(lift - beta * far - chosen) / total, 0.0)
+        p = tl.where(active, tl.exp(lift - beta * far - top_or_index) / total, 0.0)
     return p, beta, far, active
 
 
@@ -136,7 +137,7 @@ def first_nearest(
 
 
 @triton.jit
-def chosen_of(
+def top_or_index_of(
     X, RHO, BETA, WEIGHTS, FAR, count, beta_bits, beta_k, weights_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
@@ -147,10 +148,12 @@ def chosen_of(
         D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
     )  # fmt: skip
     if HARD:
-        chosen = first_nearest(FAR, BETA, WEIGHTS, count, -top, weights_k, PROTOS, HAS_WEIGHTS)
+        top_or_index = first_nearest(
+            FAR, BETA, WEIGHTS, count, -top, weights_k, PROTOS, HAS_WEIGHTS
+        )
     else:
-        chosen = top
-    return chosen, total
+        top_or_index = top
+    return top_or_index, total
 
 
 @triton.jit
@@ -171,7 +174,7 @@ def advance(
     MASK: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Store x + gain sum_k p_k (rho_k - x) to NEXT, with x from X; both may be the same place."""
-    chosen, total = chosen_of(
+    top_or_index, total = top_or_index_of(
         X, RHO, BETA, WEIGHTS, FAR, count, beta_bits, beta_k, weights_k,
         D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
     )  # fmt: skip
@@ -181,7 +184,7 @@ def advance(
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
             p, _, _, active = weights_of(
-                FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
+                FAR, BETA, WEIGHTS, k, count, top_or_index, total, beta_bits, beta_k, weights_k,
                 HARD, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
             pull += tl.sum(p[:, None] * gaps(X, RHO, k, active, d0, D, DIM), 0)
@@ -212,8 +215,8 @@ def flags_of(FLAG, block, blocks, rows, ROWS: tl.constexpr):
     """(problem, rows [ROWS] whose flag is set, else -1, how many are) of a block."""
     problem, row = rows_of(block, 0, blocks, ROWS)
     at = FLAG + problem.to(tl.int64) * rows + row
-    left = tl.load(at, mask=row < rows, other=0) != 0
-    return problem, tl.where(left, row, -1), tl.sum(left.to(tl.int32), 0)
+    open_rows = tl.load(at, mask=row < rows, other=0) != 0
+    return problem, tl.where(open_rows, row, -1), tl.sum(open_rows.to(tl.int32), 0)
 
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -234,14 +237,14 @@ def exact_recursion_kernel(
     X = STRIP + pid.to(tl.int64) * (D + count)
     FAR = X + D
     for block in range(pid, every, tl.num_programs(0)):
-        problem, left, flag_count = flags_of(FLAG, block, blocks, rows, ROWS)
+        problem, open_rows, flag_count = flags_of(FLAG, block, blocks, rows, ROWS)
         rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
         beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
         weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
         mask = of_problem(U, problem, inner, u_o, u_i, MASK)
         for _ in range(0, flag_count):
-            one = tl.max(left, 0)
-            left = tl.where(left == one, -1, left)
+            one = tl.max(open_rows, 0)
+            open_rows = tl.where(open_rows == one, -1, open_rows)
             load_row(X, raw, one, D, DIM)
             for _step in range(0, steps):
                 advance(
@@ -269,13 +272,13 @@ def exact_energy_kernel(
     pid = tl.program_id(0)
     X = STRIP + pid.to(tl.int64) * (D + count)
     for block in range(pid, every, tl.num_programs(0)):
-        problem, left, flag_count = flags_of(FLAG, block, blocks, rows, ROWS)
+        problem, open_rows, flag_count = flags_of(FLAG, block, blocks, rows, ROWS)
         rho, raw = memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D)
         beta = of_problem(BETA, problem, inner, b_o, b_i, HAS_BETA)
         weights = of_problem(WEIGHTS, problem, inner, w_o, w_i, HAS_WEIGHTS)
         for _ in range(0, flag_count):
-            one = tl.max(left, 0)
-            left = tl.where(left == one, -1, left)
+            one = tl.max(open_rows, 0)
+            open_rows = tl.where(open_rows == one, -1, open_rows)
             load_row(X, raw, one, D, DIM)
             top, total = peak(
                 X, rho, beta, weights, X + D, count, beta_bits, b_k, w_k,
@@ -327,6 +330,12 @@ class Operands(NamedTuple):
     def memories(self) -> int:
         return self.rho.shape[-2]
 
+    def totals(self) -> MemoryTotals:
+        """Sums for the gradients of the memories, all 0."""
+        return MemoryTotals(
+            self.lead, self.memories, self.features, self.batch, self.memory_batch, self.v.device
+        )
+
     def arguments(self) -> dict[str, Any]:
         """The rows and the memories; their batch strides are in rows."""
         return {
@@ -377,8 +386,8 @@ def operands(
     small += [(launch.plain(x), 1) for x in (beta, log_weights) if isinstance(x, Tensor)]
     batch = batch_of([*((x, 2) for x in large), *small])
     own = batch_of(small)
-    merged = (*batch, v.shape[-2])
-    flat = arrange(merged, [(x, 1) for x in large]) if math.prod(own) == 1 else []
+    rows_dims = (*batch, v.shape[-2])
+    flat = arrange(rows_dims, [(x, 1) for x in large]) if math.prod(own) == 1 else []
     if flat and flat[0].shape[0] == 1 and flat[0].stride(1) == v.shape[-1]:
         views = [x[None] for x in flat]
         views += [x.reshape(1, 1, *x.shape[max(x.ndim - core, 0) :]) for x, core in small]

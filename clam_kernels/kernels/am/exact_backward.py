@@ -9,9 +9,7 @@ own, and marks the part as used. The next launch adds the used parts in their or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -25,7 +23,6 @@ from .exact import (
     Operands,
     advance,
     bits_of,
-    chosen_of,
     flags_of,
     gain_at,
     gaps,
@@ -34,8 +31,10 @@ from .exact import (
     number,
     peak,
     sides,
+    top_or_index_of,
     weights_of,
 )
+from .totals import MemoryTotals
 
 # Float64 numbers in all parts of a launch (128 MB), and in one tile of their sum.
 PARTS = 1 << 24
@@ -62,7 +61,7 @@ def add_to(PLACE, more, mask):
 
 @triton.jit
 def slopes(
-    X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, chosen, total, beta_bits, beta_k, weights_k,
+    X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, top_or_index, total, beta_bits, beta_k, weights_k,
     D: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr, HARD: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +70,7 @@ def slopes(
     for k0 in range(0, count, PROTOS):
         k = k0 + tl.arange(0, PROTOS)
         p, _, _, active = weights_of(
-            FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
+            FAR, BETA, WEIGHTS, k, count, top_or_index, total, beta_bits, beta_k, weights_k,
             HARD, HAS_BETA, HAS_WEIGHTS,
         )  # fmt: skip
         s = tl.zeros((PROTOS,), tl.float64)
@@ -97,7 +96,7 @@ def step_back(
     beta_k gz_k t_k, with t_k = rho_k - x, h = gain g, gz_k = p_k (h t_k - mean). Adds to PART [k]
     p_k h - 2 beta_k gz_k t_k, gz_k and gz_k |t_k|^2, to MASKED step g sum_k p_k t_k.
     """
-    chosen, total = chosen_of(
+    top_or_index, total = top_or_index_of(
         X, RHO, BETA, WEIGHTS, FAR, count, beta_bits, beta_k, weights_k,
         D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
     )  # fmt: skip
@@ -109,7 +108,7 @@ def step_back(
     mean = tl.zeros((1,), tl.float64)
     if not HARD:
         mean = slopes(
-            X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, chosen, total, beta_bits, beta_k,
+            X, H, FAR, SLOPE, RHO, BETA, WEIGHTS, count, top_or_index, total, beta_bits, beta_k,
             weights_k, D, DIM, PROTOS, HARD, HAS_BETA, HAS_WEIGHTS,
         )  # fmt: skip
     for d0 in range(0, D, DIM):
@@ -119,7 +118,7 @@ def step_back(
         for k0 in range(0, count, PROTOS):
             k = k0 + tl.arange(0, PROTOS)
             p, beta, far, active = weights_of(
-                FAR, BETA, WEIGHTS, k, count, chosen, total, beta_bits, beta_k, weights_k,
+                FAR, BETA, WEIGHTS, k, count, top_or_index, total, beta_bits, beta_k, weights_k,
                 HARD, HAS_BETA, HAS_WEIGHTS,
             )  # fmt: skip
             t = gaps(X, RHO, k, active, d0, D, DIM)  # [PROTOS, DIM]
@@ -128,9 +127,9 @@ def step_back(
             gz = tl.zeros((PROTOS,), tl.float64)
             if not HARD:
                 gz = p * (tl.load(SLOPE + k, mask=k < count, other=0.0) - mean)
-                pushed = (gz * beta)[:, None] * t  # [PROTOS, DIM]
-                more += tl.sum(pushed, 0)
-                grad_rho -= 2.0 * pushed
+                gz_t = (gz * beta)[:, None] * t  # [PROTOS, DIM]
+                more += tl.sum(gz_t, 0)
+                grad_rho -= 2.0 * gz_t
             if MEMORIES:
                 place = PART + k.to(tl.int64) * (D + 2)
                 inside = (k < count)[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
@@ -176,13 +175,13 @@ def exact_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _own, left, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, open_rows, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         if MEMORIES:
             begin_part(PART, tl.where((flag_count > 0) & (used == 0), count * (D + 2), 0))
         used = tl.where(flag_count > 0, 1, used)
         for _ in range(0, flag_count):
-            one = tl.max(left, 0)
-            left = tl.where(left == one, -1, left)
+            one = tl.max(open_rows, 0)
+            open_rows = tl.where(open_rows == one, -1, open_rows)
             row = (problem.to(tl.int64) * rows + one) * D
             load_row(X, raw, one, D, DIM)
             load_row(G, GRAD + row, 0, D, DIM)
@@ -238,12 +237,12 @@ def exact_energy_backward_kernel(
     used = 0
     begin = (pid % splits) * share
     for block in range(begin, tl.minimum(begin + share, blocks)):
-        _own, left, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
+        _own, open_rows, flag_count = flags_of(FLAG, problem * blocks + block, blocks, rows, ROWS)
         begin_part(PART, tl.where((flag_count > 0) & (used == 0), count * (D + 2), 0))
         used = tl.where(flag_count > 0, 1, used)
         for _ in range(0, flag_count):
-            one = tl.max(left, 0)
-            left = tl.where(left == one, -1, left)
+            one = tl.max(open_rows, 0)
+            open_rows = tl.where(open_rows == one, -1, open_rows)
             row = problem.to(tl.int64) * rows + one
             upstream = tl.load(GRAD + row).to(tl.float64)
             load_row(X, raw, one, D, DIM)
@@ -262,11 +261,11 @@ def exact_energy_backward_kernel(
                         False, HAS_BETA, HAS_WEIGHTS,
                     )  # fmt: skip
                     q = p * upstream
-                    moved = q[:, None] * gaps(X, rho, k, active, d0, D, DIM)  # [PROTOS, DIM]
-                    pull += tl.sum(moved, 0)
+                    q_t = q[:, None] * gaps(X, rho, k, active, d0, D, DIM)  # [PROTOS, DIM]
+                    pull += tl.sum(q_t, 0)
                     place = PART + k.to(tl.int64) * (D + 2)
                     inside = (k < count)[:, None] & (d < D)[None, :]  # [PROTOS, DIM]
-                    add_to(place[:, None] + d[None, :], 2.0 * moved, inside)
+                    add_to(place[:, None] + d[None, :], 2.0 * q_t, inside)
                     once = k < tl.where(d0 == 0, count, 0)
                     add_to(place + D, q, once)
                     add_to(place + D + 1, tl.where(q == 0.0, 0.0, q * (far - energy)), once)
@@ -299,39 +298,19 @@ def exact_sums_kernel(PART, USED, SUMS, every, pieces, size, TILE: tl.constexpr)
         tl.store(SUMS + own * size + i, total, mask=inside)
 
 
-class Sums:
-    """Sums for the gradients of memories, log-weights and betas, [O, I, K, D + 2] float64; a batch
-    dim is 1 where all its problems share the memories.
-    """
-
-    def __init__(self, a: Operands) -> None:
-        self.a = a
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": a.v.device}
-        self.total = torch.zeros((*a.lead, a.memories, a.features + 2), **wide)
-
-    def add(self, o: int, i: int, problems: int, splits: int, part: Tensor, used: Tensor) -> None:
-        """Add the parts of `problems` problems (o, i), (o, i + 1), ... One launch."""
-        total = self.total[o if self.a.lead[0] > 1 else 0]
-        alone = self.a.lead[1] > 1 or self.a.v.shape[1] == 1
-        total = total[i : i + problems] if alone else total
-        size = self.a.memories * (self.a.features + 2)
-        pieces = triton.cdiv(size, TILE)
-        launch.launch(
-            exact_sums_kernel, ((problems if alone else 1) * pieces,), part.device,
-            PART=part, USED=used, SUMS=total, every=splits if alone else problems * splits,
-            pieces=pieces, size=size, TILE=TILE, num_warps=4, num_stages=1,
-        )  # fmt: skip
-
-    def of_batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums over the memories' own batch: the first D columns of PART [..., K, D], the last
-        but one [..., K], the last [..., K].
-        """
-        batch, core = self.a.memory_batch, self.total.shape[2:]
-        if math.prod(self.a.lead) == math.prod(batch):
-            sums = self.total.reshape(*batch, *core)
-        else:
-            sums = self.total.reshape(*self.a.batch, *core).sum_to_size(*batch, *core)
-        return sums[..., : self.a.features], sums[..., -2], sums[..., -1]
+def _add_parts(
+    totals: MemoryTotals, o: int, problems: slice, splits: int, part: Tensor, used: Tensor
+) -> None:
+    """Add the used parts of some problems of one outer index to their sums. One launch."""
+    total = totals.of_problems(o, problems)
+    every = (problems.stop - problems.start) * splits // total.shape[0]
+    size = total[0].numel()
+    pieces = triton.cdiv(size, TILE)
+    launch.launch(
+        exact_sums_kernel, (total.shape[0] * pieces,), part.device,
+        PART=part, USED=used, SUMS=total, every=every,
+        pieces=pieces, size=size, TILE=TILE, num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -368,7 +347,7 @@ def recursion_backward(
     out: Tensor,
     masked: Tensor | None,
     memories: bool,
-) -> Sums | None:
+) -> MemoryTotals | None:
     """Overwrite in `out` and `masked` the gradients of the rows whose flag is set; returns the sums
     for the memories if `memories`. `grad`, `out` and `masked` are dense.
     """
@@ -380,7 +359,7 @@ def recursion_backward(
     raw = launch.plain(out)
     part = launch.empty((run * splits * size,), torch.float64, a.v.device) if memories else None
     used = launch.empty((run * splits,), torch.int32, a.v.device)
-    sums = Sums(a) if memories else None
+    totals = a.totals() if memories else None
     for o, i, problems, first in _launches(a, splits, run):
         launch.launch(
             exact_backward_kernel, (problems * splits,), a.v.device,
@@ -389,14 +368,14 @@ def recursion_backward(
             share=share, steps=steps, step_bits=bits_of(step), **tile, HARD=a.hard,
             MASK_GRAD=masked is not None, MEMORIES=memories,
         )  # fmt: skip
-        if sums is not None and part is not None:
-            sums.add(o, i, problems, splits, part, used)
+        if totals is not None and part is not None:
+            _add_parts(totals, o, slice(i, i + problems), splits, part, used)
     if raw is not out:
         out.copy_(raw)
-    return sums
+    return totals
 
 
-def energy_backward(a: Operands, grad: Tensor, flags: Tensor, out: Tensor) -> Sums:
+def energy_backward(a: Operands, grad: Tensor, flags: Tensor, out: Tensor) -> MemoryTotals:
     """As `recursion_backward` for the energy; `grad` has one number for each row."""
     tile, scratch = a.tile(), a.features + a.memories
     blocks, splits, share, run = _parts(a, tile["ROWS"], scratch, True)
@@ -405,12 +384,12 @@ def energy_backward(a: Operands, grad: Tensor, flags: Tensor, out: Tensor) -> Su
     size = a.memories * (a.features + 2)
     part = launch.empty((run * splits * size,), torch.float64, a.v.device)
     used = launch.empty((run * splits,), torch.int32, a.v.device)
-    sums = Sums(a)
+    totals = a.totals()
     for o, i, problems, first in _launches(a, splits, run):
         launch.launch(
             exact_energy_backward_kernel, (problems * splits,), a.v.device,
             **a.arguments(), FLAG=flags, GRAD=grad, OUT=out, STRIP=strip, PART=part, USED=used,
             first=first, blocks=blocks, splits=splits, share=share, **tile,
         )  # fmt: skip
-        sums.add(o, i, problems, splits, part, used)
-    return sums
+        _add_parts(totals, o, slice(i, i + problems), splits, part, used)
+    return totals

@@ -31,11 +31,11 @@ def run(
     `flag` takes which rows are in doubt.
     """
     keep = 0 if lse is None else 1
-    chosen = call.recursion(keep)
-    block, wide = chosen["ROWS"], "DIM" in chosen
+    settings = call.recursion(keep)
+    block, wide = settings["ROWS"], "DIM" in settings
     blocks = triton.cdiv(call.rows, block)
     out = out.view(call.outer, call.inner, call.rows, call.features)
-    flags = flags_of(call, chosen, keep)
+    flags = flags_of(call, settings, keep)
     if not wide:
         launch_recursion(
             call, call.views, (call.outer * call.inner * blocks,), flags,
@@ -80,13 +80,13 @@ def unit_of(call: Call, flags: dict[str, Any]) -> float:
     return PRODUCTS[flags["PREC"]] + (MATRIX_STEPS * call.features + 6) * 2.0**-24
 
 
-def flags_of(call: Call, chosen: dict[str, Any], keep: int) -> dict[str, Any]:
+def flags_of(call: Call, settings: dict[str, Any], keep: int) -> dict[str, Any]:
     """Constants of a recursion kernel."""
-    memories, wide = call.memories, "DIM" in chosen
+    memories, wide = call.memories, "DIM" in settings
     flags = {"PER_MEMORY": memories.per_memory, "HARD": memories.hard, "KEEP": keep}
     if not wide:
-        flags["RESIDENT"] = memories.size <= chosen["PROTOS"]
-    return {**call.tile(chosen), **flags}
+        flags["RESIDENT"] = memories.size <= settings["PROTOS"]
+    return {**call.tile(settings), **flags}
 
 
 class Result(NamedTuple):

@@ -240,8 +240,9 @@ def memories_kernel(
     """The tables of one problem: rho - centre, scale = 2 beta log2(e), bias = log2(e) log_weight -
     scale |rho - centre|^2 / 2, lift = log2(e) log_weight, |rho - centre|^2. HARD: scale 1, bias
     -|rho - centre|^2 / 2. A memory, beta or log-weight that is not finite makes the centre NaN, and
-    with it every row: max skips NaN, so a logit would not carry it. Tables are finite: numbers
-    beyond float32 become MOST, 0 times which stays 0, and their rows are in doubt (`am/doubt.py`).
+    with it every row: max skips NaN, so the largest logit would not show it. Tables are finite:
+    numbers beyond float32 become MOST, as 0 * MOST is 0, and their rows are in doubt
+    (`am/doubt.py`).
     """
     problem = tl.program_id(0)
     m = problem.to(tl.int64)

@@ -96,7 +96,7 @@ def wide_recall(
 
 @triton.jit
 def store_step_wide(
-    PATH, PULL, U, own, table, count, top, total, index, none, following, row, valid,
+    PATH, PULL, U, own, table, count, top, total, index, none, next_slot, row, valid,
     u_row, u_feature, step, more,
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
@@ -131,7 +131,7 @@ def store_step_wide(
         gain = gain_of(U, u_row, u_feature, row, d, inside, step, MASK)  # [ROWS, DIM] if MASK
         x = next_state(x, xb, gain)  # [ROWS, DIM]
         if KEEP < 2 or more:
-            keep = following[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
+            keep = next_slot[:, None] * STRIDE + d[None, :]  # [ROWS, DIM]
             tl.store(PATH + keep, x, mask=(d < STRIDE)[None, :])
     return norms, far
 
@@ -199,7 +199,7 @@ def recursion_wide_kernel(
     flag = tl.where(poison == 0.0, 0, POISONED)
     for t in range(0, steps):
         slot = tl.cast(t if KEEP >= 2 else t % 2, tl.int64) * strip + local
-        following = tl.cast(t + 1 if KEEP >= 2 else (t + 1) % 2, tl.int64) * strip + local
+        next_slot = tl.cast(t + 1 if KEEP >= 2 else (t + 1) % 2, tl.int64) * strip + local
         norm = norms_of(PATH, slot, every, D, STRIDE, DIM, ROWS)
         own = ((PATH, slot, every), 0.5 * norm)
         top, total, index = wide_weights(
@@ -212,7 +212,7 @@ def recursion_wide_kernel(
         none = top == float("-inf")
 
         norms, far = store_step_wide(
-            PATH, PULL, U, own, table, count, top, total, index, none, following, row, valid,
+            PATH, PULL, U, own, table, count, top, total, index, none, next_slot, row, valid,
             u_row, u_feature, step, t + 1 < steps,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, MASK, KEEP,
         )  # fmt: skip

@@ -135,9 +135,9 @@ def inverse(total):
     """The quotient 1 / total, off by its last bit or two; 0 for 0. An exact division is a function
     call, and a call in a loop makes matrix instructions wait for each other.
     """
-    known = tl.where(total == 0.0, 1.0, total)
-    guess = 1.0 / known
-    return tl.where(total == 0.0, 0.0, guess + guess * (1.0 - known * guess))
+    divisor = tl.where(total == 0.0, 1.0, total)
+    guess = 1.0 / divisor
+    return tl.where(total == 0.0, 0.0, guess + guess * (1.0 - divisor * guess))
 
 
 @triton.jit

@@ -26,22 +26,22 @@ def arrange(batch: Sequence[int], operands: Sequence[tuple[Tensor, int]]) -> lis
     Stride 0 stands where an operand is shared. Neighbouring batch dims are merged where the strides
     of all operands allow it; only if more than two remain are the operands that need it copied.
     """
-    lifted = [(_with_dims(x, core), core) for x, core in operands]
+    tensors = [(_with_dims(x, core), core) for x, core in operands]
     if not batch:  # nothing to expand, nothing to merge
-        return [x.as_strided((1, 1, *x.shape), (0, 0, *x.stride())) for x, _ in lifted]
-    views = [x.expand(*batch, *x.shape[x.ndim - core :]) for x, core in lifted]
+        return [x.as_strided((1, 1, *x.shape), (0, 0, *x.stride())) for x, _ in tensors]
+    views = [x.expand(*batch, *x.shape[x.ndim - core :]) for x, core in tensors]
     groups = _merge_dims(batch, [v.stride()[: len(batch)] for v in views])
     if len(groups) > 2:
         return [v.reshape(1, math.prod(batch), *v.shape[len(batch) :]) for v in views]
     sizes = [1] * (2 - len(groups)) + [size for size, _ in groups]
-    arranged = []
+    result = []
     for i, (view, (_, core)) in enumerate(zip(views, operands, strict=True)):
         strides = [0] * (2 - len(groups)) + [stride[i] for _, stride in groups]
         tail = view.ndim - core
-        arranged.append(
+        result.append(
             view.as_strided((*sizes, *view.shape[tail:]), (*strides, *view.stride()[tail:]))
         )
-    return arranged
+    return result
 
 
 def in_rows(view: Tensor, d: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ One-letter tiles: x [ROWS, DIM] centred states, s [ROWS, PROTOS] base-2 logits, 
 (RHO, SIDE) of pointers to one problem: centred rows of STRIDE floats, and SIDE [4, K] = scale,
 bias, lift, norm. A tile of memories is the tuple (k, rho, scale, bias) = ([PROTOS], [PROTOS, DIM],
 [PROTOS], [PROTOS]). The rows of a program are the tuple `own` = (the rows, half): the second [ROWS]
-is |x|^2 / 2, or what `logits` multiplies instead.
+is |x|^2 / 2, or the factor of each row in `logits`.
 """
 
 from __future__ import annotations

@@ -165,17 +165,17 @@ def settle_kernel(
     NORM = SIDE + 2 * offset(problem, inner, m_o, m_i) * size + size
     p = problem.to(tl.int64) * rows + row
     code = tl.load(LABEL + p, mask=row < rows, other=0)
-    left = code < -1
-    if tl.max(left.to(tl.int32), 0) > 0:
-        both = tl.where(left, -2 - code, 0)
-        more = left & (both == 0)
+    is_open = code < -1
+    if tl.max(is_open.to(tl.int32), 0) > 0:
+        both = tl.where(is_open, -2 - code, 0)
+        more = is_open & (both == 0)
         runner = (both // OTHER).to(tl.int32) - 1
         label = (both % OTHER).to(tl.int32)
-        label = exact_labels(X, C, NORM, row, label, runner, left & ~more, more, count, D)
-        tl.store(LABEL + p, label.to(tl.int64), mask=left)
+        label = exact_labels(X, C, NORM, row, label, runner, is_open & ~more, more, count, D)
+        tl.store(LABEL + p, label.to(tl.int64), mask=is_open)
         if DISTANCES:
             far = distance(X, C, row.to(tl.int64), label, label * 0.0, D, DIM)
-            tl.store(SQDIST + p, far, mask=left)
+            tl.store(SQDIST + p, far, mask=is_open)
 
 
 class Nearest(NamedTuple):
@@ -186,7 +186,7 @@ class Nearest(NamedTuple):
     rows: int
     operands: dict[str, Any]  # with their strides, by name
     numbers: dict[str, Any]  # of the table of centroids and of the bound on a score
-    chosen: dict[str, Any]  # tile and options
+    settings: dict[str, Any]  # tile and options
     shift: Tensor | None  # view [O, I, 2, D]
 
 
@@ -207,9 +207,9 @@ def nearest_arguments(
     """
     d, count = centroids.shape[-1], centroids.shape[-2]
     tile = launch.settings(kernel, x.device, precision, d)
-    chosen: dict[str, Any] = {"DIM": launch.dim(d), **tile, "WIDE": "DIM" in tile}
-    chosen["PROTOS"] = min(chosen["PROTOS"], launch.dim(count))
-    tables = prepare(centroids, shift, mask, chosen["DIM"], strict)
+    settings: dict[str, Any] = {"DIM": launch.dim(d), **tile, "WIDE": "DIM" in tile}
+    settings["PROTOS"] = min(settings["PROTOS"], launch.dim(count))
+    tables = prepare(centroids, shift, mask, settings["DIM"], strict)
     operands = [(launch.rows(x), 2), (tables.rows, 2), (tables.halves, 3), (tables.side, 2)]
     operands += [(tables.origin, 1), (tables.reach, 1)]
     operands += [] if shift_parts is None else [(shift_parts, 2)]
@@ -217,19 +217,19 @@ def nearest_arguments(
     one = None if apart else _as_one_problem(batch, operands)
     views = one or arrange(batch, operands)
     rows, c, parts, side, origin, reach = views[:6]
-    keep, grain = grain_of(triton.cdiv(count, chosen["PROTOS"]))
-    named = {
+    keep, grain = grain_of(triton.cdiv(count, settings["PROTOS"]))
+    arguments = {
         "X": rows, **by_name(("x_o", "x_i"), in_rows(rows, d)),
         "C": c, **by_name(("c_o", "c_i"), in_rows(c, d)),
         "SIDE": side, **by_name(("m_o", "m_i"), reach.stride()[:2]),
         "HALVES": parts, "ORIGIN": origin, "REACH": reach,
         "rows": rows.shape[2], "count": count, "inner": rows.shape[1], "size": tables.size,
     }  # fmt: skip
-    numbers = {"keep": keep, "unit": unit(chosen["PREC"], d), "grain": grain}
-    chosen |= {"D": d, "STRIDE": tables.halves.shape[-1]}
+    numbers = {"keep": keep, "unit": unit(settings["PREC"], d), "grain": grain}
+    settings |= {"D": d, "STRIDE": tables.halves.shape[-1]}
     shape = (rows.shape[0], rows.shape[1])
     parts_of_shift = None if shift_parts is None else views[-1]
-    return Nearest(batch, shape, rows.shape[2], named, numbers, chosen, parts_of_shift)
+    return Nearest(batch, shape, rows.shape[2], arguments, numbers, settings, parts_of_shift)
 
 
 def kmeans_assign(
@@ -247,17 +247,17 @@ def kmeans_assign(
     labels = launch.empty((*a.batch, n), torch.int64, x.device)
     sqdist = launch.empty((*a.batch, n if distances else 0), torch.float32, x.device)
     outs = {"LABEL": labels, "SQDIST": sqdist if distances else None, "DISTANCES": distances}
-    blocks = triton.cdiv(a.rows, a.chosen["ROWS"])
+    blocks = triton.cdiv(a.rows, a.settings["ROWS"])
     launch.launch(
         kmeans_assign_kernel, (outer * inner * blocks,), x.device,
-        **a.operands, **outs, blocks=blocks, **a.numbers, **a.chosen,
+        **a.operands, **outs, blocks=blocks, **a.numbers, **a.settings,
     )  # fmt: skip
     unread = ("HALVES", "ORIGIN", "REACH")
     operands = {name: value for name, value in a.operands.items() if name not in unread}
     blocks = triton.cdiv(a.rows, SETTLED)
     launch.launch(
         settle_kernel, (outer * inner * blocks,), x.device, **operands, **outs, blocks=blocks,
-        D=x.shape[-1], DIM=a.chosen["DIM"], ROWS=SETTLED, num_warps=4, num_stages=1, maxnreg=255,
+        D=x.shape[-1], DIM=a.settings["DIM"], ROWS=SETTLED, num_warps=4, num_stages=1, maxnreg=255,
     )  # fmt: skip
     return labels, sqdist
 
@@ -406,8 +406,8 @@ def kmeans_update(
     pieces, problems = owner.shape[-1], outer * inner
     own = tuple(step // (k + 1) for step in starts.stride()[:2])
     sums = launch.empty((*batch, k, d), torch.float64, x.device)
-    counted = torch.int64 if weight is None else torch.float64
-    counts = launch.empty((*batch, k), counted, x.device)
+    count_dtype = torch.int64 if weight is None else torch.float64
+    counts = launch.empty((*batch, k), count_dtype, x.device)
     if weight is None:
         counts.copy_(split.starts.diff(dim=-1))
     part = launch.empty((problems * pieces, d + (weight is not None)), torch.float64, x.device)

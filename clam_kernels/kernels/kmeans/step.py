@@ -35,17 +35,17 @@ TILES = tl.constexpr(16)
 
 
 @triton.jit
-def label_sums(chosen, x, PREC: tl.constexpr):
-    """The product chosen^T x: sums [LABELS, DIM] of the rows that have a 1 in a column of `chosen`
-    [ROWS, LABELS]. Three parts of bfloat16 have every bit of x, and a product with 0 or 1 rounds
-    nothing.
+def label_sums(members, x, PREC: tl.constexpr):
+    """The product members^T x: sums [LABELS, DIM] of the rows that have a 1 in a column of
+    `members` [ROWS, LABELS]. Three parts of bfloat16 have every bit of x, and a product with 0 or 1
+    rounds nothing.
     """
     if PREC == "float64":
         # [LABELS, DIM]
-        sums = tl.dot(tl.trans(chosen).to(tl.float64), x.to(tl.float64), out_dtype=tl.float64)
+        sums = tl.dot(tl.trans(members).to(tl.float64), x.to(tl.float64), out_dtype=tl.float64)
         sums = sums.to(tl.float32)  # [LABELS, DIM]
     else:
-        one = tl.trans(chosen.to(tl.bfloat16))  # [LABELS, ROWS]
+        one = tl.trans(members.to(tl.bfloat16))  # [LABELS, ROWS]
         high = x.to(tl.bfloat16)  # [ROWS, DIM]
         rest = x - high.to(tl.float32)  # [ROWS, DIM]
         middle = rest.to(tl.bfloat16)  # [ROWS, DIM]
@@ -64,7 +64,7 @@ def kmeans_step_kernel(
     SHIFTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Program (split, problem): `share` rows of one problem. PART [problems, splits, count, D]
-    takes the sums of x - shift over the rows of each label, COUNT their number. `error` carries the
+    takes the sums of x - shift over the rows of each label, COUNT their number. `error` is the
     rounding error of a total (Kahan). The kernel reads SHIFT if SHIFTED.
     """
     pid = tl.program_id(0)
@@ -79,8 +79,8 @@ def kmeans_step_kernel(
     k, d = tl.arange(0, LABELS), tl.arange(0, DIM)
     COUNT += pid.to(tl.int64) * count + k
     PART += (pid.to(tl.int64) * count + k)[:, None] * D + d[None, :]  # [LABELS, DIM]
-    known = k < count
-    inside = known[:, None] & (d < D)[None, :]  # [LABELS, DIM]
+    exists = k < count
+    inside = exists[:, None] & (d < D)[None, :]  # [LABELS, DIM]
     begin = split * share
     end = begin + tl.minimum(share, rows - begin)
     for g0 in range(begin, end, ROWS * TILES):
@@ -101,18 +101,18 @@ def kmeans_step_kernel(
                 x = minus_shift(x, SHIFT, d, D)  # [ROWS, DIM]
             # 0 * inf would make the sums of other labels NaN: no part may be inf
             x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)  # [ROWS, DIM]
-            chosen = tl.where(label[:, None] == k[None, :], 1.0, 0.0)  # [ROWS, LABELS]
-            number += tl.sum(chosen, 0)
-            more = label_sums(chosen, x, SUM) - error  # [LABELS, DIM]
-            grown = total + more  # [LABELS, DIM]
-            error = (grown - total) - more  # [LABELS, DIM]
-            total = grown
+            members = tl.where(label[:, None] == k[None, :], 1.0, 0.0)  # [ROWS, LABELS]
+            number += tl.sum(members, 0)
+            more = label_sums(members, x, SUM) - error  # [LABELS, DIM]
+            new_total = total + more  # [LABELS, DIM]
+            error = (new_total - total) - more  # [LABELS, DIM]
+            total = new_total
         # each entry belongs to one thread: threads exchange nothing through memory
         later = g0 + tl.zeros((1,), tl.int32) > begin
         before = tl.load(PART, mask=inside & later[None, :], other=0.0)  # [LABELS, DIM]
         tl.store(PART, before + (total.to(tl.float64) - error.to(tl.float64)), mask=inside)
-        counted = tl.load(COUNT, mask=known & later, other=0)
-        tl.store(COUNT, counted + number.to(tl.int64), mask=known)
+        number_before = tl.load(COUNT, mask=exists & later, other=0)
+        tl.store(COUNT, number_before + number.to(tl.int64), mask=exists)
 
 
 def serves(x: Tensor, count: int, weight: Tensor | None, precision: str) -> bool:
@@ -150,9 +150,9 @@ def _in_one_pass(
     )
     (outer, inner), (n, d), count = a.problems, x.shape[-2:], centroids.shape[-2]
     problems, s = outer * inner, a.shift
-    blocks = triton.cdiv(n, a.chosen["ROWS"])
+    blocks = triton.cdiv(n, a.settings["ROWS"])
     splits = max(1, min(blocks, launch.PROGRAMS // max(problems, 1)))
-    share = triton.cdiv(blocks, splits) * a.chosen["ROWS"]
+    share = triton.cdiv(blocks, splits) * a.settings["ROWS"]
     splits = triton.cdiv(n, share) if n else 0
     labels = launch.empty((*a.batch, n), torch.int64, x.device)
     part = launch.empty((problems, splits, count, d), torch.float64, x.device)
@@ -161,7 +161,7 @@ def _in_one_pass(
         kmeans_step_kernel, (problems * splits,), x.device, **a.operands,
         SHIFT=s, **by_name(("s_o", "s_i"), None if s is None else s.stride()[:2]),
         LABEL=labels, PART=part, COUNT=number, splits=splits, share=share,
-        **a.numbers, **a.chosen, LABELS=MOST, SHIFTED=s is not None,
+        **a.numbers, **a.settings, LABELS=MOST, SHIFTED=s is not None,
         SUM="float64" if launch.INTERPRETED else "bf16",
     )  # fmt: skip
     return labels, part.sum(1).view(*a.batch, count, d), number.sum(1).view(*a.batch, count)

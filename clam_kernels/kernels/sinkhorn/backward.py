@@ -65,21 +65,21 @@ def weigh_kernel(
         own, far = k, rows
         begin = split * share
         end = tl.minimum(begin + share, rows)
-    known = at < own
-    high, low = parts_of(OWN_P + 2 * p * own, at, own, known)
-    side = side_of(mine, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
+    exists = at < own
+    high, low = parts_of(OWN_P + 2 * p * own, at, own, exists)
+    side = side_of(mine, at, exists, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     scale = scale_of(SCALE, problem, HAS_SCALE)
     total = tl.zeros((OWN,), tl.float32)
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
         valid = w < end
         x = tile_of(  # [OWN, SWEPT]
-            mine, other, side, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
+            mine, other, side, scale, step, at, exists, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         beside, below = parts_of(SWEPT_P + 2 * p * far, w, far, valid)
         weight = tl.load(ADJOINT + p * far + w, mask=valid, other=0.0)
         total += tl.sum(half_step_weights(x, high, low, beside, below) * weight[None, :], 1)
-    tl.store(PART + (p * splits + split) * own + at, total, mask=known)
+    tl.store(PART + (p * splits + split) * own + at, total, mask=exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -108,12 +108,12 @@ def slopes_kernel(
     near = ((pid // wide) % blocks) * OWN + tl.arange(0, OWN)
     at = (first + near).to(tl.int64)
     w = ((pid % wide) * SWEPT + tl.arange(0, SWEPT)).to(tl.int64)
-    known, valid = near < size, w < kinds
+    exists, valid = near < size, w < kinds
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
-    side = side_of(mine, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
+    side = side_of(mine, at, exists, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     scale = scale_of(SCALE, problem, HAS_SCALE)
     x = tile_of(  # [OWN, SWEPT]
-        mine, other, side, scale, step, at, known, w, valid, True, D, DIM, UNIT, FORM, PREC
+        mine, other, side, scale, step, at, exists, w, valid, True, D, DIM, UNIT, FORM, PREC
     )  # fmt: skip
     total = tl.zeros((OWN, SWEPT), tl.float32)  # [OWN, SWEPT]
     for h in range(0, steps):
@@ -125,7 +125,7 @@ def slopes_kernel(
         own_g = tl.where(by_row, 0, g_count) + g
         f_at = F + 2 * (own_f * tl.cast(problems, tl.int64) + p) * rows
         g_at = G + 2 * (own_g * tl.cast(problems, tl.int64) + p) * kinds
-        row, low_row = parts_of(f_at, at, rows, known)
+        row, low_row = parts_of(f_at, at, rows, exists)
         column, low_column = parts_of(g_at, w, kinds, valid)
         out = (row == float("-inf"))[:, None] | (column == float("-inf"))[None, :]  # [OWN, SWEPT]
         y = x  # [OWN, SWEPT]; the potential that the step used is added first
@@ -135,13 +135,13 @@ def slopes_kernel(
         y += tl.where(by_row, low_row, 0.0)[:, None] + tl.where(by_row, 0.0, low_column)[None, :]
         f_at = (f * tl.cast(problems, tl.int64) + p) * rows + at
         g_at = (g * tl.cast(problems, tl.int64) + p) * kinds + w
-        adj_f = tl.load(ADJ_F + f_at, mask=known, other=0.0)
+        adj_f = tl.load(ADJ_F + f_at, mask=exists, other=0.0)
         adj_g = tl.load(ADJ_G + g_at, mask=valid, other=0.0)
         # [OWN, SWEPT]
         weight = tl.where(by_row, adj_f, 1.0)[:, None] * tl.where(by_row, 1.0, adj_g)[None, :]
         total -= tl.exp(tl.where(out, float("-inf"), y)) * weight
     where = (local.to(tl.int64) * size + near)[:, None] * kinds + w[None, :]  # [OWN, SWEPT]
-    tl.store(OUT + where, total * scale, mask=known[:, None] & valid[None, :])
+    tl.store(OUT + where, total * scale, mask=exists[:, None] & valid[None, :])
     # a masked logit may be NaN, and that of a forbidden pair is -inf: both have the gradient 0
     x -= tl.load(LEVEL + p * kinds + w, mask=valid, other=0.0)[None, :]
     product = tl.where(total == 0.0, 0.0, x * total)  # [OWN, SWEPT]
@@ -196,9 +196,9 @@ class Back:
             if side == "row":
                 self.row += self.f
                 self.adj_f[f] = self.f
-                passed = self._weigh(False, self.gs[0, g], self.fs[1, f], self.adj_f[f])
-                self.g -= passed
-                self.down -= passed
+                change = self._weigh(False, self.gs[0, g], self.fs[1, f], self.adj_f[f])
+                self.g -= change
+                self.down -= change
                 self.f = torch.zeros_like(self.f)
                 f -= 1
             else:
@@ -212,16 +212,16 @@ class Back:
     def _weigh(self, by_rows: bool, own: Tensor, top_and_total: Tensor, adjoint: Tensor) -> Tensor:
         """The adjoint of one side times the weights of a half-step, summed for the other side."""
         solver, e = self.solver, self.solver.entries
-        chosen = e.tile("rows" if by_rows else "columns")
+        settings = e.tile("rows" if by_rows else "columns")
         size = own.shape[-1]
-        blocks = triton.cdiv(size, chosen["OWN"])
+        blocks = triton.cdiv(size, settings["OWN"])
         share = share_of(solver.n, solver.k)
         splits = 1 if by_rows else triton.cdiv(solver.n, share)
         part = solver.new(solver.problems, splits, size)
         launch.launch(
             weigh_kernel, (solver.problems * blocks * splits,), solver.device, **e.arguments(),
             OWN_P=own, SWEPT_P=top_and_total, ADJOINT=adjoint, PART=part,
-            blocks=blocks, splits=splits, share=share, **chosen, BY_ROWS=by_rows,
+            blocks=blocks, splits=splits, share=share, **settings, BY_ROWS=by_rows,
         )  # fmt: skip
         return part.sum(1, dtype=torch.float64)
 
@@ -230,16 +230,16 @@ class Back:
         on; returns the sums [problems] float64 of (logit - level) times its gradient.
         """
         solver, e = self.solver, self.solver.entries
-        chosen = e.tile("slopes")
+        settings = e.tile("slopes")
         problems, size = out.shape[:2]
-        blocks = triton.cdiv(size, chosen["OWN"])
-        part = solver.new(problems, blocks * triton.cdiv(solver.k, chosen["SWEPT"]))
+        blocks = triton.cdiv(size, settings["OWN"])
+        part = solver.new(problems, blocks * triton.cdiv(solver.k, settings["SWEPT"]))
         launch.launch(
             slopes_kernel, (part.numel(),), solver.device, **e.arguments(),
             F=self.fs, G=self.gs, ADJ_F=self.adj_f, ADJ_G=self.adj_g, LEVEL=self.level, OUT=out,
             SLOPE=part, blocks=blocks, problems=solver.problems, steps=len(self.steps),
             first=first, size=size, first_problem=problem, f_count=self.fs.shape[1],
-            g_count=self.gs.shape[1], **chosen, ROWS_FIRST=self.steps[0] == "row",
+            g_count=self.gs.shape[1], **settings, ROWS_FIRST=self.steps[0] == "row",
         )  # fmt: skip
         return part.sum(1, dtype=torch.float64)
 
@@ -275,18 +275,6 @@ def _through_pass(solver: Solver, g: Tensor, grads: tuple[Tensor, Tensor]) -> Ba
     return back
 
 
-class _Sum:
-    """Gradient of a matrix operand, summed over the problems that share it."""
-
-    def __init__(self, operand: Tensor, batch: Sequence[int]) -> None:
-        self.dtype = operand.dtype
-        self.total = torch.zeros(operand.shape, dtype=torch.float32, device=operand.device)
-        self.view = self.total.expand(*batch, *operand.shape[-2:])
-
-    def result(self) -> Tensor:
-        return self.total.to(self.dtype)
-
-
 Tensors = dict[str, Tensor]
 MATRICES = ("logits", "z", "prototypes")
 
@@ -308,22 +296,36 @@ def _chunks(
             yield problem, at, part, slope
 
 
+def _zeros_of(operands: Tensors, needs: set[str]) -> Tensors:
+    """Zeros for the sums of gradients of matrices."""
+    # float32, and not the float64 of MemoryTotals: scores and rows may fill half of the memory
+    return {
+        name: torch.zeros(operands[name].shape, dtype=torch.float32, device=operands[name].device)
+        for name in needs
+    }
+
+
+def _of_problem(total: Tensor, batch: Sequence[int], at: tuple[int, ...]) -> Tensor:
+    """The part of a sum to which a problem adds; problems that share an operand share the part."""
+    return total.expand(*batch, *total.shape[-2:])[at]
+
+
 def _of_scores(
     back: Back, operands: Tensors, batch: Sequence[int], needs: set[str]
 ) -> tuple[Tensors, Tensor]:
     """(gradient of the logits if they need one, sums [P] of the logits times their gradients)."""
     (logits,) = operands.values()
     if needs and logits.shape[:-2].numel() == back.solver.problems:
-        stored = launch.plain(logits).dtype
-        out = back.solver.new(back.solver.problems, *logits.shape[-2:], dtype=stored)
+        dtype = launch.plain(logits).dtype
+        out = back.solver.new(back.solver.problems, *logits.shape[-2:], dtype=dtype)
         sums = back.slopes(out, 0)
         return {"logits": out.view(logits.shape).to(logits.dtype)}, sums
-    total = _Sum(logits, batch) if needs else None
+    totals = _zeros_of(operands, needs)
     sums = torch.zeros(back.solver.problems, dtype=torch.float64, device=logits.device)
     for _, at, part, slope in _chunks(back, batch, sums):
-        if total is not None:
-            total.view[at][part].add_(slope)
-    return {} if total is None else {"logits": total.result()}, sums
+        for total in totals.values():
+            _of_problem(total, batch, at)[part].add_(slope)
+    return {name: total.to(logits.dtype) for name, total in totals.items()}, sums
 
 
 def _of_features(
@@ -333,7 +335,7 @@ def _of_features(
     gradients); two products a chunk.
     """
     z, prototypes = (x.expand(*batch, *x.shape[-2:]) for x in operands.values())
-    totals = {name: _Sum(operands[name], batch) for name in needs}
+    totals = _zeros_of(operands, needs)
     sums = torch.zeros(back.solver.problems, dtype=torch.float64, device=z.device)
     with float32_products() if exact else contextlib.nullcontext():
         for problem, at, part, slope in _chunks(back, batch, sums):
@@ -341,11 +343,11 @@ def _of_features(
             rows, columns = (out[problem][:, None] for out in back.masked)
             if "z" in totals:
                 c = torch.where(columns, 0.0, prototypes[at].float())
-                totals["z"].view[at][part].add_(slope @ c)
+                _of_problem(totals["z"], batch, at)[part].add_(slope @ c)
             if "prototypes" in totals:
                 x = torch.where(rows[part], 0.0, z[at][part].float())
-                totals["prototypes"].view[at].add_(slope.mT @ x)
-    return {name: total.result() for name, total in totals.items()}, sums
+                _of_problem(totals["prototypes"], batch, at).add_(slope.mT @ x)
+    return {name: total.to(operands[name].dtype) for name, total in totals.items()}, sums
 
 
 def _fit(gradient: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
@@ -366,21 +368,21 @@ def _gradients(
     `through(solver, start, grads)` computes the adjoints. The start is the operand init or g.
     """
     there = {name: x for name, x in operands.items() if x is not None}
-    wanted = {n for n, need in zip(operands, needs, strict=True) if need and n in there}
+    targets = {n for n, need in zip(operands, needs, strict=True) if need and n in there}
     matrices = {name: there[name] for name in MATRICES if name in there}
     names = ("log_row", "log_col", "bias", "init" if covered else "g")
     vectors, scale = [operands.get(name) for name in names], operands["scale"]
     entries, batch = entries_of([*matrices.values()], vectors, scale, precision)
     gradients: Tensors = {}
     if entries.problems * entries.shape[0] == 0:  # no rows or no problems
-        gradients = {name: torch.zeros_like(there[name]).contiguous() for name in wanted}
+        gradients = {name: torch.zeros_like(there[name]).contiguous() for name in targets}
     else:
         a, b, bias, start = (wide(v, batch) for v in vectors)
         solver = Solver(entries, a, b, bias, covered)
         back = through(solver, start, [wide(x, batch) for x in grads])
         slopes = zip(names, (back.row, back.column, back.down, back.g), strict=True)
-        gradients = {n: _fit(v, there[n], batch) for n, v in slopes if n in wanted}
-        gradients |= _of_entries(back, matrices, scale, batch, wanted, precision == "highest")
+        gradients = {n: _fit(v, there[n], batch) for n, v in slopes if n in targets}
+        gradients |= _of_entries(back, matrices, scale, batch, targets, precision == "highest")
     first = next(iter(matrices.values()))
     return tuple(gradients[n] if n in gradients else first.new_empty(0) for n in operands)
 
@@ -390,21 +392,21 @@ def _of_entries(
     matrices: Tensors,
     scale: Tensor | None,
     batch: Sequence[int],
-    wanted: set[str],
+    targets: set[str],
     exact: bool,
 ) -> Tensors:
     """Gradients of the matrices and of the scale: one more pass over all entries."""
-    needs = wanted & matrices.keys()
-    if not needs and "scale" not in wanted:
+    needs = targets & matrices.keys()
+    if not needs and "scale" not in targets:
         return {}
     if len(matrices) == 1:
         gradients, sums = _of_scores(back, matrices, batch, needs)
     else:
         gradients, sums = _of_features(back, matrices, batch, needs, exact)
-    used = back.solver.entries.scale
-    if scale is not None and used is not None and "scale" in wanted:
+    scales = back.solver.entries.scale
+    if scale is not None and scales is not None and "scale" in targets:
         sums = sums + (back.level.double() * back.down).sum(-1)
-        gradients["scale"] = _fit(sums / used.double(), scale, batch)
+        gradients["scale"] = _fit(sums / scales.double(), scale, batch)
     return gradients
 
 

@@ -92,9 +92,9 @@ def entries_of(
     matrices: Sequence[Tensor], vectors: Sequence[Tensor | None], scale: Tensor | None, mode: str
 ) -> tuple[Entries, tuple[int, ...]]:
     """(entries, batch) of a call; `matrices` are logits, or features and prototypes."""
-    known = [(v, 1) for v in vectors if v is not None]
+    others = [(v, 1) for v in vectors if v is not None]
     batch = batch_of(
-        [*((x, 2) for x in matrices), *known, *([] if scale is None else [(scale, 0)])]
+        [*((x, 2) for x in matrices), *others, *([] if scale is None else [(scale, 0)])]
     )
     scales = None
     if scale is not None:

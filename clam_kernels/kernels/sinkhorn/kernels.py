@@ -33,7 +33,7 @@ TAIL = tl.constexpr(256)
 
 @triton.jit
 def top_and_total(
-    MINE, OTHER, scale, P, step, at, known, begin, end, size,
+    MINE, OTHER, scale, P, step, at, exists, begin, end, size,
     BY_ROWS: tl.constexpr, STARTED: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
     UNIT: tl.constexpr, SWEPT: tl.constexpr, FORM: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
@@ -41,13 +41,13 @@ def top_and_total(
     """(top, total) of the own rows or columns: top = max_j z_j, total = sum_j exp(z_j - top) with
     z_j = logits_j + P_j, j in [begin, end) of the swept side of `size`. P is 0 unless STARTED.
     """
-    mine = side_of(MINE, at, known, D, DIM, FORM)  # [OWN, DIM] if "narrow"
+    mine = side_of(MINE, at, exists, D, DIM, FORM)  # [OWN, DIM] if "narrow"
     top, total = lse_init(at.shape[0])
     for w0 in tl.range(begin, end, SWEPT, num_stages=STAGES):
         w = (w0 + tl.arange(0, SWEPT)).to(tl.int64)
         valid = w < end
         x = tile_of(  # [OWN, SWEPT]
-            MINE, OTHER, mine, scale, step, at, known, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
+            MINE, OTHER, mine, scale, step, at, exists, w, valid, BY_ROWS, D, DIM, UNIT, FORM, PREC
         )  # fmt: skip
         if STARTED:
             high, low = parts_of(P, w, size, valid)
@@ -122,16 +122,16 @@ def rows_kernel(
     problem = pid // blocks
     p = problem.to(tl.int64)
     at = ((pid % blocks) * OWN + tl.arange(0, OWN)).to(tl.int64)
-    known = at < rows
+    exists = at < rows
     k = count * UNIT
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, True, D, UNIT, FORM)
     top, total = top_and_total(
-        mine, other, scale_of(SCALE, problem, HAS_SCALE), G + 2 * p * k, step, at, known, 0, k, k,
+        mine, other, scale_of(SCALE, problem, HAS_SCALE), G + 2 * p * k, step, at, exists, 0, k, k,
         True, True, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
     )  # fmt: skip
-    log_mass = log_row(LOG_ROW, p, at, rows, known, HAS_ROW)
+    log_mass = log_row(LOG_ROW, p, at, rows, exists, HAS_ROW)
     potential, bits = potential_of(top, total, log_mass, log_mass != float("-inf"))
-    store_parts(F + 2 * p * rows, at, rows, known, potential)
+    store_parts(F + 2 * p * rows, at, rows, exists, potential)
     tl.store(WORD + pid, word_of(bits))
 
 
@@ -151,18 +151,18 @@ def columns_kernel(
     p = problem.to(tl.int64)
     at = (block * OWN + tl.arange(0, OWN)).to(tl.int64)
     k = count * UNIT
-    known = at < k
+    exists = at < k
     begin, end = split * share, tl.minimum(split * share + share, rows)
     mine, other = begin_of(X, C, problem, inner, x_o, x_i, c_o, c_i, False, D, UNIT, FORM)
     potentials = F + 2 * p * rows if STARTED else 0
     top, total = top_and_total(
         mine, other, scale_of(SCALE, problem, HAS_SCALE), potentials,
-        step, at, known, begin, end, rows,
+        step, at, exists, begin, end, rows,
         False, STARTED, D, DIM, UNIT, SWEPT, FORM, PREC, STAGES,
     )  # fmt: skip
     slot = (p * splits + split) * k + at
-    tl.store(TOP + slot, top, mask=known)
-    tl.store(SUM + slot, total, mask=known)
+    tl.store(TOP + slot, top, mask=exists)
+    tl.store(SUM + slot, total, mask=exists)
 
 
 # ---- both sides in one read ----------------------------------------------------------------------
@@ -184,8 +184,8 @@ def pass_kernel(
     problem, part = pid // splits, pid % splits
     p = problem.to(tl.int64)
     k, kinds = tl.arange(0, COLUMNS), count * UNIT
-    known = k < kinds
-    high, low = parts_of(G + 2 * p * kinds, k, kinds, known)
+    exists = k < kinds
+    high, low = parts_of(G + 2 * p * kinds, k, kinds, exists)
     masked = high == float("-inf")
     X += offset(problem, inner, x_o, x_i) * UNIT
     TOP += p * rows
@@ -200,7 +200,7 @@ def pass_kernel(
         row = (n0 + tl.arange(0, ROWS)).to(tl.int64)
         here = row < end
         where = row[:, None] * far + k[None, :]  # [ROWS, COLUMNS]
-        x = tl.load(X + where, mask=here[:, None] & known[None, :], other=0.0)  # [ROWS, COLUMNS]
+        x = tl.load(X + where, mask=here[:, None] & exists[None, :], other=0.0)  # [ROWS, COLUMNS]
         x = x.to(tl.float32) * scale  # [ROWS, COLUMNS]
         weight, valid = tl.where(here, 1.0, 0.0), here
         if HAS_ROW:
@@ -216,7 +216,7 @@ def pass_kernel(
         mass += tl.sum(x * weight[:, None], 0)
         tl.store(TOP + row, top, mask=here)
         tl.store(TOTAL + row, total, mask=here)
-    tl.store(PART + pid.to(tl.int64) * kinds + k, mass, mask=known)
+    tl.store(PART + pid.to(tl.int64) * kinds + k, mass, mask=exists)
     tl.debug_barrier()
     # logarithms in float64 here, where each thread has rows of its own: above, all threads share
     # few
@@ -237,7 +237,7 @@ def pass_kernel(
 
 
 @triton.jit
-def merge_parts(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED: tl.constexpr):
+def merge_parts(TOP, SUM, at, exists, count, splits, COLUMNS: tl.constexpr, FUSED: tl.constexpr):
     """(top, total) over the chunks s in their order: top = max_s TOP_s, total = sum_s SUM_s
     exp(TOP_s - top). FUSED parts have no TOP: it is 0.
     """
@@ -245,7 +245,7 @@ def merge_parts(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED
     if not FUSED:
         for s0 in range(0, splits, SPLITS):
             s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
-            inside = (s < splits)[:, None] & known[None, :]  # [SPLITS, COLUMNS]
+            inside = (s < splits)[:, None] & exists[None, :]  # [SPLITS, COLUMNS]
             # [SPLITS, COLUMNS]
             here = tl.load(TOP + s[:, None] * count + at[None, :], mask=inside, other=float("-inf"))
             top = tl.maximum(top, tl.max(here, 0))
@@ -253,7 +253,7 @@ def merge_parts(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED
     total = tl.zeros((COLUMNS,), tl.float64)
     for s0 in range(0, splits, SPLITS):
         s = (s0 + tl.arange(0, SPLITS)).to(tl.int64)
-        inside = (s < splits)[:, None] & known[None, :]  # [SPLITS, COLUMNS]
+        inside = (s < splits)[:, None] & exists[None, :]  # [SPLITS, COLUMNS]
         where = s[:, None] * count + at[None, :]  # [SPLITS, COLUMNS]
         share = tl.load(SUM + where, mask=inside, other=0.0)  # [SPLITS, COLUMNS]
         if not FUSED:
@@ -264,17 +264,17 @@ def merge_parts(TOP, SUM, at, known, count, splits, COLUMNS: tl.constexpr, FUSED
 
 
 @triton.jit
-def log_column(LOG_COL, G, p, at, known, count, HAS_COL: tl.constexpr, COVERED: tl.constexpr):
+def log_column(LOG_COL, G, p, at, exists, count, HAS_COL: tl.constexpr, COVERED: tl.constexpr):
     """Logarithm of the masses of columns in float64, -log(K) without LOG_COL. Columns that need not
     be COVERED have no mass to reach: 0, or -inf where G is.
     """
     if COVERED:
         if HAS_COL:
-            log_b = tl.load(LOG_COL + p * count + at, mask=known, other=float("-inf"))
+            log_b = tl.load(LOG_COL + p * count + at, mask=exists, other=float("-inf"))
         else:
-            log_b = tl.where(known, -tl.log(tl.cast(count, tl.float64)), float("-inf"))
+            log_b = tl.where(exists, -tl.log(tl.cast(count, tl.float64)), float("-inf"))
     else:
-        g, _ = parts_of(G + 2 * p * count, at, count, known)
+        g, _ = parts_of(G + 2 * p * count, at, count, exists)
         log_b = tl.where(g == float("-inf"), float("-inf"), 0.0).to(tl.float64)
     return log_b
 
@@ -297,11 +297,11 @@ def merge_kernel(
     problem, block = pid // blocks, pid % blocks
     p = problem.to(tl.int64)
     at = (block * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-    known = at < count
+    exists = at < count
     parts = p * splits * count
     tops = 0 if FUSED else TOP + parts
-    top, total = merge_parts(tops, SUM + parts, at, known, count, splits, COLUMNS, FUSED)
-    log_b = log_column(LOG_COL, G, p, at, known, count, HAS_COL, COVERED)
+    top, total = merge_parts(tops, SUM + parts, at, exists, count, splits, COLUMNS, FUSED)
+    log_b = log_column(LOG_COL, G, p, at, exists, count, HAS_COL, COVERED)
     active = log_b != float("-inf")
     some = total > 0.0
     lse = top.to(tl.float64) + tl.log(tl.where(some, total, 1.0))
@@ -309,24 +309,24 @@ def merge_kernel(
     stuck = active & (lse == float("-inf"))
     invalid = active & ~((lse < float("inf")) & (log_b < float("inf")))
     if USED:
-        g = whole_of(G + 2 * p * count, at, count, known)
+        g = whole_of(G + 2 * p * count, at, count, exists)
         mass = g + lse
         if FUSED:  # the sums are masses already; `rescue_kernel` serves those that are too small
             mass = lse + heaviest_of(HEAVIEST, problem, rows, HAS_ROW)
             lse = mass - tl.where(g == float("-inf"), 0.0, g)
-            tl.store(NEED + p * count + at, (active & (total < LEAST)).to(tl.int32), mask=known)
+            tl.store(NEED + p * count + at, (active & (total < LEAST)).to(tl.int32), mask=exists)
         mass = tl.where(active & (g != float("-inf")), mass, float("-inf"))
-        tl.store(MASS + p * count + at, mass, mask=known)
+        tl.store(MASS + p * count + at, mass, mask=exists)
         gap = tl.where(active, tl.abs(tl.exp(mass) - tl.exp(log_b)), 0.0)
         tl.store(ERR + pid, tl.sum(gap, 0))
     if FUSED or not COVERED:
         stuck = stuck & False
     if HAS_BIAS:
-        bias = tl.load(BIAS + p * count + at, mask=known, other=0.0)
+        bias = tl.load(BIAS + p * count + at, mask=exists, other=0.0)
         invalid = invalid | (active & ~(bias < float("inf")))
         stuck = stuck | (active & (bias == float("-inf")))
     potential = tl.where(active & (lse != float("-inf")), log_b - lse, float("-inf"))
-    store_parts(OUT + 2 * p * count, at, count, known, potential)
+    store_parts(OUT + 2 * p * count, at, count, exists, potential)
     word = word_of(tl.where(invalid, NOT_FINITE_BIT, 0) | tl.where(stuck, STUCK_BIT, 0))
     if USED:
         share = tl.cdiv(strip, blocks)

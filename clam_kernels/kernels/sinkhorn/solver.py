@@ -127,12 +127,12 @@ class Solver:
     def exact_rows(self, g: Tensor, f: Tensor) -> Tensor:
         """The step of the rows alone; returns the flags of its programs."""
         e = self.entries
-        chosen = e.tile("rows")
-        blocks = triton.cdiv(self.n, chosen["OWN"])
+        settings = e.tile("rows")
+        blocks = triton.cdiv(self.n, settings["OWN"])
         word = self.new(self.problems, blocks, dtype=torch.int32)
         self._launch(
             rows_kernel, blocks, **e.arguments(), G=g, LOG_ROW=self.log_row, F=f, WORD=word,
-            blocks=blocks, **chosen, HAS_ROW=self.log_row is not None,
+            blocks=blocks, **settings, HAS_ROW=self.log_row is not None,
         )  # fmt: skip
         return word
 
@@ -142,32 +142,32 @@ class Solver:
         splits = triton.cdiv(self.n, share)
         part = self.new(self.problems, splits, self.k)
         self.row_word = self.new(self.problems, splits, dtype=torch.int32)
-        chosen = pass_tile(self.device, self.k, min(share, self.n))
+        settings = pass_tile(self.device, self.k, min(share, self.n))
         top, total = (self.new(self.problems, self.n) for _ in range(2))
         self._launch(
             pass_kernel, splits, **e.scores(), G=g, LOG_ROW=self.log_row, HEAVIEST=self.heaviest,
             F=f, TOP=top, TOTAL=total, PART=part, WORD=self.row_word, splits=splits, share=share,
-            COLUMNS=launch.dim(self.k), HAS_ROW=self.log_row is not None, **chosen,
+            COLUMNS=launch.dim(self.k), HAS_ROW=self.log_row is not None, **settings,
         )  # fmt: skip
         self.parts = (None, part, splits)
 
     def sweep_columns(self, f: Tensor | None) -> None:
         """Partial sums of the columns at f; None: at f = 0."""
         e = self.entries
-        chosen = e.tile("columns")
-        blocks = triton.cdiv(self.k, chosen["OWN"])
+        settings = e.tile("columns")
+        blocks = triton.cdiv(self.k, settings["OWN"])
         share = share_of(self.n, self.k)
         splits = triton.cdiv(self.n, share)
         top, total = (self.new(self.problems, splits, self.k) for _ in range(2))
         self._launch(
             columns_kernel, blocks * splits, **e.arguments(), F=f, TOP=top, SUM=total,
-            blocks=blocks, splits=splits, share=share, **chosen, STARTED=f is not None,
+            blocks=blocks, splits=splits, share=share, **settings, STARTED=f is not None,
         )  # fmt: skip
         self.parts = (top, total, splits)
 
     def merge(self, g: Tensor | None, f: Tensor | None, out: Tensor) -> None:
-        """The step of the columns into `out`; with g, at which the step of the rows before was,
-        also their masses and the error.
+        """The step of the columns into `out`; after a step of the rows at g also the masses of the
+        columns and the error.
         """
         fused = self.fused and self.parts is not None and g is not None
         if self.parts is None:

@@ -22,38 +22,38 @@ from ..common.sweep import offset
 
 
 @triton.jit
-def parts_of(P, at, size, known):
+def parts_of(P, at, size, exists):
     """Both parts of the potentials `at`; -inf past the end."""
-    low = tl.load(P + size + at, mask=known, other=0.0)
-    return tl.load(P + at, mask=known, other=float("-inf")), low
+    low = tl.load(P + size + at, mask=exists, other=0.0)
+    return tl.load(P + at, mask=exists, other=float("-inf")), low
 
 
 @triton.jit
-def store_parts(P, at, size, known, value):
+def store_parts(P, at, size, exists, value):
     """Store float64 values as potentials in two parts."""
     high = value.to(tl.float32)
     whole = high.to(tl.float64)
     low = tl.where(whole * 0.0 == 0.0, value - whole, 0.0).to(tl.float32)
-    tl.store(P + at, high, mask=known)
-    tl.store(P + size + at, low, mask=known)
+    tl.store(P + at, high, mask=exists)
+    tl.store(P + size + at, low, mask=exists)
 
 
 @triton.jit
-def whole_of(P, at, size, known):
+def whole_of(P, at, size, exists):
     """The potentials `at` in float64."""
-    high, low = parts_of(P, at, size, known)
+    high, low = parts_of(P, at, size, exists)
     return high.to(tl.float64) + low.to(tl.float64)
 
 
 @triton.jit
-def side_of(MINE, at, known, D: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr):
+def side_of(MINE, at, exists, D: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr):
     """The features [OWN, DIM] of a program's own rows or columns if "narrow", else `at`."""
-    return load_rows(MINE, at, known, 0, D, D, DIM) if FORM == "narrow" else at
+    return load_rows(MINE, at, exists, 0, D, D, DIM) if FORM == "narrow" else at
 
 
 @triton.jit
 def tile_of(
-    MINE, OTHER, mine, scale, step, at, known, w, valid,
+    MINE, OTHER, mine, scale, step, at, exists, w, valid,
     BY_ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
     FORM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -65,13 +65,13 @@ def tile_of(
         # [OWN, SWEPT]
         where = at[:, None] * far + w[None, :] if BY_ROWS else at[:, None] + w[None, :] * far
         # [OWN, SWEPT]
-        x = tl.load(MINE + where, mask=known[:, None] & valid[None, :], other=0.0).to(tl.float32)
+        x = tl.load(MINE + where, mask=exists[:, None] & valid[None, :], other=0.0).to(tl.float32)
     elif FORM == "narrow":
         x = dot(mine, tl.trans(load_rows(OTHER, w, valid, 0, D, D, DIM)), PREC)  # [OWN, SWEPT]
     else:
         x = tl.zeros((at.shape[0], w.shape[0]), tl.float32)  # [OWN, SWEPT]
         for d0 in range(0, D, DIM):
-            one = load_rows(MINE, at, known, d0, D, D, DIM)  # [OWN, DIM]
+            one = load_rows(MINE, at, exists, d0, D, D, DIM)  # [OWN, DIM]
             # [OWN, SWEPT]
             x = dot_onto(one, tl.trans(load_rows(OTHER, w, valid, d0, D, D, DIM)), x, PREC)
     return x * scale
