@@ -214,9 +214,9 @@ class _Products:
     """Torch's mode of float32 products, a setting that all threads share, while it is below
     "highest".
 
-    Exact calls need float32: the first sets the mode, and the last restores the user's. Exact calls
-    and calls in the user's mode wait for each other, so that the bits of a call do not depend on
-    other threads; calls of one kind run at the same time.
+    Exact calls need float32: the first exact call sets the mode, and the last one restores the mode
+    of the user. Exact calls and calls in the user's mode wait for each other, so that the bits of a
+    call do not depend on other threads. Calls of one kind run at the same time.
     """
 
     def __init__(self) -> None:
