@@ -10,13 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _command import QUICK, clam
-from sklearn.datasets import load_iris
+from _command import QUICK, X, clam
 
 import clam_kernels
 from clam_kernels import ClAM, KMeans, tables
-
-X = load_iris().data
 
 
 @pytest.fixture(scope="module")

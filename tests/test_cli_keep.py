@@ -15,11 +15,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from _command import QUICK, clam
+from _command import QUICK, X, clam
 from pyarrow import parquet as pq
-from sklearn.datasets import load_iris
 
-X = load_iris().data
 # Texts that a reader of numbers or of missing words would change.
 IDS = ["007", "1.50", "", "NA", "a,b", 'c"d', " x ", "Größe", "e\nf", "true", "-", "1e3", "n;t"]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an op, at which precision, and why.
 
-Order: `with backend(name)`, then the environment variable CLAM_BACKEND, then `auto`. Blocks are
-stored for the whole process, not in a context variable: a CUDA backward runs on threads of
-autograd, which inherit no context. A forced backend that cannot run raises; it never falls back.
+Order: `with backend(name)`, then the environment variable CLAM_BACKEND, then `auto`. The `with`
+blocks are stored for the whole process, not in a context variable: a CUDA backward runs on threads
+of autograd, which inherit no context. A forced backend that cannot run raises; it never falls back.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ class _Block:
         self.name, self.thread = name, threading.get_ident()
 
 
-# The open blocks of all threads, in the order of their start. append and remove need no lock.
+# The open `with` blocks of all threads, in the order of their start. Changes need no lock: append
+# and remove of a list are atomic.
 _blocks: list[_Block] = []
 
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Force one backend for every op that is called inside the block.
+    """Force one backend for every op that is called inside the `with` block.
 
     A block applies to its own thread, and to threads that are in no block, such as the threads in
     which autograd runs the backward of CUDA tensors. In one thread the innermost block applies. If
@@ -213,9 +214,9 @@ class _Products:
     """Torch's mode of float32 products, a setting that all threads share, while it is below
     "highest".
 
-    Exact calls need float32: the first sets the mode, and the last restores the user's. Exact calls
-    and calls in the user's mode wait for each other, so that the bits of a call do not depend on
-    other threads; calls of one kind run at the same time.
+    Exact calls need float32: the first exact call sets the mode, and the last one restores the mode
+    of the user. Exact calls and calls in the user's mode wait for each other, so that the bits of a
+    call do not depend on other threads. Calls of one kind run at the same time.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CUDA library in the package folder, loaded once, at its first use, never at
-import.
-"""
+"""The compiled CUDA library in the package folder: its first use loads it, import never does."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ BUILD_FILE = _PACKAGE / "_build.json"
 
 
 def build_record() -> dict[str, Any]:
-    """The record of the installer: {cuda, archs, reason, torch, nvcc}; only a reason without
-    one.
+    """The record of the installer: {cuda, archs, reason, torch, nvcc}. Without a record the result
+    has only {cuda, reason}.
     """
     try:
         record: dict[str, Any] = json.loads(BUILD_FILE.read_text(encoding="utf-8"))

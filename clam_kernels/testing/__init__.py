@@ -295,7 +295,7 @@ def evaluate(
     wanted: Sequence[str] = (),
     grads: Sequence[Tensor] | None = None,
 ) -> Values:
-    """Call a function on a sample, and differentiate it by the arguments named."""
+    """Call a function on a sample, and differentiate it by the arguments in `wanted`."""
     names = argument_names(sample.op)
     args = [
         a.detach().clone().requires_grad_() if name in wanted else a
@@ -387,21 +387,23 @@ def assert_close_on_average(
     few errors differ by factors of 0.3 to 3. No draw may exceed 8 times the allowed error.
     """
     prefix = f"{what}: " if what else ""
-    shares, said = [], ""
+    shares, message = [], ""
     for triple in triples:
         try:
             error, eager, size = _compare(*triple)
-        except AssertionError as failed:
-            raise AssertionError(f"{prefix}{failed}") from None
+        except AssertionError as mismatch:
+            raise AssertionError(f"{prefix}{mismatch}") from None
         size = max(scale, size)
         double = eps is None and triple[0].dtype in (torch.float64, torch.int64)
         allowed = 1e-12 * size if double else 2 * eager + 4 * _unit(triple[0], eps) * size
         shares.append(max(error, 1e-3 * allowed) / allowed if error > 0 else 1e-3)
         if shares[-1] == max(shares):
-            said = f"error {error:.3g} > {allowed:.3g} (eager {eager:.3g}, scale {size:.3g})"
+            message = f"error {error:.3g} > {allowed:.3g} (eager {eager:.3g}, scale {size:.3g})"
     mean = math.exp(sum(map(math.log, shares)) / len(shares))
     if not (mean <= 1 and max(shares) <= 8):
-        raise AssertionError(f"{prefix}{said}, {len(shares)} draws: mean {mean:.3g} of the allowed")
+        raise AssertionError(
+            f"{prefix}{message}, {len(shares)} draws: mean {mean:.3g} of the allowed"
+        )
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain torch as users write it, for the accuracy rule: matrix products of centred data.
 
-The truth of `python_fallback` computes N x K x D differences, and is more accurate than code that
+The truth of `python_fallback` computes N x K x D differences, and is more accurate than what
 users would run in float32.
 """
 

@@ -27,8 +27,8 @@ def _positive(draw: Draw, *shape: int) -> Tensor:
     return draw.uniform(*shape, low=0.25, high=1.75)
 
 
-class _Call:
-    """One call before it is spelled out for an op."""
+class DecCase:
+    """A call whose arguments fit both ops of the family."""
 
     def __init__(
         self,
@@ -60,77 +60,77 @@ class _Call:
         return self._sample((self.z, self.mu, self.alpha, self.weight, *frozen), smooth, name)
 
     def _sample(self, args: tuple[Any, ...], smooth: bool, name: str = "") -> Sample:
-        """`smooth`: p does not depend on what is differentiated."""
+        """`smooth` says that p does not depend on z, mu and alpha."""
         names = ("z", "mu", *(["alpha"] if isinstance(self.alpha, Tensor) else []))
         first, rest = (names, ()) if smooth else ((), names)
         return Sample("dec_losses", name or self.name, args, first, rest, self.dtypes)
 
 
-def _regular(draw: Draw) -> list[_Call]:
+def _regular(draw: Draw) -> list[DecCase]:
     """Shapes, batches, weights and degrees of freedom."""
     inf = math.inf
     z, mu = draw.normal(N, D), draw.normal(K, D)
     light = _positive(draw, N)
     light[3] = 0.0
     return [
-        _Call("one-centroid", draw.normal(N, D), draw.normal(1, D)),
-        _Call("no-rows", draw.normal(0, D), draw.normal(K, D)),
-        _Call("one-row", draw.normal(1, D), draw.normal(K, D)),
-        _Call("one-dim", draw.normal(N, 1), draw.normal(K, 1)),
-        _Call("wide", draw.normal(67, 17), draw.normal(33, 17)),
-        _Call("features", draw.normal(N, 100), draw.normal(K, 100)),
-        _Call("on-centroids", torch.eye(K, D).double(), torch.eye(K, D).double()),
-        _Call("offset", 1000 + draw.normal(N, D), 1000 + draw.normal(K, D), wide=True),
-        _Call("batch", draw.normal(B, N, D), draw.normal(B, K, D)),
-        _Call("batch-of-rows", draw.normal(B, N, D), mu.clone()),
-        _Call("batch-of-centroids", z.clone(), draw.normal(B, K, D)),
-        _Call("batch-crossed", draw.normal(B, 1, N, D), draw.normal(3, K, D)),
-        _Call("no-batch", draw.normal(0, N, D), mu.clone()),
-        _Call("weight", z.clone(), mu.clone(), weight=light),
-        _Call("weight-batch", z.clone(), mu.clone(), weight=_positive(draw, B, N)),
-        _Call("weights-0", z.clone(), mu.clone(), weight=torch.zeros(N, dtype=torch.float64)),
-        _Call("alpha-half", z.clone(), mu.clone(), 0.5, alpha0=0.5),
-        _Call("alpha-3", z.clone(), mu.clone(), 3.0),
-        _Call("alpha-1000", z.clone(), mu.clone(), 1e3, alpha0=1e3),
-        _Call("alpha-inf", z.clone(), mu.clone(), inf, alpha0=inf),
-        _Call("alpha-0d", z.clone(), mu.clone(), _positive(draw)),
-        _Call("alpha-1", z.clone(), mu.clone(), _positive(draw, 1)),
-        _Call("alpha-batch", z.clone(), mu.clone(), _positive(draw, B, 1), alpha0=3.0),
-        _Call("alpha-one-centroid", z.clone(), draw.normal(1, D), _positive(draw, 1)),
-        _Call(
+        DecCase("one-centroid", draw.normal(N, D), draw.normal(1, D)),
+        DecCase("no-rows", draw.normal(0, D), draw.normal(K, D)),
+        DecCase("one-row", draw.normal(1, D), draw.normal(K, D)),
+        DecCase("one-dim", draw.normal(N, 1), draw.normal(K, 1)),
+        DecCase("wide", draw.normal(67, 17), draw.normal(33, 17)),
+        DecCase("features", draw.normal(N, 100), draw.normal(K, 100)),
+        DecCase("on-centroids", torch.eye(K, D).double(), torch.eye(K, D).double()),
+        DecCase("offset", 1000 + draw.normal(N, D), 1000 + draw.normal(K, D), wide=True),
+        DecCase("batch", draw.normal(B, N, D), draw.normal(B, K, D)),
+        DecCase("batch-of-rows", draw.normal(B, N, D), mu.clone()),
+        DecCase("batch-of-centroids", z.clone(), draw.normal(B, K, D)),
+        DecCase("batch-crossed", draw.normal(B, 1, N, D), draw.normal(3, K, D)),
+        DecCase("no-batch", draw.normal(0, N, D), mu.clone()),
+        DecCase("weight", z.clone(), mu.clone(), weight=light),
+        DecCase("weight-batch", z.clone(), mu.clone(), weight=_positive(draw, B, N)),
+        DecCase("weights-0", z.clone(), mu.clone(), weight=torch.zeros(N, dtype=torch.float64)),
+        DecCase("alpha-half", z.clone(), mu.clone(), 0.5, alpha0=0.5),
+        DecCase("alpha-3", z.clone(), mu.clone(), 3.0),
+        DecCase("alpha-1000", z.clone(), mu.clone(), 1e3, alpha0=1e3),
+        DecCase("alpha-inf", z.clone(), mu.clone(), inf, alpha0=inf),
+        DecCase("alpha-0d", z.clone(), mu.clone(), _positive(draw)),
+        DecCase("alpha-1", z.clone(), mu.clone(), _positive(draw, 1)),
+        DecCase("alpha-batch", z.clone(), mu.clone(), _positive(draw, B, 1), alpha0=3.0),
+        DecCase("alpha-one-centroid", z.clone(), draw.normal(1, D), _positive(draw, 1)),
+        DecCase(
             "everything", draw.normal(B, 1, N, D), draw.normal(3, K, D), _positive(draw, B, 1, 1),
             _positive(draw, 3, N), alpha0=2.0,
         ),
     ]  # fmt: skip
 
 
-def _irregular(draw: Draw) -> list[_Call]:
+def _irregular(draw: Draw) -> list[DecCase]:
     """Rows and centroids that are not finite, or far."""
     irregular, undefined, far = draw.normal(N, D), draw.normal(K, D), draw.normal(K, D)
     irregular[2, 1], irregular[4, 0] = math.nan, math.inf
     undefined[1, 0], far[2] = math.nan, 1e4
     equal = draw.normal(1, D).expand(K, D).clone()
     return [
-        _Call("not-finite-rows", irregular, draw.normal(K, D)),
-        _Call("not-finite-centroid", draw.normal(N, D), undefined),
-        _Call("far-centroid", draw.normal(N, D), far, 100.0, alpha0=100.0),
-        _Call("equal-centroids", draw.normal(N, D), equal),
+        DecCase("not-finite-rows", irregular, draw.normal(K, D)),
+        DecCase("not-finite-centroid", draw.normal(N, D), undefined),
+        DecCase("far-centroid", draw.normal(N, D), far, 100.0, alpha0=100.0),
+        DecCase("equal-centroids", draw.normal(N, D), equal),
     ]
 
 
 def _targets(draw: Draw) -> list[Sample]:
-    """Calls with each other source of a target."""
+    """Calls with every other source of a target."""
     inf = math.inf
     z, mu, logs = draw.normal(N, D), draw.normal(K, D), draw.normal(K)
     z0, norm = draw.normal(N, D), draw.normal(N)
     p = draw.normal(N, K).softmax(1)
     sparse = p * torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64)
-    call, alpha = _Call("", z, mu), _Call("", z, mu, _positive(draw))
+    call, alpha = DecCase("", z, mu), DecCase("", z, mu, _positive(draw))
     irregular = z0.clone()
     irregular[1, 0] = math.nan
     none = (None, None, 1.0, None)
-    weighted = _Call("", z, mu, weight=_positive(draw, N))
-    heads = _Call("", draw.normal(B, N, D), draw.normal(B, K, D), 2.0)
+    weighted = DecCase("", z, mu, weight=_positive(draw, N))
+    heads = DecCase("", draw.normal(B, N, D), draw.normal(B, K, D), 2.0)
     far = torch.tensor([0.0, -87.0, 3.0, 10.0], dtype=torch.float64)
     return [
         call.of_target("frozen", True, logs, z0, mu + 0.1, 1.0, None, None),
@@ -159,7 +159,7 @@ def _targets(draw: Draw) -> list[Sample]:
 def samples(op: str, seed: int) -> list[Sample]:
     """Calls of an op of this family."""
     draw = Draw(seed)
-    plain = _Call("plain", draw.normal(N, D), draw.normal(K, D))
+    plain = DecCase("plain", draw.normal(N, D), draw.normal(K, D))
     calls, odd = _regular(draw), _irregular(draw)
     if op in STATS:
         return [call.stats() for call in [plain, *calls, *odd]]
@@ -187,7 +187,7 @@ def _blobs(seed: int, n: int, d: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def workloads() -> list[Workload]:
-    """Calls worth timing."""
+    """Calls that the benches time."""
     result = []
     for n, d, k in ((200_000, 10, 64), (200_000, 10, 10)):
         size = f"{n // 1000}k-{d}-{k}-fp32"
@@ -209,7 +209,7 @@ def workloads() -> list[Workload]:
     return result
 
 
-# ---- what the contract asks of this family -------------------------------------------------------
+# ---- the values of this family that the contract tests read --------------------------------------
 
 ROW_ARGUMENTS = ("z", "weight", "z0", "log_norm")
 COUPLED = STATS

@@ -46,7 +46,7 @@ def implicit(problem: TransportProblem, g: Tensor) -> tuple[Tensor, Tensor]:
 
 class _ImplicitPotential(torch.autograd.Function):
     """g as a function of the residual r = log_mass - log_col: dg = -(d log_mass / d g)^-1 dr. A
-    constant added to g changes no mass, so sum_j b_j g_j is kept constant.
+    constant added to g changes no mass, so the solution keeps sum_j b_j g_j as it is.
     """
 
     @staticmethod

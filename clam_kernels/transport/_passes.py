@@ -20,16 +20,15 @@ SAMPLE_SIZE = 31
 
 
 class Pass(NamedTuple):
-    """f [..., N] of this process's rows; for the rows of all processes, the logarithms of the
-    column masses [..., K] float64, the status [...], sum_i a_i f_i [...] float64, and the common
-    part [..., 1] float64 of most f if it is large, else 0.
+    """The result of one pass: f has the rows of this process, the other fields use the rows of all
+    processes.
     """
 
-    f: Tensor
-    log_mass: Tensor
-    status: Tensor
-    row_value: Tensor
-    common: Tensor
+    f: Tensor  # [..., N]
+    log_mass: Tensor  # [..., K] float64, logarithms of the column masses
+    status: Tensor  # [...]
+    row_value: Tensor  # [...] float64, sum_i a_i f_i
+    common: Tensor  # [..., 1] float64, the part that most f share if it is large, else 0
 
 
 def sample_median(f: Tensor) -> Tensor:
@@ -43,8 +42,8 @@ def sample_median(f: Tensor) -> Tensor:
 
 
 def large_part(median: Tensor) -> Tensor:
-    """The median where it exceeds LARGE_LOGIT, else 0. The plan does not change when it moves from
-    all row potentials, which are float32 and lose digits beside it, to the column potentials.
+    """The median where it exceeds LARGE_LOGIT, else 0. The caller moves it from the row potentials
+    to the column potentials: that changes no plan, and float32 row potentials keep more digits.
     """
     return torch.where(median.abs() > LARGE_LOGIT, median, 0.0)
 

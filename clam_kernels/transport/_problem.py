@@ -17,8 +17,8 @@ from ..ops._facts import LARGE_LOGIT, compute_dtype
 from ._terms import autocast_off, product, scale_scores
 
 Scores = Tensor | tuple[Tensor, Tensor]
-# Logits of one tile where a result is read: few on a CPU, so that they fit its cache; many on a
-# GPU, where each tile takes a few launches.
+# Logits of one tile in the methods of a result: few on a CPU, so that they fit its cache; many on
+# a GPU, where each tile takes a few launches.
 TILE_ENTRIES, TILE_ENTRIES_OF_GPU = 1 << 17, 1 << 24
 
 
@@ -37,7 +37,7 @@ class TransportProblem:
     log_row: Tensor | None
     log_col: Tensor | None
     precision: str | None
-    # g minus its float32 value: results are read with both
+    # g minus its float32 value: the methods of a result use both
     g_low: Tensor | None = None
 
     @property
@@ -112,8 +112,9 @@ class TransportProblem:
 
     def logits(self, rows: slice | Tensor, g: Tensor, exact_size: bool = False) -> Tensor:
         """Logits of some rows plus g, in the dtype of the potentials; g alone for masked rows and
-        prototypes. A row whose largest logit exceeds LARGE_LOGIT may be less a constant, which
-        changes no code and keeps the digits that float32 would lose; not with `exact_size`.
+        prototypes. Where the largest logit of a row exceeds LARGE_LOGIT, the row may have a
+        constant subtracted: that changes no code, and float32 keeps more digits. With `exact_size`
+        no constant is subtracted.
         """
         masked_rows, masked_columns = self.masked_rows(rows), self.masked_columns()
         scale = self.scale()

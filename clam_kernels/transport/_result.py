@@ -160,8 +160,8 @@ class Sinkhorn:
         return torch.cat(values, -2), torch.cat(indices, -2)
 
     def counts(self, strict: bool = False) -> Tensor:
-        """Number of rows of each label. The shares of the plan are equal; those of its labels are
-        nearly equal, and more so for a small epsilon. With `strict` they are exact.
+        """Number of rows of each label. The shares of the plan are equal. The shares of the labels
+        are nearly equal: a smaller epsilon brings them nearer. With `strict` they are exact.
 
         Parameters
         ----------

@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import distributed
 from ._problem import TILE_ENTRIES, TransportProblem
 
-# CHOICES other prototypes are stored for a row, best first. When all of them are full, the row
-# waits; the choices of waiting rows are computed again when they exceed 1 / WAITING_DIVISOR of the
-# excess.
+# A row has a list of CHOICES other prototypes, the best first. When all of them are full, the row
+# waits. `_renew_choices` computes the lists of the waiting rows again when their number exceeds
+# 1 / WAITING_DIVISOR of the excess.
 CHOICES, WAITING_DIVISOR = 32, 64
 
 

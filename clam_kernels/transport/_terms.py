@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The terms of the logits where a result is read: products of features, and scores times a scale.
-Autocast applies where `sinkhorn` is called, not here, neither forward nor backward.
+"""The terms of the logits in the methods of a result: products of features, and scores times a
+scale. Autocast applies where `sinkhorn` is called, and not here, neither forward nor backward.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _matmul(a: Tensor, b: Tensor, exact: bool) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """z @ prototypes^T with the gradients G @ prototypes and G^T @ z. Inside an autocast block
-    torch's own gradient of a product would have autocast's dtype.
+    """z @ prototypes^T with the gradients G @ prototypes and G^T @ z. Inside a `with` block of
+    autocast torch's own gradient of a product would have autocast's dtype.
     """
 
     generate_vmap_rule = True

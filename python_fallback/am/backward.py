@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.chunk import Cell, GradientSum, add_batch_dims, round_up, row_chunks, take
+from ..common.chunk import BatchCell, GradientSum, add_batch_dims, round_up, row_chunks, take
 from ..common.score import softmax_
 from .equations import is_hard
 from .hard import hard_backward
@@ -144,7 +144,12 @@ class _EnergyChunk:
     """
 
     def __init__(
-        self, p: MemoryProblem, cell: Cell, memories: CellMemories, limit: int, needs_beta: bool
+        self,
+        p: MemoryProblem,
+        cell: BatchCell,
+        memories: CellMemories,
+        limit: int,
+        needs_beta: bool,
     ) -> None:
         self.p, self.cell, self.memories, self.needs_beta = p, cell, memories, needs_beta
         self.sums, self.products = MemorySums(p, cell), RowProducts(p, cell, limit)

@@ -2,8 +2,8 @@
 """A softmax over memories in chunks: the centred memories of a cell, and the operands of a call
 with their batch dims.
 
-All code computes in place on 3-D tiles [problems, rows, .] of `common/chunk.py`, never N x K. Tiles
-are padded (rows to ROWS, D and K to 4) and the second factor of a product is contiguous: CPU
+All functions compute in place on 3-D tiles [problems, rows, .] of `common/chunk.py`, never N x K.
+Tiles are padded (rows to ROWS, D and K to 4) and the second factor of a product is contiguous: CPU
 libraries use other kernels at ragged edges, and a row must have the same bits at every place in a
 tile, alone or in a batch. Padding rows and features are 0, padding memories have logits of -inf.
 """
@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..common.chunk import Cell, add_batch_dims, broadcast_shapes, cells, chunk_rows, round_up, take
+from ..common.chunk import (
+    BatchCell,
+    add_batch_dims,
+    broadcast_shapes,
+    cells,
+    chunk_rows,
+    round_up,
+    take,
+)
 from ..common.score import SOFTMAX_FLOOR, active_memories, centre_memories, compute_dtype, softmax_
 from .doubt import LARGEST_LOGIT, SMALL, DoubtRule
 from .exact import ExactRows
@@ -80,7 +88,7 @@ class CellMemories(NamedTuple):
 class RowProducts:
     """Norms and products of rows and their recalls; scratch for one cell."""
 
-    def __init__(self, p: MemoryProblem, cell: Cell, limit: int) -> None:
+    def __init__(self, p: MemoryProblem, cell: BatchCell, limit: int) -> None:
         self.scratch = p.tile(cell, limit, p.padded_features)
         self.columns = [p.tile(cell, limit, 1) for _ in range(2)]
         self.ones = self.scratch.new_ones(cell.size, p.padded_features, 1)
@@ -163,7 +171,7 @@ class MemoryProblem:
         self.mask = None if mask is None else add_batch_dims(mask, dims, 2)
         self.log_weights = None if log_weights is None else add_batch_dims(log_weights, dims, 1)
 
-    def cells_with_memories(self, saved: int = 0) -> Iterator[tuple[Cell, CellMemories, int]]:
+    def cells_with_memories(self, saved: int = 0) -> Iterator[tuple[BatchCell, CellMemories, int]]:
         """Cells, their memories, and the rows of a chunk where a backward saves `saved` entries of
         each row.
         """
@@ -172,7 +180,7 @@ class MemoryProblem:
         for cell in cells(self.batch, self.rows, limit, core):
             yield cell, self._cell_memories(cell), max(1, min(limit, self.rows))
 
-    def _cell_memories(self, cell: Cell) -> CellMemories:
+    def _cell_memories(self, cell: BatchCell) -> CellMemories:
         weights = None if self.log_weights is None else take(self.log_weights, cell).to(self.dtype)
         active = active_memories(weights)
         rho, c = centre_memories(take(self.rho, cell).to(self.dtype), active)
@@ -221,7 +229,7 @@ class MemoryProblem:
             rule,
         )
 
-    def _betas(self, cell: Cell, rho: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _betas(self, cell: BatchCell, rho: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
         """(beta [b, 1, K or 1], 0 or NaN [b, 1, 1]): a beta that is not finite makes all rows NaN,
         unless its memory is masked.
         """
@@ -233,7 +241,7 @@ class MemoryProblem:
             beta = torch.where(active[:, None, :], beta, 0.0)
         return beta, (beta * 0).sum(-1, keepdim=True)
 
-    def exact(self, cell: Cell, index: int, centre: Tensor) -> ExactRows:
+    def exact(self, cell: BatchCell, index: int, centre: Tensor) -> ExactRows:
         """One problem of a cell, for its rows in doubt; centre is that of the memories, [b, 1,
         D].
         """
@@ -249,7 +257,7 @@ class MemoryProblem:
         return ExactRows(rho, beta, weights, part)
 
     def exact_inputs(
-        self, cell: Cell, rows: slice, doubt: Tensor, step: float
+        self, cell: BatchCell, rows: slice, doubt: Tensor, step: float
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | float]]:
         """For each problem of the cell: (its index, the indices of its rows in doubt in the chunk,
         those rows [m, D] in float64, and their gain).
@@ -267,7 +275,7 @@ class MemoryProblem:
             yield index, places, x, gain
 
     def finite_rows_in_doubt(
-        self, cell: Cell, rows: slice, memories: CellMemories, doubt: Tensor | None
+        self, cell: BatchCell, rows: slice, memories: CellMemories, doubt: Tensor | None
     ) -> Tensor | None:
         """The rows in doubt that are finite and have finite memories; None if there are none."""
         if doubt is None:
@@ -278,7 +286,7 @@ class MemoryProblem:
             doubt = doubt & (memories.any_active[..., 0] > 0)
         return doubt if bool(doubt.any()) else None
 
-    def distances(self, cell: Cell, values: Tensor, place: Tensor) -> Tensor:
+    def distances(self, cell: BatchCell, values: Tensor, place: Tensor) -> Tensor:
         """|v_n - rho_k|^2 from differences, [cell, n, 1]; `place` has the memory k of each row."""
         rho = take(self.rho, cell).to(self.dtype)
         if len(rho) > 1:
@@ -288,11 +296,11 @@ class MemoryProblem:
         difference = values - nearest.view(*place.shape[:2], self.features)
         return difference.square_().sum(-1, keepdim=True)
 
-    def tile(self, cell: Cell, rows: int, width: int) -> Tensor:
+    def tile(self, cell: BatchCell, rows: int, width: int) -> Tensor:
         """Scratch [problems of the cell, padded rows, width], not initialised."""
         return self.rho.new_empty((cell.size, round_up(rows, ROWS), width), dtype=self.dtype)
 
-    def load(self, cell: Cell, rows: slice, memories: CellMemories, x: Tensor) -> Tensor:
+    def load(self, cell: BatchCell, rows: slice, memories: CellMemories, x: Tensor) -> Tensor:
         """Fill x with the centred rows of v and padding; return these rows of v."""
         values = take(self.v, cell, rows)
         self.fill(x, values).sub_(memories.centre)
@@ -305,7 +313,9 @@ class MemoryProblem:
         x[:, :, d:].zero_()
         return x[:, :n, :d].copy_(values)
 
-    def gain(self, cell: Cell, rows: slice, memories: CellMemories, step: float) -> Tensor | None:
+    def gain(
+        self, cell: BatchCell, rows: slice, memories: CellMemories, step: float
+    ) -> Tensor | None:
         """`step * update_mask`, 0 where all memories are masked; None means the number `step`."""
         gain = None if self.mask is None else take(self.mask, cell, rows).to(self.dtype) * step
         if gain is not None and gain.shape[-1] > 1:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.chunk import SAVED_ENTRIES, Cell, GradientSum, round_up, take
+from ..common.chunk import SAVED_ENTRIES, BatchCell, GradientSum, round_up, take
 from ..common.score import softmax_backward_
 from .exact import ExactSums
 from .problem import (
@@ -33,7 +33,7 @@ class MemorySums:
     [b, 1, K]: transposed, because these products run faster.
     """
 
-    def __init__(self, p: MemoryProblem, cell: Cell) -> None:
+    def __init__(self, p: MemoryProblem, cell: BatchCell) -> None:
         heights = (p.padded_features, p.padded_features, 1, 1)
         self.chunk = [
             p.rho.new_zeros((cell.size, height, p.padded_memories), dtype=p.dtype)
@@ -70,7 +70,7 @@ class Trajectory:
     def __init__(
         self,
         p: MemoryProblem,
-        cell: Cell,
+        cell: BatchCell,
         memories: CellMemories,
         limit: int,
         steps: int,
@@ -237,7 +237,7 @@ def gradient_results(p: MemoryProblem, totals: Sequence[GradientSum | None]) -> 
 def add_memory_gradients(
     p: MemoryProblem,
     totals: Sequence[GradientSum | None],
-    cell: Cell,
+    cell: BatchCell,
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Add a cell's gradients of (rho, beta, log_weights), without their padding, to the totals."""
@@ -251,7 +251,9 @@ def add_memory_gradients(
 class CellExactRows:
     """The rows in doubt of one cell, computed again, and the sums of their gradients."""
 
-    def __init__(self, p: MemoryProblem, cell: Cell, memories: CellMemories, step: float) -> None:
+    def __init__(
+        self, p: MemoryProblem, cell: BatchCell, memories: CellMemories, step: float
+    ) -> None:
         self.p, self.cell, self.step, self.centre = p, cell, step, memories.centre
         self.sums: dict[int, ExactSums] = {}
 
@@ -298,7 +300,7 @@ class CellExactRows:
         """Add the sums to the totals of (rho, beta, log_weights)."""
         for index, sums in self.sums.items():
             start = self.cell.batch.start + index
-            cell = Cell(self.cell.lead, slice(start, start + 1))
+            cell = BatchCell(self.cell.lead, slice(start, start + 1))
             parts = (sums.rho[None], sums.beta[None], sums.log_weights[None])
             add_memory_gradients(self.p, totals, cell, parts)
 

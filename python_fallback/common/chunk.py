@@ -2,8 +2,8 @@
 """Row chunks, and the budgets of the CPU code: how many entries of an array it computes at once.
 
 An operand is `[*batch, *core]` with as many leading dims as the broadcast batch. A dim that
-problems share has size 1, so no operand is expanded in memory. A `Cell` is one index of all batch
-dims but the last, and a slice of the last; the chunked code computes a cell with 3-D tensors
+problems share has size 1, so no operand is expanded. A `BatchCell` is one index of all batch
+dims but the last, and a slice of the last; the chunked functions compute one with 3-D tensors
 `[problems, rows, .]`.
 """
 
@@ -35,7 +35,7 @@ FLOAT64_ENTRIES = 1 << 18
 MAX_TILE_ENTRIES = 1 << 23
 # What a backward saves of one chunk: its states, and its weights if they fit. 16 MB of float32.
 SAVED_ENTRIES = 1 << 22
-# N x K x D of a k-means problem: up to this, the equation is faster than the code in chunks.
+# N x K x D of a k-means problem: up to this, the equation is faster than chunks.
 SMALL_PROBLEM_ENTRIES = 1 << 15
 # Fewer rows would load the K memories or centroids too often. More rows would make tiles [rows, D]
 # large where K is small.
@@ -53,7 +53,7 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-class Cell(NamedTuple):
+class BatchCell(NamedTuple):
     """One index of the leading batch dims, and a slice of the last one."""
 
     lead: tuple[int, ...]
@@ -93,15 +93,15 @@ def chunk_rows(width: int, saved: int = 0) -> int:
     return max(FEWEST_ROWS, min(rows, SAVED_ENTRIES // max(saved, 1)))
 
 
-def cells(batch: Sequence[int], rows: int, limit: int, core: int) -> Iterator[Cell]:
-    """Cells that cover `batch`. Several problems share a cell if their `rows` are fewer than the
-    `limit` rows of a chunk, and if their sums over rows, `core` entries each, fit the budget.
+def cells(batch: Sequence[int], rows: int, limit: int, core: int) -> Iterator[BatchCell]:
+    """Batch cells that cover `batch`. Several problems share one if their `rows` are fewer than
+    the `limit` rows of a chunk, and if their sums over rows, `core` entries each, fit the budget.
     """
     *lead, last = batch or (1,)
     run = max(1, min(limit // max(rows, 1), SAVED_ENTRIES // max(core, 1)))
     for index in product(*map(range, lead)):
         for start in range(0, last, run):
-            yield Cell(index, slice(start, min(start + run, last)))
+            yield BatchCell(index, slice(start, min(start + run, last)))
 
 
 def row_chunks(rows: int, limit: int) -> Iterator[slice]:
@@ -116,7 +116,7 @@ def add_batch_dims(operand: Tensor, batch_dims: int, core_dims: int) -> Tensor:
     return operand.reshape((1,) * missing + tuple(operand.shape))
 
 
-def take(operand: Tensor, cell: Cell, rows: slice | None = None) -> Tensor:
+def take(operand: Tensor, cell: BatchCell, rows: slice | None = None) -> Tensor:
     """The 3-D part of an operand for one cell, and for one chunk of its rows; `operand` comes from
     `add_batch_dims`.
     """
@@ -146,7 +146,7 @@ class GradientSum:
             part = part[i if part.shape[0] > 1 else 0]
         return part
 
-    def add(self, cell: Cell, value: Tensor, rows: slice | None = None) -> None:
+    def add(self, cell: BatchCell, value: Tensor, rows: slice | None = None) -> None:
         part = take(self.total, cell, rows)
         part += value.sum_to_size(part.shape)
 

@@ -85,8 +85,8 @@ def first_max_(z: Tensor) -> tuple[Tensor, Tensor]:
     return top, (size - z.eq_(top).mul_(countdown).amax(-1, keepdim=True)).long()
 
 
-# torch's softmax over a last dim narrower than one vector runs scalar code: it takes 4 to 8 times
-# as long as the same computation in elementwise passes.
+# torch's softmax over a last dim narrower than one vector computes one number at a time: it takes 4
+# to 8 times as long as the same computation in elementwise passes.
 _NARROW = 16
 
 

@@ -24,7 +24,7 @@ from .distances import Distances
 from .equations import Alpha
 from .forward import LossCall, LossChunk, LossProblem, filled
 
-# Below SMALL the code computes `log1p(x) - x / (1 + x)` as a series of TERMS terms.
+# Below SMALL, `_slope` computes `log1p(x) - x / (1 + x)` as a series of TERMS terms.
 SMALL, TERMS = 0.01, 8
 
 

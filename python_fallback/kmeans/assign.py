@@ -60,7 +60,7 @@ def kmeans_assign_forward(
 def _assign_small(
     x: Tensor, centroids: Tensor, mask: Tensor | None, labels: Tensor, sqdist: Tensor
 ) -> None:
-    """Labels and distances by the equation itself, the fastest code for small problems."""
+    """Labels and distances by the equation itself, the fastest way for small problems."""
     dims, (rows, features) = labels.ndim - 1, x.shape[-2:]
     xs, cs = add_batch_dims(x, dims, 2), add_batch_dims(centroids, dims, 2)
     masks = None if mask is None else add_batch_dims(mask, dims, 1)
@@ -94,7 +94,7 @@ def _assign_batch(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
     low, high = torch.aminmax(rows)
     size = max(-float(low), float(high)) * x.shape[-1] ** 0.5
     unit, base = torch.finfo(dtype).eps / 2, 1 << (k - 1).bit_length()
-    codes = torch.arange(base, base + k, dtype=dtype, device=x.device)
+    summands = torch.arange(base, base + k, dtype=dtype, device=x.device)
     step = max(1, TILE_ENTRIES // (len(x) * k))
     for start in range(0, count, step):
         labels_of = labels[start : start + step]
@@ -109,8 +109,7 @@ def _assign_batch(x: Tensor, centroids: Tensor, labels: Tensor) -> None:
             score = score.view(len(tables), k, len(x))
             slack = score.new_tensor([t.slack(size, unit) for t in tables])
             least = score.amin(1, keepdim=True) + slack[:, None, None]
-            code = torch.matmul(codes, score.le_(least))
-            labels_of.copy_(code)
+            labels_of.copy_(torch.matmul(summands, score.le_(least)))
             undecided = (labels_of < base) | (labels_of >= 2 * base)
             labels_of -= base
         for p in undecided.any(1).nonzero()[:, 0].tolist():

@@ -197,9 +197,9 @@ class Scorer:
         self.tile_rows = min(tile_rows(k), max(len(x), 1))
         self.scratch = torch.empty(k * self.tile_rows, dtype=dtype, device=x.device)
         self.row_scratch = torch.empty(2, self.tile_rows, dtype=dtype, device=x.device)
-        # a row's code is the sum of k + base over its candidates k: below 2 base it has only one
+        # The sum of k + base over the candidates k of a row is below 2 base if it has only one.
         self.base = 1 << (k - 1).bit_length()
-        self.codes = torch.arange(self.base, self.base + k, dtype=dtype, device=x.device)
+        self.summands = torch.arange(self.base, self.base + k, dtype=dtype, device=x.device)
         self.half, self.unit = table.half[:, None], torch.finfo(dtype).eps / 2
         self.sqrt_features, self.max_row_norm = x.shape[-1] ** 0.5, table.max_row_norm
         self.views = self._views(self.tile_rows)
@@ -252,16 +252,16 @@ class Scorer:
         `in_range`.
         """
         n = len(x)
-        score, least, code = self.views if n == self.tile_rows else self._views(n)
+        score, least, total = self.views if n == self.tile_rows else self._views(n)
         torch.addmm(self.half, self.table.centred, x.mT, alpha=-1, out=score)
         torch.amin(score, 0, out=least)
         near = score.le_(least.add_(self.table.slack(size, self.unit)))
-        torch.mv(near.mT, self.codes, out=code)
-        out.copy_(code)
-        low, high = torch.aminmax(code)
+        torch.mv(near.mT, self.summands, out=total)
+        out.copy_(total)
+        low, high = torch.aminmax(total)
         if self.base <= float(low) and float(high) < 2 * self.base:
             return  # one candidate in every row
-        undecided = code.div_(self.base).floor_().ne_(1) != 0
+        undecided = total.div_(self.base).floor_().ne_(1) != 0
         some = (undecided if in_range is None else undecided & in_range).nonzero()[:, 0]
         candidates = near[:, some] != 0
         candidates |= ~candidates.any(0)  # where scores are NaN, every centroid is a candidate

@@ -37,7 +37,7 @@ def half_steps(n_iter: int, prototype_first: bool, has_init: bool) -> list[str]:
 
 
 class Scores(NamedTuple):
-    """Scores [N, K] in memory; logits are scale * scores."""
+    """Scores [N, K] of the caller; logits are scale * scores."""
 
     x: Tensor
     scale: float

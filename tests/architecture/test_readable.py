@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = ("clam_kernels", "python_fallback", "bench", "tools", "examples")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 60
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -43,6 +44,11 @@ def test_a_file_and_its_functions_are_short(path: Path) -> None:
     nodes = ast.walk(ast.parse(text))
     functions = (node for node in nodes if isinstance(node, Function))
     assert not [function.name for function in functions if _has_too_many_lines(function)]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_of_tests_is_short(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").count("\n") <= MOST_LINES_OF_A_FILE
 
 
 def test_a_class_name_occurs_once() -> None:
