@@ -159,7 +159,8 @@ def dec_columns_backward_kernel(
         weight += tl.sum(c, 0)
         if SLOPE:
             far, _e, _u = tile
-            slope -= tl.sum(gap * slopes(far, freedom), 0)
+            top, _unity, _a, _b, _mass = numbers
+            slope -= tl.sum(gap * slopes(far, freedom, top), 0)
     mu = load_centred(MU, k.to(tl.int64), k < count, centre, d0, D, DIM)  # [PROTOS, DIM]
     PART += piece.to(tl.int64) * count * (D + SLOPE)
     store_part(PART, k, count, weight[:, None] * mu - acc, slope, d0, D, DIM, SLOPE)
