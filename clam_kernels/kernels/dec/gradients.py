@@ -44,8 +44,8 @@ def damped(gap, tile, alpha, KIND: tl.constexpr):
 @triton.jit
 def slopes(far, alpha, top):
     """ds/dalpha = -(log(1 + x) - x/(1 + x))/2 + x/(1 + x)/(2 alpha), x = d / alpha, less that of
-    the nearest centroid, whose score is `top`. The factors of a row sum to 0 but for rounding, which
-    a large slope multiplies.
+    the nearest centroid, whose score is `top`. The factors of a row sum to 0 but for rounding, and
+    a large slope multiplies that.
     """
     x = far / alpha  # [ROWS, PROTOS]
     share = x * reciprocal(1.0 + x)  # [ROWS, PROTOS]
