@@ -118,7 +118,7 @@ def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "hard", partial(forward.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
     yield from of_kmeans(mode, v, rho)
     yield from of_features(mode, v, rho)
-    if d > launch.WIDEST or (mode == MODES[0] and d <= dec_scores.NARROW):
+    if d > launch.WIDEST or (mode == MODES[0] and d in (DIMS[0], dec_scores.NARROW)):
         yield from of_dec(mode, v, rho)
     if mode == MODES[0] and d == DIMS[0]:  # scores have neither a mode nor a width
         yield from of_scores()
@@ -147,7 +147,7 @@ def of_dec(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """alpha = 1 with a dense target; and any alpha with a frozen target, its log-normaliser, and
     weights; K in one tile and in many. Narrow rows are the same in all modes, and all wide rows
-    have one tile.
+    have one tile: the narrowest, the widest narrow, and the widest rows stand for all.
     """
     p, needs, alpha = torch.zeros(1, len(mu)), [True] * 9, torch.ones(())
     weight, counts = z[:, 0].double(), mu[:, 0].double()

@@ -58,9 +58,10 @@ WHOLE = {
 }  # fmt: skip
 # For deep embedded clustering (ROWS, PROTOS, num_warps): a pair takes many registers. Wider rows
 # come DIM = 32 features at a time.
-PAIRS = [(64, 32, 4), (32, 32, 4), (32, 16, 4), (16, 16, 4)]
+PAIRS = [(32, 32, 4), (32, 16, 4), (16, 16, 4)]
 PAIRS_OF = {
-    "dec_fused_backward": [(32, 64, 8), (16, 64, 4), (16, 32, 4)],
+    "dec_totals": [(64, 32, 4), *PAIRS],
+    "dec_fused_backward": [(32, 64, 8), (16, 64, 8), (16, 32, 4)],
     "dec_rows_backward": PAIRS[1:],
     "dec_columns_backward": PAIRS[1:],
 }  # fmt: skip
@@ -140,7 +141,7 @@ def of_dec(kernel: str, mode: str, width: int, arch: int, wide: bool) -> Iterato
     """
     narrow = PAIRS_OF.get(kernel, PAIRS)
     for precision in precisions(kernel, mode, width, arch) if wide else ["ieee"]:
-        for rows, protos, warps in PAIRS[2:] if wide else narrow:
+        for rows, protos, warps in PAIRS[1:] if wide else narrow:
             tile: dict[str, Any] = {"ROWS": rows, "PROTOS": protos, "PREC": precision}
             tile |= {"DIM": 32} if wide else {}
             tile |= {"num_warps": warps, "num_stages": 1}

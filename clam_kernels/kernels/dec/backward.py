@@ -32,7 +32,7 @@ from .gradients import (
     store_part,
     store_rows,
 )
-from .losses import LossCall, peak_of, regular_rows, sources_of, unit_norm
+from .losses import DecLossCall, peak_of, regular_rows, sources_of, unit_norm
 from .scores import UNSPECIALISED, centre_of, load_centred
 from .target import numbers_fold, numbers_init, numbers_of, pair_tile
 
@@ -159,13 +159,14 @@ def dec_columns_backward_kernel(
         weight += tl.sum(c, 0)
         if SLOPE:
             far, _e, _u = tile
-            slope -= tl.sum(gap * slopes(far, freedom), 0)
+            top, _unity, _a, _b, _mass = numbers
+            slope -= tl.sum(gap * slopes(far, freedom, top), 0)
     mu = load_centred(MU, k.to(tl.int64), k < count, centre, d0, D, DIM)  # [PROTOS, DIM]
     PART += piece.to(tl.int64) * count * (D + SLOPE)
     store_part(PART, k, count, weight[:, None] * mu - acc, slope, d0, D, DIM, SLOPE)
 
 
-def _row_gradients(call: LossCall, grad: Tensor, dz: Tensor | None) -> Tensor:
+def _row_gradients(call: DecLossCall, grad: Tensor, dz: Tensor | None) -> Tensor:
     """Write dz unless it is None; return the numbers of the rows. One launch."""
     size = call.problems * call.rows
     numbers = call.new(STORED, size)
@@ -180,7 +181,7 @@ def _row_gradients(call: LossCall, grad: Tensor, dz: Tensor | None) -> Tensor:
     return numbers
 
 
-def _column_parts(call: LossCall, numbers: Tensor, slope: bool) -> Tensor:
+def _column_parts(call: DecLossCall, numbers: Tensor, slope: bool) -> Tensor:
     """The sums of each chunk, [problems, chunks, K, D + slope]. One launch."""
     part = call.new(call.problems, call.chunks, call.count, call.features + slope)
     tile = call.tile("dec_columns_backward")
@@ -194,7 +195,7 @@ def _column_parts(call: LossCall, numbers: Tensor, slope: bool) -> Tensor:
     return part
 
 
-def _parts_at_once(call: LossCall, grad: Tensor, dz: Tensor | None, slope: bool) -> Tensor:
+def _parts_at_once(call: DecLossCall, grad: Tensor, dz: Tensor | None, slope: bool) -> Tensor:
     """Write dz unless it is None; return the sums of each chunk. One launch."""
     part = call.new(call.problems, call.chunks, call.count, call.features + slope)
     launch.launch(
@@ -206,7 +207,7 @@ def _parts_at_once(call: LossCall, grad: Tensor, dz: Tensor | None, slope: bool)
 
 
 def _column_gradients(
-    call: LossCall, grad: Tensor, dz: Tensor | None, slope: bool
+    call: DecLossCall, grad: Tensor, dz: Tensor | None, slope: bool
 ) -> tuple[Tensor, Tensor]:
     """(dmu [*batch, K, D], dalpha [*batch, 1] if `slope`), float64; dz is written too."""
     width = call.features + slope
@@ -238,7 +239,7 @@ def dec_losses_backward(
     first three gradients are not zero.
     """
     arguments: tuple[Any, ...] = (z, mu, alpha, weight, log_counts, z0, mu0, log_norm, p)
-    call = LossCall(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p, precision)
+    call = DecLossCall(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p, precision)
     wants = [need and isinstance(x, Tensor) for need, x in zip(needs, arguments, strict=True)]
     gradients: list[Tensor | None] = [None] * len(arguments)
     if any(wants[:3]):

@@ -77,6 +77,6 @@ def dec_fused_backward_kernel(
         weight += tl.sum(c, 0)
         if SLOPE:
             far, _e, _u = tile
-            slope -= tl.sum(gap * slopes(far, freedom), 0)
+            slope -= tl.sum(gap * slopes(far, freedom, top), 0)
     PART += piece.to(tl.int64) * count * (D + SLOPE)
     store_part(PART, k, count, weight[:, None] * mu - acc, slope, 0, D, DIM, SLOPE)

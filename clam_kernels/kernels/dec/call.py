@@ -45,7 +45,7 @@ def kind_of(alpha: float | Tensor) -> str:
     return "one" if alpha == 1.0 else "inf" if alpha > GAUSSIAN else "any"
 
 
-class Call:
+class DecCall:
     """The operands of one call, views [O, I, ...], and what every launch over them needs."""
 
     def __init__(
@@ -168,7 +168,7 @@ def dec_merge_kernel(
     tl.store(OUT + problem.to(tl.int64) * width + at, total, mask=at < width)
 
 
-def merge(call: Call, part: Tensor, width: int, form: str, bad: Tensor | None = None) -> Tensor:
+def merge(call: DecCall, part: Tensor, width: int, form: str, bad: Tensor | None = None) -> Tensor:
     """The sums of partial sums [problems, chunks, .], float64 [problems, width]. One launch."""
     out = call.new(call.problems, width, dtype=torch.float64)
     columns = min(128, triton.next_power_of_2(width + 1))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.score import dot_onto
-from .scores import assignments, load_centred, log1p, reciprocal
+from ..common.score import LOG2E, dot_onto
+from .scores import LN2, assignments, load_centred, log1p, reciprocal
 from .target import targets
 
 # Below SMALL the kernel computes log(1 + x) - x / (1 + x) as a series.
@@ -42,8 +42,11 @@ def damped(gap, tile, alpha, KIND: tl.constexpr):
 
 
 @triton.jit
-def slopes(far, alpha):
-    """ds/dalpha = -(log(1 + x) - x/(1 + x))/2 + x/(1 + x)/(2 alpha), x = d / alpha."""
+def slopes(far, alpha, top):
+    """ds/dalpha = -(log(1 + x) - x/(1 + x))/2 + x/(1 + x)/(2 alpha), x = d / alpha, less that of
+    the nearest centroid, whose score is `top`. The factors of a row sum to 0 but for rounding, and
+    a large slope multiplies that.
+    """
     x = far / alpha  # [ROWS, PROTOS]
     share = x * reciprocal(1.0 + x)  # [ROWS, PROTOS]
     series = x * 0.0 + 0.9
@@ -51,7 +54,10 @@ def slopes(far, alpha):
         n = 9 - i
         series = series * x + (n - 1) / n * (1 - 2 * (n % 2))
     excess = tl.where(x < SMALL, series * x * x, log1p(x) - share)  # [ROWS, PROTOS]
-    return share / (2.0 * alpha) - 0.5 * excess
+    log = top * (-2.0 * LN2) / (alpha + 1.0)  # log(1 + x) of the nearest
+    least = 1.0 - tl.exp2(-log * LOG2E)
+    nearest = least / (2.0 * alpha) - 0.5 * (log - least)
+    return share / (2.0 * alpha) - 0.5 * excess - nearest[:, None]
 
 
 @triton.jit

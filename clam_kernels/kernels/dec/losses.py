@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.sweep import offset, rows_of
-from .call import Call, alpha_of, kind_of, merge
+from .call import DecCall, alpha_of, kind_of, merge
 from .scores import LN2, UNSPECIALISED, is_regular
 from .stats import count_parts, row_totals
 from .target import (
@@ -137,7 +137,7 @@ def dec_losses_kernel(
     tl.store(OUT + p, tl.where(regular, loss, float("nan")), mask=valid)
 
 
-class LossCall(Call):
+class DecLossCall(DecCall):
     """The operands of a call of `dec_losses`, with the source of its target."""
 
     def __init__(
@@ -204,7 +204,7 @@ def dec_losses(
     precision: str,
 ) -> Tensor:
     """The loss of each row: one launch, after three for soft counts of these rows."""
-    call = LossCall(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p, precision)
+    call = DecLossCall(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p, precision)
     out = call.new(*call.batch, call.rows)
     tile = call.tile("dec_losses")
     blocks = triton.cdiv(call.rows, tile["ROWS"])

@@ -102,7 +102,7 @@ def from_products(
     D: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """|x|^2 + |c|^2 - 2 x c with x and c less a centre. Where the error of a pair may change its
-    score by too much (`Call.tile` has the bound `unit`), its distance comes from differences.
+    score by too much (`DecCall.tile` has the bound `unit`), its distance comes from differences.
     """
     inside = tl.zeros((at.shape[0], k.shape[0]), tl.float32)  # [ROWS, PROTOS]
     x_norm, c_norm = tl.zeros((at.shape[0],), tl.float32), tl.zeros((k.shape[0],), tl.float32)

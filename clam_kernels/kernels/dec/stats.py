@@ -14,7 +14,7 @@ from ..common import launch
 from ..common.fold import inverse
 from ..common.sweep import offset, rows_of
 from ..kmeans.assign import kmeans_assign
-from .call import Call, alpha_of, merge
+from .call import DecCall, alpha_of, merge
 from .scores import (
     UNSPECIALISED,
     assignments,
@@ -110,7 +110,7 @@ def dec_counts_kernel(
     tl.store(PART + last, bad.to(tl.float64), mask=(last * 0 + here) == 0)
 
 
-def row_totals(call: Call, nearest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def row_totals(call: DecCall, nearest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(NUMBERS of the rows, their log-sum-exp, their labels); the latter two are empty without the
     nearest centroids, an operand of the call. One launch.
     """
@@ -129,7 +129,7 @@ def row_totals(call: Call, nearest: Tensor | None = None) -> tuple[Tensor, Tenso
     return numbers, lse, labels
 
 
-def count_parts(call: Call, numbers: Tensor) -> Tensor:
+def count_parts(call: DecCall, numbers: Tensor) -> Tensor:
     """The soft counts of each chunk, [problems, chunks, K + 1]. One launch."""
     part = call.new(call.problems, call.chunks, call.count + 1, dtype=torch.float64)
     tile = call.tile("dec_counts")
@@ -162,7 +162,7 @@ def soft_assignment(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`student_t_stats` with the labels of the finite rows. Three launches."""
-    call = Call(z, mu, alpha, precision, {"NEAREST": (nearest, 1), "WEIGHT": (weight, 1)})
+    call = DecCall(z, mu, alpha, precision, {"NEAREST": (nearest, 1), "WEIGHT": (weight, 1)})
     numbers, lse, labels = row_totals(call, nearest)
     part = count_parts(call, numbers)
     bad = call.new(*call.batch, dtype=torch.int64)
