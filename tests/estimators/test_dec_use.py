@@ -402,6 +402,8 @@ def test_damaged_files(model, tmp_path):
         ({"stop_reason_": "boredom"}, {}),
         ({"_layers": [False, [6], [17], 3]}, {}),
         ({"_layers": [False, [5], [16], 3]}, {}),
+        ({"_layers": [False, [6], [10**12], 3]}, {}),
+        ({"_layers": [False, [6], [16], 10**12]}, {}),
         ({"_layers": 3}, {}),
         ({"_pretraining": 3}, {}),
         ({"n_features_in_": 7}, {}),
