@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from clam_kernels import DEC, serialize
+from clam_kernels.estimators.dec.settings import RECIPES, DecSettings
 from clam_kernels.exceptions import DataFileError, ModelFileError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -234,6 +235,15 @@ def test_the_length_of_pretraining():
     names = ["layer 1", "layer 2", "layer 3", "finetune"]
     assert list(layers.history_["pretraining"]) == names
     assert layers.history_["pretraining"]["finetune"][-1] < 0.05
+
+
+def test_the_interval_of_a_recipe(monkeypatch):
+    """An epoch has 4 steps."""
+    assert dec(n_epochs=1).fit(X).history_["step"].tolist() == [0, 4]
+    assert DecSettings.of(dec()).interval_of(10**6) == 140
+    monkeypatch.setitem(RECIPES["default"], "period", 0.5)
+    assert dec(n_epochs=1).fit(X).history_["step"].tolist() == [0, 2, 4]
+    assert dec(n_epochs=1, interval=3).fit(X).history_["step"].tolist() == [0, 3, 4]
 
 
 def test_the_paper_recipe(monkeypatch):
