@@ -15,8 +15,9 @@ from _dec_case import D, K, N, Pair, X, dec, noisy
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
-from clam_kernels import KMeans, dec_target
+from clam_kernels import DEC, KMeans, dec_target
 from clam_kernels.estimators.dec import clustering
+from clam_kernels.testing import peak_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -219,6 +220,20 @@ def test_a_run_that_changes_labels_does_not_stop_early():
     if model.converged_:
         assert (changed[-2:] < 1e-3).all()
     assert model.n_steps_ > 5
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:DEC. ")
+def test_no_array_has_a_number_for_each_row_and_cluster():
+    """The code of the seed of this method has several such arrays at once."""
+    x = np.random.default_rng(0).normal(size=(8000, D)).astype(np.float32)
+    settings = {"n_epochs": 1, "n_init": 1, "batch_size": 500, "random_state": 0}
+    encoder = nn.Linear(D, 2)
+    peak = peak_bytes(lambda: DEC(1000, encoder, pretrain="none", **settings).fit(x))
+    assert peak < 8e6, "8000 x 1000 float32 numbers are 32 MB"
 
 
 # ---- layers that die -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from clam_kernels import DEC, serialize
+from clam_kernels.estimators.dec.settings import RECIPES, DecSettings
 from clam_kernels.exceptions import DataFileError, ModelFileError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -236,6 +237,15 @@ def test_the_length_of_pretraining():
     assert layers.history_["pretraining"]["finetune"][-1] < 0.05
 
 
+def test_the_interval_of_a_recipe(monkeypatch):
+    """An epoch has 4 steps."""
+    assert dec(n_epochs=1).fit(X).history_["step"].tolist() == [0, 4]
+    assert DecSettings.of(dec()).interval_of(10**6) == 140
+    monkeypatch.setitem(RECIPES["default"], "period", 0.5)
+    assert dec(n_epochs=1).fit(X).history_["step"].tolist() == [0, 2, 4]
+    assert dec(n_epochs=1, interval=3).fit(X).history_["step"].tolist() == [0, 3, 4]
+
+
 def test_the_paper_recipe(monkeypatch):
     """Its values, in a short form: SGD whose momentum rises, rates that fall, weights of .01."""
     rates: list[tuple[float, float]] = []
@@ -402,6 +412,8 @@ def test_damaged_files(model, tmp_path):
         ({"stop_reason_": "boredom"}, {}),
         ({"_layers": [False, [6], [17], 3]}, {}),
         ({"_layers": [False, [5], [16], 3]}, {}),
+        ({"_layers": [False, [6], [10**12], 3]}, {}),
+        ({"_layers": [False, [6], [16], 10**12]}, {}),
         ({"_layers": 3}, {}),
         ({"_pretraining": 3}, {}),
         ({"n_features_in_": 7}, {}),

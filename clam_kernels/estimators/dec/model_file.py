@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from os import PathLike
 from typing import Any
@@ -79,13 +80,18 @@ class DecFile(ModelFile):
     def _restored_network(self, tensors: dict[str, Tensor]) -> DecNetwork:
         device = torch.device("cpu")
         is_own, _, hidden, components = self._layers
+        # sizes are checked before layers of these sizes get memory
+        fits = tensors["centroids"].shape == (self.n_clusters, components)
         if is_own:
             pair = pair_of(self.encoder, self.decoder).to(device)
         else:
+            sizes = [self.n_features_in_, *(int(x) for x in hidden), int(components)]
+            for i, (before, after) in enumerate(itertools.pairwise(sizes)):
+                fits = fits and tensors[f"encoder.{2 * i + 1}.weight"].shape == (after, before)
+            serialize.expect(fits, "sizes of layers do not fit the header")
             generator = torch.Generator().manual_seed(0)
-            sizes = [int(x) for x in hidden], int(components)
-            pair = default_pair(self.n_features_in_, *sizes, device, generator)
-        serialize.expect("centroids" in tensors, "no centroids")
+            pair = default_pair(sizes[0], sizes[1:-1], sizes[-1], device, generator)
+        serialize.expect(fits, "centroids do not fit the header")
         network = DecNetwork(pair, self.n_clusters, tensors["centroids"][:1])
         try:
             restore_module(network, tensors, device)

@@ -19,8 +19,8 @@ from ..common.callbacks import Callbacks
 from ..common.settings import parameters_of
 from ..training.trainer import count_of
 
-# The values of parameters that are None. An interval of None is the batches of an epoch, at most
-# MOST_INTERVAL.
+# The values of parameters that are None; and the epochs between two refreshes where `interval` is
+# None, which are at most MOST_INTERVAL steps.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "hidden": (250, 250, 1000),
@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 256,
         "learning_rate": 1e-3,
         "optimizer": "adam",
-        "interval": None,
+        "period": 1.0,
         "tol": 1e-3,
     },
     "paper": {
@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 256,
         "learning_rate": 0.01,
         "optimizer": "sgd",
-        "interval": None,
+        "period": 1.0,
         "tol": 1e-3,
     },
 }
@@ -131,6 +131,7 @@ class DecSettings:
     verbose: int
     writer: Any
     callbacks: Callbacks
+    period: float  # epochs between two refreshes where there is no interval
 
     @classmethod
     def of(cls, estimator: BaseEstimator) -> DecSettings:
@@ -139,10 +140,11 @@ class DecSettings:
         if estimator.pretrain_epochs is not None or estimator.pretrain_steps is not None:
             # the user's unit of the length replaces that of the recipe
             recipe["pretrain_epochs"] = recipe["pretrain_steps"] = None
+        period = recipe.pop("period")
         parameters = parameters_of(estimator, recipe)
         parameters["hidden"] = _sizes(parameters["hidden"])
         parameters["callbacks"] = Callbacks(estimator, parameters["callbacks"])
-        settings = cls(**parameters)
+        settings = cls(**parameters, period=period)
         settings._check()
         return settings
 
@@ -161,7 +163,8 @@ class DecSettings:
         """Steps between two refreshes of the target."""
         if self.interval is not None:
             return self.interval
-        return min(count_of(rows, self.batch_size), MOST_INTERVAL)
+        steps = math.ceil(self.period * count_of(rows, self.batch_size))
+        return min(steps, MOST_INTERVAL)
 
     def pretrain_length(self, rows: int, factor: int = 1) -> int:
         """Epochs of a phase of pretraining; steps become whole epochs."""

@@ -28,7 +28,7 @@ SHARED = (
     "n_clusters", "hidden", "n_components", "variant", "target", "pretrain", "recipe", "z_scale",
     "alpha", "gamma", "pretrain_epochs", "pretrain_steps", "pretrain_batch_size",
     "pretrain_learning_rate", "n_epochs", "batch_size", "learning_rate", "optimizer", "interval",
-    "tol", "n_init",
+    "period", "tol", "n_init",
 )  # fmt: skip
 KIND = "DEC checkpoint"
 
