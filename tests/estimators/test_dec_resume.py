@@ -60,8 +60,9 @@ def test_a_seed_repeats_and_no_global_generator_moves(model):
 def test_fits_in_threads_repeat():
     """Dropout draws from torch's global generator, which all threads share."""
     alone = dec(encoder=Pair()).fit(X)
+    models = [dec(encoder=Pair()) for _ in range(3)]  # a Pair draws its weights: not in a thread
     with ThreadPoolExecutor(2) as pool:
-        for one in pool.map(lambda _: dec(encoder=Pair()).fit(X), range(3)):
+        for one in pool.map(lambda model: model.fit(X), models):
             same(alone, one)
 
 
