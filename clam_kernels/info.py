@@ -156,17 +156,22 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def show(as_json: bool, with_selftest: bool) -> int:
     """Print the facts; return 1 if the self-test finds a wrong op."""
-    parser = argparse.ArgumentParser(prog="clam info", description=__doc__)
+    facts = collect()
+    if with_selftest:
+        facts["selftest_error"] = selftest()
+    print(json.dumps(facts, indent=2) if as_json else text(facts))
+    return int(with_selftest and not max(facts["selftest_error"].values()) < 1e-8)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the facts with the options of a command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m clam_kernels.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--selftest", action="store_true", help="run each op against its truth")
     options = parser.parse_args(arguments)
-    facts = collect()
-    if options.selftest:
-        facts["selftest_error"] = selftest()
-    print(json.dumps(facts, indent=2) if options.json else text(facts))
-    return int(options.selftest and not max(facts["selftest_error"].values()) < 1e-8)
+    return show(options.json, options.selftest)
 
 
 if __name__ == "__main__":

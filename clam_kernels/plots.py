@@ -107,10 +107,9 @@ def plot_clusters(
     mean, axes = _two_axes(x[pick])
     points = embedding[pick] if embedding is not None else (x[pick] - mean) @ axes
     names = np.unique(labels)
-    for colour, label in zip(colours(len(names)), names, strict=True):
-        at = points[labels[pick] == label]
-        size = f"{label} ({int((labels == label).sum())})"
-        ax.scatter(*at.T, s=8, color=colour, alpha=0.7, linewidths=0, rasterized=True, label=size)
+    palette = dict(zip(names.tolist(), colours(len(names)), strict=True))
+    sizes = {label: f"{label} ({int((labels == label).sum())})" for label in palette}
+    _scatter(ax, points, labels[pick], palette, sizes)
     if centers is not None and embedding is None:
         centers = np.asarray(centers)
         if centers.dtype.kind not in "biufO":
@@ -200,6 +199,108 @@ def plot_history(loss_curve: Any, *, ax: Any = None) -> Any:
     ax.plot(np.arange(1, len(loss_curve) + 1), loss_curve, color=PALETTE[0])
     ax.set(xlabel="epoch", ylabel="loss", title="training")
     return ax
+
+
+def plot_training(
+    start: Any, end: Any, labels: tuple[Any, Any], history: Any, *, title: str = "training"
+) -> Any:
+    """Draw codes of rows before and after a training, and its loss and changed labels by step.
+
+    Parameters
+    ----------
+    start, end : array [N, D]
+        Codes of the rows before and after the training, each on its first two principal axes; at
+        most 20,000 rows are drawn, evenly spaced.
+    labels : (array [N], array [N]), int
+        Clusters before and after the training. A cluster has one colour in both pictures.
+    history : dict of arrays [M]
+        "step", "loss" and "changed" (share of the rows whose label changed) at M times, as
+        `history_` of `DEC`.
+    title : str
+        Title of the figure.
+
+    Returns
+    -------
+    matplotlib Figure
+
+    Examples
+    --------
+    >>> import matplotlib, numpy as np
+    >>> matplotlib.use("Agg")
+    >>> from clam_kernels.plots import plot_training
+    >>> history = {"step": [1, 2], "loss": [0.3, 0.2], "changed": [0.1, 0.0]}
+    >>> figure = plot_training(np.eye(4), np.eye(4), ([0, 0, 1, 1], [0, 1, 1, 1]), history)
+    >>> [ax.get_title() for ax in figure.axes]
+    ['codes before', 'codes after', 'loss and labels', '']
+    """
+    pairs = [_codes(*pair) for pair in zip(("start", "end"), (start, end), labels, strict=True)]
+    steps, loss, changed = _columns(history)
+    _need_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14.0, 4.0), layout="constrained")
+    *both, right = figure.subplots(1, 3)
+    names = np.union1d(pairs[0][1], pairs[1][1]).tolist()
+    palette = dict(zip(names, colours(len(names)), strict=True))
+    for ax, (codes, clusters), when in zip(both, pairs, ("before", "after"), strict=True):
+        pick = np.linspace(0, len(codes) - 1, min(len(codes), MAX_POINTS)).astype(int)
+        mean, axes = _two_axes(codes[pick])
+        _scatter(
+            ax,
+            (codes[pick] - mean) @ axes,
+            clusters[pick],
+            palette,
+            dict(zip(names, map(str, names), strict=True)),
+        )
+        ax.set(title=f"codes {when}", xlabel="principal axis 1", ylabel="principal axis 2")
+    handles = both[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower left", ncols=20, frameon=False, markerscale=2.0)
+    right.plot(steps, loss, color=PALETTE[0])
+    right.set(xlabel="step", title="loss and labels")
+    right.set_ylabel("loss", color=PALETTE[0])
+    second = right.twinx()
+    second.plot(steps, 100.0 * changed, color=PALETTE[5])
+    second.set_ylabel("changed labels, % of rows", color=PALETTE[5])
+    second.set_ylim(bottom=0.0)
+    figure.suptitle(title)
+    return figure
+
+
+def _codes(name: str, codes: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [N, D] in float64 with their labels; ValueError for another shape."""
+    codes, labels = np.asarray(codes, dtype=np.float64), np.asarray(labels)
+    _expect_shape(name, codes, "[N, D] with N, D >= 1", codes.ndim == 2 and codes.size > 0)
+    _expect_shape(f"labels of {name}", labels, f"[{len(codes)}]", labels.shape == (len(codes),))
+    if not np.isfinite(codes).all():
+        row, column = np.argwhere(~np.isfinite(codes))[0]
+        got = f"{codes[row, column]} at row {row}, column {column}"
+        raise ValueError(checks.wording(name, "finite values", got))
+    return codes, labels
+
+
+def _columns(history: Any) -> list[np.ndarray]:
+    """The columns step, loss and changed; ValueError where one is missing or of another length."""
+    names = ("step", "loss", "changed")
+    if not all(name in history for name in names):
+        got = ", ".join(map(str, history)) or "none"
+        raise ValueError(checks.wording("history", "the keys step, loss and changed", got))
+    columns = [np.asarray(history[name], dtype=np.float64) for name in names]
+    for name, column in zip(names, columns, strict=True):
+        _expect_shape(
+            f"history, {name}", column, f"[{len(columns[0])}]", column.shape == columns[0].shape
+        )
+    return columns
+
+
+def _scatter(
+    ax: Any, points: np.ndarray, labels: np.ndarray, palette: dict[Any, Any], names: dict[Any, str]
+) -> None:
+    """Draw points [M, 2] in the colours of their labels."""
+    for label, colour in palette.items():
+        at = points[labels == label]
+        ax.scatter(
+            *at.T, s=8, color=colour, alpha=0.7, linewidths=0, rasterized=True, label=names[label]
+        )
 
 
 def _check_path(path: Any) -> None:

@@ -173,6 +173,12 @@ def class_of(path: str | PathLike[str]) -> str:
     return name if name in CLASSES else CLASSES[0]
 
 
+def version_of(path: str | PathLike[str]) -> str:
+    """The version of clam_kernels that wrote a model file; ModelFileError if it cannot be read."""
+    with reading(path):
+        return str(_header(Path(path))["package"])
+
+
 def load(
     path: str | PathLike[str], kind: str
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:

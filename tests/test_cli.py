@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import pickle
@@ -13,34 +11,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from _children import ended
+from _command import QUICK, clam
 from sklearn.datasets import load_iris, load_wine
 
 import clam_kernels
 from clam_kernels import ClAM, KMeans, tables
-from clam_kernels.cli import main
 from clam_kernels.exceptions import DataFileError
 
 X = load_iris().data
-QUICK = ["--restarts", "2", "--epochs", "3"]
-
-
-def clam(*arguments: object) -> SimpleNamespace:
-    """Run the command in this process: exit code and output."""
-    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(list(map(str, arguments)))
-        except SystemExit as stop:
-            code = stop.code
-        out.flush()
-    stdout = out.buffer.getvalue().decode()
-    return SimpleNamespace(returncode=code, stdout=stdout, stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +360,7 @@ def test_help_imports_neither_scikit_learn_nor_triton() -> None:
 HEARS_CTRL_C = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("clam_kernels.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("clam_kernels", run_name="__main__", alter_sys=True)
 """
 
 
@@ -500,15 +483,6 @@ def test_json_has_no_infinity(
     run = clam("score", folder / "m.safetensors", folder / "x.npy", "--json")
     assert "Infinity" not in run.stdout
     assert json.loads(run.stdout)["score"] is None
-
-
-def test_info(tmp_path: Path) -> None:
-    run = clam("info", "--json")
-    facts = json.loads(run.stdout)
-    assert run.returncode == 0
-    assert facts["ops"]["am_step"]["reference"] == "available"
-    assert str(Path.home()) not in run.stdout
-    assert "selftest_error" in clam("info", "--selftest").stdout
 
 
 def test_the_installed_command(folder: Path, tmp_path: Path) -> None:

@@ -76,3 +76,47 @@ def test_history(tmp_path: Path) -> None:
     ax = plots.plot_history([3.0, 2.0, 1.0])
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [3, 2, 1])
     assert pixels(ax, tmp_path).std() > 0.01
+
+
+def training(count: int = 300) -> dict[str, object]:
+    """Arguments of `plot_training`: three clusters, which separate."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % 3
+    noise = rng.normal(size=(count, 4))
+    history = {"step": [10, 20, 30], "loss": [0.3, 0.2, 0.18], "changed": [0.2, 0.02, 0.0]}
+    return {
+        "start": noise + labels[:, None],
+        "end": noise + 5.0 * np.eye(4)[labels],
+        "labels": (np.roll(labels, 1), labels),
+        "history": history,
+    }
+
+
+def test_training_shows_codes_loss_and_changed_labels(tmp_path: Path) -> None:
+    figure = plots.plot_training(**training(), title="digits")
+    before, after, loss, changed = figure.axes
+    assert [len(ax.collections) for ax in (before, after)] == [3, 3]
+    colours = [[tuple(c.get_facecolor()[0]) for c in ax.collections] for ax in (before, after)]
+    assert colours[0] == colours[1]
+    assert loss.lines[0].get_ydata().tolist() == [0.3, 0.2, 0.18]
+    assert changed.lines[0].get_ydata().tolist() == [20.0, 2.0, 0.0]
+    plots.save(figure, tmp_path / "training.png")
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"start": np.zeros(3)}, r"start: expected shape \[N, D\] .*, got \[3\]"),
+        ({"end": np.full((300, 2), np.nan)}, "end: expected finite values, got nan at row 0"),
+        ({"labels": ([0], [0] * 300)}, r"labels of start: expected shape \[300\], got \[1\]"),
+        ({"history": {"step": [1]}}, "history: expected the keys step, loss and changed, got step"),
+        (
+            {"history": {"step": [1], "loss": [1.0, 2.0], "changed": [0.0]}},
+            r"history, loss: expected shape \[1\], got \[2\]",
+        ),
+    ],
+)
+def test_training_names_a_bad_argument(change: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        plots.plot_training(**{**training(), **change})

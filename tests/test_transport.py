@@ -366,6 +366,11 @@ def test_failed_problems_give_no_label():
         ({"epsilon": -1}, ValueError, "epsilon: expected a finite number > 0, got -1"),
         ({"tol": 0.0}, ValueError, "tol: expected a finite number > 0, got 0.0"),
         ({"n_iter": -1}, ValueError, "n_iter: expected an int >= 0, got -1"),
+        (
+            {"n_iter": 5, "tol": 1e-3},
+            ValueError,
+            r"n_iter: expected None with tol \(max_iter limits the iterations\), got 5",
+        ),
         ({"gradient": "all"}, ValueError, "gradient: expected 'stop', 'unrolled', 'implicit' or"),
         (
             {"gradient": "unrolled", "tol": 1e-3},

@@ -37,6 +37,10 @@ from clam_kernels.kernels.am import backward as am_backward
 from clam_kernels.kernels.am import energy as am_energy
 from clam_kernels.kernels.am import forward
 from clam_kernels.kernels.common import launch
+from clam_kernels.kernels.dec import backward as dec_backward
+from clam_kernels.kernels.dec import losses as dec_losses
+from clam_kernels.kernels.dec import scores as dec_scores
+from clam_kernels.kernels.dec import stats as dec_stats
 from clam_kernels.kernels.kmeans import assign, step
 from clam_kernels.kernels.sinkhorn import backward as sinkhorn_backward
 from clam_kernels.kernels.sinkhorn import solver
@@ -56,7 +60,7 @@ PLAIN = (
     "exact_backward_kernel", "exact_energy_backward_kernel", "exact_sums_kernel",
     "origin_kernel", "norms_kernel", "halves_kernel",
     "settle_kernel", "pieces_kernel", "sums_kernel", "pass_kernel", "merge_kernel", "rescue_kernel",
-    "finish_kernel",
+    "finish_kernel", "dec_merge_kernel",
 )  # fmt: skip
 # Variants of a kernel within one call: constant, its value, the word in the name.
 WORDS = {
@@ -114,6 +118,8 @@ def calls(mode: str, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "hard", partial(forward.am_recursion, v, rho, math.inf, 10, 1.0, None, None, mode)
     yield from of_kmeans(mode, v, rho)
     yield from of_features(mode, v, rho)
+    if d > launch.WIDEST or (mode == MODES[0] and d <= dec_scores.NARROW):
+        yield from of_dec(mode, v, rho)
     if mode == MODES[0] and d == DIMS[0]:  # scores have neither a mode nor a width
         yield from of_scores()
 
@@ -134,6 +140,30 @@ def of_kmeans(
         )
     yield "segments", partial(assign.kmeans_update, x, labels, 1000, None, None)
     yield "segments-full", partial(assign.kmeans_update, half, labels, 1000, weight, shift)
+
+
+def of_dec(
+    mode: str, z: torch.Tensor, mu: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """alpha = 1 with a dense target; and any alpha with a frozen target, its log-normaliser, and
+    weights; K in one tile and in many. Narrow rows are the same in all modes, and all wide rows
+    have one tile.
+    """
+    p, needs, alpha = torch.zeros(1, len(mu)), [True] * 9, torch.ones(())
+    weight, counts = z[:, 0].double(), mu[:, 0].double()
+    nearest = torch.zeros(len(z), dtype=torch.int64)
+    plain = (z, mu, 1.0, None, None, None, None, 1.0, None, p)
+    frozen = (z, mu, alpha, None, counts, z, mu, 2.0, z[:, 0], None)
+    few = (z, mu[:10], 1.0, None, None, None, None, 1.0, None, p[:, :10])
+    some = (z, mu[:64], alpha, None, counts[:64], z, mu[:64], 2.0, z[:, 0], None)
+    if z.shape[1] <= dec_scores.NARROW:
+        yield "dec", partial(dec_stats.soft_assignment, z, mu, 1.0, None, nearest, mode)
+        yield "dec", partial(dec_losses.dec_losses, *plain, mode)
+        yield "dec", partial(dec_backward.dec_losses_backward, z[:, 0], *few, needs, mode)
+        yield "dec-full", partial(dec_backward.dec_losses_backward, z[:, 0], *some, needs, mode)
+    yield "dec-full", partial(dec_stats.soft_assignment, z, mu, alpha, weight, nearest, mode)
+    yield "dec-full", partial(dec_losses.dec_losses, *frozen, mode)
+    yield "dec-full", partial(dec_backward.dec_losses_backward, z[:, 0], *frozen, needs, mode)
 
 
 def of_features(

@@ -21,6 +21,7 @@ import resources
 import triton
 
 from clam_kernels.kernels.common import launch
+from clam_kernels.kernels.dec import scores as dec_scores
 
 KERNELS = {
     "am_recursion": ("recursion_kernel", "recursion_wide_kernel"),
@@ -31,6 +32,12 @@ KERNELS = {
     "am_energy": ("energy_kernel", "energy_kernel"),
     "kmeans_assign": ("kmeans_assign_kernel", "kmeans_assign_kernel"),
     "kmeans_step": ("kmeans_step_kernel", "kmeans_step_kernel"),
+    "dec_totals": ("dec_totals_kernel",),
+    "dec_counts": ("dec_counts_kernel",),
+    "dec_losses": ("dec_losses_kernel",),
+    "dec_rows_backward": ("dec_rows_backward_kernel",),
+    "dec_fused_backward": ("dec_fused_backward_kernel",),
+    "dec_columns_backward": ("dec_columns_backward_kernel",),
     "sinkhorn": ("rows_kernel", "columns_kernel", "weigh_kernel"),
     "sinkhorn_slopes": ("slopes_kernel",),
 }
@@ -48,6 +55,14 @@ WHOLE = {
         (64, 64, 8), (32, 64, 8), (32, 64, 4), (16, 64, 4),
         (64, 32, 8), (64, 32, 4), (32, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4),
     ],
+}  # fmt: skip
+# For deep embedded clustering (ROWS, PROTOS, num_warps): a pair takes many registers. Wider rows
+# come DIM = 32 features at a time.
+PAIRS = [(64, 32, 4), (32, 32, 4), (32, 16, 4), (16, 16, 4)]
+PAIRS_OF = {
+    "dec_fused_backward": [(32, 64, 8), (16, 64, 4), (16, 32, 4)],
+    "dec_rows_backward": PAIRS[1:],
+    "dec_columns_backward": PAIRS[1:],
 }  # fmt: skip
 # For k-means: few registers a row, so that four blocks share a multiprocessor, as timed on an H200
 # (bench/NOTES.md). Other GPUs use the registers that ptxas chooses.
@@ -97,6 +112,9 @@ def candidates(
     kernel: str, mode: str, width: int, arch: int, wide: bool
 ) -> Iterator[dict[str, Any]]:
     """Launch options, best first."""
+    if kernel.startswith("dec"):
+        yield from of_dec(kernel, mode, width, arch, wide)
+        return
     if kernel.startswith("kmeans"):
         (precision,) = precisions(kernel, mode, width, arch)
         yield from ({**tile, "PREC": precision} for tile in of_kmeans(kernel, width, arch, wide))
@@ -114,6 +132,20 @@ def candidates(
                 tile |= {"num_warps": warps, "num_stages": 1}
                 yield tile
                 yield tile | {"maxnreg": MOST}
+
+
+def of_dec(kernel: str, mode: str, width: int, arch: int, wide: bool) -> Iterator[dict[str, Any]]:
+    """Launch options of a kernel of deep embedded clustering, best first. Narrow rows have no
+    products of distances, and products in float32 for the gradients.
+    """
+    narrow = PAIRS_OF.get(kernel, PAIRS)
+    for precision in precisions(kernel, mode, width, arch) if wide else ["ieee"]:
+        for rows, protos, warps in PAIRS[2:] if wide else narrow:
+            tile: dict[str, Any] = {"ROWS": rows, "PROTOS": protos, "PREC": precision}
+            tile |= {"DIM": 32} if wide else {}
+            tile |= {"num_warps": warps, "num_stages": 1}
+            yield tile
+            yield tile | {"maxnreg": MOST}
 
 
 def of_kmeans(kernel: str, width: int, arch: int, wide: bool) -> list[dict[str, Any]]:
@@ -176,7 +208,16 @@ def main() -> None:
                 for d in map(int, arguments.dim.split(",")):
                     if (kernel in WHOLE and d > 16) or (kernel == "kmeans_step" and d > 32):
                         continue
+                    if kernel.startswith("dec") and not serves_dec(kernel, mode, d):
+                        continue
                     choose(kernel, mode, d, arch, version, arguments.cache)
+
+
+def serves_dec(kernel: str, mode: str, d: int) -> bool:
+    """Whether the kernels of deep embedded clustering have a row for this mode and width."""
+    if d > dec_scores.NARROW:
+        return d > launch.WIDEST and kernel != "dec_fused_backward"
+    return mode == resources.MODES[0]
 
 
 def choose(kernel: str, mode: str, d: int, arch: int, version: str, cache: Path) -> None:

@@ -158,7 +158,7 @@ def _unavailable(name: str, device: str) -> str | None:
     if not _has_triton():  # Triton computes the rows that the CUDA library flags
         return "triton is not installed"
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return None if device == "cuda" or interpreted else f"the tensors are on {device}"
+    return None if device == "cuda" or interpreted else f"the device is {device}, not a GPU"
 
 
 @functools.cache

@@ -153,18 +153,21 @@ def choice(op: object, *arguments: object) -> Choice:
     if spec is None:
         raise ValueError(f"op: expected one of {', '.join(SPECS)}, got {name}")
     device = _device_of(arguments)
+    place = device or "cpu"
     named = arguments[-1] if arguments and isinstance(arguments[-1], str) else None
     precision = backend.resolve_precision(named)
     values = arguments
     if arguments and spec.precise:
         values = (*arguments[: -1 if named else None], precision)
-    chosen, reason = backend.choose(spec, device, values)
+    chosen, reason = backend.choose(spec, place, values)
+    if device is None and backend.requested() == "auto":
+        reason = "no tensors: the choice for a CPU"
     return Choice(f"{NAMESPACE}::{spec.name}", chosen, precision, reason)
 
 
-def _device_of(arguments: Sequence[object]) -> str:
-    """The device type of the first tensor, "cpu" without one."""
-    return next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
+def _device_of(arguments: Sequence[object]) -> str | None:
+    """The device type of the first tensor; None without a tensor."""
+    return next((a.device.type for a in arguments if isinstance(a, Tensor)), None)
 
 
 def explain(op: object, *arguments: object) -> str:
@@ -191,9 +194,9 @@ def explain(op: object, *arguments: object) -> str:
     --------
     >>> import clam_kernels
     >>> clam_kernels.explain("am_step")
-    'clam::am_step: reference at highest precision (the tensors are on cpu)'
+    'clam::am_step: reference at highest precision (no tensors: the choice for a CPU)'
     """
     name, chosen, precision, reason = choice(op, *arguments)
-    if chosen == "reference" and precision != "highest" and _device_of(arguments) == "cpu":
+    if chosen == "reference" and precision != "highest" and _device_of(arguments) in ("cpu", None):
         precision = f"{precision} (float32 on a CPU)"
     return f"{name}: {chosen} at {precision} precision ({reason})"

@@ -203,6 +203,8 @@ _TARGET = (
     "Tensor? log_norm=None, Tensor? p=None"
 )
 _CORE = {"z": 2, "mu": 2, "alpha": 1, "weight": 1}
+_KERNELS = "clam_kernels.kernels.dec"
+_LIMITS = {"triton": f"{_KERNELS}.call:why_not"}
 
 op(
     name="student_t_stats",
@@ -215,6 +217,8 @@ op(
     truth=_truth.student_t_stats,
     reference=_truth.student_t_stats_forward,
     function=student_t_stats,
+    kernels={"triton": f"{_KERNELS}.stats:student_t_stats"},
+    limits=_LIMITS,
     same_dtype=("z", "mu"),
     core=_CORE,
 )
@@ -231,7 +235,13 @@ op(
     truth=_truth.dec_losses,
     reference=_truth.dec_losses_forward,
     function=dec_losses,
-    gradient=Gradient(reference=_truth.dec_losses_backward, output_dims=1),
+    kernels={"triton": f"{_KERNELS}.losses:dec_losses"},
+    limits=_LIMITS,
+    gradient=Gradient(
+        reference=_truth.dec_losses_backward,
+        kernels={"triton": f"{_KERNELS}.backward:dec_losses_backward"},
+        output_dims=1,
+    ),
     same_dtype=("z", "mu"),
     core={**_CORE, "log_counts": 1, "z0": 2, "mu0": 2, "log_norm": 1, "p": 2},
 )

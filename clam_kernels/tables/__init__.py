@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,12 @@ from ..serialize import write_atomically
 from . import _numbers, _write
 from ._choice import ColumnChoice, listed
 from ._source import NPY, NPZ, PARQUET, Source
+from ._table import KeptColumn, Table, column_name
 
-__all__ = ["check_output", "encode", "listed", "read", "read_array", "write"]
+__all__ = [
+    "KeptColumn", "Table", "check_output", "encode", "listed", "read", "read_array", "read_table",
+    "write",
+]  # fmt: skip
 
 KINDS = "a file of numbers as .npy, .npz, CSV, TSV or Parquet"
 ARRAYS = "a file of numbers as .npy or .npz"
@@ -87,12 +92,56 @@ def read(
     ...     tables.read(file)[0].shape
     (2, 2)
     """
-    source = Source(path)
     choice = ColumnChoice(columns, drop, index_col, header, decimal, expected)
+    table = _read(Source(path), key, choice)
+    return table.matrix, table.names
+
+
+def read_table(
+    path: str | Path, key: str | None = None, *, keep: Sequence[str] = (), **arguments: Any
+) -> Table:
+    """The features of a file as `read` returns them, and columns that a result repeats.
+
+    Parameters
+    ----------
+    path : str or Path
+    key : str, optional
+        Array of an .npz that has several.
+    keep : sequence of str
+        Columns that are no features and that `write` repeats: names, or numbers from 0. The text
+        of their cells does not change.
+    **arguments
+        `columns`, `drop`, `index_col`, `header`, `decimal` and `expected` of `read`.
+
+    Returns
+    -------
+    Table
+
+    Raises
+    ------
+    DataFileError
+        As `read`.
+
+    Examples
+    --------
+    >>> import os, tempfile, numpy as np
+    >>> from clam_kernels import tables
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "x.npy")
+    ...     np.save(file, np.array([[7, 1, 2], [8, 3, 4]]))
+    ...     table = tables.read_table(file, keep=["0"])
+    >>> table.matrix.tolist(), tables.encode(np.array([1, 0]), "", ["label"], table.kept).split()
+    ([[1, 2], [3, 4]], [b'column0,label', b'7,1', b'8,0'])
+    """
+    return _read(Source(path), key, ColumnChoice(**arguments, keep=keep))
+
+
+def _read(source: Source, key: str | None, choice: ColumnChoice) -> Table:
+    """The columns that `choice` names, of a file of any kind."""
     source.check_key(key)
     with source.reading(KINDS):
         if source.magic in (NPY, NPZ):
-            return _chosen(source, source.matrix(key), choice), None
+            return _of_array(source, source.matrix(key), choice)
         try:
             import pyarrow  # noqa: F401
         except ImportError:
@@ -102,12 +151,14 @@ def read(
         return (_parquet if source.magic == PARQUET else _text).read(source, choice)
 
 
-def _chosen(source: Source, matrix: np.ndarray, choice: ColumnChoice) -> np.ndarray:
+def _of_array(source: Source, matrix: np.ndarray, choice: ColumnChoice) -> Table:
     """The features of a matrix; the matrix itself if all columns are features."""
     chosen = choice.of(source.name, None, matrix.shape[1])
+    kept = choice.kept(source.name, None, matrix.shape[1])
     features = matrix if chosen == list(range(matrix.shape[1])) else matrix[:, chosen]
     _numbers.check_exact_array(source.name, features, chosen)
-    return features
+    repeated = [KeptColumn(column_name(None, i), matrix[:, i]) for i in kept]
+    return Table.of(features, None, chosen, repeated)
 
 
 def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
@@ -160,7 +211,9 @@ def _only(source: Source) -> str:
     return names[0] if len(names) == 1 else "x"
 
 
-def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
+def encode(
+    array: np.ndarray, suffix: str, names: Sequence[str], kept: Sequence[KeptColumn] = ()
+) -> bytes:
     """A result as the content of a file.
 
     Parameters
@@ -169,6 +222,8 @@ def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
     suffix : ".csv", ".tsv" (also with ".gz"), ".npy" or ".parquet"; "" is CSV
     names : sequence of str
         One for each column: any text. Text files have it in UTF-8, in quotes where necessary.
+    kept : sequence of KeptColumn
+        Columns of the input, [N] each, before those of the result.
 
     Returns
     -------
@@ -177,7 +232,7 @@ def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
     Raises
     ------
     DataFileError
-        Another suffix, or Parquet without pyarrow.
+        Another suffix, Parquet without pyarrow, or kept columns in an .npy.
 
     Examples
     --------
@@ -186,10 +241,12 @@ def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
     >>> tables.encode(np.array([[1.5, 0]]), ".csv", ["a,b", "c"]).decode().split()
     ['"a,b",c', '1.5,0.0']
     """
-    return _write.encode(array, suffix, names)
+    return _write.encode(array, suffix, names, kept)
 
 
-def check_output(path: str | Path, also: Sequence[str] = ()) -> None:
+def check_output(
+    path: str | Path, also: Sequence[str] = (), *, keeps_columns: bool = False
+) -> None:
     """Check that `write` can write a file of this name, before there is a result.
 
     Parameters
@@ -197,6 +254,8 @@ def check_output(path: str | Path, also: Sequence[str] = ()) -> None:
     path : str or Path
     also : sequence of str
         Suffixes that the caller writes without `write`.
+    keeps_columns : bool
+        Whether the result repeats columns of the input, which an .npy cannot hold.
 
     Raises
     ------
@@ -208,10 +267,15 @@ def check_output(path: str | Path, also: Sequence[str] = ()) -> None:
     >>> from clam_kernels import tables
     >>> tables.check_output("labels.csv.gz")
     """
-    _write.check(_write.suffix_of(path), also)
+    _write.check(_write.suffix_of(path), also, keeps_columns)
 
 
-def write(path: str | Path, array: np.ndarray, names: Sequence[str]) -> None:
+def write(
+    path: str | Path,
+    array: np.ndarray,
+    names: Sequence[str],
+    kept: Sequence[KeptColumn] = (),
+) -> None:
     """Write a result in the format of the suffix; after an error there is no part of a file.
 
     Parameters
@@ -220,6 +284,8 @@ def write(path: str | Path, array: np.ndarray, names: Sequence[str]) -> None:
     array : array [N] or [N, D]
     names : sequence of str
         One for each column.
+    kept : sequence of KeptColumn
+        Columns of the input, [N] each, before those of the result.
 
     Raises
     ------
@@ -233,4 +299,4 @@ def write(path: str | Path, array: np.ndarray, names: Sequence[str]) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tables.write(os.path.join(folder, "labels.csv"), np.array([1, 0]), ["label"])
     """
-    write_atomically(Path(path), encode(array, _write.suffix_of(path), names))
+    write_atomically(Path(path), encode(array, _write.suffix_of(path), names, kept))

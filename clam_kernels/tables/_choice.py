@@ -28,6 +28,7 @@ class ColumnChoice:
     header: bool | None = None
     decimal: str = "."
     expected: Sequence[str] | None = None
+    keep: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.index_col is True:
@@ -47,7 +48,7 @@ class ColumnChoice:
         levels: Sequence[str] = ()
         if not isinstance(self.index_col, bool | None):
             levels = [self.index_col] if isinstance(self.index_col, str) else self.index_col
-        for name in (*levels, *(self.drop or ())):
+        for name in (*levels, *(self.drop or ()), *self.keep):
             dropped |= set(_positions(source, names, count, name))
         if self.columns is None and self.expected is not None and names is not None:
             return self._expected(source, names, dropped)
@@ -60,6 +61,10 @@ class ColumnChoice:
             raise DataFileError(f"{source}: no column is left")
         self._check_unnamed(source, names, chosen)
         return chosen
+
+    def kept(self, source: str, names: Sequence[str] | None, count: int) -> list[int]:
+        """Positions of the columns that are no features and that a result repeats, in order."""
+        return sorted({i for name in self.keep for i in _positions(source, names, count, name)})
 
     def _expected(self, source: str, names: Sequence[str], dropped: set[int]) -> list[int]:
         """Positions of the expected columns; a warning names the other columns."""

@@ -11,10 +11,11 @@ from ..exceptions import DataFileError
 from . import _numbers
 from ._choice import ColumnChoice
 from ._source import Source
+from ._table import KeptColumn, Table
 
 
-def read(source: Source, choice: ColumnChoice) -> tuple[np.ndarray, list[str]]:
-    """(matrix, column names) of a Parquet file."""
+def read(source: Source, choice: ColumnChoice) -> Table:
+    """The features of a Parquet file, and the columns that a result repeats."""
     import pyarrow as pa
     from pyarrow import parquet as pq
 
@@ -27,7 +28,9 @@ def read(source: Source, choice: ColumnChoice) -> tuple[np.ndarray, list[str]]:
     names = list(table.column_names)
     chosen = choice.of(source.name, names, len(names), _index_of(table.schema))
     columns = [_column(source.name, names[i], table.column(i)) for i in chosen]
-    return np.column_stack(columns), [names[i] for i in chosen]
+    kept = choice.kept(source.name, names, len(names))
+    repeated = [KeptColumn(names[i], table.column(i)) for i in kept]
+    return Table.of(np.column_stack(columns), names, chosen, repeated)
 
 
 def _index_of(schema: Any) -> list[str]:

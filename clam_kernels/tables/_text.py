@@ -18,6 +18,7 @@ from ..exceptions import DataFileError
 from . import _numbers
 from ._choice import ColumnChoice, leading_unnamed
 from ._source import Source
+from ._table import KeptColumn, Table, column_name
 
 SAMPLE = 1 << 16
 MARKS = ",\t;"
@@ -56,8 +57,8 @@ class Layout:
         return 0 if self.names is None else self.end
 
 
-def read(source: Source, choice: ColumnChoice) -> tuple[np.ndarray, list[str] | None]:
-    """(matrix, column names or None) of a text table."""
+def read(source: Source, choice: ColumnChoice) -> Table:
+    """The features of a text table, and the columns that a result repeats."""
     layout = _layout(source, choice)
     names = layout.names
     chosen = choice.of(source.name, names, len(layout.first))
@@ -75,7 +76,30 @@ def read(source: Source, choice: ColumnChoice) -> tuple[np.ndarray, list[str] | 
         for j, text in zip(doubtful, texts.columns, strict=True):
             columns[j] = _numbers.of_text(where[j], text, choice.decimal)
     numbers = [column for column in columns if column is not None]
-    return np.column_stack(numbers), None if names is None else [names[i] for i in chosen]
+    kept = _kept(source, layout, choice)
+    return Table.of(np.column_stack(numbers), names, chosen, kept)
+
+
+def _kept(source: Source, layout: Layout, choice: ColumnChoice) -> list[KeptColumn]:
+    """The columns that a result repeats, with the text of their cells."""
+    kept = choice.kept(source.name, layout.names, len(layout.first))
+    if not kept:
+        return []
+    cells = _table(source, layout, choice, kept, as_text=True)
+    return [
+        KeptColumn(column_name(layout.names, i), _as_text(column))
+        for i, column in zip(kept, cells.columns, strict=True)
+    ]
+
+
+def _as_text(column: Any) -> Any:
+    """A column of bytes as text; the bytes themselves if they are no UTF-8."""
+    import pyarrow as pa
+
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        return column
 
 
 def _table(

@@ -7,14 +7,17 @@ import gzip
 import importlib.util
 import io
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
 from ..exceptions import DataFileError, needs
+from ._table import KeptColumn
 
 TEXT = (".csv", ".tsv", ".csv.gz", ".tsv.gz", "")
 KINDS = ".csv, .tsv (also with .gz), .npy or .parquet"
+KINDS_WITH_TEXT = ".csv, .tsv (also with .gz) or .parquet"
 # Cells with one of these are in quotes, in CSV and in TSV.
 SPECIAL = frozenset(',;\t"\n\r')
 
@@ -25,11 +28,15 @@ def suffix_of(path: str | Path) -> str:
     return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
-def check(suffix: str, also: Sequence[str] = ()) -> None:
+def check(suffix: str, also: Sequence[str] = (), keeps_columns: bool = False) -> None:
     """DataFileError unless `encode` or the caller (`also`) can write a file of this suffix."""
     if suffix not in (*TEXT, ".npy", ".parquet", *also):
         kinds = ", ".join([*also, KINDS])
         raise DataFileError(f"expected an output {kinds}, got {suffix!r}")
+    if suffix == ".npy" and keeps_columns:
+        raise DataFileError(
+            f"expected an output {KINDS_WITH_TEXT} for the columns of --keep, got {suffix!r}"
+        )
     if suffix == ".parquet" and not _has_pyarrow():
         raise DataFileError(needs("writing Parquet", "pyarrow", "files"))
 
@@ -41,9 +48,11 @@ def _has_pyarrow() -> bool:
         return False
 
 
-def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
+def encode(
+    array: np.ndarray, suffix: str, names: Sequence[str], kept: Sequence[KeptColumn] = ()
+) -> bytes:
     """The content of a file; see `tables.encode`."""
-    check(suffix)
+    check(suffix, keeps_columns=bool(kept))
     if suffix == ".npy":
         out = io.BytesIO()
         np.save(out, array)
@@ -52,21 +61,25 @@ def encode(array: np.ndarray, suffix: str, names: Sequence[str]) -> bytes:
     if len(names) != columns.shape[1]:
         raise ValueError(f"names: expected {columns.shape[1]} names, got {len(names)}")
     if suffix == ".parquet":
-        return _parquet(columns, names)
-    lines = "".join(_lines(columns, names, "\t" if suffix.startswith(".tsv") else ","))
+        return _parquet(columns, names, kept)
+    lines = "".join(_lines(columns, names, "\t" if suffix.startswith(".tsv") else ",", kept))
     # the bytes of a file name that is no UTF-8 do not change
     content = lines.encode("utf-8", "surrogateescape")
     return gzip.compress(content, mtime=0) if suffix.endswith(".gz") else content
 
 
-def _lines(columns: np.ndarray, names: Sequence[str], mark: str) -> Iterator[str]:
-    yield mark.join(map(_cell, names)) + "\n"
+def _lines(
+    columns: np.ndarray, names: Sequence[str], mark: str, kept: Sequence[KeptColumn]
+) -> Iterator[str]:
+    yield mark.join(map(_cell, [*(column.name for column in kept), *names])) + "\n"
     # str of a number is the shortest text that reads back as the same number; the Python float of
     # a float32 would have the digits of float64
     is_plain = columns.dtype.kind != "f" or columns.dtype == np.float64
     text = _cell if columns.dtype.kind not in "fiub" else str
-    for row in columns:
-        yield mark.join(map(text, row.tolist() if is_plain else row)) + "\n"
+    before = zip(*(column.texts() for column in kept), strict=True) if kept else repeat(())
+    for first, row in zip(before, columns, strict=False):
+        cells = map(text, row.tolist() if is_plain else row)
+        yield mark.join([*map(_kept_cell, first), *cells]) + "\n"
 
 
 def _cell(value: object) -> str:
@@ -78,12 +91,19 @@ def _cell(value: object) -> str:
     return '"' + text.replace('"', '""') + '"'
 
 
-def _parquet(columns: np.ndarray, names: Sequence[str]) -> bytes:
+def _kept_cell(text: str) -> str:
+    """A cell of a column of the input. An empty one has no quotes: a row has other cells too."""
+    return _cell(text) if text else ""
+
+
+def _parquet(columns: np.ndarray, names: Sequence[str], kept: Sequence[KeptColumn]) -> bytes:
     import pyarrow as pa
     from pyarrow import parquet as pq
 
     out = io.BytesIO()
     # from_arrays, as two columns may have the same name
-    arrays = [pa.array(np.ascontiguousarray(column)) for column in columns.T]
-    pq.write_table(pa.Table.from_arrays(arrays, names=list(names)), out)
+    arrays = [column.arrow() for column in kept]
+    arrays += [pa.array(np.ascontiguousarray(column)) for column in columns.T]
+    names = [*(column.name for column in kept), *names]
+    pq.write_table(pa.Table.from_arrays(arrays, names=names), out)
     return out.getvalue()

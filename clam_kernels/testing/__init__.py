@@ -18,8 +18,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .._core.checks import FLOAT_NAMES
 from .._core.spec import OpSpec, all_ops
 
+# What an error says that it expected where a dtype is wrong.
+FLOATS = f"dtype {FLOAT_NAMES}"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops._facts import compute_dtype
 from . import (
+    FLOATS,
     BadRow,
     Sample,
     Workload,
@@ -343,13 +344,12 @@ PLAIN: dict[str, Callable[[], Any]] = {
 }
 
 
-_FLOATS = "dtype float16, bfloat16, float32 or float64"
 _ROWS: list[BadRow] = [
-    ("v int64", EVERY, TypeError, f"v: expected {_FLOATS}, got int64",
+    ("v int64", EVERY, TypeError, f"v: expected {FLOATS}, got int64",
         {"v": zeros(5, 3, dtype=torch.int64)}),
-    ("rho bool", EVERY, TypeError, f"rho: expected {_FLOATS}, got bool",
+    ("rho bool", EVERY, TypeError, f"rho: expected {FLOATS}, got bool",
         {"rho": zeros(4, 3, dtype=torch.bool)}),
-    ("v complex", EVERY, TypeError, f"v: expected {_FLOATS}, got complex64",
+    ("v complex", EVERY, TypeError, f"v: expected {FLOATS}, got complex64",
         {"v": zeros(5, 3, dtype=torch.complex64)}),
     ("rho float64", EVERY, TypeError, "rho: expected dtype float32 to match v, got float64",
         {"rho": zeros(4, 3, dtype=torch.float64)}),
@@ -381,7 +381,7 @@ _ROWS: list[BadRow] = [
     ("log_weights shape", EVERY, ValueError,
         "log_weights: expected shape broadcastable to [..., 4] (K) to match rho [4, 3], got [5]",
         {"log_weights": zeros(5)}),
-    ("log_weights int", EVERY, TypeError, f"log_weights: expected {_FLOATS}, got int32",
+    ("log_weights int", EVERY, TypeError, f"log_weights: expected {FLOATS}, got int32",
         {"log_weights": zeros(4, dtype=torch.int32)}),
     ("precision", EVERY, ValueError,
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
@@ -392,7 +392,7 @@ _ROWS: list[BadRow] = [
     ("beta batch without a last dim of 1", STEP_LIKE, ValueError,
         "beta: expected shape broadcastable to [..., 4] (K) to match rho [2, 4, 3], got [2]",
         {"rho": zeros(2, 4, 3), "beta": zeros(2)}),
-    ("beta int", WITH_BETA, TypeError, f"beta: expected {_FLOATS}, got int64",
+    ("beta int", WITH_BETA, TypeError, f"beta: expected {FLOATS}, got int64",
         {"beta": zeros(1, dtype=torch.int64)}),
     ("beta -1", STEP_LIKE, ValueError, "beta: expected a number >= 0, got -1.0",
         constants(beta=-1.0)),
@@ -425,7 +425,7 @@ _ROWS: list[BadRow] = [
         "update_mask: expected shape broadcastable to [..., 5, 3] (N, D) to match v [5, 3], "
         "got [5]",
         {"update_mask": zeros(5)}),
-    ("update_mask int", STEP_LIKE, TypeError, f"update_mask: expected {_FLOATS}, got int64",
+    ("update_mask int", STEP_LIKE, TypeError, f"update_mask: expected {FLOATS}, got int64",
         {"update_mask": zeros(5, 3, dtype=torch.int64)}),
     ("update_mask leading dims", STEP_LIKE, ValueError,
         "update_mask: expected leading dims that broadcast to match v [2, 5, 3], got [3, 5, 3]",

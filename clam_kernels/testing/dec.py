@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dec import dec_target
-from . import DTYPES, BadRow, Sample, Workload, constants, spec_of, zeros
+from . import DTYPES, FLOATS, BadRow, Sample, Workload, constants, spec_of, zeros
 from ._draw import Draw
 
 B, N, K, D = 2, 5, 4, 3
@@ -361,14 +361,13 @@ PLAIN: dict[str, Callable[[], Any]] = {
 }
 
 
-_FLOATS = "dtype float16, bfloat16, float32 or float64"
 _ONE = "shape [] or [..., 1] (one for all centroids)"
 _ROWS: list[BadRow] = [
-    ("z int64", ALL, TypeError, f"z: expected {_FLOATS}, got int64",
+    ("z int64", ALL, TypeError, f"z: expected {FLOATS}, got int64",
         {"z": zeros(5, 3, dtype=torch.int64)}),
-    ("mu bool", ALL, TypeError, f"mu: expected {_FLOATS}, got bool",
+    ("mu bool", ALL, TypeError, f"mu: expected {FLOATS}, got bool",
         {"mu": zeros(4, 3, dtype=torch.bool)}),
-    ("z complex", ALL, TypeError, f"z: expected {_FLOATS}, got complex64",
+    ("z complex", ALL, TypeError, f"z: expected {FLOATS}, got complex64",
         {"z": zeros(5, 3, dtype=torch.complex64)}),
     ("mu float64", ALL, TypeError, "mu: expected dtype float32 to match z, got float64",
         {"mu": zeros(4, 3, dtype=torch.float64)}),
@@ -390,7 +389,7 @@ _ROWS: list[BadRow] = [
     ("leading dims of weight", ALL, ValueError,
         "weight: expected leading dims that broadcast to match z [2, 5, 3], got [7, 5]",
         {"z": zeros(2, 5, 3), "weight": zeros(7, 5)}),
-    ("alpha int", ALL, TypeError, f"alpha: expected {_FLOATS}, got int64",
+    ("alpha int", ALL, TypeError, f"alpha: expected {FLOATS}, got int64",
         {"alpha": zeros(1, dtype=torch.int64)}),
     ("alpha for each centroid", ALL, ValueError, f"alpha: expected {_ONE}, got [4]",
         {"alpha": lambda: torch.ones(4)}),
@@ -399,7 +398,7 @@ _ROWS: list[BadRow] = [
             constants(alpha=value))
         for value in (0.0, -1.0, math.nan)
     ),
-    ("weight int", ALL, TypeError, f"weight: expected {_FLOATS}, got int64",
+    ("weight int", ALL, TypeError, f"weight: expected {FLOATS}, got int64",
         {"weight": zeros(5, dtype=torch.int64)}),
     ("weight of another N", ALL, ValueError,
         "weight: expected shape [..., 5] to match z [5, 3], got [4]", {"weight": zeros(4)}),
@@ -413,7 +412,7 @@ _ROWS: list[BadRow] = [
     ("log_counts of another K", LOSSES, ValueError,
         "log_counts: expected shape [..., 4] to match mu [4, 3], got [5]",
         {"log_counts": zeros(5)}),
-    ("log_counts int", LOSSES, TypeError, f"log_counts: expected {_FLOATS}, got int64",
+    ("log_counts int", LOSSES, TypeError, f"log_counts: expected {FLOATS}, got int64",
         {"log_counts": zeros(4, dtype=torch.int64)}),
     ("z0 of another N", LOSSES, ValueError,
         "z0: expected shape [..., 5, 3] to match z [5, 3], got [6, 3]", {"z0": zeros(6, 3)}),

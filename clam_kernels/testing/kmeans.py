@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops._facts import compute_dtype
-from . import DTYPES, BadRow, Sample, Workload, constants, zeros
+from . import DTYPES, FLOATS, BadRow, Sample, Workload, constants, zeros
 
 B, N, K, D = 2, 7, 4, 3
 WIDE = (torch.float64, torch.float32)
@@ -293,17 +293,16 @@ PLAIN: dict[str, Callable[[], Any]] = {
 }
 
 
-_FLOATS = "dtype float16, bfloat16, float32 or float64"
 _ROWS: list[BadRow] = [
-    ("x int64", ALL, TypeError, f"x: expected {_FLOATS}, got int64",
+    ("x int64", ALL, TypeError, f"x: expected {FLOATS}, got int64",
         {"x": zeros(5, 3, dtype=torch.int64)}),
-    ("x complex", ALL, TypeError, f"x: expected {_FLOATS}, got complex64",
+    ("x complex", ALL, TypeError, f"x: expected {FLOATS}, got complex64",
         {"x": zeros(5, 3, dtype=torch.complex64)}),
     ("x 1-d", ALL, ValueError, "x: expected shape [..., N, D], got [3]", {"x": zeros(3)}),
     ("x 0-d", ALL, ValueError, "x: expected shape [..., N, D], got []", {"x": zeros()}),
     ("D 0", ALL, ValueError, "x: expected D >= 1, got [5, 0]",
         {"x": zeros(5, 0), "centroids": zeros(4, 0)}),
-    ("shift int", ALL, TypeError, f"shift: expected {_FLOATS}, got int64",
+    ("shift int", ALL, TypeError, f"shift: expected {FLOATS}, got int64",
         {"shift": zeros(3, dtype=torch.int64)}),
     ("shift of another D", ALL, ValueError,
         "shift: expected shape [..., 3] to match x [5, 3], got [4]", {"shift": zeros(4)}),
@@ -311,7 +310,7 @@ _ROWS: list[BadRow] = [
         "shift: expected shape [..., 3] to match x [5, 3], got [1]", {"shift": zeros(1)}),
     ("shift 0-d", ALL, ValueError,
         "shift: expected shape [..., 3] to match x [5, 3], got []", {"shift": zeros()}),
-    ("centroids bool", NEAREST, TypeError, f"centroids: expected {_FLOATS}, got bool",
+    ("centroids bool", NEAREST, TypeError, f"centroids: expected {FLOATS}, got bool",
         {"centroids": zeros(4, 3, dtype=torch.bool)}),
     ("centroids float64", NEAREST, TypeError,
         "centroids: expected dtype float32 to match x, got float64",
@@ -368,7 +367,7 @@ _ROWS: list[BadRow] = [
     ("labels 0-d", UPDATE, ValueError,
         "labels: expected shape [..., 5] to match x [5, 3], got []",
         {"labels": zeros(dtype=torch.int64)}),
-    ("weight int", SUMMED, TypeError, f"weight: expected {_FLOATS}, got int64",
+    ("weight int", SUMMED, TypeError, f"weight: expected {FLOATS}, got int64",
         {"weight": zeros(5, dtype=torch.int64)}),
     ("weight of another N", SUMMED, ValueError,
         "weight: expected shape [..., 5] to match x [5, 3], got [5, 1]",

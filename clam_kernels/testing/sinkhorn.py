@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops._facts import compute_dtype
-from . import DTYPES, BadRow, Sample, Workload, constants, zeros
+from . import DTYPES, FLOATS, BadRow, Sample, Workload, constants, zeros
 from ._draw import Draw
 
 B, N, K, D = 2, 7, 4, 3
@@ -316,20 +316,19 @@ PLAIN: dict[str, Callable[[], Any]] = {
     "scale": lambda: None,
     "precision": lambda: None,
 }
-_FLOATS = "dtype float16, bfloat16, float32 or float64"
 _S, _F = (SCORES, SCORES_PASS), (FEATURES, FEATURES_PASS)
 _STARTED, _WITH_START = (SCORES,), (FEATURES,)
 _ROWS: list[BadRow] = [
-    ("logits int", _S, TypeError, f"logits: expected {_FLOATS}, got int64",
+    ("logits int", _S, TypeError, f"logits: expected {FLOATS}, got int64",
         {"logits": zeros(5, 4, dtype=torch.int64)}),
-    ("logits complex", _S, TypeError, f"logits: expected {_FLOATS}, got complex64",
+    ("logits complex", _S, TypeError, f"logits: expected {FLOATS}, got complex64",
         {"logits": zeros(5, 4, dtype=torch.complex64)}),
     ("logits 1-d", _S, ValueError, "logits: expected shape [..., N, K], got [4]",
         {"logits": zeros(4)}),
     ("K 0", _S, ValueError, "logits: expected K >= 1, got [5, 0]", {"logits": zeros(5, 0)}),
     ("rows' masses", _S, ValueError,
         "log_row: expected shape [..., 5] to match logits [5, 4], got [4]", {"log_row": zeros(4)}),
-    ("logits bool", _S, TypeError, f"logits: expected {_FLOATS}, got bool",
+    ("logits bool", _S, TypeError, f"logits: expected {FLOATS}, got bool",
         {"logits": zeros(5, 4, dtype=torch.bool)}),
     ("logits 0-d", _S, ValueError, "logits: expected shape [..., N, K], got []",
         {"logits": zeros()}),
@@ -344,12 +343,12 @@ _ROWS: list[BadRow] = [
     ("leading dims", _STARTED, ValueError,
         "init: expected leading dims that broadcast to match logits [2, 5, 4], got [3, 4]",
         {"logits": zeros(2, 5, 4), "init": zeros(3, 4)}),
-    ("z int", _F, TypeError, f"z: expected {_FLOATS}, got int64",
+    ("z int", _F, TypeError, f"z: expected {FLOATS}, got int64",
         {"z": zeros(5, 3, dtype=torch.int64)}),
     ("prototypes float64", _F, TypeError,
         "prototypes: expected dtype float32 to match z, got float64",
         {"prototypes": zeros(4, 3, dtype=torch.float64)}),
-    ("z complex", _F, TypeError, f"z: expected {_FLOATS}, got complex64",
+    ("z complex", _F, TypeError, f"z: expected {FLOATS}, got complex64",
         {"z": zeros(5, 3, dtype=torch.complex64)}),
     ("z 0-d", _F, ValueError, "z: expected shape [..., N, D], got []", {"z": zeros()}),
     ("prototypes 1-d", _F, ValueError, "prototypes: expected shape [..., K, D], got [3]",
@@ -371,7 +370,7 @@ _ROWS: list[BadRow] = [
         "bias: expected shape [..., 4] to match prototypes [4, 3], got [5]", {"bias": zeros(5)}),
     ("bias of scores", _S, ValueError,
         "bias: expected shape [..., 4] to match logits [5, 4], got [5]", {"bias": zeros(5)}),
-    ("scale int", COUPLED, TypeError, f"scale: expected {_FLOATS}, got int64",
+    ("scale int", COUPLED, TypeError, f"scale: expected {FLOATS}, got int64",
         {"scale": zeros(dtype=torch.int64)}),
     ("leading dims of the scale", _S, ValueError,
         "scale: expected leading dims that broadcast to match logits [2, 5, 4], got [3]",
@@ -381,24 +380,24 @@ _ROWS: list[BadRow] = [
         {"z": zeros(2, 5, 3), "scale": zeros(3)}),
     ("row masses of features", _F, ValueError,
         "log_row: expected shape [..., 5] to match z [5, 3], got [4]", {"log_row": zeros(4)}),
-    ("masses int", BOTH, TypeError, f"log_col: expected {_FLOATS}, got int64",
+    ("masses int", BOTH, TypeError, f"log_col: expected {FLOATS}, got int64",
         {"log_col": zeros(4, dtype=torch.int64)}),
-    ("start bool", BOTH, TypeError, f"init: expected {_FLOATS}, got bool",
+    ("start bool", BOTH, TypeError, f"init: expected {FLOATS}, got bool",
         {"init": zeros(4, dtype=torch.bool)}),
     ("iterations", BOTH, ValueError, "n_iter: expected an int >= 0, got -1", constants(n_iter=-1)),
     ("g of another K", (SCORES_PASS,), ValueError,
         "g: expected shape [..., 4] to match logits [5, 4], got [5]", {"g": zeros(5)}),
     ("g of features of another K", (FEATURES_PASS,), ValueError,
         "g: expected shape [..., 4] to match prototypes [4, 3], got [5]", {"g": zeros(5)}),
-    ("g int", PASSES, TypeError, f"g: expected {_FLOATS}, got int64",
+    ("g int", PASSES, TypeError, f"g: expected {FLOATS}, got int64",
         {"g": zeros(4, dtype=torch.int64)}),
     ("g 0-d", (SCORES_PASS,), ValueError,
         "g: expected shape [..., 4] to match logits [5, 4], got []", {"g": zeros()}),
     ("g of features 0-d", (FEATURES_PASS,), ValueError,
         "g: expected shape [..., 4] to match prototypes [4, 3], got []", {"g": zeros()}),
-    ("g complex", PASSES, TypeError, f"g: expected {_FLOATS}, got complex64",
+    ("g complex", PASSES, TypeError, f"g: expected {FLOATS}, got complex64",
         {"g": zeros(4, dtype=torch.complex64)}),
-    ("row masses int", COUPLED, TypeError, f"log_row: expected {_FLOATS}, got int64",
+    ("row masses int", COUPLED, TypeError, f"log_row: expected {FLOATS}, got int64",
         {"log_row": zeros(5, dtype=torch.int64)}),
     ("leading dims of g", (SCORES_PASS,), ValueError,
         "g: expected leading dims that broadcast to match logits [2, 5, 4], got [3, 4]",

@@ -15,6 +15,8 @@ from ._problem import Scores, TransportProblem, potentials_dtype
 
 # The total of a marginal may differ from 1 by this much.
 TOTAL_ERROR = 1e-3
+# Iterations without `n_iter` and `tol`.
+DEFAULT_ITERATIONS = 3
 GRADIENTS = ("stop", "unrolled", "implicit", "envelope")
 
 
@@ -90,13 +92,16 @@ def check_type(scores: Any) -> None:
 
 def checked_rule(
     n_iter: Any, tol: Any, max_iter: Any, accelerate: Any, prototype_first: Any, warn: Any
-) -> tuple[int, float | None, int]:
-    """(n_iter, tol, max_iter) as Python numbers."""
-    n_iter = checks.whole("n_iter", n_iter, 0)
-    if tol is not None:
+) -> tuple[int, float | None]:
+    """(the number of iterations, or with tol the largest number of them; tol)."""
+    if tol is None:
+        limit = checks.whole("n_iter", DEFAULT_ITERATIONS if n_iter is None else n_iter, 0)
+    else:
         tol = checks.number("tol", tol, 0.0, finite=True, strict=True)
-        max_iter = checks.whole("max_iter", max_iter, 1)
-        checks.at_least("max_iter", max_iter, 1)
+        text = "None with tol (max_iter limits the iterations)"
+        checks.expect(n_iter is None, "n_iter", text, n_iter)
+        limit = checks.whole("max_iter", max_iter, 1)
+        checks.at_least("max_iter", limit, 1)
     checks.boolean("prototype_first", prototype_first)
     checks.boolean("warn", warn)
     checks.expect(
@@ -106,7 +111,7 @@ def checked_rule(
         checks.expect(tol is not None, "accelerate", "None without tol", repr(accelerate))
         text = "None with prototype_first=False"
         checks.expect(bool(prototype_first), "accelerate", text, repr(accelerate))
-    return n_iter, tol, max_iter
+    return limit, tol
 
 
 def checked_epsilon(epsilon: Any, like: Tensor) -> float | Tensor:

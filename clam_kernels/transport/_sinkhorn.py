@@ -31,7 +31,7 @@ def sinkhorn(
     *,
     epsilon: float | Tensor = 0.05,
     bias: Tensor | None = None,
-    n_iter: int = 3,
+    n_iter: int | None = None,
     tol: float | None = None,
     max_iter: int = 1000,
     row_marginal: Tensor | None = None,
@@ -60,8 +60,8 @@ def sinkhorn(
         there.
     bias : Tensor [..., K], optional
         Added to scores / epsilon.
-    n_iter : int, >= 0
-        Number of iterations if `tol` is None.
+    n_iter : int, >= 0, optional
+        Number of iterations, default 3. Not together with `tol`.
     tol : float, > 0, optional
         Iterate until the L1 error of the marginals is at most this; float32 reaches about 5e-7.
     max_iter : int, >= 1
@@ -108,7 +108,7 @@ def sinkhorn(
     TypeError
         A dtype or type other than stated.
     ValueError
-        A shape, device or value that does not fit.
+        A shape, device or value that does not fit; `n_iter` together with `tol`.
     NotImplementedError
         A transform of torch.func that is not supported (see Notes).
 
@@ -135,9 +135,7 @@ def sinkhorn(
     """
     first, size = arguments.check_scores(scores)
     epsilon = arguments.checked_epsilon(epsilon, first)
-    n_iter, tol, max_iter = arguments.checked_rule(
-        n_iter, tol, max_iter, accelerate, prototype_first, warn
-    )
+    limit, tol = arguments.checked_rule(n_iter, tol, max_iter, accelerate, prototype_first, warn)
     arguments.check_gradient(gradient, tol, process_group)
     if bias is not None:
         arguments.check_vector("bias", bias, size, first)
@@ -154,17 +152,16 @@ def sinkhorn(
         checks.has_values("scores", first)
         arguments.check_transforms(problem, start, gradient)
     if gradient == "unrolled":
-        state = problem.ops().iterate(n_iter, start, prototype_first)
-        return Sinkhorn(*state, n_iter, problem, prototype_first or n_iter == 0)
-    if tol is not None or process_group is not None:
-        checks.at_least("n_iter", n_iter, 0)
-    limit = n_iter if tol is None else max_iter
+        state = problem.ops().iterate(limit, start, prototype_first)
+        return Sinkhorn(*state, limit, problem, prototype_first or limit == 0)
+    if tol is None and process_group is not None:
+        checks.at_least("n_iter", limit, 0)
     with torch.no_grad():
         result = _solve(
             problem.detach(), start, limit, tol, prototype_first, accelerate, process_group
         )
     if warn and (tol is not None or process_group is not None):
-        _warn_of(result, tol, max_iter)
+        _warn_of(result, tol, limit)
     if gradient == "implicit":
         f, g = implicit(problem, result.g)
         problem = replace(problem, g_low=result.problem.g_low)

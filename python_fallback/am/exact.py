@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..common.chunk import round_up, row_chunks
+from ..common.chunk import FEWEST_ROWS_IN_DOUBT, FLOAT64_TILE_ENTRIES, round_up, row_chunks
 from ..common.score import EXP_FLOOR, exp_
 
-# float64 entries of one tile: differences [ROWS, K, D], or logits [ROWS, K].
-TILE_ENTRIES = 1 << 17
 # The error of an expanded logit is some units of 2^-53 times the logit size beta |x|^2. Up to
 # MAX_LOGIT_SIZE it is at most 2^-24. Up to MAX_LOGIT_RATIO times m = sum_k p_k beta_k |x - rho_k|^2
 # it is at most 2^-22 of m, and a gradient has that relative error.
@@ -39,9 +37,9 @@ class Differences:
         self.rho, (size, features) = rho, rho.shape
         # pieces depend only on the shape of the memories: other rows cannot change the bits of a
         # row
-        width = max(1, TILE_ENTRIES // features)
+        width = max(1, FLOAT64_TILE_ENTRIES // features)
         self.pieces = list(row_chunks(size, width))
-        self.limit = max(1, TILE_ENTRIES // (min(size, width) * features))
+        self.limit = max(1, FLOAT64_TILE_ENTRIES // (min(size, width) * features))
 
     def pad_tile(self, x: Tensor) -> Tensor:
         """A tile [m, D] with padding, as the products need it."""
@@ -96,10 +94,11 @@ class ExpandedDistances:
         self.rho = pad(rho - centre, (0, round_up(self.features, 4) - self.features, 0, self.more))
         self.flipped = self.rho.mT.contiguous()
         self.norms = self.rho.square().sum(-1)
-        self.limit = max(32, TILE_ENTRIES // len(self.rho))
+        self.limit = max(FEWEST_ROWS_IN_DOUBT, FLOAT64_TILE_ENTRIES // len(self.rho))
 
     def pad_tile(self, x: Tensor) -> Tensor:
-        rows, features = round_up(len(x), 32) - len(x), self.rho.shape[-1] - self.features
+        rows = round_up(len(x), FEWEST_ROWS_IN_DOUBT) - len(x)
+        features = self.rho.shape[-1] - self.features
         return pad(x, (0, features, 0, rows))
 
     def trim_tile(self, x: Tensor, rows: int) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row chunks: the one place that computes chunk sizes from a budget of entries.
+"""Row chunks, and the budgets of the CPU code: how many entries of an array it computes at once.
 
 An operand is `[*batch, *core]` with as many leading dims as the broadcast batch. A dim that
 problems share has size 1, so no operand is expanded in memory. A `Cell` is one index of all batch
@@ -16,12 +16,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Entries of one tile [rows, K]: a tile of scores and its softmax then fit in a second-level cache
-# of 2 MB.
+
+class RowBounds(NamedTuple):
+    """The least and the most rows of one chunk."""
+
+    least: int
+    most: int
+
+
+# Budgets are numbers of entries.
+# One tile of scores [rows, K]: the tile and its softmax then fit in a second-level cache of 2 MB.
 TILE_ENTRIES = 1 << 18
-MIN_ROWS, MAX_ROWS = 128, 32768
-# Entries that a backward may save of one chunk's trajectory: states, and weights if they fit.
+# One tile of float64: the same bytes as TILE_ENTRIES in float32.
+FLOAT64_TILE_ENTRIES = 1 << 17
+# An array of float64 in k-means (differences of rows in doubt, rows of a sum): 2 MB.
+FLOAT64_ENTRIES = 1 << 18
+# A tile of k-means with the least rows may exceed TILE_ENTRIES, but not this: 32 MB of float32.
+MAX_TILE_ENTRIES = 1 << 23
+# What a backward saves of one chunk: its states, and its weights if they fit. 16 MB of float32.
 SAVED_ENTRIES = 1 << 22
+# N x K x D of a k-means problem: up to this, the equation is faster than the code in chunks.
+SMALL_PROBLEM_ENTRIES = 1 << 15
+# Fewer rows would load the K memories or centroids too often. More rows would make tiles [rows, D]
+# large where K is small.
+AM_ROWS = RowBounds(128, 1 << 15)
+DEC_ROWS = RowBounds(32, 1 << 13)
+KMEANS_ROWS = RowBounds(256, 1 << 12)
+# No budget, however small, makes a chunk shorter than this.
+FEWEST_ROWS = 16
+# Rows in doubt of am that one product computes in float64 at least; their tile is padded to this.
+FEWEST_ROWS_IN_DOUBT = 32
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -56,12 +80,17 @@ def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     return torch.Size(batch)
 
 
+def rows_within(bounds: RowBounds, rows: int) -> int:
+    """`rows`, or the nearest number inside the bounds."""
+    return max(bounds.least, min(bounds.most, rows))
+
+
 def chunk_rows(width: int, saved: int = 0) -> int:
     """Rows of one chunk with tiles [rows, width], where a backward saves `saved` entries of each
     row.
     """
-    rows = max(MIN_ROWS, min(MAX_ROWS, TILE_ENTRIES // max(width, 1)))
-    return max(16, min(rows, SAVED_ENTRIES // max(saved, 1)))
+    rows = rows_within(AM_ROWS, TILE_ENTRIES // max(width, 1))
+    return max(FEWEST_ROWS, min(rows, SAVED_ENTRIES // max(saved, 1)))
 
 
 def cells(batch: Sequence[int], rows: int, limit: int, core: int) -> Iterator[Cell]:
@@ -101,11 +130,21 @@ def take(operand: Tensor, cell: Cell, rows: slice | None = None) -> Tensor:
 
 
 class GradientSum:
-    """Gradient of one operand: sum over the problems that share it, in a fixed order."""
+    """Gradient of one operand: sum over the problems that share it, in a fixed order.
+
+    `batched` is the operand with the dims of `add_batch_dims`; `dtype` is that of the sum.
+    """
 
     def __init__(self, operand: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
         self.operand = operand
         self.total = torch.zeros(batched.shape, dtype=dtype, device=operand.device)
+
+    def of_problem(self, index: tuple[int, ...]) -> Tensor:
+        """A view of the sum: the part of the problem with this index in the batch."""
+        part = self.total
+        for i in index or (0,):
+            part = part[i if part.shape[0] > 1 else 0]
+        return part
 
     def add(self, cell: Cell, value: Tensor, rows: slice | None = None) -> None:
         part = take(self.total, cell, rows)

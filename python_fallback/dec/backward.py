@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..common.chunk import GradientSum, add_batch_dims
 from .distances import Distances
 from .equations import Alpha
 from .forward import LossCall, LossChunk, LossProblem, filled
@@ -27,50 +28,40 @@ from .forward import LossCall, LossChunk, LossProblem, filled
 SMALL, TERMS = 0.01, 8
 
 
-class GradientTotals:
-    """The gradients of z, mu and alpha of one call, summed over the problems that share them."""
+def gradient_sums(call: LossCall, needs: Sequence[bool]) -> list[GradientSum | None]:
+    """One sum for each of z, mu and alpha that needs a gradient."""
+    sums: list[GradientSum | None] = [None] * 3
+    for i, (x, core) in enumerate(call.operands[:3]):
+        if needs[i] and x is not None:
+            is_shared = x.shape[: max(x.ndim - core, 0)].numel() < call.batch.numel()
+            dtype = torch.float64 if is_shared or i > 0 else x.dtype
+            sums[i] = GradientSum(x, add_batch_dims(x, len(call.batch), core), dtype)
+    return sums
 
-    def __init__(self, call: LossCall, needs: Sequence[bool]) -> None:
-        self.call, self.needs = call, needs
-        self.sums: list[Tensor | None] = [None] * 3
-        for i, (x, core) in enumerate(call.operands[:3]):
-            if needs[i] and x is not None:
-                shared = x.shape[: max(x.ndim - core, 0)].numel() < call.batch.numel()
-                dtype = torch.float64 if shared or i > 0 else x.dtype
-                self.sums[i] = torch.zeros(x.shape, dtype=dtype, device=x.device)
 
-    def part(self, i: int, at: tuple[int, ...]) -> Tensor | None:
-        """A view of the gradient of one operand: the part of one problem."""
-        total, core = self.sums[i], self.call.operands[i][1]
-        if total is None:
-            return None
-        batch = total.shape[: max(total.ndim - core, 0)]
-        index = at[len(at) - len(batch) :]
-        return total[tuple(0 if size == 1 else j for size, j in zip(batch, index, strict=True))]
-
-    def results(self) -> tuple[Tensor, ...]:
-        """One gradient for each tensor argument: zeros for those that only change p."""
-        gradients = []
-        for i, (x, _) in enumerate(self.call.operands):
-            total = self.sums[i] if i < 3 else None
-            if total is not None and x is not None:
-                gradients.append(total.to(x.dtype))
-            elif self.needs[i] and x is not None:
-                gradients.append(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
-            else:
-                gradients.append(self.call.z.new_empty(0))
-        return tuple(gradients)
+def gradient_results(
+    call: LossCall, needs: Sequence[bool], sums: Sequence[GradientSum | None]
+) -> tuple[Tensor, ...]:
+    """One gradient for each tensor argument: zeros for those that only change p."""
+    gradients = []
+    for i, (x, _) in enumerate(call.operands):
+        total = sums[i] if i < 3 else None
+        if total is not None:
+            gradients.append(total.result())
+        elif needs[i] and x is not None:
+            gradients.append(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+        else:
+            gradients.append(call.z.new_empty(0))
+    return tuple(gradients)
 
 
 class ProblemGradients:
-    """The gradients of one problem, chunk after chunk."""
+    """The gradients of one problem, chunk after chunk; `parts` are its views of z, mu, alpha."""
 
-    def __init__(
-        self, one: LossProblem, totals: GradientTotals, at: tuple[int, ...], grad: Tensor
-    ) -> None:
+    def __init__(self, one: LossProblem, parts: Sequence[Tensor | None], grad: Tensor) -> None:
         d = one.now
         self.d, self.grad = d, grad
-        self.z, self.mu, self.alpha = (totals.part(i, at) for i in range(3))
+        self.z, self.mu, self.alpha = parts
         ones = d.mu.new_ones(d.size, 1)
         self.factor = torch.cat([d.centred, ones], 1).mT.contiguous()  # [D + 1, K]
         self.sums = d.mu.new_zeros(d.size, d.features + 1)  # of a_i m_ij (z_i, 1)
@@ -165,27 +156,27 @@ def dec_losses_backward(
     are not zero.
     """
     call = LossCall(z, mu, alpha, weight, log_counts, z0, mu0, alpha0, log_norm, p)
-    totals = GradientTotals(call, needs)
-    if not any(total is not None for total in totals.sums):
-        return totals.results()
+    sums = gradient_sums(call, needs)
+    if not any(total is not None for total in sums):
+        return gradient_results(call, needs, sums)
     grads = grad.expand(*call.batch, call.rows)
     for at, one in call.problems():
+        parts = [None if total is None else total.of_problem(at) for total in sums]
         if one.is_void:
-            _spread(totals, at)
+            _spread_nan(parts)
             continue
-        gradients = ProblemGradients(one, totals, at, grads[at])
+        gradients = ProblemGradients(one, parts, grads[at])
         if call.size == 1:
             gradients.add_one_centroid(one)
             continue
         for chunk in one.chunks():
             gradients.add(chunk)
         gradients.finish()
-    return totals.results()
+    return gradient_results(call, needs, sums)
 
 
-def _spread(totals: GradientTotals, at: tuple[int, ...]) -> None:
-    """NaN in each gradient of a problem whose centroids are not finite."""
-    for i in range(3):
-        part = totals.part(i, at)
+def _spread_nan(parts: Sequence[Tensor | None]) -> None:
+    """Make each gradient of a problem NaN, because its centroids are not finite."""
+    for part in parts:
         if part is not None:
             part += torch.nan

@@ -12,10 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..common.chunk import round_up
+from ..common.chunk import DEC_ROWS, FLOAT64_TILE_ENTRIES, round_up, rows_within
 
-# Entries of one tile, about a second-level cache, and the bounds on the rows of a chunk.
-TILE_ENTRIES, MIN_ROWS, MAX_ROWS = 1 << 17, 32, 1 << 13
 # Rows that are summed together in the compute dtype before float64.
 GROUP = 32
 # A float64 product of centred values may be off by PRODUCT (|z| + max |mu|)^2; a row for which that
@@ -27,7 +25,7 @@ FARTHEST = 1e30
 
 def tile_rows(k: int) -> int:
     """Rows of one chunk for K centroids, the same for every number of rows."""
-    rows = max(MIN_ROWS, min(MAX_ROWS, TILE_ENTRIES // max(k, 1)))
+    rows = rows_within(DEC_ROWS, FLOAT64_TILE_ENTRIES // max(k, 1))
     return rows // GROUP * GROUP
 
 

@@ -11,14 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.chunk import add_batch_dims, cells, row_chunks, take
+from ..common.chunk import (
+    SMALL_PROBLEM_ENTRIES,
+    TILE_ENTRIES,
+    add_batch_dims,
+    cells,
+    row_chunks,
+    take,
+)
 from ..common.problems import problems
 from ..common.score import compute_dtype
 from .equations import batch_of, kmeans_assign
-from .nearest import TILE_ENTRIES, Scorer, table_of, tables_of
-
-# A small problem has at most so many entries N x K x D.
-SMALL_PROBLEM_ENTRIES = 1 << 15
+from .nearest import Scorer, table_of, tables_of
 
 
 def kmeans_assign_forward(

@@ -10,14 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.chunk import row_chunks
+from ..common.chunk import (
+    FEWEST_ROWS,
+    FLOAT64_ENTRIES,
+    KMEANS_ROWS,
+    MAX_TILE_ENTRIES,
+    TILE_ENTRIES,
+    row_chunks,
+    rows_within,
+)
 from ..common.score import centre_of, compute_dtype
 
 # Squared distances are a tie if their relative difference is at most this.
 TIE = 2.0**-40
-# Entries of one tile of scores [K, ROWS], about a second-level cache. A chunk has at least MIN_ROWS
-# and at most MAX_ROWS rows, unless its tile had more than MAX_TILE_ENTRIES.
-TILE_ENTRIES, MIN_ROWS, MAX_ROWS, MAX_TILE_ENTRIES = 1 << 18, 256, 4096, 1 << 23
 SMALLEST_NORMAL, LARGEST = (
     {t: getattr(torch.finfo(t), word) for t in (torch.float32, torch.float64)}
     for word in ("tiny", "max")
@@ -26,8 +31,6 @@ SMALLEST_NORMAL, LARGEST = (
 # mean of these distances by this factor. `centre_of`, which they cannot move, then replaces the
 # mean.
 OUTLIER_FACTOR = 4.0
-# Entries of the float64 arrays of one piece.
-FLOAT64_ENTRIES = 1 << 18
 
 
 class CentroidTable(NamedTuple):
@@ -131,7 +134,7 @@ def table_of(
 def tile_rows(k: int) -> int:
     """Rows of one chunk for K centroids."""
     rows = 1 << max(0, (TILE_ENTRIES // k).bit_length() - 1)
-    return max(16, min(max(MIN_ROWS, min(MAX_ROWS, rows)), MAX_TILE_ENTRIES // k))
+    return max(FEWEST_ROWS, min(rows_within(KMEANS_ROWS, rows), MAX_TILE_ENTRIES // k))
 
 
 class UndecidedRows:

@@ -6,11 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.chunk import broadcast_shapes, row_chunks
+from ..common.chunk import FLOAT64_ENTRIES, broadcast_shapes, row_chunks
 from ..common.problems import problems
 from .assign import kmeans_assign_forward
 from .equations import labels_of_all
-from .nearest import FLOAT64_ENTRIES
 
 
 def kmeans_update_forward(

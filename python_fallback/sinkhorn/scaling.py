@@ -10,13 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.chunk import row_chunks
+from ..common.chunk import FEWEST_ROWS, TILE_ENTRIES, row_chunks
 from ..common.score import EXP_FLOOR, SOFTMAX_FLOOR, exp_, softmax_
 
 # Status of a problem. NOT_CONVERGED is for callers that iterate to a tolerance.
 FINE, NOT_CONVERGED, NOT_FINITE, INFEASIBLE, EMPTY = range(5)
-# Entries of a tile [ROWS, K], and the least rows of a tile.
-TILE_ENTRIES, MIN_ROWS = 1 << 18, 16
 # Rows whose sum is computed in the dtype of the tiles.
 SUM_ROWS = 256
 # Where a column's mass is below this share of the total, digits are lost: `columns` computes its
@@ -145,7 +143,7 @@ class ScalingProblem:
 
     def tiles(self) -> list[slice]:
         """The rows of each tile."""
-        return list(row_chunks(self.n, max(MIN_ROWS, TILE_ENTRIES // self.k)))
+        return list(row_chunks(self.n, max(FEWEST_ROWS, TILE_ENTRIES // self.k)))
 
     def tile(self, part: slice, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         """`scale * (scores - base)` of some rows, 0 for masked rows and columns; in `out` if given.

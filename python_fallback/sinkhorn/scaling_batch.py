@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..common.chunk import broadcast_shapes
+from ..common.chunk import GradientSum, add_batch_dims, broadcast_shapes
 from ..common.problems import problems
 from ..common.score import compute_dtype
 from .scaling import (
@@ -134,7 +134,11 @@ class SinkhornCall:
         count = self.matrices
         grads = tuple(g.expand(*self.batch, g.shape[-1]) for g in grads)  # type: ignore[assignment]
         totals = [
-            _GradientTotal(operand, self.batch, core, self.dtype if i < count else torch.float64)
+            GradientSum(
+                operand,
+                add_batch_dims(operand, len(self.batch), core),
+                self.dtype if i < count else torch.float64,
+            )
             if operand is not None and need
             else None
             for i, ((operand, core), need) in enumerate(zip(self.operands, needs, strict=True))
@@ -143,7 +147,7 @@ class SinkhornCall:
             backward = backward_of(problem, init, grads[0][index], grads[1][index])
             if problem.status != FINE:
                 backward.clear()
-            views = [None if t is None else t.view[index] for t in totals]
+            views = [None if t is None else t.of_problem(index) for t in totals]
             _add_entries(backward, views[:count], views[-1])
             vectors = (backward.columns, backward.log_a, backward.log_b, backward.g)
             for view, value in zip(views[count:-1], vectors, strict=True):
@@ -152,18 +156,6 @@ class SinkhornCall:
         first = self.operands[0][0]
         assert first is not None
         return tuple(first.new_empty(0) if t is None else t.result() for t in totals)
-
-
-class _GradientTotal:
-    """Gradient of one operand: sum over the problems that share it."""
-
-    def __init__(self, operand: Tensor, batch: torch.Size, core: int, dtype: torch.dtype) -> None:
-        self.total = torch.zeros(operand.shape, dtype=dtype, device=operand.device)
-        self.view = self.total.expand([*batch, *operand.shape[operand.ndim - core :]])
-        self.dtype = operand.dtype
-
-    def result(self) -> Tensor:
-        return self.total.to(self.dtype)
 
 
 def _add_entries(

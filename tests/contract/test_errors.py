@@ -249,10 +249,23 @@ def test_backend_is_restored():
     assert choice.requested() == "auto"
 
 
+def test_a_backend_of_gpus_is_refused_on_a_cpu(spec, monkeypatch):
+    from clam_kernels._core import backend as choice
+
+    monkeypatch.setattr(choice, "_has_triton", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    why = "the device is cpu, not a GPU" if spec.kernels else "the op has no triton kernel"
+    with ck.backend("triton"), pytest.raises(RuntimeError) as caught:
+        ck.explain(spec.name)
+    assert str(caught.value) == f"backend 'triton' cannot run clam::{spec.name}: {why}"
+
+
 def test_explain(spec):
     args = testing.problem(spec.name, 5, 4, 3).args
     line = f"clam::{spec.name}: reference at highest precision (the tensors are on cpu)"
-    assert ck.explain(spec.name) == line
+    assert ck.explain(spec.name) == line.replace(
+        "the tensors are on cpu", "no tensors: the choice for a CPU"
+    )
     assert ck.explain(spec.function, *args) == line
     assert ck.explain(spec.packet, *args) == line
     with ck.backend("reference"):

@@ -32,10 +32,9 @@ from ..common.score import (
 )
 from ..common.sweep import SIZES
 from . import backward_fused, exact_backward
-from .backward_fused import store_memories
+from .backward_fused import distance_sums, store_memories
 from .backward_rows import rows_backward_kernel, rows_backward_wide_kernel
 from .call import Call, ScratchCell, Totals
-from .doubt import MOST
 from .forward import flags_of, launch_recursion
 from .memories import memories_of
 
@@ -65,6 +64,36 @@ def norms_in(PATH, at, valid, D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.con
     return norm
 
 
+@triton.jit
+def load_tile(
+    table, k0, count,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of memories: `load_sides` for rows too wide for registers, else `load_memories`."""
+    if WIDE:
+        tile = load_sides(table, k0, count, D, STRIDE, DIM, PROTOS)
+    else:
+        tile = load_memories(table, k0, count, D, STRIDE, DIM, PROTOS)
+    return tile
+
+
+@triton.jit
+def tile_inner(
+    x, half, X, at, valid, tile, count,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PREC: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Products [ROWS, PROTOS] of rows with a tile of memories: `own_inner` of the tile x, or WIDE
+    `wide_inner` of the rows `at` of X.
+    """
+    if WIDE:
+        inner = wide_inner(((X, at, valid), half), tile, count, D, STRIDE, DIM, PREC)
+    else:
+        inner = own_inner((x, half), tile, count, D, STRIDE, DIM, PREC)
+    return inner
+
+
 @triton.jit(do_not_specialize=SIZES)
 def memories_backward_kernel(
     RHO, SIDE, TOP, TOTAL, DELTA, PATH, PULL, PART, SUMS,
@@ -85,13 +114,8 @@ def memories_backward_kernel(
     split, problem = tl.program_id(1), tl.program_id(2)
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
     d0 = piece * DIM
-    if WIDE:
-        # (k, pointer, scale, bias)
-        tile = load_sides((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS)
-    else:
-        # (k, rho [PROTOS, DIM], scale, bias)
-        tile = load_memories((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS)
-    k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM] or a pointer, [PROTOS], [PROTOS]
+    tile = load_tile((RHO, SIDE), here * PROTOS, count, D, STRIDE, DIM, PROTOS, WIDE)
+    k, _rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM] or a pointer, [PROTOS], [PROTOS]
     known = k < count
     lift = tl.load(SIDE + 2 * count + k, mask=known, other=0.0)
     own = tl.load(SIDE + 3 * count + k, mask=known, other=0.0)
@@ -111,13 +135,9 @@ def memories_backward_kernel(
             inverse = tl.where(sure, inverse_of(TOTAL, at, valid), 0.0)
             delta = tl.load(DELTA + at, mask=valid, other=0.0)
             x = load_rows(PATH, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
-            norm = tl.sum(x * x, 1)
-            if WIDE:
-                norm = norms_in(PATH, at, valid, D, STRIDE, DIM)
-                # [ROWS, PROTOS]
-                inside = wide_inner(((PATH, at, valid), norm), tile, count, D, STRIDE, DIM, PREC)
-            else:
-                inside = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+            norm = norms_in(PATH, at, valid, D, STRIDE, DIM) if WIDE else tl.sum(x * x, 1)
+            # [ROWS, PROTOS]
+            inside = tile_inner(x, norm, PATH, at, valid, tile, count, D, STRIDE, DIM, PREC, WIDE)
             s = logits(inside, 0.5 * norm, scale, bias, PER_MEMORY)  # [ROWS, PROTOS]
             w = tl.exp2(s - finite(top)[:, None]) * inverse[:, None]  # [ROWS, PROTOS]
             if ENERGY:
@@ -127,24 +147,21 @@ def memories_backward_kernel(
                 # [ROWS, PROTOS]
                 surprise = lift[None, :] - (s - top[:, None]) - tl.log2(inverse)[:, None]
                 beta_sum += tl.sum(tl.where(w == 0.0, 0.0, q * surprise), 0)
+            elif HARD:
+                h = load_rows(PULL, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
+                # [ROWS, PROTOS]
+                w = tl.where(k.to(tl.float32)[None, :] == top[:, None], 1.0, 0.0)
+                acc += dot(tl.trans(w), h, PREC)
             else:
                 h = load_rows(PULL, at, valid, d0, D, STRIDE, DIM)  # [ROWS, DIM]
-                if HARD:
-                    # [ROWS, PROTOS]
-                    w = tl.where(k.to(tl.float32)[None, :] == top[:, None], 1.0, 0.0)
-                    acc += dot(tl.trans(w), h, PREC)
-                else:
-                    if WIDE:
-                        hs = ((PULL, at, valid), norm)
-                        slope = wide_inner(hs, tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-                    else:
-                        slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
-                    gz = w * (slope - delta[:, None])  # [ROWS, PROTOS]
-                    acc += dot(tl.trans(w), h, PREC)
-                    acc += dot(tl.trans(gz * (scale / LOG2E)[None, :]), x, PREC)
-                    mass += tl.sum(gz, 0)
-                    far = own[None, :] + norm[:, None] - 2.0 * inside  # [ROWS, PROTOS]
-                    beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
+                slope = tile_inner(  # [ROWS, PROTOS]
+                    h, norm, PULL, at, valid, tile, count, D, STRIDE, DIM, PREC, WIDE
+                )
+                gz = w * (slope - delta[:, None])  # [ROWS, PROTOS]
+                acc += dot(tl.trans(w), h, PREC)
+                acc += dot(tl.trans(gz * (scale / LOG2E)[None, :]), x, PREC)
+                mass += tl.sum(gz, 0)
+                beta_sum += distance_sums(gz, norm, own, inside)
     slot = (problem * tl.num_programs(1) + split).to(tl.int64) * count + k
     store_memories(PART, SUMS, slot, known, d0, piece, acc, mass, beta_sum, STRIDE, DIM)
 

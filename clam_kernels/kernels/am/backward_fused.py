@@ -15,11 +15,19 @@ from torch import Tensor
 
 from ..common import launch
 from ..common.fold import finite, normalise
-from ..common.score import LOG2E, dot, load_memories, load_rows, logits, own_inner, subtract_centre
-from ..common.sweep import UNSPECIALISED, offset
+from ..common.score import (
+    LOG2E,
+    dot,
+    load_checked_rows,
+    load_memories,
+    load_rows,
+    logits,
+    own_inner,
+)
+from ..common.sweep import UNSPECIALISED, of_problem
 from .call import Call, Totals
 from .doubt import MOST, doubt_flag, final_flags, sharpest
-from .memories import memories_of
+from .memories import rows_and_memories_of
 from .recursion import gain_of, next_state, recall
 
 
@@ -68,6 +76,41 @@ def store_states(
     return flag
 
 
+@triton.jit
+def weights_and_slopes(
+    x, norm, g, gain, poison, valid, table, count,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """(h, p, gz, x rho, rho, scale) of one step: h = gain g [ROWS, DIM]; the weights p, 0 where
+    `poison` is -inf, and gz = p (h rho - delta) with delta = sum_k p_k (h rho_k), both [ROWS,
+    PROTOS]; all memories rho [PROTOS, DIM].
+    """
+    # loaded in each step and not before the loops: this takes fewer registers
+    tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
+    _k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
+    inner_x = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
+    s = logits(inner_x, 0.5 * norm, scale, bias, False)  # [ROWS, PROTOS]
+    top = tl.max(s, 1)
+    w = tl.exp2(s - finite(top)[:, None] + poison[:, None])  # [ROWS, PROTOS]
+    total = tl.sum(w, 1)
+    moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]  # [ROWS, 1]
+    h = moves * gain * g  # [ROWS, DIM]
+    slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
+    inverse, delta = normalise(total, tl.sum(w * slope, 1))
+    p = tl.where(valid[:, None], w * inverse[:, None], 0.0)  # [ROWS, PROTOS]
+    return h, p, p * (slope - delta[:, None]), inner_x, rho, scale
+
+
+@triton.jit
+def distance_sums(gz, norm, memory_norm, inner):
+    """sum_n gz_nk |x_n - rho_k|^2 [PROTOS] of a tile gz [ROWS, PROTOS], from the squared norms of
+    rows and memories and their products `inner` [ROWS, PROTOS].
+    """
+    far = memory_norm[None, :] + norm[:, None] - 2.0 * inner  # [ROWS, PROTOS]
+    return tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def fused_backward_kernel(
     V, RHO, SIDE, CENTRE, U, GRAD, OUT, FLAG, PATH, PART, SUMS,
@@ -83,11 +126,10 @@ def fused_backward_kernel(
     """
     pid = tl.program_id(0)
     problem, split = pid // splits, pid % splits
-    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i) * D
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    _m, V, RHO, SIDE, CENTRE = rows_and_memories_of(
+        V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count, D, STRIDE
+    )
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
     PATH += pid.to(tl.int64) * steps * ROWS * STRIDE
 
     table = (RHO, SIDE)
@@ -104,10 +146,7 @@ def fused_backward_kernel(
         valid, at = row < rows, row.to(tl.int64)
         inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
         whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]  # [ROWS, DIM]
-        raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-        x = subtract_centre(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
-        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        poison = tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
+        x, poison = load_checked_rows(V, CENTRE, at, valid, 0, D, DIM)  # [ROWS, DIM], [ROWS]
         flag = store_states(
             PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,
@@ -122,26 +161,14 @@ def fused_backward_kernel(
             here = tl.cast(steps - 1 - back, tl.int64) * ROWS + strip
             x = load_rows(PATH, here, strip >= 0, 0, D, STRIDE, DIM)  # [ROWS, DIM]
             norm = tl.sum(x * x, 1)
-            # loaded here and not before the loops: this takes fewer registers
-            tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)
-            _k, rho, scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
-            inner_x = own_inner((x, norm), tile, count, D, STRIDE, DIM, PREC)  # [ROWS, PROTOS]
-            s = logits(inner_x, 0.5 * norm, scale, bias, False)  # [ROWS, PROTOS]
-            top = tl.max(s, 1)
-            w = tl.exp2(s - finite(top)[:, None] + poison[:, None])  # [ROWS, PROTOS]
-            total = tl.sum(w, 1)
-            moves = tl.where(total == 0.0, 0.0, 1.0)[:, None]  # [ROWS, 1]
-            h = moves * gain * g  # [ROWS, DIM]
-            slope = dot(h, tl.trans(rho), PREC)  # [ROWS, PROTOS]
-            inverse, delta = normalise(total, tl.sum(w * slope, 1))
-            w = tl.where(valid[:, None], w * inverse[:, None], 0.0)  # [ROWS, PROTOS]
-            gz = w * (slope - delta[:, None])  # [ROWS, PROTOS]
+            h, p, gz, inner_x, rho, scale = weights_and_slopes(
+                x, norm, g, gain, poison, valid, table, count, D, STRIDE, DIM, PROTOS, PREC
+            )
             if MEMORIES:
                 mass += tl.sum(gz, 0)
                 norms = tl.load(SIDE + 3 * count + k, mask=k < count, other=0.0)
-                far = norms[None, :] + norm[:, None] - 2.0 * inner_x  # [ROWS, PROTOS]
-                beta_sum += tl.sum(gz * tl.minimum(tl.maximum(far, 0.0), MOST), 0)
-                acc += dot(tl.trans(w), h, PREC)
+                beta_sum += distance_sums(gz, norm, norms, inner_x)
+                acc += dot(tl.trans(p), h, PREC)
             gz *= (scale / LOG2E)[None, :]  # [ROWS, PROTOS]
             if MEMORIES:
                 acc += dot(tl.trans(gz), x, PREC)

@@ -20,7 +20,7 @@ from ..common.score import (
     own_inner,
     wide_inner,
 )
-from ..common.sweep import SIZES, offset, rows_of, sweep
+from ..common.sweep import SIZES, of_problem, rows_of, sweep
 from .memories import memories_of
 from .recursion import gain_of
 
@@ -107,8 +107,7 @@ def rows_backward_kernel(
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
     d = tl.arange(0, DIM)
     valid, at = row < rows, row.to(tl.int64)
     inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
@@ -192,6 +191,49 @@ def wide_h(
     return norm
 
 
+@triton.jit
+def add_step_gradient(
+    OUT, DELTA, PATH, PULL, table, p, here, valid, every, norm, top, count,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr,
+):  # fmt: skip
+    """As `step_gradient` for rows too wide for registers: add the first result to g in OUT, DIM
+    features at a time, and store delta.
+    """
+    RHO, _SIDE = table
+    own, hs = ((PATH, here, every), 0.5 * norm), ((PULL, here, every), norm)
+    safe = finite(top)
+    mass, delta = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for k0 in range(0, count, PROTOS):
+        w, slope, scale = wide_slopes(  # [ROWS, PROTOS] twice, [PROTOS]
+            own, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
+        )  # fmt: skip
+        mass += tl.sum(w, 1)
+        delta += tl.sum(w * slope, 1)
+    inverse, delta = normalise(mass, delta)
+    tl.store(DELTA + here, delta)
+    for d0 in range(0, D, DIM):
+        d = d0 + tl.arange(0, DIM)
+        # [ROWS, DIM], [ROWS]
+        acc, total = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
+        for k0 in range(0, count, PROTOS):
+            w, slope, scale = wide_slopes(  # [ROWS, PROTOS] twice, [PROTOS]
+                own, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
+            )  # fmt: skip
+            gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]  # [ROWS, PROTOS]
+            k = k0 + tl.arange(0, PROTOS)
+            rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)  # [PROTOS, DIM]
+            acc += dot(gz, rho, PREC)
+            total += tl.sum(gz, 1)
+        if PER_MEMORY:
+            # [ROWS, DIM]
+            acc -= total[:, None] * load_rows(PATH, here, every, d0, D, STRIDE, DIM)
+        inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
+        whole = p[:, None] * D + d[None, :]  # [ROWS, DIM]
+        g = tl.load(OUT + whole, mask=inside, other=0.0)  # [ROWS, DIM]
+        tl.store(OUT + whole, g + acc / LOG2E, mask=inside)
+
+
 # The narrow kernel has g, x and h of a step in registers. Here they lie in memory, behind barriers
 # and loops over features: as one kernel the two would share the first lines alone.
 @triton.jit(do_not_specialize=SIZES)
@@ -210,8 +252,7 @@ def rows_backward_wide_kernel(
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
     _m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
     valid, at = row < rows, row.to(tl.int64)
     p = problem.to(tl.int64) * rows + at
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -233,37 +274,8 @@ def rows_backward_wide_kernel(
         )  # fmt: skip
         tl.debug_barrier()
         if not HARD:
-            own, hs = ((PATH, here, every), 0.5 * norm), ((PULL, here, every), norm)
-            safe = finite(top)
-            mass, delta = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-            for k0 in range(0, count, PROTOS):
-                w, slope, scale = wide_slopes(  # [ROWS, PROTOS] twice, [PROTOS]
-                    own, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
-                )  # fmt: skip
-                mass += tl.sum(w, 1)
-                delta += tl.sum(w * slope, 1)
-            inverse, delta = normalise(mass, delta)
-            tl.store(DELTA + here, delta)
-            for d0 in range(0, D, DIM):
-                d = d0 + tl.arange(0, DIM)
-                # [ROWS, DIM], [ROWS]
-                acc, total = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32)
-                for k0 in range(0, count, PROTOS):
-                    w, slope, scale = wide_slopes(  # [ROWS, PROTOS] twice, [PROTOS]
-                        own, hs, table, k0, count, safe, D, STRIDE, DIM, PROTOS, PREC, PER_MEMORY
-                    )  # fmt: skip
-                    # [ROWS, PROTOS]
-                    gz = w * inverse[:, None] * (slope - delta[:, None]) * scale[None, :]
-                    k = k0 + tl.arange(0, PROTOS)
-                    # [PROTOS, DIM]
-                    rho = load_rows(RHO, k.to(tl.int64), k < count, d0, D, STRIDE, DIM)
-                    acc += dot(gz, rho, PREC)
-                    total += tl.sum(gz, 1)
-                if PER_MEMORY:
-                    # [ROWS, DIM]
-                    acc -= total[:, None] * load_rows(PATH, here, every, d0, D, STRIDE, DIM)
-                inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
-                whole = p[:, None] * D + d[None, :]  # [ROWS, DIM]
-                g = tl.load(OUT + whole, mask=inside, other=0.0)  # [ROWS, DIM]
-                tl.store(OUT + whole, g + acc / LOG2E, mask=inside)
+            add_step_gradient(
+                OUT, DELTA, PATH, PULL, table, p, here, valid, every, norm, top, count,
+                D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY,
+            )  # fmt: skip
         tl.debug_barrier()

@@ -145,6 +145,23 @@ def hard_doubt_flag(norm, total):
 
 
 @triton.jit
+def step_flag(
+    norm, size, far, top, total, sharp, ratio, floor, near_limit, lift,
+    HARD: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """1 for rows whose step may be wrong, else 0: HARD `hard_doubt_flag`, else `is_in_doubt`, and
+    if KEEP is 3 also `energy_loses_digits`.
+    """
+    if HARD:
+        flag = hard_doubt_flag(norm, total)
+    else:
+        flag = is_in_doubt(size, far, total, sharp, ratio, floor, near_limit).to(tl.int32)
+        if KEEP == 3:
+            flag |= energy_loses_digits(norm, size, far, top, lift, sharp).to(tl.int32)
+    return flag
+
+
+@triton.jit
 def final_flags(flag, total, SIDE, count, PROTOS: tl.constexpr):
     """The flags after the last step. A row of total weight 0 did not move: it is in doubt only if a
     memory is active.

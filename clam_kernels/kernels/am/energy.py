@@ -17,21 +17,21 @@ from ..common import launch
 from ..common.fold import lse_first_fold, lse_first_init
 from ..common.score import (
     LOG2E,
+    load_centred_rows,
+    load_checked_rows,
     load_memories,
-    load_rows,
     load_sides,
     own_inner,
     raw_inner,
-    subtract_centre,
 )
-from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
+from ..common.sweep import UNSPECIALISED, rows_of, sweep
 from ..kmeans import assign
 from ..kmeans.nearest import squared_distances
 from . import exact, exact_backward
 from .backward import cells, fit, sweep_memories, whole
 from .call import Call, Totals
 from .doubt import NEAR_LIMIT_OF_ENERGY, final_flags, is_in_doubt, sharpest
-from .memories import memories_of
+from .memories import rows_and_memories_of
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -47,19 +47,16 @@ def energy_kernel(
     distances, and FLAG takes the rows where it may be wrong. The table has scale = 2 beta log2(e).
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
-    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    CENTRE += m * STRIDE
+    m, V, RHO, SIDE, CENTRE = rows_and_memories_of(
+        V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count, D, STRIDE
+    )
     RAW += m * count * D
-    V += offset(problem, inner, v_o, v_i) * D
     valid, at = row < rows, row.to(tl.int64)
     norm, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
-        d = d0 + tl.arange(0, DIM)
-        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
-        x = subtract_centre(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
+        x, more = load_checked_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM], [ROWS]
         norm += tl.sum(x * x, 1)
-        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
+        poison += more
     table = (RHO, SIDE)
     if WIDE:
         own = ((V, CENTRE, at, valid), norm)
@@ -68,11 +65,7 @@ def energy_kernel(
             D, STRIDE, DIM, PROTOS, PREC, False,
         )  # fmt: skip
     else:
-        # ([ROWS, DIM], [ROWS])
-        own = (
-            subtract_centre(load_rows(V, at, valid, 0, D, D, DIM), CENTRE, valid, 0, D, DIM),
-            norm,
-        )
+        own = (load_centred_rows(V, CENTRE, at, valid, 0, D, DIM), norm)  # ([ROWS, DIM], [ROWS])
         state = sweep(
             lse_first_init(ROWS), own, table, count, load_memories, own_inner, lse_first_fold,
             D, STRIDE, DIM, PROTOS, PREC, False,

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..common import launch
 from ..common.fold import NO_INDEX
 from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
-from ..common.sweep import UNSPECIALISED, offset, rows_of
+from ..common.sweep import UNSPECIALISED, of_problem, offset, rows_of
 from ..kmeans.nearest import TIE
 
 # Float64 numbers in the strips of scratch of all programs of a launch (64 MB).
@@ -205,12 +205,6 @@ def load_row(X, V, one, D: tl.constexpr, DIM: tl.constexpr):
 def memories_and_rows(RHO, V, problem, inner, rho_o, rho_i, v_o, v_i, D: tl.constexpr):
     """Where the memories and the rows of a problem begin."""
     return RHO + offset(problem, inner, rho_o, rho_i) * D, V + offset(problem, inner, v_o, v_i) * D
-
-
-@triton.jit
-def of_problem(X, problem, inner, outer_stride, inner_stride, HAS: tl.constexpr):
-    """Where an optional operand of a problem begins; 0, which no kernel reads, without one."""
-    return X + offset(problem, inner, outer_stride, inner_stride) if HAS else 0
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import launch
-from ..common.sweep import UNSPECIALISED
+from ..common.sweep import UNSPECIALISED, of_problem
 from .exact import (
     STRIPS,
     Operands,
@@ -32,7 +32,6 @@ from .exact import (
     load_row,
     memories_and_rows,
     number,
-    of_problem,
     peak,
     sides,
     weights_of,

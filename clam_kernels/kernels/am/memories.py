@@ -14,7 +14,7 @@ from ..common import launch
 from ..common.halves import halves, power, reach_of
 from ..common.operands import arrange, batch_of, by_name, in_rows, of_each
 from ..common.score import LOG2E, load_rows
-from ..common.sweep import UNSPECIALISED, offset
+from ..common.sweep import UNSPECIALISED, of_problem, offset
 from .doubt import MOST
 
 # Memories of one program; tables of halves are padded to a multiple of it.
@@ -55,6 +55,17 @@ def memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE: tl.constexpr
     """(m, RHO, SIDE): the index of a problem's memories in their batch, and their table."""
     m = offset(problem, inner, m_o, m_i)
     return m, RHO + m * count * STRIDE, SIDE + m * 4 * count
+
+
+@triton.jit
+def rows_and_memories_of(
+    V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count,
+    D: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """(m, V, RHO, SIDE, CENTRE): as `memories_of`, and the rows and the centre of a problem."""
+    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
+    CENTRE += m * STRIDE
+    return m, V + offset(problem, inner, v_o, v_i) * D, RHO, SIDE, CENTRE
 
 
 @triton.jit
@@ -177,6 +188,47 @@ def store_centre(
     tl.debug_barrier()
 
 
+@triton.jit
+def poison_of_all(
+    BETA, WEIGHTS, count, beta_k, weights_k,
+    PROTOS: tl.constexpr, HAS_BETA: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """NaN where the beta or the log-weight of an active memory is not finite, else 0."""
+    poison = 0.0
+    for k0 in range(0, count, PROTOS):
+        k = k0 + tl.arange(0, PROTOS)
+        lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
+        here = tl.where(active, lift * 0.0, 0.0)
+        if HAS_BETA:
+            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
+            here += tl.where(active, scale.to(tl.float32) * 0.0, 0.0)
+        poison += tl.sum(here, 0)
+    return poison
+
+
+@triton.jit
+def scale_and_bias(
+    BETA, beta, k, count, beta_k, active, lift, norm,
+    PROTOS: tl.constexpr, HAS_BETA: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """(scale float32, bias float64) of memories of squared norms `norm`, as `memories_kernel` has
+    them.
+    """
+    if HARD:
+        scale = tl.full((PROTOS,), 1.0, tl.float32)
+        bias = -0.5 * norm
+    else:
+        if HAS_BETA:
+            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
+            scale = tl.where(active | (beta_k == 0), scale.to(tl.float32), 0.0)
+        else:
+            scale = tl.zeros((PROTOS,), tl.float32) + beta
+        # from the rounded scale: the error of both then moves all rows alike
+        scale = tl.minimum(2.0 * scale * LOG2E, MOST)
+        bias = lift.to(tl.float64) * LOG2E - 0.5 * scale.to(tl.float64) * norm
+    return scale, bias
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def memories_kernel(
     RHO, BETA, WEIGHTS, TABLE, SIDE, CENTRE,
@@ -194,23 +246,15 @@ def memories_kernel(
     problem = tl.program_id(0)
     m = problem.to(tl.int64)
     RHO += offset(problem, inner, rho_o, rho_i) * D
-    if HAS_BETA:
-        BETA += offset(problem, inner, beta_o, beta_i)
-    if HAS_WEIGHTS:
-        WEIGHTS += offset(problem, inner, weights_o, weights_i)
+    BETA = of_problem(BETA, problem, inner, beta_o, beta_i, HAS_BETA)
+    WEIGHTS = of_problem(WEIGHTS, problem, inner, weights_o, weights_i, HAS_WEIGHTS)
     TABLE += m * count * STRIDE
     SIDE += m * 4 * count
     CENTRE += m * STRIDE
 
-    poison = 0.0
-    for k0 in range(0, count, PROTOS):
-        k = k0 + tl.arange(0, PROTOS)
-        lift, active = lifts_of(WEIGHTS, k, k < count, weights_k, HAS_WEIGHTS)
-        here = tl.where(active, lift * 0.0, 0.0)
-        if HAS_BETA:
-            scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
-            here += tl.where(active, scale.to(tl.float32) * 0.0, 0.0)
-        poison += tl.sum(here, 0)
+    poison = poison_of_all(
+        BETA, WEIGHTS, count, beta_k, weights_k, PROTOS, HAS_BETA, HAS_WEIGHTS
+    )  # fmt: skip
     store_centre(
         RHO, WEIGHTS, SIDE + 3 * count, CENTRE, count, poison, weights_k,
         D, STRIDE, DIM, PROTOS, HAS_WEIGHTS,
@@ -229,18 +273,9 @@ def memories_kernel(
             norm += tl.sum(row.to(tl.float64) * row.to(tl.float64), 1)
             at = TABLE + k.to(tl.int64)[:, None] * STRIDE + d[None, :]  # [PROTOS, DIM]
             tl.store(at, row, mask=(k < count)[:, None] & (d < STRIDE)[None, :])
-        if HARD:
-            scale = tl.full((PROTOS,), 1.0, tl.float32)
-            bias = -0.5 * norm
-        else:
-            if HAS_BETA:
-                scale = tl.load(BETA + k.to(tl.int64) * beta_k, mask=k < count, other=0.0)
-                scale = tl.where(active | (beta_k == 0), scale.to(tl.float32), 0.0)
-            else:
-                scale = tl.zeros((PROTOS,), tl.float32) + beta
-            # from the rounded scale: the error of both then moves all rows alike
-            scale = tl.minimum(2.0 * scale * LOG2E, MOST)
-            bias = lift.to(tl.float64) * LOG2E - 0.5 * scale.to(tl.float64) * norm
+        scale, bias = scale_and_bias(
+            BETA, beta, k, count, beta_k, active, lift, norm, PROTOS, HAS_BETA, HARD
+        )  # fmt: skip
         valid = k < count
         bias = tl.maximum(bias, -MOST)  # only masked memories have a bias of -inf
         tl.store(SIDE + k, scale, mask=valid)

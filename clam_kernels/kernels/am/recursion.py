@@ -21,20 +21,18 @@ from ..common.fold import (
     softmax_init,
 )
 from ..common.halves import halves, load_memory_halves, own_halves, power, reach_of, unpower
-from ..common.score import load_memories, load_rows, logits, own_inner, subtract_centre
-from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
+from ..common.score import load_checked_rows, load_memories, load_rows, logits, own_inner
+from ..common.sweep import UNSPECIALISED, of_problem, rows_of, sweep
 from ..kmeans.nearest import slack
 from .doubt import (
     SHARED_SCALE,
-    energy_loses_digits,
     final_flags,
-    hard_doubt_flag,
     heaviest,
-    is_in_doubt,
     loses_digits,
     sharpest,
+    step_flag,
 )
-from .memories import memories_of
+from .memories import rows_and_memories_of
 
 LN2 = tl.constexpr(0.6931471805599453)
 # The flag of a row that is not finite, and of all rows where a memory is not.
@@ -130,6 +128,27 @@ def recall_in_halves(
 
 
 @triton.jit
+def step_recall(
+    x, norm, tile, table, parts, count, scale, reach, unit,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PROTOS: tl.constexpr, PREC: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """(recall, top, total) of one step, by `recall_in_halves` for "f16x3" and else by `recall`."""
+    if PREC == "f16x3":
+        xb, top, total = recall_in_halves(  # xb [ROWS, DIM]
+            x, tile, parts, count, scale, reach, D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT
+        )  # fmt: skip
+    else:
+        width = slack(norm, reach, unit, 0.0, D) if HARD else norm
+        xb, top, total = recall(  # xb [ROWS, DIM]
+            x, 0.5 * norm, tile, table, count, width,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
+        )  # fmt: skip
+    return xb, top, total
+
+
+@triton.jit
 def take_out(
     TOP, PATH, local, flag, steps, strip, d0,
     STRIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -179,11 +198,44 @@ def store_result(
 
 
 @triton.jit
-def limits_of(SIDE, count, PROTOS: tl.constexpr, PER_MEMORY: tl.constexpr, KEEP: tl.constexpr):
-    """(sharp, ratio, near_limit) of `sharpest`, and the largest log-weight if KEEP is 3, else 0."""
-    sharp, ratio, near_limit = sharpest(SIDE, count, PROTOS, PER_MEMORY)
-    lift = heaviest(SIDE, count, PROTOS) if KEEP == 3 else 0.0
+def limits_of(
+    SIDE, count,
+    PROTOS: tl.constexpr, PER_MEMORY: tl.constexpr, HARD: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """(sharp, ratio, near_limit) of `sharpest`, and the largest log-weight if KEEP is 3, else 0;
+    HARD: all 0.
+    """
+    sharp, ratio, near_limit, lift = 0.0, 0.0, 0.0, 0.0
+    if not HARD:
+        sharp, ratio, near_limit = sharpest(SIDE, count, PROTOS, PER_MEMORY)
+        lift = heaviest(SIDE, count, PROTOS) if KEEP == 3 else 0.0
     return sharp, ratio, near_limit, lift
+
+
+@triton.jit
+def first_tile_of(
+    HALVES, table, m, count, size,
+    D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
+    PREC: tl.constexpr, HARD: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """(tile, parts, scale, reach, floor) for all steps: the first tile of memories, and for "f16x3"
+    the tile in halves, the table of halves (unless RESIDENT), the scale of all logits, the largest
+    norm and the least size for `is_in_doubt`. HARD: the largest norm. The others are 1, 1 and 0.
+    """
+    RHO, SIDE = table
+    parts, scale, reach, floor = (RHO, SIDE, 0), 1.0, 1.0, 0.0
+    if HARD:
+        reach = reach_of(SIDE, count, PROTOS)
+    tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)  # rho [PROTOS, DIM]
+    if PREC == "f16x3":
+        scale, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
+        floor = reach * SHARED_SCALE
+        floor = floor * floor
+        if not RESIDENT:
+            parts = (HALVES + 2 * m * size * DIM, SIDE, size)
+        k, rho, _scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
+        tile = (k, halves(rho * power(reach)), k, bias)  # the second: two of [PROTOS, DIM]
+    return tile, parts, scale, reach, floor
 
 
 @triton.jit
@@ -191,19 +243,11 @@ def step_in_doubt(
     x, xb, norm, top, total, sharp, ratio, floor, near_limit, lift,
     HARD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """1 for rows whose step may be wrong, else 0: `is_in_doubt`, and if KEEP is 3
-    `energy_loses_digits`.
-    """
-    if HARD:
-        flag = hard_doubt_flag(norm, total)
-    else:
-        gap = xb - x  # [ROWS, DIM]
-        # one sum of both squares: |x|^2 would take a register through the sweep
-        norms, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
-        flag = is_in_doubt(norms, far, total, sharp, ratio, floor, near_limit).to(tl.int32)
-        if KEEP == 3:
-            flag |= energy_loses_digits(norm, norms, far, top, lift, sharp).to(tl.int32)
-    return flag
+    """`step_flag` for rows in registers."""
+    gap = xb - x  # [ROWS, DIM]
+    # one sum of both squares: |x|^2 would take a register through the sweep
+    size, far = tl.sum(x * x + xb * xb, 1), tl.sum(gap * gap, 1)
+    return step_flag(norm, size, far, top, total, sharp, ratio, floor, near_limit, lift, HARD, KEEP)
 
 
 # `recursion_wide_kernel` is no branch of this kernel: a state that lies in memory needs loops over
@@ -225,51 +269,30 @@ def recursion_kernel(
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
-    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i) * D
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    m, V, RHO, SIDE, CENTRE = rows_and_memories_of(
+        V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count, D, STRIDE
+    )
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
 
     d = tl.arange(0, DIM)
     valid, at = row < rows, row.to(tl.int64)
     inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
-    raw = load_rows(V, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-    x = subtract_centre(raw, CENTRE, valid, 0, D, DIM)  # [ROWS, DIM]
     # a row that is not finite gives NaN, whatever the memories are, and so does such a memory
-    poison = tl.sum(raw * 0.0, 1) + tl.sum(tl.load(CENTRE + d, mask=d < D, other=0.0) * 0.0, 0)
+    x, poison = load_checked_rows(V, CENTRE, at, valid, 0, D, DIM)  # [ROWS, DIM], [ROWS]
     flag = tl.where(poison == 0.0, 0, POISONED)  # a number of its own would take a register
-    IN_HALVES: tl.constexpr = PREC == "f16x3"
-    table, parts, scale, reach, floor = (RHO, SIDE), (RHO, SIDE, 0), 1.0, 1.0, 0.0
-    sharp, ratio, near_limit, lift = 0.0, 0.0, 0.0, 0.0
-    if HARD:
-        reach = reach_of(SIDE, count, PROTOS)
-    else:
-        sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
-    tile = load_memories(table, 0, count, D, STRIDE, DIM, PROTOS)  # rho [PROTOS, DIM]
-    if IN_HALVES:
-        scale, reach = tl.load(SIDE), reach_of(SIDE, count, PROTOS)
-        floor = reach * SHARED_SCALE
-        floor = floor * floor
-        if not RESIDENT:
-            parts = (HALVES + 2 * m * size * DIM, SIDE, size)
-        k, rho, _scale, bias = tile  # [PROTOS], [PROTOS, DIM], [PROTOS], [PROTOS]
-        tile = (k, halves(rho * power(reach)), k, bias)  # the second: two of [PROTOS, DIM]
+    sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, HARD, KEEP)
+    table = (RHO, SIDE)
+    tile, parts, scale, reach, floor = first_tile_of(
+        HALVES, table, m, count, size, D, STRIDE, DIM, PROTOS, PREC, HARD, RESIDENT
+    )
     top, total = lse_init(ROWS)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for t in range(0, steps):
         norm = tl.sum(x * x, 1)
-        if IN_HALVES:
-            xb, top, total = recall_in_halves(  # xb [ROWS, DIM]
-                x, tile, parts, count, scale, reach,
-                D, STRIDE, DIM, ROWS, PROTOS, PREC, RESIDENT,
-            )  # fmt: skip
-        else:
-            width = slack(norm, reach, unit, 0.0, D) if HARD else norm
-            xb, top, total = recall(  # xb [ROWS, DIM]
-                x, 0.5 * norm, tile, table, count, width,
-                D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
-            )  # fmt: skip
+        xb, top, total = step_recall(  # xb [ROWS, DIM]
+            x, norm, tile, table, parts, count, scale, reach, unit,
+            D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, RESIDENT,
+        )  # fmt: skip
         flag |= step_in_doubt(
             x, xb, norm, top, total, sharp, ratio, floor, near_limit, lift, HARD, KEEP
         )  # fmt: skip

@@ -10,11 +10,11 @@ import triton.language as tl
 
 from ..common.fold import contest_fold, contest_init, decision, finite, inverse, lse_fold, lse_init
 from ..common.halves import reach_of
-from ..common.score import dot, load_rows, load_sides, logits, subtract_centre, wide_inner
-from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
+from ..common.score import dot, load_checked_rows, load_rows, load_sides, logits, wide_inner
+from ..common.sweep import UNSPECIALISED, of_problem, rows_of, sweep
 from ..kmeans.nearest import slack
-from .doubt import energy_loses_digits, final_flags, hard_doubt_flag, is_in_doubt, loses_digits
-from .memories import memories_of
+from .doubt import final_flags, loses_digits, step_flag
+from .memories import rows_and_memories_of
 from .recursion import LN2, POISONED, gain_of, limits_of, next_state, poison_of, take_out
 
 
@@ -29,10 +29,8 @@ def store_starts(
     poison = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
-        x = subtract_centre(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
-        c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-        poison += tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
+        x, more = load_checked_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM], [ROWS]
+        poison += more
         tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
     tl.debug_barrier()
     return poison
@@ -184,11 +182,10 @@ def recursion_wide_kernel(
     """
     pid = tl.program_id(0)
     problem, row = rows_of(pid, first, blocks, ROWS)
-    m, RHO, SIDE = memories_of(RHO, SIDE, problem, inner, m_o, m_i, count, STRIDE)
-    CENTRE += m * STRIDE
-    V += offset(problem, inner, v_o, v_i) * D
-    if MASK:
-        U += offset(problem, inner, u_o, u_i)
+    _m, V, RHO, SIDE, CENTRE = rows_and_memories_of(
+        V, RHO, SIDE, CENTRE, problem, inner, v_o, v_i, m_o, m_i, count, D, STRIDE
+    )
+    U = of_problem(U, problem, inner, u_o, u_i, MASK)
 
     valid, at = row < rows, row.to(tl.int64)
     local = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -198,8 +195,7 @@ def recursion_wide_kernel(
     top, total = lse_init(ROWS)
     if HARD:
         reach = reach_of(SIDE, count, PROTOS)
-    else:
-        sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, KEEP)
+    sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, HARD, KEEP)
     flag = tl.where(poison == 0.0, 0, POISONED)
     for t in range(0, steps):
         slot = tl.cast(t if KEEP >= 2 else t % 2, tl.int64) * strip + local
@@ -220,12 +216,9 @@ def recursion_wide_kernel(
             u_row, u_feature, step, t + 1 < steps,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, PER_MEMORY, HARD, MASK, KEEP,
         )  # fmt: skip
-        if HARD:
-            flag |= hard_doubt_flag(norm, total)
-        else:
-            flag |= is_in_doubt(norms, far, total, sharp, ratio, 0.0, near_limit).to(tl.int32)
-            if KEEP == 3:
-                flag |= energy_loses_digits(norm, norms, far, top, lift, sharp).to(tl.int32)
+        flag |= step_flag(
+            norm, norms, far, top, total, sharp, ratio, 0.0, near_limit, lift, HARD, KEEP
+        )
         tl.debug_barrier()
 
     poison = poison_of(flag)

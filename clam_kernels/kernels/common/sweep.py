@@ -63,3 +63,9 @@ def offset(problem, inner, outer_stride, inner_stride):
     """Where a problem (o, i) of [O, inner] begins, int64: o * outer_stride + i * inner_stride."""
     o, i = problem // inner, problem % inner
     return o.to(tl.int64) * outer_stride + i.to(tl.int64) * inner_stride
+
+
+@triton.jit
+def of_problem(X, problem, inner, outer_stride, inner_stride, HAS: tl.constexpr):
+    """Where an optional operand of a problem begins; 0, which no kernel reads, without one."""
+    return X + offset(problem, inner, outer_stride, inner_stride) if HAS else 0

@@ -24,7 +24,7 @@ from ..common.halves import (
 )
 from ..common.operands import arrange, batch_of, by_name, in_rows
 from ..common.score import load_rows, subtract_centre
-from ..common.sweep import UNSPECIALISED, offset, rows_of, sweep
+from ..common.sweep import UNSPECIALISED, of_problem, offset, rows_of, sweep
 from .centroids import centroids as prepare
 from .nearest import (
     best_three,
@@ -308,6 +308,14 @@ def segments(labels: Tensor, k: int, piece: int) -> Segments:
     return Segments(order, starts, before, owner)
 
 
+@triton.jit
+def minus_shift(x, SHIFT, d, D: tl.constexpr):
+    """Features d of rows [rows, DIM] minus a shift in two parts, as `in_two` makes them."""
+    high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
+    low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
+    return (x - high) - low
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def pieces_kernel(
     X, ORDER, STARTS, BEFORE, OWNER, WEIGHT, SHIFT, PART,
@@ -323,10 +331,8 @@ def pieces_kernel(
     problem, piece = pid // pieces, pid % pieces
     own = offset(problem, inner, l_o, l_i)
     X += offset(problem, inner, x_o, x_i) * D
-    if WEIGHTED:
-        WEIGHT += offset(problem, inner, w_o, w_i)
-    if SHIFTED:
-        SHIFT += offset(problem, inner, s_o, s_i)
+    WEIGHT = of_problem(WEIGHT, problem, inner, w_o, w_i, WEIGHTED)
+    SHIFT = of_problem(SHIFT, problem, inner, s_o, s_i, SHIFTED)
     ORDER += own * rows
     STARTS += own * (k + 1)
     label = tl.load(OWNER + own * pieces + piece)
@@ -341,10 +347,8 @@ def pieces_kernel(
             valid = n < size
             at = tl.load(ORDER + begin + n, mask=valid, other=0)
             gap = load_rows(X, at, valid, d0, D, D, DIM)  # [TILE, DIM]
-            if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
-                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
-                low = tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
-                gap = tl.where(valid[:, None], (gap - high) - low, 0.0)  # [TILE, DIM]
+            if SHIFTED:
+                gap = tl.where(valid[:, None], minus_shift(gap, SHIFT, d, D), 0.0)  # [TILE, DIM]
             if WEIGHTED:
                 w = tl.load(WEIGHT + at * w_n, mask=valid, other=0.0)
                 if w.dtype != tl.float64:

@@ -14,7 +14,7 @@ from ..common import launch
 from ..common.halves import halves, power
 from ..common.operands import arrange, batch_of, by_name, in_rows
 from ..common.score import load_rows
-from ..common.sweep import UNSPECIALISED, offset
+from ..common.sweep import UNSPECIALISED, of_problem, offset, rows_of
 
 # The origin is the mean of at least so many centroids and at most twice as many: near them
 # suffices.
@@ -49,8 +49,7 @@ def origin_kernel(
     """
     problem, d0 = tl.program_id(0), tl.program_id(1) * DIM
     C += offset(problem, inner, c_o, c_i) * D
-    if MASK:
-        MASKED += offset(problem, inner, masked_o, masked_i)
+    MASKED = of_problem(MASKED, problem, inner, masked_o, masked_i, MASK)
     total, finite_count = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
     for k0 in range(0, count, PROTOS * every):
         k = (k0 + tl.arange(0, PROTOS) * every).to(tl.int64)
@@ -65,6 +64,19 @@ def origin_kernel(
     d = d0 + tl.arange(0, DIM)
     at = ORIGIN + problem.to(tl.int64) * D + d
     tl.store(at, tl.where(mean * 0.0 == 0.0, mean, 0.0), mask=d < D)
+
+
+@triton.jit
+def block_of(
+    C, ORIGIN, SIDE, inner, blocks, size, c_o, c_i, D: tl.constexpr, PROTOS: tl.constexpr
+):  # fmt: skip
+    """(problem, k [PROTOS], C, ORIGIN, SIDE): a program's problem, its centroids, and where the
+    operands of the problem begin.
+    """
+    problem, k = rows_of(tl.program_id(0), 0, blocks, PROTOS)
+    C += offset(problem, inner, c_o, c_i) * D
+    p = problem.to(tl.int64)
+    return problem, k, C, ORIGIN + p * D, SIDE + p * 2 * size
 
 
 @triton.jit
@@ -106,13 +118,10 @@ def norms_kernel(
     where masked or not finite. STRICT: the norm of an active centroid that is not finite is NaN,
     and with it the largest norm and every row's result.
     """
-    pid = tl.program_id(0)
-    problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
-    C += offset(problem, inner, c_o, c_i) * D
-    if MASK:
-        MASKED += offset(problem, inner, masked_o, masked_i)
-    ORIGIN += problem.to(tl.int64) * D
-    SIDE += problem.to(tl.int64) * 2 * size
+    problem, k, C, ORIGIN, SIDE = block_of(
+        C, ORIGIN, SIDE, inner, blocks, size, c_o, c_i, D, PROTOS
+    )
+    MASKED = of_problem(MASKED, problem, inner, masked_o, masked_i, MASK)
     at = k.to(tl.int64)
     active = finite_of(C, MASKED, at, k < count, masked_k, D, DIM, MASK)
     norm = tl.zeros((PROTOS,), tl.float64)
@@ -133,11 +142,9 @@ def halves_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, PROTOS: tl.constexpr,
 ):  # fmt: skip
     """Both parts of (c - origin) * power(reach) for PROTOS centroids; reach is the largest norm."""
-    pid = tl.program_id(0)
-    problem, k = pid // blocks, (pid % blocks) * PROTOS + tl.arange(0, PROTOS)
-    C += offset(problem, inner, c_o, c_i) * D
-    ORIGIN += problem.to(tl.int64) * D
-    SIDE += problem.to(tl.int64) * 2 * size
+    problem, k, C, ORIGIN, SIDE = block_of(
+        C, ORIGIN, SIDE, inner, blocks, size, c_o, c_i, D, PROTOS
+    )
     HALVES += problem.to(tl.int64) * 2 * size * STRIDE
     at = k.to(tl.int64)
     active = tl.load(SIDE + size + k) >= 0.0

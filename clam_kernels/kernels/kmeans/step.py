@@ -14,13 +14,14 @@ from torch import Tensor
 from ..common import launch
 from ..common.operands import batch_of, by_name
 from ..common.score import load_rows
-from ..common.sweep import UNSPECIALISED, offset
+from ..common.sweep import UNSPECIALISED, of_problem, offset
 from .assign import (
     candidates,
     exact_labels,
     in_two,
     kmeans_assign,
     kmeans_update,
+    minus_shift,
     nearest_arguments,
 )
 
@@ -71,8 +72,7 @@ def kmeans_step_kernel(
     m = offset(problem, inner, m_o, m_i)
     X += offset(problem, inner, x_o, x_i) * D
     C += offset(problem, inner, c_o, c_i) * D
-    if SHIFTED:
-        SHIFT += offset(problem, inner, s_o, s_i)
+    SHIFT = of_problem(SHIFT, problem, inner, s_o, s_i, SHIFTED)
     parts, side = HALVES + 2 * m * size * STRIDE, SIDE + 2 * m * size
     table = (parts, side, size, keep)
     reach = tl.load(REACH + m)
@@ -97,10 +97,8 @@ def kmeans_step_kernel(
             label = exact_labels(X, C, side + size, row, label, runner, pair, more, count, D)
             tl.store(LABEL + problem.to(tl.int64) * rows + at, label.to(tl.int64), mask=valid)
             x = load_rows(X, at, valid, 0, D, D, DIM)  # [ROWS, DIM]
-            if SHIFTED:  # two parts: float32 of a shift in float64, and its rounding error
-                high = tl.load(SHIFT + d, mask=d < D, other=0.0)[None, :]  # [1, DIM]
-                # [ROWS, DIM]
-                x = (x - high) - tl.load(SHIFT + D + d, mask=d < D, other=0.0)[None, :]
+            if SHIFTED:
+                x = minus_shift(x, SHIFT, d, D)  # [ROWS, DIM]
             # 0 * inf would make the sums of other labels NaN: no part may be inf
             x = tl.where((label >= 0)[:, None], tl.clamp(x, -LARGEST, LARGEST), 0.0)  # [ROWS, DIM]
             chosen = tl.where(label[:, None] == k[None, :], 1.0, 0.0)  # [ROWS, LABELS]
