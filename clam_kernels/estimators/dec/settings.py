@@ -31,12 +31,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "pretrain_steps": None,
         "pretrain_batch_size": 64,
         "pretrain_learning_rate": 1e-3,
-        "n_epochs": 40,
+        "n_epochs": None,  # as many as have STEPS steps
         "batch_size": 256,
         "learning_rate": 1e-3,
         "optimizer": "adam",
-        "interval": None,
+        "interval": 30,
         "tol": 1e-3,
+        "regroup": True,
     },
     "paper": {
         "hidden": (500, 500, 2000),
@@ -53,9 +54,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "sgd",
         "interval": None,
         "tol": 1e-3,
+        "regroup": False,
     },
 }
 MOST_INTERVAL = 140
+# The default recipe clusters for so many steps, rounded up to whole epochs.
+STEPS = 400
 
 _COUNT = Interval(Integral, 1, None, closed="left")
 _POSITIVE = Interval(Real, 0, None, closed="neither")
@@ -86,6 +90,7 @@ CONSTRAINTS: dict[str, list[Any]] = {
     "optimizer": [StrOptions({"adam", "sgd"}), callable, None],
     "interval": [_COUNT, None],
     "tol": [Interval(Real, 0, None, closed="left"), None],
+    "regroup": ["boolean", None],
     "n_init": [_COUNT],
     "image_size": [_COUNT, None],
     "device": [str],
@@ -118,12 +123,13 @@ class DecSettings:
     pretrain_steps: int | None
     pretrain_batch_size: int
     pretrain_learning_rate: float
-    n_epochs: int
+    n_epochs: int | None
     batch_size: int
     learning_rate: float
     optimizer: str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     interval: int | None
     tol: float
+    regroup: bool
     n_init: int
     image_size: int | None
     device: str
@@ -162,6 +168,12 @@ class DecSettings:
         if self.interval is not None:
             return self.interval
         return min(count_of(rows, self.batch_size), MOST_INTERVAL)
+
+    def cluster_length(self, rows: int) -> int:
+        """Epochs of clustering."""
+        if self.n_epochs is not None:
+            return self.n_epochs
+        return math.ceil(STEPS / count_of(rows, self.batch_size))
 
     def pretrain_length(self, rows: int, factor: int = 1) -> int:
         """Epochs of a phase of pretraining; steps become whole epochs."""
