@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ._core import checks
@@ -74,6 +75,47 @@ def silhouette(
     return float(_widths(x, cluster, counts).mean())
 
 
+def clustering_accuracy(classes: Any, labels: Any) -> float:
+    """Share of rows whose cluster is matched with their class, for the best one-to-one matching.
+
+        max over matchings m of clusters to classes of the share of n with m(label_n) = class_n
+                                                                            (Hungarian algorithm)
+
+    Parameters
+    ----------
+    classes : array-like or Tensor [N], numbers or names
+        The class of each row; N >= 1.
+    labels : array-like or Tensor [N], numbers or names
+        The cluster of each row. The numbers of classes and clusters may differ; what is then left
+        over has no partner.
+
+    Returns
+    -------
+    float in [0, 1]
+
+    Raises
+    ------
+    ValueError
+        A shape that does not fit, no rows, or values that are masked or not finite.
+    TypeError
+        Complex numbers.
+
+    Examples
+    --------
+    >>> from clam_kernels import metrics
+    >>> metrics.clustering_accuracy(["a", "a", "b", "b"], [1, 1, 0, 1])
+    0.75
+    """
+    rows = len(labels) if hasattr(labels, "__len__") else -1
+    checks.expect(rows > 0, "labels", "at least one row", "none")
+    truth = _names(classes, rows, "classes").unique(return_inverse=True)[1].cpu()
+    found = _names(labels, rows).unique(return_inverse=True)[1].cpu()
+    width = int(truth.max()) + 1
+    pairs = torch.bincount(found * width + truth, minlength=width * (int(found.max()) + 1))
+    table = pairs.view(-1, width).numpy()
+    return float(table[linear_sum_assignment(table, maximize=True)].sum() / rows)
+
+
 def refuse_masked_entries(name: str, value: Any) -> Any:
     """The value; ValueError for a numpy array with masked entries, which have no value."""
     if np.ma.isMaskedArray(value) and np.ma.getmaskarray(value).any():
@@ -103,23 +145,23 @@ def _from_array(X: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _names(labels: Any, rows: int) -> Tensor:
+def _names(labels: Any, rows: int, name: str = "labels") -> Tensor:
     """Labels of any type as integers [N]."""
     if isinstance(labels, Tensor):
-        checks.has_values("labels", labels)
+        checks.has_values(name, labels)
         if labels.is_complex():
-            raise TypeError(f"labels: expected real numbers or names, got dtype {labels.dtype}")
+            raise TypeError(f"{name}: expected real numbers or names, got dtype {labels.dtype}")
         codes = labels.detach()
     else:
-        array = np.asarray(refuse_masked_entries("labels", labels))
+        array = np.asarray(refuse_masked_entries(name, labels))
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError("labels: expected finite values, got NaN or infinity")
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
         shape = array.shape
         codes = torch.from_numpy(np.unique(array, return_inverse=True)[1].reshape(shape))
     if codes.is_floating_point() and not bool(codes.isfinite().all()):
-        raise ValueError("labels: expected finite values, got NaN or infinity")
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     if codes.ndim != 1 or len(codes) != rows:
-        raise ValueError(f"labels: expected shape [{rows}], got {list(codes.shape)}")
+        raise ValueError(f"{name}: expected shape [{rows}], got {list(codes.shape)}")
     return codes
 
 

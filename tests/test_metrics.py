@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +121,34 @@ def test_masked_entries_are_refused(name):
         metrics.silhouette(*((arguments, labels) if name == "X" else (x, arguments)))
     nothing_hidden = np.ma.masked_array(x, mask=False)
     assert metrics.silhouette(nothing_hidden, labels) == metrics.silhouette(x, labels)
+
+
+def test_accuracy_is_that_of_the_best_matching():
+    rng = np.random.default_rng(0)
+    classes, labels = rng.integers(0, 4, 60), rng.integers(0, 4, 60)
+    best = max(np.mean(np.array(m)[labels] == classes) for m in permutations(range(4)))
+    assert metrics.clustering_accuracy(classes, labels) == pytest.approx(best)
+    tensors = torch.from_numpy(classes), torch.from_numpy(labels)
+    assert metrics.clustering_accuracy(*tensors) == pytest.approx(best)
+    names = np.array(["a", "b", "c", "d"])[labels]
+    assert metrics.clustering_accuracy(classes, names) == pytest.approx(best)
+
+
+def test_accuracy_with_other_numbers_of_clusters():
+    classes = np.repeat([0, 1], 4)
+    assert metrics.clustering_accuracy(classes, np.zeros(8)) == 0.5
+    assert metrics.clustering_accuracy(classes, np.arange(8)) == 0.25
+    assert metrics.clustering_accuracy(classes, 9 - classes) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "words"),
+    [
+        ([], [], "labels: expected at least one row"),
+        ([0, 1], [0], r"classes: expected shape \[1\]"),
+        ([0.0, np.nan], [0, 1], "classes: expected finite values"),
+    ],
+)
+def test_accuracy_refuses(classes, labels, words):
+    with pytest.raises(ValueError, match=words):
+        metrics.clustering_accuracy(classes, labels)

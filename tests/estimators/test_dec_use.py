@@ -238,11 +238,11 @@ def test_the_length_of_pretraining():
 
 
 def test_the_interval_of_a_recipe(monkeypatch):
-    """An epoch has 4 steps."""
-    assert dec(n_epochs=1).fit(X).history_["step"].tolist() == [0, 4]
+    """An epoch has 4 steps; an interval of None is an epoch."""
+    assert DecSettings.of(dec()).interval_of(10**6) == 30
+    monkeypatch.setitem(RECIPES["default"], "interval", None)
     assert DecSettings.of(dec()).interval_of(10**6) == 140
-    monkeypatch.setitem(RECIPES["default"], "period", 0.5)
-    assert dec(n_epochs=1).fit(X).history_["step"].tolist() == [0, 2, 4]
+    assert dec(n_epochs=1).fit(X).history_["step"].tolist() == [0, 4]
     assert dec(n_epochs=1, interval=3).fit(X).history_["step"].tolist() == [0, 3, 4]
 
 

@@ -5,9 +5,11 @@ that is refreshed from all rows. Equations: docs/dec.md.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
@@ -19,6 +21,7 @@ from ..training.checkpoint import State, of_module, restore_module, under
 from .networks import EncoderDecoder
 from .phases import Context, Phase
 from .pretraining import dead_layers, reconstruction_loss
+from .regroup import neighbour_graph, regroup
 
 COLUMNS = (
     "step", "changed", "loss", "reconstruction", "entropy", "smallest", "confidence",
@@ -35,6 +38,8 @@ SMALL_SHARE, SMALL_CHECKS = 0.1, 3
 MANY_CHANGES = 0.05
 # Start codes with more numbers than this are not kept.
 MOST_START_CODES = 1 << 24
+# Most rows of the graph that regroups, and augmented draws of each.
+GRAPH_ROWS, DRAWS = 1 << 14, 5
 # Rows of a chunk.
 CHUNK_ROWS = 1 << 13
 
@@ -84,8 +89,18 @@ class Clustering(Phase):
 
     name = "cluster"
 
-    def __init__(self, context: Context, number: int) -> None:
+    def __init__(
+        self,
+        context: Context,
+        number: int,
+        before: Clustering | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        """`before` is the run whose clusters were regrouped to `labels` [N], where -1 is a row
+        without a label; without it, k-means is the start.
+        """
         super().__init__(context, number)
+        self.before, self.labels = before, labels
         settings, network = context.settings, context.network
         self.is_idec = settings.variant == "idec"
         parameters = [network.centroids, *network.encoder.parameters()]
@@ -93,8 +108,9 @@ class Clustering(Phase):
             assert network.decoder is not None
             parameters += network.decoder.parameters()
         self.run = self.start_run(
-            parameters, settings.learning_rate, settings.batch_size, settings.n_epochs
-        )
+            parameters, settings.learning_rate, settings.batch_size,
+            settings.cluster_length(len(context.inputs)),
+        )  # fmt: skip
         self.interval = settings.interval_of(len(context.inputs))
         # labels are compared with labels that are at least so many steps old
         self.lag = max(self.interval, self.run.length.steps_per_epoch)
@@ -106,6 +122,8 @@ class Clustering(Phase):
         self.newer: Snapshot | None = None
         self.passes = 0
         self.stop_reason = "max_iter"
+        self.has_ended = False
+        self.next_labels: Tensor | None = None  # the start of the next run
         self.rows: list[tuple[float, ...]] = []  # of the history, with the sizes of the clusters
         self._reset_sums()
 
@@ -113,6 +131,9 @@ class Clustering(Phase):
 
     def begin(self) -> None:
         """Centroids by k-means on the codes of all rows, and the scale of the codes."""
+        if self.before is not None:
+            self._begin_again(self.before)
+            return
         context, network = self.context, self.context.network
         settings = context.settings
         self.pretrained = network.pair()
@@ -126,13 +147,58 @@ class Clustering(Phase):
         _check_codes(z)
         model = KMeans(settings.n_clusters, n_init=settings.n_init, random_state=context.seed)
         model.fit(z)
-        scale = settings.z_scale
+        self._place(model.cluster_centers_, model.inertia_ / len(z))
+
+    def _place(self, centroids: Tensor, within: float) -> None:
+        """Set the scale of the codes and the centroids, from those of codes that are not scaled."""
+        network, scale = self.context.network, self.context.settings.z_scale
         if scale == "auto":
-            within = model.inertia_ / len(z)
             scale = math.sqrt(WITHIN / within) if within > 0 else 1.0
         with torch.no_grad():
             network.code_scale.fill_(float(scale))
-            network.centroids.copy_(model.cluster_centers_ * network.code_scale)
+            network.centroids.copy_(centroids * network.code_scale)
+
+    def _begin_again(self, before: Clustering) -> None:
+        """The pretrained weights, and centroids that are the means of the regrouped clusters."""
+        assert before.pretrained is not None
+        assert self.labels is not None
+        self._use_pretrained(before)
+        self.pretrained = before.pretrained
+        self.init_labels, self.init_codes = before.init_labels, before.init_codes
+        z = self.context.codes()
+        known = (self.labels >= 0).nonzero()[:, 0]
+        z, labels = z[known], self.labels[known]
+        k = self.context.settings.n_clusters
+        counts = torch.bincount(labels, minlength=k).to(z.dtype)[:, None]
+        means = z.new_zeros(k, z.shape[1]).index_add_(0, labels, z) / counts
+        self._place(means, float((z - means[labels]).square().sum(1).mean()))
+
+    def _use_pretrained(self, run: Clustering) -> None:
+        """Encoder and decoder as before clustering; codes without a scale."""
+        network = self.context.network
+        pair = EncoderDecoder(network.encoder, network.decoder)
+        assert run.pretrained is not None
+        pair.load_state_dict(run.pretrained.state_dict())
+        network.code_scale.fill_(1.0)
+
+    def regrouped(self) -> Tensor | None:
+        """Labels after the moves of `regroup`, -1 for a row outside the graph; None for none."""
+        context, k = self.context, self.context.settings.n_clusters
+        trained = copy.deepcopy(context.network.state_dict())
+        labels = assign(context.codes(), context.network.centroids.detach(), 1.0).labels
+        self._use_pretrained(self)
+        generator = torch.Generator().manual_seed(context.seed)
+        some = torch.randperm(len(labels), generator=generator)[:GRAPH_ROWS].sort().values
+        copies = DRAWS if context.settings.augment is not None else 0
+        draws = [context.codes_of(some, generator) for _ in range(copies)]
+        graph = neighbour_graph(context.codes_of(some), draws)
+        context.network.load_state_dict(trained)
+        new, moves = regroup(graph, labels.cpu().numpy()[some], k)
+        if not moves or len(np.unique(new)) < k:
+            return None
+        result = torch.full_like(labels, -1)
+        result[some.to(result.device)] = torch.from_numpy(new).to(result)
+        return result
 
     def _store_start(self, z: Tensor, result: Assignment) -> None:
         """Store labels and codes at the first refresh; warn where q is nearly uniform."""
@@ -251,6 +317,10 @@ class Clustering(Phase):
             self._record(result, self._changed(result.labels)[0])
         if self.run.is_stopped and self.stop_reason != "tol":
             self.stop_reason = "callback"
+        is_wanted = self.context.settings.regroup and self.stop_reason != "callback"
+        if is_wanted and self.run.steps and not self.has_ended:
+            self.next_labels = self.regrouped()
+        self.has_ended = True
 
     def warn_of_result(self) -> None:
         """Warn of small clusters, and of labels that still change."""
@@ -277,7 +347,8 @@ class Clustering(Phase):
         tensors, numbers = self.run.state()
         assert self.pretrained is not None
         tensors |= of_module("pretrained", self.pretrained)
-        optional = {"init_labels": self.init_labels, "init_codes": self.init_codes}
+        names = "init_labels", "init_codes", "next_labels"
+        optional = {name: getattr(self, name) for name in names}
         steps = {}
         for name in ("older", "newer"):
             snapshot = getattr(self, name)
@@ -289,7 +360,8 @@ class Clustering(Phase):
         tensors |= {name: value for name, value in optional.items() if value is not None}
         tensors["sums"] = self.sums
         tensors["history"] = torch.tensor(self.rows, dtype=torch.float64, device="cpu")
-        rest = {"count": self.count, "passes": self.passes, "stop_reason": self.stop_reason}
+        rest = {"count": self.count, "passes": self.passes, "stop_reason": self.stop_reason,
+                "has_ended": self.has_ended}  # fmt: skip
         return tensors, {**numbers, **rest, "snapshots": steps}
 
     def restore(self, state: State) -> None:
@@ -305,6 +377,7 @@ class Clustering(Phase):
         self.stop_reason = str(numbers["stop_reason"])
         placed = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.init_labels, self.init_codes = placed.get("init_labels"), placed.get("init_codes")
+        self.next_labels, self.has_ended = placed.get("next_labels"), bool(numbers["has_ended"])
         for name, step in numbers["snapshots"].items():
             setattr(self, name, Snapshot(placed[f"{name}_labels"], int(step)))
         parts: dict[str, Any] = under("target", placed)

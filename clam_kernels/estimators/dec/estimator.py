@@ -102,7 +102,7 @@ class DEC(
     pretrain_learning_rate : float, > 0, default by recipe (1e-3; paper .05, a tenth of it after
         each 20 000 of 50 000 steps)
         Its learning rate.
-    n_epochs : int, >= 0, default by recipe (40; paper 200)
+    n_epochs : int, >= 0, default by recipe (those of 400 steps; paper 200)
         Most epochs of clustering; with 0 the result is k-means on the codes.
     batch_size : int, >= 2, default by recipe (256)
         Rows of a batch of clustering; a single last row is part of the batch before.
@@ -111,12 +111,16 @@ class DEC(
     optimizer : "adam", "sgd" or callable, default by recipe ("adam"; paper "sgd")
         "sgd" has the momentum .9. `optimizer(parameters) -> torch.optim.Optimizer` is called for
         each phase; its own rates apply, and its step must need no closure.
-    interval : int, >= 1, optional
-        Steps between two refreshes of p, at each of which the encoder computes all rows. None is
-        the batches of an epoch, at most 140.
+    interval : int, >= 1, default by recipe (30; paper the batches of an epoch, at most 140)
+        Steps between two refreshes of p, at each of which the encoder computes all rows.
     tol : float, >= 0, default by recipe (1e-3)
         Clustering ends when at two refreshes, one after the other, a smaller share of the labels
         differs from labels that are at least max(interval, an epoch) old.
+    regroup : bool, default by recipe (True; paper False)
+        Whether clusters are regrouped after clustering, by the graph of nearest rows in the
+        pretrained codes: two clusters without a gap between them become one, and a cluster with a
+        gap in it becomes two (docs/dec.md). Clustering then begins again from the pretrained
+        weights, at most three times. The graph has at most 16 384 rows, drawn at random.
     n_init : int, >= 1, default 20
         Starts of k-means on the codes.
     image_size : int, >= 1, optional
@@ -148,6 +152,9 @@ class DEC(
         Sum of the squared distances of the codes to the centroids of their labels.
     n_iter_, n_steps_ : int
         Whole epochs of clustering, and its steps.
+    n_rounds_ : int
+        Runs of clustering: 1, and one more for each time that clusters were regrouped. What else is
+        stated of clustering is that of the last run.
     converged_ : bool
         Whether `stop_reason_` is "tol".
     stop_reason_ : "tol", "max_iter" or "callback"
@@ -222,6 +229,7 @@ class DEC(
         optimizer: str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         interval: int | None = None,
         tol: float | None = None,
+        regroup: bool | None = None,
         n_init: int = 20,
         image_size: int | None = None,
         device: str = "auto",
@@ -244,7 +252,8 @@ class DEC(
         self.pretrain_learning_rate = pretrain_learning_rate
         self.n_epochs, self.batch_size = n_epochs, batch_size
         self.learning_rate, self.optimizer = learning_rate, optimizer
-        self.interval, self.tol, self.n_init = interval, tol, n_init
+        self.interval, self.tol = interval, tol
+        self.regroup, self.n_init = regroup, n_init
         self.image_size = image_size
         self.device = device
         self.random_state = random_state
@@ -360,6 +369,7 @@ class DEC(
         self.inertia_ = result.inertia
         self.n_iter_, self.n_steps_ = clustering.run.epoch, clustering.run.steps
         self.stop_reason_ = clustering.stop_reason
+        self.n_rounds_ = training.at - training.first
         self.converged_ = self.stop_reason_ == "tol"
         self._table = np.array(clustering.rows, dtype=np.float64)
         losses = training.losses.items()

@@ -32,8 +32,8 @@ class DecFile(ModelFile):
     _unsaved = (*FUNCTIONS, *MODULES)
     _arrays = ("cluster_centers_", "labels_", "init_labels_", "soft_counts_", "_table")
     _learned = (
-        "n_features_in_", "inertia_", "n_iter_", "n_steps_", "converged_", "stop_reason_",
-        "device_", "_pretraining", "_layers", "_images",
+        "n_features_in_", "inertia_", "n_iter_", "n_steps_", "n_rounds_", "converged_",
+        "stop_reason_", "device_", "_pretraining", "_layers", "_images",
     )  # fmt: skip
     encoder: Any
     decoder: Any

@@ -65,6 +65,16 @@ class Context:
         self.inputs.is_checked = True  # every row was in a batch
         return z
 
+    def codes_of(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Codes of some rows in eval mode, of augmented draws with a generator."""
+        self.network.eval()
+        parts = []
+        with torch.no_grad(), self.random.turn():
+            for part in rows.split(self.settings.batch_size):
+                x = self.take(part) if generator is None else self.draw(part, generator)
+                parts.append(self.network(x))
+        return torch.cat(parts)
+
     def optimiser(self, parameters: Iterable[nn.Parameter], rate: float) -> Optimiser:
         """The optimiser of a phase; modules may share parameters."""
         unique = {id(p): p for p in parameters if p.requires_grad}

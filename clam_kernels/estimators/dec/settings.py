@@ -19,8 +19,8 @@ from ..common.callbacks import Callbacks
 from ..common.settings import parameters_of
 from ..training.trainer import count_of
 
-# The values of parameters that are None; and the epochs between two refreshes where `interval` is
-# None, which are at most MOST_INTERVAL steps.
+# The values of parameters that are None. An interval of None is the batches of an epoch, at most
+# MOST_INTERVAL.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "hidden": (250, 250, 1000),
@@ -31,12 +31,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "pretrain_steps": None,
         "pretrain_batch_size": 64,
         "pretrain_learning_rate": 1e-3,
-        "n_epochs": 40,
+        "n_epochs": None,  # as many as have STEPS steps
         "batch_size": 256,
         "learning_rate": 1e-3,
         "optimizer": "adam",
-        "period": 1.0,
+        "interval": 30,
         "tol": 1e-3,
+        "regroup": True,
     },
     "paper": {
         "hidden": (500, 500, 2000),
@@ -51,11 +52,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 256,
         "learning_rate": 0.01,
         "optimizer": "sgd",
-        "period": 1.0,
+        "interval": None,
         "tol": 1e-3,
+        "regroup": False,
     },
 }
 MOST_INTERVAL = 140
+# The default recipe clusters for so many steps, rounded up to whole epochs.
+STEPS = 400
 
 _COUNT = Interval(Integral, 1, None, closed="left")
 _POSITIVE = Interval(Real, 0, None, closed="neither")
@@ -86,6 +90,7 @@ CONSTRAINTS: dict[str, list[Any]] = {
     "optimizer": [StrOptions({"adam", "sgd"}), callable, None],
     "interval": [_COUNT, None],
     "tol": [Interval(Real, 0, None, closed="left"), None],
+    "regroup": ["boolean", None],
     "n_init": [_COUNT],
     "image_size": [_COUNT, None],
     "device": [str],
@@ -118,12 +123,13 @@ class DecSettings:
     pretrain_steps: int | None
     pretrain_batch_size: int
     pretrain_learning_rate: float
-    n_epochs: int
+    n_epochs: int | None
     batch_size: int
     learning_rate: float
     optimizer: str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     interval: int | None
     tol: float
+    regroup: bool
     n_init: int
     image_size: int | None
     device: str
@@ -131,7 +137,6 @@ class DecSettings:
     verbose: int
     writer: Any
     callbacks: Callbacks
-    period: float  # epochs between two refreshes where there is no interval
 
     @classmethod
     def of(cls, estimator: BaseEstimator) -> DecSettings:
@@ -140,11 +145,10 @@ class DecSettings:
         if estimator.pretrain_epochs is not None or estimator.pretrain_steps is not None:
             # the user's unit of the length replaces that of the recipe
             recipe["pretrain_epochs"] = recipe["pretrain_steps"] = None
-        period = recipe.pop("period")
         parameters = parameters_of(estimator, recipe)
         parameters["hidden"] = _sizes(parameters["hidden"])
         parameters["callbacks"] = Callbacks(estimator, parameters["callbacks"])
-        settings = cls(**parameters, period=period)
+        settings = cls(**parameters)
         settings._check()
         return settings
 
@@ -163,8 +167,13 @@ class DecSettings:
         """Steps between two refreshes of the target."""
         if self.interval is not None:
             return self.interval
-        steps = math.ceil(self.period * count_of(rows, self.batch_size))
-        return min(steps, MOST_INTERVAL)
+        return min(count_of(rows, self.batch_size), MOST_INTERVAL)
+
+    def cluster_length(self, rows: int) -> int:
+        """Epochs of clustering."""
+        if self.n_epochs is not None:
+            return self.n_epochs
+        return math.ceil(STEPS / count_of(rows, self.batch_size))
 
     def pretrain_length(self, rows: int, factor: int = 1) -> int:
         """Epochs of a phase of pretraining; steps become whole epochs."""

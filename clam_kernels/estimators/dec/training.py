@@ -28,9 +28,11 @@ SHARED = (
     "n_clusters", "hidden", "n_components", "variant", "target", "pretrain", "recipe", "z_scale",
     "alpha", "gamma", "pretrain_epochs", "pretrain_steps", "pretrain_batch_size",
     "pretrain_learning_rate", "n_epochs", "batch_size", "learning_rate", "optimizer", "interval",
-    "period", "tol", "n_init",
+    "tol", "regroup", "n_init",
 )  # fmt: skip
 KIND = "DEC checkpoint"
+# Clustering runs at most so often.
+ROUNDS = 4
 
 
 class DecTraining:
@@ -55,6 +57,7 @@ class DecTraining:
         self.context = Context(settings, inputs, network, device, dtype, seed, random)
         self.makers: list[Callable[[], Phase]] = pretraining_phases(self.context)
         self.clustering: Clustering | None = None
+        self.first = len(self.makers)  # number of the first phase of clustering
         self.makers.append(self._make_clustering)
         self.at = 0  # number of the phase
         self.phase: Phase | None = None  # the phase that a checkpoint restored
@@ -62,7 +65,7 @@ class DecTraining:
         self.checkpoint: CheckpointWriter | None = None
 
     def _make_clustering(self) -> Clustering:
-        return Clustering(self.context, len(self.makers) - 1)
+        return Clustering(self.context, self.at)
 
     # ---- the fit ---------------------------------------------------------------------------------
 
@@ -80,10 +83,17 @@ class DecTraining:
             self.losses[phase.name] = list(phase.run.losses)
             if self.checkpoint is not None and not is_done:
                 self.checkpoint.file.write(self.state(phase))
-            if isinstance(phase, Clustering):
-                self.clustering = phase
             self.at += 1
+            if isinstance(phase, Clustering):
+                self._add_round(phase)
         self.context.network.eval()
+
+    def _add_round(self, phase: Clustering) -> None:
+        """Clustering begins again, from the pretrained weights, if its clusters were regrouped."""
+        self.clustering = phase
+        labels, number = phase.next_labels, self.at
+        if labels is not None and number - self.first < ROUNDS:
+            self.makers.append(lambda: Clustering(self.context, number, phase, labels))
 
     def _run(self, phase: Phase) -> None:
         run, context, settings = phase.run, self.context, self.settings
@@ -120,10 +130,13 @@ class DecTraining:
             return
         with serialize.reading(path):
             at = int(state[1]["phase"])
-            serialize.expect(0 <= at < len(self.makers), "no such phase in this fit")
+            most = self.first + (ROUNDS if self.settings.regroup else 1)
+            serialize.expect(0 <= at < most, "no such phase in this fit")
             losses = state[1]["phase_losses"].items()
             self.losses = {str(name): [float(x) for x in column] for name, column in losses}
-        self.at, self.phase = at, self.makers[at]()
+        self.at = at
+        self.makers += [self._make_clustering] * (at + 1 - len(self.makers))
+        self.phase = self.makers[at]()
         with serialize.reading(path):
             self.phase.restore(state)
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clusters that share a class are joined and clusters of two classes are divided, by the graph of
+nearest rows; and the rounds of a fit repeat and resume.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from clam_kernels import DEC, metrics
+from clam_kernels.augment import ShiftAndRotate
+from clam_kernels.estimators.dec.regroup import (
+    best_division,
+    boundary_depth,
+    neighbour_graph,
+    normalised_cut,
+    regroup,
+)
+
+SIZE = 200
+
+
+def blobs(centres: list[list[float]]) -> tuple[torch.Tensor, np.ndarray]:
+    """SIZE rows of deviation 1 around each centre, and their classes."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(len(centres)), SIZE)
+    return torch.from_numpy(np.array(centres)[y] + rng.normal(size=(len(y), 2))), y
+
+
+def test_graph_equals_that_of_all_distances():
+    z, _ = blobs([[0, 0], [5, 0]])
+    far = torch.cdist(z, z).fill_diagonal_(torch.inf)
+    ends = far.topk(15, largest=False).indices.numpy()
+    expected = np.zeros((len(z), len(z)))
+    np.put_along_axis(expected, ends, 1.0, axis=1)
+    np.testing.assert_array_equal(neighbour_graph(z, []).toarray(), (expected + expected.T) / 2)
+
+
+def test_a_draw_brings_rows_near():
+    """A row of the first class whose draw lies in the second class has its neighbours there."""
+    z, _ = blobs([[0, 0], [50, 0]])
+    draw = z.clone()
+    draw[0] = z[SIZE]
+    assert neighbour_graph(z, [])[0, SIZE:].sum() == 0
+    assert neighbour_graph(z, [draw])[0, SIZE:].sum() > 0
+
+
+def test_depths_tell_a_gap_from_none():
+    z, y = blobs([[0, 0], [6, 0]])
+    graph = neighbour_graph(z, [])
+    assert boundary_depth(graph, y == 0) < 0.2
+    assert boundary_depth(graph, z[:, 1].numpy() > 0) > 0.7
+    assert normalised_cut(graph, y == 0) < normalised_cut(graph, z[:, 1].numpy() > 0)
+    assert best_division(graph).depth < 0.2
+    division = best_division(graph)
+    assert metrics.clustering_accuracy(y, division.side.astype(np.int64)) > 0.99
+    np.testing.assert_array_equal(best_division(graph).side, division.side, "it repeats")
+    one = neighbour_graph(blobs([[0, 0]])[0], [])
+    assert best_division(one).depth > 0.7
+
+
+def test_a_class_in_two_clusters_and_two_classes_in_one():
+    z, y = blobs([[0, 0], [8, 0], [0, 8]])
+    wrong = np.where(y == 2, 1, y)  # classes 1 and 2 share a cluster
+    wrong[(y == 0) & (z[:, 1].numpy() > 0)] = 2  # class 0 has two
+    graph = neighbour_graph(z, [])
+    labels, moves = regroup(graph, wrong, 3)
+    assert moves == 1
+    assert metrics.clustering_accuracy(y, labels) > 0.99
+    assert regroup(graph, labels, 3)[1] == 0
+    assert wrong.max() == 2, "the labels of the caller do not change"
+
+
+def test_two_classes_cut_across():
+    z, y = blobs([[0, 0], [8, 0]])
+    labels, moves = regroup(neighbour_graph(z, []), (z[:, 1].numpy() > 0).astype(np.int64), 2)
+    assert moves == 1
+    assert metrics.clustering_accuracy(y, labels) > 0.99
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_few_rows_and_one_cluster_have_no_moves(k):
+    z = blobs([[0, 0]])[0][:20]
+    assert regroup(neighbour_graph(z, []), np.arange(20) % k, k)[1] == 0
+
+
+def test_rounds_of_a_fit_resume(tmp_path: Path):
+    """A fit that ends in its second round is continued from the first."""
+    x = load_digits().data
+    augment = ShiftAndRotate((8, 8))
+    settings = {"hidden": (64,), "pretrain_epochs": 5, "n_epochs": 10, "augment": augment}
+    whole = DEC(10, random_state=1, **settings).fit(x)
+    assert whole.n_rounds_ > 1, "this seed must regroup"
+
+    def stop(model: DEC, info: dict) -> None:
+        stop.left -= 1
+        if stop.left == 0:
+            raise KeyboardInterrupt
+
+    stop.left = 5 + 10 + 3
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        DEC(10, random_state=1, callbacks=stop, **settings).fit(x, checkpoint=path)
+    model = DEC(10, random_state=1, **settings).fit(x, checkpoint=path, resume=True)
+    np.testing.assert_array_equal(model.labels_, whole.labels_)
+    np.testing.assert_array_equal(model.cluster_centers_, whole.cluster_centers_)
+    np.testing.assert_array_equal(model.init_labels_, whole.init_labels_)
+    assert model.n_rounds_ == whole.n_rounds_
+    plain = DEC(10, random_state=1, regroup=False, **settings).fit(x)
+    assert plain.n_rounds_ == 1
