@@ -17,7 +17,7 @@ Y = np.arange(N) % K
 X = (3 * np.eye(D)[Y] + RANDOM.normal(size=(N, D))).astype(np.float32)
 QUICK: dict[str, Any] = {
     "hidden": (16,), "n_components": 3, "pretrain_epochs": 20, "pretrain_learning_rate": 0.01,
-    "n_epochs": 3, "batch_size": 32, "n_init": 2, "random_state": 0, "tol": 0.0,
+    "n_epochs": 3, "batch_size": 32, "interval": 4, "n_init": 2, "random_state": 0, "tol": 0.0,
 }  # fmt: skip
 
 

@@ -239,10 +239,10 @@ def test_the_length_of_pretraining():
 
 def test_the_interval_of_a_recipe(monkeypatch):
     """An epoch has 4 steps; an interval of None is an epoch."""
-    assert DecSettings.of(dec()).interval_of(10**6) == 30
+    assert DecSettings.of(dec(interval=None)).interval_of(10**6) == 30
     monkeypatch.setitem(RECIPES["default"], "interval", None)
-    assert DecSettings.of(dec()).interval_of(10**6) == 140
-    assert dec(n_epochs=1).fit(X).history_["step"].tolist() == [0, 4]
+    assert DecSettings.of(dec(interval=None)).interval_of(10**6) == 140
+    assert dec(n_epochs=1, interval=None).fit(X).history_["step"].tolist() == [0, 4]
     assert dec(n_epochs=1, interval=3).fit(X).history_["step"].tolist() == [0, 3, 4]
 
 
@@ -460,7 +460,8 @@ def _qualities(model: DEC, y: np.ndarray) -> tuple[float, float, float]:
 def test_clustering_gains_over_k_means_on_the_same_codes(digits, variant, bar):
     """A small network and a short run: the gain does not need good codes."""
     x, y = digits
-    settings = {"variant": variant, "hidden": (128, 256), "pretrain_epochs": 30, "n_epochs": 10}
+    settings = {"variant": variant, "hidden": (128, 256), "pretrain_epochs": 30}
+    settings |= {"n_epochs": 10, "interval": 7}
     model = DEC(10, **settings, random_state=0).fit(x)
     assert _qualities(model, y)[2] >= bar
     assert np.bincount(model.labels_).min() >= 0.02 * len(x)
