@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from torch import nn
 
 from clam_kernels import DEC, metrics
-from clam_kernels.augment import ShiftAndRotate
 from clam_kernels.estimators.dec.regroup import (
     best_division,
     boundary_depth,
@@ -22,7 +21,7 @@ from clam_kernels.estimators.dec.regroup import (
     regroup,
 )
 
-SIZE = 200
+SIZE = 500
 
 
 def blobs(centres: list[list[float]]) -> tuple[torch.Tensor, np.ndarray]:
@@ -61,7 +60,7 @@ def test_depths_tell_a_gap_from_none():
     assert metrics.clustering_accuracy(y, division.side.astype(np.int64)) > 0.99
     np.testing.assert_array_equal(best_division(graph).side, division.side, "it repeats")
     one = neighbour_graph(blobs([[0, 0]])[0], [])
-    assert best_division(one).depth > 0.7
+    assert best_division(one).depth > 0.5
 
 
 def test_a_class_in_two_clusters_and_two_classes_in_one():
@@ -89,27 +88,52 @@ def test_few_rows_and_one_cluster_have_no_moves(k):
     assert regroup(neighbour_graph(z, []), np.arange(20) % k, k)[1] == 0
 
 
+def of_unequal_sizes() -> tuple[np.ndarray, np.ndarray]:
+    """One wide class and two small ones near each other: k-means divides the wide one."""
+    rng = np.random.default_rng(0)
+    parts = [(0, 0, 5, 3000), (40, 0, 1, 100), (40, 7, 1, 100)]
+    x = [rng.normal((a, b), deviation, (rows, 2)) for a, b, deviation, rows in parts]
+    y = np.repeat(np.arange(3), [rows for *_, rows in parts])
+    return np.concatenate(x).astype(np.float32), y
+
+
+def identity() -> nn.Module:
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(2))
+        layer.bias.zero_()
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning", "ignore:DEC. ")
 def test_rounds_of_a_fit_resume(tmp_path: Path):
-    """A fit that ends in its second round is continued from the first."""
-    x = load_digits().data
-    augment = ShiftAndRotate((8, 8))
-    settings = {"hidden": (64,), "pretrain_epochs": 5, "n_epochs": 10, "augment": augment}
-    whole = DEC(10, random_state=1, **settings).fit(x)
-    assert whole.n_rounds_ > 1, "this seed must regroup"
+    """A fit of two rounds finds what k-means does not, and resumes in its second round."""
+    x, y = of_unequal_sizes()
+    settings = {
+        "encoder": identity(), "pretrain": "none", "n_epochs": 3, "regroup": True,
+        "random_state": 0, "learning_rate": 1e-4,
+    }  # fmt: skip
+    whole = DEC(3, **settings).fit(x)
+    assert whole.n_rounds_ == 2
+    plain = DEC(3, **{**settings, "regroup": False}).fit(x)
+    assert plain.n_rounds_ == 1
+    before, after = (metrics.clustering_accuracy(y, m.labels_) for m in (plain, whole))
+    assert before < 0.7 < 0.95 < after
+    np.testing.assert_array_equal(plain.init_labels_, whole.init_labels_)
+    calls = []
 
     def stop(model: DEC, info: dict) -> None:
-        stop.left -= 1
-        if stop.left == 0:
+        calls.append(info)
+        if len(calls) == 5:
             raise KeyboardInterrupt
 
-    stop.left = 5 + 10 + 3
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        DEC(10, random_state=1, callbacks=stop, **settings).fit(x, checkpoint=path)
-    model = DEC(10, random_state=1, **settings).fit(x, checkpoint=path, resume=True)
-    np.testing.assert_array_equal(model.labels_, whole.labels_)
-    np.testing.assert_array_equal(model.cluster_centers_, whole.cluster_centers_)
-    np.testing.assert_array_equal(model.init_labels_, whole.init_labels_)
-    assert model.n_rounds_ == whole.n_rounds_
-    plain = DEC(10, random_state=1, regroup=False, **settings).fit(x)
-    assert plain.n_rounds_ == 1
+        DEC(3, callbacks=stop, **settings).fit(x, checkpoint=path)
+    for _ in range(2):  # from the middle, and from the end
+        model = DEC(3, **settings).fit(x, checkpoint=path, resume=True)
+        assert model.n_rounds_ == 2
+        for name in ("labels_", "cluster_centers_", "init_labels_"):
+            np.testing.assert_array_equal(getattr(model, name), getattr(whole, name))
+    model.save(tmp_path / "file")
+    assert DEC.load(tmp_path / "file", encoder=identity()).n_rounds_ == 2

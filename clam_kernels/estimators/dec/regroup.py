@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
@@ -160,12 +161,16 @@ def boundary_depth(graph: Any, side: np.ndarray) -> float:
 
 
 def best_division(graph: Any) -> Division:
-    """The least deep cut along the first eigenvectors of the normalised Laplacian; of infinite
-    depth for few rows.
+    """The least deep cut along the first eigenvectors of the normalised Laplacian; the largest
+    component where it leaves enough rows; of infinite depth for few rows.
     """
     count = graph.shape[0]
     if count < LEAST_ROWS:
         return Division(np.inf, np.zeros(count, dtype=bool))
+    _, component = connected_components(graph, directed=False)
+    sizes = np.bincount(component)
+    if sizes.max() <= (1 - LEAST_SHARE) * count:
+        return Division(0.0, component == sizes.argmax())
     root = 1 / np.sqrt(_degrees(graph))
     scaled = sparse.diags(root) @ graph @ sparse.diags(root)
     # a fixed start of the iteration, so that the result repeats
