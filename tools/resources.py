@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,9 @@ WORDS = {
     "KEEP": (2, "saved"), "STARTED": (True, "started"), "BY_ROWS": (True, "rows"),
     "USED": (True, "used"), "FUSED": (True, "fused"), "COVERED": (False, "pass"),
 }  # fmt: skip
+# Launches of one kernel and label differ in these constants: where one is True, its word follows
+# the label.
+VARIANTS = {"PER_MEMORY": "betas", "HAS_BETA": "betas", "STRICT": "strict"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -303,23 +307,42 @@ def resources(built: Any) -> dict[str, Any]:
 def cases(
     archs: list[int], modes: list[str], dims: list[int], kernel: str = "", full: bool = True
 ) -> Iterator[tuple[str, int, Launch]]:
-    """(name, arch, launch), each different one once."""
+    """(name, arch, launch), each different one once; no two have the same name."""
+    names: set[str] = set()
     for arch in archs:
         seen: set[str] = set()
         for mode in modes:
             for d in dims:
+                launches = []
                 for label, call in calls(mode, d):
                     for one in record(ARCHS[arch], call):
                         key = repr((one.name, signature(one), one.options))
                         if key in seen or kernel not in one.name or not (full or "-" not in label):
                             continue
                         seen.add(key)
-                        which = "any" if one.name in PLAIN else mode
-                        words = [one.name.removesuffix("_kernel"), which]
-                        words[0] += "".join(
-                            f"-{w}" for n, (v, w) in WORDS.items() if one.options.get(n) == v
-                        )
-                        yield "/".join([f"sm_{arch}", *words, str(d), label]), arch, one
+                        launches.append((name_of(one, arch, mode, d, label), one))
+                for name, one in distinct(launches):
+                    # the tile of a mode may decide a constant of a kernel without a mode
+                    own = f"{name}-{mode}" if name in names else name
+                    if own in names:
+                        raise ValueError(f"two launches have the name {own}: add to VARIANTS")
+                    names.add(own)
+                    yield own, arch, one
+
+
+def name_of(one: Launch, arch: int, mode: str, d: int, label: str) -> str:
+    """The name of a launch; several variants may have the same."""
+    kernel = one.name.removesuffix("_kernel")
+    kernel += "".join(f"-{w}" for n, (v, w) in WORDS.items() if one.options.get(n) == v)
+    return "/".join([f"sm_{arch}", kernel, "any" if one.name in PLAIN else mode, str(d), label])
+
+
+def distinct(launches: list[tuple[str, Launch]]) -> Iterator[tuple[str, Launch]]:
+    """The launches with the words of VARIANTS after each name that several launches have."""
+    counts = Counter(name for name, _ in launches)
+    for name, one in launches:
+        words = (word for constant, word in VARIANTS.items() if one.options.get(constant) is True)
+        yield "-".join([name, *(words if counts[name] > 1 else ())]), one
 
 
 def main() -> None:

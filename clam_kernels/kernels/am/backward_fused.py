@@ -147,7 +147,7 @@ def fused_backward_kernel(
         valid, at = row < rows, row.to(tl.int64)
         inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
         whole = (problem.to(tl.int64) * rows + at)[:, None] * D + d[None, :]  # [ROWS, DIM]
-        x, poison = load_checked_rows(V, CENTRE, at, valid, 0, D, DIM)  # [ROWS, DIM], [ROWS]
+        x, _norm, poison = load_checked_rows(V, CENTRE, at, valid, 0, D, DIM)  # x [ROWS, DIM]
         flag = store_states(
             PATH, x, steps, step, U, u_row, u_feature, row, inside, table, count, sharp, poison,
             D, STRIDE, DIM, ROWS, PROTOS, PREC, MASK,

@@ -54,9 +54,9 @@ def energy_kernel(
     valid, at = row < rows, row.to(tl.int64)
     norm, poison = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
-        x, more = load_checked_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM], [ROWS]
-        norm += tl.sum(x * x, 1)
-        poison += more
+        _x, more, bad = load_checked_rows(V, CENTRE, at, valid, d0, D, DIM)
+        norm += more
+        poison += bad
     table = (RHO, SIDE)
     if WIDE:
         own = ((V, CENTRE, at, valid), norm)

@@ -278,7 +278,7 @@ def recursion_kernel(
     valid, at = row < rows, row.to(tl.int64)
     inside = valid[:, None] & (d < D)[None, :]  # [ROWS, DIM]
     # a row that is not finite gives NaN, whatever the memories are, and so does such a memory
-    x, poison = load_checked_rows(V, CENTRE, at, valid, 0, D, DIM)  # [ROWS, DIM], [ROWS]
+    x, _norm, poison = load_checked_rows(V, CENTRE, at, valid, 0, D, DIM)  # x [ROWS, DIM]
     flag = tl.where(poison == 0.0, 0, POISONED)  # a number of its own would take a register
     sharp, ratio, near_limit, lift = limits_of(SIDE, count, PROTOS, PER_MEMORY, HARD, KEEP)
     table = (RHO, SIDE)

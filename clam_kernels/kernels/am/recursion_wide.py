@@ -29,8 +29,8 @@ def store_starts(
     poison = tl.zeros((ROWS,), tl.float32)
     for d0 in range(0, D, DIM):
         d = d0 + tl.arange(0, DIM)
-        x, more = load_checked_rows(V, CENTRE, at, valid, d0, D, DIM)  # [ROWS, DIM], [ROWS]
-        poison += more
+        x, _norm, bad = load_checked_rows(V, CENTRE, at, valid, d0, D, DIM)  # x [ROWS, DIM]
+        poison += bad
         tl.store(PATH + local[:, None] * STRIDE + d[None, :], x, mask=(d < STRIDE)[None, :])
     tl.debug_barrier()
     return poison

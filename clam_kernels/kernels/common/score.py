@@ -119,14 +119,15 @@ def load_centred_rows(V, CENTRE, at, valid, d0, D: tl.constexpr, DIM: tl.constex
 
 @triton.jit
 def load_checked_rows(V, CENTRE, at, valid, d0, D: tl.constexpr, DIM: tl.constexpr):
-    """(x, poison): x as `load_centred_rows`, and poison [ROWS] is NaN for rows with a feature that
-    is not finite, and for all rows where the centre has one, else 0.
+    """(x, norm, poison): x as `load_centred_rows`, norm [ROWS] = |x|^2, and poison [ROWS], NaN for
+    rows with a feature that is not finite, and for all rows where the centre has one, else 0.
     """
     d = d0 + tl.arange(0, DIM)
     raw = load_rows(V, at, valid, d0, D, D, DIM)  # [ROWS, DIM]
     x = subtract_centre(raw, CENTRE, valid, d0, D, DIM)  # [ROWS, DIM]
+    norm = tl.sum(x * x, 1)
     c = tl.load(CENTRE + d, mask=d < D, other=0.0)
-    return x, tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
+    return x, norm, tl.sum(raw * 0.0, 1) + tl.sum(c * 0.0, 0)
 
 
 @triton.jit
