@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import python_fallback
+
 from .._core import checks
 from .._core.backend import PRECISIONS
 from ._facts import compute_dtype
@@ -185,3 +187,186 @@ def fake_nce_saved(
         for shape, need in zip(shapes, wanted, strict=True)
     ]
     return losses, *saved
+
+
+# ---- swapped_prediction ------------------------------------------------------------------------
+
+
+def _check_weight(weight: Tensor | None, z: Tensor) -> None:
+    if weight is None:
+        return
+    checks.floating("weight", weight)
+    checks.same_device("weight", weight, "z", z)
+    views, rows = z.shape[-3], z.shape[-2]
+    ok = weight.ndim >= 1 and weight.shape[-1] == rows
+    if weight.ndim > 1:
+        ok = ok and (weight.shape[-2] == 1 or weight.shape[-2] == views)
+    pattern = f"[{rows}], [..., 1, {rows}] or [..., {views}, {rows}]"
+    checks.shape("weight", weight, pattern, ok, _spelled("z", z))
+
+
+def _check_teacher(
+    z: Tensor,
+    prototypes: Tensor,
+    target_z: Tensor | None,
+    target_prototypes: Tensor | None,
+    target_bias: Tensor | None,
+    assigned: Any,
+) -> None:
+    """Check the operands of the teacher, which have the features of z unless it has prototypes."""
+    points = prototypes if target_prototypes is None else target_prototypes
+    if target_prototypes is not None:
+        checks.floating("target_prototypes", target_prototypes)
+        checks.same_device("target_prototypes", target_prototypes, "z", z)
+        k, d = prototypes.shape[-2], z.shape[-1]
+        ok = points.ndim >= 2 and points.shape[-2] == k
+        if target_z is None:
+            ok = ok and points.shape[-1] == d
+        pattern = f"[..., {k}, {d if target_z is None else 'D'}]"
+        match = _spelled("prototypes", prototypes)
+        checks.shape("target_prototypes", points, pattern, ok, match)
+    features = points.shape[-1]
+    match = f"z {checks.spell(*z.shape)} and f"
+    _check_core("target_z", target_z, [assigned, z.shape[-2], features], z, match)
+    k = prototypes.shape[-2]
+    _check_core("target_bias", target_bias, [k], z, _spelled("prototypes", prototypes))
+
+
+def _check_views(z: Tensor, f: Tensor, target_z: Tensor | None, pairs: Tensor | None) -> None:
+    """Check the number of views against that of the codes."""
+    views, assigned = z.shape[-3], f.shape[-2]
+    if target_z is None or pairs is None:
+        ok = assigned <= views
+        checks.shape("f", f, f"[..., A <= {views}, {z.shape[-2]}]", ok, _spelled("z", z))
+    if pairs is not None:
+        _check_core("pairs", pairs, [assigned, views], z, f"{_spelled('f', f)} and z")
+        return
+    match = _spelled("z", z)
+    text = checks.wording("pairs", "a Tensor: there is no other view", "None", match)
+    checks.value_error(views >= 2, lambda: text)
+
+
+def _swapped_batch(
+    z: Tensor,
+    prototypes: Tensor,
+    f: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    target_z: Tensor | None,
+    target_prototypes: Tensor | None,
+    target_bias: Tensor | None,
+    pairs: Tensor | None,
+    weight: Tensor | None,
+) -> list[Any]:
+    first = [("z", z, 3), ("prototypes", prototypes, 2), ("f", f, 2), ("g", g, 2)]
+    target = [("target_z", target_z, 3), ("target_prototypes", target_prototypes, 2)]
+    last = [("target_bias", target_bias, 1), ("pairs", pairs, 2), ("weight", weight, 2)]
+    return checks.broadcast([*first, ("bias", bias, 1), *target, *last])
+
+
+def check_swapped(
+    z: Tensor,
+    prototypes: Tensor,
+    f: Tensor,
+    g: Tensor,
+    temperature: Any,
+    epsilon: Any,
+    bias: Tensor | None,
+    target_z: Tensor | None,
+    target_prototypes: Tensor | None,
+    target_bias: Tensor | None,
+    pairs: Tensor | None,
+    weight: Tensor | None,
+    precision: str | None,
+) -> None:
+    _check_pair(z, prototypes, "[..., V, N, D]", 3)
+    checks.non_empty("z", z, -3, "V")
+    checks.floating("f", f)
+    checks.same_device("f", f, "z", z)
+    ok = f.ndim >= 2 and f.shape[-1] == z.shape[-2]
+    checks.shape("f", f, f"[..., A, {z.shape[-2]}]", ok, _spelled("z", z))
+    checks.non_empty("f", f, -2, "A")
+    assigned, k = f.shape[-2], prototypes.shape[-2]
+    match = _spelled("prototypes", prototypes)
+    _check_core("g", g, [assigned, k], z, f"{_spelled('f', f)} and {match}")
+    _check_core("bias", bias, [k], z, match)
+    _check_teacher(z, prototypes, target_z, target_prototypes, target_bias, assigned)
+    _check_views(z, f, target_z, pairs)
+    _check_weight(weight, z)
+    checks.number("temperature", temperature, 0.0, finite=True, strict=True)
+    checks.number("epsilon", epsilon, 0.0, finite=True, strict=True)
+    target = (target_z, target_prototypes, target_bias)
+    _swapped_batch(z, prototypes, f, g, bias, *target, pairs, weight)
+    checks.one_of("precision", precision, PRECISIONS)
+
+
+def check_weight_values(
+    z: Tensor,
+    prototypes: Tensor,
+    f: Tensor,
+    g: Tensor,
+    temperature: Any,
+    epsilon: Any,
+    bias: Tensor | None,
+    target_z: Tensor | None,
+    target_prototypes: Tensor | None,
+    target_bias: Tensor | None,
+    pairs: Tensor | None,
+    weight: Tensor | None,
+    precision: str | None,
+) -> None:
+    """Weights of rows are finite and at least 0."""
+    if weight is not None:
+        checks.values("weight", weight, 0.0, finite=True)
+
+
+def fake_swapped(
+    z: Tensor,
+    prototypes: Tensor,
+    f: Tensor,
+    g: Tensor,
+    temperature: Any,
+    epsilon: Any,
+    bias: Tensor | None,
+    target_z: Tensor | None,
+    target_prototypes: Tensor | None,
+    target_bias: Tensor | None,
+    pairs: Tensor | None,
+    weight: Tensor | None,
+    precision: str | None,
+) -> Tensor:
+    target = (target_z, target_prototypes, target_bias)
+    batch = _swapped_batch(z, prototypes, f, g, bias, *target, pairs, weight)
+    return z.new_empty(batch, dtype=compute_dtype(z.dtype))
+
+
+def fake_swapped_saved(
+    z: Tensor,
+    prototypes: Tensor,
+    f: Tensor,
+    g: Tensor,
+    temperature: Any,
+    epsilon: Any,
+    bias: Tensor | None,
+    target_z: Tensor | None,
+    target_prototypes: Tensor | None,
+    target_bias: Tensor | None,
+    pairs: Tensor | None,
+    weight: Tensor | None,
+    precision: str | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    target = (target_z, target_prototypes, target_bias)
+    last = (bias, *target, pairs, weight, precision)
+    out = fake_swapped(z, prototypes, f, g, temperature, epsilon, *last)
+    lse = out.new_empty([*out.shape, *z.shape[-3:-1]])
+    mass = out.new_empty([*out.shape, *f.shape[-2:]])
+    is_early = z.device.type == "cpu" and python_fallback.xent.fits_one_tile(
+        z.shape[-3], prototypes.shape[-2]
+    )
+    operands = ((z, needs[0]), (prototypes, needs[1]), (bias, needs[4]))
+    saved = [
+        out.new_empty(x.shape if need and is_early and x is not None else [0])
+        for x, need in operands
+    ]
+    return out, lse, mass, *saved

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ..ops._facts import compute_dtype
+from ..ops.sinkhorn import sinkhorn_potentials_features
 from . import DTYPES, BadRow, Sample, Workload, constants, spec_of, zeros
+from . import _xent_swapped as swapped
 from ._draw import Draw
+from ._xent_swapped import SWAPPED
 
 B, N, K, D = 2, 5, 4, 3
 WIDE = (torch.float64, torch.float32)
 NCE = ("proto_nce_losses",)
-ALL = NCE
+ALL = NCE + SWAPPED
 
 
 def _positive(draw: Draw, *shape: int) -> Tensor:
@@ -132,6 +135,8 @@ def _nce_values(draw: Draw) -> list[Sample]:
 def samples(op: str, seed: int) -> list[Sample]:
     """Calls of an op of this family."""
     draw = Draw(seed)
+    if op in SWAPPED:
+        return swapped.SwappedSamples(draw).all()
     plain = _nce("plain", draw.normal(N, D), draw.normal(K, D), 0.5, _labels(draw, K, 1, N))
     return [plain, *_nce_shapes(draw), *_nce_parts(draw), *_nce_values(draw)]
 
@@ -161,49 +166,85 @@ def workloads() -> list[Workload]:
         make = partial(nce_problem, n=n, d=d, k=k)
         size = 4 * (n * d + k * d + 3 * n + k)
         result.append(Workload(name, NCE[0], make, size, 2 * n * k * d))
+    for views, n, d, k in ((8, 250, 128, 1000), (2, 500, 128, 3000)):
+        count = views * n
+        name = f"{SWAPPED[0]}/{count // 1000}k-{d}-{k}-fp32"
+        problem = partial(swapped_problem, views=views, n=n, d=d, k=k)
+        size = 4 * (count * d + k * d + 2 * n + 2 * k + count)
+        result.append(Workload(name, SWAPPED[0], problem, size, 2 * count * k * d))
     return result
+
+
+def swapped_problem(seed: int, views: int, n: int, d: int, k: int) -> tuple[Tensor, ...]:
+    """Unit rows [views, n, d] and prototypes, and the potentials of codes of the first two
+    views.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    z, c = unit_rows(generator, views, n, d), unit_rows(generator, k, d)
+    f, g = sinkhorn_potentials_features(z[:2] / 0.05, c, 3)[:2]
+    return z, c, f + math.log(n), g
 
 
 # ---- what the contract asks of this family -------------------------------------------------------
 
-ROW_ARGUMENTS = {"z": -2, "labels": -1}
+ROW_ARGUMENTS = {"z": -2, "labels": -1, "f": -1, "target_z": -2, "weight": -1}
 COUPLED = ALL
-_DIFFERENTIATED = ("plain", "phi-0d", "phi-batch", "bias", "everything", "clusterings")
+_DIFFERENTIATED = (
+    "plain", "phi-0d", "phi-batch", "bias", "everything", "clusterings", "teacher", "weight-views",
+)  # fmt: skip
 SELECTIONS = {
     "traced": (
         "plain", "no-rows", "batch-crossed", "phi-0d", "phi-each", "everything", "clusterings",
-        "bias",
+        "bias", "teacher", "pairs", "weight",
     ),
-    "compiled": ("plain", "bias", "everything", "clusterings", "phi-each"),
-    "exported": ("plain", "bias", "clusterings"),
-    "laid": ("plain", "batch", "batch-crossed", "wide", "phi-batch", "bias", "everything"),
-    "mapped": ("plain", "batch-crossed", "phi-0d", "phi-batch", "bias", "no-rows", "clusterings"),
+    "compiled": ("plain", "bias", "everything", "clusterings", "phi-each", "teacher", "weight"),
+    "exported": ("plain", "bias", "clusterings", "teacher", "weight"),
+    "laid": (
+        "plain", "batch", "batch-crossed", "wide", "phi-batch", "bias", "everything", "teacher",
+    ),
+    "mapped": (
+        "plain", "batch-crossed", "phi-0d", "phi-batch", "bias", "no-rows", "clusterings", "weight",
+        "pairs",
+    ),
     "nested": ("plain", "phi-each"),
-    "autocast": ("plain", "bias", "phi-0d", "clusterings"),
+    "autocast": ("plain", "bias", "phi-0d", "clusterings", "teacher", "weight"),
     "differentiated": _DIFFERENTIATED,
     "batched gradients": (*_DIFFERENTIATED, "batch-crossed"),
     "twice": ("plain", "everything", "phi-0d"),
     "hessian": ("plain", "phi-0d", "bias"),
-    "frozen": ("everything", "phi-batch", "clusterings"),
-    "views": ("everything", "phi-batch"),
+    "frozen": ("everything", "phi-batch", "clusterings", "bias"),
+    "views": ("everything", "phi-batch", "teacher"),
 }  # fmt: skip
 
 
 def problem(op: str, n: int, k: int, d: int, seed: int) -> Sample:
-    """Normal rows and prototypes, one temperature."""
+    """Normal rows and prototypes, one temperature; `swapped_prediction` has two views."""
     draw = Draw(seed)
+    if op in SWAPPED:
+        z, c = draw.normal(2, n, d), draw.normal(k, d) / math.sqrt(d)
+        args = (z, c, draw.normal(2, n), draw.normal(2, k), 0.5, 1.0)
+        return Sample(op, "problem", args, (), ("z", "prototypes"))
     z, c = draw.normal(n, d), draw.normal(k, d) / math.sqrt(d)
     return Sample(op, "problem", (z, c, 0.5, _labels(draw, k, 1, n)), (), ("z", "prototypes"))
 
 
 def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
-    """Normal rows and prototypes in two clusterings; `offset` is added to all scores."""
+    """Normal rows and prototypes in two clusterings, or two views with a teacher; `offset` is added
+    to all scores of the rows.
+    """
     draw = Draw(seed)
     z, c = draw.normal(n, d), draw.normal(k, d) / math.sqrt(d)
+    bias = draw.normal(k) + offset
+    if op in SWAPPED:
+        z = torch.stack([z, z + 0.1 * draw.normal(n, d)])
+        target = (draw.normal(2, n, d), c + 0.1 * draw.normal(k, d), draw.normal(k))
+        f = draw.normal(2, n) - math.log(k)
+        rest = (*target, draw.uniform(2, 2), draw.uniform(2, n))
+        args = (z, c, f, draw.normal(2, k), 0.5, 1.0, bias, *rest)
+        return Sample(op, "large", args, ("z", "prototypes", "bias"))
     half = max(k // 2, 1)
     labels = torch.stack([_labels(draw, half, n), _labels(draw, k - half, n)])
     labels[0, ::5] = -1
-    bias = draw.normal(k) + offset
     args = (z, c, _positive(draw, k), labels, bias, [0, half, k])
     return Sample(op, "large", args, ("z", "prototypes", "phi", "bias"))
 
@@ -247,7 +288,7 @@ def _eager_nce(
     return torch.stack(losses, -2)
 
 
-EAGER = {NCE[0]: _eager_nce}
+EAGER = {NCE[0]: _eager_nce, SWAPPED[0]: swapped.eager_swapped}
 
 
 # ---- calls that must raise -----------------------------------------------------------------------
@@ -258,6 +299,7 @@ def _first_labels() -> Tensor:
 
 
 PLAIN: dict[str, Callable[[], Any]] = {
+    **swapped.PLAIN,
     "z": lambda: torch.zeros(5, 3),
     "prototypes": lambda: torch.ones(4, 3),
     "phi": lambda: 0.5,
@@ -271,33 +313,33 @@ PLAIN: dict[str, Callable[[], Any]] = {
 _FLOATS = "dtype float16, bfloat16, float32 or float64"
 _FOUR = "to match prototypes [4, 3]"
 _ROWS: list[BadRow] = [
-    ("z int64", ALL, TypeError, f"z: expected {_FLOATS}, got int64",
+    ("z int64", NCE, TypeError, f"z: expected {_FLOATS}, got int64",
         {"z": zeros(5, 3, dtype=torch.int64)}),
-    ("prototypes bool", ALL, TypeError, f"prototypes: expected {_FLOATS}, got bool",
+    ("prototypes bool", NCE, TypeError, f"prototypes: expected {_FLOATS}, got bool",
         {"prototypes": zeros(4, 3, dtype=torch.bool)}),
-    ("prototypes float64", ALL, TypeError,
+    ("prototypes float64", NCE, TypeError,
         "prototypes: expected dtype float32 to match z, got float64",
         {"prototypes": zeros(4, 3, dtype=torch.float64)}),
-    ("z bfloat16", ALL, TypeError, "prototypes: expected dtype bfloat16 to match z, got float32",
+    ("z bfloat16", NCE, TypeError, "prototypes: expected dtype bfloat16 to match z, got float32",
         {"z": zeros(5, 3, dtype=torch.bfloat16)}),
     ("z 1-d", NCE, ValueError, "z: expected shape [..., N, D], got [3]", {"z": zeros(3)}),
-    ("prototypes 1-d", ALL, ValueError, "prototypes: expected shape [..., K, D], got [3]",
+    ("prototypes 1-d", NCE, ValueError, "prototypes: expected shape [..., K, D], got [3]",
         {"prototypes": zeros(3)}),
-    ("D 0", ALL, ValueError, "z: expected D >= 1, got [5, 0]",
+    ("D 0", NCE, ValueError, "z: expected D >= 1, got [5, 0]",
         {"z": zeros(5, 0), "prototypes": zeros(4, 0)}),
-    ("K 0", ALL, ValueError, "prototypes: expected K >= 1, got [0, 3]",
+    ("K 0", NCE, ValueError, "prototypes: expected K >= 1, got [0, 3]",
         {"prototypes": zeros(0, 3)}),
-    ("D differs", ALL, ValueError,
+    ("D differs", NCE, ValueError,
         "prototypes: expected shape [..., K, 3] to match z [5, 3], got [4, 8]",
         {"prototypes": zeros(4, 8)}),
-    ("leading dims", ALL, ValueError,
+    ("leading dims", NCE, ValueError,
         "prototypes: expected leading dims that broadcast to match z [2, 5, 3], got [7, 4, 3]",
         {"z": zeros(2, 5, 3), "prototypes": zeros(7, 4, 3)}),
-    ("bias int", ALL, TypeError, f"bias: expected {_FLOATS}, got int64",
+    ("bias int", NCE, TypeError, f"bias: expected {_FLOATS}, got int64",
         {"bias": zeros(4, dtype=torch.int64)}),
-    ("bias of another K", ALL, ValueError, f"bias: expected shape [..., 4] {_FOUR}, got [5]",
+    ("bias of another K", NCE, ValueError, f"bias: expected shape [..., 4] {_FOUR}, got [5]",
         {"bias": zeros(5)}),
-    ("precision", ALL, ValueError,
+    ("precision", NCE, ValueError,
         "precision: expected 'highest', 'high', 'medium' or None, got 'fast'",
         constants(precision="fast")),
     ("phi int", NCE, TypeError, f"phi: expected {_FLOATS}, got int64",
@@ -356,8 +398,8 @@ _VALUES: list[BadRow] = [
 ]  # fmt: skip
 _NO_PHI: tuple[Any, ...] = ("1", None, True, [])
 _TYPES: list[BadRow] = [
-    ("z list", ALL, TypeError, "z: expected a Tensor, got list", constants(z=[[0.0]])),
-    ("prototypes None", ALL, TypeError, "prototypes: expected a Tensor, got NoneType",
+    ("z list", NCE, TypeError, "z: expected a Tensor, got list", constants(z=[[0.0]])),
+    ("prototypes None", NCE, TypeError, "prototypes: expected a Tensor, got NoneType",
         constants(prototypes=None)),
     *(
         (f"phi {value!r}", NCE, TypeError,
@@ -365,13 +407,14 @@ _TYPES: list[BadRow] = [
         for value in _NO_PHI
     ),
     ("labels list", NCE, TypeError, "labels: expected a Tensor, got list", constants(labels=[0])),
-    ("bias list", ALL, TypeError, "bias: expected a Tensor or None, got list",
+    ("bias list", NCE, TypeError, "bias: expected a Tensor or None, got list",
         constants(bias=[1.0])),
-    ("precision int", ALL, TypeError, "precision: expected a str or None, got int",
+    ("precision int", NCE, TypeError, "precision: expected a str or None, got int",
         constants(precision=1)),
     ("offsets of floats", NCE, TypeError, "offsets: expected a list of ints or None, got [0, 4.0]",
         constants(offsets=[0, 4.0])),
 ]  # fmt: skip
 
 
-BAD_CALLS = {"op": _ROWS, "values": _VALUES, "function": _TYPES}
+_TABLES = {"op": _ROWS, "values": _VALUES, "function": _TYPES}
+BAD_CALLS = {where: rows + swapped.BAD_CALLS[where] for where, rows in _TABLES.items()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..common.chunk import chunk_rows, row_chunks
-from ..common.problems import part_of, problems
+from ..common.problems import part_index, problems
 from ..common.score import compute_dtype, softmax_
 from .equations import Number, batch_of, is_regular
 from .sums import RowSums
@@ -101,7 +101,7 @@ class NceProblem:
             self.scaled.masked_fill_((self.bias == -torch.inf)[:, None], 0.0)
         self.segments = call.segments
         self.widest = max(part.stop - part.start for part in self.segments)
-        self.reach = float(self.scaled.square().sum(1).amax().sqrt()) if k else 0.0
+        self.reach = float(torch.linalg.vector_norm(self.scaled, dim=1).amax())
 
     def chunks(self, losses: Tensor | None) -> Iterator[NceChunk]:
         """Each chunk of rows for each clustering; `losses` [M, N] receives the losses."""
@@ -113,7 +113,7 @@ class NceProblem:
             irregular = ~is_regular(rows)
             if bool(irregular.any()):
                 rows = rows.masked_fill(irregular[:, None], 0.0)
-            farthest = float(rows.square().sum(1).amax().sqrt())
+            farthest = float(torch.linalg.vector_norm(rows, dim=1).amax())
             underflows = 2 * farthest * self.reach > SPREAD
             for m, columns in enumerate(self.segments):
                 scores = scratch[: len(rows) * (columns.stop - columns.start)].view(len(rows), -1)
@@ -158,7 +158,7 @@ class NceGradients:
     ) -> None:
         cores = (3, 2, 1, 1)
         self.z, self.prototypes, self.phi, self.bias = (
-            None if total is None else part_of(total, at, core)
+            None if total is None else total[part_index(total, at, core)]
             for total, core in zip(totals, cores, strict=True)
         )
         self.one, self.grad = one, grad

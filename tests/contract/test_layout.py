@@ -128,7 +128,7 @@ def test_upstream_gradients_of_sum_and_cat(spec, sample):
     for a, b in zip(run(lambda o: o.sum()), ones, strict=True):  # stride 0 in every dim
         _same(a, b)
     weights = run(lambda o: (o * torch.stack([torch.ones_like(o), 2 * torch.ones_like(o)])).sum())
-    cat = run(lambda o: (torch.cat([o, 2 * o], -1)).sum())
+    cat = run(lambda o: (torch.cat([torch.atleast_1d(o), 2 * torch.atleast_1d(o)], -1)).sum())
     for a, b in zip(cat, weights, strict=True):
         _same(a, b)
 
