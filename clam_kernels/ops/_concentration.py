@@ -94,9 +94,8 @@ def _checked(
     )
     checks.same_device("labels", labels, "distances", distances)
     checks.shape("distances", distances, "[N]", distances.ndim == 1)
-    match = f"distances {checks.spell(*distances.shape)}"
     ok = labels.ndim == 1 and labels.shape[0] == distances.shape[0]
-    checks.shape("labels", labels, [distances.shape[0]], ok, match)
+    checks.shape("labels", labels, [distances.shape[0]], ok, "distances")
     checks.whole("n_clusters", n_clusters, 1)
     checks.at_least("n_clusters", n_clusters, 1)
     checks.number("alpha", alpha, 0.0, finite=True)
