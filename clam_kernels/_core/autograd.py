@@ -87,19 +87,16 @@ def function(
     one that runs.
     """
     positions = [names.index(slot) for slot in tensor_names(spec)]
-    first = next(i for i, name in enumerate(names) if name in tensor_names(spec))
-    has_forward, count = gradient.saved is not None, len(gradient.outputs)
-    first_saved = -len(gradient.saved_tensors)
+    first, count = positions[0], len(gradient.outputs)
+    has_forward, first_saved = gradient.saved is not None, -len(gradient.saved_tensors)
 
     class Fn(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, direct: bool, *inputs: Any) -> Any:
             # no `setup_context`: with one, torch inspects a signature at every call
-            extra: tuple[Any, ...] = ()
-            if gradient.saved_for_needs:
-                extra = ([ctx.needs_input_grad[1 + i] for i in positions],)
+            needs = [[ctx.needs_input_grad[1 + i] for i in positions]]
             with below_autograd():
-                output = forward[direct](*inputs, *extra)
+                output = forward[direct](*inputs, *(needs if gradient.saved_for_needs else ()))
             saved = [x if isinstance(x, Tensor) else None for x in inputs]
             if has_forward:
                 saved += output[first_saved:]

@@ -104,7 +104,6 @@ class SwappedSamples:
         hidden_z[0, 3, 1], hidden_c[1] = math.nan, math.nan
         some = draw.uniform(V, V)
         some[0, 1] = 0.0
-        narrow = {"target_z": normal(V, N, 2), "target_prototypes": normal(K, 2)}
         return [
             call("own", *pair(), own=True),
             call("own-crops", normal(4, N, D), normal(K, D), own=True),
@@ -115,7 +114,8 @@ class SwappedSamples:
             call("hidden", hidden_z, hidden_c, own=True, bias=masked.clone(), weight=light.clone()),
             call("bias", *pair(), bias=normal(K)),
             call("masked", *pair(), bias=masked, target_bias=masked.clone()),
-            call("teacher", *pair(), **narrow, target_bias=normal(K)),
+            call("teacher", *pair(), target_z=normal(V, N, 2), target_prototypes=normal(K, 2),
+                 target_bias=normal(K)),
             call("pairs", *pair(), own=True, pairs=some),
             call("weight", *pair(), weight=light),
             call("weight-row", *pair(), weight=light.clone()[None]),

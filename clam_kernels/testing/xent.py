@@ -240,8 +240,8 @@ def large(op: str, n: int, k: int, d: int, offset: float, seed: int) -> Sample:
         target = (draw.normal(2, n, d), c + 0.1 * draw.normal(k, d), draw.normal(k))
         f = draw.normal(2, n) - math.log(k)
         rest = (*target, draw.uniform(2, 2), draw.uniform(2, n))
-        args = (z, c, f, draw.normal(2, k), 0.5, 1.0, bias, *rest)
-        return Sample(op, "large", args, ("z", "prototypes", "bias"))
+        swapped_args = (z, c, f, draw.normal(2, k), 0.5, 1.0, bias, *rest)
+        return Sample(op, "large", swapped_args, ("z", "prototypes", "bias"))
     half = max(k // 2, 1)
     labels = torch.stack([_labels(draw, half, n), _labels(draw, k - half, n)])
     labels[0, ::5] = -1

@@ -75,9 +75,9 @@ def proto_nce_losses(
 
 def default_pairs(assigned: int, views: int, like: Tensor) -> Tensor:
     """The weights of SwAV's pairs, [A, V]: 1 / (A (V - 1)), and 0 for a view with itself."""
-    views_of = torch.arange(views, device=like.device)
-    others = torch.arange(assigned, device=like.device)[:, None] != views_of
-    return others.double() / (assigned * (views - 1))
+    share = 1 / (assigned * (views - 1))
+    pairs = torch.full((assigned, views), share, dtype=torch.float64, device=like.device)
+    return pairs.fill_diagonal_(0.0)
 
 
 def row_shares(weight: Tensor | None, views: int, rows: int, like: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class SwappedState(NamedTuple):
     bad: Tensor  # [rows, V], rows with a weight that are not finite, or whose target is not
 
 
-class Scorer:
+class PrototypeScores:
     """`(z . c_k + b_k - shift) / temperature` of some rows, without a copy of the prototypes. The
     shift is the largest bias: no loss depends on it, and float32 would lose digits with it.
     """
@@ -131,13 +131,13 @@ class SwappedProblem:
         self.views, self.size, self.k = len(self.z), self.z.shape[1], len(self.prototypes)
         self.g, self.assigned = g.to(dtype), len(f)
         self.temperature, self.epsilon = call.temperature, call.epsilon
-        self.student = Scorer(self.prototypes, bias, self.temperature, dtype)
+        self.student = PrototypeScores(self.prototypes, bias, self.temperature, dtype)
         self.masked = self.student.masked
         self.has_teacher = not (target_z is None and target_c is None and target_b is None)
         if self.has_teacher:
             points = self.prototypes if target_c is None else target_c
             line = bias if target_b is None else target_b
-            self.teacher = Scorer(points, line, self.epsilon, dtype)
+            self.teacher = PrototypeScores(points, line, self.epsilon, dtype)
         shift = (self.teacher if self.has_teacher else self.student).shift
         self.f = (f.double() + shift / self.epsilon).to(dtype)
         self.target_z = self.z[: self.assigned] if target_z is None else target_z

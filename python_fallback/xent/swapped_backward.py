@@ -45,8 +45,9 @@ class SwappedTotals:
         self.prototypes = (
             torch.zeros_like(prototypes, dtype=dtype).contiguous() if needs[1] else None
         )
-        has_bias = needs[4] and bias is not None
-        self.bias = torch.zeros_like(bias, dtype=torch.float64).contiguous() if has_bias else None
+        self.bias = None
+        if needs[4] and bias is not None:
+            self.bias = torch.zeros_like(bias, dtype=torch.float64).contiguous()
         self.sums: dict[tuple[int, ...], RowSums] = {}
 
     @property
