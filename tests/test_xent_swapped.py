@@ -302,7 +302,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_tiles_of_prototypes_give_the_same(views, monkeypatch):
-    """For large K a chunk has some of the prototypes at a time, and backward computes them again."""
+    """For large K a chunk has some prototypes at a time, and backward computes the scores again."""
     from python_fallback.xent import swapped
 
     z, prototypes, bias = normal(views, 40, 6), normal(300, 6), normal(300)
@@ -370,7 +370,7 @@ def test_one_view_needs_pairs():
 
 
 def test_memory_of_many_prototypes():
-    """With K = 40,000 the peak beside the gradients is below a tenth of the logits."""
+    """With K = 40,000 the peak beside the gradients is below a quarter of the logits."""
     n, k, d = 256, 40_000, 8
     z, prototypes = normal(1, n, d, dtype=torch.float32), normal(k, d, dtype=torch.float32)
     f, g = torch.full((1, n), -12.0), torch.zeros(1, k)
