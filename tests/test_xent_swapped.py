@@ -91,6 +91,23 @@ def test_the_result_of_sinkhorn_goes_straight_into_the_loss():
     compare(graded(z, prototypes, f, g), graded_by_torch(swav, z, prototypes))
 
 
+def test_potentials_of_codes_with_masks_and_a_tolerance():
+    """A masked row has no code, a masked prototype no mass, and a constant moves from g to f."""
+    scores = normal(12, 5)
+    mask = torch.arange(12) != 4
+    share = wide([0.25, 0.0, 0.25, 0.25, 0.25])
+    for options in ({"n_iter": 3}, {"tol": 1e-8}):
+        for dtype in (torch.float64, torch.float32):
+            result = ck.sinkhorn(
+                scores.to(dtype), epsilon=0.5, row_mask=mask, col_marginal=share, **options
+            )
+            f, g = result.code_potentials()
+            assert g.max() == 0
+            assert f[4] == -math.inf
+            q = (scores.to(dtype) / 0.5 + f[:, None] + g).exp()
+            close(q, result.codes(), 1e-12 if dtype == torch.float64 else 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_equal_rows_have_uniform_codes(dtype):
     _, prototypes = first_case()

@@ -143,10 +143,10 @@ def _refuse_masked_labels(label: Tensor, masked: Tensor) -> None:
     """Raise a ValueError if a row has the label of a masked prototype."""
     batch = torch.broadcast_shapes(label.shape[:-1], masked.shape[:-1])
     label, masked = label.expand(*batch, label.shape[-1]), masked.expand(*batch, masked.shape[-1])
-    hit = masked.gather(-1, label.clamp(min=0)) & (label >= 0)
-    if bool(hit.any()):
+    is_masked = masked.gather(-1, label.clamp(min=0)) & (label >= 0)
+    if bool(is_masked.any()):
         text = "labels of prototypes with bias > -inf"
-        raise ValueError(checks.wording("labels", text, int(label[hit][0])))
+        raise ValueError(checks.wording("labels", text, int(label[is_masked][0])))
 
 
 def fake_nce(

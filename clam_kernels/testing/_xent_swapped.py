@@ -59,8 +59,8 @@ class SwappedSamples:
         names = ("bias", "target_z", "target_prototypes", "target_bias", "pairs", "weight")
         rest = [tensors.get(x) for x in names]
         args = (z, prototypes, f, draw.normal(assigned, k), temperature, epsilon, *rest)
-        found = ("z", "prototypes", *(["bias"] if "bias" in tensors else []))
-        first, kinks = (found, ()) if smooth and not own else ((), found)
+        leaves = ("z", "prototypes", *(["bias"] if "bias" in tensors else []))
+        first, kinks = (leaves, ()) if smooth and not own else ((), leaves)
         return Sample(SWAPPED[0], name, args, first, kinks, dtypes)
 
     def pair(self, *batch: int) -> tuple[Tensor, Tensor]:
@@ -102,8 +102,8 @@ class SwappedSamples:
         light[3] = 0.0
         hidden_z, hidden_c = pair()
         hidden_z[0, 3, 1], hidden_c[1] = math.nan, math.nan
-        some = draw.uniform(V, V)
-        some[0, 1] = 0.0
+        part = draw.uniform(V, V)
+        part[0, 1] = 0.0
         return [
             call("own", *pair(), own=True),
             call("own-crops", normal(4, N, D), normal(K, D), own=True),
@@ -116,7 +116,7 @@ class SwappedSamples:
             call("masked", *pair(), bias=masked, target_bias=masked.clone()),
             call("teacher", *pair(), target_z=normal(V, N, 2), target_prototypes=normal(K, 2),
                  target_bias=normal(K)),
-            call("pairs", *pair(), own=True, pairs=some),
+            call("pairs", *pair(), own=True, pairs=part),
             call("weight", *pair(), weight=light),
             call("weight-row", *pair(), weight=light.clone()[None]),
             call("weight-views", *pair(), weight=views),
@@ -130,19 +130,19 @@ class SwappedSamples:
         """Rows, teachers and codes that are not finite; a code with mass on a masked prototype."""
         draw, call = self.draw, self.call
         z, c = self.pair()
-        irregular, undefined, lost = z.clone(), draw.normal(V, N, D), draw.normal(V, N)
+        irregular, undefined, broken = z.clone(), draw.normal(V, N, D), draw.normal(V, N)
         irregular[0, 1, 1], irregular[1, 3, 0] = math.nan, math.inf
-        undefined[0, 2, 0], lost[1, 4] = math.nan, math.nan
+        undefined[0, 2, 0], broken[1, 4] = math.nan, math.nan
         masked, void = draw.normal(K), c.clone()
         masked[1], void[2, 0] = -math.inf, math.nan
         one = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
         return [
             call("not-finite-rows", irregular, c.clone(), own=True),
             call("not-finite-teacher", z.clone(), c.clone(), target_z=undefined, smooth=False),
-            call("not-finite-codes", z.clone(), c.clone(), f=lost, smooth=False),
-            call("not-finite-elsewhere", z.clone(), c.clone(), f=lost.clone(), pairs=one),
+            call("not-finite-codes", z.clone(), c.clone(), f=broken, smooth=False),
+            call("not-finite-elsewhere", z.clone(), c.clone(), f=broken.clone(), pairs=one),
             call("not-finite-prototype", z.clone(), void, own=True),
-            call("missed", z.clone(), c.clone(), bias=masked, smooth=False),
+            call("mass-on-masked", z.clone(), c.clone(), bias=masked, smooth=False),
         ]
 
     def all(self) -> list[Sample]:

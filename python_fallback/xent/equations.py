@@ -133,9 +133,9 @@ def swapped_prediction(
     q, finite = codes_of(scores, f, g, is_regular(teacher))
     pairs = default_pairs(f.shape[-2], views, f) if pairs is None else pairs.double()
     t = torch.einsum("...av,...abk->...vbk", pairs, q)
-    lost = ((pairs != 0)[..., None] & ~finite[..., None, :]).any(-3)  # [*, V, B]
+    is_undefined = ((pairs != 0)[..., None] & ~finite[..., None, :]).any(-3)  # [*, V, B]
     share = row_shares(weight, views, rows, f)
-    good = (share != 0) & is_regular(z) & ~lost
+    good = (share != 0) & is_regular(z) & ~is_undefined
     s = swapped_scores(z, prototypes, bias, temperature)
     logs = torch.where(good[..., None], s, 0.0).log_softmax(-1)
     losses = -torch.where((t == 0) | ~good[..., None], 0.0, t * logs).sum(-1)

@@ -171,7 +171,7 @@ class NceGradients:
         self.masses = one.scaled.new_zeros(len(one.scaled), dtype=torch.float64)
 
     def add(self, chunk: NceChunk) -> None:
-        """Add the gradients of one chunk, whose shares are lost."""
+        """Add the gradients of one chunk; this overwrites its shares."""
         if not self.is_needed:
             return
         one, (m, part, rows, gap, label, ignored, irregular) = self.one, chunk
@@ -212,11 +212,11 @@ class NceGradients:
             self.bias += self.masses.to(self.bias.dtype)
 
 
-def _sweep(
+def _add_up(
     call: NceCall, losses: Tensor | None, totals: list[Tensor | None], grad: Tensor | None
 ) -> None:
-    """Fill `losses` [*, M, N] and add to `totals`, for the upstream gradient `grad` [*, M, N] or
-    ones.
+    """Fill `losses` [*, M, N] and add the gradients to `totals`, for the upstream gradient `grad`
+    [*, M, N] or ones.
     """
     is_alone = call.prototypes.shape[:-2].numel() == call.batch.numel()
     for at, tensors in problems(call.batch, *call.operands):
@@ -245,7 +245,7 @@ def proto_nce_losses_forward(
     """`proto_nce_losses` in row chunks."""
     call = NceCall(z, prototypes, phi, labels, bias, offsets)
     losses = _new_losses(call)
-    _sweep(call, losses, [None] * 4, None)
+    _add_up(call, losses, [None] * 4, None)
     return losses
 
 
@@ -266,7 +266,7 @@ def proto_nce_losses_saved(
     losses = _new_losses(call)
     wanted = needs if z.is_cpu else [False] * len(needs)
     totals = call.totals(wanted, len(call.segments))
-    _sweep(call, losses, totals, None)
+    _add_up(call, losses, totals, None)
     empty = (z.new_empty(0, dtype=call.dtype) for _ in totals)
     return losses, *(e if t is None else t for t, e in zip(totals, empty, strict=True))
 
@@ -287,13 +287,20 @@ def proto_nce_losses_backward(
     precision: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients for z, prototypes, phi, labels (zeros) and bias: those of forward times the
-    upstream gradient if it is one number for each clustering, else computed again.
+    upstream gradient if it is one number for each clustering, else computed again (not those of z,
+    which are a product in any case).
     """
     call = NceCall(z, prototypes, phi, labels, bias, offsets)
     factors = _factors(grad) if z.is_cpu and grad.numel() else None
     if factors is None:
-        totals = call.totals(needs, 1)
-        _sweep(call, None, totals, grad)
+        # the gradient of a row has one upstream number for each clustering, unless problems share z
+        is_scaled = needs[0] and z.is_cpu and z.shape[:-2].numel() == call.batch.numel()
+        totals = call.totals([needs[0] and not is_scaled, *needs[1:]], 1)
+        if any(total is not None for total in totals):
+            _add_up(call, None, totals, grad)
+        if is_scaled:
+            weights = grad.to(call.dtype).reshape(*saved_z.shape[:-1], 1)  # [*, M, N, 1]
+            totals[0] = (saved_z * weights).sum(-3, keepdim=True)
         return _results(call, needs, totals)
     factors = factors.to(call.dtype)  # [M]
     sizes = [part.stop - part.start for part in call.segments]

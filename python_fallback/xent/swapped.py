@@ -87,11 +87,11 @@ class SwappedChunk(NamedTuple):
 
 
 class SwappedState(NamedTuple):
-    """What a chunk knows of its rows after all tiles."""
+    """The results of all tiles for the rows of a chunk."""
 
     lse: Tensor  # [rows, V]
-    mass: Tensor  # [rows, A], sum_k q; NaN without a target
-    total: Tensor  # [rows, V], r; NaN without a target
+    mass: Tensor  # [rows, A], sum_k q; NaN where a code is not finite
+    total: Tensor  # [rows, V], r; NaN where a code is not finite
     bad: Tensor  # [rows, V], rows with a weight that are not finite, or whose target is not
 
 
@@ -227,10 +227,10 @@ class RowFold:
         self.sums = torch.zeros_like(chunk.share)
         self.mass = chunk.share.new_zeros(n, one.assigned)
         self.products = chunk.share.new_zeros(n, views, one.assigned)
-        self.is_missed = torch.zeros_like(self.products, dtype=torch.bool)
+        self.has_masked_mass = torch.zeros_like(self.products, dtype=torch.bool)
 
     def add(self, scores: Tensor, codes: Tensor, tile: slice) -> None:
-        """Fold a tile. Its scores become exponentials, less the largest score so far."""
+        """Fold a tile; this replaces its scores by their exponentials, less the largest so far."""
         top = torch.maximum(self.top, scores.amax(-1))
         rise = torch.where(self.sums == 0, 0.0, top - self.top)
         self.products -= rise[..., None] * self.mass[:, None]
@@ -240,15 +240,15 @@ class RowFold:
         self.sums = self.sums * (-rise).exp() + scores.sum(-1)
         self.top = top
         if self.one.masked is not None:  # a target on a masked prototype has an infinite loss
-            hit = (codes[..., self.one.masked[tile]] > 0).any(-1)
-            self.is_missed |= hit[:, None]
+            has_mass = (codes[..., self.one.masked[tile]] > 0).any(-1)
+            self.has_masked_mass |= has_mass[:, None]
 
     def finish(self, chunk: SwappedChunk) -> tuple[SwappedState, Tensor]:
         """The state of the chunk, and the loss of each row."""
         log_sums, products = self.sums.log(), self.products
         state = self.one.state(chunk, self.top + log_sums, self.mass)
         if self.one.masked is not None:
-            products = products.masked_fill(self.is_missed, -torch.inf)
+            products = products.masked_fill(self.has_masked_mass, -torch.inf)
         return state, self.one.losses(chunk, state, log_sums, products)
 
 

@@ -93,7 +93,7 @@ class SwappedGradients:
         tile: slice,
     ) -> None:
         """Add the gradients of one tile. `gap` [rows, V, tile] has the softmax of the scores times
-        `sums` [rows, V]. `gap` and `codes` are lost.
+        `sums` [rows, V]. This overwrites `gap` and `codes`.
         """
         one, total = self.one, state.total
         used = (chunk.share != 0) & ~state.bad & (total != 0)
