@@ -24,6 +24,9 @@ from .ops.dec import student_t_stats as student_t_stats
 from .ops.kmeans import kmeans_assign as kmeans_assign
 from .ops.kmeans import kmeans_step as kmeans_step
 from .ops.kmeans import kmeans_update as kmeans_update
+from .ops.xent import cluster_concentration as cluster_concentration
+from .ops.xent import proto_nce as proto_nce
+from .ops.xent import swapped_prediction as swapped_prediction
 from .transport import sela_labels as sela_labels
 from .transport import sinkhorn as sinkhorn
 from .transport import swav_codes as swav_codes
@@ -50,6 +53,7 @@ __all__ = [
     "am_step",
     "backend",
     "choice",
+    "cluster_concentration",
     "dec_loss",
     "dec_target",
     "explain",
@@ -59,9 +63,11 @@ __all__ = [
     "list_estimators",
     "list_ops",
     "nn",
+    "proto_nce",
     "sela_labels",
     "sinkhorn",
     "student_t_stats",
+    "swapped_prediction",
     "swav_codes",
 ]
 

@@ -87,18 +87,19 @@ def function(
     one that runs.
     """
     positions = [names.index(slot) for slot in tensor_names(spec)]
-    first = next(i for i, name in enumerate(names) if name in tensor_names(spec))
-    has_forward, count = gradient.saved is not None, len(gradient.outputs)
+    first, count = positions[0], len(gradient.outputs)
+    has_forward, first_saved = gradient.saved is not None, -len(gradient.saved_tensors)
 
     class Fn(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, direct: bool, *inputs: Any) -> Any:
             # no `setup_context`: with one, torch inspects a signature at every call
+            needs = [[ctx.needs_input_grad[1 + i] for i in positions]]
             with below_autograd():
-                output = forward[direct](*inputs)
+                output = forward[direct](*inputs, *(needs if gradient.saved_for_needs else ()))
             saved = [x if isinstance(x, Tensor) else None for x in inputs]
             if has_forward:
-                saved.append(output[1])
+                saved += output[first_saved:]
             ctx.save_for_backward(*saved)
             ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
             device = inputs[first].device.type

@@ -28,6 +28,11 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 )
 
 
+def _without_defaults(arguments: str) -> str:
+    """An argument list without its default values."""
+    return re.sub(r"=[^,]+", "", arguments)
+
+
 def op(**fields: Any) -> OpSpec:
     """Declare an op and install it."""
     spec = OpSpec(**fields)
@@ -57,7 +62,7 @@ class Installation:
         # a gradient for every argument that is a tensor in some overload
         self.slots = tensor_names(spec)
         part = Implementation(spec.name, spec.reference, spec.kernels, spec.limits)
-        kernel = self._kernels(self.op, part, self._check_first(spec.fake))
+        kernel = self._kernels(self.op, part, spec.fake)
         differentiate = self._differentiable(kernel) if spec.gradient else None
         register_autograd(spec, self.op, self._fill_defaults, self.tensors, kernel, differentiate)
         self._autocast()
@@ -70,25 +75,28 @@ class Installation:
         """The arguments with the trailing defaults that the dispatcher drops."""
         return a + self.defaults[len(a) :]
 
-    def _check_first(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """A fake that checks the arguments first."""
+    def _check_first(self, fake: Callable[..., Any], count: int) -> Callable[..., Any]:
+        """A fake that checks the arguments of the op, the first `count`, and then runs."""
 
         def checked_fake(*a: Any) -> Any:
             a = self._fill_defaults(a)
-            self.spec.check(*a)
+            self.spec.check(*a[:count])
             return fake(*a)
 
         return checked_fake
 
     def _kernels(
-        self, op: Any, part: Implementation, fake: Callable[..., Any]
+        self, op: Any, part: Implementation, fake: Callable[..., Any], with_needs: bool = False
     ) -> Callable[..., Any]:
-        """Register the kernel of an op, which checks and runs the chosen backend; return it."""
-        spec = self.spec
+        """Register the kernel of an op, which checks and runs the chosen backend; return it. With
+        `with_needs` the op has one more argument behind those that are checked.
+        """
+        spec, count = self.spec, len(self.names)
         passed: set[tuple[Any, ...]] = set()
 
         def kernel(*a: Any) -> Any:
             a = self._fill_defaults(a)
+            a, needs = (a[:count], a[count:]) if with_needs else (a, ())
             key = check_key(a)
             if key not in passed:
                 spec.check(*a)
@@ -97,11 +105,11 @@ class Installation:
                 spec.check_values(*a)
             device = a[self.tensors[0]].device.type
             if not spec.precise:
-                return backend.run(part, device, "highest", a)
+                return backend.run(part, device, "highest", (*a, *needs))
             precision = backend.resolve_precision(a[-1])
-            return backend.run(part, device, precision, (*a[:-1], precision))
+            return backend.run(part, device, precision, (*a[:-1], precision, *needs))
 
-        register(op, kernel, fake)
+        register(op, kernel, self._check_first(fake, count))
         return kernel
 
     # ---- gradients -----------------------------------------------------------------------------
@@ -115,10 +123,13 @@ class Installation:
         forward = self.op
         if gradient.saved is not None:
             reference, fake = gradient.saved
-            name = f"_{self.spec.name}_forward"
-            forward = define(name, self.overload, f"({self.arguments}) -> (Tensor, Tensor)")
+            name, arguments = f"_{self.spec.name}_forward", self.arguments
+            if gradient.saved_for_needs:
+                arguments = f"{_without_defaults(arguments)}, bool[] needs"
+            returns = ", ".join(["Tensor"] * (1 + len(gradient.saved_tensors)))
+            forward = define(name, self.overload, f"({arguments}) -> ({returns})")
             part = Implementation(name, reference, gradient.saved_kernels, self.spec.limits)
-            kernel = self._kernels(forward, part, self._check_first(fake))
+            kernel = self._kernels(forward, part, fake, gradient.saved_for_needs)
             refuse_gradient(forward, kernel, f"{name} is internal; call {self.spec.name}")
         return function(
             self.spec, gradient, self.names, (forward, kernel), self._backward_op(gradient)
@@ -127,8 +138,8 @@ class Installation:
     def _backward_op(self, gradient: Gradient) -> Any:
         """Define and register `<name>_backward`; return it."""
         name = f"{self.spec.name}_backward"
-        arguments = re.sub(r"=[^,]+", "", self.arguments.rpartition(", str? precision")[0])
-        saved = "" if gradient.saved is None else "Tensor saved, "
+        arguments = _without_defaults(self.arguments.rpartition(", str? precision")[0])
+        saved = "".join(f"Tensor saved_{i}, " for i in range(len(gradient.saved_tensors)))
         returns = ", ".join(["Tensor"] * len(self.slots))
         count = len(gradient.outputs)
         grads = ["Tensor grad"] if count == 1 else [f"Tensor grad_{i}" for i in range(count)]
@@ -165,8 +176,7 @@ class Installation:
         )
         if self.spec.core is not None:
             core = [self.spec.core.get(n, 0) for n in self.names[:-1]]
-            extra = [gradient.saved_dims] if saved else []
-            dims = [*gradient.outputs, *core, *extra, 0, 0, 0]
+            dims = [*gradient.outputs, *core, *gradient.saved_tensors, 0, 0, 0]
             register_vmap_backward(
                 op, qualified(name, self.overload), dims, count, self.names, self.slots
             )

@@ -21,24 +21,34 @@ SPECS: dict[str, OpSpec] = {}
 class Gradient:
     """How an op is differentiated.
 
-    `reference(*grads, *arguments without precision, [saved], needs, precision)` returns one
+    `reference(*grads, *arguments without precision, *saved, needs, precision)` returns one
     gradient for each tensor argument, empty where `needs` is False. `saved` is None if backward
     needs only the arguments; else it is the `(reference, fake)` of `_<name>_forward`, which returns
-    `(output, saved)`. `output_dims` and `saved_dims` are the dims of output and saved without their
-    batch dims. Of several outputs the first `len(output_dims)` have a gradient.
+    `(output, *saved)`. If `saved_for_needs` is True, both get `needs` as their last argument, so
+    that forward can compute the gradients that backward scales. `output_dims` and `saved_dims` are
+    the dims of outputs and saved tensors without their batch dims. Of several outputs the first
+    `len(output_dims)` have a gradient.
     """
 
     reference: Callable[..., tuple[Tensor, ...]]
     kernels: Mapping[str, str] = field(default_factory=dict)
     saved: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     output_dims: int | tuple[int, ...] = 2
-    saved_dims: int = 1
+    saved_dims: int | tuple[int, ...] = 1
+    saved_for_needs: bool = False
     saved_kernels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def outputs(self) -> tuple[int, ...]:
         """Number of dims, without batch dims, of each output that has a gradient."""
         return self.output_dims if isinstance(self.output_dims, tuple) else (self.output_dims,)
+
+    @property
+    def saved_tensors(self) -> tuple[int, ...]:
+        """Number of dims, without batch dims, of each tensor that forward saves."""
+        if self.saved is None:
+            return ()
+        return self.saved_dims if isinstance(self.saved_dims, tuple) else (self.saved_dims,)
 
 
 @dataclass(frozen=True)

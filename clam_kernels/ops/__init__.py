@@ -5,3 +5,4 @@ from . import am as am
 from . import dec as dec
 from . import kmeans as kmeans
 from . import sinkhorn as sinkhorn
+from . import xent as xent

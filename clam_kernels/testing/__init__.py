@@ -231,9 +231,12 @@ def selection(op: str, kind: str) -> tuple[str, ...]:
 
 
 def row_dims(op: str) -> dict[str, int]:
-    """The arguments with a dim of rows, and that dim, counted from the end."""
-    core = spec_of(op).core or {}
-    return {name: -core[name] for name in _family(op).ROW_ARGUMENTS if name in argument_names(op)}
+    """The arguments with a dim of rows, and that dim, counted from the end: the first without batch
+    dims, unless a family says another.
+    """
+    core, rows = spec_of(op).core or {}, _family(op).ROW_ARGUMENTS
+    dims = rows if isinstance(rows, Mapping) else {name: -core.get(name, 0) for name in rows}
+    return {name: dim for name, dim in dims.items() if name in argument_names(op)}
 
 
 def is_rowwise(op: str) -> bool:
@@ -279,6 +282,16 @@ def _with_gradient(op: str) -> int:
     """How many of an op's results have a gradient, the first ones."""
     gradient = spec_of(op).gradient
     return 0 if gradient is None else len(gradient.outputs)
+
+
+def leaves_of(args: Sequence[Any]) -> list[Any]:
+    """The arguments, with a copy that requires a gradient for each floating tensor."""
+    return [
+        a.detach().clone().requires_grad_()
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    ]
 
 
 def single(op: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -77,6 +77,22 @@ class Sinkhorn:
 
         return problem.map_tiles(self.g, chunk_codes, rows)
 
+    def code_potentials(self) -> tuple[Tensor, Tensor]:
+        """(f [..., N], g [..., K]) with codes = exp(scores / epsilon + bias + f + g), without
+        gradient: the arguments of `swapped_prediction`. The largest g is 0, and f is -inf for a
+        masked row.
+        """
+        problem, g = self.problem.detach(), self.g.detach().double()
+        g = g if problem.g_low is None else g + problem.g_low
+        top = g.amax(-1, keepdim=True)
+        g = (g - torch.where(top.isfinite(), top, 0.0)).to(self.g.dtype)
+        problem, parts = replace(problem, g_low=None), []
+        for part in problem.row_chunks(g):
+            f = -problem.logits(part, g, exact_size=True).logsumexp(-1)
+            masked = problem.masked_rows(part)
+            parts.append(f if masked is None else f.masked_fill(masked, -torch.inf))
+        return torch.cat(parts, -1), g
+
     def plan(self, rows: slice | None = None) -> Tensor:
         """exp(logits + f + g) [..., N, K], of some rows or all. If the rows made the last
         half-step, the plan is computed as masses times codes: a large f has too few digits in

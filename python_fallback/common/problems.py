@@ -21,3 +21,12 @@ def problems(
     ]
     for index in product(*map(range, batch)):
         yield index, [None if o is None else o[index] for o in views]  # type: ignore[misc]
+
+
+def part_index(x: Tensor, at: tuple[int, ...], core: int) -> tuple[int, ...]:
+    """The index of one problem's part of a tensor whose last `core` dims belong to a problem;
+    problems share it along a batch dim that is 1 or missing.
+    """
+    batch = x.shape[: max(x.ndim - core, 0)]
+    index = at[len(at) - len(batch) :]
+    return tuple(0 if size == 1 else j for size, j in zip(batch, index, strict=True))

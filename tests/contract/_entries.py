@@ -101,6 +101,12 @@ def _functions() -> Calls:
         ],
         "dec_loss": lambda: [_deep(mode, alpha) for mode in _MODES for alpha in (1.0, share)],
         "dec_losses of ops": lambda: ck.ops.dec.dec_losses(x, c),
+        "proto_nce": lambda: [
+            ck.proto_nce(x, c, 0.5, labels, reduction=r) for r in ("mean", "sum", "none")
+        ],
+        "proto_nce_losses": lambda: ck.ops.xent.proto_nce_losses(x, c, share[0], labels[None]),
+        "swapped_prediction": lambda: _predict(x, c),
+        "cluster_concentration": lambda: ck.cluster_concentration(x[:, 0].abs(), labels, K),
         "sinkhorn of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials(s, 3),
         "sinkhorn_potentials_features of ops": lambda: ck.ops.sinkhorn.sinkhorn_potentials_features(
             x, c, 3
@@ -111,6 +117,15 @@ def _functions() -> Calls:
 
 
 _MODES = ("frozen", "minibatch", "self")
+
+
+def _predict(x: Tensor, c: Tensor) -> Any:
+    """A loss of codes of the rows, and its gradients."""
+    views = torch.stack([x, x.flip(0)])
+    leaves = [views.clone().requires_grad_(), c.clone().requires_grad_()]
+    f, g = ck.sinkhorn((views, c), epsilon=0.5, n_iter=3).code_potentials()
+    loss = ck.swapped_prediction(*leaves, f, g, epsilon=0.5)
+    return [f, g, loss.detach(), torch.autograd.grad(loss.sum(), leaves)]
 
 
 def _deep(mode: str, alpha: Any) -> Any:

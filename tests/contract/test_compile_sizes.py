@@ -56,6 +56,21 @@ def _ops() -> dict[str, Case]:
         ),
         "dec_loss, minibatch": lambda x, at: ck.dec_loss(x, CENTROIDS, mode="minibatch"),
         "ops.dec_losses": lambda x, at: ck.ops.dec.dec_losses(x, CENTROIDS, weight=WEIGHTS[at]),
+        "proto_nce": lambda x, at: ck.proto_nce(x, CENTROIDS, SHARES, at % K, bias=SHARES),
+        "proto_nce of two clusterings": lambda x, at: ck.proto_nce(
+            x, CENTROIDS, beta[0], torch.stack([at % 2, at * 0]), offsets=(0, 2, K)
+        ),
+        "ops.proto_nce_losses": lambda x, at: ck.ops.xent.proto_nce_losses(
+            x, CENTROIDS, 0.5, (at % K)[None]
+        ),
+        "swapped_prediction": lambda x, at: ck.swapped_prediction(
+            torch.stack([x, x + 1.0]),
+            CENTROIDS,
+            WEIGHTS[at].expand(2, -1),
+            SHARES.expand(2, -1),
+            weight=WEIGHTS[at],
+        ),
+        "cluster_concentration": lambda x, at: ck.cluster_concentration(x[:, 0].abs(), at % K, K),
         "ops.sinkhorn": lambda x, at: OPS.sinkhorn_potentials(x, 3, log_row=_masses(at).log()),
         "ops.sinkhorn_potentials_features": lambda x, at: OPS.sinkhorn_potentials_features(
             x, CENTROIDS, 3, bias=SHARES
@@ -85,6 +100,7 @@ def _transport() -> dict[str, Case]:
     return {
         "sinkhorn": lambda x, at: _read(ck.sinkhorn(x)),
         "codes": lambda x, at: ck.sinkhorn(x).codes(),
+        "potentials of codes": lambda x, at: ck.sinkhorn(x).code_potentials(),
         "plan": lambda x, at: ck.sinkhorn(x).plan(),
         "value": lambda x, at: ck.sinkhorn(x).value(),
         "entropy": lambda x, at: ck.sinkhorn(x).entropy(),

@@ -22,11 +22,8 @@ def _forward(function: Any, op: str, n: int, k: int) -> int:
 
 def _both(function: Any, op: str, n: int, k: int) -> int:
     """Forward and backward, for every tensor; without the gradients themselves."""
-    args = [
-        a.requires_grad_() if isinstance(a, Tensor) else a
-        for a in testing.large(op, torch.float32, n=n, k=k, d=D).args
-    ]
-    leaves = [a for a in args if isinstance(a, Tensor)]
+    args = testing.leaves_of(testing.large(op, torch.float32, n=n, k=k, d=D).args)
+    leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     one = testing.single(op, function)
     peak = testing.peak_bytes(lambda: torch.autograd.grad(one(*args).sum(), leaves))
     return peak - sum(leaf.numel() * leaf.element_size() for leaf in leaves)

@@ -46,20 +46,21 @@ def filled(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def internal_calls(spec: Any, args: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
     """The ops behind a differentiable op, with arguments of this call."""
     full = filled(overload_of(spec.packet, args), args)
+    tensors = {name for words in spec.overloads.values() for name in _tensors(spec, words)}
+    names = testing.argument_names(spec.name)
+    needs = [isinstance(a, Tensor) for n, a in zip(names, full, strict=True) if n in tensors]
     calls, saved = [], ()
     if spec.gradient.saved == "output":
         saved = (spec.packet(*full),)
     elif spec.gradient.saved is not None:
         packet = getattr(torch.ops.clam, f"_{spec.name}_forward")
-        calls.append((overload_of(packet, full), full))
-        saved = (packet(*full)[1],)
+        forward = (*full, needs) if spec.gradient.saved_for_needs else full
+        calls.append((overload_of(packet, forward), forward))
+        saved = packet(*forward)[-len(spec.gradient.saved_tensors) :]
     out = spec.packet(*full)
     grads = testing.upstream(
         [out] if isinstance(out, Tensor) else out[: len(spec.gradient.outputs)]
     )
-    tensors = {name for words in spec.overloads.values() for name in _tensors(spec, words)}
-    names = testing.argument_names(spec.name)
-    needs = [isinstance(a, Tensor) for n, a in zip(names, full, strict=True) if n in tensors]
     packet = getattr(torch.ops.clam, f"{spec.name}_backward")
     call = (*grads, *full[:-1], *saved, needs, "highest", "reference")
     return [*calls, (overload_of(packet, call), call)]

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clam_kernels import testing
+from clam_kernels._core.spec import tensor_names
 
 M = 3  # examples of a mapped argument
 
@@ -229,7 +230,10 @@ def test_saving_forward_is_internal(spec, sample):
         return
     op = getattr(torch.ops.clam, f"_{spec.name}_forward")
     v, *rest = sample.args
-    out, _ = op(v.clone().requires_grad_(), *rest)
+    if spec.gradient.saved_for_needs:
+        missing = len(testing.argument_names(spec.name)) - len(sample.args)
+        rest += [None] * missing + [[False] * len(tensor_names(spec))]
+    out = op(v.clone().requires_grad_(), *rest)[0]
     with pytest.raises(NotImplementedError) as caught:
         out.sum().backward()
     name = f"clam::_{spec.name}_forward"
@@ -312,12 +316,12 @@ def test_autocast_leaves_an_explicit_precision(spec, sample):
 @pytest.mark.contract(gradient=True, samples="autocast")
 def test_autocast_gradients_have_the_dtype_of_each_leaf(spec, sample):
     args = _mixed(spec, sample, torch.bfloat16, torch.float32)
-    leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    leaves = testing.leaves_of(args)
     with torch.autocast("cpu", torch.bfloat16):
         out = testing.single(spec.name, spec.packet)(*leaves)
     out.sum().backward()
     for leaf in leaves:
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
             assert leaf.grad is not None
             assert leaf.grad.dtype == leaf.dtype
 
@@ -328,16 +332,13 @@ def test_autocast_does_not_change_a_backward_inside_its_block(spec, sample):
     count = len(testing.argument_names(spec.name))
     results = []
     for inside in (False, True):
-        leaves = [
-            a.clone().requires_grad_() if isinstance(a, Tensor) else a
-            for a in (*call.args, *[None] * (count - len(call.args)))
-        ]
+        leaves = [*testing.leaves_of(call.args), *[None] * (count - len(call.args))]
         if spec.precise:
             leaves[-1] = "highest"
         loss = testing.single(spec.name, spec.packet)(*leaves).square().sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             loss.backward()
-        results.append([leaf.grad for leaf in leaves if isinstance(leaf, Tensor)])
+        results.append([x.grad for x in leaves if isinstance(x, Tensor) and x.requires_grad])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
