@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ._core import checks
@@ -106,6 +105,8 @@ def clustering_accuracy(classes: Any, labels: Any) -> float:
     >>> metrics.clustering_accuracy(["a", "a", "b", "b"], [1, 1, 0, 1])
     0.75
     """
+    from scipy.optimize import linear_sum_assignment
+
     rows = len(labels) if hasattr(labels, "__len__") else -1
     checks.expect(rows > 0, "labels", "at least one row", "none")
     truth = _names(classes, rows, "classes").unique(return_inverse=True)[1].cpu()

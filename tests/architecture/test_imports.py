@@ -56,7 +56,10 @@ ADDED: dict[str, dict[str, str]] = {
         "PIL": "folders of images",
         "scipy": "sparse matrices as scikit-learn takes them",
     },
-    "clam_kernels.metrics": {"clam_kernels._core": "the checks of arguments"},
+    "clam_kernels.metrics": {
+        "clam_kernels._core": "the checks of arguments",
+        "scipy": "the best pairs of clusters and classes",
+    },
     "clam_kernels.plots": {
         "clam_kernels._core": "the checks of arguments",
         "clam_kernels.exceptions": "the wording where a package is missing",
