@@ -55,8 +55,10 @@ def slopes(far, alpha, top):
         series = series * x + (n - 1) / n * (1 - 2 * (n % 2))
     excess = tl.where(x < SMALL, series * x * x, log1p(x) - share)  # [ROWS, PROTOS]
     log = top * (-2.0 * LN2) / (alpha + 1.0)  # log(1 + x) of the nearest
-    least = 1.0 - tl.exp2(-log * LOG2E)
-    nearest = least / (2.0 * alpha) - 0.5 * (log - least)
+    # log - (1 - exp(-log)), the excess of the nearest
+    tail = 0.5 * log * log * (1.0 - log / 3.0 * (1.0 - log / 4.0 * (1.0 - log / 5.0)))
+    low = tl.where(log < SMALL, tail, log - 1.0 + tl.exp2(-log * LOG2E))
+    nearest = (log - low) / (2.0 * alpha) - 0.5 * low
     return share / (2.0 * alpha) - 0.5 * excess - nearest[:, None]
 
 
