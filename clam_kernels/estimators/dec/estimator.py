@@ -261,8 +261,7 @@ class DEC(
         self.learning_rate = learning_rate
         self.optimizer = optimizer
         self.interval = interval
-        self.tol = tol
-        self.regroup = regroup
+        self.tol, self.regroup = tol, regroup
         self.n_init = n_init
         self.image_size = image_size
         self.device = device
