@@ -38,7 +38,7 @@ RESULTS = ROOT / "bench" / "results" / "dec_quality.json"
 K, FIGURES = 10, ("accuracy", "nmi", "ari", "smallest", "seconds")
 
 
-class Bars(NamedTuple):
+class DecBars(NamedTuple):
     """Least means over the seeds: of DEC without augmentation, and with it."""
 
     accuracy: float
@@ -50,10 +50,10 @@ class Bars(NamedTuple):
 
 
 # None: no bar without augmentation is stated for the table.
-BARS: dict[str, Bars] = {
-    "digits": Bars(0.79, 0.77, 0.03, (0.78, 0.79, 0.71), 60),
-    "usps": Bars(0.72, 0.73, 0.05, (0.78, 0.83, 0.74), 300, 0.05),
-    "mnist10k": Bars(0.0, 0.0, 0.0, (0.85, 0.83, 0.79), 900, 0.05),
+BARS: dict[str, DecBars] = {
+    "digits": DecBars(0.79, 0.77, 0.03, (0.78, 0.79, 0.71), 60),
+    "usps": DecBars(0.72, 0.73, 0.05, (0.78, 0.83, 0.74), 300, 0.05),
+    "mnist10k": DecBars(0.0, 0.0, 0.0, (0.85, 0.83, 0.79), 900, 0.05),
 }
 GAIN_OF_EVERY_SEED, IDEC_BEHIND, SMALLEST = 0.031, 0.03, 0.02
 
@@ -167,7 +167,7 @@ def missed(name: str, runs: list[dict[str, Any]]) -> list[str]:
 
 
 def missed_without_augmentation(
-    bars: Bars, runs: list[dict[str, Any]], least: Callable[[str, str, float], None]
+    bars: DecBars, runs: list[dict[str, Any]], least: Callable[[str, str, float], None]
 ) -> list[str]:
     least("DEC", "accuracy", bars.accuracy)
     least("DEC", "nmi", bars.nmi)

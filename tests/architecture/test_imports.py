@@ -54,11 +54,11 @@ ADDED: dict[str, dict[str, str]] = {
         "clam_kernels._core": "explain(), the names of the precisions, the wording of errors",
         "clam_kernels.tables": "data and labels from and to files",
         "PIL": "folders of images",
-        "scipy": "sparse matrices as scikit-learn takes them",
+        "scipy": "sparse matrices as scikit-learn takes them, and the graph of nearest rows",
     },
     "clam_kernels.metrics": {
         "clam_kernels._core": "the checks of arguments",
-        "scipy": "the best pairs of clusters and classes",
+        "scipy": "the best matching of clusters and classes",
     },
     "clam_kernels.plots": {
         "clam_kernels._core": "the checks of arguments",

@@ -91,16 +91,16 @@ def test_few_rows_and_one_cluster_have_no_moves(k):
 def of_unequal_sizes() -> tuple[np.ndarray, np.ndarray]:
     """One wide class and two small ones near each other: k-means divides the wide one."""
     rng = np.random.default_rng(0)
-    parts = [(0, 0, 5, 3000), (40, 0, 1, 100), (40, 7, 1, 100)]
-    x = [rng.normal((a, b), deviation, (rows, 2)) for a, b, deviation, rows in parts]
+    parts = [(0, 0, 3, 800), (30, 0, 1, 100), (30, 7, 1, 100)]
+    x = [rng.normal((a, b, 0, 0, 0), deviation, (n, 5)) for a, b, deviation, n in parts]
     y = np.repeat(np.arange(3), [rows for *_, rows in parts])
     return np.concatenate(x).astype(np.float32), y
 
 
 def identity() -> nn.Module:
-    layer = nn.Linear(2, 2)
+    layer = nn.Linear(5, 5)
     with torch.no_grad():
-        layer.weight.copy_(torch.eye(2))
+        layer.weight.copy_(torch.eye(5))
         layer.bias.zero_()
     return layer
 

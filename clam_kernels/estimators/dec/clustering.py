@@ -187,8 +187,9 @@ class Clustering(Phase):
         trained = copy.deepcopy(context.network.state_dict())
         labels = assign(context.codes(), context.network.centroids.detach(), 1.0).labels
         self._use_pretrained(self)
-        generator = torch.Generator().manual_seed(context.seed)
-        some = torch.randperm(len(labels), generator=generator, device="cpu")[:GRAPH_ROWS].sort().values
+        generator = torch.Generator("cpu").manual_seed(context.seed)
+        order = torch.randperm(len(labels), generator=generator, device="cpu", dtype=torch.int64)
+        some = order[:GRAPH_ROWS].sort().values
         copies = DRAWS if context.settings.augment is not None else 0
         draws = [context.codes_of(some, generator) for _ in range(copies)]
         graph = neighbour_graph(context.codes_of(some), draws)
