@@ -320,6 +320,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("views", [1, 2])
 def test_tiles_of_prototypes_give_the_same(views, monkeypatch):
     """For large K a chunk has some prototypes at a time, and backward computes the scores again."""
+    from python_fallback.common.chunk import RowBounds
     from python_fallback.xent import swapped
 
     z, prototypes, bias = normal(views, 40, 6), normal(300, 6), normal(300)
@@ -332,10 +333,10 @@ def test_tiles_of_prototypes_give_the_same(views, monkeypatch):
     needs = [True, True, False, False, True, *[False] * 5]
     loss = truth.swapped_prediction(*leaves[:2], f, g, 0.5, 1.0, leaves[2], None, None, None, pairs)
     expected = torch.autograd.grad(loss, leaves)
-    for most in (swapped.MOST_ENTRIES, 1):
-        monkeypatch.setattr(swapped, "MOST_ENTRIES", most)
-        monkeypatch.setattr(swapped, "TILE_ENTRIES", 2000)
-        monkeypatch.setattr(swapped, "TILE_ROWS", 16)
+    for most in (swapped.MAX_VIEWS_ENTRIES, 1):
+        monkeypatch.setattr(swapped, "MAX_VIEWS_ENTRIES", most)
+        monkeypatch.setattr(swapped, "VIEWS_TILE_ENTRIES", 2000)
+        monkeypatch.setattr(swapped, "VIEWS_ROWS", RowBounds(64, 16))
         out, *saved = forward(z, prototypes, f, g, 0.5, 1.0, *rest, needs)
         close(out, loss.detach(), 1e-11)
         for upstream in (1.0, -2.0):

@@ -16,22 +16,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.chunk import row_chunks
+from ..common.chunk import (
+    MAX_VIEWS_ENTRIES,
+    VIEWS_ENTRIES,
+    VIEWS_ROWS,
+    VIEWS_TILE_ENTRIES,
+    row_chunks,
+)
 from ..common.problems import problems
 from ..common.score import EXP_FLOOR, compute_dtype, exp_
 from .equations import batch_of, default_pairs, is_regular, row_shares
 
-# Entries [views, rows, K] of a chunk with all prototypes, and the most that a chunk of MIN_ROWS
-# rows may have. Beyond, a chunk has at most TILE_ROWS rows, and its tiles TILE_ENTRIES entries.
-CHUNK_ENTRIES, MOST_ENTRIES = 1 << 17, 1 << 21
-MIN_ROWS, TILE_ROWS, TILE_ENTRIES = 64, 512, 1 << 20
 # The score of a masked prototype: finite, because its product with a target of 0 must be 0.
 MASKED = -1e30
 
 
 def fits_one_tile(views: int, k: int) -> bool:
     """Whether a chunk has all prototypes. Forward then computes the gradients too."""
-    return max(MIN_ROWS, views) * k <= MOST_ENTRIES
+    return max(VIEWS_ROWS.least, views) * k <= MAX_VIEWS_ENTRIES
 
 
 class SwappedCall(NamedTuple):
@@ -147,11 +149,11 @@ class SwappedProblem:
         self.share = row_shares(weight, self.views, self.size, f)  # [V, B]
         rows = self.views
         if call.has_one_tile:
-            limit = max(MIN_ROWS // rows, CHUNK_ENTRIES // (rows * self.k), 1)
+            limit = max(VIEWS_ROWS.least // rows, VIEWS_ENTRIES // (rows * self.k), 1)
             self.width = self.k
         else:
-            limit = max(TILE_ROWS // rows, 1)
-            self.width = min(self.k, max(TILE_ENTRIES // (limit * rows), 1))
+            limit = max(VIEWS_ROWS.most // rows, 1)
+            self.width = min(self.k, max(VIEWS_TILE_ENTRIES // (limit * rows), 1))
         self.limit = min(limit, max(self.size, 1))
         entries = self.limit * self.width * (self.views + self.assigned)
         self.scratch = torch.empty(entries, dtype=dtype, device=self.z.device)
