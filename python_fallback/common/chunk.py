@@ -43,8 +43,8 @@ AM_ROWS = RowBounds(128, 1 << 15)
 DEC_ROWS = RowBounds(32, 1 << 13)
 KMEANS_ROWS = RowBounds(256, 1 << 12)
 # The scores [views, rows, K] of a chunk of swapped_prediction with all prototypes, and the most of
-# a chunk of VIEWS_ROWS.least rows. Beyond, a chunk has at most VIEWS_ROWS.most rows, and its tiles of
-# prototypes have VIEWS_TILE_ENTRIES entries.
+# a chunk of VIEWS_ROWS.least rows. Beyond, a chunk has at most VIEWS_ROWS.most rows, and its tiles
+# of prototypes have VIEWS_TILE_ENTRIES entries.
 VIEWS_ENTRIES, MAX_VIEWS_ENTRIES = 1 << 17, 1 << 21
 VIEWS_TILE_ENTRIES = 1 << 20
 VIEWS_ROWS = RowBounds(64, 512)
