@@ -17,7 +17,7 @@ from clam_kernels.estimators.dec.regroup import (
     best_division,
     boundary_depth,
     neighbour_graph,
-    normalised_cut,
+    normalised_cuts,
     regroup,
 )
 
@@ -54,7 +54,10 @@ def test_depths_tell_a_gap_from_none():
     graph = neighbour_graph(z, [])
     assert boundary_depth(graph, y == 0) < 0.2
     assert boundary_depth(graph, z[:, 1].numpy() > 0) > 0.7
-    assert normalised_cut(graph, y == 0) < normalised_cut(graph, z[:, 1].numpy() > 0)
+    across = (z[:, 1].numpy() > 0).astype(np.int64)
+    gap, cut = (normalised_cuts(graph, labels, 2) for labels in (y, across))
+    assert gap[0, 1] < cut[0, 1]
+    assert normalised_cuts(graph, y, 3)[0, 2] == 2.0, "a cluster without rows"
     assert best_division(graph).depth < 0.2
     division = best_division(graph)
     assert metrics.clustering_accuracy(y, division.side.astype(np.int64)) > 0.99

@@ -5,6 +5,7 @@ and a cluster of two classes is divided. No label is used. Equations: docs/dec.m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
 # Neighbours of a row in the graph.
@@ -31,6 +32,8 @@ WINDOW = 0.08
 LEAST_ROWS = 60
 # Eigenvectors along which a cluster may be divided; steps that smooth the labels of a pair.
 DIRECTIONS, STEPS = 3, 10
+# New versions of scipy draw from the system's entropy where the iteration needs a new vector.
+_SEED = {"rng": 0} if "rng" in inspect.signature(eigsh).parameters else {}
 # Rows of a tile of distances.
 TILE_ROWS = 256
 
@@ -82,11 +85,10 @@ def regroup(graph: Any, labels: np.ndarray, n_clusters: int) -> tuple[np.ndarray
 
 
 class _Groups:
-    """Labels, the cut between each pair of clusters, and the best division of each cluster."""
+    """Labels, and the best division of each cluster."""
 
     def __init__(self, graph: Any, labels: np.ndarray, n_clusters: int) -> None:
         self.graph, self.labels, self.k = graph, labels, n_clusters
-        self.cuts: dict[tuple[int, int], float] = {}
         self.divisions: dict[int, Division] = {}
         self._measure(range(n_clusters))
 
@@ -98,17 +100,13 @@ class _Groups:
     def _measure(self, changed: Sequence[int]) -> None:
         for cluster in changed:
             self.divisions[cluster] = best_division(self._part(cluster)[1])
-        for a in range(self.k):
-            for b in range(a + 1, self.k):
-                if a in changed or b in changed:
-                    rows, part = self._part(a, b)
-                    self.cuts[a, b] = normalised_cut(part, self.labels[rows] == a)
 
     def move(self) -> bool:
         """Make the best move; False where there is none."""
-        pairs = sorted(self.cuts, key=lambda pair: -self.cuts[pair])[:PAIRS]
+        pairs = np.stack(np.triu_indices(self.k, 1), 1)
+        cuts = normalised_cuts(self.graph, self.labels, self.k)[pairs[:, 0], pairs[:, 1]]
         depths = {}
-        for pair in pairs:
+        for pair in map(tuple, pairs[np.argsort(-cuts, kind="stable")[:PAIRS]].tolist()):
             rows, part = self._part(*pair)
             depths[pair] = boundary_depth(part, self.labels[rows] == pair[0])
         if not depths:
@@ -134,16 +132,18 @@ class _Groups:
         return True
 
 
-def normalised_cut(graph: Any, side: np.ndarray) -> float:
-    """Edges across a cut over the edges of one side, plus the same of the other side (Shi and Malik
-    2000); 2 where a side is empty.
+def normalised_cuts(graph: Any, labels: np.ndarray, n_clusters: int) -> np.ndarray:
+    """Of each pair of clusters the normalised cut (Shi and Malik 2000), [K, K]; 2 where a cluster
+    is empty.
+
+    W_ab / (W_aa + W_ab) + W_ab / (W_bb + W_ab), with W_ab the edges from cluster a to cluster b
     """
-    degrees = _degrees(graph)
-    inside = degrees[side].sum(), degrees[~side].sum()
-    if min(inside) <= 0:
-        return 2.0
-    cut = graph[side][:, ~side].sum()
-    return float(cut / inside[0] + cut / inside[1])
+    edges = graph.tocoo()
+    code = labels[edges.row].astype(np.int64) * n_clusters + labels[edges.col]
+    weight = np.bincount(code, edges.data, n_clusters**2).reshape(n_clusters, n_clusters)
+    inside = np.diag(weight)[:, None] + weight
+    share = np.divide(weight, inside, out=np.full_like(weight, 2.0), where=inside > 0)
+    return share + share.T
 
 
 def boundary_depth(graph: Any, side: np.ndarray) -> float:
@@ -162,7 +162,8 @@ def boundary_depth(graph: Any, side: np.ndarray) -> float:
 
 def best_division(graph: Any) -> Division:
     """The least deep cut along the first eigenvectors of the normalised Laplacian; the largest
-    component where it leaves enough rows; of infinite depth for few rows.
+    component where it leaves enough rows; of infinite depth for few rows, or where the eigenvectors
+    do not converge.
     """
     count = graph.shape[0]
     if count < LEAST_ROWS:
@@ -173,8 +174,11 @@ def best_division(graph: Any) -> Division:
         return Division(0.0, component == sizes.argmax())
     root = 1 / np.sqrt(_degrees(graph))
     scaled = sparse.diags(root) @ graph @ sparse.diags(root)
-    # a fixed start of the iteration, so that the result repeats
-    values, vectors = eigsh(scaled, k=DIRECTIONS + 1, which="LA", v0=np.ones(count), tol=1e-3)
+    options = {"v0": np.ones(count), "tol": 1e-3, **_SEED}
+    try:
+        values, vectors = eigsh(scaled, k=DIRECTIONS + 1, which="LA", **options)
+    except ArpackNoConvergence:
+        return Division(np.inf, np.zeros(count, dtype=bool))
     order = np.argsort(-values)[1:]
     ends = LEAST_SHARE, 1 - LEAST_SHARE
     cuts = [_cut_along(graph, vectors[:, j] * root, *ends) for j in order]
