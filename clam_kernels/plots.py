@@ -116,7 +116,7 @@ def plot_clusters(
             raise TypeError(f"centers: expected numbers, got dtype {centers.dtype}")
         _expect_shape("centers", centers, f"[K, {d}]", centers.shape[-1:] == (d,))
         at = (centers.astype(np.float64) - mean) @ axes
-        ax.scatter(*at.T, marker="X", s=70, color="white", edgecolors="black", label="memory")
+        ax.scatter(*at.T, marker="X", s=70, color="white", edgecolors="black", label="center")
     ax.set(title=title, xlabel="principal axis 1", ylabel="principal axis 2")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     return ax
@@ -233,6 +233,9 @@ def plot_training(
     >>> [ax.get_title() for ax in figure.axes]
     ['codes before', 'codes after', 'loss and labels', '']
     """
+    if not isinstance(labels, Sequence) or len(labels) != 2:
+        kind = type(labels).__name__
+        raise TypeError(checks.wording("labels", "a pair (labels before, labels after)", kind))
     pairs = [_codes(*pair) for pair in zip(("start", "end"), (start, end), labels, strict=True)]
     steps, loss, changed = _columns(history)
     _need_matplotlib()
@@ -254,7 +257,8 @@ def plot_training(
         )
         ax.set(title=f"codes {when}", xlabel="principal axis 1", ylabel="principal axis 2")
     handles = both[1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower left", ncols=20, frameon=False, markerscale=2.0)
+    style = {"ncols": 20, "frameon": False, "markerscale": 2.0, "title": "cluster"}
+    figure.legend(*handles, loc="outside lower left", **style)
     right.plot(steps, loss, color=PALETTE[0])
     right.set(xlabel="step", title="loss and labels")
     right.set_ylabel("loss", color=PALETTE[0])

@@ -331,3 +331,14 @@ def test_the_installed_command(folder: Path, tmp_path: Path) -> None:
     message = b"clam: 150 rows read, 150 rows written\n"
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", message)
     assert np.load(tmp_path / "l.npy").shape == (150,)
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_column_that_counts_the_rows_has_a_warning(tmp_path: Path) -> None:
+    rows = np.column_stack([np.arange(1000, 1040), np.random.default_rng(0).normal(size=(40, 2))])
+    table = tmp_path / "table.csv"
+    np.savetxt(table, rows, delimiter=",", header="id,a,b", comments="")
+    model = str(tmp_path / "m.safetensors")
+    command = ("fit", str(table), "-k", "2", "--algo", "kmeans", "-o", model, "--force")
+    assert "column 'id' counts the rows: --drop id leaves it out" in clam(*command).stderr
+    assert "warning" not in clam(*command, "--drop", "id").stderr

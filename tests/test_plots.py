@@ -34,7 +34,7 @@ def test_clusters(tmp_path: Path) -> None:
         "0 (34)",
         "1 (33)",
         "2 (33)",
-        "memory",
+        "center",
     ]
     assert pixels(ax, tmp_path).std() > 0.05
     axes = plots.plot_clusters(x, labels, embedding=x[:, :2])

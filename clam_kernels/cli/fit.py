@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import sys
 import time
+import warnings
 from typing import Any
 
 from .errors import ArgumentError, reworded_errors
@@ -24,6 +25,7 @@ def fit(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         k = options.clusters
         raise ValueError(f"{options.data}: expected at least {k} rows for -k {k}, got {len(x)}")
     _check_images(options, x.shape[1])
+    _warn_of_row_numbers(x, names)
     model = _model(options)
     run = {}
     if options.checkpoint is not None:
@@ -97,6 +99,15 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ArgumentError("--resume needs --checkpoint")
     if options.checkpoint is not None and options.checkpoint.exists() and not options.resume:
         raise ArgumentError(f"{options.checkpoint} exists; --resume continues its run")
+
+
+def _warn_of_row_numbers(x: Any, names: list[str] | None) -> None:
+    """Warn of columns that count the rows: they are names of rows, and would decide the fit."""
+    import numpy as np
+
+    for i in np.flatnonzero((np.diff(x, axis=0) == 1).all(0)) if len(x) > 2 else ():
+        name = names[i] if names is not None else str(i)
+        warnings.warn(f"column {name!r} counts the rows: --drop {name} leaves it out", stacklevel=2)
 
 
 def _check_images(options: argparse.Namespace, features: int) -> None:

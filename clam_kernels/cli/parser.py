@@ -90,7 +90,11 @@ def _add_fitting(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("--checkpoint", type=Path, help="file of the state of a run; dec and idec")
     fit.add_argument("--resume", action="store_true", help="continue the run of --checkpoint")
     fit.add_argument("--restarts", type=_whole(1), help="number of starts")
-    fit.add_argument("--epochs", type=_whole(1), help="most passes over the table")
+    fit.add_argument(
+        "--epochs",
+        type=_whole(1),
+        help="most passes over the table, of dec after its pretraining",
+    )
     fit.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="default 0")
     fit.add_argument("--device", default="auto", help="cpu, cuda or auto (a GPU if there is one)")
     fit.add_argument("-v", "--verbose", action="store_true", help="progress on stderr")

@@ -51,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"clam: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        state = getattr(options, "checkpoint", None)
+        hint = f"; --resume continues the run of {state}" if state and state.exists() else ""
+        print(f"clam: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -332,7 +332,9 @@ def _check_loss(
     checks.tensor("mu", mu)
     checks.type_error(
         target is None or isinstance(target, DecTarget),
-        lambda: checks.wording("target", "a DecTarget or None", type(target).__name__),
+        lambda: checks.wording(
+            "target", "a DecTarget, made by dec_target, or None", type(target).__name__
+        ),
     )
     checks.tensor("index", index, optional=True)
     for name, value, allowed in (("mode", mode, _MODES), ("reduction", reduction, _REDUCTIONS)):
@@ -353,6 +355,10 @@ def _frozen(
         return None, None, None, 1.0, None, None
     if mode == "self":
         return target.log_counts.to(z.device), None, None, 1.0, None, None
+    if index is None and z.ndim >= 2:
+        rows, n = z.shape[-2], target.n_rows
+        words = f"the rows of the target [{n}] that these are"
+        checks.value_error(rows == n, lambda: checks.wording("index", words, None, f"z [{rows}]"))
     some = (target if index is None else target.rows(index)).to(z.device)
     if some.p is not None:
         return None, None, None, 1.0, some.log_norm, some.p

@@ -309,3 +309,10 @@ def test_bad_codes_are_named():
     text = "encoder: expected finite codes, got NaN or infinity for row 3"
     with pytest.raises(FloatingPointError, match=text):
         dec(encoder=Bad(), pretrain="none").fit(X)
+
+
+def test_empty_clusters_have_a_warning_of_their_own():
+    """The rate is so high that the codes collapse."""
+    with pytest.warns(ConvergenceWarning, match="of 4 clusters have rows at the end"):
+        model = dec(learning_rate=30.0, regroup=False).fit(X)
+    assert len(np.unique(model.labels_)) < K

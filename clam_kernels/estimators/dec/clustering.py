@@ -30,8 +30,9 @@ COLUMNS = (
 WITHIN = 4.0
 # Passes of the stop rule, one after the other, that end the clustering.
 PASSES = 2
-# A mean max q below this many times 1/K at the start is nearly uniform.
-NEARLY_UNIFORM = 1.5
+# The mean largest q is 1/K where q is uniform, at most 1. At the start it is nearly uniform below
+# (1 + NEARLY_UNIFORM (1 - 1/K)) / K.
+NEARLY_UNIFORM = 0.5
 # A fit warns where a cluster has less than this part of an equal share in so many checks.
 SMALL_SHARE, SMALL_CHECKS = 0.1, 3
 # A fit warns where this share of the labels still changes at its end.
@@ -208,11 +209,13 @@ class Clustering(Phase):
         self.init_labels = result.labels
         self.init_codes = z if z.numel() <= MOST_START_CODES else None
         k = self.context.settings.n_clusters
-        if k > 1 and not self.run.is_over and result.confidence < NEARLY_UNIFORM / k:
+        bound = (1.0 + NEARLY_UNIFORM * (1.0 - 1.0 / k)) / k
+        if k > 1 and not self.run.is_over and result.confidence < bound:
+            is_auto = self.context.settings.z_scale == "auto"
+            cure = "a longer pretraining" if is_auto else "z_scale='auto', or a longer pretraining"
             warn(
                 f"DEC: at the start the mean largest q is {result.confidence:.3g}, nearly 1/K ="
-                f" {1 / k:.3g}, so the target teaches little: use z_scale='auto', or a longer"
-                " pretraining"
+                f" {1 / k:.3g}, so the target teaches little: use {cure}"
             )
 
     # ---- the steps -------------------------------------------------------------------------------
@@ -328,6 +331,14 @@ class Clustering(Phase):
         k = self.context.settings.n_clusters
         table = [dict(zip(COLUMNS, row, strict=False)) for row in self.rows]
         last = [row["smallest"] for row in table[-SMALL_CHECKS:]]
+        used = sum(size > 0 for size in self.rows[-1][len(COLUMNS) :])
+        if used < k:
+            warn(
+                f"DEC: {used} of {k} clusters have rows at the end: lower learning_rate, pretrain"
+                " longer, use variant='idec' or target='frozen', or choose a smaller n_clusters",
+                ConvergenceWarning,
+            )
+            return
         if max(last) < SMALL_SHARE / k:
             warn(
                 f"DEC: the smallest cluster has {last[-1]:.2%} of the rows, less than a tenth of an"

@@ -166,7 +166,8 @@ class DEC(
         of rows of the smallest cluster); confidence (mean largest q); sizes [entries, K] (rows of
         each cluster). "pretraining": the mean losses of the epochs of each of its phases.
     init_embedding_ : array or Tensor [N, D], or None
-        The codes at the start of clustering, if N D <= 2^24; `transform(X)` gives those at the end.
+        The codes at the start of clustering, if N D <= 2^24, None after a load; `transform(X)`
+        gives those at the end.
     encoder_, decoder_ : torch.nn.Module
         The trained modules in eval mode; they see scaled rows, and codes before `code_scale_`.
     code_scale_ : float

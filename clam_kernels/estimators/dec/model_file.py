@@ -17,7 +17,7 @@ from ..common.files import ModelFile
 from ..training.checkpoint import of_module, restore_module, under
 from .clustering import COLUMNS
 from .inputs import InputScale
-from .networks import DecNetwork, default_pair, pair_of
+from .networks import DecNetwork, EncoderDecoder, default_pair, pair_of
 
 REASONS = ("tol", "max_iter", "callback")
 FUNCTIONS = ("augment", "optimizer", "writer", "callbacks")
@@ -117,6 +117,7 @@ class DecFile(ModelFile):
         k = self.n_clusters
         super()._check_restored()
         self._n_features_out = self._center_features()
+        self.init_embedding_ = None  # a file does not have it
         centers = self.cluster_centers_
         serialize.expect(self.stop_reason_ in REASONS, "no such stop reason")
         counts = self.soft_counts_
@@ -168,9 +169,33 @@ class DecFile(ModelFile):
             words = "the modules of the fit" if is_own else "None, as the fit had no own encoder"
             got = "None" if encoder is None else type(encoder).__name__
             raise ValueError(f"encoder: expected {words}, got {got}; {path} has weights alone")
+        if encoder is not None:
+            _check_modules(path, under("network", tensors), pair_of(encoder, decoder))
         with serialize.reading(path):
             model = cls(**{**parameters, "encoder": encoder, "decoder": decoder})
             model._validate_params()  # type: ignore[attr-defined]
             model._restore(learned, tensors)
             model._check_restored()
         return model
+
+
+def _check_modules(
+    path: str | PathLike[str], saved: dict[str, Tensor], pair: EncoderDecoder
+) -> None:
+    """ValueError unless the user's modules have the layers of the file."""
+    own = under("pair", of_module("pair", pair))
+    for name, tensor in saved.items():
+        part = name.partition(".")[0]
+        if part not in MODULES:
+            continue
+        if part == "decoder" and pair.decoder is None:
+            raise ValueError(
+                f"decoder: expected the module of the fit, got None; {path} has its weights"
+            )
+        if name not in own or own[name].shape != tensor.shape:
+            got = list(own[name].shape) if name in own else "none"
+            leaf = name.partition(".")[2]
+            raise ValueError(
+                f"{part}: expected the layers of the fit, {leaf} of shape {list(tensor.shape)},"
+                f" got {got}"
+            )
