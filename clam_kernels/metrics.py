@@ -110,9 +110,9 @@ def clustering_accuracy(classes: Any, labels: Any) -> float:
     rows = len(labels) if hasattr(labels, "__len__") else -1
     checks.expect(rows > 0, "labels", "at least one row", "none")
     truth = _names(classes, rows, "classes").unique(return_inverse=True)[1].cpu()
-    found = _names(labels, rows).unique(return_inverse=True)[1].cpu()
+    clusters = _names(labels, rows).unique(return_inverse=True)[1].cpu()
     width = int(truth.max()) + 1
-    pairs = torch.bincount(found * width + truth, minlength=width * (int(found.max()) + 1))
+    pairs = torch.bincount(clusters * width + truth, minlength=width * (int(clusters.max()) + 1))
     table = pairs.view(-1, width).numpy()
     return float(table[linear_sum_assignment(table, maximize=True)].sum() / rows)
 

@@ -101,7 +101,8 @@ def test_rows_of_weight_zero_at_the_end_change_no_bit():
 @pytest.mark.parametrize(
     ("error", "text", "change"),
     [
-        (TypeError, "target: expected a DecTarget or None, got list", {"target": []}),
+        (TypeError, "target: expected a DecTarget, made by dec_target, or None, got list",
+            {"target": []}),
         (ValueError, "target: expected a DecTarget to match mode 'frozen', got None", {}),
         (ValueError, "target: expected a DecTarget to match mode 'self', got None",
             {"mode": "self"}),

@@ -41,7 +41,7 @@ def test_an_example_prints_what_the_page_says(code: str, printed: str) -> None:
 
 def test_readme_has_an_estimator_and_an_op() -> None:
     assert len(EXAMPLE.findall(TEXT)) == 2
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8
     assert len(TEXT.splitlines()) <= 150
 
 

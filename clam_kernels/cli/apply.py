@@ -23,7 +23,7 @@ def apply(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     model = getattr(estimators, serialize.class_of(options.model)).load(options.model)
     facts = facts_of(model)
     if options.verb == "complete" and not hasattr(model, "complete"):
-        raise ValueError(f"{options.model}: a {facts['algo']} model cannot complete; clam can")
+        raise ValueError(f"{options.model}: a model of {facts['algo']} cannot complete; clam can")
     feature_names = model.__dict__.pop("feature_names_in_", None)
     fitted_on = None if feature_names is None else list(feature_names)
     table = read(options, fitted_on)

@@ -61,9 +61,11 @@ def check_stats(
     checks.one_of("precision", precision, PRECISIONS)
 
 
-def check_alpha_values(z: Tensor, mu: Tensor, alpha: Any, *_: Any) -> None:
+def check_values(z: Tensor, mu: Tensor, alpha: Any, weight: Tensor | None, *_: Any) -> None:
     if isinstance(alpha, Tensor):
         checks.values("alpha", alpha, 0.0, finite=False, strict=True)
+    if weight is not None:
+        checks.values("weight", weight, 0.0, finite=True)
 
 
 def fake_stats(

@@ -51,7 +51,9 @@ class DecTarget:
     def n_rows(self) -> int:
         """Number of rows."""
         rows = self.p if self.z0 is None else self.z0
-        assert rows is not None
+        if rows is None:
+            words = "a target with rows; this one has soft counts alone, for mode 'self'"
+            raise ValueError(checks.wording("target", words, "no rows"))
         return rows.shape[-2]
 
     def rows(self, index: Tensor) -> DecTarget:
@@ -124,6 +126,7 @@ class DecTarget:
         -------
         Tensor [..., N, K]
         """
+        _ = self.n_rows  # an error where there are no rows
         if self.p is not None:
             wide = self.p if self.p.dtype == torch.float64 else self.p.float()
             return wide if self.log_norm is None else wide / self.log_norm.exp()[..., None]
@@ -191,7 +194,7 @@ def dec_target(
             [0.9615, 0.0385]])
     """
     _check_target(z, mu, weight, store, dtype)
-    alpha0 = float(alpha.detach()) if isinstance(alpha, Tensor) else checks.real("alpha", alpha)
+    alpha0 = _frozen_alpha(alpha)
     with torch.no_grad():
         dense = store == "dense" or (store == "auto" and mu.shape[-2] <= z.shape[-1] + 1)
         z0, mu0 = z.detach(), mu.detach().clone()
@@ -199,7 +202,7 @@ def dec_target(
             z0 = z0.to(dtype)
         call: Any = torch.ops.clam.student_t_stats.default
         counts = call(z0.to(z.dtype), mu0, alpha0, weight, None)[2]
-        log_counts = counts.clamp(min=torch.finfo(torch.float32).tiny).log()
+        log_counts = log_counts_of(counts)
         if not dense:
             norm: Tensor = _reference.target_norms(z0, mu0, alpha0, log_counts)
             z0 = z0.clone() if z0.dtype == z.dtype else z0
@@ -208,6 +211,24 @@ def dec_target(
         narrow = p.dtype in (torch.float16, torch.bfloat16)
         total = p.sum(-1, dtype=torch.float32).log() if narrow else None
         return DecTarget(log_counts, mu0, alpha0, log_norm=total, p=p)
+
+
+def _frozen_alpha(alpha: Any) -> float:
+    """Alpha as a number; a tensor has one finite entry, as in the ops."""
+    if not isinstance(alpha, Tensor):
+        return float(checks.real("alpha", alpha))
+    checks.floating("alpha", alpha)
+    checks.shape("alpha", alpha, "[]", alpha.numel() == 1)
+    number = float(alpha.detach())
+    checks.expect(0.0 < number < float("inf"), "alpha", "a finite number > 0", number)
+    return number
+
+
+def log_counts_of(counts: Tensor) -> Tensor:
+    """Logarithms of soft counts, each at least that of the smallest normal number of float32: below
+    it p is exactly 0.
+    """
+    return counts.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def _check_target(
@@ -300,7 +321,7 @@ def dec_loss(
     """
     _check_loss(z, mu, target, index, mode, reduction)
     alpha = _alpha(alpha, weight, precision)
-    frozen = _frozen(z, target, index, mode)
+    frozen = _frozen(z, mu, target, index, mode)
     packet = torch.ops.clam.dec_losses
     call: Any = packet.alpha_tensor if isinstance(alpha, Tensor) else packet.default
     losses: Tensor = call(z, mu, alpha, weight, *frozen, precision)
@@ -347,18 +368,39 @@ def _check_loss(
         raise ValueError(checks.wording("target", f"a DecTarget to match mode '{mode}'", "None"))
 
 
+def _check_rows(z: Tensor, mu: Tensor, target: DecTarget, index: Tensor | None) -> None:
+    """Check that rows and centroids fit a frozen target; the op would name its parts."""
+    if z.ndim < 2 or mu.ndim < 2:
+        return  # the op names z or mu
+    rows, n = z.shape[-2], target.n_rows
+    if index is None:
+        words = f"the rows of the target, which has {n}"
+        checks.value_error(rows == n, lambda: checks.wording("index", words, None, f"z [{rows}]"))
+    else:
+        ok = index.ndim == 1 and index.shape[0] == rows
+        checks.shape("index", index, [rows], ok, f"z {checks.spell(*z.shape)}")
+    k = target.log_counts.shape[-1]
+    words = f"{k} centroids as the target has"
+    checks.value_error(
+        mu.shape[-2] == k, lambda: checks.wording("mu", words, checks.spell(*mu.shape))
+    )
+    if target.z0 is not None:
+        d = target.z0.shape[-1]
+        checks.value_error(
+            z.shape[-1] == d,
+            lambda: checks.wording("z", f"{d} features as the target has", checks.spell(*z.shape)),
+        )
+
+
 def _frozen(
-    z: Tensor, target: DecTarget | None, index: Tensor | None, mode: str
+    z: Tensor, mu: Tensor, target: DecTarget | None, index: Tensor | None, mode: str
 ) -> tuple[Any, ...]:
     """The arguments log_counts, z0, mu0, alpha0, log_norm, p of the op."""
     if mode == "minibatch" or target is None:
         return None, None, None, 1.0, None, None
     if mode == "self":
         return target.log_counts.to(z.device), None, None, 1.0, None, None
-    if index is None and z.ndim >= 2:
-        rows, n = z.shape[-2], target.n_rows
-        words = f"the rows of the target [{n}] that these are"
-        checks.value_error(rows == n, lambda: checks.wording("index", words, None, f"z [{rows}]"))
+    _check_rows(z, mu, target, index)
     some = (target if index is None else target.rows(index)).to(z.device)
     if some.p is not None:
         return None, None, None, 1.0, some.log_norm, some.p

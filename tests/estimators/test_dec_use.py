@@ -388,7 +388,9 @@ def test_a_file_of_an_own_encoder_has_weights_alone(tmp_path):
         DEC.load(tmp_path / "m")
     again = DEC.load(tmp_path / "m", encoder=Pair())
     np.testing.assert_array_equal(again.transform(X), model.transform(X))
-    with pytest.raises(ModelFileError, match="Missing key"):
+    with pytest.raises(ValueError, match=r"coder: expected the layers of the fit, .*, got none"):
+        DEC.load(tmp_path / "m", encoder=nn.Linear(D, 3), decoder=nn.Linear(3, D))
+    with pytest.raises(ValueError, match="decoder: expected the module of the fit, got None"):
         DEC.load(tmp_path / "m", encoder=nn.Linear(D, 3))
     plain = dec(n_epochs=0).fit(X)
     plain.save(tmp_path / "p")

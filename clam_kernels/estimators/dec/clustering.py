@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from ..._core.warn import warn
+from ...ops._dec_target import log_counts_of
 from ...ops.dec import DecTarget, dec_loss, dec_target, student_t_stats
 from ..kmeans import KMeans
 from ..training.checkpoint import State, of_module, restore_module, under
@@ -76,8 +77,6 @@ def assign(z: Tensor, centroids: Tensor, alpha: float) -> Assignment:
 
 def student_score(sqdist: Tensor, alpha: float) -> Tensor:
     """-(alpha + 1)/2 log(1 + d^2/alpha); q is its softmax over the centroids."""
-    if math.isinf(alpha):
-        return -0.5 * sqdist
     return -0.5 * (alpha + 1.0) * torch.log1p(sqdist / alpha)
 
 
@@ -182,7 +181,7 @@ class Clustering(Phase):
         pair.load_state_dict(run.pretrained.state_dict())
         network.code_scale.fill_(1.0)
 
-    def regrouped(self) -> Tensor | None:
+    def labels_of_regrouping(self) -> Tensor | None:
         """Labels after the moves of `regroup`, -1 for a row outside the graph; None for none."""
         context, k = self.context, self.context.settings.n_clusters
         trained = copy.deepcopy(context.network.state_dict())
@@ -242,7 +241,7 @@ class Clustering(Phase):
             return None
         if settings.target == "frozen":
             return dec_target(z, centroids, alpha=settings.alpha)
-        log_counts = result.counts.clamp(min=torch.finfo(torch.float32).tiny).log()
+        log_counts = log_counts_of(result.counts)
         return DecTarget(log_counts, centroids.clone(), settings.alpha)
 
     def _has_converged(self, result: Assignment) -> bool:
@@ -323,7 +322,7 @@ class Clustering(Phase):
             self.stop_reason = "callback"
         is_wanted = self.context.settings.regroup and self.stop_reason != "callback"
         if is_wanted and self.run.steps and not self.has_ended:
-            self.next_labels = self.regrouped()
+            self.next_labels = self.labels_of_regrouping()
         self.has_ended = True
 
     def warn_of_result(self) -> None:

@@ -150,7 +150,7 @@ def boundary_depth(graph: Any, side: np.ndarray) -> float:
     """Depth of the boundary between two clusters, along their labels smoothed over the graph; 2 for
     a cluster without rows.
     """
-    share = float(np.mean(~side))
+    share = float(np.mean(~side)) if len(side) else 0.0
     if not 0 < share < 1:
         return 2.0
     values, degrees = np.where(side, 1.0, -1.0), _degrees(graph)

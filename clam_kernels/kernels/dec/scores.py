@@ -30,7 +30,6 @@ NARROW = 64
 # Distances above this count as this: such an assignment is below 1e-30 of the largest.
 FARTHEST = tl.constexpr(1e30)
 LN2 = tl.constexpr(0.6931471805599453)
-SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
