@@ -39,7 +39,7 @@ def write(path: Path, report: dict[str, Any]) -> None:
 
 
 def resident_bytes() -> float:
-    """Bytes of memory that this process holds now."""
+    """Bytes of memory that this process has now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return float(pages * resource.getpagesize())
 

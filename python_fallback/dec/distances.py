@@ -113,7 +113,7 @@ class Distances:
         return norms, norms.sqrt().add_(self.reach).square_()
 
     def _scaled(self, tile: Tensor, nearest: Tensor, out: Tensor) -> Tensor:
-        """The tile y [K, rows] from squared distances, of which `nearest` are the least."""
+        """The tile y [K, rows] from squared distances; `nearest` are the least ones."""
         self.nearest = nearest.clamp(min=0.0)  # [rows]
         self.scale = torch.ones_like(nearest) if self.is_gaussian else self.alpha + self.nearest
         torch.sub(tile, nearest.to(tile.dtype), out=out)

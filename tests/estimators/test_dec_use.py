@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -341,7 +342,11 @@ def test_callbacks_and_history():
 
 def test_a_verbose_fit_shows_a_bar_for_each_phase(capsys):
     pytest.importorskip("tqdm")
-    dec(verbose=1).fit(X)
+
+    def wait(*_: Any) -> None:  # a bar shows its figures at most ten times a second
+        time.sleep(0.12)
+
+    dec(verbose=1, pretrain_epochs=2, callbacks=wait).fit(X)
     shown = capsys.readouterr()
     assert not shown.out
     for name in ("DEC pretrain: ", "DEC cluster: ", "changed="):

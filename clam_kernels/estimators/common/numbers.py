@@ -47,7 +47,7 @@ def as_numbers(name: str, x: Any) -> Any:
 
 
 def refuse_same_names(name: str, x: Any) -> None:
-    """ValueError for a data frame two of whose columns have the same name."""
+    """ValueError for a data frame with two columns of the same name."""
     if not hasattr(x, "columns") or isinstance(x, np.ndarray):
         return
     labels = list(getattr(x, "column_names", x.columns))

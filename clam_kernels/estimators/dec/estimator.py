@@ -112,7 +112,7 @@ class DEC(
         "sgd" has the momentum .9. `optimizer(parameters) -> torch.optim.Optimizer` is called for
         each phase; its own rates apply, and its step must need no closure.
     interval : int, >= 1, default by recipe (30; paper the batches of an epoch, at most 140)
-        Steps between two refreshes of p, at each of which the encoder computes all rows.
+        Steps between two refreshes of p; each one computes the codes of all rows.
     tol : float, >= 0, default by recipe (1e-3)
         Clustering ends when at two refreshes, one after the other, a smaller share of the labels
         differs from labels that are at least max(interval, an epoch) old.
