@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...ops.kmeans import kmeans_assign, kmeans_update
+from ..common.columns import TINY
 from ..common.rows import in_memory
 from ..common.threads import threads_for
 from ..kmeans.lloyd import LloydRule, lloyd
@@ -78,7 +79,7 @@ class Points:
         there is none.
         """
         sums, counts, masses = self.sums(labels, memories.shape[1])
-        means = torch.where(counts > 0, sums / counts.clamp(min=_TINY), memories.double())
+        means = torch.where(counts > 0, sums / counts.clamp(min=TINY), memories.double())
         return means, masses
 
     def sums(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,9 +210,6 @@ class PartialPoints(Points):
         distances = (distances * x.shape[1] / common).sqrt_().fill_diagonal_(0.0)
         is_known = common > 0
         return torch.where(is_known, distances, distances[is_known].mean())
-
-
-_TINY = torch.finfo(torch.float64).tiny
 
 
 def masked_distances(z: Tensor, memories: Tensor) -> Tensor:

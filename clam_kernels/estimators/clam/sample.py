@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.columns import TINY
 from .points import Points, points_of
 
 # A sample has at most the larger of these numbers of rows.
 ROWS, ROWS_PER_MEMORY = 2000, 100
-_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StreamSample:
         """A sample without rows; `deviation` [D] is that of the rows of the fit."""
         weight = torch.zeros(0, dtype=torch.float64, device=won.device)
         keys = torch.zeros(0, dtype=torch.float64, device="cpu")
-        share = won[:, None] / won.sum().clamp(min=_TINY)
+        share = won[:, None] / won.sum().clamp(min=TINY)
         rho = memories.double()
         between = ((rho - (rho * share).sum(0)).square() * share).sum(0)
         spread = (deviation.square() - between).clamp(min=0).sqrt()

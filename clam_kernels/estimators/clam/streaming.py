@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.columns import frame_of, near
+from ..common.columns import TINY, frame_of, near
 from ..common.frame import Frame
 from ..common.rows import Rows
 from ..common.scale import scale_number
@@ -59,7 +59,6 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 # The sets of memories.
 MEANS, TRAINED = 0, 1
 MAGNITUDE = "the memories became NaN or infinite: X is of another magnitude than the batches before"
-_TINY = torch.finfo(torch.float64).tiny
 # on_batch(loss) -> whether to stop
 OnBatch = Callable[[float], bool]
 
@@ -157,7 +156,7 @@ def _recenter(
     weights = torch.ones(len(z), 1, dtype=torch.float64, device=z.device)
     weights = weights if weight is None else weight[:, None]
     total = stream.observed + (is_near * weights).sum(0)
-    shift = (torch.where(is_near, z, 0.0) * weights).sum(0) / total.clamp(min=_TINY)
+    shift = (torch.where(is_near, z, 0.0) * weights).sum(0) / total.clamp(min=TINY)
     z = z - shift
     points = points_of(z.to(dtype), weight, settings.precision)
     if not bool(points.z.square().sum().isfinite()):
@@ -212,7 +211,7 @@ def _update_means(stream: StreamState, points: Points) -> StreamState:
     sums, counts, _ = points.sums(points.assign(stream.memories[:1]), k)
     won = stream.won + counts[0]
     means = stream.memories[MEANS].double()
-    means = means + (sums[0] - counts[0] * means) / won.clamp(min=_TINY)
+    means = means + (sums[0] - counts[0] * means) / won.clamp(min=TINY)
     memories = torch.stack([means.to(stream.memories.dtype), stream.memories[TRAINED]])
     random = np.random.default_rng([stream.seed, steps])
     sample = stream.sample.with_rows(points, k, random)
@@ -344,4 +343,4 @@ def _mean_squares(frame: Frame, points: Points) -> Tensor:
     z = points.z.double()
     z = z if points.observed is None else z.masked_fill(~points.observed, torch.nan)
     weights = near(z, frame) * points.weights[:, None]
-    return (z.nan_to_num(0.0).square() * weights).sum(0) / weights.sum(0).clamp(min=_TINY)
+    return (z.nan_to_num(0.0).square() * weights).sum(0) / weights.sum(0).clamp(min=TINY)

@@ -36,6 +36,9 @@ FAR, FAR_SHARE = 2.0**14, 0.05
 # Entries, most rows and least rows of the sample that medians are computed from.
 SAMPLE_ENTRIES, SAMPLE_ROWS, LEAST_ROWS = 1 << 17, 10_000, 256
 
+# The least sum of weights by which other sums are divided.
+TINY = torch.finfo(torch.float64).tiny
+
 
 def frame_of(
     rows: Rows,
@@ -129,7 +132,7 @@ class Columns:
             counts = is_observed & (weights > 0)
             low = torch.minimum(low, torch.where(counts, x, torch.inf).amin(0))
             high = torch.maximum(high, torch.where(counts, x, -torch.inf).amax(0))
-        mean = torch.where(near > 0, total / near.clamp(min=_TINY), median)
+        mean = torch.where(near > 0, total / near.clamp(min=TINY), median)
         # rounding may move the mean of a column of one value, whose deviation is 0
         mean = torch.where(low == high, low, mean)
         limit = torch.where(near >= (1 - FAR_SHARE) * observed, limit, torch.inf)
@@ -152,7 +155,7 @@ class Columns:
             counted += (is_near * weights).sum(0)
             near = torch.maximum(near, near_distance.amax(0))
             top = torch.maximum(top, distance.nan_to_num(0.0).amax(0))
-        self.deviation = (square / counted.clamp(min=_TINY)).sqrt() * unit
+        self.deviation = (square / counted.clamp(min=TINY)).sqrt() * unit
         self.near, self.top = near, top
 
     @property
@@ -178,9 +181,6 @@ def near(z: Tensor, frame: Frame) -> Tensor:
     is_near = z.abs() <= limit
     is_mostly_near = is_near.sum(0) >= (1 - FAR_SHARE) * is_observed.sum(0)
     return torch.where(is_mostly_near, is_near, is_observed)
-
-
-_TINY = torch.finfo(torch.float64).tiny
 
 
 def _weighted_chunks(

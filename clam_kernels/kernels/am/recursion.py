@@ -21,7 +21,7 @@ from ..common.fold import (
     softmax_init,
 )
 from ..common.halves import halves, load_memory_halves, own_halves, power, reach_of, unpower
-from ..common.score import load_checked_rows, load_memories, load_rows, logits, own_inner
+from ..common.score import LN2, load_checked_rows, load_memories, load_rows, logits, own_inner
 from ..common.sweep import UNSPECIALISED, of_problem, rows_of, sweep
 from ..kmeans.nearest import slack
 from .doubt import (
@@ -34,7 +34,6 @@ from .doubt import (
 )
 from .memories import rows_and_memories_of
 
-LN2 = tl.constexpr(0.6931471805599453)
 # The flag of a row that is not finite, and of all rows where a memory is not.
 POISONED = tl.constexpr(2)
 

@@ -10,12 +10,20 @@ import triton.language as tl
 
 from ..common.fold import contest_fold, contest_init, decision, finite, inverse, lse_fold, lse_init
 from ..common.halves import reach_of
-from ..common.score import dot, load_checked_rows, load_rows, load_sides, logits, wide_inner
+from ..common.score import (
+    LN2,
+    dot,
+    load_checked_rows,
+    load_rows,
+    load_sides,
+    logits,
+    wide_inner,
+)
 from ..common.sweep import UNSPECIALISED, of_problem, rows_of, sweep
 from ..kmeans.nearest import slack
 from .doubt import final_flags, loses_digits, step_flag
 from .memories import rows_and_memories_of
-from .recursion import LN2, POISONED, gain_of, limits_of, next_state, poison_of, take_out
+from .recursion import POISONED, gain_of, limits_of, next_state, poison_of, take_out
 
 
 @triton.jit

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.score import LOG2E, dot_onto
-from .scores import LN2, assignments, load_centred, log1p, reciprocal
+from ..common.score import LN2, LOG2E, dot_onto
+from .scores import assignments, load_centred, log1p, reciprocal
 from .target import targets
 
 # Below SMALL the kernel computes log(1 + x) - x / (1 + x) as a series.

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..common import sweep
 from ..common.fold import finite
-from ..common.score import LOG2E, dot_onto, load_rows
+from ..common.score import LN2, LOG2E, dot_onto, load_rows
 
 # Runtime scalars on which triton does not specialise, the strides of these kernels included.
 UNSPECIALISED = [
@@ -29,7 +29,6 @@ UNSPECIALISED = [
 NARROW = 64
 # Distances above this count as this: such an assignment is below 1e-30 of the largest.
 FARTHEST = tl.constexpr(1e30)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
