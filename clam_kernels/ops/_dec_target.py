@@ -374,15 +374,24 @@ def _check_rows(z: Tensor, mu: Tensor, target: DecTarget, index: Tensor | None) 
         return  # the op names z or mu
     rows, n = z.shape[-2], target.n_rows
     if index is None:
-        words = f"the rows of the target, which has {n}"
-        checks.value_error(rows == n, lambda: checks.wording("index", words, None, f"z [{rows}]"))
+        checks.value_error(
+            rows == n,
+            lambda: checks.wording(
+                "index", f"the rows of the target, which has {n}", None, f"z [{rows}]"
+            ),
+        )
     else:
-        ok = index.ndim == 1 and index.shape[0] == rows
-        checks.shape("index", index, [rows], ok, f"z {checks.spell(*z.shape)}")
+        spell = checks.spell
+        checks.value_error(
+            index.ndim == 1 and index.shape[0] == rows,
+            lambda: checks.wording(
+                "index", f"shape [{rows}]", spell(*index.shape), f"z {spell(*z.shape)}"
+            ),
+        )
     k = target.log_counts.shape[-1]
-    words = f"{k} centroids as the target has"
     checks.value_error(
-        mu.shape[-2] == k, lambda: checks.wording("mu", words, checks.spell(*mu.shape))
+        mu.shape[-2] == k,
+        lambda: checks.wording("mu", f"{k} centroids as the target has", checks.spell(*mu.shape)),
     )
     if target.z0 is not None:
         d = target.z0.shape[-1]

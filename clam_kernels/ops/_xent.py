@@ -14,7 +14,7 @@ import python_fallback
 
 from .._core import checks
 from .._core.backend import PRECISIONS
-from ._facts import compute_dtype
+from ._facts import broadcast_shapes, compute_dtype
 
 
 def _check_pair(z: Tensor, prototypes: Tensor, rows: str, dims: int) -> None:
@@ -141,7 +141,7 @@ def check_nce_values(
 
 def _refuse_masked_labels(label: Tensor, masked: Tensor) -> None:
     """Raise a ValueError if a row has the label of a masked prototype."""
-    batch = torch.broadcast_shapes(label.shape[:-1], masked.shape[:-1])
+    batch = broadcast_shapes(label.shape[:-1], masked.shape[:-1])
     label, masked = label.expand(*batch, label.shape[-1]), masked.expand(*batch, masked.shape[-1])
     is_masked = masked.gather(-1, label.clamp(min=0)) & (label >= 0)
     if bool(is_masked.any()):
