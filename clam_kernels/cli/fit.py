@@ -105,7 +105,11 @@ def _warn_of_row_numbers(x: Any, names: list[str] | None) -> None:
     """Warn of columns that count the rows: they are names of rows, and would decide the fit."""
     import numpy as np
 
-    for i in np.flatnonzero((np.diff(x, axis=0) == 1).all(0)) if len(x) > 2 else ():
+    if len(x) < 3:
+        return
+    with np.errstate(invalid="ignore"):  # infinite cells, which the fit refuses
+        is_count = (np.diff(x, axis=0) == 1).all(0)
+    for i in np.flatnonzero(is_count):
         name = names[i] if names is not None else str(i)
         warnings.warn(f"column {name!r} counts the rows: --drop {name} leaves it out", stacklevel=2)
 

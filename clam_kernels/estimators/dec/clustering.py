@@ -194,7 +194,7 @@ class Clustering(Phase):
         draws = [context.codes_of(some, generator) for _ in range(copies)]
         graph = neighbour_graph(context.codes_of(some), draws)
         context.network.load_state_dict(trained)
-        new, moves = regroup(graph, labels.cpu().numpy()[some], k)
+        new, moves = regroup(graph, labels.cpu()[some].numpy(), k)
         if not moves or len(np.unique(new)) < k:
             return None
         result = torch.full_like(labels, -1)
@@ -320,7 +320,8 @@ class Clustering(Phase):
             self._record(result, self._changed(result.labels)[0])
         if self.run.is_stopped and self.stop_reason != "tol":
             self.stop_reason = "callback"
-        is_wanted = self.context.settings.regroup and self.stop_reason != "callback"
+        settings = self.context.settings
+        is_wanted = settings.regroup and settings.n_clusters > 1 and self.stop_reason != "callback"
         if is_wanted and self.run.steps and not self.has_ended:
             self.next_labels = self.labels_of_regrouping()
         self.has_ended = True
