@@ -84,7 +84,7 @@ class DEC(
         gives the start of k-means a mean squared distance of 4 within clusters.
     standardize : "auto", True or False, default "auto"
         Whether each column of a matrix becomes (x - mean) / deviation; "auto" does so where the
-        spread of one column is more than 256 times that of another. Else all columns are divided by
+        range of one column is more than 256 times that of another. Else all columns are divided by
         one number, the largest |x| (paper: the root of the mean square), after their means are
         subtracted if they are far from 0. Datasets and image folders are not scaled.
     alpha : float, > 0, default 1

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ... import tables
 from ..._core import checks
-from ..common.columns import frame_of, warn_of_units
+from ..common.columns import STANDARDISED_CONTRAST, frame_of, warn_of_units
+from ..common.frame import Frame
 from ..common.rows import Rows, read_rows
 from ..common.scale import scale_tensor
 from ..training.inputs import PROBES, Inputs, digest, inputs_of
@@ -189,15 +190,19 @@ def scale_of(
 ) -> InputScale:
     """The scale of a fit: a Dataset and a folder keep theirs.
 
-    Columns of unlike spread (`standardize="auto"`, as ClAM) become (x - mean) / deviation. Other
-    columns are divided by one number: the largest magnitude, for the paper the root of the mean
-    square of all entries. They are centred before it only where they are far from 0.
+    Columns of unlike range (`standardize="auto"`) become (x - mean) / deviation. Other columns are
+    divided by one number: the largest magnitude, for the paper the root of the mean square of all
+    entries. They are centred before it only where they are far from 0.
     """
     if not isinstance(inputs, MatrixInputs):
         return InputScale.identity(shape)
     rows = inputs.rows
-    frame = frame_of(rows, None, names, standardize).on(torch.device("cpu"))
-    warn_of_units(frame)
+    frame = frame_of(rows, None, names, standardize is True)
+    if standardize == "auto" and _has_unlike_ranges(frame):
+        frame = frame_of(rows, None, names, True)
+    frame = frame.on(torch.device("cpu"))
+    if standardize is False:
+        warn_of_units(frame)
     mean = scale_tensor(frame.mean, frame.range)
     deviation = scale_tensor(frame.deviation * frame.width, frame.range)
     if frame.is_standard:
@@ -213,3 +218,14 @@ def scale_of(
         ends = torch.maximum((frame.low - shift).abs(), (frame.high - shift).abs())
         divisor = float(ends.max())
     return InputScale(shift, torch.full_like(mean, divisor or 1.0), shape)
+
+
+def _has_unlike_ranges(frame: Frame) -> bool:
+    """Whether the range of one column is more than 256 times that of another.
+
+    Ranges, not deviations as in ClAM: a pixel of 8 bits that is seldom above 0 has a small
+    deviation, and an image must not be divided by that.
+    """
+    ranges = frame.high - frame.low
+    ranges = ranges[ranges > 0]
+    return len(ranges) > 0 and float(ranges.max() / ranges.min()) > STANDARDISED_CONTRAST
