@@ -108,6 +108,7 @@ def _scale(x: np.ndarray, **rest: Any) -> tuple[np.ndarray, np.ndarray]:
     return scale.shift.numpy(), scale.divisor.numpy()
 
 
+@pytest.mark.filterwarnings("ignore:DEC")  # codes of noise say little
 def test_images_with_a_pixel_that_is_seldom_inked_are_not_standardised():
     """The deviation of the pixel is 1/1000 of that of others, its range 1/255."""
     x = np.random.default_rng(0).integers(0, 256, (400, 6)).astype(np.float64)
