@@ -19,9 +19,9 @@ from torch import Tensor
 from ..common import launch
 from ..common.fold import inverse
 from ..common.score import dot
-from ..common.sweep import rows_of
+from ..common.sweep import offset, rows_of
 from .backward_fused import dec_fused_backward_kernel
-from .call import merge
+from .call import alpha_of, merge
 from .gradients import (
     damped,
     load_numbers,
@@ -32,9 +32,9 @@ from .gradients import (
     store_part,
     store_rows,
 )
-from .losses import DecLossCall, dec_problem, numbers_sweep, regular_rows, unit_norm
+from .losses import DecLossCall, peak_of, regular_rows, sources_of, unit_norm
 from .scores import UNSPECIALISED, centre_of, load_centred
-from .target import pair_tile
+from .target import numbers_fold, numbers_init, numbers_of, pair_tile
 
 # How many numbers of a row the kernel over rows stores for the one over centroids.
 STORED = 6
@@ -56,20 +56,31 @@ def dec_rows_backward_kernel(
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
     d0 = tl.program_id(1) * DIM
-    (X, MU, freedom), (Z0, MU0, LOG_NORM), source = dec_problem(
-        problem, inner, X, MU, ALPHA, COUNTS, P, Z0, MU0, LOG_NORM, count, alpha,
-        x_o, x_i, m_o, m_i, a_o, a_i, c_o, c_i, c_k, p_o, p_i, p_n, p_k, v_o, v_i, rho_o, rho_i,
-        l_o, l_i, D, PROTOS, SOURCE, NORM, HAS_ALPHA,
+    X += offset(problem, inner, x_o, x_i) * D
+    MU += offset(problem, inner, m_o, m_i) * D
+    COUNTS, P, Z0, MU0, LOG_NORM = sources_of(
+        problem, inner, COUNTS, P, Z0, MU0, LOG_NORM,
+        c_o, c_i, p_o, p_i, v_o, v_i, rho_o, rho_i, l_o, l_i, D, SOURCE, NORM,
     )  # fmt: skip
+    freedom = alpha_of(ALPHA, problem, inner, a_o, a_i, alpha, HAS_ALPHA)
     at, valid = row.to(tl.int64), row < rows
     now, then = regular_rows(X, Z0, at, valid, D, DIM, SOURCE)
     own, old = (X, MU, at, now, freedom), (Z0, MU0, at, then, alpha0)
+    source = (COUNTS, c_k, peak_of(COUNTS, c_k, count, PROTOS, SOURCE), P, p_n, p_k)
     norm = unit_norm(LOG_NORM, at, then, l_n, source, KIND0, SOURCE, NORM)
-    numbers, first = numbers_sweep(
-        own, old, source, norm, count, unit,
-        D, DIM, ROWS, PROTOS, PREC, WIDE, KIND, KIND0, SOURCE, NORM,
-    )  # fmt: skip
-    top, total, a, b, mass, regular = numbers
+    state = numbers_init(ROWS, KIND, KIND0)
+    BEGIN: tl.constexpr = 0 if WIDE else PROTOS
+    if not WIDE:
+        first = pair_tile(
+            own, old, source, 0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
+        )
+        state = numbers_fold(state, first, norm, KIND, KIND0, SOURCE, NORM)
+    for k0 in range(BEGIN, count, PROTOS):
+        tile = pair_tile(
+            own, old, source, k0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
+        )
+        state = numbers_fold(state, tile, norm, KIND, KIND0, SOURCE, NORM)
+    top, total, a, b, mass, regular = numbers_of(state, norm, now & then, KIND0, SOURCE, NORM)
     numbers = (top, inverse(total), a, b, mass)
     p = problem.to(tl.int64) * rows + at
     upstream = tl.load(GRAD + p, mask=valid, other=0.0)
@@ -79,7 +90,6 @@ def dec_rows_backward_kernel(
         several = tl.where(count > 1, 1.0, 0.0)
         centre = centre_of(MU, count, d0, D, DIM)
         sums = (tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS,), tl.float32))
-        BEGIN: tl.constexpr = 0 if WIDE else PROTOS
         if not WIDE:
             sums = rows_fold(
                 sums, first, numbers, g, several, freedom, MU, centre, 0, d0, count,
@@ -116,11 +126,14 @@ def dec_columns_backward_kernel(
     tiles = tl.cdiv(count, PROTOS)
     here, piece = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     problem, share, d0 = piece // chunks, piece % chunks, tl.program_id(1) * DIM
-    (X, MU, freedom), (Z0, MU0, LOG_NORM), source = dec_problem(
-        problem, inner, X, MU, ALPHA, COUNTS, P, Z0, MU0, LOG_NORM, count, alpha,
-        x_o, x_i, m_o, m_i, a_o, a_i, c_o, c_i, c_k, p_o, p_i, p_n, p_k, v_o, v_i, rho_o, rho_i,
-        l_o, l_i, D, PROTOS, SOURCE, NORM, HAS_ALPHA,
+    X += offset(problem, inner, x_o, x_i) * D
+    MU += offset(problem, inner, m_o, m_i) * D
+    COUNTS, P, Z0, MU0, LOG_NORM = sources_of(
+        problem, inner, COUNTS, P, Z0, MU0, LOG_NORM,
+        c_o, c_i, p_o, p_i, v_o, v_i, rho_o, rho_i, l_o, l_i, D, SOURCE, NORM,
     )  # fmt: skip
+    freedom = alpha_of(ALPHA, problem, inner, a_o, a_i, alpha, HAS_ALPHA)
+    source = (COUNTS, c_k, peak_of(COUNTS, c_k, count, PROTOS, SOURCE), P, p_n, p_k)
     k = here * PROTOS + tl.arange(0, PROTOS)
     centre = centre_of(MU, count, d0, D, DIM)
     several = tl.where(count > 1, 1.0, 0.0)

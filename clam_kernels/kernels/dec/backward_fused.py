@@ -10,8 +10,10 @@ import triton.language as tl
 
 from ..common.fold import inverse
 from ..common.score import dot
+from ..common.sweep import offset
+from .call import alpha_of
 from .gradients import damped, residuals, slopes, store_part, store_rows
-from .losses import dec_problem, regular_rows, unit_norm
+from .losses import peak_of, regular_rows, sources_of, unit_norm
 from .scores import UNSPECIALISED, centre_of, load_centred
 from .target import numbers_fold, numbers_init, numbers_of, pair_tile
 
@@ -32,11 +34,14 @@ def dec_fused_backward_kernel(
     """
     piece = tl.program_id(0)
     problem, share = piece // chunks, piece % chunks
-    (X, MU, freedom), (Z0, MU0, LOG_NORM), source = dec_problem(
-        problem, inner, X, MU, ALPHA, COUNTS, P, Z0, MU0, LOG_NORM, count, alpha,
-        x_o, x_i, m_o, m_i, a_o, a_i, c_o, c_i, c_k, p_o, p_i, p_n, p_k, v_o, v_i, rho_o, rho_i,
-        l_o, l_i, D, PROTOS, SOURCE, NORM, HAS_ALPHA,
+    X += offset(problem, inner, x_o, x_i) * D
+    MU += offset(problem, inner, m_o, m_i) * D
+    COUNTS, P, Z0, MU0, LOG_NORM = sources_of(
+        problem, inner, COUNTS, P, Z0, MU0, LOG_NORM,
+        c_o, c_i, p_o, p_i, v_o, v_i, rho_o, rho_i, l_o, l_i, D, SOURCE, NORM,
     )  # fmt: skip
+    freedom = alpha_of(ALPHA, problem, inner, a_o, a_i, alpha, HAS_ALPHA)
+    source = (COUNTS, c_k, peak_of(COUNTS, c_k, count, PROTOS, SOURCE), P, p_n, p_k)
     k = tl.arange(0, PROTOS)
     centre = centre_of(MU, count, 0, D, DIM)
     several = tl.where(count > 1, 1.0, 0.0)

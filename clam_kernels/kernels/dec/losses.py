@@ -53,25 +53,6 @@ def peak_of(COUNTS, c_k, count, PROTOS: tl.constexpr, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def dec_problem(
-    problem, inner, X, MU, ALPHA, COUNTS, P, Z0, MU0, LOG_NORM, count, alpha,
-    x_o, x_i, m_o, m_i, a_o, a_i, c_o, c_i, c_k, p_o, p_i, p_n, p_k, v_o, v_i, rho_o, rho_i,
-    l_o, l_i, D: tl.constexpr, PROTOS: tl.constexpr, SOURCE: tl.constexpr, NORM: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-):  # fmt: skip
-    """One problem: (X, MU, alpha), (Z0, MU0, LOG_NORM), and the source of its target."""
-    X += offset(problem, inner, x_o, x_i) * D
-    MU += offset(problem, inner, m_o, m_i) * D
-    COUNTS, P, Z0, MU0, LOG_NORM = sources_of(
-        problem, inner, COUNTS, P, Z0, MU0, LOG_NORM,
-        c_o, c_i, p_o, p_i, v_o, v_i, rho_o, rho_i, l_o, l_i, D, SOURCE, NORM,
-    )  # fmt: skip
-    freedom = alpha_of(ALPHA, problem, inner, a_o, a_i, alpha, HAS_ALPHA)
-    source = (COUNTS, c_k, peak_of(COUNTS, c_k, count, PROTOS, SOURCE), P, p_n, p_k)
-    return (X, MU, freedom), (Z0, MU0, LOG_NORM), source
-
-
-@triton.jit
 def regular_rows(X, Z0, at, valid, D: tl.constexpr, DIM: tl.constexpr, SOURCE: tl.constexpr):
     """(which rows z are finite, which rows of the target are: of a dense target all)."""
     now = is_regular(X, at, valid, D, DIM)
@@ -92,35 +73,6 @@ def unit_norm(LOG_NORM, at, inside, l_n, source, KIND0: tl.constexpr, SOURCE: tl
         a = tl.full((at.shape[0],), 1.0, tl.float32)
         b = a
     return a, b
-
-
-@triton.jit
-def numbers_sweep(
-    own, old, source, norm, count, unit,
-    D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PROTOS: tl.constexpr,
-    PREC: tl.constexpr, WIDE: tl.constexpr, KIND: tl.constexpr, KIND0: tl.constexpr,
-    SOURCE: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """(the numbers of the rows over all centroids, the first tile). Unless WIDE the first tile
-    stays in registers for a second sweep; else it is 0.
-    """
-    state = numbers_init(ROWS, KIND, KIND0)
-    BEGIN: tl.constexpr = 0 if WIDE else PROTOS
-    if WIDE:
-        first = 0
-    else:
-        first = pair_tile(
-            own, old, source, 0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
-        )
-        state = numbers_fold(state, first, norm, KIND, KIND0, SOURCE, NORM)
-    for k0 in range(BEGIN, count, PROTOS):
-        tile = pair_tile(
-            own, old, source, k0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
-        )
-        state = numbers_fold(state, tile, norm, KIND, KIND0, SOURCE, NORM)
-    _X, _MU, _at, now, _alpha = own
-    _Z0, _MU0, _at0, then, _alpha0 = old
-    return numbers_of(state, norm, now & then, KIND0, SOURCE, NORM), first
 
 
 @triton.jit
@@ -147,21 +99,32 @@ def dec_losses_kernel(
     one for the sum. Unless WIDE the first tile stays in registers for the second sweep.
     """
     problem, row = rows_of(tl.program_id(0), 0, blocks, ROWS)
-    (X, MU, freedom), (Z0, MU0, LOG_NORM), source = dec_problem(
-        problem, inner, X, MU, ALPHA, COUNTS, P, Z0, MU0, LOG_NORM, count, alpha,
-        x_o, x_i, m_o, m_i, a_o, a_i, c_o, c_i, c_k, p_o, p_i, p_n, p_k, v_o, v_i, rho_o, rho_i,
-        l_o, l_i, D, PROTOS, SOURCE, NORM, HAS_ALPHA,
+    X += offset(problem, inner, x_o, x_i) * D
+    MU += offset(problem, inner, m_o, m_i) * D
+    COUNTS, P, Z0, MU0, LOG_NORM = sources_of(
+        problem, inner, COUNTS, P, Z0, MU0, LOG_NORM,
+        c_o, c_i, p_o, p_i, v_o, v_i, rho_o, rho_i, l_o, l_i, D, SOURCE, NORM,
     )  # fmt: skip
+    freedom = alpha_of(ALPHA, problem, inner, a_o, a_i, alpha, HAS_ALPHA)
     at, valid = row.to(tl.int64), row < rows
     now, then = regular_rows(X, Z0, at, valid, D, DIM, SOURCE)
     own, old = (X, MU, at, now, freedom), (Z0, MU0, at, then, alpha0)
+    source = (COUNTS, c_k, peak_of(COUNTS, c_k, count, PROTOS, SOURCE), P, p_n, p_k)
     norm = unit_norm(LOG_NORM, at, then, l_n, source, KIND0, SOURCE, NORM)
-    numbers, first = numbers_sweep(
-        own, old, source, norm, count, unit,
-        D, DIM, ROWS, PROTOS, PREC, WIDE, KIND, KIND0, SOURCE, NORM,
-    )  # fmt: skip
-    loss = tl.zeros((ROWS,), tl.float32)
+    state = numbers_init(ROWS, KIND, KIND0)
     BEGIN: tl.constexpr = 0 if WIDE else PROTOS
+    if not WIDE:
+        first = pair_tile(
+            own, old, source, 0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
+        )
+        state = numbers_fold(state, first, norm, KIND, KIND0, SOURCE, NORM)
+    for k0 in range(BEGIN, count, PROTOS):
+        tile = pair_tile(
+            own, old, source, k0, count, unit, D, DIM, PROTOS, WIDE, KIND, KIND0, SOURCE, PREC
+        )
+        state = numbers_fold(state, tile, norm, KIND, KIND0, SOURCE, NORM)
+    numbers = numbers_of(state, norm, now & then, KIND0, SOURCE, NORM)
+    loss = tl.zeros((ROWS,), tl.float32)
     if not WIDE:
         loss = loss_fold(loss, first, numbers, KIND, KIND0, SOURCE)
     for k0 in range(BEGIN, count, PROTOS):
