@@ -56,7 +56,7 @@ def test_every_verb_works_with_a_dec_model(
 
 
 def test_images_are_shifted_and_rotated(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(table, "--images", "4x4")[0] == 0
+    assert fit(table, "--images", "4x4", "--regroup")[0] == 0
     assert fit(table, "--images", "5x4", "--force")[0] == 1
     assert "expected 20 columns for --images 5x4, got 16" in capsys.readouterr().err
     for bad in ("4", "0x4", "4xx", "-1x4"):
@@ -81,6 +81,7 @@ def test_a_checkpoint_continues_the_run(table: Path, capsys: pytest.CaptureFixtu
     [
         ("clam", ["--images", "4x4"], "--images belongs to --algo dec, idec"),
         ("kmeans", ["--checkpoint", "state"], "--checkpoint belongs to --algo dec, idec"),
+        ("clam", ["--regroup"], "--regroup belongs to --algo dec, idec"),
         ("kmeans", ["--recipe", "paper"], "--recipe belongs to --algo clam, dec, idec"),
         ("dec", ["--resume"], "--resume needs --checkpoint"),
     ],

@@ -73,6 +73,7 @@ def _model(options: argparse.Namespace) -> Any:
         recipe=options.recipe,
         n_epochs=options.epochs,
         standardize=_standardize(options),
+        regroup=options.regroup or None,
         augment=None if options.images is None else ShiftAndRotate(options.images),
         **shared,
     )
@@ -89,6 +90,7 @@ def _check_options(options: argparse.Namespace) -> None:
         "--recipe": (options.recipe != "default", ("clam", *deep)),
         "--standardize": (options.standardize is not None, ("clam", *deep)),
         "--images": (options.images is not None, deep),
+        "--regroup": (options.regroup, deep),
         "--checkpoint": (options.checkpoint is not None, deep),
         "--resume": (options.resume, deep),
     }

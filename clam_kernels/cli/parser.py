@@ -87,6 +87,11 @@ def _add_fitting(fit: argparse.ArgumentParser) -> None:
         metavar="HxW",
         help="each row is an image of this shape, such as 28x28; dec and idec shift and rotate it",
     )
+    fit.add_argument(
+        "--regroup",
+        action="store_true",
+        help="join clusters without a gap and divide others that have one; dec and idec",
+    )
     fit.add_argument("--checkpoint", type=Path, help="file of the state of a run; dec and idec")
     fit.add_argument("--resume", action="store_true", help="continue the run of --checkpoint")
     fit.add_argument("--restarts", type=_whole(1), help="number of starts")

@@ -116,7 +116,7 @@ class DEC(
     tol : float, >= 0, default by recipe (1e-3)
         Clustering ends when at two refreshes, one after the other, a smaller share of the labels
         differs from labels that are at least max(interval, an epoch) old.
-    regroup : bool, default by recipe (True; paper False)
+    regroup : bool, default by recipe (False)
         Whether clusters are regrouped after clustering, by the graph of nearest rows in the
         pretrained codes: two clusters without a gap between them become one, and a cluster with a
         gap in it becomes two (docs/dec.md). Clustering then begins again from the pretrained

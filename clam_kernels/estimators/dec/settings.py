@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "adam",
         "interval": 30,
         "tol": 1e-3,
-        "regroup": True,
+        "regroup": False,
     },
     "paper": {
         "hidden": (500, 500, 2000),
