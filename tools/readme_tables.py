@@ -101,7 +101,7 @@ def bench_table() -> str:
         ]
         lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
         for row in (r for r in rows if r["machine"] == machine):
-            memory = _memory(row["peak_extra_bytes"])
+            memory = _memory(row.get("peak_extra_bytes", {}))
             cells = [f"`{row['name']}`", row["mode"], _ratios(row.get("rivals", {})), memory]
             lines.append(f"| {' | '.join([*cells, _error(row)])} |")
         versions = next(r["versions"] for r in rows if r["machine"] == machine)
