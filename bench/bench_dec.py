@@ -100,12 +100,30 @@ def test_iteration(workload: testing.Workload, race: Any) -> None:
     )
 
 
+def stats_errors(calls: dict[str, Any], args: Any) -> dict[str, float]:
+    """Largest error of the log-sum-exp against float64, on a sample of rows."""
+    z, mu, *rest = args
+    exact = torch.ops.clam.student_t_stats(z[:SAMPLE_ROWS].double(), mu.double(), *rest)[0]
+    results = {name: call(z[:SAMPLE_ROWS], mu, *rest)[0] for name, call in calls.items()}
+    return {name: float((out - exact).abs().max()) for name, out in results.items()}
+
+
 @pytest.mark.benchmark(**TIMER)
 @pytest.mark.parametrize("workload", STATS, ids=lambda w: w.name)
 def test_stats(workload: testing.Workload, race: Any) -> None:
     """Labels, log-sum-exp and soft counts."""
     args = workload.make(0)
     plain: Any = testing.eager(workload.op)
-    row = race(workload.name, "forward", bytes=workload.bytes, flops=workload.flops)
+    calls = {"ours": torch.ops.clam.student_t_stats, "eager": plain}
+    row = race(
+        workload.name,
+        "forward",
+        bytes=workload.bytes,
+        flops=workload.flops,
+        error_vs_float64=stats_errors(calls, args),
+        peak_extra_bytes={
+            name: testing.peak_bytes(lambda call=call: call(*args)) for name, call in calls.items()
+        },
+    )
     with torch.inference_mode():
         row.run(lambda: torch.ops.clam.student_t_stats(*args), {"eager": lambda: plain(*args)})
