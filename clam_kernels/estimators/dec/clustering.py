@@ -17,6 +17,7 @@ from torch import Tensor
 from ..._core.warn import warn
 from ...ops._dec_target import log_counts_of
 from ...ops.dec import DecTarget, dec_loss, dec_target, student_t_stats
+from ...ops.kmeans import kmeans_update
 from ..kmeans import KMeans
 from ..training.checkpoint import State, of_module, restore_module, under
 from .networks import EncoderDecoder
@@ -122,7 +123,6 @@ class Clustering(Phase):
         self.newer: Snapshot | None = None
         self.passes = 0
         self.stop_reason = "max_iter"
-        self.has_ended = False
         self.next_labels: Tensor | None = None  # the start of the next run
         self.rows: list[tuple[float, ...]] = []  # of the history, with the sizes of the clusters
         self._reset_sums()
@@ -166,12 +166,11 @@ class Clustering(Phase):
         self.pretrained = before.pretrained
         self.init_labels, self.init_codes = before.init_labels, before.init_codes
         z = self.context.codes()
-        known = (self.labels >= 0).nonzero()[:, 0]
-        z, labels = z[known], self.labels[known]
-        k = self.context.settings.n_clusters
-        counts = torch.bincount(labels, minlength=k).to(z.dtype)[:, None]
-        means = z.new_zeros(k, z.shape[1]).index_add_(0, labels, z) / counts
-        self._place(means, float((z - means[labels]).square().sum(1).mean()))
+        sums, counts = kmeans_update(z, self.labels, self.context.settings.n_clusters)
+        means = (sums / counts[:, None]).to(z.dtype)
+        known = self.labels >= 0
+        distances = (z[known] - means[self.labels[known]]).square().sum(1)
+        self._place(means, float(distances.mean()))
 
     def _use_pretrained(self, run: Clustering) -> None:
         """Encoder and decoder as before clustering; codes without a scale."""
@@ -190,6 +189,8 @@ class Clustering(Phase):
         generator = torch.Generator("cpu").manual_seed(context.seed)
         order = torch.randperm(len(labels), generator=generator, device="cpu", dtype=torch.int64)
         some = order[:GRAPH_ROWS].sort().values
+        if context.device.type != "cpu":  # an augmentation draws on the device of its batch
+            generator = torch.Generator(context.device).manual_seed(context.seed)
         copies = DRAWS if context.settings.augment is not None else 0
         draws = [context.codes_of(some, generator) for _ in range(copies)]
         graph = neighbour_graph(context.codes_of(some), draws)
@@ -322,9 +323,8 @@ class Clustering(Phase):
             self.stop_reason = "callback"
         settings = self.context.settings
         is_wanted = settings.regroup and settings.n_clusters > 1 and self.stop_reason != "callback"
-        if is_wanted and self.run.steps and not self.has_ended:
+        if is_wanted and self.run.steps:
             self.next_labels = self.labels_of_regrouping()
-        self.has_ended = True
 
     def warn_of_result(self) -> None:
         """Warn of small clusters, and of labels that still change."""
@@ -372,8 +372,7 @@ class Clustering(Phase):
         tensors |= {name: value for name, value in optional.items() if value is not None}
         tensors["sums"] = self.sums
         tensors["history"] = torch.tensor(self.rows, dtype=torch.float64, device="cpu")
-        rest = {"count": self.count, "passes": self.passes, "stop_reason": self.stop_reason,
-                "has_ended": self.has_ended}  # fmt: skip
+        rest = {"count": self.count, "passes": self.passes, "stop_reason": self.stop_reason}
         return tensors, {**numbers, **rest, "snapshots": steps}
 
     def restore(self, state: State) -> None:
@@ -389,7 +388,7 @@ class Clustering(Phase):
         self.stop_reason = str(numbers["stop_reason"])
         placed = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.init_labels, self.init_codes = placed.get("init_labels"), placed.get("init_codes")
-        self.next_labels, self.has_ended = placed.get("next_labels"), bool(numbers["has_ended"])
+        self.next_labels = placed.get("next_labels")
         for name, step in numbers["snapshots"].items():
             setattr(self, name, Snapshot(placed[f"{name}_labels"], int(step)))
         parts: dict[str, Any] = under("target", placed)
